@@ -1,0 +1,1 @@
+"""The model, the tokens and the checkpoints."""
