@@ -1,0 +1,444 @@
+"""The whole model in one file: norms, positions, attention, MLP, block, GPT, and the key/value cache.
+
+With the default configuration this is GPT-2 as nanoGPT writes it: the same state-dict keys, the same parameter
+order and the same initial weights from a seed. Every option (RoPE, RMSNorm, SwiGLU, grouped-query attention,
+QK-norm, untied head, softcap) is chosen from a table when the model is built, never while it runs.
+
+Sources: GPT-2 (Radford et al. 2019) and openai/gpt-2 src/model.py; RoPE arXiv 2104.09864; RMSNorm arXiv 1910.07467;
+SwiGLU arXiv 2002.05202; ReLU^2 arXiv 2109.08668; GQA arXiv 2305.13245; QK-norm arXiv 2010.04245.
+Shapes in comments: B batch, T tokens, C = n_embd, H heads, D = C / H, V vocabulary, S cached length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import GPTConfig, UserError
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm whose bias is optional."""
+
+    def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, ndim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, float32. positions: (T,) or (B, T). Returns two tensors (..., 1, T, D/2)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions.float()[..., None] * theta**-exponent  # (..., T, D/2)
+    return angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # the 1 broadcasts over the heads
+
+
+def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (x[i], x[i + D/2]), the convention of Llama in transformers. x: (B, H, T, D)."""
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """Attention written out: the reference for the fused kernels, and what runs where torch has none.
+
+    q: (B, H, T, D); k, v: (B, Hkv, S, D) with Hkv dividing H; mask: bool, broadcastable to (B, H, T, S).
+    """
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), p=dropout) @ v
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """plain_attention by torch's fused kernels (FlashAttention and its kin)."""
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+attention = fused_attention if hasattr(F, "scaled_dot_product_attention") else plain_attention
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head (or grouped-query) attention in which a token sees itself and what is left of it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        # queries, keys and values of all heads in one product
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(k, v)  # (B, Hkv, S, D), mask over S
+        # a single query without a mask may see every key; torch would align a causal mask at the wrong corner
+        causal = mask is None and T > 1
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class ReLUSquared(nn.Module):
+    """relu(x)^2 (arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Any] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu2": ReLUSquared,
+    "swiglu": nn.SiLU,
+}
+
+
+def mlp_width(config: GPTConfig) -> int:
+    """Hidden width of the MLP. SwiGLU has three matrices, so 8/3 of the width gives it the parameters of 4."""
+    if config.mlp_hidden is not None:
+        return config.mlp_hidden
+    return 64 * math.ceil(8 * config.n_embd / 3 / 64) if config.activation == "swiglu" else 4 * config.n_embd
+
+
+class MLP(nn.Module):
+    """Two linear layers with a non-linearity between them."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, mlp_width(config), bias=config.bias)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(mlp_width(config), config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class GatedMLP(MLP):
+    """SwiGLU: c_proj(silu(c_gate(x)) * c_fc(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.c_gate = nn.Linear(config.n_embd, mlp_width(config), bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return LayerNorm(config.n_embd, config.bias, config.norm_eps)
+
+
+class Block(nn.Module):
+    """A transformer layer with its norms before attention and MLP."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = GatedMLP(config) if config.activation == "swiglu" else MLP(config)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for a batch of rows of different length.
+
+    Rows are filled from the left. A forward pass over (B, T) writes row b at positions lengths[b] ...
+    lengths[b] + T - 1; the caller then says by advance() how many of them count. Prompts of different length are
+    padded on the right: what lies beyond a row's length is masked, and overwritten by the row's next tokens.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        heads, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        self.max_len = max_len or config.block_size
+        shape = (config.n_layer, batch_size, heads, self.max_len, width)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.end = 0  # length of the longest row, on the host: no device sync to read it
+        self.ragged = False  # whether rows differ in length
+        self.positions: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def begin(self, T: int) -> Tensor:
+        """Readies the cache for a pass over T new tokens a row. Returns their positions, (B, T) or (T,)."""
+        if self.end + T > self.max_len:
+            raise ValueError(f"{self.end} cached + {T} new tokens exceed the cache's max_len={self.max_len}")
+        steps = torch.arange(T, device=self.lengths.device)
+        self.positions = self.lengths[:, None] + steps if self.ragged else self.end + steps
+        self.mask = None
+        if self.end and (self.ragged or T > 1):
+            keys = torch.arange(self.end + T, device=self.lengths.device)
+            self.mask = (keys <= self.positions[..., None]).view(-1, 1, T, self.end + T)  # (B or 1, 1, T, S)
+        return self.positions
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self, index)
+
+    def advance(self, n: int | Tensor) -> None:
+        """Counts n more tokens as valid: one number for all rows, or one a row, (B,)."""
+        self.lengths = self.lengths + n
+        if isinstance(n, int):
+            self.end += n
+        else:
+            shortest, self.end = (int(t) for t in torch.aminmax(self.lengths))
+            self.ragged = shortest != self.end
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A cache of the named rows, (N,), in that order; a row may be named more than once."""
+        new = object.__new__(KVCache)
+        new.__dict__.update(self.__dict__)
+        new.k, new.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        new.lengths = self.lengths.index_select(0, rows)
+        new.advance(torch.zeros_like(new.lengths))
+        return new
+
+
+@dataclasses.dataclass
+class LayerCache:
+    """One layer's part of a KVCache."""
+
+    cache: KVCache
+    index: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores new keys and values, (B, Hkv, T, D). Returns all of them, (B, Hkv, S, D), and the mask."""
+        cache, T = self.cache, k.size(2)
+        keys, values = cache.k[self.index], cache.v[self.index]
+        if cache.ragged:
+            assert cache.positions is not None
+            rows = torch.arange(k.size(0), device=k.device)[:, None]
+            keys[rows, :, cache.positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, cache.positions] = v.transpose(1, 2).to(values.dtype)
+        else:
+            keys[:, :, cache.end : cache.end + T] = k
+            values[:, :, cache.end : cache.end + T] = v
+        if cache.end == 0:  # the first pass sees only itself: the plain causal kernel
+            return k, v, None
+        return keys[:, :, : cache.end + T], values[:, :, : cache.end + T], cache.mask
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model.
+
+    Raises UserError where the configuration's sizes do not fit together.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        config.validate()
+        if config.vocab_size is None:
+            raise UserError("vocab_size is not set: a model needs the size of its tokenizer's vocabulary")
+        self.config = config = dataclasses.replace(config)  # crop_block_size must not change the caller's
+        # nanoGPT's order of construction: it fixes which random numbers each weight draws, and the order of the
+        # parameters in stored optimizer states
+        modules: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.pos_embedding == "learned":
+            modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        modules["drop"] = nn.Dropout(config.dropout)
+        modules["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        modules["ln_f"] = make_norm(config)
+        self.transformer = nn.ModuleDict(modules)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.transformer.wte.weight = self.lm_head.weight  # arXiv 1608.05859
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation.
+
+        | tensor                                  | distribution                    |
+        |-----------------------------------------|---------------------------------|
+        | embeddings, linear weights              | N(0, 0.02)                      |
+        | c_proj: what writes into the residual   | N(0, 0.02 / sqrt(2 * n_layer))  |
+        | biases                                  | 0                               |
+        | norm weights                            | 1                               |
+        """
+        for module in self.modules_children_first(self):
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    @staticmethod
+    def modules_children_first(root: nn.Module) -> list[nn.Module]:
+        """All modules in the order in which nn.Module.apply visits them; a tied weight is drawn twice, as there."""
+        visited: list[nn.Module] = []
+        root.apply(visited.append)  # type: ignore[arg-type]
+        return visited
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; non_embedding leaves out the position table (the token table is the head's)."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and "wpe" in self.transformer:
+            n -= self.transformer.wpe.weight.numel()
+        return n
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Next-token logits, and the mean cross-entropy (nats) where targets are given.
+
+        idx: (B, T) int64; targets: (B, T) int64, -1 is ignored. Returns (logits, loss):
+        with targets (B, T, V) and a scalar; without (B, 1, V), the last position's, and None; with a cache
+        (B, T, V). logits_at, (B,), asks for one position a row instead: (B, 1, V). Softcapped where configured.
+        Raises UserError where T exceeds block_size.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise UserError(f"a sequence of {T} tokens exceeds the model's block_size={self.config.block_size}")
+        pos = cache.begin(T) if cache is not None else torch.arange(T, device=idx.device)  # (T,) or (B, T)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
+        if "wpe" in self.transformer:
+            x = x + self.transformer.wpe(pos)
+        else:
+            rope = rotary_angles(pos, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, cache.layer(i) if cache is not None else None)
+        x = self.transformer.ln_f(x)
+        if targets is not None:
+            logits = self.head(x)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+            return logits, loss
+        if logits_at is not None:
+            x = x[torch.arange(B, device=x.device), logits_at][:, None]  # (B, 1, C)
+        elif cache is None:
+            x = x[:, -1:]  # the head is a large product: only where it is wanted
+        return self.head(x), None
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of normalised activations: (..., C) to (..., V)."""
+        logits = self.lm_head(x)
+        if cap := self.config.logit_softcap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shortens the context, for example of pretrained weights. Raises UserError where it would grow."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise UserError(f"block_size={block_size} must lie from 1 to the model's {self.config.block_size}")
+        self.config.block_size = block_size
+        if "wpe" in self.transformer:
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
+        """Weights from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder in its format.
+
+        override_args may set dropout. Raises UserError where the weights cannot be had or do not fit.
+        """
+        from ..interop.hf import load_pretrained
+
+        if set(override_args or {}) - {"dropout"}:
+            raise UserError(f"override_args may set dropout only, got {sorted(override_args or {})}")
+        config, state, _ = load_pretrained(model_type)
+        model = cls(dataclasses.replace(config, **(override_args or {})))
+        model.load_state_dict(state)
+        return model
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.Optimizer:
+        """AdamW with weight decay on tensors of two or more dimensions (see training/optimizer.py)."""
+        from ..training.optimizer import make_adamw
+
+        return make_adamw(self, weight_decay, learning_rate, betas, fused=device_type == "cuda")
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = 312e12) -> float:
+        """Share of the device's peak that the model's arithmetic reaches (PaLM, arXiv 2204.02311, appendix B).
+
+        fwdbwd_per_iter: sequences a step; dt: seconds a step; peak_flops: FLOP/s, by default an A100's in bfloat16.
+        """
+        cfg = self.config
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> Tensor:
+        """Samples max_new_tokens tokens after idx, (B, T); returns (B, T + max_new_tokens).
+
+        The naive way, without a cache, on the last block_size tokens: the reference for generation/generator.py.
+        Draws from torch's global generator; ties at the k-th logit are all kept. Call eval() first.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1] / temperature  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            idx = torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), num_samples=1)), dim=1)
+        return idx
