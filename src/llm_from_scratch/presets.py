@@ -1,0 +1,332 @@
+"""defaults < preset files < command line, for every command.
+
+A preset is a YAML file (nested by section, or flat) or a Python file of flat assignments in nanoGPT's manner. What the
+files and the command line say is merged as {leaf name: text} and read by one parser (tyro) with the types of config.py,
+so a value means the same wherever it is written, and an unknown name is refused wherever it is written.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from .config import Config, UserError, flatten
+
+PACKAGE = Path(__file__).resolve().parent
+COMMAND_LINE = "command line"
+T = TypeVar("T")
+
+
+@dataclass
+class Parsed(Generic[T]):
+    """What a command was told."""
+
+    tree: T
+    sources: dict[str, str] = field(default_factory=dict)
+    """Leaf name -> the preset file or "command line" that set it; a leaf left at its default is absent."""
+    positionals: list[str] = field(default_factory=list)
+
+    def on_command_line(self, name: str) -> bool:
+        return self.sources.get(name) == COMMAND_LINE
+
+
+def parse(
+    tree_type: type[T],
+    argv: list[str],
+    *,
+    prog: str,
+    description: str = "",
+    defaults: dict[str, Any] | None = None,
+    presets: bool = True,
+    base_preset: str | None = None,
+) -> Parsed[T]:
+    """Reads a command line into a dataclass tree.
+
+    defaults: per-command defaults by leaf name, over those of the tree. presets: whether words without dashes are
+    preset files (else they come back as positionals). base_preset: a preset that lies under the others where none is
+    named. `--help` prints the fields' docs and exits. Raises UserError: unknown name (with the nearest), wrong type,
+    missing or unreadable preset.
+    """
+    leaves = leaf_types(tree_type)
+    sections = {f.name for f in dataclasses.fields(tree_type)}  # type: ignore[arg-type]
+    options, words, wants_help = _split(argv, leaves, sections)
+    settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
+    merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
+    sources: dict[str, str] = {}
+    files = words if presets else []
+    for name in files or ([base_preset] if base_preset else []):
+        path = find_preset(name)
+        values = _read_yaml(path, leaves) if path.suffix != ".py" else _read_python(path, settings, leaves)
+        for key, value in values.items():
+            merged[key], settings[key] = _as_text(key, value, leaves, path), value
+            sources[key] = str(path)
+    for key, text in options.items():
+        merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
+    tree = _tyro(tree_type, merged, sources, prog, description, defaults, wants_help)
+    return Parsed(tree, sources, words if not presets else [])
+
+
+def build(tree_type: type[T], values: dict[str, Any]) -> T:
+    """The tree with the given leaves (nested by section or flat) set. Raises UserError as parse() does."""
+    leaves = leaf_types(tree_type)
+    flat = _flatten_sections(values, leaves, "the settings")
+    merged = {key: _as_text(key, value, leaves) for key, value in flat.items()}
+    return _tyro(tree_type, merged, {}, "settings", "", None, False)
+
+
+def leaf_types(tree_type: type) -> dict[str, Any]:
+    """{leaf name: type} of a dataclass tree."""
+    leaves: dict[str, Any] = {}
+    hints = typing.get_type_hints(tree_type)
+    for item in dataclasses.fields(tree_type):
+        hint = hints[item.name]
+        leaves.update(leaf_types(hint) if dataclasses.is_dataclass(hint) else {item.name: hint})  # type: ignore
+    return leaves
+
+
+def find_preset(name: str) -> Path:
+    """The file of a preset: a path, or the bare name of one in configs/ or config/ (also those in the package)."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    roots = [Path("."), PACKAGE.parent.parent, PACKAGE / "_presets"]
+    if given.suffix in (".yaml", ".yml", ".py"):
+        candidates = [root / given for root in roots[1:]]
+    else:
+        candidates = [root / "configs" / f"{name}.yaml" for root in roots]
+        candidates += [root / "config" / f"{name}.py" for root in roots[1:]]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
+    near = difflib.get_close_matches(given.stem, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known by name: {', '.join(known)}"
+    raise UserError(f"no preset file {name!r}; {hint} (settings are given as --key=value)")
+
+
+def _split(argv: list[str], leaves: dict[str, Any], sections: set[str]) -> tuple[dict[str, str], list[str], bool]:
+    """Options by leaf name, the words between them, and whether help is asked for."""
+    options: dict[str, str] = {}
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
+        if arg in ("-h", "--help"):
+            return {}, [], True
+        if not arg.startswith("--"):
+            if arg.startswith("-") and arg != "-":
+                raise UserError(f"unknown option {arg!r}: settings are given as --key=value; see --help")
+            words.append(arg)
+            continue
+        key, equals, text = arg[2:].partition("=")
+        key = key.replace("-", "_")
+        section, _, leaf = key.rpartition(".")
+        if section and section in sections:
+            key = leaf
+        if key not in leaves:
+            raise UserError(f"unknown setting --{key}{_nearest(key, leaves)}")
+        if not equals:
+            text = _value_of_bare(key, leaves[key], rest)
+        options[key] = text
+    return options, words, False
+
+
+def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:
+    """`--key value`, or a bare `--flag`, which is True."""
+    kinds = _members(hint)
+    following = rest[0] if rest else None
+    if bool in kinds:
+        if following is not None and (following.lower() in ("true", "false") or following in _literals(kinds)):
+            return rest.pop(0)
+        return "True"
+    if following is None or following.startswith("--"):
+        raise UserError(f"--{key} needs a value: --{key}=VALUE")
+    return rest.pop(0)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _literals(kinds: tuple[Any, ...]) -> set[str]:
+    return {v for kind in kinds if typing.get_origin(kind) is typing.Literal for v in typing.get_args(kind)}
+
+
+def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None = None) -> str:
+    """A value from a file or the command line as the text that the parser reads."""
+    kinds = _members(leaves[key])
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        return repr(tuple(_as_list(key, value)))
+    if isinstance(value, (dict, list, tuple)):
+        raise UserError(f"{key} must be one value, got {value!r}" + (f" in {source}" if source else ""))
+    text = str(value)
+    if text.lower() in ("true", "false") and bool in kinds:
+        return text.capitalize()
+    if text.lower() in ("none", "null") and type(None) in kinds:
+        return "None"
+    if int in kinds and float not in kinds and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text, re.IGNORECASE):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(text)
+            if number == int(number) and not text.lstrip("+-").isdigit():
+                return str(int(number))  # 5e3 counts as well as 5000
+    return text
+
+
+def _as_list(key: str, value: Any) -> list[str]:
+    if isinstance(value, str) and value.startswith(("[", "(")):
+        try:
+            value = json.loads("[" + value[1:-1].rstrip(",") + "]" if value[0] == "(" else value)
+        except ValueError:
+            pass  # a text that begins with a bracket
+    if isinstance(value, str):
+        return [value] if value else []
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{key} must be a text or a list of texts, got {value!r}")
+    return list(value)
+
+
+def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise UserError(f"cannot read the preset {path}: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings as key: value, got {type(content).__name__}")
+    return _flatten_sections(content, leaves, str(path))
+
+
+def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: str) -> dict[str, Any]:
+    """{section: {leaf: value}} or {leaf: value} to {leaf: value}; refuses unknown names and misplaced leaves."""
+    known = _training_leaves()
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and key in _SECTIONS:
+            for leaf, leaf_value in value.items():
+                if leaf not in _SECTIONS[key]:
+                    owner = next((s for s, names in _SECTIONS.items() if leaf in names), None)
+                    hint = f": it belongs to section {owner}" if owner else _nearest(str(leaf), _SECTIONS[key])
+                    raise UserError(f"unknown setting {key}.{leaf} in {where}{hint}")
+                flat[leaf] = leaf_value
+        elif key in leaves or key in known:
+            flat[key] = value
+        elif value is None and key in _SECTIONS:
+            continue
+        else:
+            raise UserError(f"unknown setting {key} in {where}{_nearest(str(key), leaves)}")
+    return {key: value for key, value in flat.items() if key in leaves}
+
+
+def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    """Runs a preset that the user named, in nanoGPT's manner: the settings so far are its globals."""
+    known = _training_leaves()
+    before = {**known, **settings}
+    names: dict[str, Any] = {**before, "__file__": str(path), "__name__": "__preset__"}
+    try:
+        source = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        code = compile(source, str(path), "exec")
+        # The one place that runs code from a file: a Python preset, named on the command line.
+        exec(code, names)
+    except Exception as error:
+        raise UserError(f"the preset {path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    assigned = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    values: dict[str, Any] = {}
+    for name, value in names.items():
+        if name.startswith("__") or not isinstance(value, (int, float, str, list, tuple, type(None))):
+            continue
+        if name in leaves and (name in assigned or value is not before.get(name)):
+            values[name] = value
+        elif name not in before and not name.startswith("_"):
+            near = difflib.get_close_matches(name, [*leaves, *known], n=1, cutoff=0.85)
+            if near:  # a helper variable of the preset's own is fine, a misspelt setting is not
+                raise UserError(f"unknown setting {name} in {path}; did you mean {near[0]}?")
+    return values
+
+
+_SECTIONS = {section: set(leaf_types(hint)) for section, hint in typing.get_type_hints(Config).items()}
+
+
+def _training_leaves() -> dict[str, Any]:
+    return flatten(Config())
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; see --help for all settings"
+
+
+def _tyro(
+    tree_type: type[T],
+    merged: dict[str, str],
+    sources: dict[str, str],
+    prog: str,
+    description: str,
+    defaults: dict[str, Any] | None,
+    wants_help: bool,
+) -> T:
+    import tyro
+
+    config = (
+        tyro.conf.FlagConversionOff,
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.UsePythonSyntaxForLiteralCollections,
+    )
+    if wants_help:
+        default = tree_type()
+        _set_leaves(default, defaults or {})
+        tyro.cli(tree_type, default=default, args=["--help"], use_underscores=True, prog=prog,
+                 description=description, config=config)  # fmt: skip
+    args = [f"--{key}={text}" for key, text in merged.items()]
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+            return tyro.cli(tree_type, args=args, use_underscores=True, prog=prog, config=config)
+    except SystemExit:
+        raise UserError(_one_line(errors.getvalue(), merged, sources)) from None
+
+
+def _set_leaves(tree: Any, values: dict[str, Any]) -> None:
+    for item in dataclasses.fields(tree):
+        value = getattr(tree, item.name)
+        if dataclasses.is_dataclass(value):
+            _set_leaves(value, values)
+        elif item.name in values:
+            setattr(tree, item.name, values[item.name])
+
+
+def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
+    """tyro's message box as one line that names the setting, its value and where it was set."""
+    lines = [line.strip().strip("│|").strip() for line in box.splitlines()]
+    body: list[str] = []
+    for line in lines[1:]:  # the first line is the box's title
+        if line and set(line) <= set("╭╰╮╯─-"):
+            if body:
+                break  # a rule ends the message
+        elif line:
+            body.append(line)
+    text = " ".join(body)
+    for key, value in merged.items():
+        if re.search(rf"--{key}\b", text):
+            expected = re.search(r"Expected one of (\(.*?\))|\bto be one of (\{.*?\})", text)
+            what = f"{key}={value!r} is not valid"
+            where = f" (set in {sources[key]})" if sources.get(key, COMMAND_LINE) != COMMAND_LINE else ""
+            detail = f"expected one of {expected.group(1) or expected.group(2)}" if expected else _reason(text)
+            return f"{what}{where}: {detail}"
+    return text or "the settings could not be read"
+
+
+def _reason(text: str) -> str:
+    return re.sub(r"^Error parsing --\w+: ", "", text)
