@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2 (124M parameters: 12 layers, 12 heads, 768 wide) on OpenWebText, without training.
+
+init_from = "gpt2"
+eval_only = True
+eval_iters = 500  # more batches than while training: this number is the result
+batch_size = 8
+wandb_log = False  # there is no curve to watch

@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-medium (350M parameters: 24 layers, 16 heads, 1024 wide) on OpenWebText, without training.
+
+init_from = "gpt2-medium"
+eval_only = True
+eval_iters = 500  # more batches than while training: this number is the result
+batch_size = 8
+wandb_log = False  # there is no curve to watch

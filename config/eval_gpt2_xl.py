@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-xl (1558M parameters: 48 layers, 25 heads, 1600 wide) on OpenWebText, without training.
+
+init_from = "gpt2-xl"
+eval_only = True
+eval_iters = 500  # more batches than while training: this number is the result
+batch_size = 8
+wandb_log = False  # there is no curve to watch
