@@ -26,7 +26,12 @@ print("_configure" in globals())
 def run(folder: Path, *arguments: str, script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(script)
     return subprocess.run(
-        [sys.executable, "script.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+        [sys.executable, "script.py", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
