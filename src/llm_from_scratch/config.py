@@ -56,6 +56,13 @@ class GPTConfig:
     logit_softcap: float = 0.0
     """Caps logits softly: c * tanh(logits / c). 0 is off."""
 
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLP. SwiGLU has three matrices, so 8/3 of the width gives it the parameters of 4."""
+        if self.mlp_hidden is not None:
+            return self.mlp_hidden
+        return 64 * -(-8 * self.n_embd // (3 * 64)) if self.activation == "swiglu" else 4 * self.n_embd
+
     def validate(self) -> None:
         """Raises UserError where the sizes do not fit together."""
         for name in ("block_size", "n_layer", "n_head", "n_embd"):

@@ -138,21 +138,14 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
-def mlp_width(config: GPTConfig) -> int:
-    """Hidden width of the MLP. SwiGLU has three matrices, so 8/3 of the width gives it the parameters of 4."""
-    if config.mlp_hidden is not None:
-        return config.mlp_hidden
-    return 64 * math.ceil(8 * config.n_embd / 3 / 64) if config.activation == "swiglu" else 4 * config.n_embd
-
-
 class MLP(nn.Module):
     """Two linear layers with a non-linearity between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, mlp_width(config), bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(mlp_width(config), config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,7 +157,7 @@ class GatedMLP(MLP):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        self.c_gate = nn.Linear(config.n_embd, mlp_width(config), bias=config.bias)
+        self.c_gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))

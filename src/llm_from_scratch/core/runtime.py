@@ -1,0 +1,174 @@
+"""Device, precision, processes and seeds: resolved once, announced once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..config import SystemConfig, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
+PEAKS = [
+    ("H200", {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12}),
+    ("H100 PCIe", {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 378e12}),
+    ("H100", {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12}),
+    ("A100", {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12}),
+    ("L40S", {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 183e12}),
+    ("A10G", {torch.bfloat16: 70e12, torch.float16: 70e12, torch.float32: 35e12}),
+    ("V100", {torch.float16: 125e12, torch.float32: 15.7e12}),
+    ("T4", {torch.float16: 65e12, torch.float32: 8.1e12}),
+    ("RTX 4090", {torch.bfloat16: 165e12, torch.float16: 165e12, torch.float32: 82.6e12}),
+    ("RTX 3090", {torch.bfloat16: 71e12, torch.float16: 71e12, torch.float32: 35.6e12}),
+]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the run uses of the machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    compile_may_fail: bool
+    """Whether a failing compilation falls back to eager (compile=auto) or stops the run (compile=True)."""
+    rank: int
+    local_rank: int
+    world_size: int
+    backend: str
+    reasons: dict[str, str]
+    """Setting -> what was chosen and why, for the announcement."""
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's dense peak in FLOP/s at this precision; None where it is not known (every CPU)."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.device, self.dtype)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    mps = getattr(torch.backends, "mps", None)
+    has_mps = mps is not None and mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UserError(f"--device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu")
+        if (device.index or 0) >= count:
+            raise UserError(f"--device={name}: there are only {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not has_mps:
+        raise UserError("--device=mps: torch sees no Apple GPU; use --device=cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where a CUDA device has it, float16 on older ones, float32 elsewhere."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Mixed precision for the forward pass: products in dtype, reductions in float32. float32 is a no-op."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.type, dtype=dtype)
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def distributed_env() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it.
+
+    Raises UserError where it is half set.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 0, 1
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the distributed environment is half set: {', '.join(missing)} missing; start through torchrun, "
+            "or unset RANK and WORLD_SIZE"
+        )
+    try:
+        rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
+    except ValueError:
+        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; start through torchrun") from None
+    if not 0 <= rank < world or local_rank < 0:
+        raise UserError(f"RANK={rank} must lie from 0 to WORLD_SIZE - 1 = {world - 1}")
+    return rank, local_rank, world
+
+
+def resolve(config: SystemConfig) -> Runtime:
+    """Chooses device, precision and compilation for this machine. Starts nothing. Raises UserError."""
+    rank, local_rank, world = distributed_env()
+    device = resolve_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = resolve_device(f"cuda:{local_rank}")
+    if device.type == "mps" and world > 1:
+        raise UserError("several processes cannot share an Apple GPU; run without torchrun")
+    dtype = resolve_dtype(config.dtype, device)
+    backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
+    if backend == "nccl" and device.type != "cuda" and world > 1:
+        raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")
+    compiles = config.compile if isinstance(config.compile, bool) else device.type == "cuda" and has_triton()
+    auto = {
+        "device": (config.device == "auto", str(device)),
+        "dtype": (config.dtype == "auto", str(dtype).removeprefix("torch.")),
+        "compile": (config.compile == "auto", "on" if compiles else "off"),
+    }
+    reasons = {name: f"{value} ({'chosen for this machine' if chosen else 'as set'})" for name, (chosen, value) in auto.items()}  # fmt: skip
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_native_bf16():
+        reasons["dtype"] += "; this processor emulates bfloat16, float32 is faster"
+    if device.type == "cuda":
+        reasons["device"] += f", {torch.cuda.get_device_name(device)}"
+    return Runtime(
+        device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, reasons
+    )
+
+
+def start(runtime: Runtime, config: SystemConfig) -> None:
+    """Applies the choice: threads, TF32, seeds, and the process group under torchrun."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if runtime.world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend=runtime.backend)
+    # each process drops out other activations; weights are broadcast from rank 0
+    torch.manual_seed(config.seed + runtime.rank)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,37 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from ..config import SchedulerConfig
+
+
+def learning_rate_at(step: int, peak: float, config: SchedulerConfig) -> float:
+    """Learning rate of the update at `step` (0 is the first).
+
+    Linear warm-up, (step + 1) / (warmup_iters + 1) of the peak, so that the first step already learns; then
+
+    | schedule | from the warm-up's end to lr_decay_iters                                           |
+    |----------|-------------------------------------------------------------------------------------|
+    | cosine   | half a cosine from the peak to min_lr (arXiv 1608.03983, as nanoGPT uses it)        |
+    | linear   | a straight line from the peak to min_lr                                             |
+    | constant | the peak, also afterwards                                                           |
+    | wsd      | the peak, and a straight line to min_lr over the last cooldown_frac of the run      |
+
+    and min_lr afterwards. decay_lr=False is the peak at every step.
+    """
+    if not config.decay_lr:
+        return peak
+    if step < config.warmup_iters:
+        return peak * (step + 1) / (config.warmup_iters + 1)
+    if config.schedule == "constant":
+        return peak
+    if step > config.lr_decay_iters:
+        return config.min_lr
+    begin = config.warmup_iters
+    if config.schedule == "wsd":
+        begin = max(begin, config.lr_decay_iters - round(config.cooldown_frac * config.lr_decay_iters))
+    done = min(1.0, max(0.0, (step - begin) / max(1, config.lr_decay_iters - begin)))  # 0 to 1
+    left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
+    return config.min_lr + left * (peak - config.min_lr)
