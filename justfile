@@ -10,7 +10,14 @@ unexport PYTHONHOME
 root := justfile_directory()
 bin := root / ".venv" / if os_family() == "windows" { "Scripts" } else { "bin" }
 python := bin / "python"
-here := invocation_directory()
+
+export HERE := invocation_directory()
+
+# Shell text: takes the recipe's first argument into $first; a path counts from where the user stands.
+first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || first=$HERE/$first'
+
+# Shell text: $data names the data prepared last, and stays empty where the arguments name a dataset.
+newest := 'data=$("' + python + '" scripts/housekeeping.py newest "$@")'
 
 [private]
 default:
@@ -56,24 +63,51 @@ pre-commit: format lint test
 
 # Turn a text (file, folder, or a known name) into training data in data/processed
 prepare-data FILE *ARGS: (_env "tensorboard" "plots")
-    @f=$1 && shift && if [ -e "{{ here }}/$f" ]; then f="{{ here }}/$f"; fi && "{{ bin }}/llm-prepare" "$f" "$@"
+    @{{ first }}; exec "{{ bin }}/llm-prepare" "$first" "$@"
 
-# Train configs/default.yaml on the newest data in data/processed
+# Train configs/default.yaml on the data prepared last
 train *ARGS: (_env "tensorboard" "plots")
-    @"{{ python }}" scripts/newest.py -- "{{ bin }}/llm-train" configs/default.yaml "$@"
+    @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} "$@"
 
-# A short training run to try things out: 5 epochs, small batch, newest data
+# A short run to try things out: 5 epochs, small batch, on the data prepared last
 train-quick *ARGS: (_env "tensorboard" "plots")
-    @"{{ python }}" scripts/newest.py -- "{{ bin }}/llm-train" configs/quick.yaml --epochs=5 --batch_size=8 "$@"
+    @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 "$@"
 
-# Train with a configuration file
+# Train with a configuration file of your own
 train-with-config FILE *ARGS: (_env "tensorboard" "plots")
-    @f=$1 && shift && if [ -e "{{ here }}/$f" ]; then f="{{ here }}/$f"; fi && "{{ bin }}/llm-train" "$f" "$@"
+    @{{ first }}; exec "{{ bin }}/llm-train" "$first" "$@"
 
 # Talk to a trained model: MODEL is an out_dir, a step directory or a ckpt.pt
-generate MODEL *ARGS: (_env "tensorboard" "plots")
-    @m=$1 && shift && if [ -e "{{ here }}/$m" ]; then m="{{ here }}/$m"; fi && "{{ bin }}/llm-generate" --interactive --checkpoint="$m" "$@"
+generate MODEL *ARGS: _env
+    @{{ first }}; exec "{{ bin }}/llm-generate" --interactive --checkpoint="$first" "$@"
+
+# Show the curves of all runs in the browser
+tensorboard *ARGS: (_env "tensorboard")
+    @logs=$("{{ python }}" scripts/housekeeping.py logs) && exec "{{ python }}" -m tensorboard.main --logdir_spec="$logs" "$@"
+
+# Open the tour notebook
+notebook *ARGS: (_env "notebook")
+    @exec "{{ python }}" -m notebook --notebook-dir=notebooks "$@"
+
+# Say which GPU PyTorch can use here
+check-gpu: _env
+    @exec "{{ python }}" scripts/check_gpu.py
 
 # Time the training step
-bench *ARGS: (_env "tensorboard" "plots")
-    @"{{ bin }}/llm-bench" "$@"
+bench *ARGS: _env
+    @exec "{{ bin }}/llm-bench" "$@"
+
+# The line budget of the one-hour path against reality
+loc:
+    @sh "{{ root }}/just" --bootstrap
+    @"{{ python }}" scripts/housekeeping.py loc
+
+# Delete caches and build files
+clean:
+    @sh "{{ root }}/just" --bootstrap
+    @"{{ python }}" scripts/housekeeping.py clean
+
+# Delete runs, .bin files, data/processed and data/cache: lists them and asks (--yes does not ask)
+clean-all *ARGS:
+    @sh "{{ root }}/just" --bootstrap
+    @"{{ python }}" scripts/housekeeping.py clean-all "$@"
