@@ -1,0 +1,418 @@
+"""Text to token ids and back.
+
+Five kinds behind one interface: characters (nanoGPT's char level), bytes, tiktoken's GPT-2 family, any Hugging Face
+`tokenizer.json`, and byte-level BPE trained on the user's own text. A tokenizer is saved beside the data and inside
+every checkpoint, complete: loading it needs no network. Special tokens in a text are plain text unless asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import UserError
+from .vocabulary import byte_to_char, gpt2_encoder_json, read_meta_pkl, tiktoken_encoding
+
+META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
+EOT = "<|endoftext|>"
+NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
+TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
+# A tokenizer.json has no field for the token that ends a text; these are the usual names.
+HF_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+
+
+class Tokenizer:
+    """What all tokenizers share. Ids are 0 .. vocab_size - 1; eot_id ends a document, None where no id does."""
+
+    name: str
+    vocab_size: int
+    eot_id: int | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest of uint16 and uint32 (little-endian) that holds every id."""
+        return np.dtype("<u2") if self.vocab_size <= 1 << 16 else np.dtype("<u4")
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Token ids of a text, 1-D. With allow_special, a special token written out in the text becomes that token.
+        Lone surrogates count as U+FFFD. Raises UserError for what the vocabulary cannot express."""
+        if not text:
+            return np.empty(0, self.dtype)
+        try:
+            return self._encode(text, allow_special).astype(self.dtype, copy=False)
+        except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except UnicodeEncodeError:
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allow_special)
+        except BaseException as error:  # a Rust panic is no Exception
+            # Long runs of one kind of character overflow the stack of the regular expression engine.
+            if len(text) < 2:
+                raise UserError(f"the {self.name} tokenizer fails on {text!r}: {error}") from None
+            return np.concatenate([self.encode(part, allow_special) for part in self._divide(text)])
+
+    def decode(self, ids: Any) -> str:
+        """Text of token ids (list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        """UTF-8 bytes of token ids. One token may hold part of a character. Raises UserError for an unknown id."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over what defines the tokenizer: equal fingerprints give equal ids."""
+        if not hasattr(self, "_fingerprint"):
+            self._fingerprint = hashlib.sha256(self._definition()).hexdigest()
+        return self._fingerprint
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.meta.json and the files it needs into folder (made where missing)."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        meta = {"format": "llm-from-scratch-tokenizer", "version": 1, "name": self.name, "vocab_size": self.vocab_size}
+        meta |= {"eot_id": self.eot_id, "fingerprint": self.fingerprint()} | self._save(Path(folder))
+        (Path(folder) / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def exists(folder: str | Path) -> bool:
+        """Whether folder holds a saved tokenizer."""
+        return (Path(folder) / META_FILE).is_file()
+
+    @staticmethod
+    def load(folder: str | Path) -> Tokenizer:
+        """The tokenizer that save() wrote. Raises UserError where it is missing, damaged or of another version."""
+        path = Path(folder) / META_FILE
+        if not path.is_file():
+            raise UserError(f"no tokenizer in {folder}: expected {META_FILE}, which llm-prepare writes")
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
+                raise UserError(f"{path} is in format {meta['format']} {meta['version']}, this version reads 1")
+            tokenizer = _load(Path(folder), meta)
+            intact = tokenizer.fingerprint() == meta["fingerprint"]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"the tokenizer in {folder} is damaged ({error}): run llm-prepare again") from None
+        if not intact:
+            raise UserError(f"the tokenizer in {folder} is damaged (its fingerprint differs): run llm-prepare again")
+        return tokenizer
+
+    @staticmethod
+    def from_name(spec: str, text: str | Iterable[str] | None = None) -> Tokenizer:
+        """A tokenizer by name: char and bpe:N (both learn from text), byte, gpt2, cl100k_base, o200k_base, or the path
+        of a tokenizer.json or of a folder that holds one. Raises UserError."""
+        texts = [text] if isinstance(text, str) else text
+        kind, _, size = spec.partition(":")
+        if spec == "byte":
+            return ByteTokenizer()
+        if spec in TIKTOKEN_NAMES:
+            return TiktokenTokenizer.named(spec)
+        if spec == "char" or kind == "bpe":
+            if kind == "bpe" and (not size.isdecimal() or int(size) < 257):
+                raise UserError(
+                    f"tokenizer {spec!r}: expected bpe:N, N at least 257 (256 bytes and {EOT}), such as bpe:8192"
+                )
+            if texts is None:
+                raise UserError(f"the {kind} tokenizer learns its vocabulary from a text, and none was given")
+            return CharTokenizer.from_text(texts) if kind == "char" else HFTokenizer.train(texts, int(size))
+        path = Path(spec) / HF_FILE if Path(spec).is_dir() else Path(spec)
+        if path.is_file():
+            return HFTokenizer.from_file(path)
+        if spec.endswith(".json") or len(path.parts) > 1:
+            raise UserError(f"no tokenizer file {path}: expected a {HF_FILE} in Hugging Face's format")
+        near = difflib.get_close_matches(spec, NAMES, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"unknown tokenizer {spec!r}: {hint}expected one of {', '.join(NAMES)}, or a {HF_FILE}")
+
+    @staticmethod
+    def from_nanogpt_meta(path: str | Path) -> CharTokenizer:
+        """The tokenizer in a nanoGPT meta.pkl. Builds dicts, strings and integers, nothing else; raises UserError."""
+        return CharTokenizer(read_meta_pkl(Path(path)))
+
+    # what a child fills in
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        raise NotImplementedError
+
+    def _definition(self) -> bytes:
+        raise NotImplementedError
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        """Writes further files; returns further fields of the meta file."""
+        return {}
+
+    def _divide(self, text: str) -> Iterator[str]:
+        """Parts of a text that could not be encoded whole, cut where the pattern would have cut it, else in halves."""
+        cuts = set()
+        for run in re.finditer(r"\s{1000,}", text):
+            # GPT-2's pattern leaves the last space of a run to the next word; its successors first take all up to
+            # the last line break.
+            line_end = max(text.rfind("\n", run.start(), run.end()), text.rfind("\r", run.start(), run.end())) + 1
+            if line_end and self.name in TIKTOKEN_NAMES[1:]:
+                cuts.add(line_end)
+            if line_end != run.end() or self.name not in TIKTOKEN_NAMES[1:]:
+                cuts.add(run.end() - 1 if run.end() < len(text) else run.end())
+        edges = sorted(cuts - {0, len(text)}) or [safe_cut(text, (len(text) + 1) // 2)]
+        return (text[a:b] for a, b in zip([0, *edges], [*edges, len(text)], strict=True))
+
+    def _known(self, ids: Any) -> np.ndarray:
+        array = np.asarray(ids).reshape(-1)
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            wrong = array[(array < 0) | (array >= self.vocab_size)][0]
+            raise UserError(
+                f"token id {wrong} is outside the {self.name} vocabulary: expected 0 to {self.vocab_size - 1}"
+            )
+        return array.astype(np.int64)
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in the order of `chars`."""
+
+    name = "char"
+
+    def __init__(self, chars: str) -> None:
+        if not chars or len(set(chars)) != len(chars):
+            raise UserError("a char vocabulary needs at least one character, and each only once")
+        self.chars, self.vocab_size = chars, len(chars)
+        self._codes = _code_points(chars)
+        self._table = np.full(int(self._codes.max()) + 1, -1, np.int32)  # code point -> id, -1 where unknown
+        self._table[self._codes] = np.arange(len(chars), dtype=np.int32)
+
+    @classmethod
+    def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
+        """The sorted characters of all texts, as nanoGPT numbers them."""
+        seen = np.zeros(0x110000, dtype=bool)
+        for text in texts:
+            seen[_code_points(text)] = True
+        if not seen.any():
+            raise UserError("the text is empty: a char vocabulary needs at least one character")
+        return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        codes = _code_points(text)
+        ids = self._table[np.minimum(codes, len(self._table) - 1)]
+        unknown = (ids < 0) | (codes >= len(self._table))
+        if unknown.any():
+            char = chr(codes[unknown.argmax()])
+            raise UserError(
+                f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} that this "
+                "char tokenizer knows: leave it out, or use data prepared with --tokenizer=gpt2 or byte, which know all"
+            )
+        return ids
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        return self._codes[self._known(ids)].tobytes().decode("utf-32-le").encode("utf-8")
+
+    def _definition(self) -> bytes:
+        return b"char\0" + self.chars.encode("utf-8")
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        return {"chars": self.chars}
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 values of a UTF-8 byte."""
+
+    name = "byte"
+    vocab_size = 256
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        return self._known(ids).astype(np.uint8).tobytes()
+
+    def _definition(self) -> bytes:
+        return b"byte"
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-level BPE by tiktoken. ranks: token bytes -> id; special: text -> id; pattern cuts text into words."""
+
+    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> None:
+        import tiktoken
+
+        self.name, self._ranks, self._pattern, self._special = name, ranks, pattern, special
+        self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self._bpe.n_vocab
+        self.eot_id = special.get(EOT)
+
+    @classmethod
+    def named(cls, name: str) -> TiktokenTokenizer:
+        """gpt2 from local files where there are any; else, and for the others, tiktoken's cache or download."""
+        if name == "gpt2" and (encoder := gpt2_encoder_json()) is not None:
+            from tiktoken_ext.openai_public import r50k_pat_str
+
+            to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+            ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != EOT}
+            return cls(name, ranks, r50k_pat_str, {EOT: encoder[EOT]})
+        bpe = tiktoken_encoding(name)
+        return cls(name, bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens)
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        allowed = self._bpe.special_tokens_set if allow_special else set()
+        return self._bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        known = self._known(ids).tolist()
+        try:
+            return self._bpe.decode_bytes(known)
+        except KeyError as error:  # the id spaces of the successors of GPT-2 have gaps
+            raise UserError(f"token id {error} is unused in the {self.name} vocabulary") from None
+
+    def _definition(self) -> bytes:
+        # Not the pattern: tiktoken's releases spell the same pattern differently.
+        ranks = b"".join(b"%d %s\n" % (rank, token.hex().encode()) for token, rank in self._ranks.items())
+        return f"{self.name}\0{json.dumps(self._special, sort_keys=True)}\0".encode() + ranks
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks.items())
+        (folder / RANKS_FILE).write_bytes(b"".join(lines))
+        return {"pattern": self._pattern, "special": self._special}
+
+
+class HFTokenizer(Tokenizer):
+    """Any tokenizer of the `tokenizers` library: read from a tokenizer.json, or BPE trained here (name "bpe")."""
+
+    def __init__(self, definition: str, name: str = "hf", eot_id: int | None = None) -> None:
+        self.name, self.eot_id, self._json = name, eot_id, definition
+        self._plain = self._build(special_is_text=True)
+        self._with_special: Any = None
+        vocab = self._plain.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        added = self._plain.get_added_tokens_decoder()
+        self._added = {i: token.content.encode("utf-8") for i, token in added.items()}
+        kind = json.dumps(json.loads(definition).get("decoder"))
+        self._byte_level, self._byte_fallback = '"ByteLevel"' in kind, '"ByteFallback"' in kind
+        if self._byte_level:
+            self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+
+    def _build(self, special_is_text: bool) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_str(self._json)
+        except Exception as error:
+            raise UserError(f"not a tokenizer.json in Hugging Face's format: {error}") from None
+        backend.no_truncation()  # some files cut every text at the length that their model was trained with
+        backend.no_padding()
+        backend.encode_special_tokens = special_is_text
+        return backend
+
+    @classmethod
+    def from_file(cls, path: Path) -> HFTokenizer:
+        try:
+            definition = path.read_text(encoding="utf-8")
+            beside = path.parent / "tokenizer_config.json"
+            eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        tokenizer = cls(definition)
+        names = [eos.get("content") if isinstance(eos, dict) else eos, *HF_EOT_NAMES]
+        ids = (tokenizer._plain.token_to_id(name) for name in names if isinstance(name, str))
+        tokenizer.eot_id = next((i for i in ids if i is not None), None)
+        return tokenizer
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> HFTokenizer:
+        """Byte-level BPE of at most vocab_size ids, fewer where the texts hold no more pairs. End of text is id 0."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+        )
+        # The trainer reads 256 texts ahead, so it is given short ones.
+        backend.train_from_iterator((part for text in texts for part in cut_text(text, 1 << 16)), trainer)
+        return cls(backend.to_str(), "bpe", backend.token_to_id(EOT))
+
+    def _encode(self, text: str, allow_special: bool) -> np.ndarray:
+        if allow_special and self._with_special is None:
+            self._with_special = self._build(special_is_text=False)
+        backend = self._with_special if allow_special else self._plain
+        return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids: Any) -> str:
+        return self._plain.decode(self._known(ids).tolist(), skip_special_tokens=False)
+
+    def decode_bytes(self, ids: Any) -> bytes:
+        known = self._known(ids).tolist()
+        if not (self._byte_level or self._byte_fallback):
+            return self.decode(known).encode("utf-8")
+        return b"".join(self._token_bytes(i) for i in known)
+
+    def _token_bytes(self, i: int) -> bytes:
+        token = self._plain.id_to_token(i)
+        if i in self._added or token is None:
+            return self._added.get(i, b"")
+        if self._byte_level:
+            return bytes(self._to_byte[char] for char in token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode("utf-8")
+
+    def _definition(self) -> bytes:
+        return f"{self.name}\0{self.eot_id}\0{json.dumps(json.loads(self._json), sort_keys=True)}".encode()
+
+    def _save(self, folder: Path) -> dict[str, Any]:
+        (folder / HF_FILE).write_text(self._json, encoding="utf-8")
+        return {}
+
+
+def tokenizer_of(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer beside some data: tokenizer.meta.json, else nanoGPT's meta.pkl, else None."""
+    if Tokenizer.exists(folder):
+        return Tokenizer.load(folder)
+    meta = Path(folder) / "meta.pkl"
+    return Tokenizer.from_nanogpt_meta(meta) if meta.is_file() else None
+
+
+def safe_cut(text: str, limit: int) -> int:
+    """The last place below limit where a word ends before white space, else limit. The patterns of GPT-2 and its
+    successors always cut there, so the tokens of the two halves are those of the whole."""
+    for window in (1 << 10, 1 << 16, limit):
+        ends = [m.start() for m in re.finditer(r"(?<=[^\W_])(?=\s)", text[max(0, limit - window) : limit])]
+        if ends:
+            return max(0, limit - window) + ends[-1]
+    return limit
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most `size` characters, cut where that changes no tokens."""
+    start = 0
+    while len(text) - start > size:
+        end = start + safe_cut(text[start : start + size], size)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:
+    name = meta["name"]
+    if name == "char":
+        return CharTokenizer(meta["chars"])
+    if name == "byte":
+        return ByteTokenizer()
+    if name in ("bpe", "hf"):
+        return HFTokenizer((folder / HF_FILE).read_text(encoding="utf-8"), name, meta["eot_id"])
+    if name not in TIKTOKEN_NAMES:
+        raise UserError(f"the tokenizer in {folder} is of unknown kind {name!r}")
+    lines = ((folder / RANKS_FILE).read_bytes()).split(b"\n")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])
+
+
+def _code_points(text: str) -> np.ndarray:
+    """Shape (len(text),), uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
