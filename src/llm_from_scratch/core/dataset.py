@@ -7,6 +7,7 @@ function of (seed, step): it depends neither on the number of processes nor on e
 
 from __future__ import annotations
 
+import functools
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,23 +167,17 @@ class SampleOrder:
         out = np.empty(batch, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            out[here] = self._epoch(int(epoch))[places[here]]
+            out[here] = _epoch_starts(self, int(epoch))[places[here]]
         return out
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """Start positions of one epoch in their order. Only the epoch in use is kept."""
-        cached = _EPOCHS.get(self)
-        if cached is None or cached[0] != epoch:
-            spacing = self.stride or self.block_size
-            rng = _generator(self.seed, epoch)
-            shift = int(rng.integers(0, min(spacing - 1, self.last_start) + 1))
-            cached = (epoch, rng.permutation(self.windows_per_epoch) * spacing + shift)
-            _EPOCHS.clear()
-            _EPOCHS[self] = cached
-        return cached[1]
 
-
-_EPOCHS: dict[SampleOrder, tuple[int, np.ndarray]] = {}
+@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _epoch_starts(order: SampleOrder, epoch: int) -> np.ndarray:
+    """Start positions of one epoch of shuffled windows, in their order: (windows_per_epoch,) int64."""
+    spacing = order.stride or order.block_size
+    rng = _generator(order.seed, epoch)
+    shift = int(rng.integers(0, min(spacing - 1, order.last_start) + 1))
+    return rng.permutation(order.windows_per_epoch) * spacing + shift
 
 
 def _generator(seed: int, counter: int) -> np.random.Generator:
