@@ -4,9 +4,6 @@
 
 set positional-arguments
 
-unexport VIRTUAL_ENV
-unexport PYTHONHOME
-
 root := justfile_directory()
 bin := root / ".venv" / if os_family() == "windows" { "Scripts" } else { "bin" }
 python := bin / "python"
@@ -25,34 +22,40 @@ default:
 
 # .venv with what these extras need; quick when it is there already
 [private]
+[no-exit-message]
 _env *EXTRAS:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/install.py "$@"
 
 # Make .venv with what training, TensorBoard and the notebook need
-setup: (_env "tensorboard" "plots" "notebook")
+setup: (_env "tensorboard" "plots" "offline" "notebook")
 
 # Make .venv with the development tools
 install-dev: (_env "dev")
 
 # Train a small model on a small text and read from it: a few minutes
+[no-exit-message]
 demo *ARGS: (_env "tensorboard" "plots")
     @"{{ python }}" -m llm_from_scratch.cli.demo "$@"
 
 # Run the tests
+[no-exit-message]
 test *ARGS: (_env "dev")
     @"{{ python }}" -m pytest "$@"
 
 # Run the tests and report which lines they reach
+[no-exit-message]
 test-cov *ARGS: (_env "dev")
     @"{{ python }}" -m pytest --cov=llm_from_scratch --cov-report=term-missing:skip-covered "$@"
 
 # Format the code
+[no-exit-message]
 format: (_env "dev")
     @"{{ python }}" -m black .
     @"{{ python }}" -m ruff check --fix .
 
 # Check format, style and types
+[no-exit-message]
 lint: (_env "dev")
     @"{{ python }}" -m black --check .
     @"{{ python }}" -m ruff check .
@@ -62,52 +65,64 @@ lint: (_env "dev")
 pre-commit: format lint test
 
 # Turn a text (file, folder, or a known name) into training data in data/processed
-prepare-data FILE *ARGS: (_env "tensorboard" "plots")
+[no-exit-message]
+prepare-data FILE *ARGS: (_env "tensorboard" "plots" "offline")
     @{{ first }}; exec "{{ bin }}/llm-prepare" "$first" "$@"
 
 # Train configs/default.yaml on the data prepared last
+[no-exit-message]
 train *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} "$@"
 
 # A short run to try things out: 5 epochs, small batch, on the data prepared last
+[no-exit-message]
 train-quick *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 "$@"
 
 # Train with a configuration file of your own
+[no-exit-message]
 train-with-config FILE *ARGS: (_env "tensorboard" "plots")
     @{{ first }}; exec "{{ bin }}/llm-train" "$first" "$@"
 
 # Talk to a trained model: MODEL is an out_dir, a step directory or a ckpt.pt
+[no-exit-message]
 generate MODEL *ARGS: _env
     @{{ first }}; exec "{{ bin }}/llm-generate" --interactive --checkpoint="$first" "$@"
 
 # Show the curves of all runs in the browser
+[no-exit-message]
 tensorboard *ARGS: (_env "tensorboard")
     @logs=$("{{ python }}" scripts/housekeeping.py logs) && exec "{{ python }}" -m tensorboard.main --logdir_spec="$logs" "$@"
 
 # Open the tour notebook
+[no-exit-message]
 notebook *ARGS: (_env "notebook")
     @exec "{{ python }}" -m notebook --notebook-dir=notebooks "$@"
 
 # Say which GPU PyTorch can use here
+[no-exit-message]
 check-gpu: _env
     @exec "{{ python }}" scripts/check_gpu.py
 
 # Time the training step
+[no-exit-message]
 bench *ARGS: _env
     @exec "{{ bin }}/llm-bench" "$@"
 
 # The line budget of the one-hour path against reality
+[no-exit-message]
 loc:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/housekeeping.py loc
 
 # Delete caches and build files
+[no-exit-message]
 clean:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/housekeeping.py clean
 
 # Delete runs, .bin files, data/processed and data/cache: lists them and asks (--yes does not ask)
+[no-exit-message]
 clean-all *ARGS:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/housekeeping.py clean-all "$@"

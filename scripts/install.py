@@ -140,9 +140,7 @@ def install_torch(uv: Uv, torch: str) -> bool:
         if local is not None and "+cpu" in local:
             if uv.install("--no-deps", torch, links=False).returncode == 0:
                 return True
-            say(
-                f"warning: the index gave no CUDA build of {torch}; the CPU build among the extra wheels leaves the GPU idle"
-            )
+            say(f"warning: the index gave no CUDA build of {torch}; the extra wheels hold a CPU build only")
         return False
     if local is not None and "+cu" not in local.replace("+cpu", ""):
         return uv.install("--no-deps", "--no-index", torch).returncode == 0
