@@ -1,0 +1,183 @@
+"""`./just demo`: a text, a small model trained on it, its loss curve and what it writes, in a few minutes.
+
+Each stage is one of the commands that a user types, so what is shown can be typed again. Arguments go to llm-train.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .common import run
+
+OUT_DIR = "out-demo"
+Points = Sequence[tuple[int, float]]
+
+# Bits of a braille character's dots, by (row, column) in its cell of 4 rows and 2 columns (Unicode chart U+2800).
+BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+
+
+def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, unicode: bool = True) -> str:
+    """The losses over the steps as a text of at most `width` columns and height + 3 lines.
+
+    train, val: (step, loss) in any order; what is not finite is left out. The train loss is averaged within a column
+    and drawn as a line, each val loss as one mark over it. unicode=False draws in ASCII. Nothing to draw gives "".
+    """
+    train = sorted(point for point in train if math.isfinite(point[1]))
+    val = sorted(point for point in val if math.isfinite(point[1]))
+    if not train and not val:
+        return ""
+    first, last = (pick(step for step, _ in [*train, *val]) for pick in (min, max))
+    low, high = (pick(loss for _, loss in [*train, *val]) for pick in (min, max))
+    gutter = max(len(f"{loss:.2f}") for loss in (low, high)) + 2
+    columns, (across, down) = max(width - gutter, 10), (2, 4) if unicode else (1, 1)
+
+    def x_of(step: int, cells: int) -> int:
+        return round((step - first) / max(last - first, 1) * (cells - 1))
+
+    def y_of(loss: float, cells: int) -> int:
+        return round((high - loss) / ((high - low) or 1.0) * (cells - 1))
+
+    # The line: the mean loss of every dot column, joined to its neighbour's by a vertical stroke.
+    sums: dict[int, tuple[float, int]] = {}
+    for step, loss in train:
+        x = x_of(step, columns * across)
+        total, count = sums.get(x, (0.0, 0))
+        sums[x] = (total + loss, count + 1)
+    dots: set[tuple[int, int]] = set()
+    before: tuple[int, float] | None = None
+    for x, (total, count) in sorted(sums.items()):
+        x0, loss0 = before or (x, total / count)
+        previous = y_of(loss0, height * down)
+        for step in range(x0, x + 1):
+            part = (step - x0) / (x - x0) if x > x0 else 1.0
+            y = y_of(loss0 + part * (total / count - loss0), height * down)
+            dots.update((step, level) for level in range(min(previous, y), max(previous, y) + 1))
+            previous = y
+        before = (x, total / count)
+
+    cells = [[" "] * columns for _ in range(height)]
+    for x, y in dots:
+        row, column = y // down, x // across
+        if unicode:
+            old = ord(cells[row][column]) if cells[row][column] != " " else 0x2800
+            cells[row][column] = chr(old | BRAILLE[y % down][x % across])
+        else:
+            cells[row][column] = "*"
+    for step, loss in val:
+        cells[y_of(loss, height)][x_of(step, columns)] = "●" if unicode else "o"
+
+    labels = {0: high, height // 2: high - (high - low) * (height // 2) / max(height - 1, 1), height - 1: low}
+    tick, wall, corner, floor = ("┤", "│", "└", "─") if unicode else ("+", "|", "+", "-")
+    lines = []
+    for row, content in enumerate(cells):
+        label = f"{labels[row]:.2f} {tick}" if row in labels else wall
+        lines.append((label.rjust(gutter) + "".join(content)).rstrip())
+    lines.append(corner.rjust(gutter) + floor * columns)
+    left, right = f"step {first}", f"{last}"
+    lines.append(" " * gutter + left + right.rjust(columns - len(left)))
+    marks = [("⠒⠒" if unicode else "**") + " train loss"] * bool(train) + [
+        ("●" if unicode else "o") + " val loss"
+    ] * bool(val)
+    lines.append(" " * gutter + "   ".join(marks))
+    return "\n".join(lines)
+
+
+def read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(train losses, val losses) by step from a run's metrics.jsonl; a line that is not whole is skipped."""
+    train: dict[int, float] = {}
+    val: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            for key, series in (("loss", train), ("val_loss", val)):
+                if isinstance(entry.get(key), (int, float)):
+                    series[entry["step"]] = float(entry[key])
+    return sorted(train.items()), sorted(val.items())
+
+
+def draws_unicode() -> bool:
+    if os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        "⣿●┤└─".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The value that a command line gives a setting, as --name=value, --name value or --section.name=value."""
+    value = None
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        key, equals, text = arg.partition("=")
+        if key.startswith("--") and key[2:].rpartition(".")[2] == name:
+            value = text if equals else following
+    return value
+
+
+def call(command: str, *args: str) -> int:
+    """Runs one of the commands in a process of its own. Ctrl-C reaches it too; this waits for it to end in order."""
+    sys.stdout.flush()
+    child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{command}", *args])
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def demo(argv: list[str]) -> int:
+    given = {name: option(argv, name) for name in ("dataset", "out_dir")}
+    out_dir = Path(given["out_dir"] or OUT_DIR)
+    settings = ["configs/quick.yaml", *argv]
+    settings += [] if given["dataset"] else ["--dataset=demo"]
+    settings += [] if given["out_dir"] else [f"--out_dir={OUT_DIR}"]
+    if any(arg.partition("=")[0] in ("--help", "-h", "--print_config", "--dry_run") for arg in argv):
+        return call("train", *settings)
+
+    code = 0 if given["dataset"] else call("prepare_data", "demo")
+    code = code or call("train", *settings)
+    if code:
+        return code
+
+    train, val = read_metrics(out_dir / "metrics.jsonl")
+    print(f"\nval loss at the end: {val[-1][1]:.4f}\n" if val else "")
+    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+    print(loss_curve(train, val, width=width, unicode=draws_unicode()))
+    print("\nWhat the model writes now:\n")
+    code = call("generate", f"--out_dir={out_dir}", "--num_samples=2", "--max_new_tokens=300")
+    if code:
+        return code
+
+    checkpoints = sorted(out_dir.glob("step-*"))
+    places = [("checkpoint", checkpoints[-1] if checkpoints else out_dir)]
+    places += [("loss curve", out_dir / "loss.png"), ("TensorBoard log", out_dir / "tensorboard")]
+    hints = [
+        ("talk to it", f"./just generate {out_dir}"),
+        ("see its curves", "./just tensorboard"),
+        ("train it longer", "./just demo --max_iters=5000"),
+        ("your own text", "./just prepare-data FILE, then ./just train"),
+    ]
+    print("\nWhere things lie:")
+    print("\n".join(f"  {name:<16} {place}" for name, place in places if place.exists()))
+    print("\nWhat to try next:")
+    print("\n".join(f"  {name:<16} {command}" for name, command in hints))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(demo, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
