@@ -79,6 +79,11 @@ train *ARGS: (_env "tensorboard" "plots")
 train-quick *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 "$@"
 
+# Train a model of GPT-2's size on the data prepared last: a GPU's work
+[no-exit-message]
+train-full *ARGS: (_env "tensorboard" "plots")
+    @{{ newest }} && exec "{{ bin }}/llm-train" configs/gpt2-124m.yaml ${data:+"$data"} "$@"
+
 # Train with a configuration file of your own
 [no-exit-message]
 train-with-config FILE *ARGS: (_env "tensorboard" "plots")

@@ -51,6 +51,12 @@ def is_done(stamp: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return same and set(wanted["extras"]) <= set(stamp.get("extras", []))
 
 
+def pip_listing() -> str:
+    """What `pip config list` prints: a line `section.name='value'` for each setting of files and environment."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 def pip_settings(listing: str) -> dict[str, str]:
     """Setting name -> value, from the lines of `pip config list`; the environment over [install] over [global]."""
     rank = {"global": 0, "install": 1, ":env:": 2}
@@ -170,8 +176,7 @@ def main(argv: list[str]) -> int:
     wanted = wanted_state(ROOT, argv + stamp.get("extras", []))
     extras = ",".join(wanted["extras"])
     say(f"installing llm-from-scratch{f' with {extras}' if extras else ''} into .venv")
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
-    uv = Uv(uv_environment(dict(os.environ), pip_settings(listing.stdout)))
+    uv = Uv(uv_environment(dict(os.environ), pip_settings(pip_listing())))
     install_torch(uv, pinned_torch((ROOT / "constraints.txt").read_text(encoding="utf-8")))
     target = f".[{extras}]" if extras else "."
     if uv.install("-c", "constraints.txt", "-e", target).returncode:
