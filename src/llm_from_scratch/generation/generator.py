@@ -1,0 +1,277 @@
+"""Text from a model: prompts in, samples out, with stop texts and streaming.
+
+decoding.py makes the logits, sampling.py draws from them, and this file turns prompts into ids and ids into text.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..config import GenerationConfig, GPTConfig, UserError
+from ..core.checkpoint import load_any
+from ..core.model import GPT
+from ..core.runtime import resolve_device, resolve_dtype
+from ..core.tokenizer import Tokenizer
+from .decoding import Batch, Overflow
+from .sampling import Sampler
+
+CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
+
+
+@dataclass
+class Completion:
+    """One sample. text is what follows the prompt, up to a stop text; tokens is all that was drawn for it."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: Literal["length", "stop"]
+    seed: int
+    prompt_tokens: list[int]
+
+
+class TextStream:
+    """Tokens to text as they come: whole characters only, and nothing that is or may become part of a stop text.
+
+    bytes_of(before, token): the bytes that a token adds after the token before it.
+    """
+
+    def __init__(self, bytes_of: Callable[[int, int], bytes], before: int, stop: Sequence[str] = ()):
+        self.bytes_of, self.before, self.stop = bytes_of, before, stop
+        self.tokens: list[int] = []
+        self.text = ""  # what is certain
+        self.held = ""  # what may be the beginning of a stop text
+        self.stopped = False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """Takes the next token; returns the text that has become certain."""
+        self.tokens.append(token)
+        text = self.utf8.decode(self.bytes_of(self.before, token))
+        self.before = token
+        return self._give(text)
+
+    def finish(self) -> str:
+        """Returns what was held back; half a character becomes U+FFFD."""
+        return self._give(self.utf8.decode(b"", final=True), final=True)
+
+    def _give(self, text: str, final: bool = False) -> str:
+        held = "" if self.stopped else self.held + text
+        found = [at for at in map(held.find, self.stop) if at >= 0]
+        sure = min(found) if found else len(held) - (0 if final else self._begun(held))
+        self.stopped, self.held = self.stopped or bool(found), "" if found else held[sure:]
+        self.text += held[:sure]
+        return held[:sure]
+
+    def _begun(self, held: str) -> int:
+        """Length of the longest end of the text with which a stop text begins."""
+        longest = min(max(map(len, self.stop), default=1) - 1, len(held))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(held[-n:]) for s in self.stop)), 0)
+
+
+class Generator:
+    """A model and its tokenizer, ready to write.
+
+    device, dtype: where the model is moved and what its weights become; None leaves it as it is.
+    Raises UserError where the tokenizer has more tokens than the model.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        rows = model.lm_head.weight.size(0)
+        if tokenizer.vocab_size > rows:
+            raise UserError(
+                f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: it is not "
+                "the one that the model was trained with; name the model's data with --dataset"
+            )
+        self.model, self.tokenizer = model.to(device=device, dtype=dtype), tokenizer
+        self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        location: str | Path,
+        which: str | int | None = None,
+        dataset: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> Generator:
+        """From an out_dir, a checkpoint directory or a nanoGPT ckpt.pt. Raises UserError.
+
+        which: best, last or a step. dataset: the data (name or folder) whose tokenizer serves where there is none.
+        """
+        where = resolve_device(device)
+        checkpoint = load_any(location, which, dataset)
+        if checkpoint.tokenizer is None:
+            raise UserError(f"{checkpoint.path} holds no tokenizer: name the data it was trained on with --dataset")
+        model = build_model(checkpoint.model_config, checkpoint.model)
+        return cls(model, checkpoint.tokenizer, where, resolve_dtype(dtype, where))
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: str = "auto", dtype: str = "auto") -> Generator:
+        """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
+        from ..interop.hf import load_pretrained
+
+        where = resolve_device(device)
+        config, state, tokenizer = load_pretrained(name)
+        tokenizer = tokenizer or Tokenizer.from_name("gpt2")
+        return cls(build_model(config, state), tokenizer, where, resolve_dtype(dtype, where))
+
+    def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
+        """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""
+        ids = self.tokenizer.encode(prompt, allow_special).tolist() if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise UserError("the prompt is empty: a model continues a text, so give it at least one character")
+        unknown = [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]
+        if unknown:
+            raise UserError(f"token id {unknown[0]} is outside the vocabulary: 0 to {self.tokenizer.vocab_size - 1}")
+        return ids
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: GenerationConfig | None = None,
+        seed: int = 1337,
+        *,
+        use_cache: bool = True,
+        overflow: Overflow = "recompute",
+        allow_special: bool = False,
+        sampler: Sampler | None = None,
+    ) -> list[Completion]:
+        """params.num_samples samples of every prompt (texts or token ids), prompt by prompt.
+
+        Sample k of a prompt has the seed seed + k: it comes out the same alone (that seed, num_samples=1) and in any
+        batch. allow_special: a special token written out in a prompt is that token. sampler: another way to draw, a
+        row a sample. Raises UserError for an empty prompt or one that the vocabulary cannot express.
+        """
+        params = params or GenerationConfig()
+        params.validate()
+        encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]
+        size = self._rows_at_once(max(map(len, encoded), default=0) + params.max_new_tokens)
+        done: list[Completion] = []
+        for at in range(0, len(rows), size):
+            ids, seeds = (list(column) for column in zip(*rows[at : at + size], strict=True))
+            part = sampler.select(torch.arange(at, at + len(ids))) if sampler else self._sampler(params, ids, seeds)
+            with _evaluating(self.model):
+                batch = Batch(self.model, ids, params.max_new_tokens, use_cache, overflow)
+                texts = [TextStream(self.bytes_of, prompt[-1], params.stop) for prompt in ids]
+                for _ in self._run(batch, part, texts, params.max_new_tokens, watch=bool(params.stop)):
+                    pass
+            for text in texts:
+                text.finish()
+            done += [
+                Completion(text.text, text.tokens, "stop" if text.stopped else "length", row_seed, prompt)
+                for text, row_seed, prompt in zip(texts, seeds, ids, strict=True)
+            ]
+        return done
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        params: GenerationConfig | None = None,
+        seed: int = 1337,
+        *,
+        overflow: Overflow = "recompute",
+        allow_special: bool = False,
+    ) -> Iterator[str]:
+        """The text of one sample in pieces, as it is drawn: together they are generate()'s text for that seed."""
+        params = params or GenerationConfig()
+        params.validate()
+        return self._stream(self.encode(prompt, allow_special), params, seed % 2**63, overflow)
+
+    def _stream(self, ids: list[int], params: GenerationConfig, seed: int, overflow: Overflow) -> Iterator[str]:
+        text = TextStream(self.bytes_of, ids[-1], params.stop)
+        with _evaluating(self.model):
+            batch = Batch(self.model, [ids], params.max_new_tokens, overflow=overflow)
+            sampler = self._sampler(params, [ids], [seed])
+            for pieces in self._run(batch, sampler, [text], params.max_new_tokens, watch=True):
+                yield from filter(None, pieces)
+        yield from filter(None, [text.finish()])
+
+    def _run(
+        self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
+    ) -> Iterator[list[str]]:
+        """Decodes until every row has its tokens or its stop text, and yields what the rows' texts have gained.
+
+        watch: read the tokens after every step, not all at the end, which spares a wait for the device.
+        """
+        live, drawn = list(range(len(texts))), []
+        for step in range(1, steps + 1):
+            drawn.append(self._step(batch, sampler, check=step == 1))
+            if not watch and step < steps:
+                continue
+            yield [
+                "".join([texts[row].push(token) for token in column])
+                for row, column in zip(live, torch.stack(drawn, dim=1).tolist(), strict=True)
+            ]
+            drawn.clear()
+            stay = [i for i, row in enumerate(live) if not texts[row].stopped]
+            if not stay:
+                return
+            if len(stay) < len(live) and step < steps:
+                live = [live[i] for i in stay]
+                batch.keep(stay)
+                sampler = sampler.select(torch.tensor(stay))
+
+    @torch.inference_mode()
+    def _step(self, batch: Batch, sampler: Sampler, check: bool) -> Tensor:
+        """Draws and appends one token a row; returns them, (B,)."""
+        logits = batch.logits()[:, : self.tokenizer.vocab_size]  # rows beyond are padding, not tokens
+        if check and not logits.isfinite().all():
+            raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
+        ids = sampler(logits)
+        batch.append(ids)
+        return ids
+
+    def _sampler(self, params: GenerationConfig, prompts: list[list[int]], seeds: list[int]) -> Sampler:
+        return Sampler(params, prompts, seeds, self.tokenizer.vocab_size, self.model.lm_head.weight.device)
+
+    def _bytes_of(self, before: int, token: int) -> bytes:
+        # with the token before it: some tokenizers write a space between two tokens that neither of them holds
+        return self.tokenizer.decode_bytes([before, token])[len(self.tokenizer.decode_bytes([before])) :]
+
+    def _rows_at_once(self, length: int) -> int:
+        """How many rows of so many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
+        config, weight = self.model.config, self.model.lm_head.weight
+        heads = (config.n_kv_head or config.n_head) / config.n_head
+        row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * weight.element_size()
+        free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
+        return max(1, int(free / row))
+
+
+def build_model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
+    """A model with these weights, which it takes over. Raises UserError where they do not fit."""
+    with torch.device("meta"):  # no time is spent on random weights
+        model = GPT(config)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights do not fit the model: {error}") from None
+    if config.tie_embeddings:
+        model.transformer["wte"].weight = model.lm_head.weight
+    return model
+
+
+@contextlib.contextmanager
+def _evaluating(model: GPT) -> Iterator[None]:
+    """No dropout within; the model's mode is given back after."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

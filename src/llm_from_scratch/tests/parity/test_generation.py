@@ -1,0 +1,173 @@
+"""Decoding against independent references: the naive loop of GPT.generate, transformers' logits processors and its
+generate on the same weights, and torch's own multinomial for nanoGPT's sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.generation import sampling
+from llm_from_scratch.generation.decoding import Batch
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.nanogpt import NanoGPTSampler
+
+from ..memorised import BLOCK, OPTIONS, TOKENIZER, memorised, ragged_prompts
+
+GREEDY = {"temperature": 0.0, "num_samples": 1}
+
+
+@torch.no_grad()
+def naive(model: GPT, prompt: list[int], steps: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy decoding, one row, the whole window anew for every token: tokens and the logits they came from."""
+    ids, logits = torch.tensor([prompt]), []
+    for _ in range(steps):
+        logits.append(model(ids[:, -BLOCK:])[0][0, -1, : TOKENIZER.vocab_size])
+        ids = torch.cat((ids, logits[-1].argmax().view(1, 1)), dim=1)
+    return ids[0, len(prompt) :].tolist(), torch.stack(logits)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_cached_greedy_equals_the_naive_loop_past_block_size(option):
+    model = memorised(option)
+    prompts = [*ragged_prompts(10, 2 * BLOCK, seed=1), *ragged_prompts(2, 3, seed=2)]
+    steps = 2 * BLOCK
+    expected = [naive(model, prompt, steps) for prompt in prompts]
+    assert min(len(set(tokens)) for tokens, _ in expected) >= 20, "the model is not trained: the test proves nothing"
+    batch = Batch(model, prompts, steps)
+    crossed_apart = False
+    for step in range(steps):
+        logits = batch.logits()[:, : TOKENIZER.vocab_size]
+        crossed_apart |= bool(batch.cached) and bool(batch.uncached)
+        for row, (_, reference) in enumerate(expected):
+            torch.testing.assert_close(logits[row], reference[step], rtol=0, atol=1e-5)
+        batch.append(logits.argmax(dim=-1))
+    assert crossed_apart and not batch.cached
+    generated = Generator(model, TOKENIZER).generate(prompts, GenerationConfig(**GREEDY, max_new_tokens=steps))
+    assert [c.tokens for c in generated] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("option", ["gpt2", "modern"])
+def test_greedy_equals_the_models_own_generate(option):
+    model = memorised(option, padding=0)
+    for prompt in ragged_prompts(3, BLOCK):
+        expected = model.generate(torch.tensor([prompt]), 3 * BLOCK, temperature=1.0, top_k=1)[0, len(prompt) :]
+        params = GenerationConfig(**GREEDY, max_new_tokens=3 * BLOCK)
+        assert Generator(model, TOKENIZER).generate([prompt], params)[0].tokens == expected.tolist()
+
+
+@pytest.mark.parametrize("option", ["gpt2", "modern"])
+def test_dropping_half_of_the_window_is_the_same_with_and_without_a_cache(option):
+    model = memorised(option)
+    prompts = ragged_prompts(8, 2 * BLOCK, seed=3)
+    cached, plain = Batch(model, prompts, 100, overflow="drop_half"), Batch(model, prompts, 100, False, "drop_half")
+    drops = set()
+    for _ in range(100):
+        logits = cached.logits()
+        torch.testing.assert_close(logits, plain.logits(), rtol=0, atol=1e-5)
+        drops.add(tuple(cached.dropped))
+        cached.append(logits.argmax(dim=-1))
+        plain.append(logits.argmax(dim=-1))
+    assert not cached.uncached and len(drops) > 8  # rows drop at different times, and more than once
+    contexts = [length - dropped for length, dropped in zip(cached.lengths, cached.dropped, strict=True)]
+    assert all(BLOCK // 2 <= n <= BLOCK + 1 for n in contexts)
+
+
+@pytest.mark.parametrize("option", ["gpt2", "modern"])
+def test_nanogpts_samples_come_out_of_one_batch(option):
+    model = memorised(option, padding=0)
+    prompt, params = ragged_prompts(1, 9)[0], GenerationConfig(num_samples=4, max_new_tokens=60, top_k=5)
+    torch.manual_seed(1337)
+    one_by_one = [model.generate(torch.tensor([prompt]), 60, temperature=0.8, top_k=5) for _ in range(4)]
+    sampler = NanoGPTSampler(params, 1337, TOKENIZER.vocab_size, TOKENIZER.vocab_size, torch.device("cpu"))
+    together = Generator(model, TOKENIZER).generate([prompt], params, sampler=sampler)
+    assert [prompt + c.tokens for c in together] == [ids[0].tolist() for ids in one_by_one]
+    assert len({tuple(c.tokens) for c in together}) > 1
+
+
+def random_logits(rows: int = 40, vocab: int = 101) -> torch.Tensor:
+    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    "ours, processor, value",
+    [
+        (sampling.temperature, "TemperatureLogitsWarper", 0.7),
+        (sampling.temperature, "TemperatureLogitsWarper", 1.9),
+        (sampling.top_k, "TopKLogitsWarper", 1),
+        (sampling.top_k, "TopKLogitsWarper", 17),
+        (sampling.top_k, "TopKLogitsWarper", 500),
+        (sampling.top_p, "TopPLogitsWarper", 0.1),
+        (sampling.top_p, "TopPLogitsWarper", 0.5),
+        (sampling.top_p, "TopPLogitsWarper", 0.95),
+        (sampling.min_p, "MinPLogitsWarper", 0.05),
+        (sampling.min_p, "MinPLogitsWarper", 0.5),
+    ],
+)
+def test_filters_equal_transformers(ours, processor, value):
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits()
+    theirs = getattr(transformers, processor)(value)(torch.zeros(40, 1, dtype=torch.long), logits.clone())
+    torch.testing.assert_close(ours(logits, value), theirs, rtol=0, atol=0)
+
+
+def test_ties_at_top_k_are_transformers_when_kept():
+    transformers = pytest.importorskip("transformers")
+    logits = random_logits().round()  # many equal logits
+    theirs = transformers.TopKLogitsWarper(9)(torch.zeros(40, 1, dtype=torch.long), logits.clone())
+    assert torch.equal(sampling.top_k(logits, 9, keep_ties=True), theirs)
+    assert (theirs.isfinite().sum(-1) > 9).any() and (sampling.top_k(logits, 9).isfinite().sum(-1) == 9).all()
+
+
+def test_repetition_penalty_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    logits, ids = random_logits(), torch.randint(101, (40, 12), generator=torch.Generator().manual_seed(6))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(ids, logits.clone())
+    seen = torch.zeros(40, 101, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(sampling.repetition_penalty(logits, seen, 1.3), theirs)
+
+
+def test_the_whole_chain_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    params = GenerationConfig(temperature=0.9, top_k=30, top_p=0.9, min_p=0.02)
+    chain = transformers.LogitsProcessorList(
+        [
+            transformers.TemperatureLogitsWarper(0.9),
+            transformers.TopKLogitsWarper(30),
+            transformers.TopPLogitsWarper(0.9),
+            transformers.MinPLogitsWarper(0.02),
+        ]
+    )
+    theirs = chain(torch.zeros(40, 1, dtype=torch.long), random_logits())
+    torch.testing.assert_close(sampling.keep_likely(random_logits(), params), theirs, rtol=0, atol=0)
+
+
+def test_greedy_text_equals_transformers_generate():
+    transformers = pytest.importorskip("transformers")
+    ours = memorised("gpt2", padding=0)
+    config = transformers.GPT2Config(
+        vocab_size=TOKENIZER.vocab_size, n_positions=BLOCK, n_embd=64, n_layer=2, n_head=4, activation_function="gelu"
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    state = ours.state_dict()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            value = state[name]
+            parameter.copy_(
+                value.T if value.shape != parameter.shape or "c_attn.w" in name or "c_proj.w" in name else value
+            )
+    for penalty in (1.0, 1.4):
+        prompts, steps = ragged_prompts(4, 6, seed=8), BLOCK - 6
+        params = GenerationConfig(**GREEDY, max_new_tokens=steps, repetition_penalty=penalty)
+        mine = Generator(ours, TOKENIZER).generate(prompts, params)
+        for prompt, completion in zip(prompts, mine, strict=True):
+            expected = theirs.generate(
+                torch.tensor([prompt]),
+                do_sample=False,
+                max_new_tokens=steps,
+                repetition_penalty=penalty,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+            assert completion.tokens == expected[0, len(prompt) :].tolist()
