@@ -1,0 +1,221 @@
+"""Text to token files: units of text, encoded here or by worker processes, cached, appended to shards."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.tokenizer import Tokenizer
+from .sources import write_atomic
+
+UNIT = 1 << 22  # characters that are encoded and cached together
+KEEP_CACHE = 1 << 30  # bytes of tokens up to which the cache outlives the run; a larger one would double the disk space
+VERSION = 1  # of the cached tokens
+
+
+@dataclass
+class Shards:
+    """Appends ids of one split to numbered files of at most `size` tokens."""
+
+    folder: Path
+    split: str
+    size: int
+    dtype: np.dtype
+    tokens: int = 0
+    text_bytes: int = 0
+    done: list[dict[str, Any]] = field(default_factory=list)
+    _file: Any = None
+
+    def append(self, ids: np.ndarray) -> None:
+        while len(ids):
+            room = self.size - self.tokens % self.size
+            if self._file is None:
+                self._file = (self.folder / f"{self.split}_{len(self.done):06d}.bin").open("wb")
+                self._hash, self._count = hashlib.sha256(), 0
+            part = np.ascontiguousarray(ids[:room], dtype=self.dtype)
+            self._file.write(part.data)
+            self._hash.update(part.data)
+            self._count += len(part)
+            self.tokens += len(part)
+            ids = ids[room:]
+            if self.tokens % self.size == 0:
+                self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.done.append({"file": Path(self._file.name).name, "tokens": self._count, "sha256": self._hash.hexdigest()})
+        self._file = None
+
+    def close(self) -> dict[str, Any]:
+        """The split's entry in the manifest. A single shard is named as nanoGPT names it."""
+        self._end_shard()
+        if len(self.done) == 1:
+            os.replace(self.folder / self.done[0]["file"], self.folder / f"{self.split}.bin")
+            self.done[0]["file"] = f"{self.split}.bin"
+        return {"tokens": self.tokens, "bytes": self.text_bytes, "shards": self.done}
+
+
+@dataclass
+class Unit:
+    """Some megabytes of one split: texts with a mark where a document ends."""
+
+    split: str
+    mark_ends: bool
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    characters: int = 0
+
+    def key(self, tokenizer: Tokenizer) -> tuple[str, int]:
+        """What the tokens are cached under, and the bytes of the texts."""
+        digest = hashlib.sha256(f"{VERSION} {tokenizer.fingerprint()} {self.mark_ends}".encode())
+        size = 0
+        for text, ends in self.pieces:
+            data = text.encode("utf-8", "replace")
+            size += len(data)
+            digest.update(b"%d %d " % (len(data), ends) + data)
+        return digest.hexdigest(), size
+
+    def encode(self, tokenizer: Tokenizer) -> np.ndarray:
+        parts = [np.empty(0, tokenizer.dtype)]
+        for text, ends in self.pieces:
+            parts.append(tokenizer.encode(text))
+            if ends and self.mark_ends:
+                parts.append(np.array([tokenizer.eot_id], tokenizer.dtype))
+        return np.concatenate(parts)
+
+
+def units_of(stream: Iterable[tuple[str, str, bool]], mark_ends: bool) -> Iterator[Unit]:
+    """A stream of (split, text, ends) as units. The same stream always gives the same units."""
+    filling = {split: Unit(split, mark_ends) for split in ("train", "val")}
+    for split, text, ends in stream:
+        if not text and not ends:
+            continue
+        unit = filling[split]
+        unit.pieces.append((text, ends))
+        unit.characters += len(text)
+        if unit.characters >= UNIT:
+            yield unit
+            filling[split] = Unit(split, mark_ends)
+    yield from (unit for unit in filling.values() if unit.pieces)
+
+
+class TokenCache:
+    """Encoded units by the hash of tokenizer and text. A file is sha256 of the ids, then the ids."""
+
+    def __init__(self, folder: Path | None, dtype: np.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.hits, self.misses, self.bytes = 0, 0, 0
+        self.used: list[Path] = []
+
+    def get(self, key: str) -> np.ndarray | None:
+        if self.folder is None:
+            return None
+        path = self.folder / key[:2] / f"{key}.tokens"
+        try:
+            data = path.read_bytes()
+        except OSError:
+            data = b""
+        if len(data) < 32 or hashlib.sha256(data[32:]).digest() != data[:32]:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._note(path, len(data))
+        return np.frombuffer(data, self.dtype, offset=32)
+
+    def put(self, key: str, ids: np.ndarray) -> None:
+        if self.folder is not None:
+            path, data = self.folder / key[:2] / f"{key}.tokens", ids.astype(self.dtype).tobytes()
+            write_atomic(path, hashlib.sha256(data).digest() + data)
+            self._note(path, len(data))
+
+    def _note(self, path: Path, size: int) -> None:
+        self.used.append(path)
+        self.bytes += size
+
+    def finish(self) -> None:
+        """Frees what a run that is complete does not need to keep."""
+        if self.bytes > KEEP_CACHE:
+            for path in self.used:
+                path.unlink(missing_ok=True)
+
+
+def encode_units(
+    units: Iterable[Unit],
+    tokenizer: Tokenizer,
+    saved: Path,
+    cache: TokenCache,
+    workers: int,
+    report: Callable[[str], None],
+) -> Iterator[tuple[Unit, int, np.ndarray]]:
+    """(unit, bytes of its text, ids) in order. saved: folder with the tokenizer, which the workers load; 0 workers
+    encode in this process. About two units per worker are in memory."""
+    pool = None
+    if workers:
+        # spawn: a fork of a process with threads may hang, and not every system has it
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(saved),))
+    waiting: deque[tuple[Unit, int, str, Any]] = deque()
+
+    def finish() -> tuple[Unit, int, np.ndarray]:
+        nonlocal pool
+        unit, size, key, ids = waiting.popleft()
+        if isinstance(ids, concurrent.futures.Future):
+            try:
+                ids = ids.result()
+            except BrokenProcessPool:
+                if pool is not None:
+                    report("the worker processes failed; going on without them")
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    pool = None
+                ids = unit.encode(tokenizer)
+            cache.put(key, ids)
+        return unit, size, ids
+
+    try:
+        for unit in units:
+            key, size = unit.key(tokenizer)
+            ids: Any = cache.get(key)
+            if ids is None and pool is not None:
+                try:
+                    ids = pool.submit(_encode_in_worker, unit)
+                except BrokenProcessPool as error:
+                    ids = concurrent.futures.Future()
+                    ids.set_exception(error)
+            elif ids is None:
+                ids = unit.encode(tokenizer)
+                cache.put(key, ids)
+            waiting.append((unit, size, key, ids))
+            while len(waiting) > 2 * workers:
+                yield finish()
+        while waiting:
+            yield finish()
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_WORKER_TOKENIZER: list[Tokenizer] = []
+
+
+def _start_worker(saved: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _WORKER_TOKENIZER[:] = [Tokenizer.load(saved)]
+
+
+def _encode_in_worker(unit: Unit) -> np.ndarray:
+    return unit.encode(_WORKER_TOKENIZER[0])

@@ -1,0 +1,436 @@
+"""Sources -> documents -> tokens -> shards and a manifest.
+
+Memory stays bounded: texts are streamed in units of a few megabytes, encoded (by worker processes where there is much
+of it) and appended to shards. Each encoded unit is kept in the token cache, so an interrupted run goes on where it
+was. The folder is built beside its place and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import UserError
+from ..core.tokenizer import Tokenizer
+from . import sources as src
+from .encode import Shards, TokenCache, encode_units, units_of
+
+POOL_FROM = 1 << 25  # bytes of input from which worker processes pay
+FORMAT, VERSION, MANIFEST = "llm-from-scratch-data", 1, "manifest.json"
+TOKENIZER_FILES = ("tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json")
+SEED = 2357  # of nanoGPT's split of OpenWebText
+Report = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """What is to be prepared. val=None splits `train`: one document by position, several by document."""
+
+    name: str
+    train: list[src.Source]
+    val: list[src.Source] | None
+    tokenizer: str
+    val_fraction: float
+    seed: int
+
+    def all(self) -> list[src.Source]:
+        return self.train + (self.val or [])
+
+
+@dataclass
+class Counted:
+    """Documents and characters of a list of sources; fills while texts() is read."""
+
+    documents: int = 0
+    characters: int = 0
+
+    def texts(self, sources: list[src.Source], separator: str, report: Report) -> Iterator[str]:
+        for source in sources:
+            before = self.documents
+            for _, text, ends in documents([source], separator):
+                self.documents += ends
+                self.characters += len(text)
+                yield text
+            if self.documents == before:
+                report(f"{source.name} is empty and left out")
+
+
+def prepare(
+    sources: Sequence[str] = (),
+    *,
+    tokenizer: str | None = None,
+    out_dir: str | None = None,
+    name: str | None = None,
+    train_files: Sequence[str] = (),
+    val_files: Sequence[str] = (),
+    val_fraction: float | None = None,
+    seed: int = SEED,
+    text_key: str = "text",
+    shard_size: int = 1 << 30,
+    workers: int | None = None,
+    cache_dir: str | None = "data/cache",
+    root: str | Path = ".",
+    report: Report = print,
+) -> Path:
+    """Prepares training data and returns its folder, data/processed/NAME unless out_dir says another.
+
+    The settings are those of `llm-prepare --help`; paths are relative to root. Where sources and settings are those
+    of the last time, nothing is done. Raises UserError; then, and on Ctrl-C, nothing is left behind but cached tokens.
+    """
+    if val_fraction is not None and not 0.0 < val_fraction < 1.0:
+        raise UserError(f"val_fraction={val_fraction} is out of range: expected a value between 0 and 1")
+    if shard_size < 1:
+        raise UserError(f"shard_size={shard_size} is out of range: expected 1 or more tokens")
+    if workers is not None and workers < 0:
+        raise UserError(f"workers={workers} is out of range: expected 0 (this process alone) or more")
+    root = Path(root)
+    with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
+        job = _plan(list(sources), train_files, val_files, text_key, root, Path(spool), report)
+        job.name, job.tokenizer, job.seed = name or job.name, tokenizer or job.tokenizer, seed
+        job.val_fraction = job.val_fraction if val_fraction is None else val_fraction
+        if Path(job.name).name != job.name or job.name in ("", ".", ".."):
+            raise UserError(f"name={job.name!r} is not a plain name: choose another with --name")
+        target = root / (out_dir or Path("data/processed") / job.name)
+        request, identities = _request(job, shard_size, root)
+        if _up_to_date(target, request):
+            report(f"{_shown(target, root)} is up to date: sources and settings are unchanged, nothing to do")
+        else:
+            _refuse_foreign(target)
+            with workshop(target) as folder:
+                settings = {"request": request, "sources": identities}
+                build(job, folder, shard_size, workers, root / cache_dir if cache_dir else None, settings, report)
+                _publish(folder, target)
+        _farewell(target, root, out_dir is None, report)
+    return target
+
+
+# which documents, in which split
+
+
+def documents(sources: list[src.Source], separator: str = "") -> Iterator[tuple[int, str, bool]]:
+    """(number, text, ends) pieces of all documents in order. A document that lacks the separator at its end gets it."""
+    number = 0
+    for source in sources:
+        for text, ends in source.pieces():
+            yield number, text + (separator if ends and not text.endswith(separator) else ""), ends
+            number += ends
+
+
+def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Which of `count` documents validate, (count,) bool: the first of a seeded permutation, as nanoGPT draws them
+    (train_test_split of the library datasets)."""
+    chosen = min(max(math.ceil(count * fraction), 1), count - 1)
+    mask = np.zeros(count, dtype=bool)
+    mask[np.random.default_rng(seed).permutation(count)[:chosen]] = True
+    return mask
+
+
+def _split(job: Job, counted: Counted, separator: str) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, ends) of everything, each split in the order of the sources."""
+    if job.val is not None:
+        for split, sources in (("train", job.train), ("val", job.val)):
+            yield from ((split, text, ends) for _, text, ends in documents(sources, separator))
+    elif counted.documents == 1:
+        border, seen = int(counted.characters * (1 - job.val_fraction)), 0
+        for _, text, _ in documents(job.train, separator):
+            head = text[: max(0, border - seen)]
+            yield "train", head, False
+            yield "val", text[len(head) :], False
+            seen += len(text)
+    else:
+        mask = val_documents(counted.documents, job.val_fraction, job.seed)
+        for number, text, ends in documents(job.train, separator):
+            # a dataset may have grown since its length was stated
+            yield "val" if number < len(mask) and mask[number] else "train", text, ends
+
+
+def _plan(
+    sources: list[str],
+    train_files: Sequence[str],
+    val_files: Sequence[str],
+    text_key: str,
+    root: Path,
+    spool: Path,
+    report: Report,
+) -> Job:
+    """The sources behind the words of a command line, with the name and tokenizer that go with them."""
+    if sources and train_files:
+        raise UserError("both SOURCES and --train_files are given: name the training texts in one place")
+    given = list(train_files) or sources
+    if not given:
+        raise UserError("no source: llm-prepare FILE|FOLDER|GLOB|-|NAME ..., such as llm-prepare book.txt; see --help")
+    name, kind = _default_name(given[0], root), "gpt2"
+    known = [word for word in given if word in src.KNOWN_NAMES]
+    if known:
+        if len(given) > 1 or val_files:
+            raise UserError(f"{known[0]} is a known text and is prepared by itself; for a file write ./{known[0]}")
+        if known[0] == "openwebtext":
+            # nanoGPT's share: of 8 million documents, validation needs no tenth
+            return Job(name, [src.HubSource.open(src.OPENWEBTEXT, text_key)], None, kind, 0.0005, SEED)
+        files = [src.known_file(known[0], root, report)]
+        kind = "char" if known[0] in ("shakespeare_char", "demo") else kind
+    else:
+        files = src.find_files(given, root, spool, report)
+    val = src.find_files(val_files, root, spool, report) if val_files else None
+    if twice := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in val or []}:
+        raise UserError(f"{sorted(twice)[0]} is among both the training and the validation files")
+    as_sources = [[src.FileSource(f, text_key, _shown(f, root, spool)) for f in some] for some in (files, val or [])]
+    return Job(name, list(as_sources[0]), list(as_sources[1]) if val is not None else None, kind, 0.1, SEED)
+
+
+def _default_name(first: str, root: Path) -> str:
+    if first == "-":
+        return "stdin"
+    path = root / first
+    while not path.exists() and any(sign in path.name for sign in "*?["):
+        path = path.parent  # of books/*.txt the folder
+    return (path.resolve().name if path.is_dir() else path.stem) or "text"
+
+
+# building
+
+
+def build(
+    job: Job,
+    folder: Path,
+    shard_size: int,
+    workers: int | None,
+    cache_dir: Path | None,
+    extra: dict[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    """Writes shards, tokenizer and manifest into folder; returns the manifest."""
+    learns = job.tokenizer == "char" or job.tokenizer.startswith("bpe:")
+    lists = [job.train] if job.val is None else [job.train, job.val]
+    counts = [Counted() for _ in lists]
+    if not learns:
+        tokenizer = Tokenizer.from_name(job.tokenizer)  # before the reading: a wrong name is known at once
+    # Where no id ends a document, a line break does; a text that stands alone is taken as it is.
+    no_id = job.tokenizer == "char" if learns else tokenizer.eot_id is None
+    separator = "\n" if no_id and any(len(some) > 1 or some[0].has_many for some in lists) else ""
+    texts = (
+        text
+        for counted, sources in zip(counts, lists, strict=True)
+        for text in counted.texts(sources, separator, report)
+    )
+    if learns:
+        tokenizer = Tokenizer.from_name(job.tokenizer, texts)
+    elif isinstance(job.train[0], src.HubSource) and job.train[0].documents:
+        counts[0].documents = job.train[0].documents  # stated by the hub: no first pass over the network
+    else:
+        deque(texts, maxlen=0)
+    _check_counts(job, counts)
+    tokenizer.save(folder)
+    stream = _split(job, counts[0], separator)
+    mark_ends = tokenizer.eot_id is not None and max(counted.documents for counted in counts) > 1
+    if workers is None:
+        workers = 0 if _input_size(job) < POOL_FROM or job.tokenizer in ("char", "byte") else _cores()
+    cache = TokenCache(cache_dir / "tokens" if cache_dir else None, tokenizer.dtype)
+    shards = {split: Shards(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
+    told = time.monotonic()
+    for unit, size, ids in encode_units(units_of(stream, mark_ends), tokenizer, folder, cache, workers, report):
+        shards[unit.split].append(ids)
+        shards[unit.split].text_bytes += size
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            report(f"  {sum(s.tokens for s in shards.values()):,} tokens so far")
+    splits = {split: s.close() for split, s in shards.items()}
+    for split, entry in splits.items():
+        if not entry["tokens"]:
+            raise UserError(
+                f"the {split} split of {job.name} would be empty: give more text, or another --val_fraction"
+            )
+    if cache.hits:
+        report(f"{cache.hits} of {cache.hits + cache.misses} parts were encoded before: taken from {cache_dir}")
+    cache.finish()
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": job.name,
+        "dtype": tokenizer.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
+        "splits": splits,
+    } | extra
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _check_counts(job: Job, counts: list[Counted]) -> None:
+    for counted, what in zip(counts, (job.train, job.val or []), strict=False):
+        if not counted.documents:
+            names = ", ".join(source.name for source in what[:3])
+            raise UserError(f"{names} {'is' if len(what) == 1 else 'are'} empty: expected text to prepare")
+    if job.val is None and counts[0].documents == 1 and int(counts[0].characters * (1 - job.val_fraction)) == 0:
+        raise UserError(f"{job.train[0].name} is too short to be split: {counts[0].characters} characters")
+
+
+def _input_size(job: Job) -> int:
+    if any(isinstance(source, src.HubSource) for source in job.all()):
+        return sys.maxsize
+    return sum(source.path.stat().st_size for source in job.all() if isinstance(source, src.FileSource))
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 else cores
+
+
+# the folder: up to date, built aside, put in its place
+
+
+def _request(job: Job, shard_size: int, root: Path) -> tuple[str, list[dict[str, Any]]]:
+    """A hash over all that decides what is written, and the identities of the sources."""
+    identities = [[source.identity() for source in some] for some in (job.train, job.val or [])]
+    own_file = [p for p in (Path(job.tokenizer), Path(job.tokenizer) / "tokenizer.json") if p.is_file()]
+    what = {
+        "version": VERSION,
+        "sources": identities,
+        "split": job.val is not None,
+        "name": job.name,
+        "tokenizer": [job.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_file)],
+        "val_fraction": job.val_fraction,
+        "seed": job.seed,
+        "shard_size": shard_size,
+        "keys": [getattr(source, "text_key", "") for source in job.all()],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), identities[0] + identities[1]
+
+
+def _manifest(target: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if manifest["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for split in manifest["splits"].values() for shard in split["shards"]]
+
+
+def _up_to_date(target: Path, request: str) -> bool:
+    """Whether target was made by the same request, and is whole."""
+    manifest = _manifest(target)
+    if manifest is None or manifest.get("request") != request or not Tokenizer.exists(target):
+        return False
+    try:
+        return all(
+            src.FileSource(target / shard["file"]).identity()["sha256"] == shard["sha256"]
+            for shard in _shards_in(manifest)
+        )
+    except UserError:
+        return False
+
+
+def _refuse_foreign(target: Path) -> None:
+    """What replaces a folder must not take anything of the user's with it."""
+    if not target.is_dir():
+        if target.exists():
+            raise UserError(f"{target} is a file: choose another --out_dir")
+        return
+    manifest = _manifest(target)
+    ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
+    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
+    if foreign:
+        raise UserError(
+            f"{target} holds {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"
+        )
+
+
+@contextlib.contextmanager
+def workshop(target: Path) -> Iterator[Path]:
+    """A temporary folder beside target; gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # What a run that was killed left behind: put a folder that it was replacing back, remove the rest.
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
+        if kind in ("building", "previous") and pid.isdecimal() and not _alive(int(pid)):
+            if kind == "previous" and not target.exists():
+                os.rename(old, target)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+    folder = target.parent / f".{target.name}.building-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    if os.name != "posix":
+        return True  # there, a signal 0 would end the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _publish(folder: Path, target: Path) -> None:
+    if target.exists():
+        old = target.parent / f".{target.name}.previous-{os.getpid()}"
+        os.rename(target, old)
+        os.rename(folder, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(folder, target)
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of the terminal, not of the disk
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(f"cannot write{where}: {error.strerror or error}") from None
+
+
+# what the user reads
+
+
+def _shown(path: Path, root: Path, spool: Path | None = None) -> str:
+    """A path as messages name it: relative to root where it lies inside."""
+    if spool is not None and path.parent == spool:
+        return "standard input"
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _farewell(target: Path, root: Path, by_name: bool, report: Report) -> None:
+    """Sizes, a decoded example, and the command to type next."""
+    manifest, tokenizer = _manifest(target), Tokenizer.load(target)
+    assert manifest is not None
+    kind = "" if tokenizer.name == manifest["name"] else f"tokenizer {tokenizer.name}, "
+    report(f"{_shown(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
+    for split, entry in manifest["splits"].items():
+        files = ", ".join(shard["file"] for shard in entry["shards"][:2])
+        files += ", ..." if len(entry["shards"]) > 2 else ""
+        report(f"  {split:5} {entry['tokens']:>14,} tokens {entry['bytes']:>14,} bytes of text  {files}")
+    first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
+    report(f"example: {' '.join(map(str, first[:8]))} ... is {tokenizer.decode(first)!r}")
+    clash = (root / "data" / target.name / "train.bin").exists()
+    dataset = target.name if by_name and not clash else _shown(target, root)
+    report(f"next: llm-train --dataset={shlex.quote(dataset)}")
