@@ -138,6 +138,8 @@ class TrainingConfig:
     """Steps between checkpoints. None saves with the evaluations."""
     keep_last: int = 2
     """How many of the newest checkpoints are kept, beside the best and the final one."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt, which nanoGPT reads."""
     early_stopping_patience: int | None = None
@@ -153,7 +155,7 @@ class TrainingConfig:
             _above("epochs", self.epochs, 0.0)
         for name in ("gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("save_interval", "early_stopping_patience", "sample_interval"):
+        for name in ("save_interval", "keep_every", "early_stopping_patience", "sample_interval"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if not self.out_dir:
@@ -195,8 +197,8 @@ class SchedulerConfig:
     """Shape after the warm-up; wsd is warmup-stable-decay: flat, then a linear cool-down to min_lr."""
     warmup_iters: int = 2000
     """Steps of linear warm-up; step 0 already has learning_rate / (warmup_iters + 1)."""
-    lr_decay_iters: int = 600000
-    """Step at which min_lr is reached; usually max_iters."""
+    lr_decay_iters: int | None = None
+    """Step at which min_lr is reached. None is max_iters."""
     min_lr: float = 6e-5
     """Learning rate at the end of the decay; usually learning_rate / 10."""
     cooldown_frac: float = 0.4
@@ -204,7 +206,8 @@ class SchedulerConfig:
 
     def validate(self) -> None:
         _at_least("warmup_iters", self.warmup_iters, 0)
-        _at_least("lr_decay_iters", self.lr_decay_iters, 0)
+        if self.lr_decay_iters is not None:
+            _at_least("lr_decay_iters", self.lr_decay_iters, 0)
         _at_least("min_lr", self.min_lr, 0.0)
         _between("cooldown_frac", self.cooldown_frac, 0.0, 1.0)
 

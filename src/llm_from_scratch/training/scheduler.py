@@ -7,8 +7,8 @@ import math
 from ..config import SchedulerConfig
 
 
-def learning_rate_at(step: int, peak: float, config: SchedulerConfig) -> float:
-    """Learning rate of the update at `step` (0 is the first).
+def learning_rate_at(step: int, peak: float, config: SchedulerConfig, max_iters: int) -> float:
+    """Learning rate of the update at `step` (0 is the first). max_iters stands in for an unset lr_decay_iters.
 
     Linear warm-up, (step + 1) / (warmup_iters + 1) of the peak, so that the first step already learns; then
 
@@ -27,11 +27,12 @@ def learning_rate_at(step: int, peak: float, config: SchedulerConfig) -> float:
         return peak * (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
         return peak
-    if step > config.lr_decay_iters:
+    end = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
+    if step > end:
         return config.min_lr
     begin = config.warmup_iters
     if config.schedule == "wsd":
-        begin = max(begin, config.lr_decay_iters - round(config.cooldown_frac * config.lr_decay_iters))
-    done = min(1.0, max(0.0, (step - begin) / max(1, config.lr_decay_iters - begin)))  # 0 to 1
+        begin = max(begin, end - round(config.cooldown_frac * end))
+    done = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))  # 0 to 1
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
     return config.min_lr + left * (peak - config.min_lr)

@@ -1,0 +1,14 @@
+"""nanoGPT's front door to the benchmark: `python bench.py [--profile=True] [--key=value ...]`.
+
+It stands for src/llm_from_scratch/cli/bench.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from llm_from_scratch.cli.bench import main_nanogpt  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main_nanogpt())

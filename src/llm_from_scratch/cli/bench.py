@@ -1,0 +1,192 @@
+"""llm-bench and bench.py: time of a training step of the GPT-2 124M shape, or of any other, and where it goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import GPTConfig, SystemConfig, UserError, flatten, validate
+from ..presets import Parsed, parse
+from .common import run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What nanoGPT's bench.py has; on a CPU the size below replaces what was not set by hand
+NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
+CPU_SIZES = {"batch_size": 2, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "compile": False}
+HELP = """Times training steps (forward, backward, AdamW) after a burn-in; --profile=True writes a trace to bench_log/ \
+and prints where the time goes."""
+
+
+@dataclass
+class BenchOptions:
+    """What is timed."""
+
+    batch_size: int = 12
+    """Sequences a step."""
+    real_data: bool = True
+    """Batches from --dataset; False, or where it is not prepared, uses random tokens."""
+    dataset: str = "openwebtext"
+    """Name or folder of prepared data."""
+    profile: bool = False
+    """Run torch's profiler instead of the plain timing."""
+    burnin_steps: int = 10
+    """Steps before the timing begins."""
+    steps: int = 20
+    """Timed steps."""
+    json: bool = False
+    """Also print one line of JSON at the end."""
+
+    def validate(self) -> None:
+        for name in ("batch_size", "steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: expected 1 or more")
+        if self.burnin_steps < 0:
+            raise UserError(f"burnin_steps={self.burnin_steps} is out of range: expected 0 or more")
+
+
+@dataclass
+class BenchCommand:
+    options: BenchOptions = field(default_factory=BenchOptions)
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda args: _main(args, "llm-bench", {}), argv)
+
+
+def main_nanogpt(argv: list[str] | None = None) -> int:
+    return run(lambda args: _main(args, "python bench.py", NANOGPT_DEFAULTS), argv)
+
+
+def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
+    parsed = parse(BenchCommand, argv, prog=command, description=HELP, defaults=defaults)
+    validate(parsed.tree)
+
+    from ..core import runtime as runtimes
+
+    device = runtimes.resolve_device(parsed.tree.system.device)
+    if device.type != "cuda":
+        _shrink(parsed)
+    tree = parsed.tree
+    tree.model.validate()
+    runtime = runtimes.resolve(tree.system)
+    runtimes.start(runtime, tree.system)
+    next_batch = _batches(tree, device)
+    step, model = _training_step(tree, runtime, next_batch)
+    print(f"device {device}, {runtime.reasons['dtype']}, compile {'on' if runtime.compile else 'off'}, "
+          f"{model.get_num_params() / 1e6:.2f}M parameters, batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
+    if tree.options.profile:
+        _profile(step, tree.options, device)
+        return 0
+    for _ in range(tree.options.burnin_steps):
+        step()
+    _wait(device)
+    begin = time.perf_counter()
+    for k in range(tree.options.steps):
+        print(f"{k}/{tree.options.steps} loss: {step().item():.4f}")
+    _wait(device)
+    seconds = (time.perf_counter() - begin) / tree.options.steps
+    tokens = tree.options.batch_size * tree.model.block_size / seconds
+    peak = runtime.peak_flops
+    mfu = f"{model.estimate_mfu(tree.options.batch_size, seconds, peak) * 100:.2f}%" if peak else "n/a"
+    print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu}, {tokens:,.0f} tokens/s")
+    if tree.options.json:
+        print(json.dumps({"ms_per_step": seconds * 1e3, "tokens_per_s": tokens, **flatten(tree)}, default=str))
+    return 0
+
+
+def _shrink(parsed: Parsed[BenchCommand]) -> None:
+    """Sizes that end in seconds without a GPU, for whatever was not set by hand."""
+    changed = []
+    for name, value in CPU_SIZES.items():
+        for section in (parsed.tree.options, parsed.tree.model, parsed.tree.system):
+            if hasattr(section, name) and name not in parsed.sources:
+                setattr(section, name, value)
+                changed.append(f"{name}={value}")
+    if changed:
+        print(f"no CUDA device: smaller sizes where none were set: {', '.join(changed)}")
+
+
+def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+    import torch
+
+    from ..core.dataset import BatchLoader, SampleOrder, TokenData, resolve_dataset
+
+    options, model = tree.options, tree.model
+    vocab = model.vocab_size or 50304
+    if options.real_data:
+        try:
+            data = TokenData.open(resolve_dataset(options.dataset), "train")
+            data.check(model.block_size, vocab)
+            order = SampleOrder(len(data), model.block_size, seed=tree.system.seed)
+            loader = BatchLoader(data, order, options.batch_size, device)
+            steps = iter(range(1 << 62))
+            return lambda: loader.get(next(steps))
+        except UserError as error:
+            print(f"using random tokens: {error}")
+    shape = (options.batch_size, model.block_size)
+    x, y = (torch.randint(vocab, shape, device=device) for _ in range(2))
+    return lambda: (x, y)
+
+
+def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
+    import torch
+
+    from ..core.model import GPT
+    from ..training.optimizer import make_adamw
+
+    model = GPT(tree.model).to(runtime.device)
+    optimizer = make_adamw(model, 1e-2, 1e-4, (0.9, 0.95), fused=runtime.device.type in ("cuda", "cpu"))
+    network = torch.compile(model) if runtime.compile else model
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+
+    def step() -> Tensor:
+        x, y = next_batch()
+        with runtime.autocast():
+            _, loss = network(x, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, model
+
+
+def _profile(step: Callable[[], Tensor], options: BenchOptions, device: Any) -> None:
+    """Five steps under torch's profiler, after waiting and warming up for five each."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    folder = Path("bench_log")
+    folder.mkdir(exist_ok=True)
+    trace = folder / "trace.json"
+    with profile(activities=activities, schedule=schedule(wait=5, warmup=5, active=5), with_flops=True,
+                 on_trace_ready=lambda p: p.export_chrome_trace(str(trace))) as profiler:  # fmt: skip
+        for k in range(15):
+            print(f"{k}/15 loss: {step().item():.4f}")
+            profiler.step()
+    _wait(device)
+    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+    print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing); torch {torch.__version__}")
+
+
+def _wait(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""llm-eval: loss, perplexity and bits per byte of a trained model over a whole split or a text file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import SystemConfig, UserError, validate
+from ..presets import parse
+from .common import run
+
+if TYPE_CHECKING:
+    from ..core.dataset import TokenData
+    from ..core.tokenizer import Tokenizer
+
+HELP = """Evaluates a checkpoint. With --dataset over a split of prepared data, or name a text file: llm-eval FILE \
+--out_dir=OUT. Prints one line: loss (nats per token), perplexity, bits per byte, tokens."""
+
+
+@dataclass
+class EvalOptions:
+    """What to evaluate, and on what."""
+
+    out_dir: str = "out"
+    """A run's folder, a step directory, a ckpt.pt, or a Hugging Face folder or GPT-2 name."""
+    which: str | None = None
+    """best, last or a step. None: best where the run saved only improvements, else last."""
+    dataset: str | None = None
+    """A name in data/ or data/processed/, or a folder. None takes the one that the model was trained on."""
+    split: str = "val"
+    """val or train."""
+    eval_block_size: int | None = None
+    """Window length in tokens. None is the model's block_size."""
+    eval_batch_size: int | None = None
+    """Windows in one forward pass. None chooses it; the result does not depend on it."""
+    json: bool = False
+    """Print one JSON object instead."""
+
+    def validate(self) -> None:
+        for name in ("eval_block_size", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} is out of range: expected 1 or more")
+        if self.split not in ("train", "val"):
+            raise UserError(f"split={self.split!r} is not one of train, val")
+
+
+@dataclass
+class EvalCommand:
+    options: EvalOptions = field(default_factory=EvalOptions)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    parsed = parse(EvalCommand, argv, prog="llm-eval [TEXT_FILE]", description=HELP, presets=False)
+    options, system = parsed.tree.options, parsed.tree.system
+    validate(parsed.tree)
+    if len(parsed.positionals) > 1:
+        raise UserError(f"one text file at a time, got {', '.join(parsed.positionals)}")
+    if parsed.positionals and options.dataset:
+        raise UserError("give a text file or --dataset, not both")
+
+    from ..core import runtime as runtimes
+
+    device = runtimes.resolve_device(system.device)  # refuses early what is not there
+    model, tokenizer, trained_on = load_model(options.out_dir, options.which, options.dataset)
+    if parsed.positionals:
+        data, name = _text(Path(parsed.positionals[0]), tokenizer), parsed.positionals[0]
+    else:
+        data, name = _split(options, trained_on, tokenizer)
+    block_size = options.eval_block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
+    data.check(1, model.config.vocab_size)
+
+    from ..training.evaluate import evaluate_split
+
+    runtime = runtimes.resolve(system)
+    runtimes.start(runtime, system)
+    try:
+        result = evaluate_split(
+            model.to(device), data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size
+        )
+    finally:
+        runtimes.stop()
+    figures = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.text_bytes,
+        "block_size": block_size,
+        "data": name,
+        "seconds": round(result.seconds, 3),
+    }
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        print(
+            f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, bits per byte {bits}, "
+            f"{result.tokens:,} tokens in windows of {block_size}, {name}"
+        )
+    return 0
+
+
+def load_model(location: str, which: str | None, dataset: str | None) -> tuple[Any, Tokenizer | None, str | None]:
+    """(model in eval mode, tokenizer, name of the dataset it was trained on) of a checkpoint or pretrained weights."""
+    from ..core import checkpoint as checkpoints
+    from ..core.model import GPT
+
+    path = Path(location)
+    if location.startswith("gpt2") and not path.exists() or (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file():  # fmt: skip
+        from ..interop.hf import load_pretrained
+
+        config, weights, tokenizer = load_pretrained(location)
+        name = None
+    else:
+        loaded = checkpoints.load_any(path, which, dataset=dataset, weights_only=True, need_tokenizer=False)
+        config, weights, tokenizer = loaded.model_config, loaded.model, loaded.tokenizer
+        saved = loaded.config.get("data", loaded.config)
+        name = saved.get("dataset") if isinstance(saved, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            name = None  # a path inside a checkpoint is not followed
+    model = GPT(config)
+    model.load_state_dict(weights)
+    return model.eval(), tokenizer, name
+
+
+def _split(options: EvalOptions, trained_on: str | None, tokenizer: Tokenizer | None) -> tuple[TokenData, str]:
+    from ..core.dataset import TokenData, resolve_dataset
+    from ..core.tokenizer import tokenizer_of
+
+    name = options.dataset or trained_on
+    if name is None:
+        raise UserError("say what to evaluate on: --dataset=NAME_OR_FOLDER, or a text file")
+    folder = resolve_dataset(name)
+    theirs = tokenizer_of(folder)
+    if tokenizer is not None and theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():
+        raise UserError(
+            f"{folder} was made with the tokenizer {theirs.name} ({theirs.vocab_size} ids), the model has "
+            f"{tokenizer.name} ({tokenizer.vocab_size} ids); evaluate the text file itself instead"
+        )
+    data = TokenData.open(folder, options.split)
+    return data, data.name
+
+
+def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
+    from ..core.dataset import TokenData
+
+    if tokenizer is None:
+        raise UserError("the checkpoint holds no tokenizer, so a text cannot be read; give prepared data by --dataset")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; expected a text file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    ids = tokenizer.encode(text)
+    if len(ids) < 2:
+        raise UserError(f"{path} holds {len(ids)} tokens; a loss needs at least 2")
+    return TokenData([ids], str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""llm-train, and train.py: nanoGPT's front door to the same trainer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, UserError, to_dict
+from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
+from .common import run
+
+# Where nanoGPT's train.py differs from the tree's own defaults. The 33 names and values are its interface.
+NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
+# Never taken over from a checkpoint: what names the run itself, and what only this call is about
+NOT_INHERITED = {"out_dir", "init_from", "eval_only"}
+OWN_FLAGS = ("print_config", "dry_run")
+HELP = """Trains a GPT. PRESETs are YAML or Python files, or bare names (quick, default); later ones win, the command \
+line wins over all. --print_config prints the resolved settings, --dry_run what the run would take; both stop there."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(lambda args: _main(args, "llm-train", {}, base_preset="default"), argv)
+
+
+def main_nanogpt(argv: list[str] | None = None) -> int:
+    return run(lambda args: _main(args, "python train.py", NANOGPT_DEFAULTS, base_preset=None), argv)
+
+
+def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: str | None) -> int:
+    flags, argv = _own_flags(argv)
+    parsed = _parse(argv, command, defaults, base_preset)
+    if parsed.tree.training.init_from == "resume":
+        saved = _saved_settings(parsed.tree)
+        if saved is not None:
+            # the run's own settings lie under what is said now, in place of the front door's defaults
+            parsed = _parse(argv, command, {**defaults, **saved}, None)
+    config = parsed.tree
+    _choose_length(parsed)
+    config.validate()
+    if flags["print_config"]:
+        _print_yaml(config)
+        return 0
+    from ..training.guards import TrainingError  # imports torch: not before it is needed
+
+    if flags["dry_run"]:
+        return _dry_run(parsed)
+    from ..training.trainer import train
+
+    try:
+        return train(config, parsed.sources, command).exit_code
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: list[str], command: str, defaults: dict[str, Any], base: str | None) -> Parsed[Config]:
+    return parse(
+        Config, argv, prog=f"{command} [PRESET ...]", description=HELP, defaults=defaults, base_preset=base
+    )
+
+
+def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
+    """--print_config and --dry_run belong to the command, not to the run's settings."""
+    flags, rest = dict.fromkeys(OWN_FLAGS, False), []
+    for arg in argv:
+        name, _, value = arg.removeprefix("--").replace("-", "_").partition("=")
+        if arg.startswith("--") and name in flags:
+            if value not in ("", "True", "true", "False", "false"):
+                raise UserError(f"--{name} is True or False, got {value!r}")
+            flags[name] = value not in ("False", "false")
+        else:
+            rest.append(arg)
+    return flags, rest
+
+
+def _choose_length(parsed: Parsed[Config]) -> None:
+    """epochs or max_iters: what is said later wins, both at once contradict each other."""
+    training, sources = parsed.tree.training, parsed.sources
+    if training.epochs is None:
+        return
+    of_epochs, of_iters = sources.get("epochs"), sources.get("max_iters")
+    if "max_iters" in sources and (of_epochs == of_iters or COMMAND_LINE not in (of_epochs, of_iters)):
+        raise UserError("epochs and max_iters are both given: each sets the length of the run; leave one out")
+    if of_iters == COMMAND_LINE:
+        training.epochs = None
+        return
+    if sources.get("lr_decay_iters") not in (COMMAND_LINE, of_epochs):
+        parsed.tree.scheduler.lr_decay_iters = None  # follows max_iters
+
+
+def _saved_settings(config: Config) -> dict[str, Any] | None:
+    """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
+    from ..core import checkpoint as checkpoints
+
+    path = checkpoints.find_checkpoint(config.training.out_dir, which="last", verify=False)
+    if not path.is_dir():
+        return None
+    try:
+        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        flat = {leaf: value for section in content.values() for leaf, value in section.items()}
+    except (OSError, ValueError, AttributeError):
+        return None  # the trainer says what is wrong with it
+    known = leaf_types(Config)
+    return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Paths inside a checkpoint are not followed: a dataset's plain name is, a folder is given again."""
+    if name == "dataset":
+        return isinstance(value, str) and Path(value).name == value and value not in (".", "..")
+    return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
+
+
+def _print_yaml(config: Config) -> None:
+    import yaml
+
+    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+
+
+def _dry_run(parsed: Parsed[Config]) -> int:
+    from ..training.setup import describe, forecast, prepare
+
+    plan = prepare(parsed.tree, parsed.sources)
+    print("\n".join(describe(plan)))
+    figures = forecast(plan)
+    gib = 1 << 30
+    print(
+        f"memory: about {figures['memory'] / gib:.2f} GiB (weights {figures['memory_weights'] / gib:.2f}, gradients "
+        f"{figures['memory_gradients'] / gib:.2f}, optimizer {figures['memory_optimizer'] / gib:.2f}, activations "
+        f"{figures['memory_activations'] / gib:.2f}); arithmetic: {figures['flops_per_token'] / 1e6:,.1f} MFLOP a token"
+    )
+    print("dry run: nothing was trained, nothing was written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Loss, perplexity and bits per byte. Sums are kept in float64, so batch size and world size do not show."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.dataset import SampleOrder, TokenData
+from ..core.runtime import Runtime
+from ..core.tokenizer import Tokenizer
+
+LOGITS_LIMIT = 1 << 26  # logits of one evaluation batch: 256 MiB in float32
+EVAL_SEED = 0x5EED  # evaluation batches are the same in every run and at every step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss over a split."""
+
+    loss: float
+    """Mean cross-entropy, nats per token."""
+    tokens: int
+    """Predicted tokens."""
+    text_bytes: int | None
+    """UTF-8 bytes of the predicted tokens; None where no tokenizer tells."""
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers, unlike the loss per token."""
+        return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else None
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: torch.nn.Module,
+    data: TokenData,
+    block_size: int,
+    runtime: Runtime,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """The loss over every token of a split but its first, in neighbouring windows of block_size tokens."""
+    begin = time.perf_counter()
+    batch_size = batch_size or _batch_size(model, block_size)
+    starts = np.arange(0, len(data) - 1, block_size)
+    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
+    nats, tokens = 0.0, 0
+    with _evaluating(model):
+        for part in batches[runtime.rank :: runtime.world_size]:
+            x, y = _windows(data, part, block_size, batch_size, runtime.device)
+            count = int((y >= 0).sum())
+            nats += _loss(model, x, y, runtime) * count
+            tokens += count
+    nats, total = _sum_over_ranks([nats, tokens], runtime)
+    text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
+    return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
+
+
+@torch.no_grad()
+def estimate_loss(
+    model: torch.nn.Module, data: TokenData, block_size: int, eval_iters: int, batch_size: int, runtime: Runtime
+) -> float:
+    """Mean loss over eval_iters * batch_size fixed random windows."""
+    order = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED)
+    starts = np.concatenate([order.starts(i, batch_size) for i in range(eval_iters)])
+    size = max(batch_size, _batch_size(model, block_size))
+    size = min(size, len(starts))
+    batches = [starts[i : i + size] for i in range(0, len(starts), size)]
+    nats, windows = 0.0, 0
+    with _evaluating(model):
+        for part in batches[runtime.rank :: runtime.world_size]:
+            x, y = _windows(data, part, block_size, size, runtime.device)
+            nats += _loss(model, x, y, runtime) * len(part)
+            windows += len(part)
+    nats, total = _sum_over_ranks([nats, windows], runtime)
+    return nats / total
+
+
+def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of a split's text without its first token, which nothing predicts."""
+    length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], dtype=np.int64)
+    total = 0
+    for shard in data.shards:
+        for at in range(0, len(shard), 1 << 24):
+            ids = np.asarray(shard[at : at + (1 << 24)])
+            total += int(length_of[ids[ids < len(length_of)]].sum())
+    first = int(data.shards[0][0])
+    return total - (int(length_of[first]) if first < len(length_of) else 0)
+
+
+def _batch_size(model: torch.nn.Module, block_size: int) -> int:
+    """Sequences an evaluation batch: enough tokens to keep the device busy, few enough to hold the logits."""
+    vocab: Any = model.config.vocab_size
+    return max(1, min(16384, LOGITS_LIMIT // vocab) // block_size)
+
+
+def _windows(
+    data: TokenData, starts: np.ndarray, block_size: int, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (batch_size, block_size); what lies beyond the data or the last row has target -1.
+
+    Every batch has the same shape, so that a compiled model is compiled once.
+    """
+    places = starts[:, None] + np.arange(block_size + 1)
+    inside = places < len(data)
+    tokens = data.windows(np.minimum(starts, max(0, len(data) - block_size - 1)), block_size + 1)
+    for row in np.flatnonzero(~inside.all(axis=1)):  # the last window of the split
+        tail = data.windows(starts[row : row + 1], int(inside[row].sum()))[0]
+        tokens[row] = 0
+        tokens[row, : len(tail)] = tail
+    x = np.zeros((batch_size, block_size), dtype=np.int64)
+    y = np.full((batch_size, block_size), -1, dtype=np.int64)
+    x[: len(starts)] = tokens[:, :-1]
+    y[: len(starts)] = np.where(inside[:, 1:], tokens[:, 1:], -1)
+    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+
+def _loss(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> float:
+    with runtime.autocast():
+        _, loss = model(x, y)
+    return float(loss)
+
+
+class _evaluating:
+    """eval() within the block, and back to what it was."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *exc: object) -> None:
+        self.model.train(self.was_training)
+
+
+def _sum_over_ranks(values: list[float], runtime: Runtime) -> list[float]:
+    if runtime.world_size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=runtime.device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,224 @@
+"""Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard, Weights & Biases, and loss.png."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..config import Config, UserError, flatten
+
+METRICS = "metrics.jsonl"
+UNKNOWN_MFU = -1.0  # what nanoGPT's lines show (as -100.00%) where there is no figure
+
+
+def require(package: str, extra: str, wish: str, turn_off: str) -> None:
+    """Raises UserError, with the install line and the setting that turns the wish off, where a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{wish} needs the package {package}: pip install 'llm-from-scratch[{extra}]', or turn it off with {turn_off}"
+        )
+
+
+def check_extras(config: Config) -> None:
+    """Refuses settings whose optional packages are not installed, before anything is built."""
+    if config.logging.tensorboard:
+        require("tensorboard", "tensorboard", "--tensorboard=True", "--tensorboard=False")
+    if config.logging.wandb_log:
+        require("wandb", "wandb", "--wandb_log=True", "--wandb_log=False")
+    if config.logging.loss_plot:
+        require("matplotlib", "plots", "--loss_plot=True", "--loss_plot=False")
+
+
+class Sink(Protocol):
+    """One destination of the numbers."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line, each with its step; NaN and infinities as null."""
+
+    def __init__(self, path: Path, resume_at: int | None):
+        if resume_at is not None and path.exists():
+            _forget_from(path, resume_at)
+        self.file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        self.file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _forget_from(path: Path, step: int) -> None:
+    """Drops what a resumed run is about to do again: a killed run logs past its last checkpoint."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the line that the kill cut short
+        # an evaluation at `step` was made before the checkpoint, an update of that number after it
+        if entry.get("step", 0) < step or (entry.get("step") == step and "val_loss" in entry):
+            kept.append(line)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+class TensorBoard:
+    """Event files in out_dir/tensorboard."""
+
+    def __init__(self, folder: Path):
+        from tensorboard.summary import Writer
+
+        self.writer = Writer(str(folder))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(_TAGS.get(name, name), value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+_TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
+
+
+class WandB:
+    """Weights & Biases, with nanoGPT's keys. WANDB_MODE=offline works without network."""
+
+    def __init__(self, config: Config):
+        import wandb
+
+        self.run = wandb.init(
+            project=config.logging.wandb_project, name=config.logging.wandb_run_name, config=flatten(config)
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "val_loss" not in metrics:
+            return  # nanoGPT logs at evaluations only
+        keys = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
+        self.run.log({"iter": step} | {new: metrics[old] for old, new in keys.items() if old in metrics})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class RunLog:
+    """All of a run's reporting. Only the master process has sinks and speaks."""
+
+    def __init__(self, config: Config, is_master: bool, first: int, last: int, resumed: bool):
+        self.sinks: list[Sink] = []
+        self.bar: Progress | None = None
+        self.silent = not is_master
+        if not is_master:
+            return
+        if not config.training.eval_only:  # which changes no file
+            out_dir = Path(config.training.out_dir)
+            self.sinks.append(JsonLines(out_dir / METRICS, first if resumed else None))
+            if config.logging.tensorboard:
+                self.sinks.append(TensorBoard(out_dir / "tensorboard"))
+        if config.logging.wandb_log:
+            self.sinks.append(WandB(config))
+        console = Console()
+        wanted = config.logging.progress
+        if not config.training.eval_only and (wanted == "bar" or (wanted == "auto" and _is_live(console))):
+            self.bar = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=console,
+            )
+            self.task = self.bar.add_task("train", total=last, completed=first, status="")
+            self.bar.start()
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, above the bar."""
+        if self.silent:
+            return
+        if self.bar is not None:
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+    def train_step(self, step: int, metrics: dict[str, float], steps_of_log: int) -> None:
+        """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
+        self._log(step, metrics)
+        mfu = metrics.get("mfu", UNKNOWN_MFU)
+        if self.bar is not None:
+            share = f"{mfu * 100:.0f}%" if mfu >= 0 else "n/a"
+            status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
+            self.bar.update(self.task, completed=step + 1, status=status)
+        elif not self.silent:
+            took = metrics["time_ms"]
+            print(f"iter {step}: loss {metrics['loss']:.4f}, time {took:.2f}ms, mfu {mfu * 100:.2f}%", flush=True)
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """metrics: train_loss, val_loss, lr, and mfu where it is known."""
+        self._log(step, metrics)
+        self.say(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
+
+    def final(self, step: int, metrics: dict[str, float]) -> None:
+        """The whole validation split's loss at the end of the run."""
+        self._log(step, metrics)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        for sink in self.sinks:
+            sink.log(step, metrics)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        for sink in self.sinks:
+            sink.close()
+
+
+def _is_live(console: Console) -> bool:
+    return sys.stdout.isatty() and not console.is_dumb_terminal
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a line that a kill cut short is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draws the training and validation losses of a metrics.jsonl. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = read_metrics(metrics)
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    for key, label, style in (("loss", "train (batch)", "-"), ("val_loss", "validation", "o-")):
+        points = [(e["step"], e[key]) for e in entries if e.get(key) is not None]
+        if points:
+            width = 1 if style == "-" else 2
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

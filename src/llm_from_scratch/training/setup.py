@@ -1,0 +1,287 @@
+"""Everything that is decided before the first step, so that a mistake shows before anything is built or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Config, GPTConfig, UserError
+from ..core import checkpoint as checkpoints
+from ..core import runtime as runtimes
+from ..core.checkpoint import Checkpoint
+from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
+from ..core.runtime import Runtime
+from ..core.sizing import Sizes, sizes
+from ..core.tokenizer import Tokenizer, tokenizer_of
+from .loggers import check_extras
+
+COMMAND_LINE = "command line"
+GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
+
+
+@dataclass
+class Plan:
+    """A run with nothing left open."""
+
+    config: Config
+    runtime: Runtime
+    folder: Path
+    tokenizer: Tokenizer | None
+    train_data: TokenData
+    val_data: TokenData
+    order: SampleOrder
+    global_batch: int
+    """Sequences per update, over all processes."""
+    micro_batch: int
+    """Sequences of one process in one forward pass."""
+    last_step: int
+    """Updates after which the run ends."""
+    start_step: int = 0
+    weights: dict[str, Tensor] | None = None
+    """Initial weights where they do not come from the seed."""
+    resumed: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was found and decided, a line each."""
+
+    @property
+    def micro_steps(self) -> int:
+        return self.global_batch // self.runtime.world_size // self.micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.config.model.block_size
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens."""
+        return self.last_step * self.tokens_per_step / len(self.train_data)
+
+    @property
+    def sizes(self) -> Sizes:
+        element = 4 if str(self.runtime.dtype) == "torch.float32" else 2
+        return sizes(self.config.model, self.micro_batch, element, self.config.training.gradient_checkpointing)
+
+    @property
+    def dataset_hash(self) -> str:
+        """Identifies the training tokens: their number, and the ids at the beginning, the middle and the end."""
+        digest = hashlib.sha256(str(len(self.train_data)).encode())
+        for shard in self.train_data.shards:
+            for at in (0, len(shard) // 2, max(0, len(shard) - (1 << 16))):
+                digest.update(shard[at : at + (1 << 16)].tobytes())
+        return digest.hexdigest()
+
+
+def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir: bool = True) -> Plan:
+    """Resolves a configuration against data, weights and machine. Writes nothing.
+
+    sources: leaf name -> where it was set, as presets.parse() gives it; what stands on the command line is refused
+    where it contradicts loaded weights, what stands elsewhere gives way and is announced.
+    Raises UserError for everything that is wrong with the settings, the data, the weights or the machine.
+    """
+    config = _copy(config)
+    config.validate()
+    check_extras(config)
+    runtime = runtimes.resolve(config.system)
+    if check_out_dir and not config.training.eval_only:
+        _check_writable(Path(config.training.out_dir))
+    folder = resolve_dataset(config.data.dataset)
+    notes: list[str] = []
+    tokenizer, vocab_size = _vocabulary(folder, notes)
+    resumed, weights = None, None
+    start_step = 0
+    init_from = config.training.init_from
+    if init_from == "resume":
+        resumed = checkpoints.load_any(config.training.out_dir, which="last", dataset=str(folder), need_tokenizer=False, set_aside=not config.training.eval_only)
+        weights, start_step = resumed.model, resumed.step
+        _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
+        _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
+        notes.append(f"resuming from {resumed.path} at step {start_step}")
+    elif init_from != "scratch":
+        loaded, weights, theirs = _load_weights(init_from, folder)
+        _fit(config, loaded, sources or {}, notes, may_crop=True)
+        _same_tokenizer(theirs, tokenizer, folder, init_from)
+        if "transformer.wpe.weight" in weights:  # a shorter context than the weights were made for
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.model.block_size]
+        notes.append(f"starting from the weights of {init_from}")
+    elif config.model.vocab_size is None:
+        config.model.vocab_size = vocab_size
+    assert config.model.vocab_size is not None
+    if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer of "
+            f"{folder}; leave --vocab_size out"
+        )
+    config.model.validate()
+    train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
+    for data in (train_data, val_data):
+        data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)
+    order = SampleOrder(
+        len(train_data), config.model.block_size, config.data.sample_order, config.data.stride, config.system.seed
+    )
+    global_batch, micro_batch = _batches(config, runtime)
+    _set_length(config, order, global_batch)
+    last_step = config.training.max_iters + (1 if config.training.inclusive_max_iters else 0)
+    if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
+        notes.append(
+            f"warning: warmup_iters={config.scheduler.warmup_iters} covers the whole run of {last_step} steps; "
+            "the learning rate never reaches its peak"
+        )
+    return Plan(
+        config, runtime, folder, tokenizer, train_data, val_data, order, global_batch, micro_batch, last_step,
+        start_step, weights, resumed, notes,
+    )  # fmt: skip
+
+
+def _copy(config: Config) -> Config:
+    return Config(**{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)})
+
+
+def _check_writable(out_dir: Path) -> None:
+    """Raises UserError where the run's folder cannot be written. Leaves nothing behind."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir={out_dir} is a file; name a folder with --out_dir")
+    parent = out_dir
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is a file")
+        with tempfile.TemporaryFile(dir=parent):  # permission bits say nothing where the user is root
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); name another with --out_dir") from None
+
+
+def _vocabulary(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, int]:
+    """The data's tokenizer and the rows that a new model's token table needs."""
+    tokenizer = tokenizer_of(folder)
+    manifest = read_manifest(folder)
+    if tokenizer is None and manifest is None:
+        notes.append(f"{folder} names no tokenizer: taken for GPT-2's, vocabulary padded to {GPT2_PADDED}")
+        try:
+            tokenizer = Tokenizer.from_name("gpt2")
+        except UserError:
+            notes.append("warning: GPT-2's vocabulary cannot be had, so the checkpoints hold no tokenizer")
+            return None, GPT2_PADDED
+    if tokenizer is None:
+        assert manifest is not None
+        return None, int(manifest["vocab_size"])
+    size = tokenizer.vocab_size
+    return tokenizer, GPT2_PADDED if size == GPT2_IDS else size
+
+
+def _load_weights(init_from: str, folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
+    """Weights for a new run: a checkpoint of ours or nanoGPT's, a Hugging Face folder, or a name on the hub."""
+    path = Path(init_from)
+    is_hf_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    if is_hf_folder or not path.exists():
+        from ..interop.hf import load_pretrained
+
+        if not is_hf_folder and not init_from.startswith("gpt2"):
+            raise UserError(
+                f"init_from={init_from!r} is neither scratch, resume, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
+                "gpt2-xl), nor an existing checkpoint or folder"
+            )
+        return load_pretrained(init_from)
+    loaded = checkpoints.load_any(path, dataset=str(folder), weights_only=True, need_tokenizer=False)
+    return loaded.model_config, loaded.model, loaded.tokenizer
+
+
+def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:
+    """Gives the model the shape of the loaded weights; dropout stays free, the context may be shortened."""
+    replaced = []
+    for item in dataclasses.fields(GPTConfig):
+        wanted, has = getattr(config.model, item.name), getattr(loaded, item.name)
+        if item.name == "dropout" or wanted == has or (item.name == "vocab_size" and wanted is None):
+            continue
+        if item.name == "block_size" and may_crop and wanted < has:
+            loaded = dataclasses.replace(loaded, block_size=wanted)
+            continue
+        if sources.get(item.name) == COMMAND_LINE:
+            raise UserError(f"--{item.name}={wanted} contradicts the loaded weights, which have {has}; leave it out")
+        replaced.append(f"{item.name}={has}")
+    config.model = dataclasses.replace(loaded, dropout=config.model.dropout)
+    if replaced:
+        notes.append(f"the loaded weights decide: {', '.join(replaced)}")
+
+
+def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Path, whose: str) -> None:
+    if theirs is not None and ours is not None and theirs.fingerprint() != ours.fingerprint():
+        raise UserError(
+            f"{folder} was made with the tokenizer {ours.name} ({ours.vocab_size} ids), {whose} with another, "
+            f"{theirs.name} ({theirs.vocab_size} ids): the ids would mean other tokens; prepare the text with that one"
+        )
+
+
+def _batches(config: Config, runtime: Runtime) -> tuple[int, int]:
+    """(global batch, micro-batch). The global batch is stated; how processes share it is derived."""
+    world, batch_size = runtime.world_size, config.data.batch_size
+    global_batch = batch_size * config.training.gradient_accumulation_steps
+    if global_batch % world:
+        raise UserError(
+            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be shared "
+            f"by {world} processes; choose a multiple of {world}"
+        )
+    local = global_batch // world
+    return global_batch, math.gcd(local, batch_size) if local % batch_size else batch_size
+
+
+def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:
+    """Turns epochs into max_iters."""
+    if config.training.epochs is None:
+        return
+    per_epoch = order.windows_per_epoch if order.order == "shuffled" else order.tokens / order.block_size
+    config.training.max_iters = max(1, math.ceil(config.training.epochs * per_epoch / global_batch))
+    config.training.inclusive_max_iters = False
+    config.training.epochs = None
+
+
+def resume_command(config: Config, command: str) -> str:
+    """What to type to go on with a run."""
+    words = [command, "--init_from=resume", f"--out_dir={config.training.out_dir}"]
+    if os.path.sep in config.data.dataset or "/" in config.data.dataset:
+        words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint
+    return " ".join(words)
+
+
+def describe(plan: Plan) -> list[str]:
+    """The announcement: what will run, on what, and what was chosen for the machine."""
+    config, s = plan.config, plan.sizes
+    lines = list(plan.notes)
+    lines += [f"{name}: {text}" for name, text in plan.runtime.reasons.items()]
+    if plan.runtime.world_size > 1:
+        lines.append(f"processes: {plan.runtime.world_size} ({plan.runtime.backend})")
+    lines += [
+        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation tokens",
+        f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
+        f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
+        f"{plan.runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
+        f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
+    ]
+    return lines
+
+
+def forecast(plan: Plan) -> dict[str, Any]:
+    """The figures of --dry_run. Memory in bytes, an estimate."""
+    s = plan.sizes
+    return {
+        "parameters": s.params,
+        "memory": s.memory,
+        "memory_weights": s.weights,
+        "memory_gradients": s.gradients,
+        "memory_optimizer": s.optimizer,
+        "memory_activations": s.activations,
+        "flops_per_token": s.flops_per_token,
+        "tokens_per_step": plan.tokens_per_step,
+        "steps": plan.last_step,
+        "epochs": plan.epochs,
+    }

@@ -1,0 +1,14 @@
+"""nanoGPT's front door to the trainer: `python train.py [config/PRESET.py] [--key=value ...]`.
+
+The settings are src/llm_from_scratch/config.py, the loop is src/llm_from_scratch/training/trainer.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from llm_from_scratch.cli.train import main_nanogpt  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main_nanogpt())
