@@ -1,0 +1,86 @@
+"""llm-export: a checkpoint for nanoGPT (ckpt.pt) or for transformers (a folder)."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..config import UserError
+from .common import run
+
+
+@dataclass
+class Export:
+    """Settings of llm-export."""
+
+    out_dir: str | None = None
+    """Folder of the run, or a step directory or ckpt.pt in it."""
+    checkpoint: str | None = None
+    """The same as out_dir."""
+    which: str | None = None
+    """last, best or a step. None is best where the run saved only what improved, else last."""
+    format: Literal["nanogpt", "hf"] = "hf"
+    """nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py. hf: a folder for transformers."""
+    output: str | None = None
+    """The file (nanogpt) or the new folder (hf) to write."""
+    dataset: str | None = None
+    """The data whose tokenizer is meant, for a checkpoint that holds none."""
+    overwrite: bool = False
+    """Replace a ckpt.pt that this program did not write."""
+    accept_erf_gelu: bool = False
+    """Write a model with the tanh GELU (OpenAI's GPT-2) for nanoGPT, which runs it with the exact one."""
+
+
+def export(options: Export) -> Path:
+    """Writes the export and returns its path. Raises UserError."""
+    if (options.out_dir is None) == (options.checkpoint is None):
+        raise UserError("one of --out_dir=FOLDER and --checkpoint=PATH is needed, to say what is exported")
+    if not options.output:
+        target = "FOLDER/ckpt.pt" if options.format == "nanogpt" else "FOLDER"
+        raise UserError(f"--output is needed: where to write, for example --output={target}")
+    from ..core import checkpoint as checkpoints
+
+    output, to_nanogpt = Path(options.output), options.format == "nanogpt"
+    location = options.checkpoint or options.out_dir or ""
+    loaded = checkpoints.load_any(
+        location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False
+    )
+    if not to_nanogpt:
+        from ..interop.hf import export_hf
+
+        export_hf(loaded, output)
+        return output
+    if output.is_dir():
+        output = output / "ckpt.pt"
+    checkpoints.write_nanogpt(output, loaded, options.overwrite, options.accept_erf_gelu)
+    print(f"wrote {output}: step {loaded.step} of {loaded.path}")
+    if output.name == "ckpt.pt":
+        print(f"next, in a checkout of nanoGPT: python sample.py --out_dir={output.parent.resolve()} --device=cpu")
+    return output
+
+
+def _main(argv: list[str]) -> int:
+    from ..presets import parse
+
+    parsed = parse(
+        Export,
+        argv,
+        prog="llm-export",
+        description="Writes a checkpoint for nanoGPT or for transformers.",
+        presets=False,
+    )
+    if parsed.positionals:
+        raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are given as --key=value; see --help")
+    export(parsed.tree)
+    return 0
+
+
+def main() -> int:
+    """Entry point. Returns the exit code."""
+    return run(_main)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
