@@ -114,9 +114,8 @@ class Generator:
         which: best, last or a step. dataset: the data (name or folder) whose tokenizer serves where there is none.
         """
         where = resolve_device(device)
-        checkpoint = load_any(location, which, dataset)
-        if checkpoint.tokenizer is None:
-            raise UserError(f"{checkpoint.path} holds no tokenizer: name the data it was trained on with --dataset")
+        checkpoint = load_any(location, which, dataset, weights_only=True)
+        assert checkpoint.tokenizer is not None  # load_any refuses what has none
         model = build_model(checkpoint.model_config, checkpoint.model)
         return cls(model, checkpoint.tokenizer, where, resolve_dtype(dtype, where))
 

@@ -99,7 +99,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, the tokens it has seen."""
+    """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, what it has seen."""
 
     keep_ties = False  # see top_k
     CHUNK = 256  # random numbers drawn at once per row; the streams do not depend on it

@@ -1,0 +1,14 @@
+"""nanoGPT's front door to sampling: `python sample.py [--out_dir=out] [--start=...] [--key=value ...]`.
+
+The settings are src/llm_from_scratch/cli/sample.py, the work is src/llm_from_scratch/generation/generator.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from llm_from_scratch.cli.sample import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

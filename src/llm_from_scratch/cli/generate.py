@@ -1,0 +1,229 @@
+"""llm-generate: text from a trained model, on the terminal, in a conversation, or as JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ..config import GenerationConfig, SystemConfig, UserError, validate
+from ..presets import Parsed, parse
+from .common import run
+
+if TYPE_CHECKING:
+    from ..generation.generator import Generator
+
+SEPARATOR = "---------------"
+HELP = """Continues a text, --start, with a trained model. Of several samples, each is followed by a line of dashes. \
+PRESETs are YAML or Python files with such settings."""
+
+
+@dataclass
+class SourceOptions:
+    """Which model."""
+
+    out_dir: str = "out"
+    """A run's folder."""
+    checkpoint: str | None = None
+    """Instead of out_dir: a step directory, a nanoGPT ckpt.pt, or another run's folder."""
+    init_from: str | None = None
+    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging Face's format."""
+    which: str | None = None
+    """best, last or a step. None: best where the run saved only improvements, else last."""
+    dataset: str | None = None
+    """Name or folder of the data whose tokenizer serves a checkpoint that holds none (nanoGPT's)."""
+
+
+@dataclass
+class OutputOptions:
+    """What is written, and how."""
+
+    stream: bool | Literal["auto"] = "auto"
+    """Write the text as it is drawn, one sample after the other; auto does so on a terminal."""
+    interactive: bool = False
+    """Ask for prompts, line by line, until the input ends (Ctrl-D)."""
+    jsonl: bool = False
+    """One JSON object a sample: prompt, text, tokens (how many), finish_reason (stop, length), seed."""
+    overflow: Literal["recompute", "drop_half"] = "recompute"
+    """Past block_size: recompute runs the whole window anew for every token (exact); drop_half forgets its older half
+    each time it is full (much faster, another text)."""
+    allow_special: bool = False
+    """Read a special token that is written out in the prompt, such as <|endoftext|>, as that token."""
+
+
+@dataclass
+class GenerateCommand:
+    source: SourceOptions = field(default_factory=SourceOptions)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    parsed = parse(
+        GenerateCommand, argv, prog="llm-generate [PRESET ...]", description=HELP, defaults={"num_samples": 1}
+    )
+    command = parsed.tree
+    validate(command)
+    output, location = command.output, _location(parsed)
+    if output.jsonl and output.stream is True:
+        raise UserError("jsonl and stream exclude each other: a JSON object is written when its sample is complete")
+    if output.interactive and parsed.on_command_line("start"):
+        raise UserError("--interactive asks for its prompts: leave out --start, or leave out --interactive")
+    prompt = None if output.interactive else read_start(command.generation.start)
+    generator = load_generator(location, command.source.which, command.source.dataset, command.system)
+    prepare_output()
+    if prompt is not None:
+        _answer(generator, command, prompt, command.system.seed)
+        return 0
+    return _converse(generator, command)
+
+
+def _location(parsed: Parsed[GenerateCommand]) -> str:
+    source = parsed.tree.source
+    given = [name for name in ("checkpoint", "init_from", "out_dir") if parsed.on_command_line(name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} each name a model: give one of them")
+    if given:
+        return getattr(source, given[0])
+    # a training preset's init_from says where its run began, not what to read from
+    return source.checkpoint or source.out_dir
+
+
+def read_start(start: str) -> str:
+    """The prompt that --start means: FILE:path, - for standard input, or itself. Raises UserError."""
+    name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    if start == "-":
+        if sys.stdin.isatty():
+            print("Type the prompt; end it with Ctrl-D on an empty line.", file=sys.stderr)
+        data = sys.stdin.buffer.read()
+    elif start.startswith("FILE:"):
+        try:
+            data = Path(name).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the prompt file {name!r}: {reason}; expected --start=FILE:path") from None
+    elif start:
+        return start
+    else:
+        raise UserError("the prompt is empty: a model continues a text, so give --start at least one character")
+    try:
+        text = data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt in {name} is not UTF-8 text (byte {error.start}); convert it first") from None
+    if not text:
+        raise UserError(f"the prompt in {name} is empty: a model continues a text, so give it at least one character")
+    return text
+
+
+def load_generator(location: str, which: str | None, dataset: str | None, system: SystemConfig) -> Generator:
+    """From a run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name. Raises UserError."""
+    path = Path(location)
+    pretrained = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    pretrained |= location.startswith("gpt2") and not path.exists()
+    if not pretrained:
+        from ..core.checkpoint import find_checkpoint
+
+        find_checkpoint(location, which, verify=False)  # what is not there is said before torch is loaded
+    import torch
+
+    from ..generation.generator import Generator
+
+    if system.threads is not None:
+        torch.set_num_threads(system.threads)
+    if pretrained:
+        generator = Generator.from_pretrained(location, device=system.device, dtype=system.dtype)
+    else:
+        generator = Generator.from_checkpoint(location, which, dataset, device=system.device, dtype=system.dtype)
+    weight = generator.model.lm_head.weight
+    millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
+    print(f"{location}: {millions:.2f}M parameters, on {weight.device}, {dtype}", file=sys.stderr)
+    if system.compile is True:
+        generator.model.compile(dynamic=True)
+    return generator
+
+
+def write(text: str) -> None:
+    """Writes text at once. On a terminal, control characters are shown as U+FFFD: what a model writes must not move
+    the cursor or reach the clipboard."""
+    if sys.stdout.isatty():
+        text = "".join("\ufffd" if ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 else c for c in text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def prepare_output() -> None:
+    """A character that the output's encoding lacks becomes a question mark, not a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _answer(generator: Generator, command: GenerateCommand, prompt: str, seed: int) -> None:
+    """Writes the samples of one prompt."""
+    params, output = command.generation, command.output
+    if output.stream is True or (output.stream == "auto" and sys.stdout.isatty() and not output.jsonl):
+        for k in range(params.num_samples):
+            pieces = generator.stream(
+                prompt, params, seed + k, overflow=output.overflow, allow_special=output.allow_special
+            )
+            write(prompt)
+            for piece in pieces:
+                write(piece)
+            _end_sample(params)
+        return
+    for sample in generator.generate(
+        [prompt], params, seed, overflow=output.overflow, allow_special=output.allow_special
+    ):
+        if output.jsonl:
+            facts = {"prompt": prompt, "text": sample.text, "tokens": len(sample.tokens)}
+            write(json.dumps(facts | {"finish_reason": sample.finish_reason, "seed": sample.seed}) + "\n")
+        else:
+            write(prompt + sample.text)
+            _end_sample(params)
+
+
+def _end_sample(params: GenerationConfig) -> None:
+    write(f"\n{SEPARATOR}\n" if params.num_samples > 1 else "\n")
+
+
+def _converse(generator: Generator, command: GenerateCommand) -> int:
+    """Answers line after line, each with other random numbers, until the input ends."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  gives input() editing and a history
+
+        print("Type a text to be continued; Ctrl-C stops a sample, Ctrl-D ends.", file=sys.stderr)
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")
+    seed = command.system.seed
+    while True:
+        try:
+            prompt = input("> " if at_terminal else "")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from None
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return 0
+        if not prompt:
+            continue
+        try:
+            _answer(generator, command, prompt, seed)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            print(file=sys.stderr)
+        seed += command.generation.num_samples
+
+
+if __name__ == "__main__":
+    sys.exit(main())
