@@ -77,12 +77,12 @@ train *ARGS: (_env "tensorboard" "plots")
 # A short run to try things out: 5 epochs, small batch, on the data prepared last
 [no-exit-message]
 train-quick *ARGS: (_env "tensorboard" "plots")
-    @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 "$@"
+    @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 --out_dir=out-quick "$@"
 
-# Train a model of GPT-2's size on the data prepared last: a GPU's work
+# configs/default.yaml for 20 epochs of the data prepared last; stops where the val loss no longer improves
 [no-exit-message]
 train-full *ARGS: (_env "tensorboard" "plots")
-    @{{ newest }} && exec "{{ bin }}/llm-train" configs/gpt2-124m.yaml ${data:+"$data"} "$@"
+    @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} --epochs=20 --early_stopping_patience=5 --out_dir=out-full "$@"
 
 # Train with a configuration file of your own
 [no-exit-message]

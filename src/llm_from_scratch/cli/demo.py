@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .common import run
@@ -89,20 +90,31 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
     return "\n".join(lines)
 
 
-def read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(train losses, val losses) by step from a run's metrics.jsonl; a line that is not whole is skipped."""
-    train: dict[int, float] = {}
-    val: dict[int, float] = {}
+@dataclass
+class Metrics:
+    """A run's losses by step. full: the val loss over the whole split that ends a run, where it was measured."""
+
+    train: list[tuple[int, float]]
+    val: list[tuple[int, float]]
+    full: float | None
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Reads a run's metrics.jsonl. Of several entries for a step the last counts; a line that is not whole is skipped."""
+    series: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}, "val_loss_full": {}}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            for key, series in (("loss", train), ("val_loss", val)):
+            for key, points in series.items():
                 if isinstance(entry.get(key), (int, float)):
-                    series[entry["step"]] = float(entry[key])
-    return sorted(train.items()), sorted(val.items())
+                    points[entry["step"]] = float(entry[key])
+    full = series["val_loss_full"]
+    return Metrics(
+        sorted(series["loss"].items()), sorted(series["val_loss"].items()), full[max(full)] if full else None
+    )
 
 
 def draws_unicode() -> bool:
@@ -150,10 +162,13 @@ def demo(argv: list[str]) -> int:
     if code:
         return code
 
-    train, val = read_metrics(out_dir / "metrics.jsonl")
-    print(f"\nval loss at the end: {val[-1][1]:.4f}\n" if val else "")
+    metrics = read_metrics(out_dir / "metrics.jsonl")
+    if metrics.full is not None:
+        print(f"\nval loss at the end, over the whole validation split: {metrics.full:.4f}")
+    elif metrics.val:
+        print(f"\nval loss at the end: {metrics.val[-1][1]:.4f}")
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
-    print(loss_curve(train, val, width=width, unicode=draws_unicode()))
+    print("\n" + loss_curve(metrics.train, metrics.val, width=width, unicode=draws_unicode()))
     print("\nWhat the model writes now:\n")
     code = call("generate", f"--out_dir={out_dir}", "--num_samples=2", "--max_new_tokens=300")
     if code:
