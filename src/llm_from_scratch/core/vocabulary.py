@@ -14,6 +14,7 @@ import pickle
 import pickletools
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -67,9 +68,7 @@ def tiktoken_encoding(name: str) -> Any:
         cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     try:
         if not (cache and os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()))):
-            # tiktoken downloads without a time limit, so see first whether the server answers.
-            head = urllib.request.Request(url, method="HEAD")
-            within(8, lambda: urllib.request.urlopen(head, timeout=8).close())
+            answers(url)  # tiktoken downloads without a time limit
         return tiktoken.get_encoding(name)
     except Exception as error:
         ways = f"the network failed ({error})".replace("\n", " ")
@@ -81,6 +80,15 @@ def tiktoken_encoding(name: str) -> Any:
         else:
             ways += "; without it, set TIKTOKEN_CACHE_DIR to a filled cache, or use --tokenizer=bpe:8192, byte or char"
         raise UserError(f"cannot get the {name} vocabulary: {ways}") from None
+
+
+def answers(url: str) -> None:
+    """Raises within eight seconds where the server of url cannot be reached."""
+    head = urllib.request.Request(url, method="HEAD")
+    try:
+        within(8, lambda: urllib.request.urlopen(head, timeout=8).close())
+    except urllib.error.HTTPError:
+        pass  # an answer, if not the wanted one
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
