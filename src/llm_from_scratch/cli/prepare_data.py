@@ -33,7 +33,7 @@ class PrepareOptions:
     val_files: tuple[str, ...] = ()
     """Validation texts; the sources are then for training alone."""
     val_fraction: float | None = None
-    """Share of the characters (single text) or documents (several) that validate. None is 0.1, for openwebtext 0.0005."""
+    """Share of the characters (single text) or documents (several) that validate. None is 0.1, openwebtext 0.0005."""
     seed: int = 2357
     """Decides which documents validate."""
     text_key: str = "text"

@@ -67,7 +67,7 @@ class Counted:
                 self.documents += ends
                 self.characters += len(text)
                 yield text
-            if self.documents == before:
+            if self.documents == before and len(sources) > 1:
                 report(f"{source.name} is empty and left out")
 
 
@@ -429,6 +429,9 @@ def _farewell(target: Path, root: Path, by_name: bool, report: Report) -> None:
         files = ", ".join(shard["file"] for shard in entry["shards"][:2])
         files += ", ..." if len(entry["shards"]) > 2 else ""
         report(f"  {split:5} {entry['tokens']:>14,} tokens {entry['bytes']:>14,} bytes of text  {files}")
+    sizes = [manifest["splits"][split]["bytes"] for split in ("train", "val")]
+    if sizes[1] > sizes[0]:
+        report("note: most of the text is in the documents that validate; see --val_files, or another --seed")
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
     report(f"example: {' '.join(map(str, first[:8]))} ... is {tokenizer.decode(first)!r}")
     clash = (root / "data" / target.name / "train.bin").exists()

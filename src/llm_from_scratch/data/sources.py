@@ -25,7 +25,7 @@ from typing import Any
 
 from ..config import UserError
 from ..core.tokenizer import cut_text, safe_cut
-from ..core.vocabulary import within
+from ..core.vocabulary import answers, within
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 KNOWN_NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "python_docs", "demo")
@@ -138,6 +138,7 @@ class FileSource:
                     names = ", ".join(map(repr, table.schema_arrow.names))
                     raise UserError(f"{self.name} has no column {self.text_key!r} (it has {names}): see --text_key")
                 kind = table.schema_arrow.field(self.text_key).type
+                kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
                 if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                     raise UserError(f"{self.name}: column {self.text_key!r} holds {kind}, not text: see --text_key")
                 for batch in table.iter_batches(batch_size=256, columns=[self.text_key]):
@@ -164,6 +165,9 @@ class HubSource:
         except ImportError:
             raise UserError(f"{name} is read by the library datasets: pip install 'llm-from-scratch[data]'") from None
         try:
+            offline = any(os.environ.get(f"HF_{part}_OFFLINE", "0") not in ("0", "") for part in ("HUB", "DATASETS"))
+            if not offline and not Path(name).exists():  # the library would try for half a minute
+                answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
             rows = datasets.load_dataset(name, split="train", streaming=True)
             info = (rows.info.splits or {}).get("train")
         except Exception as error:
@@ -181,8 +185,14 @@ class HubSource:
         }
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
-        for row in self.rows:
-            yield from pieces_of(row[self.text_key])
+        try:
+            for row in self.rows:
+                yield from pieces_of(row[self.text_key])
+        except Exception as error:
+            raise UserError(
+                f"reading {self.name} failed ({' '.join(str(error).split())[:200]}): run the same command again, what "
+                "is encoded is kept"
+            ) from None
 
 
 Source = FileSource | HubSource
@@ -208,11 +218,11 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
         if not found and (found := _matches(root / RAW, argument)):
             report(f"reading {argument} from {RAW.as_posix()}")
         if not found:
-            near = difflib.get_close_matches(argument, KNOWN_NAMES[:-1], n=1)
+            near = difflib.get_close_matches(argument, KNOWN_NAMES[:-1], n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else f"known names are {', '.join(KNOWN_NAMES[:-1])}"
             if (root / argument).is_dir():
                 hint = f"the folder holds no {', '.join(SUFFIXES)} file"
-            raise UserError(f"no source {argument!r}, neither here nor in {RAW.as_posix()}: {hint}")
+            raise UserError(f"no text {argument!r}, neither here nor in {RAW.as_posix()}: {hint}")
         for path in found:
             if path.suffix.lower() not in SUFFIXES and argument != "-":
                 report(f"reading {path.as_posix()} as plain text")
