@@ -100,7 +100,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads a run's metrics.jsonl. Of several entries for a step the last counts; a line that is not whole is skipped."""
+    """Reads a run's metrics.jsonl. The last entry of a step counts; a line that is not whole is skipped."""
     series: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}, "val_loss_full": {}}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

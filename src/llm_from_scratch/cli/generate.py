@@ -125,26 +125,36 @@ def read_start(start: str) -> str:
 
 def load_generator(location: str, which: str | None, dataset: str | None, system: SystemConfig) -> Generator:
     """From a run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name. Raises UserError."""
+    from ..core.checkpoint import Checkpoint, find_checkpoint, load_any
+
     path = Path(location)
     pretrained = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
     pretrained |= location.startswith("gpt2") and not path.exists()
     if not pretrained:
-        from ..core.checkpoint import find_checkpoint
-
         find_checkpoint(location, which, verify=False)  # what is not there is said before torch is loaded
     import torch
 
-    from ..generation.generator import Generator
+    from ..core.runtime import resolve_device, resolve_dtype
+    from ..generation.generator import Generator, build_model
 
     if system.threads is not None:
         torch.set_num_threads(system.threads)
+    device = resolve_device(system.device)
     if pretrained:
-        generator = Generator.from_pretrained(location, device=system.device, dtype=system.dtype)
+        from ..core.nanogpt_ckpt import tokenizer_for
+        from ..interop.hf import load_pretrained
+
+        config, weights, tokenizer = load_pretrained(location)
+        found = Checkpoint(path, 0, config, weights)
+        found.tokenizer = tokenizer or tokenizer_for(found, dataset)
     else:
-        generator = Generator.from_checkpoint(location, which, dataset, device=system.device, dtype=system.dtype)
+        found = load_any(location, which, dataset, weights_only=True)
+    assert found.tokenizer is not None  # both refuse a model without one
+    model = build_model(found.model_config, found.model)
+    generator = Generator(model, found.tokenizer, device, resolve_dtype(system.dtype, device))
     weight = generator.model.lm_head.weight
     millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
-    print(f"{location}: {millions:.2f}M parameters, on {weight.device}, {dtype}", file=sys.stderr)
+    print(f"{found.path}: {millions:.2f}M parameters, on {weight.device}, {dtype}", file=sys.stderr)
     if system.compile is True:
         generator.model.compile(dynamic=True)
     return generator

@@ -56,9 +56,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
 
 
 def _parse(argv: list[str], command: str, defaults: dict[str, Any], base: str | None) -> Parsed[Config]:
-    return parse(
-        Config, argv, prog=f"{command} [PRESET ...]", description=HELP, defaults=defaults, base_preset=base
-    )
+    return parse(Config, argv, prog=f"{command} [PRESET ...]", description=HELP, defaults=defaults, base_preset=base)
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:

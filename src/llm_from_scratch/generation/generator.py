@@ -122,12 +122,9 @@ class Generator:
     @classmethod
     def from_pretrained(cls, name: str, device: str = "auto", dtype: str = "auto") -> Generator:
         """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
-        from ..interop.hf import load_pretrained
-
         where = resolve_device(device)
-        config, state, tokenizer = load_pretrained(name)
-        tokenizer = tokenizer or Tokenizer.from_name("gpt2")
-        return cls(build_model(config, state), tokenizer, where, resolve_dtype(dtype, where))
+        tokenizer = Tokenizer.from_name(name if Path(name).is_dir() else "gpt2")
+        return cls(GPT.from_pretrained(name), tokenizer, where, resolve_dtype(dtype, where))
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""

@@ -67,7 +67,8 @@ def test_metrics_are_read_by_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 2, "loss": 3.5, "lr": 0.1}\n{"step": 0, "train_loss": 4.2, "val_loss": 4.25}\n'
-        '{"step": 1, "loss": 4}\n{"step": 2, "loss": 3.25}\n{"step": 2, "val_loss_full": 3.5}\n{"note": "x"}\n[1]\n{"step": 3, "lo',
+        '{"step": 1, "loss": 4}\n{"step": 2, "loss": 3.25}\n'
+        '{"step": 2, "val_loss_full": 3.5}\n{"note": "x"}\n[1]\n{"step": 3, "lo',
         encoding="utf-8",
     )
     assert demo.read_metrics(path) == demo.Metrics([(1, 4.0), (2, 3.25)], [(0, 4.25)], 3.5)
@@ -95,7 +96,8 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
         (tmp_path / name / "step-00000010").mkdir(parents=True)
         (tmp_path / name / "loss.png").touch()
         (tmp_path / name / "metrics.jsonl").write_text(
-            '{"step": 1, "loss": 4.0}\n{"step": 10, "loss": 2.0}\n{"step": 10, "val_loss": 2.25}\n{"step": 10, "val_loss_full": 2.125}\n'
+            '{"step": 1, "loss": 4.0}\n{"step": 10, "loss": 2.0}\n'
+            '{"step": 10, "val_loss": 2.25}\n{"step": 10, "val_loss_full": 2.125}\n'
         )
     return called
 

@@ -243,14 +243,8 @@ def test_damage_is_noticed(tmp_path: Path, gpt2: Tokenizer) -> None:
         with pytest.raises(UserError, match="damaged"):
             Tokenizer.load(tmp_path)
     ranks.unlink()
-    for content in (
-        whole,
-        "",
-        "[]",
-        "{}",
-        whole.replace('"version": 1', '"version": 2'),
-        whole.replace("gpt2", "evil"),
-    ):
+    other = [whole.replace('"version": 1', '"version": 2'), whole.replace("gpt2", "evil")]
+    for wrong in [whole, "", "[]", "{}", *other]:
         meta.write_text(wrong)
         with pytest.raises(UserError):
             Tokenizer.load(tmp_path)

@@ -69,21 +69,24 @@ def evaluate_split(
 
 @torch.no_grad()
 def estimate_loss(
-    model: torch.nn.Module, data: TokenData, block_size: int, eval_iters: int, batch_size: int, runtime: Runtime
+    model: torch.nn.Module,
+    data: TokenData,
+    block_size: int,
+    windows: int,
+    runtime: Runtime,
+    batch_size: int | None = None,
 ) -> float:
-    """Mean loss over eval_iters * batch_size fixed random windows."""
-    order = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED)
-    starts = np.concatenate([order.starts(i, batch_size) for i in range(eval_iters)])
-    size = max(batch_size, _batch_size(model, block_size))
-    size = min(size, len(starts))
-    batches = [starts[i : i + size] for i in range(0, len(starts), size)]
-    nats, windows = 0.0, 0
+    """Mean loss over so many random windows, the same ones every time."""
+    starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
+    size = batch_size or min(windows, _batch_size(model, block_size))
+    batches = [starts[i : i + size] for i in range(0, windows, size)]
+    nats, count = 0.0, 0
     with _evaluating(model):
         for part in batches[runtime.rank :: runtime.world_size]:
             x, y = _windows(data, part, block_size, size, runtime.device)
             nats += _loss(model, x, y, runtime) * len(part)
-            windows += len(part)
-    nats, total = _sum_over_ranks([nats, windows], runtime)
+            count += len(part)
+    nats, total = _sum_over_ranks([nats, count], runtime)
     return nats / total
 
 

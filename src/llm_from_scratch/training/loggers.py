@@ -155,7 +155,7 @@ class RunLog:
         else:
             print(line, flush=True)
 
-    def train_step(self, step: int, metrics: dict[str, float], steps_of_log: int) -> None:
+    def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
         self._log(step, metrics)
         mfu = metrics.get("mfu", UNKNOWN_MFU)

@@ -18,6 +18,7 @@ from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.checkpoint import Checkpoint
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
+from ..core.nanogpt_ckpt import check_nanogpt
 from ..core.runtime import Runtime
 from ..core.sizing import Sizes, sizes
 from ..core.tokenizer import Tokenizer, tokenizer_of
@@ -99,7 +100,13 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     start_step = 0
     init_from = config.training.init_from
     if init_from == "resume":
-        resumed = checkpoints.load_any(config.training.out_dir, which="last", dataset=str(folder), need_tokenizer=False, set_aside=not config.training.eval_only)
+        resumed = checkpoints.load_any(
+            config.training.out_dir,
+            which="last",
+            dataset=str(folder),
+            need_tokenizer=False,
+            set_aside=not config.training.eval_only,
+        )
         weights, start_step = resumed.model, resumed.step
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
         _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
@@ -120,6 +127,8 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             f"{folder}; leave --vocab_size out"
         )
     config.model.validate()
+    if config.training.save_nanogpt_ckpt:
+        check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
     for data in (train_data, val_data):
         data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)

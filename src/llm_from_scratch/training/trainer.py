@@ -98,15 +98,17 @@ class Trainer:
         for line in describe(plan):
             self.log.say(line)
         self.models: Wrapped = wrap(model, self.config, self.runtime, plan.micro_batch, self.log.say)
+        # a compiled model is compiled for one shape; else evaluation chooses a larger batch
+        self.eval_batch = plan.micro_batch if self.models.is_compiled else None
+        self.eval_rate: float | None = None  # tokens/s
+        self.mfu: float | None = None
+        self.saved_to: Path | None = None
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
             self.runtime.world_size,
         )  # fmt: skip
         if plan.resumed is not None:
             self._restore()
-        else:
-            # the first process made the weights; dropout of the others must differ from here on
-            torch.manual_seed(self.config.system.seed + self.runtime.rank) if self.runtime.rank else None
         plan.weights = plan.resumed = None  # free the memory
 
     def run(self, stop: StopRequest) -> TrainResult:
@@ -180,9 +182,7 @@ class Trainer:
         if peak := self.runtime.peak_flops:
             metrics["mfu"] = rate * self.plan.sizes.flops_per_token / (peak * self.runtime.world_size)
         self.mfu = metrics.get("mfu")
-        self.log.train_step(step, metrics, timer.logged_steps)
-
-    mfu: float | None = None
+        self.log.train_step(step, metrics)
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         if self.runtime.world_size > 1:
@@ -193,13 +193,13 @@ class Trainer:
     def _evaluate(self) -> None:
         """Estimates the losses on fixed batches, and keeps count of the best."""
         training, state = self.config.training, self.state
-        losses = {
-            split: estimate_loss(
-                self.models.compiled, data, self.config.model.block_size, training.eval_iters,
-                self.config.data.batch_size, self.runtime,
+        windows = training.eval_iters * self.config.data.batch_size
+        block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
+        for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
+            losses[split] = estimate_loss(
+                self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch
             )
-            for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data))
-        }  # fmt: skip
+        self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
         scheduler, peak = self.config.scheduler, self.config.optimizer.learning_rate
         lr = learning_rate_at(state.step, peak, scheduler, training.max_iters)
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
@@ -239,13 +239,12 @@ class Trainer:
         if not self.runtime.is_master:
             return
         val_loss = state.val_loss if state.evaluated_at == state.step else None
-        trainer = {k: v for k, v in vars(state).items()} | {"scaler": self.scaler.state_dict()}
         contents: dict[str, Any] = {
             "step": state.step,
             "model": self.models.raw.state_dict(),
             "model_config": self.models.raw.config,
             "optimizer": optimizer_state(self.optimizer),
-            "trainer": trainer,
+            "trainer": vars(state) | {"scaler": self.scaler.state_dict()},
             "rng": rng,
             "config": to_dict(self.config),
             "tokenizer": self.plan.tokenizer,
@@ -256,13 +255,11 @@ class Trainer:
                 keep_last=self.config.training.keep_last, keep_every=self.config.training.keep_every,
             )  # fmt: skip
             if self.config.training.save_nanogpt_ckpt:
-                checkpoints.write_nanogpt(self.out_dir / "ckpt.pt", best_val_loss=state.best_val_loss, **contents)
+                checkpoints.write_nanogpt(self.out_dir / "ckpt.pt", checkpoints.Checkpoint(path=None, **contents))
         except checkpoints.SaveError as error:
             self.log.say(f"warning: {error}; training goes on, the next save tries again")
             return
         self.log.say(f"saved checkpoint {self.saved_to}")
-
-    saved_to: Path | None = None
 
     def _random_states(self) -> dict[str, Tensor]:
         """The generators' states of every process: {"cpu.RANK": uint8 tensor, "cuda.RANK": ...}."""
@@ -362,17 +359,16 @@ class Trainer:
 
     def _evaluate_whole(self, trained_for: float) -> Evaluation | None:
         data, block_size = self.plan.val_data, self.config.model.block_size
-        begin = time.perf_counter()
-        estimate_loss(self.models.compiled, data, block_size, 1, self.config.data.batch_size, self.runtime)
-        rate = self.config.data.batch_size * block_size / (time.perf_counter() - begin)
-        expected = len(data) / rate
+        expected = len(data) / self.eval_rate if self.eval_rate else 0.0
         if expected > max(LONG_FINAL_EVALUATION, trained_for):
             self.log.say(
                 f"the whole validation split would take about {expected / 60:.0f} min: left to "
                 f"llm-eval --out_dir={self.out_dir} --dataset={self.config.data.dataset}"
             )
             return None
-        final = evaluate_split(self.models.compiled, data, block_size, self.runtime, self.plan.tokenizer)
+        final = evaluate_split(
+            self.models.compiled, data, block_size, self.runtime, self.plan.tokenizer, self.eval_batch
+        )
         metrics = {"val_loss_full": final.loss, "perplexity": final.perplexity}
         text = f"final: val loss {final.loss:.4f} over the whole split ({final.tokens:,} tokens), perplexity {final.perplexity:.2f}"  # fmt: skip
         if (bits := final.bits_per_byte) is not None:
@@ -400,7 +396,7 @@ class StepTimer:
     """Seconds per update since the last log line, evaluations and checkpoints left out."""
 
     def __init__(self) -> None:
-        self.count, self.logged_steps, self.total, self._sum = 0, 0, 0.0, 0.0
+        self.count, self.total, self._sum = 0, 0.0, 0.0
         self._begin: float | None = None
 
     def start(self) -> None:
@@ -414,7 +410,7 @@ class StepTimer:
     def seconds_per_step(self) -> float:
         self.pause()
         mean = self._sum / max(1, self.count)
-        self.logged_steps, self.count, self._sum = self.count, 0, 0.0
+        self.count, self._sum = 0, 0.0
         return max(mean, 1e-9)
 
 

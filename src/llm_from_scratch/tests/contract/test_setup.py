@@ -126,7 +126,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 MADE = "python3 -m|venv|--clear|{venv}|"
-TOOLS = "python -m|pip|install|-qq|--disable-pip-version-check|uv|rust-just|"
+TOOLS = "python -m|pip|install|-qq|--disable-pip-version-check|--force-reinstall|uv|rust-just|"
 
 
 def test_wrapper_is_an_executable_posix_script() -> None:
