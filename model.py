@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a checkout that is not installed
 
-from llm_from_scratch.config import GPTConfig
-from llm_from_scratch.core.model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
+from llm_from_scratch.config import GPTConfig  # noqa: E402
+from llm_from_scratch.core.model import GPT, MLP, Block, CausalSelfAttention, LayerNorm  # noqa: E402
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "LayerNorm"]
