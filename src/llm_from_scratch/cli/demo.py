@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from .common import run
@@ -130,7 +131,7 @@ def draws_unicode() -> bool:
 def option(argv: list[str], name: str) -> str | None:
     """The value that a command line gives a setting, as --name=value, --name value or --section.name=value."""
     value = None
-    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+    for arg, following in zip_longest(argv, argv[1:]):
         key, equals, text = arg.partition("=")
         if key.startswith("--") and key[2:].rpartition(".")[2] == name:
             value = text if equals else following

@@ -79,6 +79,7 @@ def test_options_are_found_as_the_parser_takes_them() -> None:
     assert demo.option(argv, "out_dir") == "b"
     assert demo.option(argv, "dataset") == "c"
     assert demo.option(argv, "max_iters") is None
+    assert demo.option([], "out_dir") is None and demo.option(["--out_dir"], "out_dir") is None
 
 
 @pytest.fixture
