@@ -9,6 +9,7 @@ Imports neither torch nor anything of ours: `--help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -299,8 +300,7 @@ class SystemConfig:
         _between("seed", self.seed, 0, 2**63 - 1)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
-        kind, _, index = self.device.partition(":")
-        if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise UserError(f"backend={self.backend!r} is not one of auto, nccl, gloo")
