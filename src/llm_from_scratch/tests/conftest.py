@@ -1,0 +1,48 @@
+"""What all tests share: one thread a process, tiny datasets, and a folder of one's own to stand in."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# before torch is imported, and inherited by every process that a test starts
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # the tests say themselves when they run under torchrun
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Back to one thread where a test (or --threads) chose another number."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> str:
+    """Real English text: tiny Shakespeare of LLM_TEST_DATA_DIR, else the documentation that CPython carries."""
+    path = Path(os.environ.get("LLM_TEST_DATA_DIR", "")) / "tinyshakespeare.txt"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    from pydoc_data import topics
+
+    return "\n".join(text for _, text in sorted(topics.topics.items()))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset: 2,000 training and 205 validation tokens of 20 characters, with the tokenizer."""
+    from .tiny import write_data
+
+    return write_data(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which the test stands."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
