@@ -1,0 +1,335 @@
+"""Hugging Face's format, both ways: GPT-2-, Llama- and Qwen3-shaped models.
+
+One table names the modules, one the settings; reading and writing both go through them. A folder in this format is
+read without transformers. What the other side has no name for is refused with the reason, never approximated.
+Source: config.json and the state-dict names of transformers' models gpt2, llama and qwen3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config import GPTConfig, UserError
+from ..core.model import GPT
+from ..core.state import checked_model_config, checked_weights, parameter_shapes
+from ..core.tokenizer import Tokenizer
+from .hf_files import Weights, appears_whole, get_folder, read_json, short, write_json
+from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
+
+if TYPE_CHECKING:
+    from ..core.checkpoint import Checkpoint
+
+# Our module: Llama's and Qwen3's, N being the layer. Names joined by + are stacked in our one matrix. GPT-2's are ours.
+MODULES = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.h.N.ln_1": "model.layers.N.input_layernorm",
+    "transformer.h.N.attn.c_attn": "+".join(f"model.layers.N.self_attn.{part}_proj" for part in "qkv"),
+    "transformer.h.N.attn.c_proj": "model.layers.N.self_attn.o_proj",
+    "transformer.h.N.attn.q_norm": "model.layers.N.self_attn.q_norm",
+    "transformer.h.N.attn.k_norm": "model.layers.N.self_attn.k_norm",
+    "transformer.h.N.ln_2": "model.layers.N.post_attention_layernorm",
+    "transformer.h.N.mlp.c_gate": "model.layers.N.mlp.gate_proj",
+    "transformer.h.N.mlp.c_fc": "model.layers.N.mlp.up_proj",
+    "transformer.h.N.mlp.c_proj": "model.layers.N.mlp.down_proj",
+    "transformer.ln_f": "model.norm",
+    "lm_head": "lm_head",
+}
+NEEDED = object()  # no default: a config.json without it is refused
+# Our setting: (its name in config.json, what transformers takes where that is missing)
+GPT2_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 50257),
+    "block_size": ("n_positions", 1024),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "n_embd": ("n_embd", 768),
+    "mlp_hidden": ("n_inner", None),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "activation": ("activation_function", "gelu_new"),
+    "tie_embeddings": ("tie_word_embeddings", True),
+}
+LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", NEEDED),
+    "block_size": ("max_position_embeddings", NEEDED),
+    "n_layer": ("num_hidden_layers", NEEDED),
+    "n_head": ("num_attention_heads", NEEDED),
+    "n_kv_head": ("num_key_value_heads", None),
+    "n_embd": ("hidden_size", NEEDED),
+    "mlp_hidden": ("intermediate_size", NEEDED),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "activation": ("hidden_act", "silu"),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    "bias": ("attention_bias", False),
+}
+# Their activation: ours. The first name of each is the one that is written.
+GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu2": "relu2"}
+GPT2_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
+LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type of transformers, as far as our model can be it."""
+
+    model_type: str
+    architecture: str
+    fields: dict[str, tuple[str, Any]]
+    activations: dict[str, str]
+    ours: dict[str, Any]
+    """What this type is in our settings, whatever its config.json says."""
+    fixed: dict[str, tuple[Any, ...]]
+    """Settings of theirs that change the arithmetic: the values that our model computes."""
+
+    @property
+    def gpt2(self) -> bool:
+        return self.model_type == "gpt2"
+
+    def names(self, key: str) -> list[str]:
+        """Their names of one tensor of our state dict: several where ours holds them stacked."""
+        if self.gpt2:
+            return [key]
+        module, kind = key.rsplit(".", 1)
+        layer = next(iter(re.findall(r"\.h\.(\d+)\.", module)), "")
+        names = MODULES[module.replace(f".h.{layer}.", ".h.N.")].split("+")
+        return [f"{name.replace('.N.', f'.{layer}.')}.{kind}" for name in names]
+
+    def transposed(self, key: str) -> bool:
+        """GPT-2 there keeps the weights of its linear layers as (in, out)."""
+        return self.gpt2 and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+NO, LLAMA = (False, None), {"pos_embedding": "rope", "norm": "rmsnorm"}
+COMMON: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
+FAMILIES = {
+    "gpt2": Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        GPT2_FIELDS,
+        GPT2_ACTIVATIONS,
+        {"pos_embedding": "learned", "norm": "layernorm", "bias": True},
+        COMMON | {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
+    ),
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
+    "qwen3": Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        LLAMA_FIELDS | {"n_kv_head": ("num_key_value_heads", NEEDED)},
+        LLAMA_ACTIVATIONS,
+        LLAMA | {"qk_norm": True},
+        COMMON | {"attention_bias": NO, "use_sliding_window": NO},
+    ),
+}
+
+
+def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
+    """Weights, settings and tokenizer from a folder in Hugging Face's format, or from the hub.
+
+    name_or_folder: a folder with config.json and model.safetensors (or its shards, or pytorch_model.bin), or gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl or owner/name, which is fetched into Hugging Face's cache (extra `hf`).
+    The state dict has our names, a tied head under both of its own, and the stored dtype; dropout is 0. The tokenizer
+    is None where the folder has none that can be run here.
+    Raises UserError where files cannot be had or do not fit together, or describe a model that ours cannot be.
+    """
+    folder = get_folder(name_or_folder, read_config)
+    family, config = read_config(folder)
+    state = _read_weights(Weights(folder), family, config)
+    tokenizer = read_tokenizer(folder, family.gpt2)
+    if tokenizer is not None and tokenizer.vocab_size > int(config.vocab_size or 0):
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    return config, state, tokenizer
+
+
+def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
+    """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag.
+
+    folder: new or empty; it appears complete or not at all. The logits are compared with transformers' where that is
+    installed; the line printed at the end says what was found. A padded vocabulary stays padded: ids without a token
+    are suppressed in generation_config.json. Raises UserError for a model that has no name there, and where the
+    comparison fails.
+    """
+    folder = Path(folder)
+    family = family_of(checkpoint.model_config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
+    state = checked_weights(checkpoint.model, checkpoint.model_config, "the checkpoint")
+    tokenizer, rows = checkpoint.tokenizer, int(checkpoint.model_config.vocab_size or 0)
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they are of different runs"
+        )
+    config = write_config(family, checkpoint.model_config)
+    eot = None if tokenizer is None else tokenizer.eot_id
+    # None must be said: the defaults of transformers would end a text of Llama at id 2
+    config |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": str(state["lm_head.weight"].dtype).split(".")[1]}
+    try:
+        with appears_whole(folder) as made:
+            backend = (
+                None if tokenizer is None else write_tokenizer(tokenizer, made, checkpoint.model_config.block_size)
+            )
+            generation: dict[str, Any] = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+            generation["suppress_tokens"] = unused_ids(backend, rows) or None
+            write_json(made / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+            write_json(made / "config.json", config)
+            tensors = _written_weights(state, family, checkpoint.model_config)
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            finding = _compare(state, checkpoint.model_config, tokenizer, made)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
+
+
+def read_config(folder: Path) -> tuple[Family, GPTConfig]:
+    """What a folder's config.json describes. Raises UserError where our model cannot be that."""
+    theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
+    family = FAMILIES.get(str(theirs.get("model_type")))
+    if family is None:
+        raise UserError(f"{where}: model_type={short(theirs.get('model_type'))} is not among {', '.join(FAMILIES)}")
+    values = dict(family.ours)
+    for ours, (name, default) in family.fields.items():
+        values[ours] = default if theirs.get(name) is None else theirs[name]
+        if values[ours] is NEEDED:
+            raise UserError(f"{where} does not say {name}")
+    unusual = {name: theirs.get(name) for name, accepted in family.fixed.items() if theirs.get(name) not in accepted}
+    if values["activation"] not in list(family.activations):
+        unusual[family.fields["activation"][0]] = values["activation"]
+    if family.model_type == "llama" and bool(theirs.get("mlp_bias")) != values["bias"]:
+        unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} beside attention_bias={values['bias']}"
+    if not family.gpt2:
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
+            unusual["rope_parameters"] = rope
+        values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+        if any(isinstance(value, dict) for value in rope.values()):
+            unusual["rope_parameters"] = rope  # of their own for each kind of layer
+        kinds = theirs.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            unusual["layer_types"] = kinds
+    if unusual:
+        name, value = next(iter(unusual.items()))
+        raise UserError(f"{where}: {name}={short(value)} is not supported: our model has nothing that computes it")
+    config = checked_model_config(values | {"activation": family.activations[values["activation"]]}, where)
+    own = 128 if family.model_type == "qwen3" else None  # Qwen3's default does not follow from its width
+    head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
+    if not family.gpt2 and head_dim * config.n_head != config.n_embd:
+        raise UserError(
+            f"{where}: head_dim={short(head_dim)} is not supported: our heads share n_embd, expected hidden_size / "
+            f"num_attention_heads = {config.n_embd // config.n_head}"
+        )
+    return family, config
+
+
+def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
+    """The config.json of a model of ours."""
+    theirs: dict[str, Any] = {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
+    theirs |= {"architectures": [family.architecture], "model_type": family.model_type}
+    name = family.fields["activation"][0]
+    theirs[name] = next(name for name, ours in family.activations.items() if ours == config.activation)
+    if family.gpt2:
+        return theirs | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+    theirs |= {"intermediate_size": config.mlp_width, "num_key_value_heads": config.n_kv_head or config.n_head}
+    theirs |= {"head_dim": config.n_embd // config.n_head, "attention_dropout": config.dropout}
+    theirs |= {"mlp_bias": config.bias} if family.model_type == "llama" else {}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return theirs | {"rope_parameters": rope, "rope_theta": config.rope_theta}  # since transformers 5, and before
+
+
+def family_of(config: GPTConfig) -> Family:
+    """What transformers calls such a model. Raises UserError where it has no name for it."""
+    rope, gated = config.pos_embedding == "rope", config.activation == "swiglu"
+    obstacles = {
+        "a logit softcap": config.logit_softcap > 0,
+        "learned positions with RMSNorm": not rope and config.norm == "rmsnorm",
+        "learned positions with SwiGLU": not rope and gated,
+        "learned positions with grouped-query attention": not rope and config.n_kv_head not in (None, config.n_head),
+        "learned positions with QK-norm": not rope and config.qk_norm,
+        "RoPE with LayerNorm": rope and config.norm == "layernorm",
+        f"RoPE with the {config.activation} activation": rope and not gated,
+        "QK-norm with biases": rope and config.qk_norm and config.bias,
+    }
+    if found := [what for what, present in obstacles.items() if present]:
+        raise UserError(
+            f"the model cannot be exported: {found[0]} has no name in transformers, whose GPT-2 has learned positions, "
+            "LayerNorm and a plain MLP, and whose Llama and Qwen3 have RoPE, RMSNorm and SwiGLU"
+        )
+    return FAMILIES["gpt2" if not rope else "qwen3" if config.qk_norm else "llama"]
+
+
+def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[str, Tensor]:
+    """Our state dict. Raises UserError for a missing, surplus or misshapen tensor."""
+    state: dict[str, Tensor] = {}
+    surplus = set(weights.tensors)
+    for key in [*parameter_shapes(config, at_most=len(surplus), where=str(weights.folder)), "lm_head.weight"]:
+        names = family.names(key)
+        if key == "lm_head.weight" and config.tie_embeddings and names[0] not in surplus:
+            continue  # stored once
+        parts = [weights[name] for name in names]
+        if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:
+            parts = [torch.cat(parts)]
+        state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
+        surplus -= set(names)
+    if surplus:
+        raise UserError(f"{weights.folder}: the weights hold {min(surplus)}, which its config.json does not ask for")
+    return checked_weights(state, config, str(weights.folder))
+
+
+def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig) -> dict[str, Tensor]:
+    """Their tensors of our state dict, each with memory of its own."""
+    tensors: dict[str, Tensor] = {}
+    head = config.n_embd // config.n_head
+    stacked = [
+        head * count for count in (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
+    ]
+    if family.gpt2:  # which always has biases there: zero ones change nothing
+        config = dataclasses.replace(config, bias=True)
+    for key, shape in parameter_shapes(config).items():
+        names = family.names(key)
+        tensor = state[key] if key in state else torch.zeros(shape, dtype=state["lm_head.weight"].dtype)
+        parts = tensor.split(stacked) if len(names) > 1 else (tensor.t() if family.transposed(key) else tensor,)
+        for name, part in zip(names, parts, strict=True):
+            tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+@torch.no_grad()
+def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None, folder: Path) -> str:
+    """What transformers makes of the folder, in a few words. Raises UserError where it makes something else of it."""
+    if importlib.util.find_spec("transformers") is None:
+        return "not compared with transformers, which is not installed"
+    import transformers
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.device("meta"):
+            ours = GPT(config).eval()
+        ours.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        ids = torch.randint(
+            int(config.vocab_size or 0), (2, min(config.block_size, 64)), generator=torch.Generator().manual_seed(0)
+        )
+        with torch.random.fork_rng(devices=[]):
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+        a, b = ours(ids, targets=ids)[0], theirs(ids).logits
+        difference = (a - b).abs().max().item()
+        if not difference <= 1e-4 * max(1.0, a.abs().max().item()):  # so put, NaN is refused too
+            raise UserError(f"the export is wrong: transformers' logits differ from ours by up to {difference:.1e}")
+        if tokenizer is not None:
+            same = transformers.AutoTokenizer.from_pretrained(folder)
+            for text in probes(tokenizer):
+                if same.encode(text, add_special_tokens=False) != tokenizer.encode(text).tolist():
+                    raise UserError("the export is wrong: transformers' tokenizer gives other ids than ours")
+        return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,158 @@
+"""Folders in Hugging Face's format, as files: fetched from the hub, read tensor by tensor, written whole or not at all.
+
+Reading runs no code of the folder's: safetensors, JSON, and torch.load with weights_only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import UserError
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants that old files carry along
+
+
+def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path:
+    """A local folder, or a hub repository's in Hugging Face's cache, fetched where it is not there yet.
+
+    check: called with a folder that may hold config.json only, before gigabytes are fetched for nothing; what it raises
+    is passed on. Raises UserError where there is no such folder and the hub gives none.
+    """
+    folder, name = Path(name_or_folder).expanduser(), str(name_or_folder)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder} has no config.json: expected a folder in Hugging Face's format")
+    if name not in GPT2_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+        raise UserError(f"{name!r} is no folder and no name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError(f"{name!r} is no folder; to fetch it from the hub: pip install 'llm-from-scratch[hf]'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=FETCHED[:1]))
+    except Exception as error:  # the client raises its own errors, httpx's and OSError
+        raise _not_fetched(name, error) from None
+    check(folder)
+    try:
+        return Path(snapshot_download(name, allow_patterns=FETCHED))
+    except Exception as error:
+        raise _not_fetched(name, error) from None
+
+
+def _not_fetched(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name!r} is no folder, and the hub does not give it ({type(error).__name__}: {short(error)}); check the name "
+        "and the network, or name a folder that holds it"
+    )
+
+
+class Weights:
+    """The tensors of a folder by their full names, each read when it is asked for. Raises UserError for damage."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, Callable[[], Tensor]] = {}
+        found: dict[str, Callable[[], Tensor]] = {}
+        for file in _weight_files(folder):
+            with damage_is_a_user_error(file):
+                if file.suffix == ".safetensors":
+                    handle = safe_open(file, framework="pt")
+                    found |= {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
+                else:
+                    loaded = torch.load(file, map_location="cpu", weights_only=True)
+                    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+                        raise UserError(f"{file} is not a dictionary of tensors")
+                    found |= {str(key): partial(Tensor.detach, tensor) for key, tensor in loaded.items()}
+        # saved without the head, names lack the prefix
+        bare = not any(key.startswith(("transformer.", "model.")) for key in found)
+        for key, read in found.items():
+            if bare and not key.startswith("lm_head."):
+                key = ("transformer." if key.startswith(("wte.", "wpe.", "h.", "ln_f.")) else "model.") + key
+            if not BUFFERS.search(key):
+                self.tensors[key] = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise UserError(f"the weights in {self.folder} lack {name}, which its config.json asks for")
+        with damage_is_a_user_error(self.folder):
+            return self.tensors[name]()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index} has no weight_map: expected the file of each tensor")
+            for shard in shards.values():
+                if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
+                    raise UserError(f"{index} names {short(shard)!r}, which is not a file beside it")
+            return [folder / shard for shard in sorted(set(shards.values()))]
+    raise UserError(f"{folder} has no weights: expected model.safetensors (or its shards), or pytorch_model.bin")
+
+
+@contextmanager
+def damage_is_a_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"the weights in {path} are damaged or cannot be read: {short(error)}") from None
+
+
+@contextmanager
+def appears_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` when all is done and vanishes when something fails."""
+    folder = folder.absolute()
+    made = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    made.mkdir(parents=True)
+    try:
+        yield made
+        if folder.is_dir():
+            folder.rmdir()  # empty; Windows renames onto nothing that exists
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {short(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: it is not a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def short(value: Any) -> str:
+    """One line of at most 160 characters."""
+    return " ".join(str(value).split())[:160]

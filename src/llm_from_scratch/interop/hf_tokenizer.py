@@ -1,0 +1,168 @@
+"""Tokenizers in Hugging Face's format, both ways.
+
+What is written is a tokenizer.json that the `tokenizers` library runs, whatever kind ours is, beside our own files: so
+a folder of ours comes back as the very tokenizer that it was, and transformers reads it as any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from ..config import UserError
+from ..core.tokenizer import EOT, HF_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.vocabulary import GPT2_SHA256, byte_to_char
+
+# ordinary words, and what word patterns differ in: contractions, digits, runs of spaces, line ends, other scripts
+PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "WE'LL see", isn't it?  12345 67 8,901.5%
+\tif x_1==f(y)<z>:    return {a:[b]}   # naïve\r\n\r\n   \n Ωμέγα привет 東京 مرحبا 👩‍💻😀 ½ e\u0301  \n """
+
+
+def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
+    """The tokenizer of a folder in Hugging Face's format; None where it has none that we can run.
+
+    gpt2: whether the model is GPT-2-shaped, so that vocab.json and merges.txt are cut into words as GPT-2 does.
+    GPT-2's own vocabulary comes back as our gpt2 tokenizer, which is the same and faster. Raises UserError for a
+    damaged file.
+    """
+    if Tokenizer.exists(folder):
+        return Tokenizer.load(folder)
+    try:
+        if (folder / HF_FILE).is_file():
+            definition = json.loads((folder / HF_FILE).read_text(encoding="utf-8"))
+            if _is_gpt2(definition):
+                return gpt2_tokenizer(definition["model"]["vocab"])
+            return HFTokenizer.from_file(folder / HF_FILE)
+        if gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
+            definition = json.loads(backend.to_str())
+            return (
+                gpt2_tokenizer(vocab) if _is_gpt2(definition) else HFTokenizer(backend.to_str(), "hf", vocab.get(EOT))
+            )
+    except UserError:
+        raise
+    except Exception as error:  # malformed JSON, or whatever the Rust side makes of it
+        raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    return None
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
+    """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
+
+    Returns what transformers will run. Raises UserError where it would give other ids than ours.
+    """
+    tokenizer.save(folder)
+    meta = json.loads((folder / "tokenizer.meta.json").read_text(encoding="utf-8"))
+    if tokenizer.name in ("bpe", "hf"):
+        backend = Backend.from_file(str(folder / HF_FILE))
+    elif tokenizer.name == "char":
+        backend = Backend(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        backend.decoder = decoders.Fuse()
+    elif tokenizer.name == "byte":
+        backend = _byte_level({char: byte for byte, char in enumerate(byte_to_char())}, [], {}, pattern="")
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        ranks, chars = tokenizer._ranks, byte_to_char()
+        vocab = {"".join(chars[b] for b in token): rank for token, rank in ranks.items()}
+        pairs = [tuple("".join(chars[b] for b in part) for part in pair) for pair in merges(ranks)]
+        pattern = None if tokenizer.name == "gpt2" else meta["pattern"]
+        backend = _byte_level(vocab, pairs, meta["special"], pattern)
+    else:
+        raise UserError(f"the {tokenizer.name} tokenizer has no form in Hugging Face's format")
+    if tokenizer.name not in ("bpe", "hf"):
+        (folder / HF_FILE).write_text(backend.to_str(), encoding="utf-8")
+    eot = None if tokenizer.eot_id is None else backend.id_to_token(tokenizer.eot_id)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    config |= {"clean_up_tokenization_spaces": False}  # else decoding would eat the space before a comma
+    config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for text in probes(tokenizer):
+        ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
+        if not np.array_equal(ours, theirs):
+            raise UserError(f"the {tokenizer.name} tokenizer cannot be exported: tokenizer.json would give other ids")
+    return backend
+
+
+def probes(tokenizer: Tokenizer) -> list[str]:
+    """Texts on which tokenizers that differ give different ids: a char tokenizer's characters, PROBE for the others."""
+    if tokenizer.name != "char":
+        return [PROBE]
+    every = tokenizer.decode(np.arange(tokenizer.vocab_size))
+    return [every, every[::-1]]
+
+
+def unused_ids(backend: Backend | None, rows: int) -> list[int]:
+    """Rows of the embedding that no token has: padding, and gaps in the vocabulary."""
+    return sorted(set(range(rows)) - set(backend.get_vocab(with_added_tokens=True).values())) if backend else []
+
+
+def gpt2_tokenizer(vocab: dict[str, int]) -> TiktokenTokenizer:
+    """Our gpt2 tokenizer from the vocabulary itself (vocab.json, OpenAI's encoder.json): no download."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+    tokens = sorted((i, token) for token, i in vocab.items() if token != EOT)
+    ranks = {bytes(to_byte[char] for char in token): i for i, token in tokens}
+    return TiktokenTokenizer("gpt2", ranks, r50k_pat_str, {EOT: vocab[EOT]})
+
+
+def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge rules, in order, of a vocabulary whose ids are the merge order: the last step that makes each token."""
+    found = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            steps = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+            best, i = min(steps)
+            if best >= rank:
+                break  # no rule leads here: such a token only ever matches as a whole word
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            found.append((parts[0], parts[1]))
+    return found
+
+
+def _byte_level(
+    vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None
+) -> Backend:
+    """Byte-level BPE. pattern: tiktoken's, which cuts the words; None is GPT-2's own, "" cuts nothing."""
+    model = models.BPE(vocab=vocab | special, merges=pairs)
+    model.ignore_merges = bool(pattern)  # as tiktoken: a word that is a token is that token
+    backend = Backend(model)
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern:
+        # This engine reads a{1,3}+ as a repetition and $ as the end of a line; possessive repeats only save time.
+        pattern = re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")
+        words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), words])
+    backend.pre_tokenizer = words
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return backend
+
+
+def _is_gpt2(definition: dict[str, Any]) -> bool:
+    """Whether a parsed tokenizer.json is GPT-2's, by the hashes of OpenAI's two files, put together again from it."""
+    model, words = definition.get("model") or {}, definition.get("pre_tokenizer") or {}
+    vocab, pairs = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or len(vocab) != 50257 or not isinstance(pairs, list):
+        return False
+    plain = words.get("type") == "ByteLevel" and not words.get("add_prefix_space") and words.get("use_regex", True)
+    added = [token.get("content") for token in definition.get("added_tokens") or []]
+    if not plain or definition.get("normalizer") or added not in ([], [EOT]):
+        return False
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+    files = {
+        "encoder.json": json.dumps(dict(sorted(vocab.items(), key=lambda item: item[1]))),
+        "vocab.bpe": "#version: 0.2\n" + "\n".join(lines) + "\n",
+    }
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()} == GPT2_SHA256

@@ -1,0 +1,679 @@
+"""interop/hf.py against transformers itself: the same logits in float32 to 1e-5, both ways, at tiny random sizes."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm_from_scratch.config import GPTConfig, UserError
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.tokenizer import EOT, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
+from llm_from_scratch.interop import hf, hf_files, hf_tokenizer
+from llm_from_scratch.interop.hf import export_hf, load_pretrained
+
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak .  \r\n\tAll: Speak, speak! — déjà vu 3.14 😀\n"
+NONE = {"bos_token_id": None, "eos_token_id": None}
+
+
+def gpt2(**changes: Any) -> Any:
+    sizes = {"vocab_size": 67, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return transformers.GPT2Config(**{**NONE, **sizes, **changes})
+
+
+def llama(kind: Any = None, **changes: Any) -> Any:
+    sizes = {"vocab_size": 67, "max_position_embeddings": 24, "hidden_size": 32, "intermediate_size": 44}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return (kind or transformers.LlamaConfig)(**{**NONE, **sizes, **changes})
+
+
+def qwen3(**changes: Any) -> Any:
+    return llama(transformers.Qwen3Config, **changes)
+
+
+def theirs(config: Any, folder: Path, **save: Any) -> Any:
+    """A random model of transformers', every tensor of it (biases and norms too), saved as it saves itself."""
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    model.save_pretrained(folder, **save)
+    return model
+
+
+@torch.no_grad()
+def assert_same_logits(ours: GPT, other: Any, tolerance: float = 1e-5) -> None:
+    size = (2, min(ours.config.block_size, 64))
+    ids = torch.randint(int(ours.config.vocab_size or 0), size, generator=torch.Generator().manual_seed(1))
+    a, b = ours.eval()(ids, targets=ids)[0], other(ids).logits
+    assert a.std() > 0.1  # there is something to compare
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "gpt2": gpt2,
+    "gpt2 untied, exact gelu, narrow mlp": lambda: gpt2(
+        tie_word_embeddings=False, activation_function="gelu", n_inner=40, layer_norm_epsilon=1e-3
+    ),
+    "gpt2 relu2": lambda: gpt2(activation_function="relu2"),
+    "llama": llama,
+    "llama tied, one kv head": lambda: llama(tie_word_embeddings=True, num_key_value_heads=1),
+    "llama theta, epsilon": lambda: llama(
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-3
+    ),
+    "llama biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
+    "qwen3": qwen3,
+    "qwen3 tied": lambda: qwen3(tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_a_folder_that_transformers_saved(name: str, tmp_path: Path) -> None:
+    other = theirs(CONFIGS[name](), tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert_same_logits(ours, other)
+    assert ours.config.dropout == 0.0
+    config, state, tokenizer = load_pretrained(tmp_path)
+    assert config == ours.config and tokenizer is None and list(state) == list(ours.state_dict())
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (1024, 16), (1280, 20), (1600, 25)])
+def test_logits_of_the_four_gpt2_shapes(width: int, heads: int, tmp_path: Path) -> None:
+    other = theirs(gpt2(n_embd=width, n_head=heads, n_layer=1, vocab_size=101), tmp_path)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path)), other)
+
+
+def test_rotary_angles_far_from_the_start(tmp_path: Path) -> None:
+    other = theirs(llama(max_position_embeddings=2048), tmp_path)
+    ours, ids = GPT.from_pretrained(str(tmp_path)).eval(), torch.randint(67, (1, 2048))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids, targets=ids)[0], other(ids).logits, rtol=0, atol=2e-4)
+
+
+def rename_weights(folder: Path, rename: Callable[[str], str], extra: dict[str, Tensor] | None = None) -> None:
+    tensors = {rename(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | (extra or {}), folder / "model.safetensors")
+
+
+def test_files_of_every_form(tmp_path: Path) -> None:
+    """Shards, pytorch_model.bin, its shards, names without prefix, buffers of old files: the same weights."""
+    one = tmp_path / "one"
+    other = theirs(gpt2(), one)
+    expected = load_pretrained(one)[1]
+    weights = load_file(one / "model.safetensors")
+
+    def folder(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        shutil.copy(one / "config.json", tmp_path / name)
+        return tmp_path / name
+
+    other.save_pretrained(folder("shards"), max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    torch.save(weights | {"lm_head.weight": weights["transformer.wte.weight"]}, folder("bin") / "pytorch_model.bin")
+    half = folder("bin shards")
+    first = sorted(weights)[:7]
+    torch.save({key: weights[key] for key in first}, half / "pytorch_model-1.bin")
+    torch.save({key: weights[key] for key in weights if key not in first}, half / "pytorch_model-2.bin")
+    index = {key: f"pytorch_model-{1 if key in first else 2}.bin" for key in weights}
+    (half / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    bare = folder("bare")
+    shutil.copy(one / "model.safetensors", bare)
+    buffers = {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
+    buffers |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    rename_weights(bare, lambda key: key.removeprefix("transformer."), buffers)
+    for name in ("shards", "bin", "bin shards", "bare"):
+        state = load_pretrained(tmp_path / name)[1]
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected), name
+
+
+def test_both_places_of_rope_theta(tmp_path: Path) -> None:
+    theirs(llama(rope_parameters={"rope_type": "default", "rope_theta": 777.0}), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    for old, theta in (
+        ({"rope_theta": 777.0, "rope_scaling": None}, 777.0),
+        ({"rope_theta": 777}, 777.0),
+        ({}, 10000.0),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 777.0}, 5e5),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | old))
+        assert load_pretrained(tmp_path)[0].rope_theta == theta
+        if theta != 10000.0:
+            other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+            assert_same_logits(GPT.from_pretrained(str(tmp_path)), other)
+
+
+REFUSED = [
+    (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    (gpt2, {"scale_attn_weights": False}, "scale_attn_weights=False"),
+    (gpt2, {"add_cross_attention": True}, "add_cross_attention"),
+    (gpt2, {"activation_function": "relu"}, "activation_function=relu"),
+    (gpt2, {"activation_function": ["gelu"]}, "activation_function"),
+    (gpt2, {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
+    (gpt2, {"model_type": "gpt_neox"}, "model_type=gpt_neox is not among gpt2, llama, qwen3"),
+    (gpt2, {"model_type": None}, "model_type=None"),
+    (gpt2, {"n_head": 5}, "not divisible"),
+    (gpt2, {"n_head": 0}, "n_head=0"),
+    (gpt2, {"n_embd": -32}, "n_embd=-32"),
+    (gpt2, {"n_layer": 2.5}, "n_layer='2.5'"),
+    (gpt2, {"n_layer": True}, "n_layer='True'"),
+    (gpt2, {"n_layer": "2"}, "n_layer='2'"),
+    (gpt2, {"n_layer": 10**9}, "n_layer=1000000000"),
+    (gpt2, {"n_layer": 1}, "transformer.h.1."),
+    (gpt2, {"n_layer": 3}, "lack transformer.h.2."),
+    (gpt2, {"vocab_size": 10**30}, "vocab_size"),
+    (gpt2, {"vocab_size": 66}, "transformer.wte.weight"),
+    (gpt2, {"n_positions": 25}, "transformer.wpe.weight"),
+    (gpt2, {"n_inner": 100}, "mlp.c_fc"),
+    (gpt2, {"layer_norm_epsilon": float("nan")}, "norm_eps"),
+    (gpt2, {"tie_word_embeddings": False}, "lack lm_head.weight"),
+    (llama, {"hidden_act": "gelu"}, "hidden_act=gelu"),
+    (llama, {"attention_bias": True}, "mlp_bias=False beside attention_bias=True"),
+    (llama, {"mlp_bias": True}, "mlp_bias=True beside attention_bias=False"),
+    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
+    (llama, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+    (llama, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
+    (llama, {"rope_parameters": "yarn"}, "rope_parameters"),
+    (llama, {"rope_parameters": {"rope_theta": "big"}}, "rope_theta"),
+    (llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    (llama, {"head_dim": 16}, "head_dim=16"),
+    (llama, {"head_dim": "8"}, "head_dim=8"),
+    (llama, {"hidden_size": None}, "does not say hidden_size"),
+    (llama, {"num_key_value_heads": 3}, "n_kv_head=3"),
+    (llama, {"num_key_value_heads": 4}, "c_attn"),
+    (qwen3, {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
+    (qwen3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    (qwen3, {"layer_types": 5}, "layer_types=5"),
+    (qwen3, {"attention_bias": True}, "attention_bias=True"),
+    (qwen3, {"head_dim": None}, "head_dim=128"),
+    (qwen3, {"model_type": "qwen3_moe", "num_experts": 8}, "model_type=qwen3_moe"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    folders = {make: tmp_path_factory.mktemp(make.__name__) for make in (gpt2, llama, qwen3)}
+    for make, folder in folders.items():
+        theirs(make(), folder)
+    return folders
+
+
+@pytest.mark.parametrize(("make", "change", "reason"), REFUSED)
+def test_what_our_model_is_not_is_refused(
+    make: Any, change: dict[str, Any], reason: str, saved: dict[Any, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(saved[make], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError) as caught:
+        load_pretrained(tmp_path)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def broken(folder: Path, how: str) -> None:
+    weights, path = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    key = "transformer.h.0.mlp.c_fc.weight"
+    if how == "missing":
+        save_file({k: v for k, v in weights.items() if k != key}, path)
+    elif how == "surplus":
+        save_file(weights | {"transformer.h.0.attn.q_norm.weight": torch.ones(8)}, path)
+    elif how == "shape":
+        save_file(weights | {key: weights[key].t().contiguous()}, path)
+    elif how == "rank":
+        save_file(weights | {key: torch.zeros(())}, path)
+    elif how == "nan":
+        weights[key][3, 3] = float("nan")
+        save_file(weights, path)
+    elif how == "integers":
+        save_file(weights | {key: weights[key].int()}, path)
+    elif how == "head":
+        save_file(weights | {"lm_head.weight": torch.zeros(67, 32)}, path)
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "garbage":
+        path.write_bytes(b"\xff" * 100)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "no weights":
+        path.unlink()
+    elif how == "config":
+        (folder / "config.json").write_text("{")
+    elif how == "config list":
+        (folder / "config.json").write_text("[1]")
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "pickle":
+        path.unlink()
+        torch.save({"a": Evil()}, folder / "pytorch_model.bin")
+    elif how == "list":
+        path.unlink()
+        torch.save([1, 2], folder / "pytorch_model.bin")
+    elif how == "outside":
+        path.rename(folder.parent / "elsewhere.safetensors")
+        index = {"weight_map": dict.fromkeys(weights, "../elsewhere.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "tokenizer":
+        (folder / "tokenizer.json").write_text('{"model": 5}')
+    elif how == "large tokenizer":
+        CharTokenizer("".join(map(chr, range(300, 400)))).save(folder)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("created-by-a-pickle",))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("missing", "lack transformer.h.0.mlp.c_fc.weight"),
+        ("surplus", "hold transformer.h.0.attn.q_norm.weight"),
+        ("shape", "c_fc.weight"),
+        ("rank", "c_fc.weight"),
+        ("nan", "not finite"),
+        ("integers", "c_fc.weight"),
+        ("head", "differ"),
+        ("truncated", "damaged"),
+        ("garbage", "damaged"),
+        ("empty", "damaged"),
+        ("no weights", "has no weights"),
+        ("config", "config.json"),
+        ("config list", "not a JSON object"),
+        ("no config", "has no config.json"),
+        ("pickle", "damaged"),
+        ("list", "not a dictionary of tensors"),
+        ("outside", "not a file beside it"),
+        ("tokenizer", "tokenizer"),
+        ("large tokenizer", "100 ids, the model only 67"),
+    ],
+)
+def test_damage_is_one_line(
+    how: str, reason: str, saved: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved[gpt2], tmp_path / "model")
+    broken(tmp_path / "model", how)
+    with pytest.raises(UserError) as caught:
+        load_pretrained("model")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "created-by-a-pickle").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+
+def test_names_that_are_none() -> None:
+    for name in ("gpt3", "no/such/folder", "../x", "a/../b", "owner/", "https://huggingface.co/gpt2", "", "~nobody/x"):
+        with pytest.raises(UserError):
+            load_pretrained(name)
+
+
+def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_files.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'llm-from-scratch\[hf\]'"):
+        load_pretrained("gpt2")
+
+
+def test_without_network_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the cable\nis cut")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError) as caught:
+        load_pretrained("gpt2")
+    assert "the cable is cut" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_named_files_are_fetched_and_the_config_first(
+    saved: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "owner/model-1.5"
+        asked.append(allow_patterns)
+        return str(saved[gpt2])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained("owner/model-1.5")[0].n_layer == 2
+    assert asked[0] == ["config.json"]
+    listing = ["pytorch_model.bin", "modeling.py", "64.tflite", "onnx/model.onnx", "rust_model.ot", "README.md"]
+    listing += ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
+    kept = list(huggingface_hub.utils.filter_repo_objects(listing, allow_patterns=asked[1]))
+    assert kept == listing[6:]
+    # a model that is not supported is refused before its weights are asked for
+    asked.clear()
+    unsupported = tmp_path / "cache"
+    unsupported.mkdir()
+    (unsupported / "config.json").write_text('{"model_type": "mixtral"}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(k) or str(unsupported))
+    with pytest.raises(UserError, match="mixtral"):
+        load_pretrained("owner/model")
+    assert len(asked) == 1
+
+
+def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> None:
+    """A process with HF_HUB_OFFLINE=1 reads what the cache of Hugging Face holds, and only that."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--gpt2"
+    shutil.copytree(saved[gpt2], repo / "snapshots" / revision)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision)
+    script = (
+        "from llm_from_scratch.interop.hf import load_pretrained as f\n"
+        "print(f('gpt2')[0].n_embd)\n"
+        "try: f('gpt2-medium')\n"
+        "except ValueError as e: print(e)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    width, error = done.stdout.splitlines()
+    assert width == "32" and "'gpt2-medium' is no folder" in error
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {}),
+    "gpt2 tanh": ("gpt2", {"activation": "gelu_tanh"}),
+    "gpt2 relu2": ("gpt2", {"activation": "relu2", "mlp_hidden": 24}),
+    "gpt2 without biases": ("gpt2", {"bias": False}),
+    "gpt2 untied": ("gpt2", {"tie_embeddings": False, "n_kv_head": 4, "norm_eps": 1e-3}),
+    "llama": ("llama", {**MODERN, "rope_theta": 123.0}),
+    "llama grouped, untied": ("llama", {**MODERN, "n_kv_head": 2, "tie_embeddings": False}),
+    "llama biases": ("llama", {**MODERN, "bias": True, "mlp_hidden": 24}),
+    "qwen3": ("qwen3", {**MODERN, "qk_norm": True, "n_kv_head": 1, "dropout": 0.1}),
+}
+
+
+def checkpoint(tokenizer: Tokenizer | None = None, padding: int = 0, **changes: Any) -> Any:
+    vocab_size = (tokenizer.vocab_size if tokenizer else 67) + padding
+    config = GPTConfig(vocab_size=vocab_size, **{"block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, **changes})
+    torch.manual_seed(5)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return SimpleNamespace(model_config=config, model=model.state_dict(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_reads_what_we_write(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_type, changes = SHAPES[name]
+    ck = checkpoint(**changes)
+    export_hf(ck, tmp_path / "out")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert other.config.model_type == model_type and other.dtype == torch.float32
+    assert other.config.eos_token_id is None and other.config.bos_token_id is None
+    ours = GPT(ck.model_config)
+    ours.load_state_dict(ck.model)
+    assert_same_logits(ours, other)
+    assert_same_logits(GPT.from_pretrained(str(tmp_path / "out")), other)
+    assert f"transformers {transformers.__version__} gives the same logits" in capsys.readouterr().out
+    with open(tmp_path / "out" / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    ck = checkpoint()
+    ck.model = {key: tensor.bfloat16() for key, tensor in ck.model.items()}
+    ck.model["lm_head.weight"] = ck.model["transformer.wte.weight"]
+    export_hf(ck, tmp_path / "out")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert load_pretrained(tmp_path / "out")[1]["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"logit_softcap": 30.0}, "a logit softcap"),
+        ({"norm": "rmsnorm"}, "learned positions with RMSNorm"),
+        ({"activation": "swiglu"}, "learned positions with SwiGLU"),
+        ({"n_kv_head": 2}, "learned positions with grouped-query attention"),
+        ({"qk_norm": True}, "learned positions with QK-norm"),
+        ({**MODERN, "norm": "layernorm"}, "RoPE with LayerNorm"),
+        ({**MODERN, "activation": "relu2"}, "RoPE with the relu2 activation"),
+        ({**MODERN, "qk_norm": True, "bias": True}, "QK-norm with biases"),
+    ],
+)
+def test_what_has_no_name_there_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=reason):
+        export_hf(checkpoint(**changes), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("keep")
+    for taken in (tmp_path / "used", tmp_path / "used" / "mine.txt"):
+        with pytest.raises(UserError, match="not an empty folder"):
+            export_hf(checkpoint(), taken)
+    assert (tmp_path / "used" / "mine.txt").read_text() == "keep"
+    (tmp_path / "empty").mkdir()
+    export_hf(checkpoint(), tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
+    with pytest.raises(UserError, match="cannot write"):
+        export_hf(checkpoint(), tmp_path / "used" / "mine.txt" / "below")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_hf(checkpoint(), tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "used"]
+
+
+def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison stands between a mistake in the table and the user."""
+    wrong = dataclasses.replace(hf.FAMILIES["gpt2"], activations={"gelu_new": "gelu"})
+    monkeypatch.setitem(hf.FAMILIES, "gpt2", wrong)
+    with pytest.raises(UserError, match="logits differ"):
+        export_hf(checkpoint(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_fit_their_settings(tmp_path: Path) -> None:
+    for change in ({"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 66}):
+        ck = checkpoint()
+        ck.model_config = dataclasses.replace(ck.model_config, **change)
+        with pytest.raises(UserError, match="the checkpoint"):
+            export_hf(ck, tmp_path / "out")
+    with pytest.raises(UserError, match="of different runs"):
+        export_hf(checkpoint(CharTokenizer("abc"), padding=-1), tmp_path / "out")
+
+
+def test_without_transformers_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(hf.importlib.util, "find_spec", lambda name: None)
+        export_hf(checkpoint(), tmp_path / "out")
+    assert "not compared with transformers" in capsys.readouterr().out
+    assert_same_logits(
+        GPT.from_pretrained(str(tmp_path / "out")),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def tiny_tiktoken(pattern: str | None = None, name: str = "gpt2") -> TiktokenTokenizer:
+    """A vocabulary of tiktoken's kind, learned here: 256 bytes in GPT-2's order, merges, a gap, and end of text."""
+    trained = json.loads(Tokenizer.from_name("bpe:700", TEXT * 3)._json)["model"]["vocab"]  # type: ignore[attr-defined]
+    to_byte = {char: byte for byte, char in enumerate(hf_tokenizer.byte_to_char())}
+    tokens = [bytes(to_byte[char] for char in token) for token in trained if token != EOT]
+    tokens.sort(key=lambda token: len(token) > 1)  # stable: single bytes first, merges in their order
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = {token: i for i, token in enumerate(tokens)}
+    return TiktokenTokenizer(name, ranks, pattern or r50k_pat_str, {EOT: len(ranks) + (name != "gpt2") * 3})
+
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+    r"|\s+(?!\S)|\s"
+)
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "char": lambda: Tokenizer.from_name("char", TEXT),
+    "byte": lambda: Tokenizer.from_name("byte"),
+    "bpe": lambda: Tokenizer.from_name("bpe:400", TEXT * 3),
+    "gpt2": tiny_tiktoken,
+    "cl100k": lambda: tiny_tiktoken(CL100K, "cl100k_base"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_auto_tokenizer_reads_what_we_write(name: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[name]()
+    export_hf(checkpoint(tokenizer, padding=5), tmp_path / "out")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = auto(TEXT)["input_ids"]
+    assert ids == tokenizer.encode(TEXT).tolist()
+    assert auto.decode(ids) == TEXT
+    assert auto.eos_token_id == tokenizer.eot_id and auto.model_max_length == 24
+    if tokenizer.eot_id is not None:
+        assert auto(EOT)["input_ids"] == [tokenizer.eot_id] == tokenizer.encode(EOT, allow_special=True).tolist()
+    else:
+        assert auto.eos_token is None
+    back = load_pretrained(tmp_path / "out")[2]
+    assert back is not None and back.fingerprint() == tokenizer.fingerprint() and back.name == tokenizer.name
+    # as transformers itself saves it again, our own files are gone, and the ids are still the same
+    auto.save_pretrained(tmp_path / "again")
+    again = hf_tokenizer.read_tokenizer(tmp_path / "again", gpt2=True)
+    assert again is not None and np.array_equal(again.encode(TEXT), ids) and again.decode(ids) == TEXT
+    assert again.eot_id == tokenizer.eot_id
+
+
+def test_unknown_character_is_an_error_there_too(tmp_path: Path) -> None:
+    export_hf(checkpoint(CharTokenizer("abc \n")), tmp_path / "out")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    with pytest.raises(Exception, match="UNK"):
+        auto("abcd")
+
+
+def test_padded_ids_are_never_generated(tmp_path: Path) -> None:
+    """Rows of the embedding beyond the tokenizer, made the likeliest of all: transformers still leaves them out."""
+    tokenizer = tiny_tiktoken(name="cl100k_base")  # with a gap of three ids before the end of text
+    ck = checkpoint(tokenizer, padding=8)
+    unused = [*range(tokenizer.vocab_size - 4, tokenizer.vocab_size - 1)]
+    unused += [*range(tokenizer.vocab_size, tokenizer.vocab_size + 8)]
+    ck.model["lm_head.weight"][unused] = 50.0 * torch.randn(len(unused), 32)
+    export_hf(ck, tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == tokenizer.vocab_size + 8
+    assert model.generation_config.suppress_tokens == unused
+    torch.manual_seed(0)
+    prompt = torch.randint(tokenizer.vocab_size - 4, (4, 3))
+    with torch.no_grad():
+        likeliest = model(prompt).logits.argmax(-1)
+    assert set(likeliest.flatten().tolist()) & set(unused)  # else nothing is proved
+    for sample in (True, False):
+        drawn = model.generate(prompt, max_new_tokens=15, do_sample=sample)[:, 3:]
+        assert not set(drawn.flatten().tolist()) & set(unused)
+    assert isinstance(transformers.AutoTokenizer.from_pretrained(tmp_path / "out").decode(unused), str)
+
+
+def test_generation_does_not_stop_at_an_ordinary_token(tmp_path: Path) -> None:
+    """Llama's default end of text, id 2, is a plain letter of a char model."""
+    export_hf(checkpoint(CharTokenizer("abcdef"), **MODERN), tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.manual_seed(0)
+    drawn = model.generate(torch.tensor([[0]]), max_new_tokens=20, do_sample=True, temperature=5.0)
+    assert drawn.shape == (1, 21) and 2 in drawn[0, :-1]
+
+
+def test_merges_are_those_that_made_the_vocabulary() -> None:
+    """The trainer's own list of merges is the reference."""
+    trained = Tokenizer.from_name("bpe:600", TEXT * 3)
+    assert isinstance(trained, HFTokenizer)
+    definition = json.loads(trained._json)["model"]
+    to_byte = {char: byte for byte, char in enumerate(hf_tokenizer.byte_to_char())}
+
+    def as_bytes(token: str) -> bytes:
+        return bytes(to_byte[char] for char in token)
+
+    ranks = {as_bytes(token): i for token, i in definition["vocab"].items() if token != EOT}
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in definition["merges"]]
+    assert hf_tokenizer.merges(ranks) == [(as_bytes(a), as_bytes(b)) for a, b in pairs]
+
+
+def gpt2_files() -> Path | None:
+    folder = os.environ.get("LLM_GPT2_DIR") or f"{os.environ.get('LLM_TEST_DATA_DIR', '')}/gpt2"
+    return Path(folder) if (Path(folder) / "encoder.json").is_file() else None
+
+
+@pytest.mark.skipif(gpt2_files() is None, reason="needs GPT-2's vocab.bpe and encoder.json: LLM_GPT2_DIR")
+def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 50,000 merges are found again from the ids, and every form of its files is our gpt2 tokenizer."""
+    source = gpt2_files()
+    assert source is not None
+    monkeypatch.setenv("LLM_GPT2_DIR", str(source))
+    tokenizer = Tokenizer.from_name("gpt2")
+    lines = (source / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    chars = hf_tokenizer.byte_to_char()
+    found = hf_tokenizer.merges(tokenizer._ranks)  # type: ignore[attr-defined]
+    assert [" ".join("".join(chars[b] for b in part) for part in pair) for pair in found] == lines
+    export_hf(checkpoint(tokenizer, padding=47, n_layer=1, n_embd=8), tmp_path / "out")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    reference = transformers.GPT2TokenizerFast(
+        vocab=json.loads((source / "encoder.json").read_text()), merges=[tuple(line.split(" ")) for line in lines]
+    )
+    for text in (TEXT, hf_tokenizer.PROBE, " " * 50 + "\n\n  x", "don't 東京 'LL 12345678"):
+        assert auto(text)["input_ids"] == reference(text)["input_ids"] == tokenizer.encode(text).tolist()
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["suppress_tokens"] == list(range(50257, 50304)) and config["eos_token_id"] == 50256
+    monkeypatch.setenv("LLM_GPT2_DIR", str(tmp_path))  # nothing there: what follows must not need it
+    folders = [tmp_path / "saved", tmp_path / "old"]
+    auto.save_pretrained(folders[0])
+    folders[1].mkdir()
+    shutil.copy(source / "encoder.json", folders[1] / "vocab.json")
+    shutil.copy(source / "vocab.bpe", folders[1] / "merges.txt")
+    for folder in folders:
+        back = hf_tokenizer.read_tokenizer(folder, gpt2=True)
+        assert back is not None and back.name == "gpt2" and back.fingerprint() == tokenizer.fingerprint()
+
+
+def test_other_vocabularies_are_not_taken_for_gpt2s(tmp_path: Path) -> None:
+    trained = Tokenizer.from_name("bpe:400", TEXT * 3)
+    definition = json.loads(trained._json)["model"]  # type: ignore[attr-defined]
+    (tmp_path / "vocab.json").write_text(json.dumps(definition["vocab"]))
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in definition["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    back = hf_tokenizer.read_tokenizer(tmp_path, gpt2=True)
+    assert back is not None and back.name == "hf" and back.eot_id == trained.eot_id
+    assert np.array_equal(back.encode(TEXT), trained.encode(TEXT)) and back.decode(back.encode(TEXT)) == TEXT
+    assert hf_tokenizer.read_tokenizer(tmp_path, gpt2=False) is None  # how Llama cuts words is not said there
+
+
+@pytest.mark.network
+def test_gpt2_from_the_hub(tmp_path: Path) -> None:
+    ours, other = GPT.from_pretrained("gpt2"), transformers.AutoModelForCausalLM.from_pretrained("gpt2")
+    assert_same_logits(ours, other, tolerance=1e-4)
