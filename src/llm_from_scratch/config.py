@@ -300,7 +300,7 @@ class SystemConfig:
         _between("seed", self.seed, 0, 2**63 - 1)
         if self.threads is not None:
             _at_least("threads", self.threads, 1)
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise UserError(f"backend={self.backend!r} is not one of auto, nccl, gloo")

@@ -58,7 +58,8 @@ def parse(
     missing or unreadable preset.
     """
     leaves = leaf_types(tree_type)
-    sections = {f.name for f in dataclasses.fields(tree_type)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(tree_type)
+    sections = {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
     options, words, wants_help = _split(argv, leaves, sections)
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
@@ -114,7 +115,9 @@ def find_preset(name: str) -> Path:
     raise UserError(f"no preset file {name!r}; {hint} (settings are given as --key=value)")
 
 
-def _split(argv: list[str], leaves: dict[str, Any], sections: set[str]) -> tuple[dict[str, str], list[str], bool]:
+def _split(
+    argv: list[str], leaves: dict[str, Any], sections: dict[str, set[str]]
+) -> tuple[dict[str, str], list[str], bool]:
     """Options by leaf name, the words between them, and whether help is asked for."""
     options: dict[str, str] = {}
     words: list[str] = []
@@ -131,7 +134,9 @@ def _split(argv: list[str], leaves: dict[str, Any], sections: set[str]) -> tuple
         key, equals, text = arg[2:].partition("=")
         key = key.replace("-", "_")
         section, _, leaf = key.rpartition(".")
-        if section and section in sections:
+        if section in sections:
+            if leaf not in sections[section]:
+                raise UserError(f"unknown setting --{key}{_misplaced(leaf, section, sections)}")
             key = leaf
         if key not in leaves:
             raise UserError(f"unknown setting --{key}{_nearest(key, leaves)}")
@@ -217,9 +222,7 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
         if isinstance(value, dict) and key in _SECTIONS:
             for leaf, leaf_value in value.items():
                 if leaf not in _SECTIONS[key]:
-                    owner = next((s for s, names in _SECTIONS.items() if leaf in names), None)
-                    hint = f": it belongs to section {owner}" if owner else _nearest(str(leaf), _SECTIONS[key])
-                    raise UserError(f"unknown setting {key}.{leaf} in {where}{hint}")
+                    raise UserError(f"unknown setting {key}.{leaf} in {where}{_misplaced(str(leaf), key, _SECTIONS)}")
                 flat[leaf] = leaf_value
         elif key in leaves or key in known:
             flat[key] = value
@@ -240,7 +243,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
         code = compile(source, str(path), "exec")
         # The one place that runs code from a file: a Python preset, named on the command line.
         exec(code, names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"the preset {path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
     assigned = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     values: dict[str, Any] = {}
@@ -261,6 +264,11 @@ _SECTIONS = {section: set(leaf_types(hint)) for section, hint in typing.get_type
 
 def _training_leaves() -> dict[str, Any]:
     return flatten(Config())
+
+
+def _misplaced(leaf: str, section: str, sections: dict[str, set[str]]) -> str:
+    owner = next((name for name, leaves in sections.items() if leaf in leaves), None)
+    return f": it belongs to section {owner}" if owner else _nearest(leaf, sections[section])
 
 
 def _nearest(name: str, known: Any) -> str:
