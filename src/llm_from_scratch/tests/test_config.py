@@ -152,7 +152,11 @@ def test_sections_survive_a_round_trip_through_plain_data() -> None:
         ("log_interval", [0], [1]),
         ("seed", [-1, 2**63], [0]),
         ("threads", [0], [1, None]),
-        ("device", ["gpu", "cpu:0", "cuda:x", "cuda:", "cuda:-1", "cuda:١", ""], ["cuda", "cuda:1", "mps", "cpu"]),
+        (
+            "device",
+            ["gpu", "cpu:0", "cuda:x", "cuda:", "cuda:-1", "cuda:300", "cuda:١", ""],
+            ["cuda", "cuda:1", "mps", "cpu"],
+        ),
         ("backend", ["mpi", ""], ["nccl", "gloo"]),
         ("block_size", [0], [1]),
         ("n_layer", [0], [1]),
