@@ -78,8 +78,10 @@ def _main(argv: list[str]) -> int:
     if output.interactive and parsed.on_command_line("start"):
         raise UserError("--interactive asks for its prompts: leave out --start, or leave out --interactive")
     prompt = None if output.interactive else read_start(command.generation.start)
-    generator = load_generator(location, command.source.which, command.source.dataset, command.system)
-    prepare_output()
+    generator, found = load_generator(location, command.source.which, command.source.dataset, command.system)
+    if prompt is not None:
+        generator.encode(prompt, output.allow_special)  # what is wrong with it is the only thing to say
+    announce(generator, found)
     if prompt is not None:
         _answer(generator, command, prompt, command.system.seed)
         return 0
@@ -123,8 +125,13 @@ def read_start(start: str) -> str:
     return text
 
 
-def load_generator(location: str, which: str | None, dataset: str | None, system: SystemConfig) -> Generator:
-    """From a run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name. Raises UserError."""
+def load_generator(
+    location: str, which: str | None, dataset: str | None, system: SystemConfig
+) -> tuple[Generator, Path | None]:
+    """A run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name; and what was found there.
+
+    Raises UserError.
+    """
     from ..core.checkpoint import Checkpoint, find_checkpoint, load_any
 
     path = Path(location)
@@ -135,7 +142,8 @@ def load_generator(location: str, which: str | None, dataset: str | None, system
     import torch
 
     from ..core.runtime import resolve_device, resolve_dtype
-    from ..generation.generator import Generator, build_model
+    from ..generation.generator import Generator
+    from ..generation.weights import build_model
 
     if system.threads is not None:
         torch.set_num_threads(system.threads)
@@ -152,12 +160,18 @@ def load_generator(location: str, which: str | None, dataset: str | None, system
     assert found.tokenizer is not None  # both refuse a model without one
     model = build_model(found.model_config, found.model)
     generator = Generator(model, found.tokenizer, device, resolve_dtype(system.dtype, device))
-    weight = generator.model.lm_head.weight
-    millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
-    print(f"{found.path}: {millions:.2f}M parameters, on {weight.device}, {dtype}", file=sys.stderr)
     if system.compile is True:
         generator.model.compile(dynamic=True)
-    return generator
+    return generator, found.path
+
+
+def announce(generator: Generator, found: Path | None) -> None:
+    """Says on standard error what writes, and on what."""
+    weight = generator.model.lm_head.weight
+    millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
+    print(f"{found}: {millions:.2f}M parameters, on {weight.device}, {dtype}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what the output's encoding lacks is no reason for a traceback
 
 
 def write(text: str) -> None:
@@ -167,12 +181,6 @@ def write(text: str) -> None:
         text = "".join("\ufffd" if ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 else c for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def prepare_output() -> None:
-    """A character that the output's encoding lacks becomes a question mark, not a traceback."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def _answer(generator: Generator, command: GenerateCommand, prompt: str, seed: int) -> None:

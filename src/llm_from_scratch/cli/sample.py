@@ -9,7 +9,7 @@ from typing import Literal
 from ..config import GenerationConfig, SystemConfig, UserError
 from ..presets import parse
 from .common import run
-from .generate import SEPARATOR, load_generator, prepare_output, read_start, write
+from .generate import SEPARATOR, announce, load_generator, read_start, write
 
 HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with such settings."
 
@@ -65,13 +65,14 @@ def _main(argv: list[str]) -> int:
         raise UserError("init_from='scratch' is an untrained model: use resume, a GPT-2 name or a checkpoint")
     prompt = read_start(told.start)
     location = told.out_dir if told.init_from == "resume" else told.init_from
-    generator = load_generator(location, told.which, told.dataset, system)
+    generator, found = load_generator(location, told.which, told.dataset, system)
+    generator.encode(prompt, allow_special=True)  # what is wrong with it is the only thing to say
+    announce(generator, found)
 
     from ..generation.nanogpt import NanoGPTSampler
 
     head = generator.model.lm_head.weight
     sampler = NanoGPTSampler(params, told.seed, generator.tokenizer.vocab_size, len(head), head.device)
-    prepare_output()
     for sample in generator.generate([prompt], params, told.seed, allow_special=True, sampler=sampler):
         write(generator.tokenizer.decode(sample.prompt_tokens + sample.tokens) + f"\n{SEPARATOR}\n")
     return 0

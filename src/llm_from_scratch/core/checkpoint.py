@@ -176,7 +176,7 @@ def clean_leftovers(out_dir: str | Path) -> list[Path]:
     gone = [path for path in sorted(out.iterdir()) if sealed.LEFTOVER.fullmatch(path.name)] if out.is_dir() else []
     for path in gone:
         sealed.remove_tree(path)
-    for old in sorted(out.glob("step-*.old")):  # a checkpoint that was being replaced
+    for old in sorted(p for p in out.glob("step-*.old") if _STEP.fullmatch(p.name)):  # one that was being replaced
         twin = old.with_suffix("")
         if not twin.exists():
             os.rename(old, twin)

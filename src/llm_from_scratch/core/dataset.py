@@ -41,7 +41,9 @@ def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
     script = places[0] / "prepare.py"
     make = f"python {script.as_posix()}" if script.exists() else f"llm-prepare FILE --out_dir={places[1].as_posix()}"
     where = f"{name} has" if Path(name).is_dir() else f"{places[0].as_posix()} and {places[1].as_posix()} have"
-    raise UserError(f"dataset {str(name)!r} not found: {where} no train.bin or val.bin; make it with: {make}")
+    there = sorted({p.parent.name for d in ("data", "data/processed") for p in Path(root, d).glob("*/train*.bin")})
+    others = f" (prepared: {', '.join(there[:8])})" if there else ""
+    raise UserError(f"dataset {str(name)!r} not found: {where} no train.bin or val.bin; make it with: {make}{others}")
 
 
 def _has_tokens(folder: Path) -> bool:
@@ -57,8 +59,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
+        _ = int(manifest["vocab_size"]), [(s["file"], int(s["tokens"])) for split in manifest["splits"].values() for s in split["shards"]]
         return manifest
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare the data again with llm-prepare") from None
 
 

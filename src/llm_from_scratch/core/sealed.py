@@ -147,13 +147,15 @@ def set_aside(folder: Path) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder so that no reader ever sees half of it; one that the system holds on to stays."""
+    if not folder.exists():
+        return
     tmp = folder.with_name(f".tmp-remove-{folder.name}")
     try:
         remove_tree(tmp)
         os.rename(folder, tmp)
         shutil.rmtree(tmp)
     except OSError:
-        return  # not there, or open elsewhere on Windows: the next start tries again
+        return  # open elsewhere, on Windows: the next start tries again
 
 
 def remove_tree(path: Path) -> None:

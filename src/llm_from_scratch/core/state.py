@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 from typing import TYPE_CHECKING, Any
@@ -77,30 +76,44 @@ def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> 
 def parameter_shapes(
     config: GPTConfig, at_most: int | None = None, where: str = "the model"
 ) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a model's parameters, in the model's order, without allocating them.
+    """{name: shape} of a model's parameters, in the order of its named_parameters(); a tied head has none of its own.
 
-    at_most bounds n_layer by what a file holds. Raises DamagedError.
+    Written out: it allocates nothing, and needs no torch. at_most bounds n_layer by the number of tensors that a file
+    holds. Raises DamagedError.
     """
-    import torch
-
-    from .model import GPT
-
     if at_most is not None and config.n_layer > at_most:
         raise DamagedError(f"{where} claims n_layer={config.n_layer} and holds {at_most} tensors")
-    try:
-        with torch.device("meta"):
-            named = GPT(dataclasses.replace(config, n_layer=1)).named_parameters()
-    except RuntimeError as error:  # sizes beyond what torch can count
-        raise DamagedError(f"{where} describes a model that cannot be built: {error}") from None
-    first = "transformer.h.0."
-    one_layer = {name: tuple(p.shape) for name, p in named}
-    layer = {name.removeprefix(first): shape for name, shape in one_layer.items() if name.startswith(first)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in one_layer.items():
-        if not name.startswith(first):
-            shapes[name] = shape
-        elif not any(key.startswith(first) for key in shapes):
-            shapes.update({f"transformer.h.{i}.{n}": s for i in range(config.n_layer) for n, s in layer.items()})
+    C, V = config.n_embd, int(config.vocab_size or 0)
+    D, H = C // config.n_head, config.mlp_width
+    qkv = (config.n_head + 2 * (config.n_kv_head or config.n_head)) * D
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, C)}
+
+    def linear(name: str, out: int, into: int) -> None:
+        shapes[f"{name}.weight"] = (out, into)
+        if config.bias:
+            shapes[f"{name}.bias"] = (out,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (C,)
+        if config.bias and config.norm == "layernorm":
+            shapes[f"{name}.bias"] = (C,)
+
+    if config.pos_embedding == "learned":
+        shapes["transformer.wpe.weight"] = (config.block_size, C)
+    for layer in (f"transformer.h.{i}" for i in range(config.n_layer)):
+        norm(f"{layer}.ln_1")
+        linear(f"{layer}.attn.c_attn", qkv, C)
+        linear(f"{layer}.attn.c_proj", C, C)
+        if config.qk_norm:
+            shapes[f"{layer}.attn.q_norm.weight"] = shapes[f"{layer}.attn.k_norm.weight"] = (D,)
+        norm(f"{layer}.ln_2")
+        linear(f"{layer}.mlp.c_fc", H, C)
+        linear(f"{layer}.mlp.c_proj", C, H)
+        if config.activation == "swiglu":
+            linear(f"{layer}.mlp.c_gate", H, C)
+    norm("transformer.ln_f")
+    if not config.tie_embeddings:
+        shapes[HEAD] = (V, C)
     return shapes
 
 

@@ -110,6 +110,7 @@ def prepare(
         request, identities = _request(job, shard_size, root)
         if _up_to_date(target, request):
             report(f"{_shown(target, root)} is up to date: sources and settings are unchanged, nothing to do")
+            os.utime(target / MANIFEST)  # it is what was prepared last
         else:
             _refuse_foreign(target)
             with workshop(target) as folder:

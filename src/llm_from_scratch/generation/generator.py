@@ -16,13 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import GenerationConfig, GPTConfig, UserError
+from ..config import GenerationConfig, UserError
 from ..core.checkpoint import load_any
 from ..core.model import GPT
 from ..core.runtime import resolve_device, resolve_dtype
 from ..core.tokenizer import Tokenizer
 from .decoding import Batch, Overflow
 from .sampling import Sampler
+from .weights import build_model
 
 CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
 
@@ -247,19 +248,6 @@ class Generator:
         row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * weight.element_size()
         free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
         return max(1, int(free / row))
-
-
-def build_model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """A model with these weights, which it takes over. Raises UserError where they do not fit."""
-    with torch.device("meta"):  # no time is spent on random weights
-        model = GPT(config)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights do not fit the model: {error}") from None
-    if config.tie_embeddings:
-        model.transformer["wte"].weight = model.lm_head.weight
-    return model
 
 
 @contextlib.contextmanager

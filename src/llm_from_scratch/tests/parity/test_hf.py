@@ -368,10 +368,15 @@ def test_only_named_files_are_fetched_and_the_config_first(
     unsupported = tmp_path / "cache"
     unsupported.mkdir()
     (unsupported / "config.json").write_text('{"model_type": "mixtral"}')
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append(k) or str(unsupported))
+
+    def fetch_other(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(unsupported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch_other)
     with pytest.raises(UserError, match="mixtral"):
         load_pretrained("owner/model")
-    assert len(asked) == 1
+    assert asked == [["config.json"]]
 
 
 def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def names(n_layer: int, bias: bool) -> list[str]:
     return ["transformer.wte.weight", "transformer.wpe.weight", *layers, *(f"transformer.ln_f.{k}" for k in kinds)]
 
 
-def seeded(seed: int = 1337, **changes: Any) -> GPT:
+def seeded(seed: int = 1337, **changes: Any) -> Any:
     torch.manual_seed(seed)
     return GPT(GPTConfig(**{**TINY, **changes}))
 
