@@ -206,17 +206,18 @@ class BatchLoader:
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of `step`: (rows, block_size) int64 each, on the device."""
         if self.ahead is not None and self.ahead[0] == step:
-            tokens = self.ahead[1].result()
+            pair = self.ahead[1].result()
         else:
-            tokens = self._make(step)
+            pair = self._make(step)
         self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
-        tokens = tokens.to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+        x, y = pair.to(self.device, non_blocking=True)
+        return x, y
 
     def _make(self, step: int) -> Tensor:
         starts = self.order.starts(step, self.batch)[self.rows]
-        tokens = torch.from_numpy(self.data.windows(starts, self.order.block_size + 1))
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens
+        tokens = self.data.windows(starts, self.order.block_size + 1)
+        pair = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))  # one copy to the device for both
+        return pair.pin_memory() if self.device.type == "cuda" else pair
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)

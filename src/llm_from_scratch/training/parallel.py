@@ -54,13 +54,13 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     """The compiled model, tried once on a batch of the run's shape, so that a failure shows before step 0."""
     say("compiling the model (about a minute)")
     shape = (micro_batch, config.model.block_size)
-    x = torch.zeros(shape, dtype=torch.long, device=runtime.device)
+    x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     try:
         compiled = torch.compile(model)
         with torch.random.fork_rng(devices=devices):  # the trial must not move the run's random numbers
             with runtime.autocast():
-                _, loss = compiled(x, x)
+                _, loss = compiled(x, y)
             loss.backward()
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
