@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,11 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     from ..training.trainer import train
 
     try:
-        return train(config, parsed.sources, command).exit_code
+        result = train(config, parsed.sources, command)
+        if result.checkpoint is not None and not result.exit_code and os.environ.get("RANK", "0") == "0":
+            sampler = "python sample.py" if command.startswith("python") else "llm-generate"
+            print(f"sample from it: {sampler} --out_dir={result.out_dir}")
+        return result.exit_code
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -59,7 +59,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
-        _ = int(manifest["vocab_size"]), [(s["file"], int(s["tokens"])) for split in manifest["splits"].values() for s in split["shards"]]
+        manifest["vocab_size"] = int(manifest["vocab_size"])
+        for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
+            shard["file"], shard["tokens"] = str(shard["file"]), int(shard["tokens"])
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare the data again with llm-prepare") from None
@@ -80,7 +82,7 @@ class TokenData:
         manifest = read_manifest(folder)
         dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
         if manifest and split in manifest.get("splits", {}):
-            stated = {folder / str(s["file"]): int(s["tokens"]) for s in manifest["splits"][split]["shards"]}
+            stated = {folder / s["file"]: s["tokens"] for s in manifest["splits"][split]["shards"]}
             if any(path.parent != folder for path in stated):
                 raise UserError(f"{folder / 'manifest.json'} names files outside its folder; prepare the data again")
         else:

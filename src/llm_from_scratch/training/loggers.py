@@ -110,8 +110,9 @@ class WandB:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if "val_loss" not in metrics:
             return  # nanoGPT logs at evaluations only
-        keys = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
-        self.run.log({"iter": step} | {new: metrics[old] for old, new in keys.items() if old in metrics})
+        keys = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr"}
+        mfu = metrics.get("mfu", UNKNOWN_MFU) * 100  # per cent
+        self.run.log({"iter": step, "mfu": mfu} | {new: metrics[old] for old, new in keys.items()})
 
     def close(self) -> None:
         self.run.finish()

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,10 @@ class Trainer:
         model.to(self.runtime.device)
         self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
-        self.log = self._open_log()
+        say = print if self.runtime.is_master else _silent
         for line in describe(plan):
-            self.log.say(line)
-        self.models: Wrapped = wrap(model, self.config, self.runtime, plan.micro_batch, self.log.say)
+            say(line)
+        self.models: Wrapped = wrap(model, self.config, self.runtime, plan.micro_batch, say)
         # a compiled model is compiled for one shape; else evaluation chooses a larger batch
         self.eval_batch = plan.micro_batch if self.models.is_compiled else None
         self.eval_rate: float | None = None  # tokens/s
@@ -108,7 +109,8 @@ class Trainer:
             self.runtime.world_size,
         )  # fmt: skip
         if plan.resumed is not None:
-            self._restore()
+            self._restore(say)
+        self.log = self._open_log()  # the first that is written: all that can fail before step 0 is behind
         plan.weights = plan.resumed = None  # free the memory
 
     def run(self, stop: StopRequest) -> TrainResult:
@@ -276,14 +278,14 @@ class Trainer:
             states |= {f"{kind}.{rank}": part.cpu() for rank, part in enumerate(parts)}
         return states
 
-    def _restore(self) -> None:
+    def _restore(self, say: Callable[[str], None]) -> None:
         """Takes optimizer, scaler, counters and random states from the checkpoint."""
         saved = self.plan.resumed
         assert saved is not None
         if saved.optimizer is not None:
             load_optimizer_state(self.optimizer, saved.optimizer)
         else:
-            self.log.say("the checkpoint holds no optimizer state: the moments start from zero")
+            say("the checkpoint holds no optimizer state: the moments start from zero")
         trainer = dict(saved.trainer)
         scaler = trainer.pop("scaler", None)
         if scaler and self.scaler.is_enabled():
@@ -300,7 +302,7 @@ class Trainer:
             for kind, restore in kinds.items():
                 restore(saved.rng[f"{kind}.{rank}"])
         elif self.config.model.dropout:
-            self.log.say("other processes or devices than the checkpoint's: dropout is drawn anew, not bit-exact")
+            say("other processes or devices than the checkpoint's: dropout is drawn anew, not bit-exact")
 
     @torch.no_grad()
     def _sample(self) -> None:
@@ -390,6 +392,10 @@ class Trainer:
     def _result(self, final: Evaluation | None, stop: StopRequest) -> TrainResult:
         state = self.state
         return TrainResult(state.step, self.out_dir, self.saved_to, state.best_val_loss, final, stop.exit_code)
+
+
+def _silent(line: str) -> None:
+    """What processes other than the first say."""
 
 
 class StepTimer:
