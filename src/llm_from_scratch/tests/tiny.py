@@ -48,7 +48,14 @@ def write_data(
         else:
             write_ids(folder / f"{split}.bin", ids, dtype)
     if manifest:
-        content = {"format": "llm-from-scratch-data", "version": 1, "dtype": "uint16", "vocab_size": 20, "splits": {}, **manifest}
+        content = {
+            "format": "llm-from-scratch-data",
+            "version": 1,
+            "dtype": "uint16",
+            "vocab_size": 20,
+            "splits": {},
+            **manifest,
+        }
         (folder / "manifest.json").write_text(json.dumps(content))
     if tokenizer is not None:
         tokenizer.save(folder)
