@@ -104,8 +104,8 @@ def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
 
 def _batch_size(model: torch.nn.Module, block_size: int) -> int:
     """Sequences an evaluation batch: enough tokens to keep the device busy, few enough to hold the logits."""
-    vocab: Any = model.config.vocab_size
-    return max(1, min(16384, LOGITS_LIMIT // vocab) // block_size)
+    config: Any = model.config
+    return max(1, min(16384, LOGITS_LIMIT // config.vocab_size) // block_size)
 
 
 def _windows(
@@ -117,10 +117,11 @@ def _windows(
     """
     places = starts[:, None] + np.arange(block_size + 1)
     inside = places < len(data)
-    tokens = data.windows(np.minimum(starts, max(0, len(data) - block_size - 1)), block_size + 1)
-    for row in np.flatnonzero(~inside.all(axis=1)):  # the last window of the split
+    whole = inside.all(axis=1)
+    tokens = np.zeros(places.shape, dtype=np.int64)
+    tokens[whole] = data.windows(starts[whole], block_size + 1)
+    for row in np.flatnonzero(~whole):  # the last window of the split
         tail = data.windows(starts[row : row + 1], int(inside[row].sum()))[0]
-        tokens[row] = 0
         tokens[row, : len(tail)] = tail
     x = np.zeros((batch_size, block_size), dtype=np.int64)
     y = np.full((batch_size, block_size), -1, dtype=np.int64)
