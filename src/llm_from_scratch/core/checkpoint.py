@@ -387,12 +387,13 @@ def _first_good(
             if entry.step == which:
                 return read(entry.path)
         raise UserError(f"no checkpoint of step {which} in {out}: there are {', '.join(str(e.step) for e in entries)}")
+    order = entries
     if which == "best" or (which is None and _saved_only_the_best(entries)):
         order = _by_val_loss(entries)
+        if which is None:
+            order += [entry for entry in entries if entry.val_loss is None]
         if not order:
             raise UserError(f"no checkpoint in {out} has a val loss: use --which=last or a step")
-    else:
-        order = entries
     damaged: list[tuple[Path, str]] = []
     for entry in order:
         try:

@@ -235,8 +235,8 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
     return edit
 
 
-def replace_with(name: str, data: bytes) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_bytes(data) and None
+def replace_with(name: str, data: bytes) -> Callable[[Path], Any]:
+    return lambda path: (path / name).write_bytes(data)
 
 
 LIES: dict[str, tuple[Callable[[Path], Any], str]] = {

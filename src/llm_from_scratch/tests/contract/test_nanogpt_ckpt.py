@@ -1,0 +1,605 @@
+"""nanoGPT's ckpt.pt: its checkpoints are ours, ours are its, and a file that lies builds nothing.
+
+The format is written down here by hand; with NANOGPT_DIR set to a checkout of nanoGPT, its own scripts write and read
+(marked slow).
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_from_scratch.cli import export
+from llm_from_scratch.config import GPTConfig, UserError
+from llm_from_scratch.core import checkpoint as cp
+from llm_from_scratch.core import nanogpt_ckpt
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw
+
+L, H, C, T, V = 2, 2, 8, 6, 13
+NANOGPT = os.environ.get("NANOGPT_DIR")
+needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT_DIR to a checkout of nanoGPT")
+
+
+def nanogpt_names(bias: bool) -> list[str]:
+    """nanoGPT's parameters in the order of its modules (the head is the embedding)."""
+    names = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for i in range(L):
+        for module in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            names += [f"transformer.h.{i}.{module}.{kind}" for kind in (("weight", "bias") if bias else ("weight",))]
+    return names + ["transformer.ln_f.weight"] + (["transformer.ln_f.bias"] if bias else [])
+
+
+def shape_of(name: str) -> tuple[int, ...]:
+    matrices = {
+        "wte": (V, C), "wpe": (T, C), "c_attn": (3 * C, C), "attn.c_proj": (C, C), "c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }  # fmt: skip
+    key = next((k for k in matrices if f".{k}." in name), "")
+    if name.endswith(".bias"):
+        return (matrices[key][0],) if key else (C,)
+    return matrices[key] if key else (C,)
+
+
+def nanogpt_dict(bias: bool = False) -> dict[str, Any]:
+    """What nanoGPT's train.py hands to torch.save, made with torch's own AdamW."""
+    torch.manual_seed(5)
+    names = nanogpt_names(bias)
+    params = {name: torch.nn.Parameter(torch.randn(shape_of(name))) for name in names}
+    decayed = [params[n] for n in names if params[n].dim() >= 2]
+    others = [params[n] for n in names if params[n].dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    for _ in range(3):
+        for p in params.values():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    weights = collections.OrderedDict((name, p.detach()) for name, p in params.items())
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    weights._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  # as Module.state_dict() has it
+    return {
+        "model": weights,
+        "optimizer": optimizer.state_dict(),
+        "model_args": dict(n_layer=L, n_head=H, n_embd=C, block_size=T, bias=bias, vocab_size=V, dropout=0.1),
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.4697),
+        "config": {
+            "out_dir": "out-toy", "dataset": "toy", "eval_iters": 200, "wandb_log": False, "compile": True,
+            "learning_rate": 1e-3, "beta2": 0.99, "lr_decay_iters": 5000, "dtype": "bfloat16", "my_own": 3,
+            "always_save_checkpoint": False, "device": "cuda",
+        },
+    }  # fmt: skip
+
+
+def write(folder: Path, content: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(content, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+def moments(content: dict[str, Any], bias: bool) -> dict[str, torch.Tensor]:
+    """First moments by name, by nanoGPT's numbering: tensors of two dimensions first."""
+    names = nanogpt_names(bias)
+    order = [n for n in names if len(shape_of(n)) == 2] + [n for n in names if len(shape_of(n)) == 1]
+    return {name: content["optimizer"]["state"][i]["exp_avg"] for i, name in enumerate(order)}
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint_is_read_whole(tmp_path: Path, bias: bool) -> None:
+    given = nanogpt_dict(bias)
+    path = write(tmp_path, given)
+    for location in (path, tmp_path):  # the file, or an out_dir that holds only it
+        got = cp.load_any(location, need_tokenizer=False)
+        assert (got.path, got.step) == (path, 2000)
+    assert got.model_config == GPTConfig(
+        n_layer=L, n_head=H, n_embd=C, block_size=T, bias=bias, vocab_size=V, dropout=0.1, activation="gelu"
+    )
+    assert all(torch.equal(got.model[name], tensor) for name, tensor in given["model"].items())
+    assert got.trainer["best_val_loss"] == pytest.approx(1.4697)
+    assert got.config["data"] == {"dataset": "toy"} and got.config["system"]["compile"] is True
+    assert got.config["training"]["always_save_checkpoint"] is False
+    assert got.config["scheduler"] == {"lr_decay_iters": 5000} and got.config["optimizer"]["beta2"] == 0.99
+    assert got.optimizer is not None and all(v["step"] == 3 for v in got.optimizer["state"].values())
+    for name, moment in moments(given, bias).items():
+        assert torch.equal(got.optimizer["state"][name]["exp_avg"], moment), name
+    assert [g["weight_decay"] for g in got.optimizer["param_groups"]] == [0.1, 0.0]
+
+    model = GPT(got.model_config)
+    model.load_state_dict(got.model)
+    optimizer = make_adamw(model, 0.1, 1e-3, (0.9, 0.99))
+    load_optimizer_state(optimizer, got.optimizer)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moments(given, bias)[name])
+
+
+def test_older_and_leaner_checkpoints(tmp_path: Path) -> None:
+    plain = cp.load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
+    given = nanogpt_dict()
+    weights = {f"_orig_mod.{name}": tensor for name, tensor in given["model"].items() if name != "lm_head.weight"}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()  # the mask of torch 1
+    del given["optimizer"], given["config"], given["best_val_loss"]
+    given["model"] = weights
+    got = cp.load_any(write(tmp_path, given), need_tokenizer=False)
+    assert got.model.keys() == plain.model.keys() and got.optimizer is None and got.config == {}
+    assert all(torch.equal(got.model[name], tensor) for name, tensor in plain.model.items())
+    assert got.trainer == {"best_val_loss": None}
+    given["best_val_loss"], given["optimizer"] = float("nan"), None
+    assert cp.load_any(write(tmp_path, given), need_tokenizer=False).trainer == {"best_val_loss": None}
+    given["model_args"].pop("bias")  # before the setting existed, there were biases
+    with pytest.raises(UserError, match="lacks tensor .*bias"):
+        cp.load_any(write(tmp_path, given), need_tokenizer=False)
+
+
+def test_weights_only_leaves_the_optimizer_out(tmp_path: Path) -> None:
+    given = nanogpt_dict()
+    given["optimizer"] = "lost"
+    path = write(tmp_path, given)
+    assert cp.load_any(path, weights_only=True, need_tokenizer=False).optimizer is None
+    with pytest.raises(UserError, match="optimizer's state is not nanoGPT's.*--init_from="):
+        cp.load_any(path, need_tokenizer=False)
+
+
+def test_own_checkpoints_come_before_a_ckpt_pt_beside_them(tmp_path: Path) -> None:
+    got = cp.load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
+    with pytest.raises(UserError, match="is of step 2000, not 7"):
+        cp.load_any(tmp_path, 7, need_tokenizer=False)
+    fields = {name: getattr(got, name) for name in ("model_config", "model", "optimizer", "trainer", "config")}
+    cp.save_checkpoint(tmp_path, step=2001, run_id="r", **fields)
+    assert cp.load_any(tmp_path, need_tokenizer=False).step == 2001
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def make_data(folder: Path, chars: str) -> Path:
+    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        np.zeros(100, np.uint16).tofile(folder / f"{split}.bin")
+    stoi = {c: i for i, c in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
+
+
+def test_the_tokenizer_is_that_of_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "out", nanogpt_dict())
+    with pytest.raises(UserError, match="tokenizer of its dataset 'toy'.*not found"):
+        cp.load_any(path)
+    assert cp.load_any(path, need_tokenizer=False).tokenizer is None
+    elsewhere = make_data(tmp_path / "elsewhere", "abcdefghijklm")
+    named = cp.load_any(path, dataset=str(elsewhere)).tokenizer
+    assert named is not None and named.decode([0, 12]) == "am"
+    make_data(tmp_path / "data" / "toy", "ABCDEFGHIJKLM")
+    found = cp.load_any(path).tokenizer
+    assert found is not None and found.decode([0, 12]) == "AM"
+    make_data(tmp_path / "data" / "other", "abc")
+    with pytest.raises(UserError, match="dataset other has 3 tokens, but .* trained with 13"):
+        cp.load_any(path, dataset="other")
+
+
+@pytest.mark.parametrize("dataset", ["../secret", "/secret", "a/b", "..", ".hidden", 3, ""])
+def test_a_dataset_that_is_a_path_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any
+) -> None:
+    make_data(tmp_path / "secret", "abcdefghijklm")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    given = nanogpt_dict()
+    given["config"]["dataset"] = dataset if dataset != "/secret" else str(tmp_path / "secret")
+    with pytest.raises(UserError, match="holds no tokenizer.*--dataset=NAME_OR_FOLDER"):
+        cp.load_any(write(tmp_path / "out", given))
+
+
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_a_vocabulary_of_gpt2s_size_is_gpt2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> None:
+    class Gpt2:
+        vocab_size = 50257
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Tokenizer, "from_name", staticmethod(lambda name: Gpt2() if name == "gpt2" else None))
+    given = nanogpt_dict()
+    given["model_args"]["vocab_size"] = vocab_size
+    wte = torch.zeros(vocab_size, C)
+    given["model"]["transformer.wte.weight"] = given["model"]["lm_head.weight"] = wte
+    del given["optimizer"]
+    assert isinstance(cp.load_any(write(tmp_path / "out", given)).tokenizer, Gpt2)
+
+
+# ------------------------------------------------------------------------------------------------- files that lie
+
+
+def change(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content.update(fields)
+
+
+def args(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["model_args"].update(fields)
+
+
+def tensor(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["model"].update({name: value})
+
+
+def moment(value: Any, slot: str = "exp_avg") -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["optimizer"]["state"][0].update({slot: value})
+
+
+def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
+    def edit(content: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return edit
+
+
+WPE = "transformer.wpe.weight"
+CONTENT_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no model": (drop("model"), "no dict model"),
+    "no model_args": (drop("model_args"), "no dict model_args"),
+    "a list as model": (change(model=[1]), "no dict model"),
+    "n_layer missing": (drop("model_args", "n_layer"), "lacks n_layer"),
+    "n_layer huge": (args(n_layer=10**8), "n_layer"),
+    "n_layer beyond 64 bits": (args(n_layer=2**70), "n_layer"),
+    "n_layer zero": (args(n_layer=0), "n_layer"),
+    "n_layer a text": (args(n_layer="2"), "n_layer"),
+    "n_embd other": (args(n_embd=16), "shape"),
+    "n_embd huge": (args(n_embd=1 << 30), "shape"),
+    "block_size other": (args(block_size=T + 1), "wpe.weight is"),
+    "vocab_size none": (args(vocab_size=None), "vocab_size"),
+    "bias a number": (args(bias=1), "bias"),
+    "bias claimed": (args(bias=True), "lacks tensor"),
+    "dropout not a number": (args(dropout=float("nan")), "dropout"),
+    "an architecture of someone's own": (args(n_experts=8), "another architecture.*n_experts"),
+    "our own options": (args(norm="rmsnorm"), "another architecture.*norm"),
+    "a tensor missing": (drop("model", WPE), "lacks tensor transformer.wpe"),
+    "a tensor too many": (tensor("evil", torch.ones(1)), "unknown tensor evil"),
+    "a number as tensor": (tensor(WPE, 3), "no plain tensor"),
+    "integers": (tensor(WPE, torch.ones(T, C, dtype=torch.int64)), "expected floats"),
+    "NaN": (tensor(WPE, torch.full((T, C), float("nan"))), "not finite"),
+    "sparse": (tensor(WPE, torch.ones(T, C).to_sparse()), "no plain tensor|pickled|asks for"),
+    "stride 0": (tensor(WPE, torch.ones(1).expand(T, C)), "no plain tensor"),
+    "a tensor without memory": (tensor(WPE, torch.empty(T, C, device="meta")), "no plain tensor|asks for"),
+    "untied": (tensor("lm_head.weight", torch.ones(V, C)), "ties them"),
+    "iter_num negative": (change(iter_num=-1), "iter_num"),
+    "iter_num a text": (change(iter_num="9"), "iter_num"),
+    "moments of another shape": (moment(torch.ones(2, 2)), "exp_avg of transformer.wte.weight"),
+    "moments not finite": (moment(torch.full((V, C), float("inf"))), "not finite"),
+    "moments of texts": (moment("x"), "exp_avg of transformer.wte.weight"),
+    "a step of many": (moment(torch.ones(3), "step"), "step of transformer.wte.weight"),
+    "parameters numbered otherwise": (
+        lambda c: c["optimizer"]["param_groups"].reverse(), "groups are not nanoGPT's.*--init_from"
+    ),
+    "state of a parameter that is not there": (
+        lambda c: c["optimizer"]["state"].update({99: {}}), "optimizer's state is not nanoGPT's"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", CONTENT_LIES)
+def test_contents_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
+    content = nanogpt_dict()
+    edit, message = CONTENT_LIES[lie]
+    edit(content)
+    with pytest.raises(UserError, match=message) as error:
+        cp.load_any(write(tmp_path, content), need_tokenizer=False)
+    assert "\n" not in str(error.value) and "ckpt.pt" in str(error.value)
+
+
+def archive(path: Path, pickled: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    """The zip that torch.save makes, around any pickle."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("ckpt/data.pkl", pickled)
+        file.writestr("ckpt/version", "3\n")
+    return path
+
+
+def reduced(function: Callable[..., Any], *arguments: Any) -> bytes:
+    class Lure:
+        def __reduce__(self) -> Any:
+            return function, arguments
+
+    return pickle.dumps({"model": Lure(), "model_args": {}}, protocol=2)
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    for function, arguments in (
+        (os.mkdir, (str(target),)),
+        (eval, (f"__import__('os').mkdir({str(target)!r})",)),
+        (torch.load, (str(target),)),
+        (bytearray, (1 << 40,)),  # on torch's own list, and a terabyte
+        (torch.Tensor, (1 << 40,)),
+    ):
+        path = archive(tmp_path / "ckpt.pt", reduced(function, *arguments))
+        with pytest.raises(UserError, match="more than plain values and tensors"):
+            cp.load_any(path)
+        path.write_bytes(reduced(function, *arguments))  # the old format without a zip
+        with pytest.raises(UserError, match="no ckpt.pt"):
+            cp.load_any(path)
+    path = archive(tmp_path / "ckpt.pt", pickle.dumps({"model": {}}, protocol=4))
+    with pytest.raises(UserError, match="torch.save does not use"):
+        cp.load_any(path)
+    assert not target.exists()
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    path = write(tmp_path, nanogpt_dict())
+    whole = path.read_bytes()
+    for cut in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(cp.DamagedError, match="ckpt.pt is no ckpt.pt, or was cut short"):
+            cp.load_any(path)
+    archive(path, pickle.dumps({"a": 0}, protocol=2) + b"\0" * (1 << 20), zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="compressed"):
+        cp.load_any(path)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("readme.txt", "a zip of something else")
+    with pytest.raises(UserError, match="data.pkl"):
+        cp.load_any(path)
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="holds a list"):
+        cp.load_any(path)
+    # a storage that claims more than its record
+    content = io.BytesIO()
+    torch.save({"model": {"x": torch.zeros(100)}, "model_args": {}}, content)
+    with zipfile.ZipFile(content) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            data = old.read(member)
+            new.writestr(member.filename, data.replace(b"Kdt", b"K\xfft") if "data.pkl" in member.filename else data)
+    with pytest.raises(cp.DamagedError, match="cannot be read"):
+        cp.load_any(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_we_write_is_what_nanogpt_expects(tmp_path: Path, bias: bool) -> None:
+    given = nanogpt_dict(bias)
+    got = cp.load_any(write(tmp_path, given), need_tokenizer=False)
+    path = cp.write_nanogpt(tmp_path / "new" / "ckpt.pt", got)
+    assert os.listdir(path.parent) == ["ckpt.pt"]
+    back = torch.load(path, map_location="cpu")  # as nanoGPT's scripts do
+    assert set(back) == {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "written_by"}
+    assert back["model_args"] == given["model_args"] and back["iter_num"] == 2000
+    assert back["best_val_loss"] == pytest.approx(1.4697) and back["config"]["dataset"] == "toy"
+    assert back["model"].keys() == given["model"].keys()
+    assert all(torch.equal(back["model"][name], value) for name, value in given["model"].items())
+    head, embedding = back["model"]["lm_head.weight"], back["model"]["transformer.wte.weight"]
+    assert head.data_ptr() == embedding.data_ptr()
+    assert back["optimizer"]["state"].keys() == given["optimizer"]["state"].keys()
+    for i, slots in given["optimizer"]["state"].items():
+        assert all(torch.equal(back["optimizer"]["state"][i][slot], value) for slot, value in slots.items())
+    for ours, theirs in zip(back["optimizer"]["param_groups"], given["optimizer"]["param_groups"], strict=True):
+        assert ours == theirs
+    again = cp.load_any(path, need_tokenizer=False)
+    assert again.optimizer is not None and got.optimizer is not None
+    assert again.optimizer["param_groups"] == got.optimizer["param_groups"] and again.config == got.config
+
+
+def test_without_moments_nanogpt_starts_with_fresh_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    got = cp.load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
+    muon = {"state": {n: {"momentum_buffer": m} for n, m in moments(nanogpt_dict(), False).items()}}
+    for optimizer, note in ((None, ""), (muon | {"param_groups": []}, "will start afresh")):
+        got.optimizer = optimizer
+        back = torch.load(cp.write_nanogpt(tmp_path / "x.pt", got))
+        assert back["optimizer"]["state"] == {} and note in capsys.readouterr().err
+        params = [torch.nn.Parameter(p) for n, p in got.model.items() if n != "lm_head.weight"]
+        fresh = torch.optim.AdamW(
+            [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() < 2]}]
+        )
+        fresh.load_state_dict(back["optimizer"])
+        assert [g["weight_decay"] for g in fresh.param_groups] == [0.1, 0.0]
+        assert fresh.param_groups[0]["lr"] == 1e-3 and fresh.param_groups[0]["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"pos_embedding": "rope"}, "pos_embedding=rope"),
+        ({"norm": "rmsnorm"}, "norm=rmsnorm"),
+        ({"norm_eps": 1e-6}, "norm_eps"),
+        ({"activation": "swiglu"}, "activation=swiglu"),
+        ({"activation": "gelu_tanh"}, "activation=gelu_tanh: --accept_erf_gelu"),
+        ({"n_kv_head": 1}, "n_kv_head=1"),
+        ({"mlp_hidden": 24}, "mlp_hidden=24"),
+        ({"qk_norm": True}, "qk_norm"),
+        ({"tie_embeddings": False}, "tie_embeddings=False"),
+        ({"logit_softcap": 15.0}, "logit_softcap=15.0"),
+    ],
+)
+def test_what_nanogpt_cannot_express_is_refused(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+    config = GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V, **fields)
+    ckpt = cp.Checkpoint(None, 1, config, GPT(config).state_dict())
+    with pytest.raises(UserError, match=re.escape(reason).replace("\\ ", " ")):
+        cp.write_nanogpt(tmp_path / "ckpt.pt", ckpt)
+    assert os.listdir(tmp_path) == []
+    if fields == {"activation": "gelu_tanh"}:
+        cp.write_nanogpt(tmp_path / "ckpt.pt", ckpt, accept_erf_gelu=True)
+
+
+def test_a_ckpt_pt_of_the_users_is_never_overwritten_unasked(tmp_path: Path) -> None:
+    path = write(tmp_path, nanogpt_dict())
+    theirs = path.read_bytes()
+    got = cp.load_any(path, need_tokenizer=False)
+    with pytest.raises(UserError, match="not a file that this program wrote.*--overwrite"):
+        cp.write_nanogpt(path, got)
+    path.write_bytes(b"something else altogether")
+    with pytest.raises(UserError, match="not a file that this program wrote"):
+        nanogpt_ckpt.check_nanogpt(path, got.model_config)
+    path.write_bytes(theirs)
+    assert path.read_bytes() == theirs and not nanogpt_ckpt.is_ours(path)
+    cp.write_nanogpt(path, got, overwrite=True)
+    assert nanogpt_ckpt.is_ours(path)
+    got.step = 2001
+    cp.write_nanogpt(path, got)  # our own is written anew
+    assert cp.load_any(path, need_tokenizer=False).step == 2001
+    # nanoGPT goes on from it and saves: now it is the user's
+    content = torch.load(path)
+    write(tmp_path, {key: content[key] for key in nanogpt_dict()})
+    with pytest.raises(UserError, match="not a file that this program wrote"):
+        cp.write_nanogpt(path, got)
+    with pytest.raises(UserError, match="is a folder"):
+        cp.write_nanogpt(tmp_path, got)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got = cp.load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
+    path = cp.write_nanogpt(tmp_path / "out" / "ckpt.pt", got)
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(cp.SaveError, match="cannot write .*No space left"):
+                cp.write_nanogpt(path, got)
+        assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"PK half an archive")
+        raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0\nstack")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(cp.SaveError, match="unexpected pos"):
+        cp.write_nanogpt(path, got)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def run_export(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["llm-export", *arguments])
+    return export.main()
+
+
+def test_llm_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    got = cp.load_any(write(tmp_path / "theirs", nanogpt_dict()), need_tokenizer=False)
+    fields = {name: getattr(got, name) for name in ("model_config", "model", "optimizer", "trainer", "config")}
+    for step in (10, 20):
+        cp.save_checkpoint("out", step=step, run_id="r", val_loss=1 / step, **fields)
+    (tmp_path / "folder").mkdir()
+    assert run_export(monkeypatch, "--out_dir=out", "--format=nanogpt", "--output=folder") == 0
+    assert "wrote folder/ckpt.pt: step 20" in capsys.readouterr().out.replace("\\", "/")
+    assert run_export(monkeypatch, "--out_dir=out", "--which=10", "--format=nanogpt", "--output=folder/ckpt.pt") == 0
+    assert torch.load("folder/ckpt.pt")["iter_num"] == 10
+    for arguments, message in (
+        ((), "--out_dir=FOLDER"),
+        (("--out_dir=out", "--format=nanogpt"), "--output is needed"),
+        (("--out_dir=nowhere", "--format=nanogpt", "--output=x"), "no checkpoint nowhere"),
+        (("--out_dir=out", "--which=30", "--output=x"), "no checkpoint of step 30"),
+        (("--out_dir=out", "--format=gguf", "--output=x"), "format='gguf' is not valid"),
+        (("--out_dir=out", "--output=x", "more"), "unexpected 'more'"),
+        (("--out_dir=out", "--format=nanogpt", "--output=theirs"), "not a file that this program wrote"),
+        (("--out_dir=out", "--format=nanogpt", "--output=out/step-00000010/model.json"), "not a file that this"),
+    ):
+        assert run_export(monkeypatch, *arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys\nsys.argv = ['llm-export', '--help']\nfrom llm_from_scratch.cli.export import main\n"
+        "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "--accept_erf_gelu" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- nanoGPT itself
+
+SETTINGS = (
+    "--dataset=toy --device=cpu --dtype=float32 --compile=False --block_size=16 --batch_size=4 --n_layer=2 --n_head=2 "
+    "--n_embd=16 --gradient_accumulation_steps=1 --eval_iters=2 --eval_interval=5 --log_interval=1 --warmup_iters=2"
+).split()
+
+
+@pytest.fixture
+def nanogpt(tmp_path: Path) -> Callable[..., str]:
+    """Runs one of nanoGPT's scripts in a folder with a small dataset; returns what it printed."""
+    assert NANOGPT is not None
+    for name in ("train.py", "sample.py", "model.py", "configurator.py"):
+        shutil.copy(Path(NANOGPT) / name, tmp_path)
+    make_data(tmp_path / "data" / "toy", "abcdefghij\n ")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        rng.integers(0, 12, 2000).astype(np.uint16).tofile(tmp_path / "data" / "toy" / f"{split}.bin")
+
+    def run(script: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"^(?:iter|step) \d+: .*?(?=, time|$)", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+@needs_nanogpt
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_writes_we_read_we_write_nanogpt_goes_on(
+    tmp_path: Path, nanogpt: Callable[..., str], monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*SETTINGS, f"--bias={bias}"]
+    printed = nanogpt("train.py", *arguments, "--max_iters=10", "--out_dir=theirs")
+    got = cp.load_any("theirs")
+    best = re.findall(r"val loss ([\d.]+)", printed)[-1]
+    assert got.step == 10 and f"{got.trainer['best_val_loss']:.4f}" == best
+    assert got.tokenizer is not None and got.tokenizer.vocab_size == 12
+    raw = torch.load("theirs/ckpt.pt")
+    assert all(torch.equal(got.model[name], value) for name, value in raw["model"].items())
+    assert got.optimizer is not None
+    # by the values: each parameter's moments have its shape, and there are as many as nanoGPT has
+    assert len(got.optimizer["state"]) == len(raw["optimizer"]["state"]) == len(raw["model"]) - 1
+    order = [n for g in got.optimizer["param_groups"] for n in g["names"]]
+    for i, name in enumerate(order):
+        assert torch.equal(got.optimizer["state"][name]["exp_avg"], raw["optimizer"]["state"][i]["exp_avg"])
+
+    # through our own directory format, and back to nanoGPT
+    cp.save_checkpoint(
+        "ours", step=got.step, run_id="r", model_config=got.model_config, model=got.model, optimizer=got.optimizer,
+        trainer=got.trainer, config=got.config, tokenizer=got.tokenizer,
+    )  # fmt: skip
+    assert run_export(monkeypatch, "--out_dir=ours", "--format=nanogpt", "--output=exported/ckpt.pt") == 0
+    resume = [*arguments, "--max_iters=16", "--init_from=resume"]
+    expected = losses(nanogpt("train.py", *resume, "--out_dir=theirs"))
+    assert len(expected) >= 8 and expected[0].startswith("step 10:")
+    assert losses(nanogpt("train.py", *resume, "--out_dir=exported")) == expected
+    sample = ["--device=cpu", "--dtype=float32", "--num_samples=1", "--max_new_tokens=20", "--start=a"]
+    theirs, ours = (
+        nanogpt("sample.py", *sample, f"--out_dir={d}").split("meta.pkl...")[1] for d in ("theirs", "exported")
+    )
+    assert theirs == ours and len(theirs) > 20
