@@ -19,7 +19,7 @@ import numpy as np
 from ..core.tokenizer import Tokenizer
 from .sources import write_atomic
 
-UNIT = 1 << 22  # characters that are encoded and cached together
+UNIT = 1 << 20  # characters that are encoded and cached together
 KEEP_CACHE = 1 << 30  # bytes of tokens up to which the cache outlives the run; a larger one would double the disk space
 VERSION = 1  # of the cached tokens
 
@@ -72,7 +72,7 @@ class Shards:
 
 @dataclass
 class Unit:
-    """Some megabytes of one split: texts with a mark where a document ends."""
+    """A megabyte or so of one split: texts with a mark where a document ends."""
 
     split: str
     mark_ends: bool

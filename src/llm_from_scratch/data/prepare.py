@@ -1,6 +1,6 @@
 """Sources -> documents -> tokens -> shards and a manifest.
 
-Memory stays bounded: texts are streamed in units of a few megabytes, encoded (by worker processes where there is much
+Memory stays bounded: texts are streamed in units of about a megabyte, encoded (by worker processes where there is much
 of it) and appended to shards. Each encoded unit is kept in the token cache, so an interrupted run goes on where it
 was. The folder is built beside its place and renamed when it is complete.
 """
@@ -142,21 +142,21 @@ def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def _split(job: Job, counted: Counted, separator: str) -> Iterator[tuple[str, str, bool]]:
+def _split(job: Job, counted: Counted, separators: list[str]) -> Iterator[tuple[str, str, bool]]:
     """(split, text, ends) of everything, each split in the order of the sources."""
     if job.val is not None:
-        for split, sources in (("train", job.train), ("val", job.val)):
+        for split, sources, separator in zip(("train", "val"), (job.train, job.val), separators, strict=True):
             yield from ((split, text, ends) for _, text, ends in documents(sources, separator))
     elif counted.documents == 1:
         border, seen = int(counted.characters * (1 - job.val_fraction)), 0
-        for _, text, _ in documents(job.train, separator):
+        for _, text, _ in documents(job.train, separators[0]):
             head = text[: max(0, border - seen)]
             yield "train", head, False
             yield "val", text[len(head) :], False
             seen += len(text)
     else:
         mask = val_documents(counted.documents, job.val_fraction, job.seed)
-        for number, text, ends in documents(job.train, separator):
+        for number, text, ends in documents(job.train, separators[0]):
             # a dataset may have grown since its length was stated
             yield "val" if number < len(mask) and mask[number] else "train", text, ends
 
@@ -224,11 +224,11 @@ def build(
         tokenizer = Tokenizer.from_name(job.tokenizer)  # before the reading: a wrong name is known at once
     # Where no id ends a document, a line break does; a text that stands alone is taken as it is.
     no_id = job.tokenizer == "char" if learns else tokenizer.eot_id is None
-    separator = "\n" if no_id and any(len(some) > 1 or some[0].has_many for some in lists) else ""
+    separators = ["\n" if no_id and (len(some) > 1 or some[0].has_many) else "" for some in lists]
     texts = (
         text
-        for counted, sources in zip(counts, lists, strict=True)
-        for text in counted.texts(sources, separator, report)
+        for counted, some, separator in zip(counts, lists, separators, strict=True)
+        for text in counted.texts(some, separator, report)
     )
     if learns:
         tokenizer = Tokenizer.from_name(job.tokenizer, texts)
@@ -238,7 +238,7 @@ def build(
         deque(texts, maxlen=0)
     _check_counts(job, counts)
     tokenizer.save(folder)
-    stream = _split(job, counts[0], separator)
+    stream = _split(job, counts[0], separators)
     mark_ends = tokenizer.eot_id is not None and max(counted.documents for counted in counts) > 1
     if workers is None:
         workers = 0 if _input_size(job) < POOL_FROM or job.tokenizer in ("char", "byte") else _cores()

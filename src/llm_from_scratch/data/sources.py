@@ -29,7 +29,7 @@ from ..core.vocabulary import answers, within
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 KNOWN_NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "python_docs", "demo")
-PIECE = 1 << 22  # characters of one piece at most
+PIECE = 1 << 20  # characters of one piece at most
 RAW = Path("data/raw")
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

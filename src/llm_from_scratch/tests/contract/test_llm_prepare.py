@@ -1,0 +1,201 @@
+"""llm-prepare and data/*/prepare.py as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llm_from_scratch
+from llm_from_scratch.tests.texts import gpt2_folder, real_text, reference_gpt2, shakespeare
+
+SRC = Path(llm_from_scratch.__file__).resolve().parents[1]
+SCRIPTS = SRC.parent / "data"
+COMMAND = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data"]
+# a proxy that nobody runs: no network, whatever the machine has
+CUT_OFF = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+in_checkout = pytest.mark.skipif(not (SCRIPTS / "shakespeare").is_dir(), reason="data/ lies in a checkout only")
+
+
+def run(folder: Path, *arguments: str, text: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(SRC), "PYTHONUTF8": "1"} | CUT_OFF | env
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, input=text, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_file_to_data(tmp_path: Path) -> None:
+    text = real_text()[:50_000]
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    done = run(tmp_path, "book.txt", "--tokenizer", "char")
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, train, val, example, following = done.stdout.splitlines()
+    assert train.split()[:2] == ["train", "45,000"] and val.split()[:2] == ["val", "5,000"]
+    assert repr(text[:32]) in example
+    assert following == "next: llm-train --dataset=book"
+    made = {path.name for path in (tmp_path / "data/processed/book").iterdir()}
+    assert made == {"train.bin", "val.bin", "manifest.json", "tokenizer.meta.json"}
+    again = run(tmp_path, "book.txt", "--tokenizer=char")
+    assert again.returncode == 0 and "nothing to do" in again.stdout and following in again.stdout
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    done = run(tmp_path, "-", "--tokenizer=byte", "--name=piped", text="héllo wörld\n" * 9)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "data/processed/piped"
+    got = (folder / "train.bin").read_bytes() + (folder / "val.bin").read_bytes()
+    assert np.frombuffer(got, "<u2").astype(np.uint8).tobytes().decode() == "héllo wörld\n" * 9
+    assert "standard input" in (folder / "manifest.json").read_text()
+
+
+def test_lists_of_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "v"):
+        (tmp_path / f"{name}.md").write_text(name * 10)
+    files = json.dumps(["a.md", "b.md"])
+    done = run(tmp_path, f"--train_files={files}", "--val_files=v.md", "--tokenizer=byte", "--out_dir=o/x")
+    assert done.returncode == 0, done.stderr
+    assert np.fromfile(tmp_path / "o/x/val.bin", "<u2").tolist() == [ord("v")] * 10
+    assert "next: llm-train --dataset=o/x" in done.stdout
+
+
+def test_a_terminal_that_cannot_show_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("東京 é\n" * 50, encoding="utf-8")
+    done = run(tmp_path, "a.txt", "--tokenizer=byte", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0 and "\\u6771" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no source"),
+        (["nope.txt"], "no text 'nope.txt'"),
+        (["--tokenizr=gpt2"], "did you mean tokenizer"),
+        (["a.txt", "--val_fraction=lots"], "val_fraction='lots' is not valid"),
+        (["a.txt", "--workers=-3"], "workers=-3"),
+        (["a.txt", "--tokenizer=gtp2"], "did you mean gpt2"),
+        (["a.txt", "--tokenizer=o200k_base"], "cannot get the o200k_base vocabulary"),
+        (["bad.txt"], "bad.txt is not UTF-8 text: byte offset 3"),
+        (["empty.txt"], "empty.txt is empty"),
+        (["shakespeare"], "cannot download tiny Shakespeare"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, flags: list[str], arguments: list[str], message: str) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 9)
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    (tmp_path / "empty.txt").touch()
+    environment = os.environ | {"PYTHONPATH": str(SRC), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")} | CUT_OFF
+    command = [sys.executable, *flags, *COMMAND[1:], *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as POSIX sends it")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str) -> None:
+    gpt2_folder()
+    (tmp_path / "long.txt").write_text(real_text()[:400_000] * 100, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    arguments = [*COMMAND, "long.txt", f"--workers={workers}"]
+    child = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("data/cache/tokens/*/*.tokens")) and time.monotonic() < deadline:
+        time.sleep(0.02)  # until the first part is encoded
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors
+    assert errors.decode() == "interrupted\n"
+    assert list((tmp_path / "data/processed").iterdir()) == []
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = run(tmp_path, "--help")
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0 and "--val_fraction" in done.stdout and "python_docs" in done.stdout
+    code = "import sys, llm_from_scratch.cli.prepare_data; sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(SRC)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    assert min(times) < 1.0  # 0.4 s on a machine that is not busy with other tests
+
+
+# data/*/prepare.py
+
+
+def uninstalled(tmp_path: Path, name: str) -> Path:
+    """A checkout of src/ and data/NAME, without what the script makes."""
+    folder = tmp_path / "checkout" / "data" / name
+    folder.mkdir(parents=True)
+    for file in ("prepare.py", "readme.md"):
+        shutil.copy(SCRIPTS / name / file, folder)
+    shutil.copytree(SRC, tmp_path / "checkout/src", ignore=shutil.ignore_patterns("tests", "__pycache__"))
+    return folder
+
+
+def script(folder: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Without site: the package is not installed there, its dependencies are."""
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages)} | CUT_OFF
+    command = [sys.executable, "-S", str(folder / "prepare.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@in_checkout
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+def test_nanogpts_scripts_from_anywhere_and_uninstalled(tmp_path: Path, name: str) -> None:
+    folder = uninstalled(tmp_path, name)
+    text = shakespeare() or real_text()
+    (folder / "input.txt").write_text(text, encoding="utf-8")
+    done = script(folder, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    border = int(len(text) * 0.9)
+    stoi = {char: i for i, char in enumerate(sorted(set(text)))}
+    counts = []
+    for file, part in (("train.bin", text[:border]), ("val.bin", text[border:])):
+        ids = [stoi[c] for c in part] if name == "shakespeare_char" else reference_gpt2().encode_ordinary(part)
+        assert (folder / file).read_bytes() == np.array(ids, np.uint16).tobytes()
+        counts.append(f"{len(ids):,}")
+    made = {path.name for path in folder.iterdir()} - {"prepare.py", "readme.md", "input.txt"}
+    assert made == {"train.bin", "val.bin"} | ({"meta.pkl"} if name == "shakespeare_char" else set())
+    if shakespeare() is not None:
+        assert all(count in (folder / "readme.md").read_text() for count in counts)
+    assert all(count in done.stdout for count in counts)
+    assert not [path for path in (tmp_path / "checkout/src").glob("*") if path.name != "llm_from_scratch"]
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("shakespeare_char", "cannot download tiny Shakespeare"),
+        ("shakespeare", "cannot download tiny Shakespeare"),
+        ("openwebtext", "llm-from-scratch[data]"),
+    ],
+)
+def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: str) -> None:
+    if name == "openwebtext" and any((Path(path) / "datasets").is_dir() for path in sys.path):
+        pytest.skip("the library datasets is installed")
+    folder = uninstalled(tmp_path, name)
+    done = script(folder, tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert {path.name for path in folder.iterdir()} == {"prepare.py", "readme.md"}
+
+
+@in_checkout
+def test_openwebtext_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    done = script(uninstalled(tmp_path, "openwebtext"), tmp_path, "--workers=many")
+    assert done.returncode == 2 and "expected nothing, or --workers=N" in done.stderr
