@@ -125,6 +125,13 @@ def read_start(start: str) -> str:
     return text
 
 
+def is_pretrained(location: str) -> bool:
+    """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
+    path = Path(location)
+    is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    return is_folder or (location.startswith("gpt2") and not path.exists())
+
+
 def load_generator(
     location: str, which: str | None, dataset: str | None, system: SystemConfig
 ) -> tuple[Generator, Path | None]:
@@ -134,9 +141,7 @@ def load_generator(
     """
     from ..core.checkpoint import Checkpoint, find_checkpoint, load_any
 
-    path = Path(location)
-    pretrained = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
-    pretrained |= location.startswith("gpt2") and not path.exists()
+    path, pretrained = Path(location), is_pretrained(location)
     if not pretrained:
         find_checkpoint(location, which, verify=False)  # what is not there is said before torch is loaded
     import torch

@@ -9,7 +9,7 @@ from typing import Literal
 from ..config import GenerationConfig, SystemConfig, UserError
 from ..presets import parse
 from .common import run
-from .generate import SEPARATOR, announce, load_generator, read_start, write
+from .generate import SEPARATOR, announce, is_pretrained, load_generator, read_start, write
 
 HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with such settings."
 
@@ -69,10 +69,11 @@ def _main(argv: list[str]) -> int:
     generator.encode(prompt, allow_special=True)  # what is wrong with it is the only thing to say
     announce(generator, found)
 
-    from ..generation.nanogpt import NanoGPTSampler
+    from ..generation.nanogpt import NanoGPTSampler, random_stream
 
     head = generator.model.lm_head.weight
-    sampler = NanoGPTSampler(params, told.seed, generator.tokenizer.vocab_size, len(head), head.device)
+    stream = random_stream(told.seed, head.device, None if is_pretrained(location) else generator.model.config)
+    sampler = NanoGPTSampler(params, stream, generator.tokenizer.vocab_size, len(head))
     for sample in generator.generate([prompt], params, told.seed, allow_special=True, sampler=sampler):
         write(generator.tokenizer.decode(sample.prompt_tokens + sample.tokens) + f"\n{SEPARATOR}\n")
     return 0

@@ -6,8 +6,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import GenerationConfig
+from ..config import GenerationConfig, GPTConfig
+from ..core.model import GPT
 from .sampling import Sampler
+
+
+def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> torch.Generator:
+    """The random numbers that nanoGPT's sample.py draws from.
+
+    It seeds first and builds the model then; the initial weights, which the checkpoint's replace, use up numbers of
+    the CPU's stream. built: the model that is built so, if one is.
+    """
+    if device.type != "cpu" or built is None:
+        return torch.Generator(device).manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        GPT(built)
+        return torch.Generator().set_state(torch.get_rng_state())
 
 
 class NanoGPTSampler(Sampler):
@@ -20,12 +35,12 @@ class NanoGPTSampler(Sampler):
 
     keep_ties = True
 
-    def __init__(self, params: GenerationConfig, seed: int, vocab_size: int, model_rows: int, device: torch.device):
-        super().__init__(params, [()] * params.num_samples, [seed] * params.num_samples, vocab_size, device)
+    def __init__(self, params: GenerationConfig, stream: torch.Generator, vocab_size: int, model_rows: int):
+        super().__init__(params, [()] * params.num_samples, [0] * params.num_samples, vocab_size, stream.device)
         self.model_rows, self.generators = model_rows, []
-        stream, anything = torch.Generator(device).manual_seed(seed), torch.ones(1, model_rows, device=device)
+        anything = torch.ones(1, model_rows, device=stream.device)
         for left in range(params.num_samples, 0, -1):
-            self.generators.append(torch.Generator(device).set_state(stream.get_state()))
+            self.generators.append(torch.Generator(stream.device).set_state(stream.get_state()))
             for _ in range(params.max_new_tokens if left > 1 else 0):
                 torch.multinomial(anything, 1, generator=stream)  # what is drawn does not change the stream
 

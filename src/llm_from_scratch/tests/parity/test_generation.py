@@ -11,7 +11,7 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.generation import sampling
 from llm_from_scratch.generation.decoding import Batch
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.generation.nanogpt import NanoGPTSampler
+from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
 
 from ..memorised import BLOCK, OPTIONS, TOKENIZER, memorised, ragged_prompts
 
@@ -80,7 +80,8 @@ def test_nanogpts_samples_come_out_of_one_batch(option):
     prompt, params = ragged_prompts(1, 9)[0], GenerationConfig(num_samples=4, max_new_tokens=60, top_k=5)
     torch.manual_seed(1337)
     one_by_one = [model.generate(torch.tensor([prompt]), 60, temperature=0.8, top_k=5) for _ in range(4)]
-    sampler = NanoGPTSampler(params, 1337, TOKENIZER.vocab_size, TOKENIZER.vocab_size, torch.device("cpu"))
+    stream = random_stream(1337, torch.device("cpu"), built=None)
+    sampler = NanoGPTSampler(params, stream, TOKENIZER.vocab_size, TOKENIZER.vocab_size)
     together = Generator(model, TOKENIZER).generate([prompt], params, sampler=sampler)
     assert [prompt + c.tokens for c in together] == [ids[0].tolist() for ids in one_by_one]
     assert len({tuple(c.tokens) for c in together}) > 1
