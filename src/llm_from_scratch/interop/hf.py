@@ -157,8 +157,6 @@ def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
     """
     folder = Path(folder)
     family = family_of(checkpoint.model_config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
     state = checked_weights(checkpoint.model, checkpoint.model_config, "the checkpoint")
     tokenizer, rows = checkpoint.tokenizer, int(checkpoint.model_config.vocab_size or 0)
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -170,6 +168,8 @@ def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
     # None must be said: the defaults of transformers would end a text of Llama at id 2
     config |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": str(state["lm_head.weight"].dtype).split(".")[1]}
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
         with appears_whole(folder) as made:
             backend = (
                 None if tokenizer is None else write_tokenizer(tokenizer, made, checkpoint.model_config.block_size)
@@ -178,8 +178,8 @@ def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
             generation["suppress_tokens"] = unused_ids(backend, rows) or None
             write_json(made / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
             write_json(made / "config.json", config)
-            tensors = _written_weights(state, family, checkpoint.model_config)
-            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            weights = made / "model.safetensors"
+            save_file(_written_weights(state, family, checkpoint.model_config), weights, metadata={"format": "pt"})
             finding = _compare(state, checkpoint.model_config, tokenizer, made)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
@@ -230,6 +230,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
 def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
     """The config.json of a model of ours."""
     theirs: dict[str, Any] = {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
+    theirs[family.fields["norm_eps"][0]] = float(config.norm_eps)  # a whole number is refused there
     theirs |= {"architectures": [family.architecture], "model_type": family.model_type}
     name = family.fields["activation"][0]
     theirs[name] = next(name for name, ours in family.activations.items() if ours == config.activation)
@@ -238,8 +239,8 @@ def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
     theirs |= {"intermediate_size": config.mlp_width, "num_key_value_heads": config.n_kv_head or config.n_head}
     theirs |= {"head_dim": config.n_embd // config.n_head, "attention_dropout": config.dropout}
     theirs |= {"mlp_bias": config.bias} if family.model_type == "llama" else {}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return theirs | {"rope_parameters": rope, "rope_theta": config.rope_theta}  # since transformers 5, and before
+    rope = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    return theirs | {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}  # since transformers 5, and before
 
 
 def family_of(config: GPTConfig) -> Family:
@@ -304,9 +305,11 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
     """What transformers makes of the folder, in a few words. Raises UserError where it makes something else of it."""
     if importlib.util.find_spec("transformers") is None:
         return "not compared with transformers, which is not installed"
-    import transformers
-    from transformers.utils import logging
-
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        return f"not compared with transformers, which cannot be imported ({short(error)})"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -329,6 +332,10 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
                 if same.encode(text, add_special_tokens=False) != tokenizer.encode(text).tolist():
                     raise UserError("the export is wrong: transformers' tokenizer gives other ids than ours")
         return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
+    except UserError:
+        raise
+    except Exception as error:  # whatever it finds wrong with the folder
+        raise UserError(f"the export is wrong: transformers cannot read it ({short(error)})") from None
     finally:
         logging.set_verbosity(verbosity)
         if bar:

@@ -38,7 +38,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     folder, name = Path(name_or_folder).expanduser(), str(name_or_folder)
     if (folder / "config.json").is_file():
         return folder
-    if folder.exists():
+    if folder.exists() and name not in GPT2_NAMES:
         raise UserError(f"{folder} has no config.json: expected a folder in Hugging Face's format")
     if name not in GPT2_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise UserError(f"{name!r} is no folder and no name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name")
@@ -52,9 +52,14 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise _not_fetched(name, error) from None
     check(folder)
     try:
-        return Path(snapshot_download(name, allow_patterns=FETCHED))
+        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
     except Exception as error:
         raise _not_fetched(name, error) from None
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name!r} has no safetensors on the hub (or offline, in the cache): no other weights are fetched"
+        )
+    return folder
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:

@@ -65,6 +65,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     meta = json.loads((folder / "tokenizer.meta.json").read_text(encoding="utf-8"))
     if tokenizer.name in ("bpe", "hf"):
         backend = Backend.from_file(str(folder / HF_FILE))
+        backend.no_truncation()  # transformers, too, cuts and pads only where it is asked to
+        backend.no_padding()
     elif tokenizer.name == "char":
         backend = Backend(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

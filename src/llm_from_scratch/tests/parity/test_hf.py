@@ -363,6 +363,10 @@ def test_only_named_files_are_fetched_and_the_config_first(
     listing += ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
     kept = list(huggingface_hub.utils.filter_repo_objects(listing, allow_patterns=asked[1]))
     assert kept == listing[6:]
+    # a folder that only happens to be called so is not meant
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(saved[gpt2]))
+    assert load_pretrained("gpt2")[0].n_layer == 2
     # a model that is not supported is refused before its weights are asked for
     asked.clear()
     unsupported = tmp_path / "cache"
@@ -377,6 +381,9 @@ def test_only_named_files_are_fetched_and_the_config_first(
     with pytest.raises(UserError, match="mixtral"):
         load_pretrained("owner/model")
     assert asked == [["config.json"]]
+    shutil.copy(saved[gpt2] / "config.json", unsupported)  # supported, but its weights are of another kind
+    with pytest.raises(UserError, match="no safetensors"):
+        load_pretrained("owner/model")
 
 
 def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> None:
@@ -504,6 +511,13 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_that_transformers_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "write_config", lambda family, config: {"model_type": "unheard of"})
+    with pytest.raises(UserError, match="cannot read it") as caught:
+        export_hf(checkpoint(), tmp_path / "out")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
 def test_weights_that_do_not_fit_their_settings(tmp_path: Path) -> None:
     for change in ({"n_layer": 3}, {"n_layer": 1}, {"vocab_size": 66}):
         ck = checkpoint()
@@ -575,6 +589,25 @@ def test_auto_tokenizer_reads_what_we_write(name: str, tmp_path: Path) -> None:
     again = hf_tokenizer.read_tokenizer(tmp_path / "again", gpt2=True)
     assert again is not None and np.array_equal(again.encode(TEXT), ids) and again.decode(ids) == TEXT
     assert again.eot_id == tokenizer.eot_id
+
+
+def test_a_tokenizer_json_that_cuts_and_adds(tmp_path: Path) -> None:
+    """Truncation and the beginning-of-text token that a file of others asks for stay its own affair."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import processors
+
+    backend = Backend.from_str(Tokenizer.from_name("bpe:400", TEXT * 3)._json)  # type: ignore[attr-defined]
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.enable_truncation(5)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 401)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_name(str(tmp_path / "tokenizer.json"))
+    export_hf(checkpoint(tokenizer), tmp_path / "out")
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain = auto(TEXT, add_special_tokens=False)["input_ids"]
+    assert plain == tokenizer.encode(TEXT).tolist() and len(plain) > 5
+    assert auto(TEXT)["input_ids"] == [401, *plain]
+    assert auto.eos_token_id == tokenizer.eot_id
 
 
 def test_unknown_character_is_an_error_there_too(tmp_path: Path) -> None:
