@@ -167,8 +167,8 @@ def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, 
         raise UserError(f"{path} is a folder: name a file such as {path / 'ckpt.pt'}")
     if path.exists() and not overwrite and not is_ours(path):
         raise UserError(
-            f"{path} is not a file that this program wrote: move it away, name another, or allow it with "
-            "--overwrite=True (llm-export)"
+            f"{path} is not a file that this program wrote, and stays as it is: move it away or name another "
+            "(llm-export overwrites it with --overwrite=True)"
         )
 
 
