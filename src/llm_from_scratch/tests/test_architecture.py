@@ -42,7 +42,7 @@ UPWARD = {
 # What can be deleted and the rest still stands: whole rooms, and single files of the others where they exist.
 LEAVES = (
     *("cli", "data", "interop", "serving"),
-    *("core.nanogpt_ckpt", "core.kernels", "training.muon", "generation.batcher", "generation.speculative"),
+    *("core.kernels", "training.muon", "generation.batcher", "generation.speculative"),
 )
 
 ONE_HOUR_PATH = (

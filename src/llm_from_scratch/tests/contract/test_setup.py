@@ -5,13 +5,16 @@ Nothing here installs or downloads. The stubs write each call to a log, a line e
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -587,3 +590,39 @@ def test_lint_and_format_call_the_three_tools(recipes: Recipes) -> None:
         assert recipes.run(recipe).returncode == 0
         made = [line.removeprefix("python ") for line in recipes.calls() if line.startswith("python ")]
         assert made == ["scripts/install.py|dev|", *expected]
+
+
+# --- the wheel ---
+
+
+def test_the_wheel_carries_the_presets_and_no_tests(tmp_path: Path) -> None:
+    """`llm-train quick` finds its preset where only the wheel is installed."""
+    pytest.importorskip("hatchling")
+    program = (
+        "import sys; from hatchling.builders.wheel import WheelBuilder; "
+        "print(*WheelBuilder('.').build(directory=sys.argv[1]))"
+    )
+    built = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    names = set(zipfile.ZipFile(built.stdout.strip()).namelist())
+    presets = {f"configs/{path.name}" for path in ROOT.glob("configs/*.yaml")}
+    presets |= {f"config/{path.name}" for path in ROOT.glob("config/*.py")}
+    assert "configs/quick.yaml" in presets and "config/train_shakespeare_char.py" in presets
+    assert presets == {
+        name.removeprefix("llm_from_scratch/_presets/")
+        for name in names
+        if name.startswith("llm_from_scratch/_presets/")
+    }
+    assert "llm_from_scratch/core/model.py" in names
+    assert not any("/tests/" in name for name in names)
+    assert all(name.startswith(("llm_from_scratch/", "llm_from_scratch-")) for name in names)
+
+
+def test_every_command_is_declared() -> None:
+    """The console scripts name functions that are there."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = dict(re.findall(r'^(llm-[a-z]+) = "([\w.]+):main"$', text, flags=re.MULTILINE))
+    assert set(scripts) == {"llm-prepare", "llm-train", "llm-generate", "llm-eval", "llm-bench", "llm-export"}
+    for module in scripts.values():
+        assert callable(importlib.import_module(module).main)
