@@ -5,15 +5,22 @@ Where nanoGPT is not at hand, the expected numbers are those that nanoGPT's own 
 
 import importlib.util
 import inspect
+import pickle
+import pydoc_data.topics
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llm_from_scratch.config import GPTConfig, UserError
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.tests.parity.reference import nanogpt, needs_nanogpt, quietly
+from llm_from_scratch.tests.parity.reference import NANOGPT_DIR, nanogpt, needs_nanogpt, quietly
 
 ROOT = Path(__file__).resolve().parents[4]
 TINY: dict[str, Any] = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 4, "dropout": 0.0}
@@ -218,3 +225,49 @@ def test_signatures_of_nanogpts_methods() -> None:
         "dropout",
         "bias",
     ]
+
+
+@needs_nanogpt
+@pytest.mark.skipif(not (ROOT / "model.py").is_file(), reason="model.py lies in a checkout only")
+def test_nanogpts_own_scripts_run_on_our_model_and_configurator(tmp_path: Path) -> None:
+    """Its train.py and sample.py, unmodified, beside our model.py and configurator.py: same losses, same text."""
+    source = Path(str(NANOGPT_DIR))
+    printed = []
+    for whose in (source, ROOT):
+        folder = tmp_path / whose.name
+        data = folder / "data" / "shakespeare_char"
+        data.mkdir(parents=True)
+        for name in ("train.py", "sample.py"):
+            shutil.copy(source / name, folder)
+        for name in ("model.py", "configurator.py"):
+            (folder / name).symlink_to(whose / name)
+        characters, ids = np.unique(list("".join(pydoc_data.topics.topics.values())[:20_000]), return_inverse=True)
+        meta = {"stoi": {c: i for i, c in enumerate(characters.tolist())}, "itos": dict(enumerate(characters.tolist()))}
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters), **meta}))
+        for split in ("train", "val"):
+            ids.astype(np.uint16).tofile(data / f"{split}.bin")
+        settings: dict[str, Any] = {
+            "eval_iters": 1,
+            "log_interval": 1,
+            "block_size": 16,
+            "batch_size": 4,
+            "n_layer": 1,
+            "n_head": 2,
+        }
+        settings |= {"n_embd": 16, "max_iters": 4, "eval_interval": 2, "lr_decay_iters": 4, "device": "cpu"}
+        options = [
+            f"--{key}={value}" for key, value in (settings | {"compile": False, "always_save_checkpoint": True}).items()
+        ]
+        commands = [
+            ["train.py", str(source / "config" / "train_shakespeare_char.py"), *options],
+            ["sample.py", "--out_dir=out-shakespeare-char", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"],
+        ]
+        lines: list[str] = []
+        for command in commands:
+            done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, check=True)
+            lines += done.stdout.splitlines()
+        told = [line for line in lines if line.startswith(("step ", "iter "))]
+        text = lines[[line.startswith("Loading meta") for line in lines].index(True) :]
+        printed.append([re.sub(r"time [\d.]+ms.*", "", line) for line in told + text])
+    assert len(printed[0]) > 10 and printed[0][0].startswith("step 0: train loss")
+    assert printed[0] == printed[1]
