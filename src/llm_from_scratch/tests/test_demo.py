@@ -89,7 +89,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
 
     def call(*command: str) -> int:
         called.append(command)
-        return 7 if "--fail" in command else 0
+        return 0
 
     monkeypatch.setattr(demo, "call", call)
     monkeypatch.chdir(tmp_path)
@@ -120,9 +120,13 @@ def test_demo_passes_settings_through(commands: list, capsys: pytest.CaptureFixt
     assert "mine/step-00000010" in capsys.readouterr().out
 
 
-def test_demo_stops_where_a_command_fails(commands: list) -> None:
-    assert demo.main(["--fail"]) == 7
-    assert [command[0] for command in commands] == ["prepare_data", "train"]
+@pytest.mark.parametrize("failing", ["prepare_data", "train", "generate"])
+def test_demo_stops_where_a_command_fails(commands: list, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    noted = demo.call
+    monkeypatch.setattr(demo, "call", lambda command, *args: noted(command, *args) or 7 * (command == failing))
+    assert demo.main([]) == 7
+    order = ["prepare_data", "train", "generate"]
+    assert [command[0] for command in commands] == order[: order.index(failing) + 1]
 
 
 def test_demo_help_is_that_of_training(commands: list) -> None:
