@@ -22,8 +22,8 @@ class PrepareOptions:
     """What is prepared, and how."""
 
     tokenizer: str | None = None
-    """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (N ids, learnt from the text), or the path of a tokenizer.json.
-    None is gpt2; for shakespeare_char it is char."""
+    """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (N ids, learnt from the text), the path of a tokenizer.json, or
+    a folder whose tokenizer to use: other prepared data, a checkpoint. None is gpt2, for shakespeare_char char."""
     out_dir: str | None = None
     """Folder for the result. None is data/processed/NAME."""
     name: str | None = None

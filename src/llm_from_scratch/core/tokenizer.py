@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
-from .vocabulary import byte_to_char, gpt2_encoder_json, read_meta_pkl, tiktoken_encoding
+from .vocabulary import byte_to_char, read_meta_pkl, tiktoken_parts
 
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
 EOT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
-# A tokenizer.json has no field for the token that ends a text; these are the usual names.
+# tokenizer.json has no field for the token that ends a text; these are the usual names.
 HF_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
 
 
@@ -95,41 +95,44 @@ class Tokenizer:
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
                 raise UserError(f"{path} is in format {meta['format']} {meta['version']}, this version reads 1")
             tokenizer = _load(Path(folder), meta)
-            intact = tokenizer.fingerprint() == meta["fingerprint"]
+            if tokenizer.fingerprint() != meta["fingerprint"]:
+                raise ValueError("its fingerprint differs")
+            return tokenizer
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"the tokenizer in {folder} is damaged ({error}): run llm-prepare again") from None
-        if not intact:
-            raise UserError(f"the tokenizer in {folder} is damaged (its fingerprint differs): run llm-prepare again")
-        return tokenizer
+            raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare it again") from None
 
     @staticmethod
     def from_name(spec: str, text: str | Iterable[str] | None = None) -> Tokenizer:
-        """A tokenizer by name: char and bpe:N (both learn from text), byte, gpt2, cl100k_base, o200k_base, or the path
-        of a tokenizer.json or of a folder that holds one. Raises UserError."""
+        """A tokenizer by name: char and bpe:N (both learn from text), byte, gpt2, cl100k_base, o200k_base; the path of
+        a tokenizer.json; or a folder with a tokenizer: prepared data, a checkpoint. Raises UserError."""
         texts = [text] if isinstance(text, str) else text
         kind, _, size = spec.partition(":")
         if spec == "byte":
             return ByteTokenizer()
         if spec in TIKTOKEN_NAMES:
-            return TiktokenTokenizer.named(spec)
+            return TiktokenTokenizer(spec, *tiktoken_parts(spec))
         if spec == "char" or kind == "bpe":
             if kind == "bpe" and (not size.isdecimal() or int(size) < 257):
-                raise UserError(
-                    f"tokenizer {spec!r}: expected bpe:N, N at least 257 (256 bytes and {EOT}), such as bpe:8192"
-                )
+                raise UserError(f"tokenizer {spec!r}: expected bpe:N with N at least 257, such as bpe:8192")
             if texts is None:
                 raise UserError(f"the {kind} tokenizer learns its vocabulary from a text, and none was given")
             return CharTokenizer.from_text(texts) if kind == "char" else HFTokenizer.train(texts, int(size))
-        path = Path(spec) / HF_FILE if Path(spec).is_dir() else Path(spec)
+        path = Path(spec) / HF_FILE if spec and Path(spec).is_dir() else Path(spec)
+        if path.name == HF_FILE and (saved := tokenizer_of(path.parent)):
+            return saved
         if path.is_file():
             return HFTokenizer.from_file(path)
         if spec.endswith(".json") or len(path.parts) > 1:
-            raise UserError(f"no tokenizer file {path}: expected a {HF_FILE} in Hugging Face's format")
+            raise UserError(
+                f"no tokenizer in {spec}: expected a {HF_FILE} in Hugging Face's format, or a folder with one"
+            )
         near = difflib.get_close_matches(spec, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown tokenizer {spec!r}: {hint}expected one of {', '.join(NAMES)}, or a {HF_FILE}")
+        raise UserError(
+            f"unknown tokenizer {spec!r}: {hint}expected one of {', '.join(NAMES)}, a {HF_FILE} or a folder"
+        )
 
     @staticmethod
     def from_nanogpt_meta(path: str | Path) -> CharTokenizer:
@@ -152,13 +155,12 @@ class Tokenizer:
         """Parts of a text that could not be encoded whole, cut where the pattern would have cut it, else in halves."""
         cuts = set()
         for run in re.finditer(r"\s{1000,}", text):
-            # GPT-2's pattern leaves the last space of a run to the next word; its successors first take all up to
-            # the last line break.
+            # GPT-2 leaves a run's last space to the next word; its successors first take all up to the last line break
             line_end = max(text.rfind("\n", run.start(), run.end()), text.rfind("\r", run.start(), run.end())) + 1
-            if line_end and self.name in TIKTOKEN_NAMES[1:]:
-                cuts.add(line_end)
-            if line_end != run.end() or self.name not in TIKTOKEN_NAMES[1:]:
-                cuts.add(run.end() - 1 if run.end() < len(text) else run.end())
+            successor = self.name in TIKTOKEN_NAMES[1:]
+            cuts |= {line_end} if successor else set()
+            if line_end != run.end() or not successor:
+                cuts.add(run.end() - (run.end() < len(text)))
         edges = sorted(cuts - {0, len(text)}) or [safe_cut(text, (len(text) + 1) // 2)]
         return (text[a:b] for a, b in zip([0, *edges], [*edges, len(text)], strict=True))
 
@@ -166,9 +168,7 @@ class Tokenizer:
         array = np.asarray(ids).reshape(-1)
         if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
             wrong = array[(array < 0) | (array >= self.vocab_size)][0]
-            raise UserError(
-                f"token id {wrong} is outside the {self.name} vocabulary: expected 0 to {self.vocab_size - 1}"
-            )
+            raise UserError(f"token id {wrong} is outside the {self.name} vocabulary of {self.vocab_size} ids")
         return array.astype(np.int64)
 
 
@@ -239,31 +239,19 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> None:
         import tiktoken
 
-        self.name, self._ranks, self._pattern, self._special = name, ranks, pattern, special
+        self.name, self._pattern, self._special = name, pattern, special
+        self._ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self._bpe.n_vocab
         self.eot_id = special.get(EOT)
-
-    @classmethod
-    def named(cls, name: str) -> TiktokenTokenizer:
-        """gpt2 from local files where there are any; else, and for the others, tiktoken's cache or download."""
-        if name == "gpt2" and (encoder := gpt2_encoder_json()) is not None:
-            from tiktoken_ext.openai_public import r50k_pat_str
-
-            to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
-            ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != EOT}
-            return cls(name, ranks, r50k_pat_str, {EOT: encoder[EOT]})
-        bpe = tiktoken_encoding(name)
-        return cls(name, bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens)
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         allowed = self._bpe.special_tokens_set if allow_special else set()
         return self._bpe.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Any) -> bytes:
-        known = self._known(ids).tolist()
         try:
-            return self._bpe.decode_bytes(known)
+            return self._bpe.decode_bytes(self._known(ids).tolist())
         except KeyError as error:  # the id spaces of the successors of GPT-2 have gaps
             raise UserError(f"token id {error} is unused in the {self.name} vocabulary") from None
 
@@ -285,14 +273,11 @@ class HFTokenizer(Tokenizer):
         self.name, self.eot_id, self._json = name, eot_id, definition
         self._plain = self._build(special_is_text=True)
         self._with_special: Any = None
-        vocab = self._plain.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        added = self._plain.get_added_tokens_decoder()
-        self._added = {i: token.content.encode("utf-8") for i, token in added.items()}
+        self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}
         kind = json.dumps(json.loads(definition).get("decoder"))
-        self._byte_level, self._byte_fallback = '"ByteLevel"' in kind, '"ByteFallback"' in kind
-        if self._byte_level:
-            self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+        self._byte_level, self._sentence_pieces = '"ByteLevel"' in kind, "ByteFallback" in kind or "Metaspace" in kind
+        self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
 
     def _build(self, special_is_text: bool) -> Any:
         from tokenizers import Tokenizer as Backend
@@ -329,10 +314,8 @@ class HFTokenizer(Tokenizer):
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
-        )
+        options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], **options)
         # The trainer reads 256 texts ahead, so it is given short ones.
         backend.train_from_iterator((part for text in texts for part in cut_text(text, 1 << 16)), trainer)
         return cls(backend.to_str(), "bpe", backend.token_to_id(EOT))
@@ -341,6 +324,7 @@ class HFTokenizer(Tokenizer):
         if allow_special and self._with_special is None:
             self._with_special = self._build(special_is_text=False)
         backend = self._with_special if allow_special else self._plain
+        text.encode("utf-8")  # the backend's own complaint about a lone surrogate is a TypeError
         return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, ids: Any) -> str:
@@ -348,15 +332,15 @@ class HFTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Any) -> bytes:
         known = self._known(ids).tolist()
-        if not (self._byte_level or self._byte_fallback):
-            return self.decode(known).encode("utf-8")
-        return b"".join(self._token_bytes(i) for i in known)
+        if self._byte_level or self._sentence_pieces:
+            return b"".join(self._token_bytes(i) for i in known)
+        return self.decode(known).encode("utf-8")
 
     def _token_bytes(self, i: int) -> bytes:
         token = self._plain.id_to_token(i)
         if i in self._added or token is None:
             return self._added.get(i, b"")
-        if self._byte_level:
+        if self._byte_level and self._to_byte.keys() >= set(token):
             return bytes(self._to_byte[char] for char in token)
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])

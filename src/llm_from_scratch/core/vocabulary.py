@@ -37,7 +37,21 @@ def byte_to_char() -> list[str]:
     return [chr(b) if chr(b).isprintable() and b != 32 else chr(next(spare)) for b in range(256)]
 
 
-def gpt2_encoder_json() -> dict[str, int] | None:
+def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Ranks, pattern and special tokens of an encoding: gpt2 from local files where there are any; else, and for the
+    others, from tiktoken's cache or server. Raises UserError."""
+    if name == "gpt2" and (encoder := _gpt2_encoder_json()) is not None:
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+        eot = "<|endoftext|>"
+        ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != eot}
+        return ranks, r50k_pat_str, {eot: encoder[eot]}
+    bpe = _tiktoken_encoding(name)
+    return bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens
+
+
+def _gpt2_encoder_json() -> dict[str, int] | None:
     """GPT-2's vocabulary from the user's folder, else from the package of the extra `offline`, else None."""
     if given := os.environ.get(GPT2_DIR_VARIABLE):
         for file, digest in GPT2_SHA256.items():
@@ -57,7 +71,7 @@ def gpt2_encoder_json() -> dict[str, int] | None:
     return None
 
 
-def tiktoken_encoding(name: str) -> Any:
+def _tiktoken_encoding(name: str) -> Any:
     """tiktoken's own encoding, from its cache or the network. Raises UserError within seconds where neither helps."""
     import tiktoken
 

@@ -241,7 +241,7 @@ def build(
     stream = _split(job, counts[0], separators)
     mark_ends = tokenizer.eot_id is not None and max(counted.documents for counted in counts) > 1
     if workers is None:
-        workers = 0 if _input_size(job) < POOL_FROM or job.tokenizer in ("char", "byte") else _cores()
+        workers = 0 if _input_size(job) < POOL_FROM or tokenizer.name in ("char", "byte") else _cores()
     cache = TokenCache(cache_dir / "tokens" if cache_dir else None, tokenizer.dtype)
     shards = {split: Shards(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
     told = time.monotonic()
@@ -299,13 +299,14 @@ def _cores() -> int:
 def _request(job: Job, shard_size: int, root: Path) -> tuple[str, list[dict[str, Any]]]:
     """A hash over all that decides what is written, and the identities of the sources."""
     identities = [[source.identity() for source in some] for some in (job.train, job.val or [])]
-    own_file = [p for p in (Path(job.tokenizer), Path(job.tokenizer) / "tokenizer.json") if p.is_file()]
+    given = Path(job.tokenizer)
+    own_files = [p for p in (given, *(given / file for file in (*TOKENIZER_FILES, "meta.pkl"))) if p.is_file()]
     what = {
         "version": VERSION,
         "sources": identities,
         "split": job.val is not None,
         "name": job.name,
-        "tokenizer": [job.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_file)],
+        "tokenizer": [job.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_files)],
         "val_fraction": job.val_fraction,
         "seed": job.seed,
         "shard_size": shard_size,

@@ -119,6 +119,26 @@ def test_bpe_learns_from_the_text(here: Path, small: None) -> None:
     assert tokenizer.decode(tokens(folder, "train") + tokens(folder, "val")) == text
 
 
+def test_the_tokenizer_of_other_data(here: Path) -> None:
+    """What finetuning needs: new text in the ids of the old."""
+    (here / "a.txt").write_text("hello world\n" * 9)
+    (here / "b.txt").write_text("well\n" * 9)
+    old = prepare(["a.txt"], tokenizer="char")
+    new = prepare(["b.txt"], tokenizer="data/processed/a")
+    assert tokens(new, "train")[:4] == Tokenizer.load(old).encode("well").tolist()
+    assert manifest_of(new)["tokenizer"] == manifest_of(old)["tokenizer"]
+    told = Told()
+    prepare(["b.txt"], tokenizer="data/processed/a", report=told)
+    assert "up to date" in told
+    prepare(["b.txt"], name="a", tokenizer="char")
+    told = Told()
+    prepare(["b.txt"], tokenizer="data/processed/a", report=told)
+    assert "up to date" not in told
+    (here / "c.txt").write_text("well, hello\n" * 9)
+    with pytest.raises(UserError, match="','.*U.002C"):
+        prepare(["c.txt"], tokenizer="data/processed/b")
+
+
 def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
     chars = "".join(map(chr, [*range(32, 0xD800), *range(0x10000, 0x10000 + 20_000)]))
     (here / "wide.txt").write_text(chars, encoding="utf-8", newline="")

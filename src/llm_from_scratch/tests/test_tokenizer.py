@@ -130,7 +130,12 @@ def test_a_backend_that_always_fails_is_a_user_error(gpt2: Tokenizer, monkeypatc
 
 
 def test_lone_surrogates_become_replacement_characters(gpt2: Tokenizer) -> None:
-    for tokenizer in (gpt2, Tokenizer.from_name("byte"), CharTokenizer("ab\ufffd")):
+    for tokenizer in (
+        gpt2,
+        Tokenizer.from_name("byte"),
+        CharTokenizer("ab\ufffd"),
+        Tokenizer.from_name("bpe:300", "ab"),
+    ):
         assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
 
@@ -221,12 +226,13 @@ def test_saved_and_loaded(tmp_path: Path, gpt2: Tokenizer, text: str, monkeypatc
         tokenizer.save(folder)
         loaded = tokenizer_of(folder)
         assert loaded is not None and type(loaded) is type(tokenizer) and Tokenizer.exists(folder)
+        assert Tokenizer.from_name(str(folder)).fingerprint() == tokenizer.fingerprint()
         for attribute in ("name", "vocab_size", "eot_id"):
             assert getattr(loaded, attribute) == getattr(tokenizer, attribute)
         assert loaded.fingerprint() == tokenizer.fingerprint()
         assert loaded.encode(text[:2000]).tolist() == tokenizer.encode(text[:2000]).tolist()
     # complete in itself: no vocabulary of GPT-2 is looked for
-    monkeypatch.setattr("llm_from_scratch.core.tokenizer.gpt2_encoder_json", lambda: pytest.fail("looked outside"))
+    monkeypatch.setattr(vocabulary, "_gpt2_encoder_json", lambda: pytest.fail("looked outside"))
     assert Tokenizer.load(tmp_path / "0").encode("hello world").tolist() == [31373, 995]
     assert len({tokenizer.fingerprint() for tokenizer in samples}) == len(samples)
 
@@ -274,7 +280,8 @@ def test_bytes_of_half_a_character(gpt2: Tokenizer) -> None:
         ("bpe", "bpe:8192"),
         ("bpe:256", "at least 257"),
         ("bpe:²", "bpe:N"),
-        ("nowhere/tokenizer.json", "no tokenizer file"),
+        ("nowhere/tokenizer.json", "no tokenizer in"),
+        ("src/nowhere", "no tokenizer in"),
         ("", "unknown tokenizer"),
         ("char", "learns its vocabulary"),
     ],
@@ -301,7 +308,7 @@ def test_gpt2_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Tokenizer.from_name("gpt2")
     for file in ("vocab.bpe", "encoder.json"):
         (tmp_path / file).write_bytes((source / file).read_bytes())
-    monkeypatch.setattr(vocabulary, "tiktoken_encoding", lambda name: pytest.fail("went to the network"))
+    monkeypatch.setattr(vocabulary, "_tiktoken_encoding", lambda name: pytest.fail("went to the network"))
     assert Tokenizer.from_name("gpt2").encode("hello world").tolist() == [31373, 995]
     (tmp_path / "vocab.bpe").write_bytes((source / "vocab.bpe").read_bytes() + b"\n")
     with pytest.raises(UserError, match="sha256"):

@@ -121,16 +121,16 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str) -> None:
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    spent = []
+    for _ in range(3):
+        before = os.times()
         done = run(tmp_path, "--help")
-        times.append(time.perf_counter() - start)
+        after = os.times()  # processor time: other tests may run beside this one
+        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.returncode == 0 and "--val_fraction" in done.stdout and "python_docs" in done.stdout
+    assert min(spent) < 0.7  # 0.3 s on an idle machine
     code = "import sys, llm_from_scratch.cli.prepare_data; sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
-    environment = os.environ | {"PYTHONPATH": str(SRC)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
-    assert min(times) < 1.0  # 0.4 s on a machine that is not busy with other tests
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}).returncode == 0
 
 
 # data/*/prepare.py
