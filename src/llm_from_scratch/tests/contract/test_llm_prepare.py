@@ -128,7 +128,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
         after = os.times()  # processor time: other tests may run beside this one
         spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.returncode == 0 and "--val_fraction" in done.stdout and "python_docs" in done.stdout
-    assert min(spent) < 0.7  # 0.3 s on an idle machine
+    assert min(spent) < 1.0  # 0.3 s on an idle machine; torch alone would take twice the limit
     code = "import sys, llm_from_scratch.cli.prepare_data; sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SRC)}).returncode == 0
 
