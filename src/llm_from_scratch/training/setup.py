@@ -129,6 +129,11 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     config.model.validate()
     if config.training.save_nanogpt_ckpt:
         check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model)
+    if tokenizer is not None and config.training.sample_interval:
+        try:
+            tokenizer.encode(config.generation.start)
+        except UserError as error:
+            raise UserError(f"--start, which the samples of --sample_interval continue: {error}") from None
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
     for data in (train_data, val_data):
         data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)

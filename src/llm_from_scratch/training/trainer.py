@@ -76,7 +76,11 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
     runtimes.start(plan.runtime, plan.config.system)
     try:
         with StopRequest() as stop:
-            return Trainer(plan, command).run(stop)
+            trainer = Trainer(plan, command)
+            try:
+                return trainer.run(stop)
+            finally:
+                trainer.close()
     finally:
         runtimes.stop()
 
@@ -117,7 +121,6 @@ class Trainer:
         training, state, last = self.config.training, self.state, self.plan.last_step
         if training.eval_only:
             self._evaluate()
-            self._close()
             return self._result(None, stop)
         if state.step >= last:
             self.log.say(f"nothing to do: the run stands at step {state.step} of {last}; raise --max_iters")
@@ -293,7 +296,9 @@ class Trainer:
         for name in vars(self.state):
             if trainer.get(name) is not None:
                 setattr(self.state, name, trainer[name])
-        self.state.step = self.state.saved_at = saved.step
+        self.state.step = saved.step
+        # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
+        self.state.saved_at = saved.step if self.state.evaluated_at == saved.step else -1
         rank, kinds = self.runtime.rank, {"cpu": torch.set_rng_state}
         if self.runtime.device.type == "cuda":
             kinds["cuda"] = lambda state: torch.cuda.set_rng_state(state, self.runtime.device)
@@ -354,7 +359,6 @@ class Trainer:
             self.log.say(f"stopped at step {state.step}; go on with: {resume_command(self.config, self.command)}")
         elif training.final_eval:
             final = self._evaluate_whole(timer.total)
-        self._close()
         if self.runtime.is_master and not stopped and state.step:
             self._plot()
         return self._result(final, stop)
@@ -385,7 +389,7 @@ class Trainer:
         if wanted or (wanted is None and importlib.util.find_spec("matplotlib") is not None):
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
-    def _close(self) -> None:
+    def close(self) -> None:
         self.loader.close()
         self.log.close()
 
