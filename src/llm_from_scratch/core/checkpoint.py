@@ -86,9 +86,6 @@ class _Entry:
         return self.manifest["val_loss"] if self.manifest else None
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
 def save_checkpoint(
     out_dir: str | Path,
     *,
@@ -201,7 +198,7 @@ def archive_previous(out_dir: str | Path) -> Path | None:
     exported = [out / "ckpt.pt"] if is_ours(out / "ckpt.pt") else []
     if not (entries or aside or exported or (out / "metrics.jsonl").exists()):
         return None
-    run_id = next((str(e.manifest["run_id"]) for e in entries if e.manifest), "unknown")
+    run_id = next((str(e.manifest.get("run_id")) for e in entries if e.manifest), "unknown")
     logs = [out / name for name in RUN_FILES if (out / name).exists()]
     # the newest checkpoint goes last: an interrupted move finds the same run id and goes on
     items = [*logs, *exported, *aside, *(e.path for e in reversed(entries))]
@@ -217,9 +214,6 @@ def archive_previous(out_dir: str | Path) -> Path | None:
     except OSError as error:
         raise UserError(f"cannot move the earlier run in {out} to {target}: {error}; take another --out_dir") from None
     return target
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
@@ -366,16 +360,19 @@ def _which(which: str | int | None) -> str | int | None:
 def _locate(
     location: Path, which: str | int | None, set_aside: bool, read: Callable[[Path], T], read_pt: Callable[[Path], T]
 ) -> T:
-    if (location / MANIFEST).exists() or (_STEP.fullmatch(location.name) and location.is_dir()):
-        return read(location)
-    if location.is_file():
-        return read_pt(location)
-    if not location.is_dir():
-        raise UserError(f"no checkpoint {location}: there is no such folder or file; train first, or name another")
-    if entries := _scan(location):
-        return _first_good(location, entries, which, set_aside, read)
-    if (location / "ckpt.pt").is_file():
-        return read_pt(location / "ckpt.pt")
+    try:
+        if (location / MANIFEST).exists() or (_STEP.fullmatch(location.name) and location.is_dir()):
+            return read(location)
+        if location.is_file():
+            return read_pt(location)
+        if not location.is_dir():
+            raise UserError(f"no checkpoint {location}: there is no such folder or file; train first, or name another")
+        if entries := _scan(location):
+            return _first_good(location, entries, which, set_aside, read)
+        if (location / "ckpt.pt").is_file():
+            return read_pt(location / "ckpt.pt")
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"cannot read {str(location)[:200]}: {error.strerror}; name another checkpoint") from None
     raise UserError(f"no checkpoint in {location}: expected step-* folders or a ckpt.pt; train first, or name another")
 
 

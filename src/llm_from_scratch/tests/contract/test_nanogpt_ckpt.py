@@ -467,6 +467,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     got = cp.load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
     path = cp.write_nanogpt(tmp_path / "out" / "ckpt.pt", got)
     before = path.read_bytes()
+    events: list[str] = []
+    really_replace = os.replace
+
+    def replace(old: Any, new: Any) -> None:
+        events.append(f"to {Path(new).name}")
+        really_replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: events.append("sync"))
+        patch.setattr(os, "replace", replace)
+        cp.write_nanogpt(path, got)
+    assert events == [
+        "sync",
+        "to ckpt.pt",
+        *(["sync"] if os.name == "posix" else []),
+    ]  # the content before the name, the name before the return
+    got.step += 1
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -476,7 +493,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
             patch.setattr(os, name, full)
             with pytest.raises(cp.SaveError, match="cannot write .*No space left"):
                 cp.write_nanogpt(path, got)
-        assert path.read_bytes() == before and os.listdir(path.parent) == ["ckpt.pt"]
+        assert os.listdir(path.parent) == ["ckpt.pt"] and path.read_bytes() == before
 
     def half(content: Any, file: Any) -> None:
         file.write(b"PK half an archive")
