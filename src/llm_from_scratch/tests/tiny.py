@@ -77,6 +77,8 @@ QUICK: dict[str, Any] = {
     "min_lr": 1e-3,
     "final_eval": False,
     "loss_plot": False,
+    "log_interval": 1,
+    "tensorboard": False,
     "device": "cpu",
     "dtype": "float32",
     "compile": False,

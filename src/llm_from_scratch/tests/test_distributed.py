@@ -1,0 +1,67 @@
+"""Two processes on one CPU, started as a user starts them: the run of one process, shared."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_from_scratch.core.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
+from llm_from_scratch.training.trainer import train
+
+from .tiny import arguments, read_metrics, tiny_config
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+SETTINGS = {"batch_size": 2, "gradient_accumulation_steps": 4, "max_iters": 5, "eval_interval": 2, "final_eval": True}
+
+
+def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
+    program = Path("two.py")
+    program.write_text("import sys\nfrom llm_from_scratch.cli.train import main_nanogpt\nsys.exit(main_nanogpt())\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program),
+         *arguments(dataset=tiny_data, out_dir="two", backend="gloo", inclusive_max_iters=False, **SETTINGS)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2 (gloo)" in done.stdout
+    assert "tokens per iteration will be: 64 (8 sequences: 2 x 2 x 2)" in done.stdout
+    assert done.stdout.count("iter 3:") == 1  # one process speaks
+    config = tiny_config(tiny_data, out_dir="one", bias=False, lr_decay_iters=600000, **SETTINGS)
+    train(config)
+    one, two = read_metrics(Path("one")), read_metrics(Path("two"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        for key in {"loss", "train_loss", "val_loss", "val_loss_full", "bits_per_byte", "grad_norm", "lr"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-5), key
+    assert [step for step, _ in list_checkpoints("two")] == [step for step, _ in list_checkpoints("one")]
+    a, b = (load_checkpoint(find_checkpoint(name, "last")) for name in ("one", "two"))
+    for name in a.model:
+        torch.testing.assert_close(b.model[name], a.model[name], atol=1e-4, rtol=1e-3)
+    assert set(b.rng) == {"cpu.0", "cpu.1"} and not torch.equal(b.rng["cpu.0"], b.rng["cpu.1"])
+    # what two began, one goes on with
+    train(tiny_config(tiny_data, **{**SETTINGS, "out_dir": "two", "init_from": "resume", "max_iters": 7}))
+    assert [entry["step"] for entry in read_metrics(Path("two")) if "loss" in entry] == list(range(7))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    from llm_from_scratch.cli.train import main
+
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
+    assert "= 4 sequences cannot be shared by 3 processes; choose a multiple of 3" in capsys.readouterr().err
+    monkeypatch.delenv("MASTER_ADDR")
+    assert main(arguments(dataset=tiny_data)) == 2
+    assert capsys.readouterr().err == (
+        "error: the distributed environment is half set: MASTER_ADDR missing; start through torchrun, or unset RANK and "
+        "WORLD_SIZE\n"
+    )
+    assert list(here.iterdir()) == []

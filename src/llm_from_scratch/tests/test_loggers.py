@@ -1,0 +1,193 @@
+"""training/loggers.py: what scripts read (lines, JSON, W&B keys, event files), and what is refused before the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.config import Config, UserError
+from llm_from_scratch.training import loggers
+from llm_from_scratch.training.loggers import JsonLines, RunLog, check_extras, plot_losses, read_metrics
+
+STEP = {"loss": 2.34567, "lr": 1e-3, "time_ms": 12.345, "tokens_per_s": 1e4, "grad_norm": 0.5}
+EVALUATION = {"train_loss": 2.11119, "val_loss": 2.22225, "lr": 1e-3}
+
+
+def config(**leaves: Any) -> Config:
+    tree = Config()
+    for name, value in {"out_dir": "run", **leaves}.items():
+        section = tree.training if hasattr(tree.training, name) else tree.logging
+        setattr(section, name, value)
+    return tree
+
+
+def opened(tree: Config, is_master: bool = True, first: int = 0, last: int = 10, resumed: bool = False) -> RunLog:
+    Path("run").mkdir(exist_ok=True)
+    return RunLog(tree, is_master, first, last, resumed)
+
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_lines_are_nanogpts(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(10, {**STEP, "mfu": 0.45678})
+    log.close()
+    assert capsys.readouterr().out == (
+        "step 0: train loss 2.1112, val loss 2.2222\n"
+        "iter 0: loss 2.3457, time 12.35ms, mfu -100.00%\n"
+        "iter 10: loss 2.3457, time 12.35ms, mfu 45.68%\n"
+    ).replace("12.35", f"{12.345:.2f}").replace("2.2222", f"{2.22225:.4f}")
+
+
+def test_metrics_are_one_object_a_line() -> None:
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(1, {**STEP, "grad_norm": math.inf, "loss": math.nan})
+    lines = Path("run/metrics.jsonl").read_text().splitlines()  # before close(): each line is written at once
+    log.final(2, {"val_loss_full": 2.0})
+    log.close()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, **EVALUATION}, {"step": 0, **STEP}, {"step": 1, **STEP, "grad_norm": None, "loss": None}
+    ]  # fmt: skip
+    assert read_metrics(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0}
+
+
+def test_a_resumed_log_forgets_what_is_done_again() -> None:
+    path = Path("metrics.jsonl")
+    entries = [{"step": 3, "loss": 1}, {"step": 4, "train_loss": 1, "val_loss": 1}, {"step": 4, "loss": 2},
+               {"step": 4, "val_loss_full": 1}, {"step": 5, "loss": 3}]  # fmt: skip
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries) + '{"step": 6, "lo')
+    log = JsonLines(path, resume_at=4)
+    log.log(4, {"loss": 2.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*entries[:2], {"step": 4, "loss": 2.5}]
+    assert [p.name for p in Path(".").iterdir()] == ["metrics.jsonl"]
+    JsonLines(Path("new.jsonl"), resume_at=4).close()  # the file may have been deleted
+
+
+def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config(progress="bar"), is_master=False)
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.say("hello")
+    log.close()
+    assert capsys.readouterr().out == "" and list(Path("run").iterdir()) == []
+
+
+def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    log = opened(config(progress="bar"), last=4)
+    log.evaluation(0, EVALUATION)
+    log.say("[not markup] " + "x" * 200)
+    log.train_step(3, STEP)
+    log.close()
+    shown = capsys.readouterr().out
+    assert "step 0: train loss 2.1112" in shown and "[not markup] " + "x" * 200 in shown
+    assert "4/4" in shown and "loss 2.346" in shown and "10,000 tok/s" in shown and "mfu n/a" in shown
+    assert "iter 3" not in shown
+
+
+def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    log = opened(config(progress="auto"))
+    assert log.bar is None
+    log.close()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for term, live in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        log = opened(config(progress="auto"))
+        assert (log.bar is not None) is live
+        log.close()
+        assert opened(config(progress="lines")).bar is None
+
+
+def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = types.SimpleNamespace(log=lambda values: calls.append(values), finish=lambda: calls.append("finish"))
+
+    def init(**kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    log = opened(config(wandb_log=True, wandb_project="p", wandb_run_name="r"))
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.evaluation(5, {**EVALUATION, "mfu": 0.25})
+    log.close()
+    started, first, second, end = calls
+    assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 12)
+    shared = {"train/loss": 2.11119, "val/loss": 2.22225, "lr": 1e-3}
+    assert first == {"iter": 0, "mfu": -100.0, **shared} and second == {"iter": 5, "mfu": 25.0, **shared}
+    assert end == "finish"
+
+
+def test_tensorboards_own_reader_reads_the_events() -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = opened(config(tensorboard=True))
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(1, {**STEP, "loss": 2.0})
+    log.close()
+    reader = event_accumulator.EventAccumulator("run/tensorboard")
+    reader.Reload()
+
+    def series(tag: str) -> list[tuple[int, float]]:
+        events = reader.Scalars(tag) if tag in reader.Tags()["scalars"] else []
+        if not events:  # written as tensors of one number
+            from tensorboard.util.tensor_util import make_ndarray
+
+            return [(e.step, pytest.approx(float(make_ndarray(e.tensor_proto)))) for e in reader.Tensors(tag)]
+        return [(e.step, pytest.approx(e.value)) for e in events]
+
+    assert series("train/loss") == [(0, 2.34567), (1, 2.0)]
+    assert series("val/loss") == [(0, 2.22225)] and series("train/loss_eval") == [(0, 2.11119)]
+    assert [step for step, _ in series("lr")] == [0, 0, 1]
+
+
+def test_the_picture_is_a_png() -> None:
+    pytest.importorskip("matplotlib")
+    Path("metrics.jsonl").write_text(
+        '{"step": 0, "val_loss": 3.0}\n{"step": 0, "loss": 3}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 2}\n{"st'
+    )
+    plot_losses(Path("metrics.jsonl"), Path("loss.png"))
+    assert Path("loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "extra"),
+    [
+        ("tensorboard", "tensorboard", "tensorboard"),
+        ("wandb_log", "wandb", "wandb"),
+        ("loss_plot", "matplotlib", "plots"),
+    ],
+)
+def test_missing_extras_are_refused_with_the_install_line(
+    setting: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(UserError) as error:
+        check_extras(config(**{setting: True}))
+    message = str(error.value)
+    assert f"pip install 'llm-from-scratch[{extra}]'" in message and f"turn it off with --{setting}=False" in message
+    check_extras(config())
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: object())
+    check_extras(config(**{setting: True}))
+
+
+def test_evaluating_only_writes_no_file() -> None:
+    log = opened(config(eval_only=True, tensorboard=True, progress="bar"))
+    log.evaluation(0, EVALUATION)
+    log.close()
+    assert list(Path("run").iterdir()) == [] and log.bar is None
