@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,7 @@ def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
             write_json(made / "config.json", config)
             weights = made / "model.safetensors"
             save_file(_written_weights(state, family, checkpoint.model_config), weights, metadata={"format": "pt"})
+            shutil.copymode(made / "config.json", weights)  # safetensors makes its files the owner's alone
             finding = _compare(state, checkpoint.model_config, tokenizer, made)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
