@@ -7,7 +7,6 @@ import pickle
 import random
 import sys
 import urllib.error
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +155,7 @@ def test_cuts_change_no_tokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch)
             sample = "".join(rng.choices(alphabet, k=60)) + "a b"
             parts = list(cut_text(sample, 40))
             assert "".join(parts) == sample and max(map(len, parts)) <= 40
-            if all(a[-1].isalnum() and b[0].isspace() for a, b in pairwise(parts)):  # else there was no such place
+            if all(len(part) < 40 for part in parts):  # else there was no good place, and it was cut anywhere
                 compared += 1
                 whole = reference.encode_ordinary(sample)
                 assert [i for part in parts for i in reference.encode_ordinary(part)] == whole, repr(sample)
