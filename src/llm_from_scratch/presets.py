@@ -65,7 +65,7 @@ def parse(
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
     files = words if presets else []
-    for name in files or ([base_preset] if base_preset else []):
+    for name in files or ([base_preset] if base_preset and not wants_help else []):
         path = find_preset(name)
         values = _read_yaml(path, leaves) if path.suffix != ".py" else _read_python(path, settings, leaves)
         for key, value in values.items():

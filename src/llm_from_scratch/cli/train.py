@@ -119,7 +119,10 @@ def _is_plain(name: str, value: Any) -> bool:
 def _print_yaml(config: Config) -> None:
     import yaml
 
-    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+    tree = to_dict(config)
+    if config.training.epochs is not None:
+        del tree["training"]["max_iters"]  # which epochs decide: what is printed is a preset that can be loaded
+    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
 
 
 def _dry_run(parsed: Parsed[Config]) -> int:

@@ -160,12 +160,12 @@ def _copy(config: Config) -> Config:
 
 def _check_writable(out_dir: Path) -> None:
     """Raises UserError where the run's folder cannot be written. Leaves nothing behind."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"out_dir={out_dir} is a file; name a folder with --out_dir")
-    parent = out_dir
-    while not parent.exists():
-        parent = parent.parent
     try:
+        if out_dir.exists() and not out_dir.is_dir():
+            raise UserError(f"out_dir={out_dir} is a file; name a folder with --out_dir")
+        parent = out_dir
+        while not parent.exists():
+            parent = parent.parent
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is a file")
         with tempfile.TemporaryFile(dir=parent):  # permission bits say nothing where the user is root
