@@ -39,10 +39,10 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
         for key in {"loss", "train_loss", "val_loss", "val_loss_full", "bits_per_byte", "grad_norm", "lr"} & a.keys():
             assert b[key] == pytest.approx(a[key], abs=1e-5), key
     assert [step for step, _ in list_checkpoints("two")] == [step for step, _ in list_checkpoints("one")]
-    a, b = (load_checkpoint(find_checkpoint(name, "last")) for name in ("one", "two"))
-    for name in a.model:
-        torch.testing.assert_close(b.model[name], a.model[name], atol=1e-4, rtol=1e-3)
-    assert set(b.rng) == {"cpu.0", "cpu.1"} and not torch.equal(b.rng["cpu.0"], b.rng["cpu.1"])
+    alone, shared = (load_checkpoint(find_checkpoint(name, "last")) for name in ("one", "two"))
+    for name in alone.model:
+        torch.testing.assert_close(shared.model[name], alone.model[name], atol=1e-4, rtol=1e-3)
+    assert set(shared.rng) == {"cpu.0", "cpu.1"} and not torch.equal(shared.rng["cpu.0"], shared.rng["cpu.1"])
     # what two began, one goes on with
     train(tiny_config(tiny_data, **{**SETTINGS, "out_dir": "two", "init_from": "resume", "max_iters": 7}))
     assert [entry["step"] for entry in read_metrics(Path("two")) if "loss" in entry] == list(range(7))
@@ -60,8 +60,9 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     assert "= 4 sequences cannot be shared by 3 processes; choose a multiple of 3" in capsys.readouterr().err
     monkeypatch.delenv("MASTER_ADDR")
     assert main(arguments(dataset=tiny_data)) == 2
-    assert capsys.readouterr().err == (
-        "error: the distributed environment is half set: MASTER_ADDR missing; start through torchrun, or unset RANK and "
-        "WORLD_SIZE\n"
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error: the distributed environment is half set: MASTER_ADDR missing; start through torchrun"
     )
+    assert told.count("\n") == 1
     assert list(here.iterdir()) == []

@@ -142,7 +142,7 @@ def test_tensorboards_own_reader_reads_the_events() -> None:
     reader = event_accumulator.EventAccumulator("run/tensorboard")
     reader.Reload()
 
-    def series(tag: str) -> list[tuple[int, float]]:
+    def series(tag: str) -> list[tuple[int, Any]]:
         events = reader.Scalars(tag) if tag in reader.Tags()["scalars"] else []
         if not events:  # written as tensors of one number
             from tensorboard.util.tensor_util import make_ndarray

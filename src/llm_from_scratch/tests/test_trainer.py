@@ -218,9 +218,10 @@ def test_watching_changes_nothing(tiny_data: Path) -> None:
     train(tiny_config(tiny_data, out_dir="plain", dropout=0.2, max_iters=9))
     train(
         tiny_config(
-            tiny_data, out_dir="some/where/else", dropout=0.2, max_iters=9, eval_interval=2, eval_iters=7, log_interval=4,
-            save_interval=3, keep_last=1, keep_every=6, sample_interval=2, final_eval=True, early_stopping_patience=50,
-            always_save_checkpoint=False, tensorboard=True, loss_plot=True, max_new_tokens=5, save_nanogpt_ckpt=True,
+            tiny_data, out_dir="some/where/else", dropout=0.2, max_iters=9, eval_interval=2, eval_iters=7,
+            log_interval=4, save_interval=3, keep_last=1, keep_every=6, sample_interval=2, final_eval=True,
+            early_stopping_patience=50, always_save_checkpoint=False, tensorboard=True, loss_plot=True,
+            max_new_tokens=5, save_nanogpt_ckpt=True,
         )  # fmt: skip
     )
     assert_same_weights(saved("plain"), saved("some/where/else"))
@@ -400,8 +401,8 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_data: Path, capsys: pytest.C
 def test_nothing_is_moved_where_the_new_run_cannot_start(tiny_data: Path) -> None:
     train(tiny_config(tiny_data, out_dir="run"))
     before = snapshot(Path("run"))
-    bad: dict[str, Any]
-    for bad in ({"block_size": 5000}, {"n_head": 3}, {"dataset": "nowhere"}, {"init_from": "nowhere"}):
+    mistakes: list[dict[str, Any]] = [{"block_size": 5000}, {"n_head": 3}, {"dataset": "no"}, {"init_from": "no"}]
+    for bad in mistakes:
         with pytest.raises(UserError):
             train(tiny_config(**{"dataset": tiny_data, "out_dir": "run", **bad}))
     assert snapshot(Path("run")) == before

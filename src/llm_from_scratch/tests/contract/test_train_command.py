@@ -1,0 +1,387 @@
+"""train.py, llm-train, llm-eval, bench.py: what they print, what they refuse, and how fast they answer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from llm_from_scratch.cli import bench, evaluate, train
+from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.core.checkpoint import find_checkpoint, load_checkpoint
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.presets import parse
+
+from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, write_data
+
+ROOT = Path(__file__).resolve().parents[4]
+in_checkout = pytest.mark.skipif(not (ROOT / "train.py").is_file(), reason="the root scripts lie in a checkout only")
+SMALL = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture
+def project(here: Path) -> Path:
+    """A folder with data/tiny, in which the user stands."""
+    write_data(here / "data" / "tiny")
+    return here
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A run's folder."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main(arguments(dataset=tiny_data, out_dir=out)) == 0
+    return out
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+# --- training ---
+
+
+@in_checkout
+def test_train_py_prints_the_lines_that_scripts_parse(project: Path) -> None:
+    settings = arguments(dataset="tiny", max_iters=4, eval_interval=2, final_eval=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *settings],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+    assert "\x1b" not in done.stdout and "\r" not in done.stdout
+    iters = re.findall(r"^iter (\d+): loss (\d+\.\d{4}), time \d+\.\d\dms, mfu -?\d+\.\d\d%$", done.stdout, re.M)
+    steps = re.findall(r"^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$", done.stdout, re.M)
+    assert [int(n) for n, _ in iters] == [0, 1, 2, 3, 4]  # nanoGPT's inclusive count
+    assert [int(n) for n, *_ in steps] == [0, 2, 4, 5]
+    logged = {e["step"]: e["loss"] for e in read_metrics(project / "out") if "loss" in e}
+    assert {int(n): float(loss) for n, loss in iters} == {n: round(loss, 4) for n, loss in logged.items()}
+    assert done.stdout.splitlines()[-1] == "sample from it: python sample.py --out_dir=out"
+    assert load_checkpoint(find_checkpoint("out")).step == 5
+
+
+def test_llm_train_ends_at_max_iters_and_resumes_by_name(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(arguments(dataset="tiny", dropout=0.25)) == 0
+    assert find_checkpoint("out").name == "step-00000008"
+    assert "sample from it: llm-generate --out_dir=out" in capsys.readouterr().out
+    # the run's own settings come back from the checkpoint, not from the presets
+    assert train.main(["--init_from=resume", "--max_iters=10"]) == 0
+    assert [e["step"] for e in read_metrics(project / "out") if "loss" in e] == list(range(10))
+    found = load_checkpoint(find_checkpoint("out"))
+    assert found.step == 10 and found.model_config.dropout == 0.25 and found.config["data"]["batch_size"] == 4
+    assert train.main(["--init_from=resume", "--max_iters=12", "--n_embd=32"]) == 2
+    assert "--n_embd=32 contradicts the loaded weights, which have 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [[], ["--epochs=2"], ['--stop=["a", "b"]', "--start=é: x\n", "--learning_rate=1e-5"]])
+@pytest.mark.parametrize("nanogpt", [False, True])
+def test_print_config_is_a_preset(
+    extra: list[str], nanogpt: bool, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, defaults = (train.main_nanogpt, train.NANOGPT_DEFAULTS) if nanogpt else (train.main, {})
+    given = ["--n_layer=3"] if "--epochs=2" in extra else arguments(n_layer=3, max_iters=7)
+    assert main([*given, *extra, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    (project / "printed.yaml").write_text(printed, encoding="utf-8")
+    assert main(["printed.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+    tree = parse(Config, ["printed.yaml"], prog="x", defaults=defaults).tree
+    told = flatten(tree)
+    assert told["n_layer"] == 3 and yaml.safe_load(printed)["model"]["n_layer"] == 3
+    assert not (project / "out").exists()
+
+
+def test_dry_run_tells_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(project)
+    assert train.main([*arguments(dataset="tiny"), "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "3,568 parameters" in out and "tokens per iteration will be: 32" in out
+    assert re.search(r"length: 8 steps, 0\.13 epochs", out) and "memory: about" in out
+    assert files(project) == before
+
+
+def test_the_length_is_said_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def steps(*argv: str) -> int:
+        assert (
+            train.main([*argv, "--dry_run", "--dataset=tiny", "--block_size=8", "--n_embd=24", "--batch_size=10"]) == 0
+        )
+        return int(re.search(r"length: ([\d,]+) steps", capsys.readouterr().out)[1].replace(",", ""))  # type: ignore
+
+    (project / "a.yaml").write_text("training: {max_iters: 7, gradient_accumulation_steps: 1}\n")
+    (project / "b.yaml").write_text("training: {epochs: 2, gradient_accumulation_steps: 1}\n")
+    (project / "both.yaml").write_text("training: {epochs: 2, max_iters: 7, gradient_accumulation_steps: 1}\n")
+    assert steps("a.yaml") == 7 and steps("b.yaml", "--max_iters=9") == 9
+    assert steps("a.yaml", "--epochs=1") == 25  # 2,000 tokens, 80 a step
+    for argv in (["--epochs=1", "--max_iters=2"], ["both.yaml"], ["a.yaml", "b.yaml"]):
+        assert train.main([*argv, "--dataset=tiny"]) == 2
+        assert "epochs and max_iters are both given" in capsys.readouterr().err
+
+
+# --- evaluation ---
+
+
+def naive_loss(run: Path, ids: np.ndarray, block: int) -> float:
+    found = load_checkpoint(find_checkpoint(run))
+    model = GPT(found.model_config).eval()
+    model.load_state_dict(found.model)
+    total = 0.0
+    with torch.no_grad():
+        for at in range(1, len(ids)):
+            window = torch.from_numpy(ids[(at - 1) // block * block : at].astype(np.int64))[None]
+            total -= float(model(window)[0][0, -1].double().log_softmax(-1)[int(ids[at])])
+    return total / (len(ids) - 1)
+
+
+@pytest.mark.parametrize("block", [8, 5])
+def test_llm_eval_is_the_loss_of_every_token(
+    block: int, trained: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--out_dir={trained}", f"--dataset={tiny_data}", f"--eval_block_size={block}", "--device=cpu"]
+    assert evaluate.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = naive_loss(trained, TOKENIZER.encode(babble(205, seed=1)), block)
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
+    assert found["tokens"] == found["bytes"] == 204
+    assert found["bits_per_byte"] == pytest.approx(expected / np.log(2), rel=1e-5)
+    assert evaluate.main([*argv, "--eval_batch_size=3"]) == 0
+    assert capsys.readouterr().out.startswith(f"loss {expected:.4f}, perplexity ")
+
+
+def test_llm_eval_reads_a_text(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (babble(100, seed=5), "abc", "ab"):  # the last ones are shorter than a window
+        (here / "text.txt").write_text(text)
+        assert evaluate.main(["text.txt", f"--out_dir={trained}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(naive_loss(trained, TOKENIZER.encode(text), 8), rel=1e-5)
+
+
+# --- the benchmark ---
+
+
+def test_bench_ends_quickly_on_a_cpu(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--batch_size=2", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--vocab_size=20"]
+    assert bench.main_nanogpt([*small, "--steps=3", "--burnin_steps=1", "--device=cpu", "--json"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("using random tokens: dataset 'openwebtext' not found") for line in out)
+    assert any("smaller sizes where none were set: compile=False" in line for line in out)
+    assert sum(line.startswith(f"{k}/3 loss: ") for k in range(3) for line in out) == 3
+    assert re.match(r"time per iteration: \d+\.\d+ms, MFU: n/a", out[-2])
+    figures = json.loads(out[-1])
+    assert figures["ms_per_step"] > 0 and figures["tokens_per_s"] > 0
+    assert files(here) == []
+
+
+def test_bench_reads_data_where_there_is_some(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--batch_size=2", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]
+    assert bench.main([*small, "--steps=1", "--burnin_steps=0", "--device=cpu"]) == 0
+    assert "random tokens" not in capsys.readouterr().out
+    assert bench.main([*small, "--profile", "--device=cpu"]) == 0
+    assert (project / "bench_log" / "trace.json").is_file()
+
+
+# --- help ---
+
+COMMANDS = ["train", "evaluate", "bench", "generate", "prepare_data", "export", "sample"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once_without_torch(command: str) -> None:
+    program = f"""
+import resource, sys
+from llm_from_scratch.cli import {command}
+sys.argv = ["{command}", "--help"]
+try:
+    code = {command}.main()
+except SystemExit as stop:
+    code = stop.code
+assert not code, code
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime, "torch" in sys.modules, "transformers" in sys.modules, file=sys.stderr)
+"""
+    pytest.importorskip("resource")
+    # a processor that others use too counts more seconds for the same work
+    limit = 0.4 if os.getloadavg()[0] < (os.cpu_count() or 1) else 0.8
+    seconds = []
+    for _ in range(3):  # the best counts
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=SMALL)
+        assert done.returncode == 0, done.stderr
+        assert "--" in done.stdout
+        cpu, *heavy = done.stderr.split()
+        assert heavy == ["False", "False"]
+        seconds.append(float(cpu))
+        if seconds[-1] < limit:
+            return
+    raise AssertionError(f"{seconds} s of CPU time for --help")
+
+
+# --- mistakes ---
+
+BIG = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "device": "cpu"}
+# name: (arguments, words of the message); run in a folder that holds what `bench_of_mistakes` makes
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["--batchsize=3"], "unknown setting --batchsize; did you mean batch_size?"),
+    "unknown key in a preset": (["bad.yaml"], "unknown setting batchsize in bad.yaml; did you mean batch_size?"),
+    "unknown preset": (["nosuch"], "no preset file 'nosuch'"),
+    "wrong type": (["--batch_size=many"], "batch_size='many' is not valid"),
+    "batch 0": (["--batch_size=0"], "batch_size=0 is out of range: expected 1 or more"),
+    "negative rate": (["--learning_rate=-1"], "learning_rate=-1.0 is out of range"),
+    "top_p": (["--top_p=7"], "top_p=7.0 is out of range"),
+    "heads": (["--n_embd=10", "--n_head=4"], "n_embd=10 is not divisible by n_head=4"),
+    "missing data": (["--dataset=nosuch"], "make it with: llm-prepare FILE --out_dir=data/processed/nosuch"),
+    "short data": (["--dataset=short"], "has 5 tokens, a window needs block_size + 1 = 9"),
+    "empty data": (["--dataset=empty"], "is empty: the train split has no tokens"),
+    "foreign id": (["--dataset=foreign"], "token 30 has id 999, outside the vocabulary of 20 ids"),
+    "small vocabulary": (["--vocab_size=7"], "vocab_size=7 is smaller than the 20 ids of the tokenizer"),
+    "damaged manifest": (["--dataset=damaged"], "manifest.json is damaged"),
+    "no checkpoint": (["--init_from=resume", "--out_dir=nosuch"], "no checkpoint nosuch"),
+    "empty out_dir": (["--init_from=resume", "--out_dir=hollow"], "no checkpoint in hollow"),
+    "no weights": (["--init_from=nosuch"], "init_from='nosuch' is neither scratch, resume"),
+    "another shape": (["--init_from=run", "--n_embd=32"], "--n_embd=32 contradicts the loaded weights, which have 16"),
+    "resumed in another shape": (["--init_from=resume", "--out_dir=run", "--n_layer=9"], "--n_layer=9 contradicts"),
+    "no cuda": (["--device=cuda"], "sees no CUDA device; use --device=cpu"),
+    "no such device": (["--device=tpu"], "device='tpu' is not one of auto, cpu, cuda"),
+    "file in the way": (["--out_dir=file"], "out_dir=file is a file"),
+    "file on the way": (["--out_dir=file/sub/run"], "out_dir=file/sub/run cannot be written"),
+    "out_dir too long": (["--out_dir=" + "x" * 300], "cannot be written"),
+    "half set": (["WORLD_SIZE=2"], "the distributed environment is half set: RANK"),
+    "bad flag": (["--dry_run=perhaps"], "--dry_run is True or False"),
+    "no prompt": (["--sample_interval=2", "--start=Z"], "--start"),
+    "nccl on a cpu": (["--backend=mpi"], "backend='mpi' is not one of auto, nccl, gloo"),
+    "nanoGPT has no rope": (["--save_nanogpt_ckpt", "--pos_embedding=rope", "--n_embd=16"], "pos_embedding=rope"),
+}
+
+
+def bench_of_mistakes(folder: Path, run: Path) -> None:
+    """What the mistakes are made on."""
+    good = TOKENIZER.encode(babble(200))
+    bad = good.copy()
+    bad[30] = 999
+    write_data(folder / "data" / "tiny")
+    write_data(folder / "data" / "short", train=good[:5], val=good[:5])
+    write_data(folder / "data" / "empty", train=[], val=[])
+    write_data(folder / "data" / "foreign", train=bad)
+    (write_data(folder / "data" / "damaged") / "manifest.json").write_text("{")
+    (folder / "bad.yaml").write_text("batchsize: 3\n")
+    (folder / "file").write_text("in the way")
+    (folder / "hollow").mkdir()
+    (folder / "run").symlink_to(run, target_is_directory=True)
+
+
+def ask(asked: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """[exit code, output, errors] of llm-train for each list of arguments; NAME=VALUE goes to the environment."""
+    answers = {}
+    for name, argv in asked.items():
+        out, err = io.StringIO(), io.StringIO()
+        environment = dict(word.split("=") for word in argv if not word.startswith("-") and "=" in word)
+        words = [word for word in argv if word.startswith("-") or "=" not in word]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            try:
+                code: Any = train.main(words)
+            except BaseException as error:
+                code = f"{type(error).__name__}: {error}"
+        answers[name] = [code, out.getvalue(), err.getvalue()]
+    return answers
+
+
+PROGRAM = f"""
+import json, sys
+from {__name__} import ask
+print(json.dumps([sys.flags.optimize, ask(json.loads(sys.stdin.read()))]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+@pytest.mark.parametrize("optimize", [False, True], ids=["python", "python -O"])
+def test_mistakes_get_one_line_and_leave_nothing_behind(optimize: bool, here: Path, trained: Path) -> None:
+    bench_of_mistakes(here, trained)
+    before, of_run = files(here), files(trained)
+    common = [f"--{name}={value}" for name, value in {**BIG, "dataset": "tiny", "max_iters": 2}.items()]
+    asked = {
+        name: [*[word for word in argv if not word.startswith("--")], *common,
+               *[word for word in argv if word.startswith("--")]]
+        for name, (argv, _) in MISTAKES.items()
+    }  # fmt: skip
+    asked["resumed in another shape"] = ["--dataset=tiny", *MISTAKES["resumed in another shape"][0]]
+    asked["another shape"] = ["--dataset=tiny", "--device=cpu", *MISTAKES["another shape"][0]]
+    if optimize:
+        done = subprocess.run(
+            [sys.executable, "-O", "-c", PROGRAM], input=json.dumps(asked), capture_output=True, text=True, env=SMALL
+        )
+        assert done.returncode == 0, done.stderr
+        level, answers = json.loads(done.stdout.splitlines()[-1])
+        assert level == 1
+    else:
+        answers = ask(asked)
+    wrong = {}
+    for name, (_, words) in MISTAKES.items():
+        code, out, err = answers[name]
+        if code != 2 or words not in err or not err.startswith("error: ") or err.count("\n") != 1 or out:
+            wrong[name] = answers[name]
+    assert wrong == {}
+    assert files(here) == before and files(trained) == of_run
+
+
+def test_mistakes_in_evaluation(here: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_of_mistakes(here, trained)
+    (here / "latin.txt").write_bytes(b"caf\xe9")
+    (here / "one.txt").write_text("a")
+    (here / "greek.txt").write_text("aβ")
+    write_data(here / "data" / "other", tokenizer=type(TOKENIZER).from_text([LETTERS[:-1] + "z"]))
+    for argv, words in (
+        (["--out_dir=nosuch"], "no checkpoint nosuch"),
+        (["--which=99"], "no checkpoint of step 99"),
+        (["--which=better"], "is not one of last, best or a step"),
+        (["--split=test"], "split='test' is not one of train, val"),
+        (["--eval_block_size=9"], "eval_block_size=9 exceeds the model's block_size=8"),
+        (["--eval_block_size=0"], "eval_block_size=0 is out of range"),
+        (["--eval_batch_size=0"], "eval_batch_size=0 is out of range"),
+        (["--dataset=nosuch"], "dataset 'nosuch' not found"),
+        (["--dataset=other"], "was made with the tokenizer char"),
+        (["--dataset=foreign", "--split=train"], "outside the vocabulary"),
+        (["latin.txt"], "latin.txt is not UTF-8 text (byte 3)"),
+        (["one.txt"], "one.txt holds 1 tokens; a loss needs at least 2"),
+        (["greek.txt"], "'β'"),
+        (["gone.txt"], "cannot read gone.txt"),
+        (["hollow"], "cannot read hollow"),
+        (["one.txt", "latin.txt"], "one text file at a time"),
+        (["one.txt", "--dataset=tiny"], "give a text file or --dataset, not both"),
+        (["--device=cuda:77"], "--device=cuda:77"),
+    ):  # fmt: skip
+        given = argv if "--out_dir=nosuch" in argv else ["--out_dir=run", *argv]
+        if all(word.startswith("--") and not word.startswith("--dataset") for word in argv):
+            given = [*given, "--dataset=tiny"]
+        assert evaluate.main(given) == 2, argv
+        told = capsys.readouterr()
+        assert words in told.err and told.err.startswith("error: ") and told.err.count("\n") == 1 and not told.out, argv
+
+
+def test_a_loss_that_explodes_is_exit_code_1(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"dataset": "tiny", "learning_rate": 1e19, "max_iters": 50}
+    assert train.main(arguments(**settings)) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the loss is") and told.count("\n") == 1 and "Try --learning_rate" in told
+
+
+def test_a_closed_pipe_and_ctrl_c_are_quiet(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    from llm_from_scratch.training import trainer
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    assert train.main(arguments(dataset="tiny")) == 130
+    assert capsys.readouterr().err == "interrupted\n"
