@@ -65,8 +65,8 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
 def _not_fetched(name: str, error: Exception) -> UserError:
     reason = short((str(error).strip().splitlines() or [""])[0])  # what follows is advice on the client's settings
     return UserError(
-        f"{name!r} is no folder, and the hub does not give it ({type(error).__name__}: {reason}); check the name and the "
-        "network, or name a folder that holds it"
+        f"{name!r} is no folder, and the hub does not give it ({type(error).__name__}: {reason}); check the name and "
+        "the network, or name a folder that holds it"
     )
 
 
