@@ -142,6 +142,8 @@ def load_generator(
     from ..core.checkpoint import Checkpoint, find_checkpoint, load_any
 
     path, pretrained = Path(location), is_pretrained(location)
+    if pretrained and which is not None:
+        raise UserError(f"which={which!r} chooses among a run's checkpoints, and {location} is not a run: leave it out")
     if not pretrained:
         find_checkpoint(location, which, verify=False)  # what is not there is said before torch is loaded
     import torch

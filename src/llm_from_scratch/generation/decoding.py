@@ -15,12 +15,13 @@ Shapes in comments: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import UserError
 from ..core.model import GPT, KVCache
 
 Overflow = Literal["recompute", "drop_half"]
@@ -41,6 +42,8 @@ class Batch:
         use_cache: bool = True,
         overflow: Overflow = "recompute",
     ):
+        if overflow not in get_args(Overflow):
+            raise UserError(f"overflow={overflow!r} is not one of {', '.join(get_args(Overflow))}")
         self.model, self.block = model, model.config.block_size
         self.window = self.block if overflow == "recompute" else (self.block + 1) // 2  # what a full row keeps
         self.device = model.lm_head.weight.device

@@ -1,14 +1,14 @@
-"""Text from a model: prompts in, samples out, with stop texts and streaming.
+"""Text from a model: prompts in, samples out, whole or streamed.
 
-decoding.py makes the logits, sampling.py draws from them, and this file turns prompts into ids and ids into text.
+decoding.py makes the logits, sampling.py draws from them, text.py turns what is drawn into text; here they meet.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,10 +20,11 @@ from ..config import GenerationConfig, UserError
 from ..core.checkpoint import load_any
 from ..core.model import GPT
 from ..core.runtime import resolve_device, resolve_dtype
-from ..core.tokenizer import Tokenizer
+from ..core.tokenizer import TiktokenTokenizer, Tokenizer
 from .decoding import Batch, Overflow
 from .sampling import Sampler
-from .weights import build_model
+from .text import TextStream
+from .weights import NoInit, build_model
 
 CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
 
@@ -37,45 +38,6 @@ class Completion:
     finish_reason: Literal["length", "stop"]
     seed: int
     prompt_tokens: list[int]
-
-
-class TextStream:
-    """Tokens to text as they come: whole characters only, and nothing that is or may become part of a stop text.
-
-    bytes_of(before, token): the bytes that a token adds after the token before it.
-    """
-
-    def __init__(self, bytes_of: Callable[[int, int], bytes], before: int, stop: Sequence[str] = ()):
-        self.bytes_of, self.before, self.stop = bytes_of, before, stop
-        self.tokens: list[int] = []
-        self.text = ""  # what is certain
-        self.held = ""  # what may be the beginning of a stop text
-        self.stopped = False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """Takes the next token; returns the text that has become certain."""
-        self.tokens.append(token)
-        text = self.utf8.decode(self.bytes_of(self.before, token))
-        self.before = token
-        return self._give(text)
-
-    def finish(self) -> str:
-        """Returns what was held back; half a character becomes U+FFFD."""
-        return self._give(self.utf8.decode(b"", final=True), final=True)
-
-    def _give(self, text: str, final: bool = False) -> str:
-        held = "" if self.stopped else self.held + text
-        found = [at for at in map(held.find, self.stop) if at >= 0]
-        sure = min(found) if found else len(held) - (0 if final else self._begun(held))
-        self.stopped, self.held = self.stopped or bool(found), "" if found else held[sure:]
-        self.text += held[:sure]
-        return held[:sure]
-
-    def _begun(self, held: str) -> int:
-        """Length of the longest end of the text with which a stop text begins."""
-        longest = min(max(map(len, self.stop), default=1) - 1, len(held))
-        return next((n for n in range(longest, 0, -1) if any(s.startswith(held[-n:]) for s in self.stop)), 0)
 
 
 class Generator:
@@ -99,6 +61,7 @@ class Generator:
                 "the one that the model was trained with; name the model's data with --dataset"
             )
         self.model, self.tokenizer = model.to(device=device, dtype=dtype), tokenizer
+        self.unused = torch.tensor(_unused_ids(tokenizer), dtype=torch.long, device=model.lm_head.weight.device)
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
 
     @classmethod
@@ -125,17 +88,20 @@ class Generator:
         """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
         where = resolve_device(device)
         tokenizer = Tokenizer.from_name(name if Path(name).is_dir() else "gpt2")
-        return cls(GPT.from_pretrained(name), tokenizer, where, resolve_dtype(dtype, where))
+        with NoInit():
+            model = GPT.from_pretrained(name)
+        return cls(model, tokenizer, where, resolve_dtype(dtype, where))
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""
-        ids = self.tokenizer.encode(prompt, allow_special).tolist() if isinstance(prompt, str) else list(prompt)
-        if not ids:
+        ids = self.tokenizer.encode(prompt, allow_special) if isinstance(prompt, str) else prompt
+        if not len(ids):
             raise UserError("the prompt is empty: a model continues a text, so give it at least one character")
-        unknown = [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]
+        known = [int(i) for i in ids]
+        unknown = [i for i in known if not 0 <= i < self.tokenizer.vocab_size]
         if unknown:
             raise UserError(f"token id {unknown[0]} is outside the vocabulary: 0 to {self.tokenizer.vocab_size - 1}")
-        return ids
+        return known
 
     def generate(
         self,
@@ -230,6 +196,8 @@ class Generator:
         logits = batch.logits()[:, : self.tokenizer.vocab_size]  # rows beyond are padding, not tokens
         if check and not logits.isfinite().all():
             raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
+        if len(self.unused):
+            logits = logits.index_fill(1, self.unused, -math.inf)
         ids = sampler(logits)
         batch.append(ids)
         return ids
@@ -248,6 +216,21 @@ class Generator:
         row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * weight.element_size()
         free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
         return max(1, int(free / row))
+
+
+def _unused_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand for nothing: the vocabularies after GPT-2's have gaps."""
+
+    def stands_for_nothing(ids: Sequence[int]) -> bool:
+        try:
+            tokenizer.decode_bytes(ids)
+        except UserError:
+            return True
+        return False
+
+    every = range(tokenizer.vocab_size)
+    has_gaps = isinstance(tokenizer, TiktokenTokenizer) and stands_for_nothing(every)
+    return [i for i in every if stands_for_nothing([i])] if has_gaps else []
 
 
 @contextlib.contextmanager

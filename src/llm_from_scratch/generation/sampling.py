@@ -68,7 +68,6 @@ def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # what the more likely tokens have together
-    before[..., 0] = 0  # the most likely one stays, whatever p and rounding
     return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(before >= p, -math.inf))
 
 

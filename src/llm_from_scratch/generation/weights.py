@@ -11,8 +11,8 @@ from ..config import GPTConfig, UserError
 from ..core.model import GPT
 
 
-class _NoInit(TorchFunctionMode):
-    """No time is spent on random weights that are replaced at once."""
+class NoInit(TorchFunctionMode):
+    """A model built within spends no time on random weights, which are replaced at once."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -23,7 +23,7 @@ class _NoInit(TorchFunctionMode):
 
 def build_model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
     """A model with these weights, which it takes over. Raises UserError where they do not fit."""
-    with _NoInit():
+    with NoInit():
         model = GPT(config)
     try:
         model.load_state_dict(state, assign=True)

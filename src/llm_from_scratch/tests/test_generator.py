@@ -10,10 +10,11 @@ import torch
 
 from llm_from_scratch.config import GenerationConfig, GPTConfig, UserError
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer
+from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer, TiktokenTokenizer
 from llm_from_scratch.generation import generator as generator_module
 from llm_from_scratch.generation.decoding import Batch
-from llm_from_scratch.generation.generator import Generator, TextStream
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.text import TextStream
 
 from .memorised import BLOCK, SIGNS, TEXT, TOKENIZER, memorised, ragged_prompts
 
@@ -93,6 +94,15 @@ def test_padded_ids_are_never_drawn(babbler):
     assert max(greedy[0].tokens) < 256
 
 
+def test_ids_that_stand_for_nothing_are_never_drawn():
+    ranks = {bytes([i]): i for i in range(256)}
+    gappy = TiktokenTokenizer("cl100k_base", ranks, r"\w+|\W+", {"<|endoftext|>": 260})
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8, tie_embeddings=False))
+    flat = dataclasses.replace(PARAMS, temperature=50.0, top_k=None, max_new_tokens=1000)
+    drawn = {token for c in Generator(model, gappy).generate("a", flat) for token in c.tokens}
+    assert 260 in drawn and not drawn & {256, 257, 258, 259} and max(drawn) == 260
+
+
 def test_the_text_ends_before_a_stop_text(writer):
     (free,) = writer.generate(TEXT[:5], one(temperature=0.0))
     for start, length in ((0, 1), (1, 3), (10, 7), (BLOCK + 3, 5)):
@@ -102,6 +112,16 @@ def test_the_text_ends_before_a_stop_text(writer):
         assert (cut.text, cut.finish_reason) == (free.text[:at], "stop")
         assert cut.tokens == free.tokens[: at + length]
     assert free.finish_reason == "length"
+
+
+def test_prompts_and_stop_texts_in_other_forms(writer):
+    ids = TOKENIZER.encode(TEXT[:5])
+    expected = writer.generate(TEXT[:5], one())
+    for prompts in ([ids], ids[None], torch.from_numpy(ids.astype("int64"))[None], (TEXT[:5],)):
+        assert writer.generate(prompts, one()) == expected
+    stop = expected[0].text[10:13]
+    assert writer.generate(TEXT[:5], one(stop=stop)) == writer.generate(TEXT[:5], one(stop=(stop,)))
+    assert writer.generate(TEXT[:5], one(stop="")) == expected
 
 
 def test_rows_that_stop_early_leave_the_others_alone(writer):
@@ -226,6 +246,8 @@ def test_bad_prompts_and_settings_are_refused(writer):
         writer.stream("", PARAMS)  # at once, not at the first piece
     with pytest.raises(UserError, match="top_p"):
         writer.generate("a", one(top_p=7.0))
+    with pytest.raises(UserError, match="overflow='half'"):
+        writer.generate("a", one(), overflow="half")
     assert writer.generate([], PARAMS) == []
 
 

@@ -144,6 +144,9 @@ def test_penalties_see_the_prompt_only_where_they_should():
     logits = torch.tensor([[1.0, 0.9, 0.0]])
     # repetition: token 0 stands in the prompt, so 1 / 2 < 0.9
     assert Sampler(GenerationConfig(temperature=0.0, repetition_penalty=2.0), [[0]], [0], 3, CPU)(logits).item() == 1
+    # and what was generated counts as well: 1, 0.9, then 1 / 2 against 0.9 / 2
+    sampler = Sampler(GenerationConfig(temperature=0.0, repetition_penalty=2.0), [[2]], [0], 3, CPU)
+    assert run(sampler, logits, 4) == [[0, 1, 0, 0]]
     # presence: only what was generated counts, so token 0 is drawn once and then avoided
     sampler = Sampler(GenerationConfig(temperature=0.0, presence_penalty=0.5), [[0]], [0], 3, CPU)
     assert run(sampler, logits, 4) == [[0, 1, 0, 0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -170,9 +171,13 @@ def test_ctrl_c_ends_a_conversation(capsys, best, monkeypatch):
     assert call(capsys, *best, "--interactive")[0] == 0
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def terminal(monkeypatch) -> io.StringIO:
-    screen = io.StringIO()
-    screen.isatty = lambda: True
+    screen = Screen()
     monkeypatch.setattr(sys, "stdout", screen)
     return screen
 
@@ -188,6 +193,41 @@ def test_a_terminal_streams(best, monkeypatch):
     monkeypatch.setattr(generate, "write", writes.append)
     assert generate.main([*best, f"--start={START}", "--temperature=0"]) == 0
     assert "".join(writes) == START + greedy() + "\n" and len(writes) == 14 and screen.getvalue() == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no pseudo-terminals here")
+def test_a_conversation_at_a_terminal(out_dir):
+    """Ctrl-C ends a sample, a bad prompt ends nothing, the arrow key brings it back, Ctrl-D ends."""
+    import pty
+
+    settings = [f"--checkpoint={out_dir}", "--which=best", "--max_new_tokens=1000000", "--temperature=0"]
+    command = [sys.executable, "-m", "llm_from_scratch.cli.generate", "--interactive", *settings]
+    process, screen = pty.fork()
+    if not process:
+        os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"})
+    seen = b""
+
+    def read_until(text: bytes) -> bytes:
+        nonlocal seen
+        while text not in seen:
+            assert select.select([screen], [], [], 120)[0], seen
+            seen += os.read(screen, 4096)
+        before, seen = seen.split(text, 1)
+        return before
+
+    read_until(b"> ")
+    os.write(screen, f"{START}\n".encode())
+    read_until(f"{START}{greedy(tokens=5)}".encode())  # it streams: a million tokens are not awaited
+    os.write(screen, b"\x03")
+    read_until(b"> ")
+    os.write(screen, "☃\n".encode())
+    read_until(b"U+2603")
+    read_until(b"> ")
+    os.write(screen, b"\x1b[A")
+    read_until("☃".encode())
+    os.write(screen, b"\x15\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    os.close(screen)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from llm_from_scratch.cli import sample
-from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import BLOCK, TEXT, TOKENIZER, memorised
 from ..parity.reference import NANOGPT_DIR, needs_nanogpt
@@ -187,6 +188,9 @@ def test_a_hugging_face_folder(capsys, tmp_path):
     ids = torch.from_numpy(tokenizer.encode(START).astype("int64"))[None]
     expected = theirs.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert (code, out) == (0, tokenizer.decode(expected[0].tolist()) + "\n" + DASHES)
+    params = GenerationConfig(num_samples=1, max_new_tokens=6, temperature=0.0)
+    (completion,) = Generator.from_pretrained(str(tmp_path), device="cpu").generate(START, params)
+    assert ids[0].tolist() + completion.tokens == expected[0].tolist()
 
 
 @pytest.mark.parametrize(
