@@ -200,8 +200,8 @@ def archive_previous(out_dir: str | Path) -> Path | None:
         return None
     run_id = next((str(e.manifest.get("run_id")) for e in entries if e.manifest), "unknown")
     logs = [out / name for name in RUN_FILES if (out / name).exists()]
-    # the newest checkpoint goes last: an interrupted move finds the same run id and goes on
-    items = [*logs, *exported, *aside, *(e.path for e in reversed(entries))]
+    # a checkpoint that says the run id goes last: an interrupted move is gone on with under the same name
+    items = [*logs, *exported, *aside, *(e.path for e in sorted(entries, key=lambda e: e.manifest is not None))]
     stem = "previous-" + (re.sub(r"[^A-Za-z0-9_-]", "_", run_id)[:80] or "unknown")
     targets = (out / (stem + (f"-{n}" if n > 1 else "")) for n in range(1, 1 << 16))
     target = next(t for t in targets if not any((t / item.name).exists() for item in items))

@@ -520,6 +520,9 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     assert cp.load_any(moved, need_tokenizer=False).step == 1  # it is an out_dir like any other
     save(tmp_path, 1)
     assert cp.archive_previous(tmp_path) == tmp_path / "previous-run-a-2"
+    (tmp_path / "damaged-step-00000001").mkdir()
+    assert cp.archive_previous(tmp_path) == tmp_path / "previous-unknown"
+    assert cp.archive_previous(tmp_path) is None
 
 
 def test_a_foreign_ckpt_pt_is_no_run_of_ours(tmp_path: Path) -> None:
@@ -643,7 +646,7 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
             assert all(torch.equal(got.model[name], tensor) for name, tensor in wanted[tag].items()), failure
             cp.clean_leftovers(out)
         outcomes.add((done, tag))
-        assert not any(name.startswith(".tmp") for name in os.listdir(out)), failure
+        assert not any(name.startswith(".tmp") or name.endswith(".old") for name in os.listdir(out)), failure
         cp.save_checkpoint(out, **third, keep_last=1)
         assert os.listdir(out) == ["step-00000003"], failure
         shutil.rmtree(out)
@@ -707,10 +710,11 @@ def test_an_interrupted_move_of_an_earlier_run_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "base"
-    for step in (1, 2):
+    for step in (1, 2, 3):
         save(base, step)
+    damage(base / "step-00000003" / "MANIFEST.json")
     (base / "metrics.jsonl").write_text("{}")
-    everything = {"metrics.jsonl", "step-00000001", "step-00000002"}
+    everything = {"metrics.jsonl", "step-00000001", "step-00000002", "step-00000003"}
     numbers = iter(range(10**6))
 
     def fresh() -> Path:
