@@ -26,7 +26,7 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "config/finetune_shakespeare.py": (1557.5, 1557.7),
     "config/train_gpt2.py": (124.0, 125.0),
     "config/train_shakespeare_char.py": (10.6, 10.8),
-    "configs/default.yaml": (25.0, 45.0),
+    "configs/default.yaml": (17.0, 18.5),
     "configs/quick.yaml": (0.5, 3.0),
     "configs/gpt2-124m.yaml": (124.0, 125.0),
     "configs/modern-124m.yaml": (123.0, 125.0),
