@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-TEXT = "First Citizen:\nBefore we proceed any further, hear me speak .  \r\n\tAll: Speak, speak! — déjà vu 3.14, 12345678 😀\n"
+TEXT = "First Citizen:\nBefore we proceed, hear me speak .  \r\n\tAll: Speak, speak! — déjà vu 3.14, 12345678 😀\n"
 NONE = {"bos_token_id": None, "eos_token_id": None}
 
 
