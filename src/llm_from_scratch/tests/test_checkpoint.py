@@ -712,7 +712,8 @@ def test_an_interrupted_move_of_an_earlier_run_is_finished_by_the_next(
     base = tmp_path / "base"
     for step in (1, 2, 3):
         save(base, step)
-    damage(base / "step-00000003" / "MANIFEST.json")
+    for step in (1, 3):
+        damage(base / f"step-{step:08d}" / "MANIFEST.json")
     (base / "metrics.jsonl").write_text("{}")
     everything = {"metrics.jsonl", "step-00000001", "step-00000002", "step-00000003"}
     numbers = iter(range(10**6))
