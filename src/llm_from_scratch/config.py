@@ -336,9 +336,7 @@ def validate(tree: Any) -> None:
 
 def to_dict(tree: Any) -> dict[str, Any]:
     """The tree as nested plain data (JSON and YAML can hold it). Shape: {section: {leaf: value}}."""
-    return dataclasses.asdict(
-        tree, dict_factory=lambda kv: {k: list(v) if isinstance(v, tuple) else v for k, v in kv}
-    )
+    return dataclasses.asdict(tree, dict_factory=lambda kv: {k: list(v) if isinstance(v, tuple) else v for k, v in kv})
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -351,12 +349,12 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise UserError(f"{name}={value} is out of range: expected {low} or more")
+    if not low <= value < float("inf"):
+        raise UserError(f"{name}={value} is out of range: expected {low:g} or more")
 
 
 def _above(name: str, value: float, low: float) -> None:
-    if not value > low or value == float("inf"):
+    if not low < value < float("inf"):
         raise UserError(f"{name}={value} is out of range: expected a finite number above {low:g}")
 
 

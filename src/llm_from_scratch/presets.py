@@ -59,7 +59,11 @@ def parse(
     """
     leaves = leaf_types(tree_type)
     hints = typing.get_type_hints(tree_type)
-    sections = {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    sections = {
+        name: set(leaf_types(hint))
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
     options, words, wants_help = _split(argv, leaves, sections)
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}

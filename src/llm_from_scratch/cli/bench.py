@@ -82,7 +82,8 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     next_batch = _batches(tree, device)
     step, model = _training_step(tree, runtime, next_batch)
     print(f"device {device}, {runtime.reasons['dtype']}, compile {'on' if runtime.compile else 'off'}, "
-          f"{model.get_num_params() / 1e6:.2f}M parameters, batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
+          f"{model.get_num_params() / 1e6:.2f}M parameters, "
+          f"batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
     if tree.options.profile:
         _profile(step, tree.options, device)
         return 0

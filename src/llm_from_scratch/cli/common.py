@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import UserError
+
+if TYPE_CHECKING:
+    from ..core.checkpoint import Checkpoint
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -25,3 +30,33 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         # the reader went away (`| head`): nothing more to say, and the interpreter's last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def check_location(location: str, which: str | None) -> None:
+    """Says before torch is loaded that there is no such checkpoint. Raises UserError."""
+    from ..core.checkpoint import find_checkpoint
+    from ..core.locations import is_pretrained
+
+    if not is_pretrained(location):
+        find_checkpoint(location, which, verify=False)
+    elif which is not None:
+        raise UserError(f"which={which!r} chooses among a run's checkpoints, and {location} is not a run: leave it out")
+
+
+def load_source(location: str, which: str | None, dataset: str | None, need_tokenizer: bool = True) -> Checkpoint:
+    """Weights and tokenizer of a run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name.
+
+    dataset: the data whose tokenizer serves where the weights bring none. Raises UserError.
+    """
+    from ..core.checkpoint import Checkpoint, load_any
+    from ..core.locations import is_pretrained
+
+    if not is_pretrained(location):
+        return load_any(location, which, dataset, weights_only=True, need_tokenizer=need_tokenizer)
+    from ..core.nanogpt_ckpt import tokenizer_for
+    from ..interop.hf import load_pretrained
+
+    config, weights, tokenizer = load_pretrained(location)
+    found = Checkpoint(Path(location), 0, config, weights)
+    found.tokenizer = tokenizer or tokenizer_for(found, dataset, need_tokenizer)
+    return found

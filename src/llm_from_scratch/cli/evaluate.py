@@ -6,14 +6,15 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..config import SystemConfig, UserError, validate
 from ..presets import parse
-from .common import run
+from .common import check_location, load_source, run
 
 if TYPE_CHECKING:
     from ..core.dataset import TokenData
+    from ..core.model import GPT
     from ..core.tokenizer import Tokenizer
 
 HELP = """Evaluates a checkpoint. With --dataset over a split of prepared data, or name a text file: llm-eval FILE \
@@ -67,10 +68,11 @@ def _main(argv: list[str]) -> int:
     if parsed.positionals and options.dataset:
         raise UserError("give a text file or --dataset, not both")
 
+    check_location(options.out_dir, options.which)
     from ..core import runtime as runtimes
 
-    device = runtimes.resolve_device(system.device)  # refuses early what is not there
-    model, tokenizer, trained_on = load_model(options.out_dir, options.which, options.dataset)
+    device = runtimes.resolve_device(system.device)
+    model, tokenizer, trained_on = _load(options)
     if parsed.positionals:
         data, name = _text(Path(parsed.positionals[0]), tokenizer), parsed.positionals[0]
     else:
@@ -111,27 +113,18 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def load_model(location: str, which: str | None, dataset: str | None) -> tuple[Any, Tokenizer | None, str | None]:
-    """(model in eval mode, tokenizer, name of the dataset it was trained on) of a checkpoint or pretrained weights."""
-    from ..core import checkpoint as checkpoints
+def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:
+    """The model, its tokenizer, and the plain name of the dataset that it was trained on."""
     from ..core.model import GPT
 
-    path = Path(location)
-    if location.startswith("gpt2") and not path.exists() or (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file():  # fmt: skip
-        from ..interop.hf import load_pretrained
-
-        config, weights, tokenizer = load_pretrained(location)
-        name = None
-    else:
-        loaded = checkpoints.load_any(path, which, dataset=dataset, weights_only=True, need_tokenizer=False)
-        config, weights, tokenizer = loaded.model_config, loaded.model, loaded.tokenizer
-        saved = loaded.config.get("data", loaded.config)
-        name = saved.get("dataset") if isinstance(saved, dict) else None
-        if not isinstance(name, str) or Path(name).name != name:
-            name = None  # a path inside a checkpoint is not followed
-    model = GPT(config)
-    model.load_state_dict(weights)
-    return model.eval(), tokenizer, name
+    loaded = load_source(options.out_dir, options.which, options.dataset, need_tokenizer=False)
+    saved = loaded.config.get("data", loaded.config)  # by section, or flat in a ckpt.pt
+    name = saved.get("dataset") if isinstance(saved, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        name = None  # a path inside a checkpoint is not followed
+    model = GPT(loaded.model_config)
+    model.load_state_dict(loaded.model)
+    return model.eval(), loaded.tokenizer, name
 
 
 def _split(options: EvalOptions, trained_on: str | None, tokenizer: Tokenizer | None) -> tuple[TokenData, str]:

@@ -77,9 +77,9 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit code."""
-    return run(_main)
+    return run(_main, argv)
 
 
 if __name__ == "__main__":

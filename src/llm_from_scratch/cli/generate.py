@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..config import GenerationConfig, SystemConfig, UserError, validate
+from ..core.locations import read_start
 from ..presets import Parsed, parse
-from .common import run
+from .common import check_location, load_source, run
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -99,39 +100,6 @@ def _location(parsed: Parsed[GenerateCommand]) -> str:
     return source.checkpoint or source.out_dir
 
 
-def read_start(start: str) -> str:
-    """The prompt that --start means: FILE:path, - for standard input, or itself. Raises UserError."""
-    name = "standard input" if start == "-" else start.removeprefix("FILE:")
-    if start == "-":
-        if sys.stdin.isatty():
-            print("Type the prompt; end it with Ctrl-D on an empty line.", file=sys.stderr)
-        data = sys.stdin.buffer.read()
-    elif start.startswith("FILE:"):
-        try:
-            data = Path(name).read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the prompt file {name!r}: {reason}; expected --start=FILE:path") from None
-    elif start:
-        return start
-    else:
-        raise UserError("the prompt is empty: a model continues a text, so give --start at least one character")
-    try:
-        text = data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt in {name} is not UTF-8 text (byte {error.start}); convert it first") from None
-    if not text:
-        raise UserError(f"the prompt in {name} is empty: a model continues a text, so give it at least one character")
-    return text
-
-
-def is_pretrained(location: str) -> bool:
-    """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
-    path = Path(location)
-    is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
-    return is_folder or (location.startswith("gpt2") and not path.exists())
-
-
 def load_generator(
     location: str, which: str | None, dataset: str | None, system: SystemConfig
 ) -> tuple[Generator, Path | None]:
@@ -139,13 +107,7 @@ def load_generator(
 
     Raises UserError.
     """
-    from ..core.checkpoint import Checkpoint, find_checkpoint, load_any
-
-    path, pretrained = Path(location), is_pretrained(location)
-    if pretrained and which is not None:
-        raise UserError(f"which={which!r} chooses among a run's checkpoints, and {location} is not a run: leave it out")
-    if not pretrained:
-        find_checkpoint(location, which, verify=False)  # what is not there is said before torch is loaded
+    check_location(location, which)
     import torch
 
     from ..core.runtime import resolve_device, resolve_dtype
@@ -155,21 +117,25 @@ def load_generator(
     if system.threads is not None:
         torch.set_num_threads(system.threads)
     device = resolve_device(system.device)
-    if pretrained:
-        from ..core.nanogpt_ckpt import tokenizer_for
-        from ..interop.hf import load_pretrained
-
-        config, weights, tokenizer = load_pretrained(location)
-        found = Checkpoint(path, 0, config, weights)
-        found.tokenizer = tokenizer or tokenizer_for(found, dataset)
-    else:
-        found = load_any(location, which, dataset, weights_only=True)
-    assert found.tokenizer is not None  # both refuse a model without one
+    found = load_source(location, which, dataset)
+    assert found.tokenizer is not None  # load_source refuses weights without one
     model = build_model(found.model_config, found.model)
     generator = Generator(model, found.tokenizer, device, resolve_dtype(system.dtype, device))
     if system.compile is True:
-        generator.model.compile(dynamic=True)
+        _compile(generator)
     return generator, found.path
+
+
+def _compile(generator: Generator) -> None:
+    """Compiles the model and tries it, so that a failure shows before there is text. Raises UserError."""
+    generator.model.compile(dynamic=True)
+    try:
+        generator.generate([[0]], GenerationConfig(num_samples=1, max_new_tokens=3))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+        raise UserError(f"torch.compile failed ({reason}); run without --compile") from None
 
 
 def announce(generator: Generator, found: Path | None) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..config import GenerationConfig, SystemConfig, UserError
+from ..core.locations import is_pretrained, read_start
 from ..presets import parse
 from .common import run
-from .generate import SEPARATOR, announce, is_pretrained, load_generator, read_start, write
+from .generate import SEPARATOR, announce, load_generator, write
 
 HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with such settings."
 

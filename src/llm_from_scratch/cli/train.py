@@ -33,7 +33,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     flags, argv = _own_flags(argv)
     parsed = _parse(argv, command, defaults, base_preset)
     if parsed.tree.training.init_from == "resume":
-        saved = _saved_settings(parsed.tree)
+        saved = _saved_settings(parsed.tree, parsed.sources)
         if saved is not None:
             # the run's own settings lie under what is said now, in place of the front door's defaults
             parsed = _parse(argv, command, {**defaults, **saved}, None)
@@ -93,11 +93,11 @@ def _choose_length(parsed: Parsed[Config]) -> None:
         parsed.tree.scheduler.lr_decay_iters = None  # follows max_iters
 
 
-def _saved_settings(config: Config) -> dict[str, Any] | None:
+def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
     """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
     from ..core import checkpoint as checkpoints
 
-    path = checkpoints.find_checkpoint(config.training.out_dir, which="last", verify=False)
+    path = checkpoints.find_checkpoint(config.training.out_dir, which="last")
     if not path.is_dir():
         return None
     try:
@@ -105,6 +105,12 @@ def _saved_settings(config: Config) -> dict[str, Any] | None:
         flat = {leaf: value for section in content.values() for leaf, value in section.items()}
     except (OSError, ValueError, AttributeError):
         return None  # the trainer says what is wrong with it
+    dataset = flat.get("dataset")
+    if "dataset" not in sources and not _is_plain("dataset", dataset):
+        raise UserError(
+            f"the run in {config.training.out_dir} read its data from the folder {str(dataset)[:200]!r}; a path is not "
+            "taken from a checkpoint: give it again with --dataset=FOLDER"
+        )
     known = leaf_types(Config)
     return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
 

@@ -96,7 +96,9 @@ class TokenData:
             if size % dtype.itemsize:
                 raise UserError(f"{path} has {size} bytes, no multiple of {dtype.itemsize}: not a file of {dtype} ids")
             if tokens >= 0 and size != tokens * dtype.itemsize:
-                raise UserError(f"{path} has {size // dtype.itemsize} tokens, its manifest says {tokens}; prepare it again")
+                raise UserError(
+                    f"{path} has {size // dtype.itemsize} tokens, its manifest says {tokens}; prepare it again"
+                )
             if size:
                 shards.append(np.memmap(path, dtype=dtype, mode="r"))
         if not shards:

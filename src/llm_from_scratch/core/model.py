@@ -104,9 +104,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -179,9 +177,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = GatedMLP(config) if config.activation == "swiglu" else MLP(config)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rope, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -278,22 +274,26 @@ class GPT(nn.Module):
     Raises UserError where the configuration's sizes do not fit together.
     """
 
+    transformer: Any
+    tokenizer: Any = None  # set by from_pretrained
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         config.validate()
-        if config.vocab_size is None:
+        vocab_size = config.vocab_size
+        if vocab_size is None:
             raise UserError("vocab_size is not set: a model needs the size of its tokenizer's vocabulary")
         self.config = config = dataclasses.replace(config)  # crop_block_size must not change the caller's
         # nanoGPT's order of construction: it fixes which random numbers each weight draws, and the order of the
         # parameters in stored optimizer states
-        modules: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        modules: dict[str, nn.Module] = {"wte": nn.Embedding(vocab_size, config.n_embd)}
         if config.pos_embedding == "learned":
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         modules["drop"] = nn.Dropout(config.dropout)
         modules["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         modules["ln_f"] = make_norm(config)
         self.transformer = nn.ModuleDict(modules)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv 1608.05859
         self.init_weights()
@@ -321,7 +321,7 @@ class GPT(nn.Module):
     def modules_children_first(root: nn.Module) -> list[nn.Module]:
         """All modules in the order in which nn.Module.apply visits them; a tied weight is drawn twice, as there."""
         visited: list[nn.Module] = []
-        root.apply(visited.append)  # type: ignore[arg-type]
+        root.apply(visited.append)
         return visited
 
     def get_num_params(self, non_embedding: bool = True) -> int:
@@ -390,15 +390,17 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
         """Weights from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder in its format.
 
-        override_args may set dropout. Raises UserError where the weights cannot be had or do not fit.
+        override_args may set dropout. The tokenizer that came along is the model's `tokenizer`, None without one.
+        Raises UserError where the weights cannot be had or do not fit.
         """
         from ..interop.hf import load_pretrained
 
         if set(override_args or {}) - {"dropout"}:
             raise UserError(f"override_args may set dropout only, got {sorted(override_args or {})}")
-        config, state, _ = load_pretrained(model_type)
+        config, state, tokenizer = load_pretrained(model_type)
         model = cls(dataclasses.replace(config, **(override_args or {})))
         model.load_state_dict(state)
+        model.tokenizer = tokenizer
         return model
 
     def configure_optimizers(
@@ -419,9 +421,7 @@ class GPT(nn.Module):
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
 
     @torch.no_grad()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
-    ) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Samples max_new_tokens tokens after idx, (B, T); returns (B, T + max_new_tokens).
 
         The naive way, without a cache, on the last block_size tokens: the reference for generation/generator.py.

@@ -144,14 +144,14 @@ def resolve(config: SystemConfig) -> Runtime:
         "dtype": (config.dtype == "auto", str(dtype).removeprefix("torch.")),
         "compile": (config.compile == "auto", "on" if compiles else "off"),
     }
-    reasons = {name: f"{value} ({'chosen for this machine' if chosen else 'as set'})" for name, (chosen, value) in auto.items()}  # fmt: skip
+    reasons = {
+        name: f"{value} ({'chosen for this machine' if chosen else 'as set'})" for name, (chosen, value) in auto.items()
+    }
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_native_bf16():
         reasons["dtype"] += "; this processor emulates bfloat16, float32 is faster"
     if device.type == "cuda":
         reasons["device"] += f", {torch.cuda.get_device_name(device)}"
-    return Runtime(
-        device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, reasons
-    )
+    return Runtime(device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, reasons)
 
 
 def start(runtime: Runtime, config: SystemConfig) -> None:

@@ -42,9 +42,7 @@ def count_params(config: GPTConfig) -> int:
     return total + (0 if config.tie_embeddings else V * C)
 
 
-def sizes(
-    config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False
-) -> Sizes:
+def sizes(config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False) -> Sizes:
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation."""
     params = count_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
@@ -52,7 +50,8 @@ def sizes(
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
     flops = 6 * (params - embedding) + 12 * L * C * T
     tokens = batch_size * T
-    per_layer = 2 * C if gradient_checkpointing else 10 * C + (3 if config.activation == "swiglu" else 2) * config.mlp_width  # fmt: skip
+    saved = 10 * C + (3 if config.activation == "swiglu" else 2) * config.mlp_width
+    per_layer = 2 * C if gradient_checkpointing else saved
     extra = 10 * C + 3 * config.mlp_width if gradient_checkpointing else 0
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
     activations = tokens * (L * per_layer + extra + 2 * C) * element_size + logits

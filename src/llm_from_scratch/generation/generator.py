@@ -87,10 +87,9 @@ class Generator:
     def from_pretrained(cls, name: str, device: str = "auto", dtype: str = "auto") -> Generator:
         """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
         where = resolve_device(device)
-        tokenizer = Tokenizer.from_name(name if Path(name).is_dir() else "gpt2")
         with NoInit():
             model = GPT.from_pretrained(name)
-        return cls(model, tokenizer, where, resolve_dtype(dtype, where))
+        return cls(model, model.tokenizer or Tokenizer.from_name("gpt2"), where, resolve_dtype(dtype, where))
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""

@@ -320,9 +320,9 @@ def test_code_in_the_working_folder_runs_only_where_it_is_named(here: Path) -> N
 
 def test_the_base_preset_gives_way_to_a_named_one(here: Path) -> None:
     mine = write(here / "mine.yaml", "batch_size: 3\n")
-    assert settings(base_preset="default")["max_iters"] == 2000
+    assert settings(base_preset="default")["max_iters"] == 1000
     assert settings(mine, base_preset="default")["max_iters"] == Config().training.max_iters
-    assert settings("--batch_size=3", base_preset="default")["max_iters"] == 2000
+    assert settings("--batch_size=3", base_preset="default")["max_iters"] == 1000
 
 
 # --- values by hand ---

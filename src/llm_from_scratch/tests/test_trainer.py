@@ -472,7 +472,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_data: Path) -> None:
 def test_an_error_closes_the_log_and_the_worker(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
     for kind in (trainer.RunLog, trainer.BatchLoader):
-        monkeypatch.setattr(kind, "close", lambda self, kind=kind: closed.append(kind.__name__))
+        monkeypatch.setattr(kind, "close", lambda self, *step, kind=kind: closed.append(kind.__name__))
     with pytest.raises(TrainingError):
         train(tiny_config(tiny_data, learning_rate=1e30, max_iters=50))
     assert set(closed) == {"RunLog", "BatchLoader"}

@@ -67,7 +67,7 @@ def check_finite(loss: float, step: int, learning_rate: float, config: Config, r
     """Raises TrainingError where the loss is not a finite number: such a run never recovers."""
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss is {loss} at step {step} (learning rate {learning_rate:.3g}, {runtime.dtype}): stopped; the last "
-            f"good checkpoint is kept. Try --learning_rate={config.optimizer.learning_rate / 3:.1g}, a longer "
+            f"the loss is {loss} at step {step} (learning rate {learning_rate:.3g}, {runtime.dtype}): stopped; the "
+            f"last good checkpoint is kept. Try --learning_rate={config.optimizer.learning_rate / 3:.1g}, a longer "
             "--warmup_iters, or --dtype=float32"
         )

@@ -23,7 +23,8 @@ def require(package: str, extra: str, wish: str, turn_off: str) -> None:
     """Raises UserError, with the install line and the setting that turns the wish off, where a package is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"{wish} needs the package {package}: pip install 'llm-from-scratch[{extra}]', or turn it off with {turn_off}"
+            f"{wish} needs the package {package}: pip install 'llm-from-scratch[{extra}]', or turn it off with "
+            f"{turn_off}"
         )
 
 
@@ -181,8 +182,10 @@ class RunLog:
         for sink in self.sinks:
             sink.log(step, metrics)
 
-    def close(self) -> None:
+    def close(self, step: int | None = None) -> None:
+        """Ends the bar, at this step where it is given, and all destinations."""
         if self.bar is not None:
+            self.bar.update(self.task, completed=step)
             self.bar.stop()
         for sink in self.sinks:
             sink.close()

@@ -57,7 +57,7 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     try:
-        compiled = torch.compile(model)
+        compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
         with torch.random.fork_rng(devices=devices):  # the trial must not move the run's random numbers
             with runtime.autocast():
                 _, loss = compiled(x, y)

@@ -18,6 +18,8 @@ from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.checkpoint import Checkpoint
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
+from ..core.locations import is_pretrained, read_start
+from ..core.model import GPT
 from ..core.nanogpt_ckpt import check_nanogpt
 from ..core.runtime import Runtime
 from ..core.sizing import Sizes, sizes
@@ -49,6 +51,8 @@ class Plan:
     weights: dict[str, Tensor] | None = None
     """Initial weights where they do not come from the seed."""
     resumed: Checkpoint | None = None
+    prompt: list[int] = field(default_factory=list)
+    """Token ids that the samples of --sample_interval continue; empty where none are wanted."""
     notes: list[str] = field(default_factory=list)
     """What was found and decided, a line each."""
 
@@ -105,7 +109,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             which="last",
             dataset=str(folder),
             need_tokenizer=False,
-            set_aside=not config.training.eval_only,
+            set_aside=runtime.is_master and not config.training.eval_only,
         )
         weights, start_step = resumed.model, resumed.step
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
@@ -129,11 +133,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     config.model.validate()
     if config.training.save_nanogpt_ckpt:
         check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model)
-    if tokenizer is not None and config.training.sample_interval:
-        try:
-            tokenizer.encode(config.generation.start)
-        except UserError as error:
-            raise UserError(f"--start, which the samples of --sample_interval continue: {error}") from None
+    prompt = _sample_prompt(config, tokenizer)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
     for data in (train_data, val_data):
         data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)
@@ -150,8 +150,19 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         )
     return Plan(
         config, runtime, folder, tokenizer, train_data, val_data, order, global_batch, micro_batch, last_step,
-        start_step, weights, resumed, notes,
+        start_step, weights, resumed, prompt, notes,
     )  # fmt: skip
+
+
+def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
+    if config.training.sample_interval is None:
+        return []
+    if tokenizer is None:
+        raise UserError("--sample_interval needs the tokenizer of the data, which is not known; leave it out")
+    try:
+        return tokenizer.encode(read_start(config.generation.start)).tolist()
+    except UserError as error:
+        raise UserError(f"--start, which the samples of --sample_interval continue: {error}") from None
 
 
 def _copy(config: Config) -> Config:
@@ -196,16 +207,14 @@ def _vocabulary(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, int]:
 def _load_weights(init_from: str, folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
     """Weights for a new run: a checkpoint of ours or nanoGPT's, a Hugging Face folder, or a name on the hub."""
     path = Path(init_from)
-    is_hf_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
-    if is_hf_folder or not path.exists():
-        from ..interop.hf import load_pretrained
-
-        if not is_hf_folder and not init_from.startswith("gpt2"):
-            raise UserError(
-                f"init_from={init_from!r} is neither scratch, resume, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
-                "gpt2-xl), nor an existing checkpoint or folder"
-            )
-        return load_pretrained(init_from)
+    if is_pretrained(init_from):
+        model = GPT.from_pretrained(init_from)
+        return model.config, model.state_dict(), model.tokenizer
+    if not path.exists():
+        raise UserError(
+            f"init_from={init_from!r} is neither scratch, resume, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
+            "gpt2-xl), nor an existing checkpoint or folder"
+        )
     loaded = checkpoints.load_any(path, dataset=str(folder), weights_only=True, need_tokenizer=False)
     return loaded.model_config, loaded.model, loaded.tokenizer
 
@@ -275,7 +284,8 @@ def describe(plan: Plan) -> list[str]:
     if plan.runtime.world_size > 1:
         lines.append(f"processes: {plan.runtime.world_size} ({plan.runtime.backend})")
     lines += [
-        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation tokens",
+        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
+        "tokens",
         f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
         f"{plan.runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",

@@ -174,7 +174,7 @@ class Trainer:
         """Processes exchange gradients once an update, in the last backward pass."""
         if self.runtime.world_size == 1 or last:
             return contextlib.nullcontext()
-        return self.models.train.no_sync()  # type: ignore[operator, return-value]
+        return self.models.train.no_sync()  # type: ignore[operator]
 
     def _log_step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float, timer: StepTimer) -> None:
         value = self._mean_over_ranks(loss)  # waits for the device: the one synchronisation, and only when logged
@@ -299,7 +299,8 @@ class Trainer:
         self.state.step = saved.step
         # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
         self.state.saved_at = saved.step if self.state.evaluated_at == saved.step else -1
-        rank, kinds = self.runtime.rank, {"cpu": torch.set_rng_state}
+        rank = self.runtime.rank
+        kinds: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
         if self.runtime.device.type == "cuda":
             kinds["cuda"] = lambda state: torch.cuda.set_rng_state(state, self.runtime.device)
         processes = sum(name.startswith("cpu.") for name in saved.rng)
@@ -315,10 +316,7 @@ class Trainer:
         tokenizer, generation, raw = self.plan.tokenizer, self.config.generation, self.models.raw
         if tokenizer is None or not self.runtime.is_master:
             return
-        ids = tokenizer.encode(generation.start)
-        if not len(ids):
-            ids = [tokenizer.eot_id or 0]
-        idx = torch.tensor([[int(i) for i in ids]], device=self.runtime.device)
+        idx = torch.tensor([self.plan.prompt], device=self.runtime.device)
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         raw.eval()
         with torch.random.fork_rng(devices=devices), self.runtime.autocast():
@@ -376,7 +374,8 @@ class Trainer:
             self.models.compiled, data, block_size, self.runtime, self.plan.tokenizer, self.eval_batch
         )
         metrics = {"val_loss_full": final.loss, "perplexity": final.perplexity}
-        text = f"final: val loss {final.loss:.4f} over the whole split ({final.tokens:,} tokens), perplexity {final.perplexity:.2f}"  # fmt: skip
+        text = f"final: val loss {final.loss:.4f} over the whole split ({final.tokens:,} tokens), "
+        text += f"perplexity {final.perplexity:.2f}"
         if (bits := final.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
@@ -391,7 +390,7 @@ class Trainer:
 
     def close(self) -> None:
         self.loader.close()
-        self.log.close()
+        self.log.close(self.state.step)
 
     def _result(self, final: Evaluation | None, stop: StopRequest) -> TrainResult:
         state = self.state

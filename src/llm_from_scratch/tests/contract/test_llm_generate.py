@@ -275,6 +275,16 @@ def test_prompts_that_are_not_text(capsys, best, monkeypatch, tmp_path):
     assert code == 2 and "not UTF-8" in err
 
 
+def test_a_failing_compiler_is_reported(capsys, best, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no C++ compiler\nand a page of advice")
+
+    monkeypatch.setattr(GPT, "compile", lambda self, **options: setattr(self, "forward", fail))
+    code, out, err = call(capsys, *best, f"--start={START}", "--compile")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "torch.compile failed (RuntimeError: no C++ compiler); run without --compile" in err
+
+
 def test_a_missing_checkpoint_is_reported_without_torch(tmp_path):
     begin = time.perf_counter()
     program = (

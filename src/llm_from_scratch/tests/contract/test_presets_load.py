@@ -35,11 +35,18 @@ MILLIONS: dict[str, tuple[float, float]] = {
 # What the data of a preset gives the model; GPT-2's tokens otherwise.
 VOCABULARY = {"config/train_shakespeare_char.py": 65, "configs/quick.yaml": 65}
 # The shapes behind the names that init_from takes (openai/gpt-2, hparams.json of each size).
-GPT2_SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}  # fmt: skip
+GPT2_SHAPES = {
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 def shipped() -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for pattern in ("config/*.py", "configs/*") for path in ROOT.glob(pattern)}
+    return {
+        path.relative_to(ROOT).as_posix() for pattern in ("config/*.py", "configs/*") for path in ROOT.glob(pattern)
+    }
 
 
 def load(name: str) -> Parsed[Config]:
@@ -67,7 +74,7 @@ def settings_of(name: str) -> list[str]:
 
     def leaves(node: Any) -> list[str]:
         # the nodes, not the loaded dict, in which the last of two equal keys wins silently
-        found = []
+        found: list[str] = []
         for key, value in node.value:
             found += leaves(value) if isinstance(value, yaml.MappingNode) else [key.value]
         return found
@@ -122,7 +129,11 @@ def test_does_not_contradict_itself(name: str) -> None:
         assert "max_iters" not in given
     if training.init_from != "scratch":
         assert not given & {"n_layer", "n_head", "n_embd", "bias", "vocab_size"}, "the loaded weights have their shape"
-    for leaf, follows in {"stride": "sample_order", "wandb_project": "wandb_log", "rope_theta": "pos_embedding"}.items():
+    for leaf, follows in {
+        "stride": "sample_order",
+        "wandb_project": "wandb_log",
+        "rope_theta": "pos_embedding",
+    }.items():
         assert leaf not in given or follows in given, f"{leaf} means nothing without {follows}"
     accumulated = training.gradient_accumulation_steps
     assert accumulated == 1 or {"batch_size", "gradient_accumulation_steps"} <= given or training.eval_only

@@ -1,0 +1,41 @@
+"""What a word on the command line points at: a prompt, or weights of which kind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..config import UserError
+
+
+def read_start(start: str) -> str:
+    """The prompt that --start means: FILE:path, - for standard input, or itself. Raises UserError."""
+    name = "standard input" if start == "-" else start.removeprefix("FILE:")
+    if start == "-":
+        if sys.stdin.isatty():
+            print("Type the prompt; end it with Ctrl-D on an empty line.", file=sys.stderr)
+        data = sys.stdin.buffer.read()
+    elif start.startswith("FILE:"):
+        try:
+            data = Path(name).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the prompt file {name!r}: {reason}; expected --start=FILE:path") from None
+    elif start:
+        return start
+    else:
+        raise UserError("the prompt is empty: a model continues a text, so give --start at least one character")
+    try:
+        text = data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt in {name} is not UTF-8 text (byte {error.start}); convert it first") from None
+    if not text:
+        raise UserError(f"the prompt in {name} is empty: a model continues a text, so give it at least one character")
+    return text
+
+
+def is_pretrained(location: str) -> bool:
+    """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
+    path = Path(location)
+    is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    return is_folder or (location.startswith("gpt2") and not path.exists())
