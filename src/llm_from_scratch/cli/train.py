@@ -18,7 +18,8 @@ NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "in
 NOT_INHERITED = {"out_dir", "init_from", "eval_only"}
 OWN_FLAGS = ("print_config", "dry_run")
 HELP = """Trains a GPT. PRESETs are YAML or Python files, or bare names (quick, default); later ones win, the command \
-line wins over all. --print_config prints the resolved settings, --dry_run what the run would take; both stop there."""
+line wins over all. Without one, llm-train starts from configs/default.yaml, train.py from nanoGPT's defaults. \
+--print_config prints the settings that come of it, --dry_run what the run would take; both stop there."""
 
 
 def main(argv: list[str] | None = None) -> int:
