@@ -1,0 +1,386 @@
+"""The documents: every command in their `sh` blocks runs, and every setting, path and link in them exists.
+
+Commands run in a copy of the checkout, in their order, inside this process where they are Python: each document is one
+reader who types everything. Sizes are turned down by settings that are appended. There is no network: texts lie in
+place, and the weights of the hub are tiny random ones. What cannot be run at all is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_from_scratch.config import Config, GPTConfig
+from llm_from_scratch.presets import leaf_types, parse
+
+ROOT = Path(__file__).resolve().parents[4]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
+
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/TUNING.md")
+COPIED = ("assets", "config", "configs", "data", "scripts", "*.py", "*.toml", "*.txt", "justfile", "just")
+
+# What is not run as it stands: (pattern, mark, reason). A mark names the test below that runs it after all.
+NOT_RUN = [
+    (r"pip install", "network", "installs packages"),
+    (r"-m venv ", "network", "the step before pip install"),
+    (r"^python data/openwebtext/prepare\.py", "network", "downloads 17 GB"),
+    (r"--nproc_per_node=8", "gpu", "one process per GPU"),
+    (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
+    (r"^\./just (setup|install-dev)", "network", "installs packages"),
+    (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    document: str
+    line: int
+    text: str
+
+    @property
+    def reason(self) -> tuple[str, str] | None:
+        """(mark, reason) where it is not run."""
+        return next(((mark, why) for pattern, mark, why in NOT_RUN if re.search(pattern, self.text)), None)
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}: {self.text}"
+
+
+def blocks(document: str, language: str) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the fenced blocks of one language."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text[: match.start(1)].count("\n") + 1, match.group(1)
+
+
+def commands(document: str) -> list[Command]:
+    found = []
+    for first, block in blocks(document, "sh"):
+        for number, line in enumerate(block.splitlines()):
+            if line.strip() and not line.startswith("#"):
+                found.append(Command(document, first + number, line))
+    return found
+
+
+ALL = [command for document in DOCUMENTS if (ROOT / document).is_file() for command in commands(document)]
+
+# --- the copy of the checkout
+
+
+def text() -> str:
+    """40,000 characters of tiny Shakespeare, or of what Python carries."""
+    folder = os.environ.get("LLM_TEST_DATA_DIR")
+    if folder and (path := Path(folder) / "tinyshakespeare.txt").is_file():
+        return path.read_text(encoding="utf-8")[:40_000]
+    from pydoc_data import topics
+
+    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:40_000]
+
+
+def copy_checkout(folder: Path) -> Path:
+    """The checkout without runs, data and environments, in a folder whose name has a space."""
+    copy = folder / "my checkout"
+    copy.mkdir()
+    made = ("__pycache__", "*.bin", "*.pkl", "input.txt", "processed", "cache", "raw", "manifest.json")
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns(*made))
+            else:
+                shutil.copy(path, copy)
+    (copy / "src").symlink_to(ROOT / "src", target_is_directory=True)
+    raw = copy / "data" / "raw" / "tinyshakespeare.txt"
+    raw.parent.mkdir()
+    for place in (
+        raw,
+        copy / "book.txt",
+        *(copy / "data" / n / "input.txt" for n in ("shakespeare", "shakespeare_char")),
+    ):
+        place.write_text(text(), encoding="utf-8")
+    (copy / "prompt.txt").write_text("the ", encoding="utf-8")
+    ids = np.random.default_rng(0).integers(0, 50257, size=3000).astype("<u2")
+    for split in ("train", "val"):
+        ids.tofile(copy / "data" / "openwebtext" / f"{split}.bin")
+    return copy
+
+
+def tiny_gpt2(name: str) -> tuple[GPTConfig, dict[str, Any], Any]:
+    """In place of the hub's weights: GPT-2's vocabulary, a width of 8."""
+    import torch
+
+    from llm_from_scratch.core.model import GPT
+    from llm_from_scratch.core.tokenizer import Tokenizer
+
+    assert name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    config = GPTConfig(block_size=64, vocab_size=50257, n_layer=1, n_head=1, n_embd=8, activation="gelu_tanh")
+    with torch.random.fork_rng(devices=[]):
+        return config, GPT(config).state_dict(), Tokenizer.from_name("gpt2")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    def no_network(*args: Any) -> None:
+        raise OSError("the test has no network")
+
+    copy = copy_checkout(tmp_path)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("llm_from_scratch.interop.hf.load_pretrained", tiny_gpt2)
+    monkeypatch.setattr("llm_from_scratch.cli.demo.call", call_in_process)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    yield copy
+
+
+# --- running a command
+
+
+def train_sizes(words: list[str]) -> list[str]:
+    """Settings that end a training run in a moment, whatever it was going to be."""
+    given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    rest = [word for word in words if word.lstrip("-").partition("=")[0] not in ("dry_run", "print_config")]
+    init_from = parse(Config, rest, prog="test").tree.training.init_from
+    sizes = ["--eval_interval=2", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=2"]
+    sizes += ["--loss_plot=False"]
+    # what goes on with a run must go further than the run did
+    sizes += ["--epochs=0.01"] if "epochs" in given else [f"--max_iters={4 if init_from == 'resume' else 2}"]
+    if init_from == "scratch":
+        sizes += ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--mlp_hidden=32"]
+    elif init_from != "resume":
+        sizes += ["--block_size=64"]
+    return sizes
+
+
+SAMPLE_SIZES = ["--num_samples=1", "--max_new_tokens=8"]
+BENCH_SIZES = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--burnin_steps=1", "--steps=2"]
+SIZES: dict[str, Callable[[list[str]], list[str]]] = {
+    "train": train_sizes,
+    "demo": train_sizes,
+    "sample": lambda words: SAMPLE_SIZES,
+    "generate": lambda words: SAMPLE_SIZES,
+    "bench": lambda words: BENCH_SIZES,
+}
+
+
+def console_scripts() -> dict[str, str]:
+    """Command -> the module in cli/ behind it."""
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")  # by hand: tomllib is younger than Python 3.10
+    return dict(re.findall(r'^(llm-\w+) = "llm_from_scratch\.cli\.(\w+):main"$', declared, re.MULTILINE))
+
+
+def call_in_process(module: str, *args: str) -> int:
+    """A command of the package by the name of its module in cli/; its exit code."""
+    sys.argv = [module, *args]
+    return importlib.import_module(f"llm_from_scratch.cli.{module}").main() or 0
+
+
+def run_words(words: list[str]) -> int:
+    """Runs what a shell would run, smaller. Returns the exit code."""
+    program, args = words[0], words[1:]
+    if program == "./just":
+        return run_words(recipe(args[0], args[1:]))
+    if program in console_scripts():
+        return call_shortened(console_scripts()[program], args)
+    if program == "torchrun":
+        return torchrun(args)
+    assert program in ("python", ".venv/bin/python"), f"no rule to run {program}: add one here, or a reason to NOT_RUN"
+    if args[0] == "-m":
+        return call_shortened(args[1].removeprefix("llm_from_scratch.cli."), args[2:])
+    name = Path(args[0]).stem
+    sys.argv = [args[0], *args[1:], *(SIZES[name](args[1:]) if name in SIZES else [])]
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(args[0], run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def call_shortened(module: str, args: list[str]) -> int:
+    if "--interactive" in args:
+        sys.stdin = io.TextIOWrapper(io.BytesIO(b"the \n"), encoding="utf-8")
+    return call_in_process(module, *args, *(SIZES[module](args) if module in SIZES else []))
+
+
+def recipe(name: str, args: list[str]) -> list[str]:
+    """The command that a recipe of the justfile ends in, as words."""
+    justfile = (ROOT / "justfile").read_text(encoding="utf-8")
+    found = re.search(rf"^{name}( [A-Z*]+)*:.*\n((?:    .*\n)+)", justfile, re.MULTILINE)
+    assert found, f"the justfile has no recipe {name}"
+    line = found.group(2).strip().splitlines()[-1].strip().lstrip("@").rpartition("exec ")[2]
+    line = line.replace("{{ bin }}/", "").replace("{{ python }}", "python")
+    words = []
+    for word in shlex.split(line):
+        if word == "$@":
+            words += args[1:] if "{{ first }}" in found.group(2) else args
+        elif word == "${data:+$data}":
+            words.append(newest(args))
+        else:
+            words.append(word.replace("$first", args[0] if args else ""))
+    return [word for word in words if word]
+
+
+def newest(args: list[str]) -> str:
+    housekeeping = runpy.run_path(str(ROOT / "scripts" / "housekeeping.py"))
+    return housekeeping["newest"](Path.cwd(), args)
+
+
+def torchrun(args: list[str]) -> int:
+    own = [word for word in args if word.startswith("--")][
+        : next(i for i, w in enumerate(args) if not w.startswith("--"))
+    ]
+    script = args[len(own) :]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    sizes = train_sizes(script[2:] if script[0] == "-m" else script[1:])
+    command = [sys.executable, "-m", "torch.distributed.run", *own, *script, *sizes]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    print(ended.stdout[-2000:], ended.stderr[-2000:])
+    return ended.returncode
+
+
+def failure_of(command: Command) -> str | None:
+    """Runs a command; what was wrong with it, or None."""
+    words = shlex.split(command.text)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    before, output = (sys.argv, sys.stdin), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = run_words(words)
+        return f"{command}\n  exit code {code}: {output.getvalue()[-600:]}" if code else None
+    except (Exception, SystemExit) as error:
+        return f"{command}\n  {type(error).__name__}: {error} {output.getvalue()[-600:]}"
+    finally:
+        sys.argv, sys.stdin = before
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_run(document: str, checkout: Path) -> None:
+    if document != "README.md":  # the other documents' readers have prepared what the README begins with
+        run_words(shlex.split("python data/shakespeare_char/prepare.py"))
+    wrong = [failure for command in commands(document) if not command.reason and (failure := failure_of(command))]
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_python_blocks_run(checkout: Path, tmp_path: Path) -> None:
+    assert not failure_of(Command("", 0, "llm-prepare book.txt --tokenizer=char --name=book-bpe"))
+    found = [(document, *block) for document in DOCUMENTS for block in blocks(document, "python")]
+    assert found
+    for document, line, source in found:
+        script = tmp_path / f"{Path(document).stem}-{line}.py"
+        smaller = source.replace('"--max_iters=200"', ", ".join(map(repr, train_sizes([]))))
+        assert smaller != source, "an example that trains for long: shorten it here"
+        script.write_text(smaller, encoding="utf-8")
+        runpy.run_path(str(script))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", [c for c in ALL if c.reason and c.reason[0] == "gpu"], ids=str)
+def test_gpu_commands_run(command: Command, checkout: Path) -> None:
+    """On one GPU, and one machine of as many."""
+    here = re.sub(r"--nnodes=\d+ --node_rank=\d+", "--nnodes=1 --node_rank=0", command.text)
+    here = here.replace("--nproc_per_node=8", "--nproc_per_node=1").replace("10.0.0.1", "127.0.0.1")
+    failure = failure_of(Command(command.document, command.line, here))
+    assert failure is None, failure
+
+
+# --- what is said about commands that are not run, and about settings, paths and links
+
+
+def test_every_reason_is_needed() -> None:
+    for pattern, _, why in NOT_RUN:
+        assert any(re.search(pattern, command.text) for command in ALL), f"nothing is left out for: {why}"
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.reason], ids=str)
+def test_what_is_not_run_is_well_formed(command: Command) -> None:
+    words = shlex.split(command.text)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    for word in words:
+        if word.endswith((".py", ".txt")):
+            assert (ROOT / word).is_file(), word
+    if words[0] == "torchrun":
+        script = [i for i, word in enumerate(words) if word in ("train.py", "llm_from_scratch.cli.train")][0]
+        parse(Config, words[script + 1 :], prog="test").tree.validate()
+
+
+def known_settings() -> set[str]:
+    from llm_from_scratch.cli.bench import BenchCommand
+    from llm_from_scratch.cli.evaluate import EvalCommand
+    from llm_from_scratch.cli.export import Export
+    from llm_from_scratch.cli.generate import GenerateCommand
+    from llm_from_scratch.cli.prepare_data import PrepareOptions
+    from llm_from_scratch.cli.train import OWN_FLAGS
+
+    trees = (Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions)
+    return {leaf for tree in trees for leaf in leaf_types(tree)} | set(OWN_FLAGS)
+
+
+# Options that are not ours: torchrun's, and those of `./just clean-all` and of every command
+OTHER_OPTIONS = {"standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "help", "yes"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_settings_exist(document: str) -> None:
+    known = known_settings() | OTHER_OPTIONS
+    named = re.findall(r"(?<![\w-])--([a-z]\w*)", (ROOT / document).read_text(encoding="utf-8"))
+    assert not [name for name in named if name not in known]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/LOG.md"])
+def test_paths_and_links_exist(document: str) -> None:
+    content = (ROOT / document).read_text(encoding="utf-8")
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", content):
+        target = (ROOT / document).parent / link if link else ROOT / document
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], anchor
+    bases = (ROOT, ROOT / "src" / "llm_from_scratch")
+    for path in re.findall(r"`([\w./-]+\.(?:py|yaml|toml|ipynb)|[\w./-]+/)`", content):
+        assert any((base / path).exists() for base in bases) or path in MADE_BY_RUNS, path
+
+
+# Folders that the commands make
+MADE_BY_RUNS = {"out_dir/step-N/", "out_dir/previous-ID/"}
+
+
+def test_recipes_exist() -> None:
+    for document in DOCUMENTS:
+        for name in re.findall(r"\./just ([a-z-]+)", (ROOT / document).read_text(encoding="utf-8")):
+            assert re.search(
+                rf"^{name}( [A-Z*]+)*:", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE
+            ), name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pty is not there")
+def test_parts_of_the_pictures(tmp_path: Path) -> None:
+    pictures = runpy.run_path(str(ROOT / "assets" / "pictures.py"))
+    # a line, a bar that is drawn, erased for a line above it, and drawn again one row lower; \x1b[1A goes up
+    recorded = "one\r\n0/2 --\r\x1b[2Ktwo\r\n0/2 --\r\x1b[2K\x1b[1A\x1b[2Ktoo\r\n\x1b[31m2/2\x1b[0m ==\r\n"
+    assert pictures["screen"](recorded)[:3] == ["one", "too", "\x1b[31m2/2\x1b[0m =="]
+    pictures["draw"](["⠒● \x1b[31mred\x1b[0m"], tmp_path / "p.png")
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3).astype(int)
+    assert len(np.unique(pixels, axis=0)) > 4 and (pixels[:, 0] - pixels[:, 1]).max() > 100, "something is red"
+
+
+def test_pictures_are_small() -> None:
+    found = [path for path in (ROOT / "assets").iterdir() if path.suffix in (".png", ".svg")]
+    assert {path.name for path in found} == {"loss.png", "terminal.png"}
+    assert all(path.stat().st_size < 200_000 for path in found)
