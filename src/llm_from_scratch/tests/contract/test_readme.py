@@ -161,7 +161,7 @@ def train_sizes(words: list[str]) -> list[str]:
     # what goes on with a run must go further than the run did
     sizes += ["--epochs=0.01"] if "epochs" in given else [f"--max_iters={4 if init_from == 'resume' else 2}"]
     if init_from == "scratch":
-        sizes += ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--mlp_hidden=32"]
+        sizes += ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64"]
     elif init_from != "resume":
         sizes += ["--block_size=64"]
     return sizes
