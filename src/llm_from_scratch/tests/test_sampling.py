@@ -9,6 +9,7 @@ import torch
 
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation import sampling
+from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
 from llm_from_scratch.generation.sampling import Sampler
 
 INF = math.inf
@@ -153,6 +154,13 @@ def test_penalties_see_the_prompt_only_where_they_should():
     # frequency grows: 1.0, 0.9, then 0.6 against 0.5 ...
     sampler = Sampler(GenerationConfig(temperature=0.0, frequency_penalty=0.4), [[0]], [0], 3, CPU)
     assert run(sampler, logits, 5) == [[0, 1, 0, 1, 0]]
+
+
+def test_only_nanogpts_sampler_draws_from_ties():
+    params, level = GenerationConfig(num_samples=1, max_new_tokens=99, temperature=1.0, top_k=1), torch.ones(1, 4)
+    assert len(set(run(Sampler(params, [[0]], [1], 4, CPU), level, 99)[0])) == 1
+    nanogpts = NanoGPTSampler(params, random_stream(1, CPU, None), vocab_size=4, model_rows=6)
+    assert set(run(nanogpts, level, 99)[0]) == {0, 1, 2, 3}
 
 
 def test_bfloat16_logits_are_drawn_in_float32():

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -204,6 +205,9 @@ def test_a_conversation_at_a_terminal(out_dir):
     command = [sys.executable, "-m", "llm_from_scratch.cli.generate", "--interactive", *settings]
     process, screen = pty.fork()
     if not process:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a test run in the background ignores it, and so would its children
         os.execve(sys.executable, command, {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"})
     seen = b""
 
@@ -215,19 +219,24 @@ def test_a_conversation_at_a_terminal(out_dir):
         before, seen = seen.split(text, 1)
         return before
 
-    read_until(b"> ")
-    os.write(screen, f"{START}\n".encode())
-    read_until(f"{START}{greedy(tokens=5)}".encode())  # it streams: a million tokens are not awaited
-    os.write(screen, b"\x03")
-    read_until(b"> ")
-    os.write(screen, "☃\n".encode())
-    read_until(b"U+2603")
-    read_until(b"> ")
-    os.write(screen, b"\x1b[A")
-    read_until("☃".encode())
-    os.write(screen, b"\x15\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    os.close(screen)
+    try:
+        read_until(b"> ")
+        os.write(screen, f"{START}\n".encode())
+        read_until(f"{START}{greedy(tokens=5)}".encode())  # it streams: a million tokens are not awaited
+        os.write(screen, b"\x03")
+        read_until(b"> ")
+        os.write(screen, "☃\n".encode())
+        read_until(b"U+2603")
+        read_until(b"> ")
+        os.write(screen, b"\x1b[A")
+        read_until("☃".encode())
+        os.write(screen, b"\x15\x04")
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    except BaseException:
+        os.kill(process, signal.SIGKILL)
+        raise
+    finally:
+        os.close(screen)
 
 
 @pytest.mark.parametrize(
