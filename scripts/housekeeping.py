@@ -188,16 +188,17 @@ def clean_all(root: Path, yes: bool) -> int:
 
 
 def newest(root: Path, args: list[str]) -> str:
-    """`--dataset=FOLDER` of the data prepared last, announced; empty where args name a dataset or ask for help."""
+    """`--dataset=NAME` of the data prepared last, announced; empty where args name a dataset, resume, or want help."""
     named = ("--dataset", "--data.dataset", "--help", "-h")
-    if any(arg.partition("=")[0] in named for arg in args):
+    if any(arg.partition("=")[0] in named for arg in args) or "--init_from=resume" in args:
         return ""
     manifests = sorted(root.glob("data/processed/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not manifests:
         raise Refusal("there is no prepared data in data/processed: run `./just prepare-data FILE` with a text first")
     folder = manifests[-1].parent.relative_to(root).as_posix()
     print(f"training on the data prepared last: {folder} (another: --dataset=NAME)", file=sys.stderr)
-    return f"--dataset={folder}"
+    name = manifests[-1].parent.name  # a plain name stays with the run's checkpoints, a path does not
+    return f"--dataset={folder if any((root / 'data' / name).glob('*.bin')) else name}"
 
 
 def logs(root: Path) -> str:

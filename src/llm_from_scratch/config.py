@@ -125,6 +125,8 @@ class TrainingConfig:
     """Length of the run in passes over the training tokens; sets max_iters (and lr_decay_iters unless given)."""
     gradient_accumulation_steps: int = 40
     """Micro-batches per update over all processes together; their number is shared among the processes."""
+    allow_new_data: bool = False
+    """Resume even where the training tokens are not those that the run began with."""
     eval_interval: int = 2000
     """Steps between evaluations of the train and val loss."""
     eval_iters: int = 200
@@ -146,7 +148,7 @@ class TrainingConfig:
     early_stopping_patience: int | None = None
     """Stop after so many evaluations in a row without a better val loss. None never stops early."""
     sample_interval: int | None = None
-    """Steps between short samples that the model writes while it trains. None writes none."""
+    """Steps between samples that the model writes while it trains (start, max_new_tokens, temperature, top_k)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
 

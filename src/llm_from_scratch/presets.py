@@ -35,6 +35,8 @@ class Parsed(Generic[T]):
     sources: dict[str, str] = field(default_factory=dict)
     """Leaf name -> the preset file or "command line" that set it; a leaf left at its default is absent."""
     positionals: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """The presets, in the order in which they were read."""
 
     def on_command_line(self, name: str) -> bool:
         return self.sources.get(name) == COMMAND_LINE
@@ -68,6 +70,7 @@ def parse(
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
+    read: list[str] = []
     files = words if presets else []
     for name in files or ([base_preset] if base_preset and not wants_help else []):
         path = find_preset(name)
@@ -75,10 +78,11 @@ def parse(
         for key, value in values.items():
             merged[key], settings[key] = _as_text(key, value, leaves, path), value
             sources[key] = str(path)
+        read.append(str(path))
     for key, text in options.items():
         merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
     tree = _tyro(tree_type, merged, sources, prog, description, defaults, wants_help)
-    return Parsed(tree, sources, words if not presets else [])
+    return Parsed(tree, sources, words if not presets else [], read)
 
 
 def build(tree_type: type[T], values: dict[str, Any]) -> T:

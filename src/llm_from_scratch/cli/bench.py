@@ -87,8 +87,15 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     if tree.options.profile:
         _profile(step, tree.options, device)
         return 0
-    for _ in range(tree.options.burnin_steps):
-        step()
+    try:
+        for _ in range(tree.options.burnin_steps):
+            step()
+    except RuntimeError as error:
+        if not runtime.compile:
+            raise
+        raise UserError(
+            f"torch.compile failed ({' '.join(str(error).split())[:200]}); run with --compile=False"
+        ) from None
     _wait(device)
     begin = time.perf_counter()
     for k in range(tree.options.steps):

@@ -6,9 +6,9 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from ..config import SystemConfig, UserError, validate
+from ..config import SystemConfig, UserError
 from ..presets import parse
 from .common import check_location, load_source, run
 
@@ -50,9 +50,21 @@ class EvalOptions:
 
 
 @dataclass
+class EvalMachine:
+    """Where it runs."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the matrix products. auto: bfloat16 or float16 on CUDA, else float32."""
+    threads: int | None = None
+    """CPU threads that torch uses. None leaves torch's own choice."""
+
+
+@dataclass
 class EvalCommand:
     options: EvalOptions = field(default_factory=EvalOptions)
-    system: SystemConfig = field(default_factory=SystemConfig)
+    machine: EvalMachine = field(default_factory=EvalMachine)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     parsed = parse(EvalCommand, argv, prog="llm-eval [TEXT_FILE]", description=HELP, presets=False)
-    options, system = parsed.tree.options, parsed.tree.system
-    validate(parsed.tree)
+    options, machine = parsed.tree.options, parsed.tree.machine
+    system = SystemConfig(device=machine.device, dtype=machine.dtype, threads=machine.threads, compile=False)
+    options.validate()
+    system.validate()
     if len(parsed.positionals) > 1:
         raise UserError(f"one text file at a time, got {', '.join(parsed.positionals)}")
     if parsed.positionals and options.dataset:
@@ -102,6 +116,8 @@ def _main(argv: list[str]) -> int:
         "data": name,
         "seconds": round(result.seconds, 3),
     }
+    if not runtime.is_master:
+        return 0
     if options.json:
         print(json.dumps(figures))
     else:
@@ -151,7 +167,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
     if tokenizer is None:
         raise UserError("the checkpoint holds no tokenizer, so a text cannot be read; give prepared data by --dataset")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:

@@ -44,6 +44,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     if flags["print_config"]:
         _print_yaml(config)
         return 0
+    _preflight(config)
     from ..training.guards import TrainingError  # imports torch: not before it is needed
 
     if flags["dry_run"]:
@@ -68,15 +69,46 @@ def _parse(argv: list[str], command: str, defaults: dict[str, Any], base: str | 
 def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
     """--print_config and --dry_run belong to the command, not to the run's settings."""
     flags, rest = dict.fromkeys(OWN_FLAGS, False), []
-    for arg in argv:
-        name, _, value = arg.removeprefix("--").replace("-", "_").partition("=")
-        if arg.startswith("--") and name in flags:
-            if value not in ("", "True", "true", "False", "false"):
-                raise UserError(f"--{name} is True or False, got {value!r}")
-            flags[name] = value not in ("False", "false")
-        else:
+    words = list(argv)
+    while words:
+        arg = words.pop(0)
+        name, equals, value = arg.removeprefix("--").replace("-", "_").partition("=")
+        if not arg.startswith("--") or name not in flags:
             rest.append(arg)
+            continue
+        if not equals and words and words[0].lower() in ("true", "false"):
+            value = words.pop(0)
+        if value.lower() not in ("", "true", "false"):
+            raise UserError(f"--{name} is True or False, got {value!r}")
+        flags[name] = value.lower() != "false"
     return flags, rest
+
+
+def _preflight(config: Config) -> None:
+    """What is wrong and can be known without torch is said before torch is imported. Raises UserError."""
+    from ..core.checkpoint import find_checkpoint
+    from ..core.dataset import TokenData, read_manifest, resolve_dataset
+    from ..core.environment import check_writable, distributed_env
+    from ..core.locations import is_pretrained
+    from ..core.tokenizer import tokenizer_of
+    from ..training.loggers import check_extras
+
+    check_extras(config)
+    distributed_env()
+    init_from = config.training.init_from
+    if not config.training.eval_only:
+        check_writable(Path(config.training.out_dir))
+    folder = resolve_dataset(config.data.dataset)
+    tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
+    ids = tokenizer.vocab_size if tokenizer else manifest["vocab_size"] if manifest else None
+    for split in ("train", "val"):
+        data = TokenData.open(folder, split)
+        fixed = init_from == "scratch"  # else the weights decide on context and vocabulary
+        small = sum(shard.nbytes for shard in data.shards) < 1 << 26
+        vocab_size = ids if fixed and small and config.model.vocab_size is None else None
+        data.check(config.model.block_size if fixed else 1, vocab_size)
+    if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
+        find_checkpoint(init_from, verify=False)
 
 
 def _choose_length(parsed: Parsed[Config]) -> None:
@@ -84,10 +116,11 @@ def _choose_length(parsed: Parsed[Config]) -> None:
     training, sources = parsed.tree.training, parsed.sources
     if training.epochs is None:
         return
+    order = [*parsed.files, COMMAND_LINE]
     of_epochs, of_iters = sources.get("epochs"), sources.get("max_iters")
-    if "max_iters" in sources and (of_epochs == of_iters or COMMAND_LINE not in (of_epochs, of_iters)):
+    if of_iters is not None and of_epochs == of_iters:
         raise UserError("epochs and max_iters are both given: each sets the length of the run; leave one out")
-    if of_iters == COMMAND_LINE:
+    if of_iters is not None and (of_epochs is None or order.index(of_iters) > order.index(of_epochs)):
         training.epochs = None
         return
     if sources.get("lr_decay_iters") not in (COMMAND_LINE, of_epochs):

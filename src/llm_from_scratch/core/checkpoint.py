@@ -42,13 +42,7 @@ __all__ = [
 FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
 OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
              "optimizer.json", "trainer.json", "config.json", "model.json")  # fmt: skip
-RUN_FILES = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "loss.png",
-    "config.yaml",
-    "tensorboard",
-)  # what a run leaves beside its checkpoints
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "loss.png", "tensorboard")  # what a run leaves beside its checkpoints
 _STEP = re.compile(r"step-(\d{1,15})(\.old)?")
 T = TypeVar("T")
 

@@ -12,13 +12,15 @@ import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..config import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a missing dataset is to be told at once
+    import torch
+    from torch import Tensor
 
 SCAN_LIMIT = 4 << 30  # bytes of a split whose token ids are all checked before the first step
 
@@ -218,6 +220,8 @@ class BatchLoader:
         return x, y
 
     def _make(self, step: int) -> Tensor:
+        import torch
+
         starts = self.order.starts(step, self.batch)[self.rows]
         tokens = self.data.windows(starts, self.order.block_size + 1)
         pair = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))  # one copy to the device for both

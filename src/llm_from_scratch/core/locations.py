@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..config import UserError
 
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
 
 def read_start(start: str) -> str:
     """The prompt that --start means: FILE:path, - for standard input, or itself. Raises UserError."""
@@ -38,4 +40,4 @@ def is_pretrained(location: str) -> bool:
     """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
     path = Path(location)
     is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
-    return is_folder or (location.startswith("gpt2") and not path.exists())
+    return is_folder or (location in GPT2_NAMES and not path.exists())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from dataclasses import dataclass
 
 import torch
 
 from ..config import SystemConfig, UserError
+from .environment import distributed_env
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
@@ -82,7 +82,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return DTYPES[name]
 
 
@@ -101,29 +101,6 @@ def cpu_has_native_bf16() -> bool:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def distributed_env() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it.
-
-    Raises UserError where it is half set.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return 0, 0, 1
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise UserError(
-            f"the distributed environment is half set: {', '.join(missing)} missing; start through torchrun, "
-            "or unset RANK and WORLD_SIZE"
-        )
-    try:
-        rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
-    except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; start through torchrun") from None
-    if not 0 <= rank < world or local_rank < 0:
-        raise UserError(f"RANK={rank} must lie from 0 to WORLD_SIZE - 1 = {world - 1}")
-    return rank, local_rank, world
 
 
 def resolve(config: SystemConfig) -> Runtime:

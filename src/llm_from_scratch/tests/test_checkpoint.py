@@ -503,7 +503,7 @@ def test_leftovers_of_ours_are_removed_and_others_stay(tmp_path: Path) -> None:
 
 def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     assert cp.archive_previous(tmp_path / "nope") is None and cp.archive_previous(tmp_path) is None
-    (tmp_path / "config.yaml").write_text("a preset that lies here is no run")
+    (tmp_path / "samples.jsonl").write_text("{}")
     assert cp.archive_previous(tmp_path) is None
     for step in (1, 2):
         save(tmp_path, step)
@@ -515,7 +515,7 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     moved = cp.archive_previous(tmp_path)
     assert moved == tmp_path / "previous-run-a"
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous-run-a"]
-    names = ["ckpt.pt", "config.yaml", "loss.png", "metrics.jsonl", "step-00000001", "step-00000002", "tensorboard"]
+    names = ["ckpt.pt", "loss.png", "metrics.jsonl", "samples.jsonl", "step-00000001", "step-00000002", "tensorboard"]
     assert sorted(os.listdir(moved)) == names
     assert cp.load_any(moved, need_tokenizer=False).step == 1  # it is an out_dir like any other
     save(tmp_path, 1)

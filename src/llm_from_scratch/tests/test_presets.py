@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
 from llm_from_scratch.config import Config, UserError, flatten
 from llm_from_scratch.presets import COMMAND_LINE, Parsed, build, find_preset, leaf_types, parse
@@ -261,10 +262,10 @@ def test_a_value_that_equals_the_default_counts_as_set(here: Path) -> None:
 def test_settings_that_another_command_has_are_passed_over(here: Path) -> None:
     """nanoGPT's sample.py takes the presets of its train.py; so do the other commands here."""
     path = write(here / "p.py", "max_iters = 7\ndevice = 'cpu'\nseed = 5\n")
-    tree = parse(EvalCommand, [path], prog="test").tree
+    tree = parse(BenchCommand, [path], prog="test").tree
     assert tree.system.device == "cpu" and tree.system.seed == 5
     path = write(here / "p.yaml", "training: {max_iters: 7}\nsystem: {seed: 6}\n")
-    assert parse(EvalCommand, [path], prog="test").tree.system.seed == 6
+    assert parse(BenchCommand, [path], prog="test").tree.system.seed == 6
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ class Cuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 2, bf16: bool = True, name: str = "NVIDIA H200"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation
+        )
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
 
 

@@ -45,11 +45,19 @@ def short_data(tmp_path: Path) -> Path:
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
     """Lets runs end as by a signal, after the update that makes the given step."""
 
-    def arrange(step: int) -> None:
-        def agreed(self: StopRequest, now: int, runtime: Any) -> bool:
-            self.signum = signal.SIGTERM if now == step else None
-            return now == step
+    runs: list[Trainer] = []
+    build = Trainer.__init__
 
+    def remember(self: Trainer, *args: Any) -> None:
+        build(self, *args)
+        runs.append(self)
+
+    def arrange(step: int) -> None:
+        def agreed(self: StopRequest, runtime: Any) -> bool:
+            self.signum = signal.SIGTERM if runs[-1].state.step == step else None
+            return self.signum is not None
+
+        monkeypatch.setattr(Trainer, "__init__", remember)
         monkeypatch.setattr(StopRequest, "agreed", agreed)
 
     return arrange
@@ -376,8 +384,33 @@ def test_a_disk_that_fails_once_does_not_end_the_run(
 
     monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", fails_first)
     assert train(tiny_config(tiny_data, out_dir="run")).step == 8
-    assert "warning: no space left; training goes on" in capsys.readouterr().out
+    assert "warning: step 4 is not saved: no space left" in capsys.readouterr().out
     assert calls == [4, 8] and steps_kept("run") == [8]
+
+
+def test_a_last_state_that_is_not_saved_shows_in_the_exit_code(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer.checkpoints.save_checkpoint
+
+    def fails_last(*args: Any, **kwargs: Any) -> Path:
+        if kwargs["step"] == 8:
+            raise trainer.checkpoints.SaveError("no space left")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", fails_last)
+    assert train(tiny_config(tiny_data, out_dir="run")).exit_code == 1
+    assert steps_kept("run") == [4]
+
+
+def test_other_training_tokens_are_refused_unless_allowed(tiny_data: Path, tmp_path: Path) -> None:
+    train(tiny_config(tiny_data, out_dir="run"))
+    other = write_data(tmp_path / "other", train=[5, 6, 7] * 300, val=[5, 6, 7] * 30)
+    more = {"out_dir": "run", "init_from": "resume", "max_iters": 9}
+    with pytest.raises(UserError, match="not those that the run began with"):
+        train(tiny_config(other, **more))
+    assert steps_kept("run") == [4, 8]
+    assert train(tiny_config(other, **more, allow_new_data=True)).step == 9
 
 
 # --- runs beside each other ---

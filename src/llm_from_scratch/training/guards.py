@@ -33,7 +33,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for name in self.NAMES:
-                if (signum := getattr(signal, name, None)) is not None:
+                signum = getattr(signal, name, None)
+                if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:  # nohup's SIGHUP
                     self.former[signum] = signal.signal(signum, self._on_signal)
         return self
 
@@ -46,12 +47,10 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = signum
 
-    def agreed(self, step: int, runtime: Runtime) -> bool:
-        """Whether to stop after this step. All processes leave at the same step: they agree every tenth one."""
+    def agreed(self, runtime: Runtime) -> bool:
+        """Whether to stop after this step. All processes leave at the same one."""
         if runtime.world_size == 1:
             return self.signum is not None
-        if step % 10:
-            return False
         flag = torch.tensor([self.signum or 0], device=runtime.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         self.signum = int(flag) or None

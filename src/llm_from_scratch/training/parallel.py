@@ -62,6 +62,9 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             with runtime.autocast():
                 _, loss = compiled(x, y)
             loss.backward()
+            compiled.eval()
+            with runtime.autocast(), torch.no_grad():
+                compiled(x, y)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if not runtime.compile_may_fail:
@@ -70,5 +73,5 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         torch._dynamo.reset()
         compiled = model
     finally:
-        model.zero_grad(set_to_none=True)
+        model.train().zero_grad(set_to_none=True)
     return compiled

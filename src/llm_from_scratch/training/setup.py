@@ -6,18 +6,18 @@ import dataclasses
 import hashlib
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..config import Config, GPTConfig, UserError
+from ..config import Config, GenerationConfig, GPTConfig, UserError
 from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.checkpoint import Checkpoint
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
+from ..core.environment import check_writable
 from ..core.locations import is_pretrained, read_start
 from ..core.model import GPT
 from ..core.nanogpt_ckpt import check_nanogpt
@@ -96,7 +96,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     check_extras(config)
     runtime = runtimes.resolve(config.system)
     if check_out_dir and not config.training.eval_only:
-        _check_writable(Path(config.training.out_dir))
+        check_writable(Path(config.training.out_dir))
     folder = resolve_dataset(config.data.dataset)
     notes: list[str] = []
     tokenizer, vocab_size = _vocabulary(folder, notes)
@@ -115,6 +115,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
         _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
         notes.append(f"resuming from {resumed.path} at step {start_step}")
+        runtime = _same_precision(config, runtime, resumed)
     elif init_from != "scratch":
         loaded, weights, theirs = _load_weights(init_from, folder)
         _fit(config, loaded, sources or {}, notes, may_crop=True)
@@ -128,11 +129,13 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer of "
-            f"{folder}; leave --vocab_size out"
+            f"{folder}: " + ("leave --vocab_size out" if weights is None else "the weights belong to another tokenizer")
         )
     config.model.validate()
     if config.training.save_nanogpt_ckpt:
-        check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model)
+        check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
+        if config.model.activation == "gelu_tanh":
+            notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, a little differently")
     prompt = _sample_prompt(config, tokenizer)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
     for data in (train_data, val_data):
@@ -148,10 +151,36 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             f"warning: warmup_iters={config.scheduler.warmup_iters} covers the whole run of {last_step} steps; "
             "the learning rate never reaches its peak"
         )
-    return Plan(
+    plan = Plan(
         config, runtime, folder, tokenizer, train_data, val_data, order, global_batch, micro_batch, last_step,
         start_step, weights, resumed, prompt, notes,
     )  # fmt: skip
+    if resumed is not None:
+        _same_data(plan, resumed)
+    return plan
+
+
+def _same_data(plan: Plan, resumed: Checkpoint) -> None:
+    """Raises UserError where the run goes on with other training tokens than it began with."""
+    before = resumed.manifest.get("dataset_sha256")
+    if before is None or before == plan.dataset_hash:
+        return
+    if not plan.config.training.allow_new_data:
+        raise UserError(
+            f"the training tokens in {plan.folder} are not those that the run began with; name its data with "
+            "--dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
+            f"--init_from={plan.config.training.out_dir} and another --out_dir"
+        )
+    plan.notes.append(f"{plan.folder} holds other training tokens than the run began with, as allowed")
+
+
+def _same_precision(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
+    """Where dtype is auto, a run goes on in the precision that was chosen for it."""
+    before = runtimes.DTYPES.get(str(resumed.trainer.get("dtype")))
+    if config.system.dtype != "auto" or before is None or before == runtime.dtype:
+        return runtime
+    name = str(before).removeprefix("torch.")
+    return dataclasses.replace(runtime, dtype=before, reasons=runtime.reasons | {"dtype": f"{name} (as the run began)"})
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
@@ -159,6 +188,14 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
         return []
     if tokenizer is None:
         raise UserError("--sample_interval needs the tokenizer of the data, which is not known; leave it out")
+    plain, generation = GenerationConfig(), config.generation
+    free = {"start", "max_new_tokens", "temperature", "top_k", "num_samples"}
+    for item in dataclasses.fields(GenerationConfig):
+        if item.name not in free and getattr(generation, item.name) != getattr(plain, item.name):
+            raise UserError(
+                f"{item.name} has no effect on the samples of --sample_interval, which know start, max_new_tokens, "
+                "temperature and top_k; leave it out"
+            )
     try:
         return tokenizer.encode(read_start(config.generation.start)).tolist()
     except UserError as error:
@@ -167,23 +204,6 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
 
 def _copy(config: Config) -> Config:
     return Config(**{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)})
-
-
-def _check_writable(out_dir: Path) -> None:
-    """Raises UserError where the run's folder cannot be written. Leaves nothing behind."""
-    try:
-        if out_dir.exists() and not out_dir.is_dir():
-            raise UserError(f"out_dir={out_dir} is a file; name a folder with --out_dir")
-        parent = out_dir
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is a file")
-        with tempfile.TemporaryFile(dir=parent):  # permission bits say nothing where the user is root
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); name another with --out_dir") from None
 
 
 def _vocabulary(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, int]:

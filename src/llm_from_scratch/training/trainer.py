@@ -47,7 +47,7 @@ class TrainResult:
     final: Evaluation | None
     """The whole validation split at the last step; None where it was turned off, too long, or the run was stopped."""
     exit_code: int
-    """0, or 128 + the number of the signal that stopped the run."""
+    """0, 128 + the number of the signal that stopped the run, or 1 where the last state could not be saved."""
 
 
 @dataclass
@@ -108,6 +108,7 @@ class Trainer:
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
         self.saved_to: Path | None = None
+        self.save_failed = False  # the last try
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
             self.runtime.world_size,
@@ -121,7 +122,7 @@ class Trainer:
         training, state, last = self.config.training, self.state, self.plan.last_step
         if training.eval_only:
             self._evaluate()
-            return self._result(None, stop)
+            return self._result(None, 0)
         if state.step >= last:
             self.log.say(f"nothing to do: the run stands at step {state.step} of {last}; raise --max_iters")
         stopped = False
@@ -141,7 +142,7 @@ class Trainer:
                 self._log_step(state.step, loss, grad_norm, lr, timer)
             timer.pause()
             state.step += 1
-            stopped = stop.agreed(state.step, self.runtime)
+            stopped = stop.agreed(self.runtime)
         return self._finish(stop, stopped, timer)
 
     def _update(self) -> tuple[Tensor, Tensor | None, float]:
@@ -249,7 +250,8 @@ class Trainer:
             "model": self.models.raw.state_dict(),
             "model_config": self.models.raw.config,
             "optimizer": optimizer_state(self.optimizer),
-            "trainer": vars(state) | {"scaler": self.scaler.state_dict()},
+            "trainer": vars(state)
+            | {"scaler": self.scaler.state_dict(), "dtype": str(self.runtime.dtype).removeprefix("torch.")},
             "rng": rng,
             "config": to_dict(self.config),
             "tokenizer": self.plan.tokenizer,
@@ -259,11 +261,15 @@ class Trainer:
                 self.out_dir, **contents, run_id=state.run_id, dataset_hash=self.plan.dataset_hash, val_loss=val_loss,
                 keep_last=self.config.training.keep_last, keep_every=self.config.training.keep_every,
             )  # fmt: skip
-            if self.config.training.save_nanogpt_ckpt:
-                checkpoints.write_nanogpt(self.out_dir / "ckpt.pt", checkpoints.Checkpoint(path=None, **contents))
+            best_only = not self.config.training.always_save_checkpoint  # nanoGPT's ckpt.pt then holds the best
+            if self.config.training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only):
+                whole = checkpoints.Checkpoint(path=None, **contents)
+                checkpoints.write_nanogpt(self.out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
         except checkpoints.SaveError as error:
-            self.log.say(f"warning: {error}; training goes on, the next save tries again")
+            self.save_failed = True
+            self.log.say(f"warning: step {state.step} is not saved: {error}")
             return
+        self.save_failed = False
         self.log.say(f"saved checkpoint {self.saved_to}")
 
     def _random_states(self) -> dict[str, Tensor]:
@@ -322,7 +328,7 @@ class Trainer:
         with torch.random.fork_rng(devices=devices), self.runtime.autocast():
             torch.manual_seed(self.config.system.seed)
             out = raw.generate(
-                idx, min(generation.max_new_tokens, 200), max(generation.temperature, 1e-5), generation.top_k or None
+                idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None
             )
         raw.train()
         text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
@@ -349,7 +355,8 @@ class Trainer:
         """The last evaluation, the final checkpoint, the picture; or just the checkpoint where the run was stopped."""
         training, state = self.config.training, self.state
         final = None
-        if not stopped and state.step > self.plan.start_step and state.evaluated_at != state.step:
+        fresh = state.step > self.plan.start_step and state.evaluated_at != state.step
+        if not stopped and fresh and not training.inclusive_max_iters:  # nanoGPT's last line is that of max_iters
             self._evaluate()
         if state.step > 0:
             self._save()
@@ -359,12 +366,15 @@ class Trainer:
             final = self._evaluate_whole(timer.total)
         if self.runtime.is_master and not stopped and state.step:
             self._plot()
-        return self._result(final, stop)
+        return self._result(final, stop.exit_code if stopped else 0)
 
     def _evaluate_whole(self, trained_for: float) -> Evaluation | None:
         data, block_size = self.plan.val_data, self.config.model.block_size
         expected = len(data) / self.eval_rate if self.eval_rate else 0.0
-        if expected > max(LONG_FINAL_EVALUATION, trained_for):
+        # clocks differ between processes, and all must decide the same
+        mine = float(expected > max(LONG_FINAL_EVALUATION, trained_for))
+        too_long = torch.tensor(mine, device=self.runtime.device)
+        if self._mean_over_ranks(too_long) > 0:
             self.log.say(
                 f"the whole validation split would take about {expected / 60:.0f} min: left to "
                 f"llm-eval --out_dir={self.out_dir} --dataset={self.config.data.dataset}"
@@ -392,9 +402,11 @@ class Trainer:
         self.loader.close()
         self.log.close(self.state.step)
 
-    def _result(self, final: Evaluation | None, stop: StopRequest) -> TrainResult:
+    def _result(self, final: Evaluation | None, exit_code: int) -> TrainResult:
         state = self.state
-        return TrainResult(state.step, self.out_dir, self.saved_to, state.best_val_loss, final, stop.exit_code)
+        return TrainResult(
+            state.step, self.out_dir, self.saved_to, state.best_val_loss, final, exit_code or int(self.save_failed)
+        )
 
 
 def _silent(line: str) -> None:

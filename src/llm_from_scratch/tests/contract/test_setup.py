@@ -531,9 +531,7 @@ def test_train_takes_the_data_prepared_last(recipes: Recipes) -> None:
     result = recipes.run("train", "--max_iters=3", "--start=two words")
     assert result.returncode == 0, result.stderr
     assert "data/processed/my book" in result.stderr
-    assert recipes.commands() == [
-        "llm-train configs/default.yaml|--dataset=data/processed/my book|--max_iters=3|--start=two words|"
-    ]
+    assert recipes.commands() == ["llm-train configs/default.yaml|--dataset=my book|--max_iters=3|--start=two words|"]
     recipes.run("train", "--dataset=older")
     assert recipes.commands() == ["llm-train configs/default.yaml|--dataset=older|"]
     recipes.run("train-quick")

@@ -64,7 +64,7 @@ def test_train_py_prints_the_lines_that_scripts_parse(project: Path) -> None:
     iters = re.findall(r"^iter (\d+): loss (\d+\.\d{4}), time \d+\.\d\dms, mfu -?\d+\.\d\d%$", done.stdout, re.M)
     steps = re.findall(r"^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$", done.stdout, re.M)
     assert [int(n) for n, _ in iters] == [0, 1, 2, 3, 4]  # nanoGPT's inclusive count
-    assert [int(n) for n, *_ in steps] == [0, 2, 4, 5]
+    assert [int(n) for n, *_ in steps] == [0, 2, 4]  # and no evaluation after the last step of nanoGPT's
     logged = {e["step"]: e["loss"] for e in read_metrics(project / "out") if "loss" in e}
     assert {int(n): float(loss) for n, loss in iters} == {n: round(loss, 4) for n, loss in logged.items()}
     assert done.stdout.splitlines()[-1] == "sample from it: python sample.py --out_dir=out"
@@ -123,7 +123,8 @@ def test_the_length_is_said_once(project: Path, capsys: pytest.CaptureFixture[st
     (project / "both.yaml").write_text("training: {epochs: 2, max_iters: 7, gradient_accumulation_steps: 1}\n")
     assert steps("a.yaml") == 7 and steps("b.yaml", "--max_iters=9") == 9
     assert steps("a.yaml", "--epochs=1") == 25  # 2,000 tokens, 80 a step
-    for argv in (["--epochs=1", "--max_iters=2"], ["both.yaml"], ["a.yaml", "b.yaml"]):
+    assert steps("a.yaml", "b.yaml") == 50 and steps("b.yaml", "a.yaml") == 7  # the later preset wins
+    for argv in (["--epochs=1", "--max_iters=2"], ["both.yaml"]):
         assert train.main([*argv, "--dataset=tiny"]) == 2
         assert "epochs and max_iters are both given" in capsys.readouterr().err
 
