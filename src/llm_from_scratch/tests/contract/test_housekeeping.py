@@ -173,7 +173,7 @@ def test_newest_is_the_data_prepared_last(
         manifest.touch()
         os.utime(manifest, (1e9 - age, 1e9 - age))
     assert house.main(["newest", "--max_iters=3"], tmp_path) == 0
-    assert capsys.readouterr().out == "--dataset=data/processed/new\n"
+    assert capsys.readouterr().out == "--dataset=new\n"
     for args in (["--dataset=old"], ["--dataset", "old"], ["--data.dataset=old"], ["--help"]):
         assert house.main(["newest", *args], tmp_path) == 0
         assert capsys.readouterr().out == "\n"
