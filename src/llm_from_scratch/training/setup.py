@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -74,7 +75,7 @@ class Plan:
         element = 4 if str(self.runtime.dtype) == "torch.float32" else 2
         return sizes(self.config.model, self.micro_batch, element, self.config.training.gradient_checkpointing)
 
-    @property
+    @functools.cached_property
     def dataset_hash(self) -> str:
         """Identifies the training tokens: their number, and the ids at the beginning, the middle and the end."""
         digest = hashlib.sha256(str(len(self.train_data)).encode())

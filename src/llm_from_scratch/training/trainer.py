@@ -148,7 +148,7 @@ class Trainer:
     def _update(self) -> tuple[Tensor, Tensor | None, float]:
         """One optimizer update. Returns the mean loss over the global batch's share of this process, and the norm."""
         config, state = self.config, self.state
-        lr = learning_rate_at(state.step, config.optimizer.learning_rate, config.scheduler, config.training.max_iters)
+        lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         x, y = self.loader.get(state.step)  # (rows, T)
@@ -170,6 +170,12 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm, lr
+
+    def _learning_rate(self) -> float:
+        """That of the update at the present step."""
+        config = self.config
+        peak, max_iters = config.optimizer.learning_rate, config.training.max_iters
+        return learning_rate_at(self.state.step, peak, config.scheduler, max_iters)
 
     def _gradients_meet(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once an update, in the last backward pass."""
@@ -206,8 +212,7 @@ class Trainer:
                 self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch
             )
         self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
-        scheduler, peak = self.config.scheduler, self.config.optimizer.learning_rate
-        lr = learning_rate_at(state.step, peak, scheduler, training.max_iters)
+        lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
         self.log.evaluation(state.step, metrics | ({"mfu": self.mfu} if self.mfu is not None else {}))
         check_finite(losses["val"], state.step, lr, self.config, self.runtime)
