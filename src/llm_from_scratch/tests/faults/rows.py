@@ -1,0 +1,49 @@
+"""What a row of the storm is: a fault, how often it is tried, and defects of the program that the row must notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class Report:
+    """What a row found."""
+
+    done: int = 0
+    """Cases that were tried."""
+    failures: list[str] = field(default_factory=list)
+    """A line for each case that went wrong; it names the case, so that it can be tried alone."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Other figures to print, such as {"inside a save": 412}."""
+
+    def count(self, what: str, by: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + by
+
+    def check(self, good: bool, what: str) -> bool:
+        if not good:
+            self.failures.append(what)
+        return good
+
+
+Defect = Callable[[], AbstractContextManager[None]]
+"""Breaks the program within its block, by replacing a function of ours with a faulty one."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of fault."""
+
+    title: str
+    target: int
+    """Cases in `just storm`."""
+    quick: int
+    """Cases in the normal test suite: seconds."""
+    prove: int
+    """Cases that suffice to notice each defect."""
+    run: Callable[[int, int, Path], Report]
+    """run(how many cases, seed, empty folder); the same arguments try the same cases."""
+    defects: dict[str, Defect]
+    """Name -> a defect in the program that run() must notice, so that its silence means something."""

@@ -1,0 +1,145 @@
+"""`just storm`: every fault, as often as docs/RELIABILITY.md says, and what came of it.
+
+python -m llm_from_scratch.tests.faults.storm [--prove] [--seed=N] [--share=F] [--jobs=N] [ROW ...]
+
+Each row runs in a process of its own with one thread: it forks, and a fork of a process that has run two threads of
+torch hangs. --share scales the number of cases. --prove puts one defect after another into the program and expects the
+row to notice each. Exit code 0 where nothing failed (with --prove: where every defect was noticed), else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .rows import Report, Row
+
+ROWS = (
+    "cuts", "kills", "processes", "operations", "power", "flips", "directories", "signals", "numbers", "data_files",
+    "hostile", "mutations", "endurance",
+)  # fmt: skip
+SHOWN = 5  # failures printed of a row
+
+
+def load(name: str) -> Row:
+    return importlib.import_module(f".{name}", __package__).ROW
+
+
+def run_row(name: str, count: int, seed: int, defect: str | None = None) -> Report:
+    """Runs a row in this process, in a folder that is removed afterwards."""
+    row = load(name)
+    context = row.defects[defect]() if defect else contextlib.nullcontext()
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix=f"storm-{name}-", ignore_cleanup_errors=True) as folder:
+        os.chdir(folder)
+        try:
+            with context:
+                return row.run(count, seed, Path(folder))
+        finally:
+            os.chdir(before)
+
+
+def _in_process(name: str, count: int, seed: int, defect: str | None = None) -> tuple[Report, float]:
+    """The same in a process of its own; what it prints is kept out of the table."""
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--child", name, str(count), str(seed)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "report.json"
+        child = subprocess.run(
+            [*command, str(result), *([defect] if defect else [])], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        if result.exists():
+            report = Report(**json.loads(result.read_text()))
+        else:
+            tail = child.stdout.decode(errors="replace").strip().splitlines()[-3:]
+            report = Report(0, [f"the row itself ended with exit code {child.returncode}: {' | '.join(tail)}"])
+    return report, time.monotonic() - begin
+
+
+def _child(name: str, count: str, seed: str, result: str, defect: str | None = None) -> int:
+    # a row's children write to the same files: only its first process reports
+    pid, report = os.getpid(), run_row(name, int(count), int(seed), defect)
+    if os.getpid() == pid:
+        Path(result).write_text(json.dumps(vars(report)))
+    return 0
+
+
+def _storm(names: list[str], share: float, seed: int, jobs: int) -> bool:
+    good = True
+    counts = {name: max(1, math.ceil(load(name).target * share)) for name in names}
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {name: pool.submit(_in_process, name, counts[name], seed) for name in names}
+        for name, future in waiting.items():
+            report, seconds = future.result()
+            failed = bool(report.failures) or report.done < counts[name]
+            good &= not failed
+            extra = "".join(f", {value:,} {what}" for what, value in report.counts.items())
+            print(
+                f"{'FAILED' if failed else 'ok':7}{name:12}{report.done:8,} of {counts[name]:,} "
+                f"({load(name).title}){extra}; {len(report.failures)} failures, {seconds:.0f} s",
+                flush=True,
+            )
+            for line in report.failures[:SHOWN]:
+                print(f"         {line}", flush=True)
+    return good
+
+
+def _prove(names: list[str], seed: int, jobs: int) -> bool:
+    good = True
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {
+            (name, defect): pool.submit(_in_process, name, load(name).prove, seed, defect)
+            for name in names
+            for defect in (None, *load(name).defects)
+        }
+        for (name, defect), future in waiting.items():
+            report, seconds = future.result()
+            noticed = bool(report.failures)
+            right = noticed == (defect is not None) and report.done > 0
+            good &= right
+            outcome = f"{len(report.failures)} of {report.done} cases failed" if noticed else "no case failed"
+            label = f"with {defect}" if defect else "as it is"
+            print(f"{'ok' if right else 'WRONG':7}{name:12}{label:42}{outcome}, {seconds:.0f} s", flush=True)
+            if not right:
+                for line in report.failures[:SHOWN]:
+                    print(f"         {line}", flush=True)
+    return good
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--child"]:
+        return _child(*argv[1:])
+    parser = argparse.ArgumentParser(prog="just storm", description="Tries every fault on the program.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--prove", action="store_true", help="put defects in, and expect each to be noticed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="share of the cases, for a quicker storm")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="rows at a time")
+    options = parser.parse_args(argv)
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"there is no row {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
+    names = [name for name in ROWS if name in options.rows or not options.rows]
+    begin = time.monotonic()
+    if options.prove:
+        good = _prove(names, options.seed, options.jobs)
+    else:
+        good = _storm(names, options.share, options.seed, options.jobs)
+    print(f"{'all as it should be' if good else 'FAILED'} after {(time.monotonic() - begin) / 60:.1f} min")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
