@@ -14,6 +14,7 @@ torch before tensors are wanted, so that a missing checkpoint is reported at onc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -132,7 +133,8 @@ def save_checkpoint(
     final = Path(out_dir) / f"step-{step:08d}"
     sealed.write_sealed(final, parts, fields, tokenizer.save if tokenizer is not None else None)
     if keep_last is not None:
-        _prune(final.parent, keep_last, keep_every, verified=final)
+        with contextlib.suppress(OSError):  # it is saved; what could not be removed is removed after the next save
+            _prune(final.parent, keep_last, keep_every, verified=final)
     return final
 
 
@@ -141,39 +143,45 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int | None = None) ->
 
     Removes nothing (DamagedError) unless the newest one verifies. Returns the paths that it removed.
     """
-    entries = _scan(Path(out_dir))
-    if not entries:
-        return []
-    verify_checkpoint(entries[0].path)
-    return _prune(Path(out_dir), keep_last, keep_every, verified=entries[0].path)
+    try:
+        entries = _scan(Path(out_dir))
+        if not entries:
+            return []
+        verify_checkpoint(entries[0].path)
+        return _prune(Path(out_dir), keep_last, keep_every, verified=entries[0].path)
+    except OSError as error:
+        raise UserError(f"cannot read {out_dir}: {error}; nothing more is removed") from None
 
 
 def _prune(out: Path, keep_last: int, keep_every: int | None, verified: Path) -> list[Path]:
-    entries = [e for e in _scan(out) if e.manifest is not None]  # what cannot be read is set aside, never removed
+    # what cannot be read is set aside at the next start, never removed
+    entries = [e for e in _scan(out, skip_foreign=True) if e.manifest is not None]
     kept = {e.step for e in [*entries[: max(1, keep_last)], *_by_val_loss(entries)[:1]]}
     kept |= {e.step for e in entries if e.path == verified or (keep_every and e.step % keep_every == 0)}
-    gone = [e.path for e in entries if e.step not in kept]
-    for path in gone:
-        sealed.remove_folder(path)
-    return gone
+    return [e.path for e in entries if e.step not in kept and sealed.remove_folder(e.path)]
 
 
 def clean_leftovers(out_dir: str | Path) -> list[Path]:
     """Removes what an interrupted save or removal of ours left behind. For the trainer that owns out_dir, at start.
 
-    Returns the paths that it removed.
+    Returns the paths that it removed; what the system holds on to stays.
     """
-    out = Path(out_dir)
-    gone = [path for path in sorted(out.iterdir()) if sealed.LEFTOVER.fullmatch(path.name)] if out.is_dir() else []
-    for path in gone:
-        sealed.remove_tree(path)
-    for old in sorted(p for p in out.glob("step-*.old") if _STEP.fullmatch(p.name)):  # one that was being replaced
-        twin = old.with_suffix("")
-        if not twin.exists():
-            os.rename(old, twin)
-        elif _is_good(twin):
-            sealed.remove_folder(old)
-            gone.append(old)
+    out, gone = Path(out_dir), []
+    try:
+        found = sorted(out.iterdir()) if out.is_dir() else []
+    except OSError as error:
+        raise UserError(f"cannot read {out}: {error.strerror}; take another --out_dir") from None
+    for path in found:
+        with contextlib.suppress(OSError, UserError):
+            if sealed.LEFTOVER.fullmatch(path.name):
+                sealed.remove_tree(path)
+                gone.append(path)
+            elif _STEP.fullmatch(path.name) and path.suffix == ".old":  # one that was being replaced
+                twin = path.with_suffix("")
+                if not os.path.lexists(twin):
+                    os.rename(path, twin)
+                elif verify_checkpoint(twin) and sealed.remove_folder(path):
+                    gone.append(path)
     return gone
 
 
@@ -185,21 +193,20 @@ def archive_previous(out_dir: str | Path) -> Path | None:
     from .nanogpt_ckpt import is_ours
 
     out = Path(out_dir)
-    if not out.is_dir():
-        return None
-    entries = _scan(out)
-    aside = sorted(p for p in out.iterdir() if p.name.startswith("damaged-step-"))
-    exported = [out / "ckpt.pt"] if is_ours(out / "ckpt.pt") else []
-    if not (entries or aside or exported or (out / "metrics.jsonl").exists()):
-        return None
-    run_id = next((str(e.manifest.get("run_id")) for e in entries if e.manifest), "unknown")
-    logs = [out / name for name in RUN_FILES if (out / name).exists()]
-    # a checkpoint that says the run id goes last: an interrupted move is gone on with under the same name
-    items = [*logs, *exported, *aside, *(e.path for e in sorted(entries, key=lambda e: e.manifest is not None))]
-    stem = "previous-" + (re.sub(r"[^A-Za-z0-9_-]", "_", run_id)[:80] or "unknown")
-    targets = (out / (stem + (f"-{n}" if n > 1 else "")) for n in range(1, 1 << 16))
-    target = next(t for t in targets if not any((t / item.name).exists() for item in items))
+    target = out
     try:
+        entries = _scan(out)
+        aside = sorted(p for p in out.iterdir() if p.name.startswith("damaged-step-")) if out.is_dir() else []
+        exported = [out / "ckpt.pt"] if is_ours(out / "ckpt.pt") else []
+        if not (entries or aside or exported or (out / "metrics.jsonl").exists()):
+            return None
+        run_id = next((str(e.manifest.get("run_id")) for e in entries if e.manifest), "unknown")
+        logs = [out / name for name in RUN_FILES if (out / name).exists()]
+        # a checkpoint that says the run id goes last: an interrupted move is gone on with under the same name
+        items = [*logs, *exported, *aside, *(e.path for e in sorted(entries, key=lambda e: e.manifest is not None))]
+        stem = "previous-" + (re.sub(r"[^A-Za-z0-9_-]", "_", run_id)[:80] or "unknown")
+        targets = (out / (stem + (f"-{n}" if n > 1 else "")) for n in range(1, 1 << 16))
+        target = next(t for t in targets if not any((t / item.name).exists() for item in items))
         sealed.make_folder(target)
         for item in items:
             os.rename(item, target / item.name)
@@ -263,9 +270,9 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
 
 
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads back every file of a step directory. Returns its manifest; raises DamagedError."""
-    _read_manifest(Path(path))
-    return sealed.verify(Path(path))
+    """The manifest of a checkpoint that load_checkpoint would take: every hash fits, the tensors are the model's and
+    finite. Raises what load_checkpoint raises."""
+    return load_checkpoint(path).manifest
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -278,14 +285,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if type(step) is not int or step < 0 or not (loss is None or (type(loss) is float and math.isfinite(loss))):
         raise DamagedError(f"{path / MANIFEST}: step or val_loss is not a number in range")
     return manifest
-
-
-def _is_good(path: Path) -> bool:
-    try:
-        verify_checkpoint(path)
-    except UserError:
-        return False
-    return True
 
 
 def list_checkpoints(out_dir: str | Path) -> list[tuple[int, Path]]:
@@ -413,8 +412,9 @@ def _saved_only_the_best(entries: list[_Entry]) -> bool:
     return False
 
 
-def _scan(out: Path) -> list[_Entry]:
-    """The step directories in out, newest first."""
+def _scan(out: Path, skip_foreign: bool = False) -> list[_Entry]:
+    """The step directories in out, newest first. One that cannot be read though it may be whole (another version of
+    the format, no permission) raises UserError, or is left out with skip_foreign."""
     entries = []
     for path in out.iterdir() if out.is_dir() else ():
         match = _STEP.fullmatch(path.name)
@@ -425,6 +425,9 @@ def _scan(out: Path) -> list[_Entry]:
             except DamagedError:
                 if path.exists():
                     entries.append(_Entry(int(match[1]), path, None))
+            except UserError:
+                if not skip_foreign:
+                    raise
     # of two with one step, the one that bears the step's own name
     return sorted(entries, key=lambda e: (e.step, e.path.name == f"step-{e.step:08d}", e.path.name), reverse=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -47,21 +48,21 @@ def write_sealed(
     fields: plain data for the manifest. write_more(folder) may write further files. Raises SaveError.
     """
     out, tmp, old = final.parent, final.with_name(f".tmp-{final.name}"), final.with_name(f"{final.name}.old")
+    files: dict[str, dict[str, Any]] = {}
     try:
         make_folder(out)
         remove_tree(tmp)
         os.mkdir(tmp)
-        files = {name: _write_synced(tmp / name, make()) for name, make in parts.items()}
+        for name, make in parts.items():
+            files[name] = _write_synced(tmp / name, make())
         if write_more is not None:
             write_more(tmp)
             for path in sorted(path for path in tmp.iterdir() if path.name not in files):
                 files[path.name] = _write_synced(path, path.read_bytes())
         _write_synced(tmp / MANIFEST, _seal({**fields, "files": files}))
         sync_folder(tmp)
-        if final.exists():  # stays complete under a name that readers know
-            remove_folder(old)
-            os.rename(final, old)
-            sync_folder(out)
+        if os.path.lexists(final):
+            _make_way(final, old)
         os.rename(tmp, final)
         sync_folder(out)
         verify(final)
@@ -69,9 +70,29 @@ def write_sealed(
     except DamagedError as error:
         raise SaveError(f"the disk gave back other bytes than were written: {error}; now {set_aside(final)}") from None
     except OSError as error:
-        raise SaveError(f"cannot write {final}: {error}; {_room(out)}") from error
+        shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted
+        needed = sum(files[name]["size"] if name in files else len(make()) for name, make in parts.items())
+        raise SaveError(f"cannot write {final}: {error}; {_space(out, needed)}") from error
+    except UserError as error:  # for want of memory or file handles, say: nothing is known of what was written
+        raise SaveError(f"cannot read back {final}: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _make_way(final: Path, old: Path) -> None:
+    """Renames what is about to be replaced. A folder stays complete under a name that readers know."""
+    if not final.is_dir():  # a stranger's file
+        set_aside(final)
+        return
+    if old.exists():  # an earlier replacement was cut short: `final` may not be whole
+        try:
+            verify(final)
+        except DamagedError:
+            set_aside(final)
+            return
+        remove_folder(old)
+    os.rename(final, old)
+    sync_folder(final.parent)
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -86,10 +107,13 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.replace(tmp, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}; {_room(path.parent)}") from error
+        _unlink(tmp)  # before the free bytes are counted
+        needed = _Counter()
+        with contextlib.suppress(OSError):
+            write(needed)
+        raise SaveError(f"cannot write {path}: {error}; {_space(path.parent, needed.size)}") from error
     finally:
-        if tmp.exists():
-            os.unlink(tmp)
+        _unlink(tmp)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -136,26 +160,32 @@ def verify(folder: Path) -> dict[str, Any]:
 def set_aside(folder: Path) -> Path:
     """Renames a damaged folder to damaged-<name> (-2, -3, ... where that is taken), out of the readers' sight."""
     names = (f"damaged-{folder.name}" + (f"-{n}" if n > 1 else "") for n in range(1, 1 << 16))
-    target = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    target = next(folder.with_name(name) for name in names if not os.path.lexists(folder.with_name(name)))
     try:
         os.rename(folder, target)
-        sync_folder(folder.parent)
     except OSError:
         return folder  # a read-only disk: it stays where it is
+    with contextlib.suppress(OSError):
+        sync_folder(folder.parent)
     return target
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a folder so that no reader ever sees half of it; one that the system holds on to stays."""
-    if not folder.exists():
-        return
+def remove_folder(folder: Path) -> bool:
+    """Removes a folder so that no reader ever sees half of it, after a power cut neither.
+
+    Returns whether it is gone; one that the system holds on to stays, and the next start tries again.
+    """
+    if not os.path.lexists(folder):
+        return True
     tmp = folder.with_name(f".tmp-remove-{folder.name}")
     try:
         remove_tree(tmp)
         os.rename(folder, tmp)
-        shutil.rmtree(tmp)
+        sync_folder(folder.parent)
+        remove_tree(tmp)
     except OSError:
-        return  # open elsewhere, on Windows: the next start tries again
+        return False
+    return True
 
 
 def remove_tree(path: Path) -> None:
@@ -237,8 +267,23 @@ def _open_checked(path: Path, size: int, exact: bool) -> Iterator[IO[bytes]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _room(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
-    except OSError:
-        return "make the folder writable or take another"
+class _Counter(io.BytesIO):
+    """A file that keeps nothing but its size."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _space(folder: Path, needed: int) -> str:
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            return f"it needs {needed:,} bytes, {shutil.disk_usage(place).free:,} bytes are free there"
+    return f"it needs {needed:,} bytes"

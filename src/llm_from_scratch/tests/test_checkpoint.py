@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llm_from_scratch.config import GPTConfig, UserError
 from llm_from_scratch.core import checkpoint as cp
@@ -436,14 +437,14 @@ def test_a_checkpoint_removed_while_it_is_read_is_no_damage(
 ) -> None:
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    verify = sealed.verify
+    load = cp.load_checkpoint
 
-    def vanish(folder: Path) -> dict[str, Any]:
+    def vanish(folder: Path) -> cp.Checkpoint:
         if folder == newest:
             sealed.remove_folder(newest)
-        return verify(folder)
+        return load(folder)
 
-    monkeypatch.setattr(sealed, "verify", vanish)
+    monkeypatch.setattr(cp, "load_checkpoint", vanish)
     assert cp.find_checkpoint(tmp_path, set_aside=True).name == "step-00000001"
     assert capsys.readouterr().err == "" and os.listdir(tmp_path) == ["step-00000001"]
 
@@ -488,6 +489,61 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
     with pytest.raises(cp.SaveError, match="other bytes"):
         save(tmp_path, 4, keep_last=1)
     assert steps(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-step-00000004").is_dir()
+
+
+def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    reseal(tmp_path / "step-00000002", version=2)  # of a program to come
+    assert save(tmp_path, 4, keep_last=1).exists()
+    assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000004"]
+
+    def unreadable(out: Path, skip_foreign: bool = False) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(cp, "_scan", unreadable)
+    assert save(tmp_path, 5, keep_last=1).exists()
+
+
+def test_a_file_or_a_link_in_a_checkpoints_place_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").write_text("a stranger's")
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "nowhere")
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert steps(tmp_path) == [1, 2]
+    assert (tmp_path / "damaged-step-00000001").read_text() == "a stranger's"
+
+
+def test_of_a_cut_replacement_the_whole_one_is_kept_until_the_next_is_read_back(tmp_path: Path) -> None:
+    save(tmp_path / "other", 1, seed=1).rename(tmp_path / "step-00000001.old")
+    shutil.copytree(tmp_path / "step-00000001.old", tmp_path / "step-00000001")
+    damage(tmp_path / "step-00000001" / "model.safetensors")
+    (tmp_path / "other").rmdir()
+    rename, seen = os.rename, []
+
+    def watching(old: Any, new: Any) -> None:
+        rename(old, new)
+        seen.append(cp.load_any(tmp_path, need_tokenizer=False).trainer["tag"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", watching)
+        save(tmp_path, 1, seed=3)
+    assert seen == [1, 3, 3] and sorted(os.listdir(tmp_path)) == ["damaged-step-00000001", "step-00000001"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_numbers_that_are_not_finite_are_never_good(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    tensors = load_file(newest / name)
+    next(iter(tensors.values())).view(-1)[0] = float("inf")
+    save_file(tensors, newest / name)
+    reseal(newest)
+    with pytest.raises(cp.DamagedError, match="not finite"):
+        cp.verify_checkpoint(newest)
+    with pytest.raises(cp.DamagedError, match="not finite"):
+        cp.prune(tmp_path, keep_last=1)
+    assert cp.find_checkpoint(tmp_path, set_aside=True).name == "step-00000001"
 
 
 def test_leftovers_of_ours_are_removed_and_others_stay(tmp_path: Path) -> None:
@@ -682,6 +738,7 @@ def test_everything_is_synced_before_what_relies_on_it(tmp_path: Path, monkeypat
     assert sorted(written) == [f"sync {name}" for name in members] and written[-1] == "sync MANIFEST.json"
     assert rest == [
         "sync .tmp-step-00000002", "rename .tmp-step-00000002", f"sync {tmp_path.name}", "rename step-00000001",
+        f"sync {tmp_path.name}",
     ]  # fmt: skip
 
 
@@ -697,10 +754,18 @@ def test_an_error_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytes
             assert left in ([], ["step-00000001"]) and (left or not done), failure
 
 
-def test_a_disk_error_is_one_line_that_says_how_much_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with failing(monkeypatch, 3, "error"), pytest.raises(cp.SaveError, match=r"cannot write .*MB are free") as error:
+def test_a_disk_error_is_one_line_with_the_bytes_needed_and_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.stat().st_size for p in save(tmp_path / "whole", 1).iterdir() if p.name != "MANIFEST.json")
+    with failing(monkeypatch, 3, "error"), pytest.raises(cp.SaveError) as error:
         save(tmp_path / "a", 1)
+    assert re.fullmatch(rf"cannot write .*; it needs {size:,} bytes, [\d,]+ bytes are free there", str(error.value))
     assert isinstance(error.value.__cause__, OSError)
+    checkpoint = cp.load_any(tmp_path / "whole", need_tokenizer=False)
+    size = cp.write_nanogpt(tmp_path / "ckpt.pt", checkpoint, accept_erf_gelu=True).stat().st_size
+    with failing(monkeypatch, 3, "error"), pytest.raises(cp.SaveError, match=f"it needs {size:,} bytes, "):
+        cp.write_nanogpt(tmp_path / "ckpt.pt", checkpoint, accept_erf_gelu=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(cp.SaveError, match="cannot write"):
         save(tmp_path / "file", 1)
