@@ -8,21 +8,21 @@ function of (seed, step): it depends neither on the number of processes nor on e
 from __future__ import annotations
 
 import functools
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ..config import UserError
+from . import tokenfile
+from .tokenfile import BackgroundScan, Shards, open_shards
+from .tokenfile import read_manifest as read_manifest
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a missing dataset is to be told at once
     import torch
     from torch import Tensor
-
-SCAN_LIMIT = 4 << 30  # bytes of a split whose token ids are all checked before the first step
 
 
 def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
@@ -52,93 +52,67 @@ def _has_tokens(folder: Path) -> bool:
     return any((folder / f"{split}{tail}.bin").is_file() for split in ("train", "val") for tail in ("", "_000000"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json of a data folder, or None in a folder of nanoGPT's. Raises UserError where it is damaged."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
-            raise ValueError("unknown format or dtype")
-        manifest["vocab_size"] = int(manifest["vocab_size"])
-        for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
-            shard["file"], shard["tokens"] = str(shard["file"]), int(shard["tokens"])
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the data again with llm-prepare") from None
-
-
 class TokenData:
-    """One split of a dataset: memory-mapped token ids, read as one long sequence."""
+    """One split of a dataset: the token ids of its files (see TokenFile) or arrays, read as one long sequence."""
 
-    def __init__(self, shards: list[np.ndarray], name: str = "tokens"):
+    def __init__(self, shards: Shards, name: str = "tokens"):
         self.shards = shards
         self.name = name
+        self.vocab_size: int | None = None  # the bound that check() was given, and that windows() keeps
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # where each shard begins, and the end
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenData:
-        """Raises UserError for a split that is missing, empty, of odd length or shorter than its manifest says."""
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
-        if manifest and split in manifest.get("splits", {}):
-            stated = {folder / s["file"]: s["tokens"] for s in manifest["splits"][split]["shards"]}
-            if any(path.parent != folder for path in stated):
-                raise UserError(f"{folder / 'manifest.json'} names files outside its folder; prepare the data again")
-        else:
-            numbered = sorted(folder.glob(f"{split}_[0-9]*.bin"))
-            stated = dict.fromkeys([folder / f"{split}.bin"] if not numbered else numbered, -1)
-        shards: list[np.ndarray] = []
-        for path, tokens in stated.items():
-            if not path.is_file():
-                raise UserError(f"{path} is missing: the {split} split of this dataset is not there")
-            size = path.stat().st_size
-            if size % dtype.itemsize:
-                raise UserError(f"{path} has {size} bytes, no multiple of {dtype.itemsize}: not a file of {dtype} ids")
-            if tokens >= 0 and size != tokens * dtype.itemsize:
-                raise UserError(
-                    f"{path} has {size // dtype.itemsize} tokens, its manifest says {tokens}; prepare it again"
-                )
-            if size:
-                shards.append(np.memmap(path, dtype=dtype, mode="r"))
-        if not shards:
-            raise UserError(f"{', '.join(str(path) for path in stated)} is empty: the {split} split has no tokens")
-        return cls(shards, f"{folder.as_posix()} ({split})")
+        """Raises UserError for a split that is missing, empty, or not in the format that its manifest says."""
+        return cls(open_shards(Path(folder), split), f"{Path(folder).as_posix()} ({split})")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def check(self, block_size: int, vocab_size: int | None) -> None:
-        """Raises UserError where the split is shorter than one window, or holds an id outside the vocabulary."""
+    def check(self, block_size: int, vocab_size: int | None) -> BackgroundScan | None:
+        """Raises UserError where the split is shorter than one window, or holds an id outside the vocabulary.
+
+        Of a very large split the ids are checked in the background: the caller polls the scan that is returned.
+        """
         if len(self) <= block_size:
             raise UserError(
                 f"{self.name} has {len(self)} tokens, a window needs block_size + 1 = {block_size + 1}: "
                 f"lower --block_size to at most {max(1, len(self) - 1)}, or prepare more text"
             )
-        if vocab_size is None or sum(shard.nbytes for shard in self.shards) > SCAN_LIMIT:
-            return
-        for shard, begin in zip(self.shards, self.starts, strict=False):
-            for at in range(0, len(shard), 1 << 24):  # 16 M ids at a time keep the memory bounded
-                part = shard[at : at + (1 << 24)]
-                if int(part.max()) >= vocab_size:
-                    bad = int(np.argmax(part >= vocab_size))
-                    raise UserError(
-                        f"{self.name}: token {int(begin) + at + bad} has id {int(part[bad])}, outside the vocabulary "
-                        f"of {vocab_size} ids: the data belongs to another tokenizer; prepare it again"
-                    )
+        if vocab_size is None:
+            return None
+        self.vocab_size = vocab_size
+        if sum(shard.nbytes for shard in self.shards) > tokenfile.SCAN_LIMIT:
+            return BackgroundScan(self.shards, self.name, vocab_size)
+        tokenfile.scan(self.shards, self.name, vocab_size)
+        return None
 
-    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens starts[i] ... starts[i] + length - 1 in row i: (len(starts), length) int64."""
-        positions = np.asarray(starts, dtype=np.int64)[:, None] + np.arange(length)
-        if len(self.shards) == 1:
-            return self.shards[0][positions].astype(np.int64)
-        out = np.empty(positions.shape, dtype=np.int64)
-        shard_of = np.searchsorted(self.starts, positions, side="right") - 1
-        for index in np.unique(shard_of):  # a window may cross from one shard into the next
-            here = shard_of == index
-            out[here] = self.shards[index][positions[here] - self.starts[index]]
+    def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:
+        """Tokens starts[i] ... starts[i] + length - 1 in row i: (len(starts), length) int64.
+
+        Raises DataError where a file fails or has become shorter, or an id is outside the vocabulary.
+        """
+        starts = np.asarray(starts, dtype=np.int64)
+        out = tokenfile.rows(self.shards[0], starts, length) if len(self.shards) == 1 else self._across(starts, length)
+        bound = self.vocab_size if vocab_size is None else vocab_size
+        if bound is not None and out.size and int(out.max()) >= bound:
+            for start, row in zip(starts, out, strict=True):
+                tokenfile.refuse_outside(self.shards, self.name, bound, int(start), row)
+        return out.astype(np.int64, copy=False)
+
+    def _across(self, starts: np.ndarray, length: int) -> np.ndarray:
+        first, last = (np.searchsorted(self.starts, ends, side="right") - 1 for ends in (starts, starts + length - 1))
+        out = np.empty((len(starts), length), dtype=np.int64)
+        for index in np.unique(first).tolist():
+            here = (first == index) & (last == index)
+            out[here] = tokenfile.rows(self.shards[index], starts[here] - self.starts[index], length)
+        for row in np.flatnonzero(first != last):  # a window that goes from one shard into the next
+            parts, index, at, end = [], int(first[row]), int(starts[row]), int(starts[row]) + length
+            while at < end:
+                begin = int(self.starts[index])
+                parts.append(self.shards[index][at - begin : end - begin])
+                index, at = index + 1, at + len(parts[-1])
+            out[row] = np.concatenate(parts)
         return out
 
 
@@ -201,10 +175,12 @@ class BatchLoader:
     """
 
     def __init__(
-        self, data: TokenData, order: SampleOrder, batch: int, device: torch.device, rank: int = 0, world_size: int = 1
-    ):
+        self, data: TokenData, order: SampleOrder, batch: int, device: torch.device, rank: int = 0, world_size: int = 1,
+        vocab_size: int | None = None,
+    ):  # fmt: skip
+        """vocab_size: ids that a batch may hold; another, in a file that changed, is a DataError of get()."""
         assert batch % world_size == 0
-        self.data, self.order, self.batch, self.device = data, order, batch, device
+        self.data, self.order, self.batch, self.device, self.vocab_size = data, order, batch, device, vocab_size
         self.rows = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: tuple[int, Future[Tensor]] | None = None
@@ -223,7 +199,7 @@ class BatchLoader:
         import torch
 
         starts = self.order.starts(step, self.batch)[self.rows]
-        tokens = self.data.windows(starts, self.order.block_size + 1)
+        tokens = self.data.windows(starts, self.order.block_size + 1, self.vocab_size)
         pair = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))  # one copy to the device for both
         return pair.pin_memory() if self.device.type == "cuda" else pair
 

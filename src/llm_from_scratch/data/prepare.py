@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
+from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from . import sources as src
 from .encode import Shards, TokenCache, encode_units, units_of
@@ -349,7 +350,8 @@ def _refuse_foreign(target: Path) -> None:
         return
     manifest = _manifest(target)
     ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
-    foreign = sorted(path.name for path in target.iterdir() if path.name not in ours)
+    names = sorted(path.name for path in target.iterdir())
+    foreign = [name for name in names if name not in ours and not name.startswith(CHECKED)]
     if foreign:
         raise UserError(
             f"{target} holds {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"

@@ -37,7 +37,7 @@ def test_a_nanogpt_folder_is_read_as_it_stands(tmp_path: Path) -> None:
     data = TokenData.open(folder, "train")
     assert len(data) == 4 and data.windows(np.array([0, 1]), 3).tolist() == [[5, 1, 65535], [1, 65535, 0]]
     assert data.windows(np.array([0]), 2).dtype == np.int64
-    assert isinstance(data.shards[0], np.memmap)
+    assert not isinstance(data.shards[0], np.memmap)  # which a truncation under way turns into SIGBUS
     assert len(TokenData.open(folder, "val")) == 1
 
 

@@ -37,7 +37,7 @@ def data(length: int, shards: int = 1, seed: int = 0) -> TokenData:
 
 def naive(model: GPT, tokens: TokenData, block: int) -> float:
     """Token after token: each predicted from what precedes it in its window."""
-    ids = [int(i) for i in np.concatenate(tokens.shards)]
+    ids = [int(i) for i in np.concatenate([shard[:] for shard in tokens.shards])]
     losses = []
     model.eval()
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_estimate_is_the_mean_over_fixed_windows() -> None:
     model, tokens = make(), data(60)
     found = estimate_loss(model, tokens, 8, 12, RUNTIME)
     order = evaluate.SampleOrder(60, 8, "random", seed=evaluate.EVAL_SEED)
-    ids = np.concatenate(tokens.shards).astype(np.int64)
+    ids = np.concatenate([shard[:] for shard in tokens.shards]).astype(np.int64)
     losses = []
     model.eval()
     for start in order.starts(0, 12):

@@ -1,0 +1,327 @@
+"""Files of token ids: opened, checked, and read by position.
+
+Nothing is mapped into memory: a file that is cut short under a running job is a DataError, where a mapping would end
+the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import re
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import UserError
+from .regular import open_regular, read_regular
+
+BLOCK = 1 << 20  # ids that are scanned at a time
+SCAN_LIMIT = 4 << 30  # bytes of a split that are scanned before the first step; more are scanned beside the first steps
+REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is kept
+CHECKED = ".checked.json"  # beside the data: {file: size, times of change, largest id}
+HEAD = 1 << 12  # bytes that tell what a file is
+MAX_MANIFEST = 16 << 20
+OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # what a file may hold by mistake
+
+
+class DataError(UserError):
+    """Data that are not, or no longer, what they were taken for."""
+
+
+class TokenFile:
+    """Ids of one file: file[a:b] or file[a] reads them. One descriptor serves any number of threads and forked processes."""
+
+    def __init__(self, path: str | Path, dtype: np.dtype | str):
+        """Raises UserError for what is no file of whole ids: missing, a FIFO, of odd length, .npy, text."""
+        self.path, self.dtype = Path(path), np.dtype(dtype)
+        try:
+            self._handle = open_regular(self.path)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing; prepare the data again") from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+        weakref.finalize(self, os.close, self._handle)
+        self._lock = threading.Lock()
+        self.nbytes = os.fstat(self._handle).st_size
+        if kind := _foreign_format(self._read(0, min(self.nbytes, HEAD))):
+            raise DataError(f"{self.path} is {kind}: expected raw {self.dtype} ids without a header")
+        if self.nbytes % self.dtype.itemsize:
+            raise DataError(
+                f"{self.path} has {self.nbytes} bytes, no multiple of {self.dtype.itemsize}: not a file of "
+                f"{self.dtype} ids"
+            )
+
+    def __len__(self) -> int:
+        return self.nbytes // self.dtype.itemsize
+
+    def __getitem__(self, part: slice | int) -> np.ndarray:
+        """The ids begin:end, or one. Raises DataError where the file has become shorter than it was."""
+        if isinstance(part, int):
+            return self[part : part + 1][0]
+        begin, end, _ = part.indices(len(self))
+        size = self.dtype.itemsize
+        return np.frombuffer(self._read(begin * size, max(0, end - begin) * size), self.dtype)
+
+    def rows(self, starts: list[int], length: int) -> np.ndarray:
+        """self[start : start + length] for each start, without the cost of a slice for each."""
+        size, data = self.dtype.itemsize, b""
+        if hasattr(os, "pread"):
+            with contextlib.suppress(OSError):
+                data = b"".join([os.pread(self._handle, length * size, start * size) for start in starts])
+        if len(data) < length * size * len(starts):  # something is wrong, and is now met where it is named
+            data = b"".join([self._read(start * size, length * size) for start in starts])
+        return np.frombuffer(data, self.dtype).reshape(len(starts), length)
+
+    def _read(self, at: int, size: int) -> bytes:
+        try:
+            data = self._read_at(size, at)
+            while len(data) < size and (more := self._read_at(size - len(data), at + len(data))):
+                data += more  # a signal, or more than the system gives at once
+        except OSError as error:  # a disk that fails, a server that is gone
+            raise DataError(
+                f"cannot read {self.path}: {error.strerror or error}; when it can be read again, go on with "
+                "--init_from=resume"
+            ) from None
+        if len(data) < size:
+            raise DataError(
+                f"{self.path} has become shorter while it was read: it had {self.nbytes} bytes, now "
+                f"{os.fstat(self._handle).st_size}; restore it, and go on with --init_from=resume"
+            )
+        return data
+
+    def _read_at(self, size: int, at: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._handle, size, at)
+        with self._lock:
+            os.lseek(self._handle, at, os.SEEK_SET)
+            return os.read(self._handle, size)
+
+    def identity(self) -> dict[str, int]:
+        """What changes when the file does."""
+        info = os.fstat(self._handle)
+        return {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "ctime_ns": info.st_ctime_ns}
+
+
+Shards = Sequence[TokenFile | np.ndarray]
+
+
+def rows(shard: TokenFile | np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """shard[start : start + length] for each start, as the rows of one array."""
+    if isinstance(shard, TokenFile):
+        return shard.rows(starts.tolist(), length)
+    return shard[starts[:, None] + np.arange(length)]
+
+
+def _foreign_format(head: bytes) -> str | None:
+    """What a file is that begins so and holds no raw ids."""
+    if head.startswith(b"\x93NUMPY") and b"'descr'" in head[:64]:
+        return "a NumPy file with a header (.npy); write the array with array.tofile(path)"
+    if len(head) >= 64:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at the end
+            if not re.search(r"[\0-\x08\x0e-\x1f\x7f]", text):  # common ids have such bytes
+                return "a text; prepare it with llm-prepare"
+    return None
+
+
+def open_shards(folder: Path, split: str) -> list[TokenFile]:
+    """The files of a split, in order; those that are empty are left out. Raises UserError for a split that is missing,
+    empty, in a foreign format or of another length than its manifest says."""
+    manifest = read_manifest(folder)
+    dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
+    stated = _stated(folder, split, manifest)
+    shards = []
+    for path, tokens in stated.items():
+        if not os.path.lexists(path):
+            raise UserError(f"{path} is missing: the {split} split of this dataset is not there")
+        shard = TokenFile(path, dtype)
+        if tokens is not None and len(shard) != tokens:
+            raise DataError(f"{path} has {len(shard)} tokens, its manifest says {tokens}; prepare it again")
+        if manifest is None and _every_second_is_zero(shard):
+            raise DataError(
+                f"{path}: every second id is 0, as in a file of uint32 or int64 ids; without a manifest.json it is "
+                "read as uint16: write array.astype('uint16').tofile(path), or prepare the text with llm-prepare"
+            )
+        if len(shard):
+            shards.append(shard)
+    if not shards:
+        raise UserError(f"{', '.join(map(str, stated)) or folder} is empty: the {split} split has no tokens")
+    return shards
+
+
+def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[Path, int | None]:
+    """The files that make up a split, with the tokens that the manifest states."""
+    if manifest and split in manifest["splits"]:
+        listed = manifest["splits"][split]["shards"]
+        stated = {folder / s["file"]: s["tokens"] for s in listed}
+        if any(path.parent != folder or path.name in ("", "..") for path in stated):
+            raise UserError(f"{folder / 'manifest.json'} names files outside its folder; prepare the data again")
+        if len(stated) < len(listed):
+            raise UserError(f"{folder / 'manifest.json'} names a file twice; prepare the data again")
+        return stated
+    numbered = re.compile(rf"{split}_(\d{{1,9}})\.bin")
+    found = {int(match[1]): p for p in sorted(folder.glob("*.bin")) if (match := numbered.fullmatch(p.name))}
+    if not found:
+        return {folder / f"{split}.bin": None}
+    if os.path.lexists(folder / f"{split}.bin"):
+        raise UserError(f"{folder} holds both {split}.bin and {found[min(found)].name}: move one of the two away")
+    if gap := next((number for number in range(min(found), max(found)) if number not in found), None):
+        raise UserError(f"{folder} has {len(found)} files of the {split} split, but number {gap} is missing")
+    return {found[number]: None for number in sorted(found)}
+
+
+def _every_second_is_zero(shard: TokenFile) -> bool:
+    """How wider ids look when they are read as uint16. Both ends are looked at."""
+    head, tail = shard[: HEAD // 2], shard[max(0, len(shard) - HEAD // 2) // 2 * 2 :]
+    return len(head) >= 16 and bool(head[::2].any()) and not head[1::2].any() and not tail[1::2].any()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json of a data folder, or None in a folder of nanoGPT's. Raises UserError where it is damaged."""
+    path = folder / "manifest.json"
+    if not os.path.lexists(path):
+        return None
+    try:
+        manifest = json.loads(read_regular(path, MAX_MANIFEST))
+        if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
+            raise ValueError("unknown format or dtype")
+        if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
+            raise ValueError("vocab_size is no number of ids")
+        for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
+            if not isinstance(shard["file"], str) or "\0" in shard["file"]:
+                raise ValueError("a file has no name")
+            if type(shard["tokens"]) is not int or shard["tokens"] < 0:
+                raise ValueError("a file has no number of tokens")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({why}); prepare the data again with llm-prepare") from None
+
+
+# the vocabulary bound
+
+
+def scan(shards: Shards, name: str, vocab_size: int, stopped: threading.Event | None = None) -> None:
+    """Reads every id. Raises DataError at the first one outside the vocabulary. What was found in large files is
+    remembered beside them, for as long as they do not change."""
+    remember, at = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0
+    for shard in shards:
+        largest = _remembered(shard) if remember and isinstance(shard, TokenFile) else None
+        if largest is None or largest >= vocab_size:
+            before = shard.identity() if isinstance(shard, TokenFile) else None
+            largest = 0
+            for begin in range(0, len(shard), BLOCK):
+                if stopped is not None and stopped.is_set():
+                    return
+                part = shard[begin : begin + BLOCK]
+                largest = max(largest, int(part.max()))
+                if largest >= vocab_size:
+                    refuse_outside(shards, name, vocab_size, at + begin, part)
+            if remember and isinstance(shard, TokenFile) and before == shard.identity():
+                _remember(shard, largest)
+        at += len(shard)
+
+
+def refuse_outside(shards: Shards, name: str, vocab_size: int, position: int, ids: np.ndarray) -> None:
+    """Raises DataError where one of the ids, which begin at a position of the split, is not in the vocabulary."""
+    if not len(ids) or int(ids.max()) < vocab_size:
+        return
+    bad = int(np.argmax(ids >= vocab_size))
+    at, why = position + bad, "the data belongs to another tokenizer; prepare it again"
+    for shard in shards:
+        if at < len(shard):
+            break
+        at -= len(shard)
+    if isinstance(shard, TokenFile):
+        name, position = str(shard.path), at - bad
+        why = _explain(shard, at, vocab_size) or why
+    raise DataError(
+        f"{name}: token {position + bad} has id {int(ids[bad])}, outside the vocabulary of {vocab_size} ids: {why}"
+    )
+
+
+def _explain(shard: TokenFile, at: int, vocab_size: int) -> str | None:
+    """What the ids around a bad one would be if the file held another type of number."""
+    begin = at * shard.dtype.itemsize // HEAD * HEAD // shard.dtype.itemsize
+    around = shard[begin : begin + HEAD // shard.dtype.itemsize].tobytes()
+    for dtype in map(np.dtype, OTHER_DTYPES):
+        values = np.frombuffer(around[: len(around) // dtype.itemsize * dtype.itemsize], dtype)
+        with np.errstate(invalid="ignore"):
+            fits = (values >= 0) & (values < vocab_size) & (values == np.floor(values))
+        if dtype != shard.dtype and len(values) > 1 and fits.all():
+            order = " in the other byte order" if dtype.byteorder == ">" else ""
+            return (
+                f"read as {dtype.name}{order} those around it fit; convert the file to little-endian "
+                f"{shard.dtype.name}, or prepare the data again"
+            )
+    return None
+
+
+class BackgroundScan:
+    """A scan in a thread beside the first steps. It ends when it is closed, or when nobody holds it any more."""
+
+    def __init__(self, shards: Shards, name: str, vocab_size: int):
+        self._stopped, self._errors = threading.Event(), list[UserError]()
+        arguments = (shards, name, vocab_size, self._stopped, self._errors)
+        self._thread = threading.Thread(target=_scan_into, args=arguments, name="scan", daemon=True)
+        weakref.finalize(self, self._stopped.set)
+        self._thread.start()
+
+    def raise_if_bad(self) -> None:
+        """Raises the DataError that the scan has met. Costs nothing to ask."""
+        if self._errors:
+            raise self._errors[0]
+
+    @property
+    def finished(self) -> bool:
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _scan_into(shards: Shards, name: str, vocab_size: int, stopped: threading.Event, errors: list[UserError]) -> None:
+    try:
+        scan(shards, name, vocab_size, stopped)
+    except UserError as error:
+        errors.append(error)
+
+
+def _remembered(shard: TokenFile) -> int | None:
+    """The largest id of a file, if it was scanned and has not changed since."""
+    entry = _checked(shard.path.parent).get(shard.path.name)
+    if not isinstance(entry, dict) or {**entry, "largest": None} != {**_facts(shard), "largest": None}:
+        return None
+    return entry["largest"] if type(entry.get("largest")) is int and entry["largest"] >= 0 else None
+
+
+def _remember(shard: TokenFile, largest: int) -> None:
+    path = shard.path.with_name(CHECKED)
+    content = _checked(path.parent) | {shard.path.name: _facts(shard) | {"largest": largest}}
+    temporary = path.with_name(f"{CHECKED}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a folder that is read-only is scanned each time
+        try:
+            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _facts(shard: TokenFile) -> dict[str, Any]:
+    return {**shard.identity(), "dtype": str(shard.dtype)}
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_regular(folder / CHECKED, MAX_MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
