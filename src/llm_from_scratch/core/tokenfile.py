@@ -36,7 +36,7 @@ class DataError(UserError):
 
 
 class TokenFile:
-    """Ids of one file: file[a:b] or file[a] reads them. One descriptor serves any number of threads and forked processes."""
+    """Ids of one file: file[a:b] or file[a] reads them. One descriptor serves all threads and forked processes."""
 
     def __init__(self, path: str | Path, dtype: np.dtype | str):
         """Raises UserError for what is no file of whole ids: missing, a FIFO, of odd length, .npy, text."""
