@@ -149,14 +149,21 @@ class TrainingConfig:
     """Stop after so many evaluations in a row without a better val loss. None never stops early."""
     sample_interval: int | None = None
     """Steps between samples that the model writes while it trains (start, max_new_tokens, temperature, top_k)."""
+    max_skipped_steps: int = 5
+    """Steps in a row with a loss or gradient that is not finite (each is left out), after which the run goes back."""
+    max_rollbacks: int = 2
+    """Returns to the last good checkpoint, with other batches from there on, before the run gives up."""
+    skip_spikes: bool = False
+    """Also leave out steps whose loss lies far above the recent ones; else they are only reported."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
 
     def validate(self) -> None:
         _at_least("max_iters", self.max_iters, 0)
+        _at_least("max_rollbacks", self.max_rollbacks, 0)
         if self.epochs is not None:
             _above("epochs", self.epochs, 0.0)
-        for name in ("gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last"):
+        for name in ("gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "max_skipped_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("save_interval", "keep_every", "early_stopping_patience", "sample_interval"):
             if getattr(self, name) is not None:

@@ -40,6 +40,8 @@ class Runtime:
     local_rank: int
     world_size: int
     backend: str
+    threads: int | None
+    """CPU threads; None leaves torch's own choice."""
     reasons: dict[str, str]
     """Setting -> what was chosen and why, for the announcement."""
 
@@ -128,13 +130,15 @@ def resolve(config: SystemConfig) -> Runtime:
         reasons["dtype"] += "; this processor emulates bfloat16, float32 is faster"
     if device.type == "cuda":
         reasons["device"] += f", {torch.cuda.get_device_name(device)}"
-    return Runtime(device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, reasons)
+    return Runtime(
+        device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, config.threads, reasons
+    )
 
 
 def start(runtime: Runtime, config: SystemConfig) -> None:
     """Applies the choice: threads, TF32, seeds, and the process group under torchrun."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True

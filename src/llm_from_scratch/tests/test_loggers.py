@@ -14,6 +14,7 @@ import pytest
 
 from llm_from_scratch.config import Config, UserError
 from llm_from_scratch.training import loggers
+from llm_from_scratch.training.evaluate import Evaluation
 from llm_from_scratch.training.loggers import JsonLines, RunLog, check_extras, plot_losses, read_metrics
 
 STEP = {"loss": 2.34567, "lr": 1e-3, "time_ms": 12.345, "tokens_per_s": 1e4, "grad_norm": 0.5}
@@ -55,12 +56,12 @@ def test_metrics_are_one_object_a_line() -> None:
     log.train_step(0, STEP)
     log.train_step(1, {**STEP, "grad_norm": math.inf, "loss": math.nan})
     lines = Path("run/metrics.jsonl").read_text().splitlines()  # before close(): each line is written at once
-    log.final(2, {"val_loss_full": 2.0})
+    log.final(2, Evaluation(loss=2.0, tokens=3, text_bytes=None, seconds=1.0))
     log.close()
     assert [json.loads(line) for line in lines] == [
         {"step": 0, **EVALUATION}, {"step": 0, **STEP}, {"step": 1, **STEP, "grad_norm": None, "loss": None}
     ]  # fmt: skip
-    assert read_metrics(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0}
+    assert read_metrics(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
 
 
 def test_a_resumed_log_forgets_what_is_done_again() -> None:

@@ -149,6 +149,11 @@ class _evaluating:
         self.model.train(self.was_training)
 
 
+def any_process(condition: bool, runtime: Runtime) -> bool:
+    """Whether it holds in one of the processes; all must decide the same."""
+    return _sum_over_ranks([float(condition)], runtime)[0] > 0
+
+
 def _sum_over_ranks(values: list[float], runtime: Runtime) -> list[float]:
     if runtime.world_size == 1:
         return values

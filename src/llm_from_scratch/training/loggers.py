@@ -7,13 +7,17 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import Config, UserError, flatten
+
+if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
+    from .evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
 UNKNOWN_MFU = -1.0  # what nanoGPT's lines show (as -100.00%) where there is no figure
@@ -50,9 +54,15 @@ class JsonLines:
     """metrics.jsonl: one object a line, each with its step; NaN and infinities as null."""
 
     def __init__(self, path: Path, resume_at: int | None):
+        self.path = path
         if resume_at is not None and path.exists():
             _forget_from(path, resume_at)
         self.file = path.open("a", encoding="utf-8")
+
+    def forget_from(self, step: int) -> None:
+        self.file.close()
+        _forget_from(self.path, step)
+        self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
@@ -119,20 +129,42 @@ class WandB:
         self.run.finish()
 
 
+class StepTimer:
+    """Seconds per update since the last log line, evaluations and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self._sum = 0, 0.0, 0.0
+        self._begin: float | None = None
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def pause(self) -> None:
+        """An update has ended."""
+        if self._begin is not None:
+            spent = time.perf_counter() - self._begin
+            self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
+            self.count += 1
+
+    def seconds_per_step(self) -> float:
+        mean = self._sum / max(1, self.count)
+        self.count, self._sum = 0, 0.0
+        return max(mean, 1e-9)
+
+
 class RunLog:
     """All of a run's reporting. Only the master process has sinks and speaks."""
 
     def __init__(self, config: Config, is_master: bool, first: int, last: int, resumed: bool):
         self.sinks: list[Sink] = []
         self.bar: Progress | None = None
-        self.silent = not is_master
+        self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
         if not is_master:
             return
         if not config.training.eval_only:  # which changes no file
-            out_dir = Path(config.training.out_dir)
-            self.sinks.append(JsonLines(out_dir / METRICS, first if resumed else None))
+            self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None))
             if config.logging.tensorboard:
-                self.sinks.append(TensorBoard(out_dir / "tensorboard"))
+                self.sinks.append(TensorBoard(self.out_dir / "tensorboard"))
         if config.logging.wandb_log:
             self.sinks.append(WandB(config))
         console = Console()
@@ -174,9 +206,28 @@ class RunLog:
         self._log(step, metrics)
         self.say(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
 
-    def final(self, step: int, metrics: dict[str, float]) -> None:
+    def final(self, step: int, found: Evaluation) -> None:
         """The whole validation split's loss at the end of the run."""
+        metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
+        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), "
+        text += f"perplexity {found.perplexity:.2f}"
+        if (bits := found.bits_per_byte) is not None:
+            metrics["bits_per_byte"] = bits
+            text += f", {bits:.3f} bits per byte"
         self._log(step, metrics)
+        self.say(text)
+
+    def sample(self, step: int, text: str) -> None:
+        """What the model wrote while it trained."""
+        self.say(f"--- sample at step {step} ---\n{text}\n---")
+        with (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+    def forget_from(self, step: int) -> None:
+        """The steps from here on are done anew; the destinations that can, let go of them."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                sink.forget_from(step)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:

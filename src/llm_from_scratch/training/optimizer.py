@@ -44,6 +44,19 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
     return make_adamw(model, config.weight_decay, config.learning_rate, betas, fused=fused)
 
 
+def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """optimizer.step() where skip (a 0-dim bool tensor) is false; else weights and moments stay as they are to the bit.
+
+    On a GPU, fused kernels look at the flag themselves, so that nothing waits for it (as torch.amp.GradScaler does).
+    """
+    if skip.device.type == "cuda" and optimizer.defaults.get("fused"):
+        vars(optimizer).update(grad_scale=None, found_inf=skip.float())
+        optimizer.step()
+        del vars(optimizer)["grad_scale"], vars(optimizer)["found_inf"]
+    elif not skip:
+        optimizer.step()
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """{"state": {parameter name: {moment: tensor}}, "param_groups": [{"names": [...], "lr": ...}]}.
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..core.runtime import Runtime
 from ..core.sizing import Sizes, sizes
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from .loggers import check_extras
+from .resume import differences, same_machine, same_micro_batch
 
 COMMAND_LINE = "command line"
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
@@ -116,7 +116,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
         _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
         notes.append(f"resuming from {resumed.path} at step {start_step}")
-        runtime = _same_precision(config, runtime, resumed)
+        runtime = same_machine(config, runtime, resumed)
     elif init_from != "scratch":
         loaded, weights, theirs = _load_weights(init_from, folder)
         _fit(config, loaded, sources or {}, notes, may_crop=True)
@@ -145,6 +145,8 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         len(train_data), config.model.block_size, config.data.sample_order, config.data.stride, config.system.seed
     )
     global_batch, micro_batch = _batches(config, runtime)
+    if resumed is not None:
+        micro_batch = same_micro_batch(resumed, global_batch // runtime.world_size, micro_batch)
     _set_length(config, order, global_batch)
     last_step = config.training.max_iters + (1 if config.training.inclusive_max_iters else 0)
     if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
@@ -158,6 +160,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     )  # fmt: skip
     if resumed is not None:
         _same_data(plan, resumed)
+        notes += differences(config, resumed)
     return plan
 
 
@@ -173,15 +176,6 @@ def _same_data(plan: Plan, resumed: Checkpoint) -> None:
             f"--init_from={plan.config.training.out_dir} and another --out_dir"
         )
     plan.notes.append(f"{plan.folder} holds other training tokens than the run began with, as allowed")
-
-
-def _same_precision(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
-    """Where dtype is auto, a run goes on in the precision that was chosen for it."""
-    before = runtimes.DTYPES.get(str(resumed.trainer.get("dtype")))
-    if config.system.dtype != "auto" or before is None or before == runtime.dtype:
-        return runtime
-    name = str(before).removeprefix("torch.")
-    return dataclasses.replace(runtime, dtype=before, reasons=runtime.reasons | {"dtype": f"{name} (as the run began)"})
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
@@ -287,14 +281,6 @@ def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:
     config.training.max_iters = max(1, math.ceil(config.training.epochs * per_epoch / global_batch))
     config.training.inclusive_max_iters = False
     config.training.epochs = None
-
-
-def resume_command(config: Config, command: str) -> str:
-    """What to type to go on with a run."""
-    words = [command, "--init_from=resume", f"--out_dir={config.training.out_dir}"]
-    if os.path.sep in config.data.dataset or "/" in config.data.dataset:
-        words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint
-    return " ".join(words)
 
 
 def describe(plan: Plan) -> list[str]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
+import math
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, to_dict
+from ..config import Config, UserError, to_dict
 from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.dataset import BatchLoader
+from ..core.lock import FolderLock
 from ..core.model import GPT
-from .evaluate import Evaluation, estimate_loss, evaluate_split
-from .guards import StopRequest, TrainingError, check_finite
-from .loggers import METRICS, RunLog, plot_losses
-from .optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
+from .guards import Finding, NotFiniteError, StepGuard, StopRequest, TrainingError, all_finite, not_finite_error
+from .loggers import METRICS, RunLog, StepTimer, plot_losses
+from .memory import halve_micro_batch, is_out_of_memory
+from .optimizer import make_optimizer, optimizer_state, step_unless
 from .parallel import Wrapped, wrap
+from .resume import machine_of, not_bit_exact, resume_command
+from .samples import write_sample
 from .scheduler import learning_rate_at
-from .setup import Plan, describe, prepare, resume_command
+from .setup import Plan, describe, prepare
+from .snapshot import TrainState, Writer, copied, random_states, restore
 
 LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 
@@ -50,21 +54,6 @@ class TrainResult:
     """0, 128 + the number of the signal that stopped the run, or 1 where the last state could not be saved."""
 
 
-@dataclass
-class TrainState:
-    """All that must survive besides weights, optimizer state and random states."""
-
-    run_id: str
-    step: int = 0
-    best_val_loss: float = 1e9
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    evaluated_at: int = -1
-    saved_at: int = -1
-    val_loss: float | None = None
-    """Estimated at evaluated_at."""
-
-
 def train(config: Config, sources: dict[str, str] | None = None, command: str = "llm-train") -> TrainResult:
     """Trains a model as the settings say; returns how it ended.
 
@@ -72,25 +61,28 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
     Raises UserError before anything is written where settings, data, weights or machine do not fit, and
     TrainingError where the run cannot go on.
     """
-    plan = prepare(config, sources)
-    runtimes.start(plan.runtime, plan.config.system)
-    try:
-        with StopRequest() as stop:
-            trainer = Trainer(plan, command)
-            try:
-                return trainer.run(stop)
-            finally:
-                trainer.close()
-    finally:
-        runtimes.stop()
+    out_dir = Path(config.training.out_dir)
+    lock = FolderLock(out_dir)
+    with contextlib.ExitStack() as leave:
+        leave.callback(lock.release)
+        if config.training.init_from == "resume" and out_dir.is_dir() and not config.training.eval_only:
+            lock.acquire()  # now, since damaged checkpoints are set aside before the run starts
+        plan = prepare(config, sources)
+        leave.callback(runtimes.stop)
+        runtimes.start(plan.runtime, plan.config.system)
+        stop = leave.enter_context(StopRequest())
+        trainer = Trainer(plan, command, stop, lock)
+        leave.callback(trainer.close)
+        result = trainer.run()
+    return result
 
 
 class Trainer:
     """One run: its model, its optimizer and its state."""
 
-    def __init__(self, plan: Plan, command: str):
+    def __init__(self, plan: Plan, command: str, stop: StopRequest, lock: FolderLock):
         self.plan, self.config, self.runtime = plan, plan.config, plan.runtime
-        self.command = command
+        self.command, self.stop, self.lock = command, stop, lock
         self.out_dir = Path(self.config.training.out_dir)
         self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step)
         model = GPT(self.config.model)
@@ -107,69 +99,99 @@ class Trainer:
         self.eval_batch = plan.micro_batch if self.models.is_compiled else None
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
+        self.writer = Writer()
         self.saved_to: Path | None = None
         self.save_failed = False  # the last try
+        self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
             self.runtime.world_size,
         )  # fmt: skip
         if plan.resumed is not None:
-            self._restore(say)
+            for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
+                say(line)
         self.log = self._open_log()  # the first that is written: all that can fail before step 0 is behind
         plan.weights = plan.resumed = None  # free the memory
 
-    def run(self, stop: StopRequest) -> TrainResult:
+    def run(self) -> TrainResult:
         training, state, last = self.config.training, self.state, self.plan.last_step
         if training.eval_only:
             self._evaluate()
             return self._result(None, 0)
         if state.step >= last:
             self.log.say(f"nothing to do: the run stands at step {state.step} of {last}; raise --max_iters")
-        stopped = False
-        timer = StepTimer()
+        self.timer, stopped = StepTimer(), False
         while state.step < last and not stopped:
-            if state.step % training.eval_interval == 0 and state.evaluated_at != state.step:
-                self._evaluate()
-            self._save_if_due()
-            if training.sample_interval and state.step % training.sample_interval == 0:
-                self._sample()
-            if self._should_stop_early():
-                break
-            timer.start()
-            loss, grad_norm, lr = self._update()
-            timer.count += 1
-            if state.step % self.config.logging.log_interval == 0:
-                self._log_step(state.step, loss, grad_norm, lr, timer)
-            timer.pause()
-            state.step += 1
-            stopped = stop.agreed(self.runtime)
-        return self._finish(stop, stopped, timer)
+            try:
+                if state.step % training.eval_interval == 0 and state.evaluated_at != state.step:
+                    self._evaluate()
+                self._save_if_due()
+                if training.sample_interval and state.step % training.sample_interval == 0 and self.runtime.is_master:
+                    self.log.sample(state.step, write_sample(self.models.raw, self.plan))
+                if self._should_stop_early():
+                    break
+                self._update()
+                self._heed(all_of_them=state.step == last)
+                stopped = self.stop.agreed(self.runtime)
+            except NotFiniteError as error:
+                self._roll_back(error)
+                stopped = self.stop.agreed(self.runtime)
+        return self._finish(stopped)
 
-    def _update(self) -> tuple[Tensor, Tensor | None, float]:
-        """One optimizer update. Returns the mean loss over the global batch's share of this process, and the norm."""
-        config, state = self.config, self.state
-        lr = self._learning_rate()
+    def _update(self) -> None:
+        """One optimizer update on one global batch; left out where loss or gradient is not finite."""
+        state, clip, lr = self.state, self.config.optimizer.grad_clip, self._learning_rate()
+        self._tell_saved()
+        self.timer.start()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x, y = self.loader.get(state.step)  # (rows, T)
-        micro_steps = self.plan.micro_steps
-        total = torch.zeros((), device=self.runtime.device)
-        parts = zip(x.split(self.plan.micro_batch), y.split(self.plan.micro_batch), strict=True)
-        for i, (xi, yi) in enumerate(parts):
-            with self._gradients_meet(i == micro_steps - 1):
-                with self.runtime.autocast():
-                    _, loss = self.models.train(xi, yi)
-                loss = loss / micro_steps  # the gradient of the mean, not of the sum
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-        norm = None
-        if config.optimizer.grad_clip:
-            self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.models.raw.parameters(), config.optimizer.grad_clip)
-        self.scaler.step(self.optimizer)
+        loss = self._gradients()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.models.raw.parameters() if p.grad is not None]
+        if clip:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        skip = self.guard.judge(state.step, lr, loss, norm, self.stop)
+        step_unless(skip, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm, lr
+        state.step += 1
+        self.timer.pause()
+
+    def _gradients(self) -> Tensor:
+        """Forward and backward over this process's share of the batch, in parts that fit. Returns the mean loss."""
+        state = self.state
+        try:
+            x, y = self.loader.get(state.step + state.data_shift)  # (rows, T)
+        except UserError:  # the data failed under the run: what has been learned is kept
+            self._save()
+            raise
+        while True:
+            try:
+                total = torch.zeros((), device=self.runtime.device)
+                parts = list(zip(x.split(self.plan.micro_batch), y.split(self.plan.micro_batch), strict=True))
+                for i, (xi, yi) in enumerate(parts):
+                    with self._gradients_meet(i == len(parts) - 1):
+                        with self.runtime.autocast():
+                            _, loss = self.models.train(xi, yi)
+                        loss = loss / len(parts)  # the gradient of the mean, not of the sum
+                        self.scaler.scale(loss).backward()
+                    total += loss.detach()
+                return total
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            # outside the except block: the error's traceback holds on to the tensors of the step
+            loss = None
+            self._halve_micro_batch(reason)
+
+    def _halve_micro_batch(self, reason: str) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.log.say(halve_micro_batch(self.plan, reason))
+        if self.models.is_compiled:
+            self.eval_batch = self.plan.micro_batch
 
     def _learning_rate(self) -> float:
         """That of the update at the present step."""
@@ -183,27 +205,69 @@ class Trainer:
             return contextlib.nullcontext()
         return self.models.train.no_sync()  # type: ignore[operator]
 
-    def _log_step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float, timer: StepTimer) -> None:
-        value = self._mean_over_ranks(loss)  # waits for the device: the one synchronisation, and only when logged
-        check_finite(value, step, lr, self.config, self.runtime)
-        seconds = timer.seconds_per_step()
+    def _heed(self, all_of_them: bool) -> None:
+        """Logs the steps that the device is done with. Raises NotFiniteError where a bad one is one too many."""
+        for found in self.guard.findings(all_of_them):
+            self.stop.heard = self.stop.heard or found.signum
+            self._log_step(found)
+            self._count_skipped(found)
+
+    def _log_step(self, found: Finding) -> None:
+        if found.step % self.config.logging.log_interval and not (found.skipped or found.spike):
+            return
+        seconds = self.timer.seconds_per_step()
         rate = self.plan.tokens_per_step / seconds
-        metrics = {"loss": value, "lr": lr, "time_ms": seconds * 1e3, "tokens_per_s": rate}
-        if grad_norm is not None:
-            metrics["grad_norm"] = float(grad_norm)
+        metrics = {"loss": found.loss, "lr": found.learning_rate, "grad_norm": found.grad_norm}
+        metrics |= {"time_ms": seconds * 1e3, "tokens_per_s": rate}
         if peak := self.runtime.peak_flops:
             metrics["mfu"] = rate * self.plan.sizes.flops_per_token / (peak * self.runtime.world_size)
         self.mfu = metrics.get("mfu")
-        self.log.train_step(step, metrics)
+        metrics |= {name: 1 for name in ("skipped", "spike") if getattr(found, name)}
+        self.log.train_step(found.step, metrics)
 
-    def _mean_over_ranks(self, value: Tensor) -> float:
+    def _count_skipped(self, found: Finding) -> None:
+        state = self.state
+        if found.spike:
+            self.log.say(f"warning: {found}, a spike far above the last losses{', left out' * found.skipped}")
+        if found.is_finite:
+            state.skipped_in_a_row = 0
+        elif not math.isfinite(found.loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            state.skipped_in_a_row += 1
+            self.log.say(f"warning: {found}, left out; {state.skipped_in_a_row} in a row")
+            too_many = state.skipped_in_a_row >= self.config.training.max_skipped_steps
+            if too_many or not all_finite(self.models.raw):
+                raise self._not_finite(found)
+        # else float16 looks for the largest scale of the gradients that does not overflow
+
+    def _not_finite(self, found: Finding) -> NotFiniteError:
+        begins = self.plan.order.starts(found.step + self.state.data_shift, self.plan.global_batch)
+        return not_finite_error(found, begins.tolist(), self.models.raw, self.config, self.runtime)
+
+    def _roll_back(self, error: NotFiniteError) -> None:
+        """Back to the newest good checkpoint, with other batches from there on. Raises TrainingError in the end."""
+        state, limit = self.state, self.config.training.max_rollbacks
+        self._tell_saved(wait=True)
         if self.runtime.world_size > 1:
-            torch.distributed.all_reduce(value)
-            value = value / self.runtime.world_size
-        return float(value)
+            torch.distributed.barrier()
+        if state.rollbacks >= limit:
+            raise TrainingError(f"{error}; stopped after {limit} roll-backs; the last good checkpoint is kept")
+        try:
+            saved = checkpoints.load_any(self.out_dir, "last", need_tokenizer=False)
+        except UserError as reason:
+            raise TrainingError(f"{error}; stopped: no checkpoint to go back to ({reason})") from None
+        rollbacks, reached, shift = state.rollbacks + 1, state.step, state.data_shift
+        self.models.raw.load_state_dict(saved.model)
+        self._restore(saved)
+        state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
+        self.guard.pending.clear()
+        self.log.forget_from(saved.step)
+        self.log.say(
+            f"warning: {error}; back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
+        )
 
     def _evaluate(self) -> None:
-        """Estimates the losses on fixed batches, and keeps count of the best."""
+        """Estimates the losses on fixed batches, and keeps count of the best. Raises NotFiniteError."""
+        self._heed(all_of_them=True)
         training, state = self.config.training, self.state
         windows = training.eval_iters * self.config.data.batch_size
         block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
@@ -215,7 +279,8 @@ class Trainer:
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
         self.log.evaluation(state.step, metrics | ({"mfu": self.mfu} if self.mfu is not None else {}))
-        check_finite(losses["val"], state.step, lr, self.config, self.runtime)
+        if not math.isfinite(losses["val"]):
+            raise self._not_finite(Finding(state.step, lr, losses["val"], math.nan))
         state.evaluated_at, state.val_loss = state.step, losses["val"]
         if losses["val"] < state.best_val_loss:
             state.best_val_loss, state.best_step, state.evaluations_without_gain = losses["val"], state.step, 0
@@ -241,105 +306,54 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        """Writes a checkpoint of this very step, then lets go of older ones."""
-        state = self.state
+        """Copies the state of this very step; a thread writes it, and lets go of older checkpoints."""
+        state, training = self.state, self.config.training
         if state.saved_at == state.step:
             return
+        self._heed(all_of_them=True)
+        self._tell_saved(wait=True)  # one at a time
         state.saved_at = state.step
-        rng = self._random_states()  # of all processes: each takes part
+        rng = random_states(self.runtime)  # of all processes: each takes part
         if not self.runtime.is_master:
             return
-        val_loss = state.val_loss if state.evaluated_at == state.step else None
-        contents: dict[str, Any] = {
+        best_only = not training.always_save_checkpoint  # nanoGPT's ckpt.pt then holds the best
+        contents = {
             "step": state.step,
             "model": self.models.raw.state_dict(),
-            "model_config": self.models.raw.config,
             "optimizer": optimizer_state(self.optimizer),
-            "trainer": vars(state)
-            | {"scaler": self.scaler.state_dict(), "dtype": str(self.runtime.dtype).removeprefix("torch.")},
+            "trainer": vars(state) | {"scaler": self.scaler.state_dict(), "machine": self._machine()},
             "rng": rng,
             "config": to_dict(self.config),
+            "model_config": self.models.raw.config,
             "tokenizer": self.plan.tokenizer,
         }
-        try:
-            self.saved_to = checkpoints.save_checkpoint(
-                self.out_dir, **contents, run_id=state.run_id, dataset_hash=self.plan.dataset_hash, val_loss=val_loss,
-                keep_last=self.config.training.keep_last, keep_every=self.config.training.keep_every,
-            )  # fmt: skip
-            best_only = not self.config.training.always_save_checkpoint  # nanoGPT's ckpt.pt then holds the best
-            if self.config.training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only):
-                whole = checkpoints.Checkpoint(path=None, **contents)
-                checkpoints.write_nanogpt(self.out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
-        except checkpoints.SaveError as error:
+        self.writer.start(
+            copied(contents), self.out_dir, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
+            val_loss=state.val_loss if state.evaluated_at == state.step else None,
+            keep_last=training.keep_last, keep_every=training.keep_every,
+            export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
+        )  # fmt: skip
+
+    def _tell_saved(self, wait: bool = False) -> None:
+        """Says what became of the last save, once it is known."""
+        outcome = self.writer.finished(wait)
+        if isinstance(outcome, UserError):
             self.save_failed = True
-            self.log.say(f"warning: step {state.step} is not saved: {error}")
-            return
-        self.save_failed = False
-        self.log.say(f"saved checkpoint {self.saved_to}")
+            if self.state.saved_at == self.writer.step:
+                self.state.saved_at = -1  # the end of the run tries once more
+            self.log.say(f"warning: step {self.writer.step} is not saved: {outcome}")
+        elif outcome is not None:
+            self.save_failed, self.saved_to = False, outcome
+            self.log.say(f"saved checkpoint {outcome}")
 
-    def _random_states(self) -> dict[str, Tensor]:
-        """The generators' states of every process: {"cpu.RANK": uint8 tensor, "cuda.RANK": ...}."""
-        mine = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        states: dict[str, Tensor] = {}
-        for kind, tensor in mine.items():
-            parts = [tensor]
-            if self.runtime.world_size > 1:
-                local = tensor.to(self.runtime.device)
-                parts = [torch.empty_like(local) for _ in range(self.runtime.world_size)]
-                torch.distributed.all_gather(parts, local)
-            states |= {f"{kind}.{rank}": part.cpu() for rank, part in enumerate(parts)}
-        return states
+    def _machine(self) -> dict[str, Any]:
+        return machine_of(self.runtime, self.optimizer, self.models.is_compiled, self.plan.micro_batch)
 
-    def _restore(self, say: Callable[[str], None]) -> None:
-        """Takes optimizer, scaler, counters and random states from the checkpoint."""
-        saved = self.plan.resumed
-        assert saved is not None
-        if saved.optimizer is not None:
-            load_optimizer_state(self.optimizer, saved.optimizer)
-        else:
-            say("the checkpoint holds no optimizer state: the moments start from zero")
-        trainer = dict(saved.trainer)
-        scaler = trainer.pop("scaler", None)
-        if scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(scaler)
-        for name in vars(self.state):
-            if trainer.get(name) is not None:
-                setattr(self.state, name, trainer[name])
-        self.state.step = saved.step
-        # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
-        self.state.saved_at = saved.step if self.state.evaluated_at == saved.step else -1
-        rank = self.runtime.rank
-        kinds: dict[str, Callable[[Tensor], None]] = {"cpu": torch.set_rng_state}
-        if self.runtime.device.type == "cuda":
-            kinds["cuda"] = lambda state: torch.cuda.set_rng_state(state, self.runtime.device)
-        processes = sum(name.startswith("cpu.") for name in saved.rng)
-        if processes == self.runtime.world_size and all(f"{kind}.{rank}" in saved.rng for kind in kinds):
-            for kind, restore in kinds.items():
-                restore(saved.rng[f"{kind}.{rank}"])
-        elif self.config.model.dropout:
-            say("other processes or devices than the checkpoint's: dropout is drawn anew, not bit-exact")
-
-    @torch.no_grad()
-    def _sample(self) -> None:
-        """Lets the model write a little, from its own generator, so that watching changes nothing."""
-        tokenizer, generation, raw = self.plan.tokenizer, self.config.generation, self.models.raw
-        if tokenizer is None or not self.runtime.is_master:
-            return
-        idx = torch.tensor([self.plan.prompt], device=self.runtime.device)
-        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
-        raw.eval()
-        with torch.random.fork_rng(devices=devices), self.runtime.autocast():
-            torch.manual_seed(self.config.system.seed)
-            out = raw.generate(
-                idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None
-            )
-        raw.train()
-        text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
-        self.log.say(f"--- sample at step {self.state.step} ---\n{text}\n---")
-        with (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.state.step, "text": text}) + "\n")
+    def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
+        """Takes all but the weights from a checkpoint. Returns what cannot be as it was."""
+        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime)
+        self.guard.detector.recent = self.state.recent_losses
+        return notes
 
     def _open_log(self) -> RunLog:
         plan, resumed = self.plan, self.plan.resumed is not None
@@ -347,6 +361,7 @@ class Trainer:
             torch.distributed.barrier()  # all have read their weights: the folder may be one that is moved now
         moved = None
         if self.runtime.is_master and not self.config.training.eval_only:
+            self.lock.acquire()
             if not resumed:
                 moved = checkpoints.archive_previous(self.out_dir)
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -356,7 +371,7 @@ class Trainer:
             log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
         return log
 
-    def _finish(self, stop: StopRequest, stopped: bool, timer: StepTimer) -> TrainResult:
+    def _finish(self, stopped: bool) -> TrainResult:
         """The last evaluation, the final checkpoint, the picture; or just the checkpoint where the run was stopped."""
         training, state = self.config.training, self.state
         final = None
@@ -365,37 +380,26 @@ class Trainer:
             self._evaluate()
         if state.step > 0:
             self._save()
+            self._tell_saved(wait=True)
         if stopped:
             self.log.say(f"stopped at step {state.step}; go on with: {resume_command(self.config, self.command)}")
         elif training.final_eval:
-            final = self._evaluate_whole(timer.total)
+            final = self._evaluate_whole()
         if self.runtime.is_master and not stopped and state.step:
             self._plot()
-        return self._result(final, stop.exit_code if stopped else 0)
+        return self._result(final, self.stop.exit_code if stopped else 0)
 
-    def _evaluate_whole(self, trained_for: float) -> Evaluation | None:
-        data, block_size = self.plan.val_data, self.config.model.block_size
-        expected = len(data) / self.eval_rate if self.eval_rate else 0.0
-        # clocks differ between processes, and all must decide the same
-        mine = float(expected > max(LONG_FINAL_EVALUATION, trained_for))
-        too_long = torch.tensor(mine, device=self.runtime.device)
-        if self._mean_over_ranks(too_long) > 0:
+    def _evaluate_whole(self) -> Evaluation | None:
+        plan, expected = self.plan, len(self.plan.val_data) / self.eval_rate if self.eval_rate else 0.0
+        if any_process(expected > max(LONG_FINAL_EVALUATION, self.timer.total), self.runtime):  # clocks differ
             self.log.say(
                 f"the whole validation split would take about {expected / 60:.0f} min: left to "
                 f"llm-eval --out_dir={self.out_dir} --dataset={self.config.data.dataset}"
             )
             return None
-        final = evaluate_split(
-            self.models.compiled, data, block_size, self.runtime, self.plan.tokenizer, self.eval_batch
-        )
-        metrics = {"val_loss_full": final.loss, "perplexity": final.perplexity}
-        text = f"final: val loss {final.loss:.4f} over the whole split ({final.tokens:,} tokens), "
-        text += f"perplexity {final.perplexity:.2f}"
-        if (bits := final.bits_per_byte) is not None:
-            metrics["bits_per_byte"] = bits
-            text += f", {bits:.3f} bits per byte"
-        self.log.final(self.state.step, metrics)
-        self.log.say(text)
+        block_size, model = self.config.model.block_size, self.models.compiled
+        final = evaluate_split(model, plan.val_data, block_size, self.runtime, plan.tokenizer, self.eval_batch)
+        self.log.final(self.state.step, final)
         return final
 
     def _plot(self) -> None:
@@ -404,6 +408,9 @@ class Trainer:
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
     def close(self) -> None:
+        """Waits for a checkpoint that is being written, unless a second signal asked to end at once."""
+        if not self.stop.is_second:
+            self._tell_saved(wait=True)
         self.loader.close()
         self.log.close(self.state.step)
 
@@ -416,28 +423,6 @@ class Trainer:
 
 def _silent(line: str) -> None:
     """What processes other than the first say."""
-
-
-class StepTimer:
-    """Seconds per update since the last log line, evaluations and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self._sum = 0, 0.0, 0.0
-        self._begin: float | None = None
-
-    def start(self) -> None:
-        self._begin = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._begin is not None:
-            spent = time.perf_counter() - self._begin
-            self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
-
-    def seconds_per_step(self) -> float:
-        self.pause()
-        mean = self._sum / max(1, self.count)
-        self.count, self._sum = 0, 0.0
-        return max(mean, 1e-9)
 
 
 __all__ = ["TrainResult", "TrainingError", "train"]

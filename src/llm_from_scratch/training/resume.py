@@ -1,0 +1,98 @@
+"""What a run that goes on takes over from its checkpoint, what has changed since, and whether it is still bit-exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from ..config import Config, flatten
+from ..core import runtime as runtimes
+from ..core.checkpoint import Checkpoint
+from ..core.runtime import Runtime
+
+# what a call is about, not the run
+NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}
+
+
+def machine_of(
+    runtime: Runtime, optimizer: torch.optim.Optimizer, is_compiled: bool, micro_batch: int
+) -> dict[str, Any]:
+    """All of the machine that the last bits of a run depend on, as the checkpoint keeps it."""
+    on_gpu = runtime.device.type == "cuda"
+    return {
+        "device": runtime.device.type,
+        "processor": torch.cuda.get_device_name(runtime.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "compile": is_compiled,
+        "fused": bool(optimizer.defaults.get("fused")),
+        "micro_batch": micro_batch,
+        "threads": torch.get_num_threads(),
+        "processes": runtime.world_size,
+        "torch": torch.__version__,
+    }
+
+
+def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
+    """The announcement where the machine or what was chosen for it is not what the run was cut on."""
+    before = resumed.trainer.get("machine")
+    if not isinstance(before, dict):
+        return []
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
+
+
+def differences(config: Config, resumed: Checkpoint) -> list[str]:
+    """Each setting that is not the one that the checkpoint was saved with."""
+    saved = {
+        leaf: value
+        for section in resumed.config.values()
+        if isinstance(section, dict)
+        for leaf, value in section.items()
+    }
+    lines = []
+    for name, value in flatten(config).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name in saved and name not in NOT_COMPARED and saved[name] != value:
+            lines.append(f"changed since the checkpoint: {name} {str(saved[name])[:80]} -> {str(value)[:80]}")
+    return lines
+
+
+def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
+    """Where a setting is left open, what was chosen for the run on this kind of device is used again."""
+    before = resumed.trainer.get("machine")
+    if not isinstance(before, dict) or before.get("device") != runtime.device.type:
+        return runtime
+    system, reasons = config.system, dict(runtime.reasons)
+    changes: dict[str, Any] = {}
+    dtype = runtimes.DTYPES.get(str(before.get("dtype")))
+    if system.dtype == "auto" and dtype is not None and dtype != runtime.dtype:
+        changes["dtype"] = dtype
+        reasons["dtype"] = f"{before['dtype']} (as the run began)"
+    compiled = before.get("compile")
+    # one that fell back to eager stays there: the compiler rounds in other places
+    if system.compile == "auto" and isinstance(compiled, bool) and compiled != runtime.compile:
+        if not compiled or runtimes.has_triton() or runtime.device.type == "cpu":
+            changes["compile"] = compiled
+            reasons["compile"] = f"{'on' if compiled else 'off'} (as the run began)"
+    threads = before.get("threads")
+    if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
+        changes["threads"] = threads
+    return dataclasses.replace(runtime, **changes, reasons=reasons)
+
+
+def same_micro_batch(resumed: Checkpoint, local_batch: int, chosen: int) -> int:
+    """The micro-batch that the run was cut with, which may have shrunk for want of memory."""
+    before = resumed.trainer.get("machine")
+    micro = before.get("micro_batch") if isinstance(before, dict) else None
+    return micro if type(micro) is int and 0 < micro < chosen and local_batch % micro == 0 else chosen
+
+
+def resume_command(config: Config, command: str) -> str:
+    """What to type to go on with a run."""
+    words = [command, "--init_from=resume", f"--out_dir={config.training.out_dir}"]
+    if os.path.sep in config.data.dataset or "/" in config.data.dataset:
+        words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint
+    return " ".join(words)
