@@ -105,6 +105,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory: CUDA's own error, or the one of torch's CPU allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def resolve(config: SystemConfig) -> Runtime:
     """Chooses device, precision and compilation for this machine. Starts nothing. Raises UserError."""
     rank, local_rank, world = distributed_env()

@@ -92,7 +92,7 @@ def test_processes_together_count_every_token_once(world: int, monkeypatch: pyte
     for runtime in ranks:
         estimate_loss(model, tokens, 8, 20, runtime)
     nats, counted = np.sum(sums, axis=0)
-    assert counted == 20 and nats / counted == pytest.approx(expected_estimate, rel=1e-6)
+    assert counted == 20 * 8 and nats / counted == pytest.approx(expected_estimate, rel=1e-6)
 
 
 def test_bits_per_byte_by_hand() -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import UserError
 from ..core.dataset import SampleOrder, TokenData
-from ..core.runtime import Runtime
+from ..core.runtime import Runtime, is_out_of_memory
 from ..core.tokenizer import Tokenizer
 
 LOGITS_LIMIT = 1 << 26  # logits of one evaluation batch: 256 MiB in float32
@@ -52,17 +53,8 @@ def evaluate_split(
 ) -> Evaluation:
     """The loss over every token of a split but its first, in neighbouring windows of block_size tokens."""
     begin = time.perf_counter()
-    batch_size = batch_size or _batch_size(model, block_size)
     starts = np.arange(0, len(data) - 1, block_size)
-    batches = [starts[i : i + batch_size] for i in range(0, len(starts), batch_size)]
-    nats, tokens = 0.0, 0
-    with _evaluating(model):
-        for part in batches[runtime.rank :: runtime.world_size]:
-            x, y = _windows(data, part, block_size, batch_size, runtime.device)
-            count = int((y >= 0).sum())
-            nats += _loss(model, x, y, runtime) * count
-            tokens += count
-    nats, total = _sum_over_ranks([nats, tokens], runtime)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size)
     text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
@@ -79,15 +71,35 @@ def estimate_loss(
     """Mean loss over so many random windows, the same ones every time."""
     starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
     size = batch_size or min(windows, _batch_size(model, block_size))
-    batches = [starts[i : i + size] for i in range(0, windows, size)]
-    nats, count = 0.0, 0
-    with _evaluating(model):
-        for part in batches[runtime.rank :: runtime.world_size]:
-            x, y = _windows(data, part, block_size, size, runtime.device)
-            nats += _loss(model, x, y, runtime) * len(part)
-            count += len(part)
-    nats, total = _sum_over_ranks([nats, count], runtime)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size)
     return nats / total
+
+
+def _sum_of_losses(
+    model: torch.nn.Module, data: TokenData, starts: np.ndarray, block_size: int, runtime: Runtime, size: int | None
+) -> list[float]:
+    """(nats, tokens) of the windows, over all processes; in batches of `size`, smaller where memory runs out."""
+    size = size or _batch_size(model, block_size)
+    while True:
+        batches = [starts[i : i + size] for i in range(0, len(starts), size)]
+        nats, tokens = 0.0, 0
+        try:
+            with _evaluating(model):
+                for part in batches[runtime.rank :: runtime.world_size]:
+                    x, y = _windows(data, part, block_size, size, runtime.device)
+                    count = int((y >= 0).sum())
+                    nats += _loss(model, x, y, runtime) * count
+                    tokens += count
+            return _sum_over_ranks([nats, tokens], runtime)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError(
+                    f"out of memory evaluating one sequence of {block_size} tokens "
+                    f"({' '.join(str(error).split())[:200]}); shorten the context or take a smaller model"
+                ) from None
+        size //= 2
 
 
 def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:

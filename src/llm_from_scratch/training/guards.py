@@ -184,6 +184,7 @@ def not_finite_error(
     dtype = str(runtime.dtype).removeprefix("torch.")
     return NotFiniteError(
         f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
-        f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). Try --learning_rate={config.optimizer.learning_rate / 3:.1g}, a longer --warmup_iters"
+        f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). "
+        f"Try --learning_rate={config.optimizer.learning_rate / 3:.1g}, a longer --warmup_iters"
         + (", or --dtype=float32" if dtype != "float32" else "")
     )

@@ -10,13 +10,6 @@ from .guards import TrainingError
 from .setup import Plan
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a step failed for want of memory: CUDA's own error, or the one of torch's CPU allocator."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
 def halve_micro_batch(plan: Plan, reason: str) -> str:
     """Halves the plan's micro-batch, or less where its batch has no such divisor; the batch itself stays. Returns what
     to tell the user. reason: the allocator's message. Raises TrainingError where there is nothing to halve.

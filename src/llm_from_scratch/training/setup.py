@@ -23,11 +23,14 @@ from ..core.model import GPT
 from ..core.nanogpt_ckpt import check_nanogpt
 from ..core.runtime import Runtime
 from ..core.sizing import Sizes, sizes
+from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from .loggers import check_extras
 from .resume import differences, same_machine, same_micro_batch
 
 COMMAND_LINE = "command line"
+HASHED = 1 << 30  # bytes of a shard that a checkpoint's hash covers whole: a second or so
+PIECE = 1 << 16  # tokens
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
 
 
@@ -56,6 +59,8 @@ class Plan:
     """Token ids that the samples of --sample_interval continue; empty where none are wanted."""
     notes: list[str] = field(default_factory=list)
     """What was found and decided, a line each."""
+    scans: list[BackgroundScan] = field(default_factory=list)
+    """Checks of large data that go on beside the first steps."""
 
     @property
     def micro_steps(self) -> int:
@@ -77,11 +82,15 @@ class Plan:
 
     @functools.cached_property
     def dataset_hash(self) -> str:
-        """Identifies the training tokens: their number, and the ids at the beginning, the middle and the end."""
-        digest = hashlib.sha256(str(len(self.train_data)).encode())
-        for shard in self.train_data.shards:
-            for at in (0, len(shard) // 2, max(0, len(shard) - (1 << 16))):
-                digest.update(shard[at : at + (1 << 16)].tobytes())
+        """Identifies the tokens of both splits: all of them, and of a shard above HASHED bytes, pieces all over it."""
+        digest = hashlib.sha256()
+        for data in (self.train_data, self.val_data):
+            digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
+            for shard in data.shards:
+                pieces = -(-len(shard) // PIECE)
+                stride = max(1, shard.nbytes // HASHED)
+                for piece in sorted({*range(0, pieces, stride), pieces - 1}):
+                    digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
         return digest.hexdigest()
 
 
@@ -139,8 +148,10 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, a little differently")
     prompt = _sample_prompt(config, tokenizer)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
-    for data in (train_data, val_data):
+    checks = [
         data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)
+        for data in (train_data, val_data)
+    ]
     order = SampleOrder(
         len(train_data), config.model.block_size, config.data.sample_order, config.data.stride, config.system.seed
     )
@@ -156,7 +167,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         )
     plan = Plan(
         config, runtime, folder, tokenizer, train_data, val_data, order, global_batch, micro_batch, last_step,
-        start_step, weights, resumed, prompt, notes,
+        start_step, weights, resumed, prompt, notes, [scan for scan in checks if scan is not None],
     )  # fmt: skip
     if resumed is not None:
         _same_data(plan, resumed)

@@ -28,7 +28,7 @@ from ..core.model import GPT
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
 from .guards import Finding, NotFiniteError, StepGuard, StopRequest, TrainingError, all_finite, not_finite_error
 from .loggers import METRICS, RunLog, StepTimer, plot_losses
-from .memory import halve_micro_batch, is_out_of_memory
+from .memory import halve_micro_batch
 from .optimizer import make_optimizer, optimizer_state, step_unless
 from .parallel import Wrapped, wrap
 from .resume import machine_of, not_bit_exact, resume_command
@@ -105,7 +105,7 @@ class Trainer:
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
-            self.runtime.world_size,
+            self.runtime.world_size, self.config.model.vocab_size,
         )  # fmt: skip
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
@@ -136,6 +136,10 @@ class Trainer:
             except NotFiniteError as error:
                 self._roll_back(error)
                 stopped = self.stop.agreed(self.runtime)
+            except UserError:  # the data failed under the run: what has been learned is kept
+                if state.step and self.runtime.world_size == 1:  # others would not take part
+                    self._save()
+                raise
         return self._finish(stopped)
 
     def _update(self) -> None:
@@ -161,12 +165,9 @@ class Trainer:
 
     def _gradients(self) -> Tensor:
         """Forward and backward over this process's share of the batch, in parts that fit. Returns the mean loss."""
-        state = self.state
-        try:
-            x, y = self.loader.get(state.step + state.data_shift)  # (rows, T)
-        except UserError:  # the data failed under the run: what has been learned is kept
-            self._save()
-            raise
+        for scan in self.plan.scans:
+            scan.raise_if_bad()
+        x, y = self.loader.get(self.state.step + self.state.data_shift)  # (rows, T)
         while True:
             try:
                 total = torch.zeros((), device=self.runtime.device)
@@ -180,7 +181,7 @@ class Trainer:
                     total += loss.detach()
                 return total
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not runtimes.is_out_of_memory(error):
                     raise
                 reason = str(error)
             # outside the except block: the error's traceback holds on to the tensors of the step
@@ -411,7 +412,8 @@ class Trainer:
         """Waits for a checkpoint that is being written, unless a second signal asked to end at once."""
         if not self.stop.is_second:
             self._tell_saved(wait=True)
-        self.loader.close()
+        for worker in (self.loader, *self.plan.scans):
+            worker.close()
         self.log.close(self.state.step)
 
     def _result(self, final: Evaluation | None, exit_code: int) -> TrainResult:
