@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llm_from_scratch.core.dataset import BatchLoader
-from llm_from_scratch.training import loggers, setup, trainer
+from llm_from_scratch.training import loggers, setup, snapshot, trainer
 
 from .rows import Report, Row
 from .runs import Marks, Whole, newest, nothing, replaced, small_data, tail, wait, warm_up, whole_run
@@ -148,7 +148,7 @@ ROW = Row(
     run=run,
     defects={
         "random states not restored": lambda: replaced(torch, "set_rng_state", nothing),
-        "moments not restored": lambda: replaced(trainer, "load_optimizer_state", nothing),
+        "moments not restored": lambda: replaced(snapshot, "load_optimizer_state", nothing),
         "loss scale not restored": lambda: replaced(torch.amp.GradScaler, "load_state_dict", nothing),
         "order begins at 0 again": lambda: replaced(BatchLoader, "get", _order_from_zero()),
         "metrics not truncated": lambda: replaced(loggers, "_forget_from", nothing),

@@ -143,7 +143,7 @@ class Marks:
             finally:
                 values[self.SAVING] = 0
 
-        BatchLoader.get = getting  # type: ignore[method-assign]
+        BatchLoader.get = getting  # type: ignore[method-assign, assignment]
         checkpoints.save_checkpoint = saving
 
 
@@ -177,7 +177,7 @@ def acknowledged(output: Path) -> int | None:
 def leftovers(out_dir: Path) -> list[str]:
     """What a kill may leave and the next run has to clear; and what only damage makes."""
     names = sorted(path.name for path in out_dir.iterdir())
-    return [f"left behind: {n}" for n in names if n.startswith((".tmp", "damaged", "previous")) or n.endswith(".old")]
+    return [f"left behind: {n}" for n in names if n.startswith((".tmp", "damaged")) or n.endswith(".old")]
 
 
 def tail(output: Path) -> str:
