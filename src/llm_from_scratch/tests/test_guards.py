@@ -24,7 +24,7 @@ from llm_from_scratch.training.trainer import Trainer, train
 from .tiny import read_metrics, tiny_config
 
 pytestmark = pytest.mark.usefixtures("here")
-Spoil = Callable[[Trainer], None]
+Spoil = Callable[[Trainer], Any]
 
 
 @pytest.fixture

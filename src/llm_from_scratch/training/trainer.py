@@ -309,10 +309,10 @@ class Trainer:
     def _save(self) -> None:
         """Copies the state of this very step; a thread writes it, and lets go of older checkpoints."""
         state, training = self.state, self.config.training
+        self._tell_saved(wait=True)  # one at a time
         if state.saved_at == state.step:
             return
         self._heed(all_of_them=True)
-        self._tell_saved(wait=True)  # one at a time
         state.saved_at = state.step
         rng = random_states(self.runtime)  # of all processes: each takes part
         if not self.runtime.is_master:
@@ -412,8 +412,9 @@ class Trainer:
         """Waits for a checkpoint that is being written, unless a second signal asked to end at once."""
         if not self.stop.is_second:
             self._tell_saved(wait=True)
-        for worker in (self.loader, *self.plan.scans):
-            worker.close()
+        self.loader.close()
+        for scan in self.plan.scans:
+            scan.close()
         self.log.close(self.state.step)
 
     def _result(self, final: Evaluation | None, exit_code: int) -> TrainResult:
