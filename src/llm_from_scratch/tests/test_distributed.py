@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,52 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
     # what two began, one goes on with
     train(tiny_config(tiny_data, **{**SETTINGS, "out_dir": "two", "init_from": "resume", "max_iters": 7}))
     assert [entry["step"] for entry in read_metrics(Path("two")) if "loss" in entry] == list(range(7))
+
+
+FAULTY = """
+import math, os, signal, sys
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.training.trainer import Trainer
+from llm_from_scratch.cli.train import main
+
+update, rank = Trainer._update, int(os.environ["RANK"])
+
+def faulty(self):
+    hook = None
+    if rank == 1 and self.state.step == 2:
+        hook = self.models.raw.register_forward_hook(lambda m, a, out: (out[0], out[1] * math.nan))
+    if rank == 1 and self.state.step == 4:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    update(self)
+    if hook is not None:
+        hook.remove()
+
+Trainer._update = faulty
+code = main()
+print(f"process {rank} ends with {code}", flush=True)
+"""
+
+
+def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, tiny_data: Path) -> None:
+    Path("faulty.py").write_text(FAULTY)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py",
+         *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **{**SETTINGS, "max_iters": 50})],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: step 2: loss nan" in done.stdout and "stopped at step 5; go on with" in done.stdout
+    assert all(f"process {rank} ends with {128 + signal.SIGUSR1}" in done.stdout for rank in (0, 1))
+    assert [entry.get("skipped") for entry in read_metrics(Path("run")) if "loss" in entry] == [
+        None,
+        None,
+        1,
+        None,
+        None,
+    ]
+    final = load_checkpoint(find_checkpoint("run", "last"))
+    assert final.step == 5 and all(torch.isfinite(tensor).all() for tensor in final.model.values())
+    assert final.optimizer is not None and int(final.optimizer["state"]["transformer.wte.weight"]["step"]) == 4
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,13 +21,13 @@ from llm_from_scratch.core import checkpoint as checkpoints
 from llm_from_scratch.core import runtime as runtimes
 from llm_from_scratch.core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from llm_from_scratch.core.lock import FolderLock
-from llm_from_scratch.training import resume, setup, trainer
+from llm_from_scratch.training import evaluate, resume, setup, trainer
 from llm_from_scratch.training.guards import TrainingError
 from llm_from_scratch.training.setup import prepare
 from llm_from_scratch.training.snapshot import copied
 from llm_from_scratch.training.trainer import Trainer, train
 
-from .tiny import TOKENIZER, babble, tiny_config, write_data
+from .tiny import TOKENIZER, babble, read_metrics, tiny_config, write_data
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -209,6 +210,58 @@ def test_data_that_fails_under_the_run_costs_no_step(
     train(tiny_config(data, out_dir="run", init_from="resume"))
     one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("whole", "run"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a signal while the run evaluates ---
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends SIGTERM before the n-th batch that is evaluated from now on."""
+
+    def arrange(batch: int) -> None:
+        rest, loss = iter(range(1, 1000)), original
+
+        def counted(*args: Any) -> float:
+            if next(rest) == batch:
+                signal.raise_signal(signal.SIGTERM)
+            return loss(*args)
+
+        monkeypatch.setattr(evaluate, "_loss", counted)
+
+    original = evaluate._loss
+    monkeypatch.setattr(evaluate, "_batch_size", lambda *_: 2)
+    return arrange
+
+
+def test_an_evaluation_does_not_hold_up_a_signal(
+    tiny_data: Path, signal_at: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight batches an evaluation: the fourth of step 4 is the last; step 4 is saved, and evaluated by the resume."""
+    settings = {"dropout": 0.1, "keep_last": 9, "final_eval": True}
+    train(tiny_config(tiny_data, out_dir="whole", **settings))
+    assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 0
+    signal_at(12)
+    result = train(tiny_config(tiny_data, out_dir="cut", **settings))
+    assert (result.exit_code, result.step) == (143, 4) and "stopped at step 4" in capsys.readouterr().out
+    assert load_checkpoint(find_checkpoint("cut", 4)).manifest["val_loss"] is None
+    signal_at(12)  # the evaluation of step 8
+    more = tiny_config(tiny_data, out_dir="cut", init_from="resume", **settings)
+    assert train(more).exit_code == 143 and find_checkpoint("cut", "last").name == "step-00000008"
+    signal_at(9)  # the evaluation of the whole split: the run is complete
+    assert train(more).exit_code == 143
+    assert "the run is complete" in capsys.readouterr().out
+    signal_at(1000)
+    assert train(more).exit_code == 0
+    for step in (4, 8):
+        one, other = (load_checkpoint(find_checkpoint(name, step)) for name in ("whole", "cut"))
+        assert one.manifest["val_loss"] == other.manifest["val_loss"]
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+    for key in ("loss", "val_loss", "val_loss_full"):
+        one_, other_ = ([e[key] for e in read_metrics(Path(name)) if key in e] for name in ("whole", "cut"))
+        assert one_ == other_, key
+    signal_at(2)
+    assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 143
 
 
 # --- one trainer a folder ---

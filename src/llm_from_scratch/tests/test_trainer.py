@@ -53,7 +53,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
         runs.append(self)
 
     def arrange(step: int) -> None:
-        def agreed(self: StopRequest, runtime: Any) -> bool:
+        def agreed(self: StopRequest) -> bool:
             self.signum = signal.SIGTERM if runs[-1].state.step == step else None
             return self.signum is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,10 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
+def _nothing() -> None:
+    """The pulse of an evaluation that nobody ends."""
+
+
 @torch.no_grad()
 def evaluate_split(
     model: torch.nn.Module,
@@ -50,11 +55,15 @@ def evaluate_split(
     runtime: Runtime,
     tokenizer: Tokenizer | None = None,
     batch_size: int | None = None,
+    pulse: Callable[[], None] = _nothing,
 ) -> Evaluation:
-    """The loss over every token of a split but its first, in neighbouring windows of block_size tokens."""
+    """The loss over every token of a split but its first, in neighbouring windows of block_size tokens.
+
+    pulse is called before every batch, and may raise to end the evaluation.
+    """
     begin = time.perf_counter()
     starts = np.arange(0, len(data) - 1, block_size)
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, pulse)
     text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
@@ -67,16 +76,23 @@ def estimate_loss(
     windows: int,
     runtime: Runtime,
     batch_size: int | None = None,
+    pulse: Callable[[], None] = _nothing,
 ) -> float:
-    """Mean loss over so many random windows, the same ones every time."""
+    """Mean loss over so many random windows, the same ones every time. pulse: as in evaluate_split."""
     starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
     size = batch_size or min(windows, _batch_size(model, block_size))
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, pulse)
     return nats / total
 
 
 def _sum_of_losses(
-    model: torch.nn.Module, data: TokenData, starts: np.ndarray, block_size: int, runtime: Runtime, size: int | None
+    model: torch.nn.Module,
+    data: TokenData,
+    starts: np.ndarray,
+    block_size: int,
+    runtime: Runtime,
+    size: int | None,
+    pulse: Callable[[], None],
 ) -> list[float]:
     """(nats, tokens) of the windows, over all processes; in batches of `size`, smaller where memory runs out."""
     size = size or _batch_size(model, block_size)
@@ -86,6 +102,7 @@ def _sum_of_losses(
         try:
             with _evaluating(model):
                 for part in batches[runtime.rank :: runtime.world_size]:
+                    pulse()
                     x, y = _windows(data, part, block_size, size, runtime.device)
                     count = int((y >= 0).sum())
                     nats += _loss(model, x, y, runtime) * count

@@ -29,13 +29,18 @@ class NotFiniteError(TrainingError):
     """Numbers that are not finite, and do not go away by themselves: a matter for a roll-back."""
 
 
+class Interrupted(Exception):
+    """An evaluation that a stop request has ended. It changes nothing, and a resumed run makes it anew."""
+
+
 class StopRequest:
     """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP into "finish the step, save, leave"; the second ends at once.
 
     Used as a context manager; the former handlers come back at its end. Outside the main thread it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int = 1) -> None:
+        self.world_size = world_size
         self.signum: int | None = None
         self.heard: int | None = None
         """What some process was sent, as all of them know it after the same step."""
@@ -60,9 +65,14 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signum = signum
 
-    def agreed(self, runtime: Runtime) -> bool:
+    def agreed(self) -> bool:
         """Whether to stop after this step. All processes leave at the same one."""
-        return (self.signum if runtime.world_size == 1 else self.heard) is not None
+        return (self.signum if self.world_size == 1 else self.heard) is not None
+
+    def pulse(self) -> None:
+        """Raises Interrupted after a signal. Several processes must leave together, so they finish their evaluation."""
+        if self.signum is not None and self.world_size == 1:
+            raise Interrupted
 
     @property
     def exit_code(self) -> int:

@@ -26,7 +26,16 @@ from ..core.dataset import BatchLoader
 from ..core.lock import FolderLock
 from ..core.model import GPT
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
-from .guards import Finding, NotFiniteError, StepGuard, StopRequest, TrainingError, all_finite, not_finite_error
+from .guards import (
+    Finding,
+    Interrupted,
+    NotFiniteError,
+    StepGuard,
+    StopRequest,
+    TrainingError,
+    all_finite,
+    not_finite_error,
+)
 from .loggers import METRICS, RunLog, StepTimer, plot_losses
 from .memory import halve_micro_batch
 from .optimizer import make_optimizer, optimizer_state, step_unless
@@ -70,7 +79,7 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
         plan = prepare(config, sources)
         leave.callback(runtimes.stop)
         runtimes.start(plan.runtime, plan.config.system)
-        stop = leave.enter_context(StopRequest())
+        stop = leave.enter_context(StopRequest(plan.runtime.world_size))
         trainer = Trainer(plan, command, stop, lock)
         leave.callback(trainer.close)
         result = trainer.run()
@@ -116,8 +125,9 @@ class Trainer:
     def run(self) -> TrainResult:
         training, state, last = self.config.training, self.state, self.plan.last_step
         if training.eval_only:
-            self._evaluate()
-            return self._result(None, 0)
+            with contextlib.suppress(Interrupted):
+                self._evaluate()
+            return self._result(None, self.stop.exit_code)
         if state.step >= last:
             self.log.say(f"nothing to do: the run stands at step {state.step} of {last}; raise --max_iters")
         self.timer, stopped = StepTimer(), False
@@ -132,10 +142,12 @@ class Trainer:
                     break
                 self._update()
                 self._heed(all_of_them=state.step == last)
-                stopped = self.stop.agreed(self.runtime)
+                stopped = self.stop.agreed()
             except NotFiniteError as error:
                 self._roll_back(error)
-                stopped = self.stop.agreed(self.runtime)
+                stopped = self.stop.agreed()
+            except Interrupted:
+                stopped = True
             except UserError:  # the data failed under the run: what has been learned is kept
                 if state.step and self.runtime.world_size == 1:  # others would not take part
                     self._save()
@@ -274,7 +286,7 @@ class Trainer:
         block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
         for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
             losses[split] = estimate_loss(
-                self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch
+                self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch, self.stop.pulse
             )
         self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
         lr = self._learning_rate()
@@ -376,19 +388,25 @@ class Trainer:
         """The last evaluation, the final checkpoint, the picture; or just the checkpoint where the run was stopped."""
         training, state = self.config.training, self.state
         final = None
-        fresh = state.step > self.plan.start_step and state.evaluated_at != state.step
+        fresh = state.step > 0 and state.evaluated_at != state.step
         if not stopped and fresh and not training.inclusive_max_iters:  # nanoGPT's last line is that of max_iters
-            self._evaluate()
+            try:
+                self._evaluate()
+            except Interrupted:
+                stopped = True
         if state.step > 0:
             self._save()
             self._tell_saved(wait=True)
         if stopped:
             self.log.say(f"stopped at step {state.step}; go on with: {resume_command(self.config, self.command)}")
         elif training.final_eval:
-            final = self._evaluate_whole()
+            try:
+                final = self._evaluate_whole()
+            except Interrupted:
+                self.log.say(f"the run is complete; its last evaluation: llm-eval --out_dir={self.out_dir}")
         if self.runtime.is_master and not stopped and state.step:
             self._plot()
-        return self._result(final, self.stop.exit_code if stopped else 0)
+        return self._result(final, self.stop.exit_code)
 
     def _evaluate_whole(self) -> Evaluation | None:
         plan, expected = self.plan, len(self.plan.val_data) / self.eval_rate if self.eval_rate else 0.0
@@ -399,7 +417,9 @@ class Trainer:
             )
             return None
         block_size, model = self.config.model.block_size, self.models.compiled
-        final = evaluate_split(model, plan.val_data, block_size, self.runtime, plan.tokenizer, self.eval_batch)
+        final = evaluate_split(
+            model, plan.val_data, block_size, self.runtime, plan.tokenizer, self.eval_batch, self.stop.pulse
+        )
         self.log.final(self.state.step, final)
         return final
 
