@@ -34,7 +34,7 @@ from ..tiny import TOKENIZER, babble, read_metrics, tiny_config, write_data
 
 DEADLINE = 60.0  # seconds that a child may take; it needs less than one
 TIMES = {"time_ms", "tokens_per_s", "mfu"}  # what differs between the logs of two equal runs
-OWN_SETTINGS = {"out_dir", "init_from"}
+OWN_SETTINGS = {"out_dir", "init_from", "keep_last"}  # in which the whole run differs
 FAILED = 70  # exit code of a child whose training raised
 Hook = Callable[[int], None]
 
@@ -230,6 +230,15 @@ class Whole:
 
         return fork(work, output)
 
+    def learn(self, out_dir: Path) -> None:
+        """Takes in what the uninterrupted run left. Raises RuntimeError where a step is not there."""
+        self.checkpoints = {step: contents(path) for step, path in good_checkpoints(out_dir).items()}
+        self.curve = curve(out_dir)
+        every = self.settings.get("log_interval", 1)
+        steps = [entry["step"] for entry in self.curve if "loss" in entry]
+        if steps != list(range(0, self.steps, every)) or self.steps not in self.checkpoints:
+            raise RuntimeError(f"the uninterrupted run logged the steps {steps} and saved {[*self.checkpoints]}")
+
     def differences(self, out_dir: Path) -> list[str]:
         """What of a run that was cut and went on to its end is not as in this one."""
         found = good_checkpoints(out_dir)
@@ -268,14 +277,7 @@ def whole_run(data: Path, out_dir: Path, **settings: Any) -> Whole:
     run.seconds = time.monotonic() - begin
     if code:
         raise RuntimeError(f"the uninterrupted run ended with {code}: {output.read_text()[-500:]}")
-    run.checkpoints = {step: contents(path) for step, path in good_checkpoints(out_dir).items()}
-    for held in run.checkpoints.values():
-        held["config.json"]["training"]["keep_last"] = settings.get("keep_last", tiny_config(data).training.keep_last)
-    run.curve = curve(out_dir)
-    every = settings.get("log_interval", 1)
-    steps = [entry["step"] for entry in run.curve if "loss" in entry]
-    if steps != list(range(0, run.steps, every)) or run.steps not in run.checkpoints:
-        raise RuntimeError(f"the uninterrupted run logged the steps {steps} and saved {[*run.checkpoints]}")
+    run.learn(out_dir)
     return run
 
 
