@@ -48,6 +48,11 @@ test *ARGS: (_env "dev")
 test-cov *ARGS: (_env "dev")
     @"{{ python }}" -m pytest --cov=llm_from_scratch --cov-report=term-missing:skip-covered "$@"
 
+# Try every fault on the program: kills, power cuts, flipped bits, hostile files (--prove: that it would notice defects)
+[no-exit-message]
+storm *ARGS: (_env "dev")
+    @"{{ python }}" -m llm_from_scratch.tests.faults.storm "$@"
+
 # Format the code
 [no-exit-message]
 format: (_env "dev")

@@ -115,8 +115,9 @@ class TrainingConfig:
     out_dir: str = "out"
     """Folder for checkpoints, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch, resume (continue the run in out_dir), a GPT-2 name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a
-    checkpoint, out_dir or Hugging Face folder whose weights start a new run at step 0."""
+    """scratch, resume (continue the run in out_dir), auto (resume where there is a checkpoint, else scratch), a GPT-2
+    name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a checkpoint, out_dir or Hugging Face folder whose weights start
+    a new run at step 0."""
     max_iters: int = 600000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False

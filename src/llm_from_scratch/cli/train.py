@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, UserError, to_dict
+from ..core.locations import resolved_init
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
 
@@ -33,12 +34,14 @@ def main_nanogpt(argv: list[str] | None = None) -> int:
 def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: str | None) -> int:
     flags, argv = _own_flags(argv)
     parsed = _parse(argv, command, defaults, base_preset)
-    if parsed.tree.training.init_from == "resume":
+    begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
+    if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources)
         if saved is not None:
             # the run's own settings lie under what is said now, in place of the front door's defaults
             parsed = _parse(argv, command, {**defaults, **saved}, None)
     config = parsed.tree
+    config.training.init_from = begin
     _choose_length(parsed)
     config.validate()
     if flags["print_config"]:

@@ -36,6 +36,15 @@ def read_start(start: str) -> str:
     return text
 
 
+def resolved_init(init_from: str, out_dir: str) -> str:
+    """auto is resume where out_dir holds a checkpoint, a damaged one too (never a silent fresh start), else scratch."""
+    if init_from != "auto":
+        return init_from
+    folder = Path(out_dir)
+    kept = ("step-*", "damaged-step-*", "ckpt.pt")
+    return "resume" if any(next(folder.glob(pattern), None) is not None for pattern in kept) else "scratch"
+
+
 def is_pretrained(location: str) -> bool:
     """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
     path = Path(location)

@@ -27,7 +27,7 @@ from llm_from_scratch.training.setup import prepare
 from llm_from_scratch.training.snapshot import copied
 from llm_from_scratch.training.trainer import Trainer, train
 
-from .tiny import TOKENIZER, babble, read_metrics, tiny_config, write_data
+from .tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -304,6 +304,20 @@ def test_a_lock_is_let_go_of_at_the_end_also_of_a_run_that_fails(tiny_data: Path
     lock.acquire()
     lock.acquire()  # its own
     lock.release()
+
+
+def test_auto_goes_on_where_there_is_a_checkpoint_and_never_starts_afresh_over_a_damaged_one(tiny_data: Path) -> None:
+    from llm_from_scratch.cli.train import main
+
+    words = [*arguments(dataset=tiny_data, out_dir="run", init_from="auto"), "--max_iters=4"]
+    assert main(words) == 0 and find_checkpoint("run", "last").name == "step-00000004"
+    assert main([*words, "--max_iters=6"]) == 0
+    assert [e["step"] for e in read_metrics(Path("run")) if "loss" in e] == list(range(6))
+    assert not list(Path("run").glob("previous-*"))
+    assert train(tiny_config(tiny_data, out_dir="run", init_from="auto")).step == 8
+    for folder in Path("run").glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"")
+    assert main(words) == 2 and not list(Path("run").glob("previous-*"))
 
 
 def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> None:

@@ -18,7 +18,7 @@ from ..core import runtime as runtimes
 from ..core.checkpoint import Checkpoint
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
 from ..core.environment import check_writable
-from ..core.locations import is_pretrained, read_start
+from ..core.locations import is_pretrained, read_start, resolved_init
 from ..core.model import GPT
 from ..core.nanogpt_ckpt import check_nanogpt
 from ..core.runtime import Runtime
@@ -102,6 +102,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     Raises UserError for everything that is wrong with the settings, the data, the weights or the machine.
     """
     config = _copy(config)
+    config.training.init_from = resolved_init(config.training.init_from, config.training.out_dir)
     config.validate()
     check_extras(config)
     runtime = runtimes.resolve(config.system)
@@ -238,7 +239,7 @@ def _load_weights(init_from: str, folder: Path) -> tuple[GPTConfig, dict[str, Te
         return model.config, model.state_dict(), model.tokenizer
     if not path.exists():
         raise UserError(
-            f"init_from={init_from!r} is neither scratch, resume, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
+            f"init_from={init_from!r} is neither scratch, resume, auto, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
             "gpt2-xl), nor an existing checkpoint or folder"
         )
     loaded = checkpoints.load_any(path, dataset=str(folder), weights_only=True, need_tokenizer=False)

@@ -74,7 +74,7 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
     lock = FolderLock(out_dir)
     with contextlib.ExitStack() as leave:
         leave.callback(lock.release)
-        if config.training.init_from == "resume" and out_dir.is_dir() and not config.training.eval_only:
+        if out_dir.is_dir() and config.training.init_from in ("resume", "auto") and not config.training.eval_only:
             lock.acquire()  # now, since damaged checkpoints are set aside before the run starts
         plan = prepare(config, sources)
         leave.callback(runtimes.stop)

@@ -32,7 +32,7 @@ from llm_from_scratch.presets import leaf_types, parse
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/TUNING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/TUNING.md", "docs/RELIABILITY.md")
 COPIED = ("assets", "config", "configs", "data", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE", "just*")
 
 # What is not run by default: (pattern, mark, reason). What has a mark is run by the test below of that mark.
@@ -42,6 +42,7 @@ NOT_RUN = [
     (r"^python data/openwebtext/prepare\.py", "", "downloads and encodes 8 million documents"),
     (r"--nproc_per_node=8", "gpu", "one process per GPU"),
     (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
+    (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
 ]
@@ -343,8 +344,12 @@ def known_settings() -> set[str]:
     return {leaf for tree in trees for leaf in leaf_types(tree)} | set(OWN_FLAGS)
 
 
-# Options that are not ours: torchrun's, and those of `./just clean-all` and of every command
-OTHER_OPTIONS = {"standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "help", "yes"}
+# Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just
+# clean-all`, of `./just storm` and of every command
+OTHER_OPTIONS = {
+    "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
+    "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -369,7 +374,7 @@ def test_paths_and_links_exist(document: str) -> None:
 
 
 # Folders that the commands make
-MADE_BY_RUNS = {"out_dir/step-N/", "out_dir/previous-ID/"}
+MADE_BY_RUNS = {"out_dir/step-N/", "out_dir/step-00000250/", "out_dir/previous-ID/"}
 
 
 def test_recipes_exist() -> None:
