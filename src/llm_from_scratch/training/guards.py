@@ -145,10 +145,9 @@ class StepGuard:
 
         loss: of this process's share of the batch; norm: of the gradient. Both 0-dim, on the device.
         """
-        flags = [0.0] * len(SIGNALS)
-        for i, name in enumerate(SIGNALS):
-            flags[i] = float(stop.signum is not None and stop.signum == getattr(signal, name, None))
-        heard = torch.tensor(flags, device=loss.device)
+        heard = torch.zeros(len(SIGNALS), device=loss.device)  # filled there: a copy from the host would wait
+        if stop.signum is not None:
+            heard[SIGNALS.index(signal.Signals(stop.signum).name)] = 1
         shared = torch.cat([loss.reshape(1) / self.runtime.world_size, heard])
         if self.runtime.world_size > 1:
             torch.distributed.all_reduce(shared)
