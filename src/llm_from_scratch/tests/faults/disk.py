@@ -16,7 +16,7 @@ from unittest import mock
 @dataclass(frozen=True)
 class Operation:
     """kind: open, read, list, stat, release (of what was open for reading); create, write, close, fsync, mkdir, rename,
-    unlink, rmdir."""
+    unlink, rmdir (see CHANGES)."""
 
     kind: str
     path: str
@@ -27,6 +27,7 @@ class Operation:
     offset: int = 0
 
 
+CHANGES = ("create", "write", "fsync", "mkdir", "rename", "unlink", "rmdir")
 Hook = Callable[[Operation, Callable[..., Any]], Any]
 """hook(operation, do): do() is the operation itself; that of a write takes other data, do(b"...")."""
 
@@ -67,7 +68,7 @@ class _Raw(io.FileIO):
 
 @contextmanager
 def watched(root: Path, hook: Hook) -> Iterator[None]:
-    """Within the block each file operation of Python's on a path below root goes through the hook. For one thread."""
+    """Within the block each file operation of Python's on root or below it goes through the hook. For one thread."""
     inside, handles = os.path.realpath(root) + os.sep, dict[int, str]()
     real_open, real = builtins.open, {name: getattr(os, name) for name in (*_SIMPLE, "open", "close", "fsync")}
     renames = {name: getattr(os, name) for name in ("rename", "replace")}
@@ -81,7 +82,7 @@ def watched(root: Path, hook: Hook) -> Iterator[None]:
                 return None
             name = os.path.join(handles[dir_fd], name)
         name = os.path.abspath(name)
-        return name if name.startswith(inside) else None
+        return name if os.path.join(name, "").startswith(inside) else None
 
     def simple(name: str) -> Callable[..., Any]:
         def call(path: Any = ".", *args: Any, **more: Any) -> Any:
