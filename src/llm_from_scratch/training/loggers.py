@@ -59,6 +59,9 @@ class JsonLines:
             _forget_from(path, resume_at)
         self.file = path.open("a", encoding="utf-8")
 
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
     def forget_from(self, step: int) -> None:
         self.file.close()
         _forget_from(self.path, step)
@@ -222,6 +225,12 @@ class RunLog:
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         with (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+    def sync(self) -> None:
+        """Makes metrics.jsonl durable: a checkpoint must not outlive the lines of its own steps."""
+        for sink in self.sinks:
+            if isinstance(sink, JsonLines):
+                sink.sync()
 
     def forget_from(self, step: int) -> None:
         """The steps from here on are done anew; the destinations that can, let go of them."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..core import checkpoint as checkpoints
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, SaveError
 from ..core.runtime import Runtime
 from .optimizer import load_optimizer_state
 
@@ -62,17 +62,22 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._outcome: Path | BaseException | None = None
 
-    def start(self, contents: dict[str, Any], out_dir: Path, export: bool, **of_the_run: Any) -> None:
-        """contents: a Checkpoint's fields, which nobody else changes; export: also as out_dir/ckpt.pt for nanoGPT;
-        of_the_run: the other arguments of save_checkpoint()."""
+    def start(
+        self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
+    ) -> None:
+        """contents: a Checkpoint's fields, which nobody else changes; first: what must be durable before it is; export:
+        also as out_dir/ckpt.pt for nanoGPT; of_the_run: the other arguments of save_checkpoint()."""
         assert self._thread is None
 
         def work() -> None:
             try:
+                first()
                 self._outcome = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
                 if export:
                     whole = Checkpoint(path=None, **contents)
                     checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
+            except OSError as error:  # of first()
+                self._outcome = SaveError(f"{error.strerror or error}")
             except BaseException as error:  # told in the loop's own thread
                 self._outcome = error
 

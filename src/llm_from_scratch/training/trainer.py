@@ -341,7 +341,7 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
         }
         self.writer.start(
-            copied(contents), self.out_dir, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
+            copied(contents), self.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
             val_loss=state.val_loss if state.evaluated_at == state.step else None,
             keep_last=training.keep_last, keep_every=training.keep_every,
             export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
