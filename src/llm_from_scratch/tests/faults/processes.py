@@ -46,12 +46,17 @@ def run(count: int, seed: int, folder: Path) -> Report:
     data = small_data(folder / "data")
     lengths = [min(A_RUN, count - done) for done in range(0, count, A_RUN)]
     with ThreadPoolExecutor(2) as pool:  # more than half of a process's time is one thread's imports
-        wholes = [
-            pool.submit(_whole, Whole({**EACH, **settings}, data), folder / f"whole-{i}")
-            for i, settings in enumerate(SETTINGS[: len(lengths)])
-        ]
+        wholes = [Whole({**EACH, **settings}, data) for settings in SETTINGS[: len(lengths)]]
+        references = [pool.submit(_learn, whole, folder / f"whole-{i}") for i, whole in enumerate(wholes)]
         chains = [
-            pool.submit(_chain, wholes[i % len(wholes)], folder / f"run-{i}", length, random.Random(f"{seed}-{i}"))
+            pool.submit(
+                _chain,
+                wholes[i % len(wholes)],
+                references[i % len(wholes)],
+                folder / f"run-{i}",
+                length,
+                random.Random(f"{seed}-{i}"),
+            )
             for i, length in enumerate(lengths)
         ]
     for chain in chains:
@@ -63,23 +68,22 @@ def run(count: int, seed: int, folder: Path) -> Report:
     return report
 
 
-def _whole(whole: Whole, out_dir: Path) -> Whole:
+def _learn(whole: Whole, out_dir: Path) -> None:
     """Trains without a cut. By the program itself: a defect must not reach what it is measured by."""
     process = _start(whole, out_dir, ["-m", PROGRAM], keep_last=1000)
     if code := process.wait(DEADLINE):
         raise RuntimeError(f"the uninterrupted run ended with {code}: {tail(_output(out_dir))}")
     whole.learn(out_dir)
-    return whole
 
 
-def _chain(reference: Future[Whole], out_dir: Path, length: int, rng: random.Random) -> Report:
+def _chain(whole: Whole, known: Future[None], out_dir: Path, length: int, rng: random.Random) -> Report:
     """Kills a run so many times, each time in the next process, and lets the last one be."""
-    report, whole, output = Report(), reference.result(), _output(out_dir)
+    report, output = Report(), _output(out_dir)
     case = out_dir.name
     while report.done < length:
         begin = newest(out_dir) or 0
         if begin >= whole.steps - EACH["save_interval"]:  # through, or nearly: another run takes the rest
-            _let_be(whole, out_dir, report, case)
+            _let_be(whole, known, out_dir, report, case)
             shutil.rmtree(out_dir)
             output.unlink()
             case = out_dir.name
@@ -98,11 +102,11 @@ def _chain(reference: Future[Whole], out_dir: Path, length: int, rng: random.Ran
         report.check(code == -signal.SIGKILL, f"{case}: exit code {code}: {tail(output)}")
         said, found = acknowledged(output), newest(out_dir)
         report.check((found or 0) >= (said or 0), f"{case}: step {said} was said to be saved, the newest is {found}")
-    _let_be(whole, out_dir, report, case)
+    _let_be(whole, known, out_dir, report, case)
     return report
 
 
-def _let_be(whole: Whole, out_dir: Path, report: Report, case: str) -> None:
+def _let_be(whole: Whole, known: Future[None], out_dir: Path, report: Report, case: str) -> None:
     """Goes on to the end, where all must be as in the run that was not killed."""
     begin, output = newest(out_dir) or 0, _output(out_dir)
     seen = output.stat().st_size
@@ -111,6 +115,7 @@ def _let_be(whole: Whole, out_dir: Path, report: Report, case: str) -> None:
     steps = re.findall(r"^iter (\d+):", output.read_text()[seen:], re.MULTILINE)
     expected = [str(step) for step in range(begin, whole.steps)]
     report.check(steps == expected, f"{case}: went on with the steps {steps[:1]} to {steps[-1:]}, saved was {begin}")
+    known.result()
     for line in [*whole.differences(out_dir), *leftovers(out_dir)]:
         report.check(False, f"{case}: {line}")
 
