@@ -262,7 +262,7 @@ def _open_checked(path: Path, size: int, exact: bool) -> Iterator[IO[bytes]]:
             yield f
     except OSError as error:
         # gone, or on a bad sector; anything else (permissions, too many open files) says nothing about the content
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ELOOP):
             raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
