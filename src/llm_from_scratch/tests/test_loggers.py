@@ -192,3 +192,38 @@ def test_evaluating_only_writes_no_file() -> None:
     log.evaluation(0, EVALUATION)
     log.close()
     assert list(Path("run").iterdir()) == [] and log.bar is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to offer")
+def test_a_full_disk_costs_numbers_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl", "loss.png"):
+        Path("run", name).symlink_to("/dev/full")
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.sample(0, "text")
+    Path("run/metrics.jsonl").unlink()  # which would be read without end
+    Path("run/metrics.jsonl").write_text('{"step": 0, "loss": 1}')
+    log.plot()
+    log.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert [line.split(" (")[0] for line in told] == [
+        "warning: JsonLines cannot be written", "warning: samples.jsonl cannot be written",
+        "warning: loss.png cannot be written",
+    ]  # fmt: skip
+    assert "No space left on device" in told[0]
+
+
+def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = opened(config())
+    flush = log.sinks[0].file.flush  # type: ignore[attr-defined]
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.sinks[0].file, "flush", full, raising=False)  # type: ignore[attr-defined]
+    log.train_step(0, STEP)
+    monkeypatch.setattr(log.sinks[0].file, "flush", flush, raising=False)  # type: ignore[attr-defined]
+    log.train_step(1, STEP)
+    assert [entry["step"] for entry in read_metrics(Path("run/metrics.jsonl"))] == [0, 1]

@@ -21,7 +21,7 @@ from llm_from_scratch.core import checkpoint as checkpoints
 from llm_from_scratch.core import runtime as runtimes
 from llm_from_scratch.core.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from llm_from_scratch.core.lock import FolderLock
-from llm_from_scratch.training import evaluate, resume, setup, trainer
+from llm_from_scratch.training import evaluate, loggers, resume, setup, trainer
 from llm_from_scratch.training.guards import TrainingError
 from llm_from_scratch.training.setup import prepare
 from llm_from_scratch.training.snapshot import copied
@@ -262,6 +262,20 @@ def test_an_evaluation_does_not_hold_up_a_signal(
         assert one_ == other_, key
     signal_at(2)
     assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 143
+
+
+def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def until_four(line: str, **_: Any) -> None:
+        lines.append(line)
+        if line.startswith("iter 4:"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(loggers, "print", until_four, raising=False)
+    result = train(tiny_config(tiny_data, out_dir="run"))
+    assert (result.exit_code, result.step) == (141, 5) and lines[-1].startswith("iter 4:")
+    assert find_checkpoint("run", "last").name == "step-00000005"
 
 
 # --- one trainer a folder ---

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import Config
 from ..core.runtime import Runtime
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # Windows has the first two only
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGPIPE")  # Windows has the first two only
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +64,11 @@ class StopRequest:
             self.is_second = True
             raise KeyboardInterrupt
         self.signum = signum
+
+    def if_unheard(self, reader_is_gone: bool) -> None:
+        """Where whoever read the run's lines has left (`| head`), the run ends as by SIGPIPE, which Python ignores."""
+        if reader_is_gone and self.signum is None:
+            self.signum = signal.SIGPIPE
 
     def agreed(self) -> bool:
         """Whether to stop after this step. All processes leave at the same one."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,9 +57,12 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_at: int | None):
         self.path = path
-        if resume_at is not None and path.exists():
-            _forget_from(path, resume_at)
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            if resume_at is not None and path.exists():
+                _forget_from(path, resume_at)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -162,6 +167,8 @@ class RunLog:
         self.sinks: list[Sink] = []
         self.bar: Progress | None = None
         self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
+        self.reader_is_gone = False
+        self.failing: set[str] = set()
         if not is_master:
             return
         if not config.training.eval_only:  # which changes no file
@@ -187,10 +194,13 @@ class RunLog:
         """One line on the terminal, above the bar."""
         if self.silent:
             return
-        if self.bar is not None:
-            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, flush=True)
+        except OSError:  # the terminal or the pipe is gone: the run still has something to save
+            self.silent = self.reader_is_gone = True
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
@@ -200,9 +210,9 @@ class RunLog:
             share = f"{mfu * 100:.0f}%" if mfu >= 0 else "n/a"
             status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
             self.bar.update(self.task, completed=step + 1, status=status)
-        elif not self.silent:
+        else:
             took = metrics["time_ms"]
-            print(f"iter {step}: loss {metrics['loss']:.4f}, time {took:.2f}ms, mfu {mfu * 100:.2f}%", flush=True)
+            self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {took:.2f}ms, mfu {mfu * 100:.2f}%")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: train_loss, val_loss, lr, and mfu where it is known."""
@@ -223,8 +233,13 @@ class RunLog:
     def sample(self, step: int, text: str) -> None:
         """What the model wrote while it trained."""
         self.say(f"--- sample at step {step} ---\n{text}\n---")
-        with (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with self._writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
+
+    def plot(self) -> None:
+        """Draws loss.png."""
+        with self._writing("loss.png"):
+            plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
     def sync(self) -> None:
         """Makes metrics.jsonl durable: a checkpoint must not outlive the lines of its own steps."""
@@ -240,7 +255,20 @@ class RunLog:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
-            sink.log(step, metrics)
+            with self._writing(type(sink).__name__):
+                sink.log(step, metrics)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A disk that is full costs numbers, not the run; what a file could not take is tried again with the next."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self.failing:
+                self.say(f"warning: {what} cannot be written ({error.strerror or error}); the run goes on")
+            self.failing.add(what)
+        else:
+            self.failing.discard(what)
 
     def close(self, step: int | None = None) -> None:
         """Ends the bar, at this step where it is given, and all destinations."""
@@ -248,7 +276,8 @@ class RunLog:
             self.bar.update(self.task, completed=step)
             self.bar.stop()
         for sink in self.sinks:
-            sink.close()
+            with self._writing(type(sink).__name__):
+                sink.close()
 
 
 def _is_live(console: Console) -> bool:

@@ -36,7 +36,7 @@ from .guards import (
     all_finite,
     not_finite_error,
 )
-from .loggers import METRICS, RunLog, StepTimer, plot_losses
+from .loggers import RunLog, StepTimer
 from .memory import halve_micro_batch
 from .optimizer import make_optimizer, optimizer_state, step_unless
 from .parallel import Wrapped, wrap
@@ -142,6 +142,7 @@ class Trainer:
                     break
                 self._update()
                 self._heed(all_of_them=state.step == last)
+                self.stop.if_unheard(self.log.reader_is_gone)
                 stopped = self.stop.agreed()
             except NotFiniteError as error:
                 self._roll_back(error)
@@ -426,7 +427,7 @@ class Trainer:
     def _plot(self) -> None:
         wanted = self.config.logging.loss_plot
         if wanted or (wanted is None and importlib.util.find_spec("matplotlib") is not None):
-            plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
+            self.log.plot()
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written, unless a second signal asked to end at once."""
