@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import re
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from .config import Config, UserError, flatten
 
 PACKAGE = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
+MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # of a YAML preset; ours have some 50 lines
 T = TypeVar("T")
 
 
@@ -181,7 +183,7 @@ def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None =
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         return repr(tuple(_as_list(key, value)))
     if isinstance(value, (dict, list, tuple)):
-        raise UserError(f"{key} must be one value, got {value!r}" + (f" in {source}" if source else ""))
+        raise UserError(f"{key} must be one value, got {_short(value)}" + (f" in {source}" if source else ""))
     text = str(value)
     if text.lower() in ("true", "false") and bool in kinds:
         return text.capitalize()
@@ -199,22 +201,33 @@ def _as_list(key: str, value: Any) -> list[str]:
     if isinstance(value, str) and value.startswith(("[", "(")):
         try:
             value = json.loads("[" + value[1:-1].rstrip(",") + "]" if value[0] == "(" else value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # a text that begins with a bracket
     if isinstance(value, str):
         return [value] if value else []
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{key} must be a text or a list of texts, got {value!r}")
+        raise UserError(f"{key} must be a text or a list of texts, got {_short(value)}")
     return list(value)
+
+
+def _short(value: Any) -> str:
+    return text if len(text := reprlib.repr(value)) < 200 else f"a {type(value).__name__}"
 
 
 def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise UserError(f"cannot read the preset {path}: {' '.join(str(error).split())}") from None
+        with path.open("rb") as file:
+            raw = file.read(MAX_PRESET + 1)
+        if len(raw) > MAX_PRESET or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+            raise ValueError(f"it is no list of settings: more than {MAX_PRESET} bytes or {MAX_BRACKETS} brackets")
+        text = raw.decode("utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it holds an alias (*name); write the value out")  # few lines can grow to gigabytes
+        content = yaml.safe_load(text)
+    except Exception as error:  # YAMLError, and what its constructors meet in a number or date that is none
+        raise UserError(f"cannot read the preset {path}: {' '.join(str(error).split())[:300]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from ..config import UserError
+from .regular import read_regular
 
+MAX_PROMPT = 16 << 20  # bytes
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -16,12 +18,14 @@ def read_start(start: str) -> str:
     if start == "-":
         if sys.stdin.isatty():
             print("Type the prompt; end it with Ctrl-D on an empty line.", file=sys.stderr)
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(MAX_PROMPT + 1)
+        if len(data) > MAX_PROMPT:
+            raise UserError(f"the prompt on standard input is longer than {MAX_PROMPT:,} bytes; give a shorter one")
     elif start.startswith("FILE:"):
         try:
-            data = Path(name).read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
+            data = read_regular(Path(name), MAX_PROMPT)
+        except OSError as error:
+            reason = error.strerror or error
             raise UserError(f"cannot read the prompt file {name!r}: {reason}; expected --start=FILE:path") from None
     elif start:
         return start

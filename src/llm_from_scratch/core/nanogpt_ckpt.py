@@ -17,8 +17,10 @@ Source: karpathy/nanoGPT train.py, sample.py, model.py.
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 import re
+import struct
 import sys
 import typing
 import zipfile
@@ -42,7 +44,9 @@ SETTINGS = (
     "dtype", "compile",
 )  # fmt: skip
 MARK = "llm-from-scratch export; it may be written anew"  # tells our files from the user's
-MAX_PICKLE = 16 << 20  # bytes; a model of 48 layers has 0.2 MB of it
+MAX_PICKLE = 4 << 20  # bytes; a model of 48 layers has 0.2 MB of it
+MAX_OPCODES, MAX_MADE, MAX_CALLS = 1 << 19, 1 << 18, 1 << 15  # in it; 48 layers: 70,000, 17,000, 7,000
+MAX_MEMBERS = 4 << 20  # bytes of the archive's list of members; that of 48 layers has 0.2 MB
 GPT2_VOCAB = (50257, 50304)
 # What a dict of plain values and tensors is pickled with. torch's own list is longer, and part of it allocates memory
 # by a number in the file.
@@ -63,7 +67,7 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> Checkpoint:
     UserError or DamagedError where the file is not what nanoGPT writes.
     """
     path = Path(path)
-    content = _load(path)
+    content = load_plain(path)
     if missing := [key for key in ("model", "model_args") if not isinstance(content.get(key), dict)]:
         raise UserError(f"{path} is no checkpoint of nanoGPT's: it has no dict {' and no dict '.join(missing)}")
     args, model = dict(content["model_args"]), content["model"]
@@ -209,12 +213,17 @@ def write_nanogpt(
     return path
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_plain(path: Path) -> dict[Any, Any]:
+    """The dict that torch.save wrote into a file, if it holds plain values and tensors and nothing else.
+
+    Takes about the memory that the file has, whatever it claims. Raises UserError, DamagedError.
+    """
     import torch
 
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
+        _check_list_of_members(path)
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
@@ -227,7 +236,7 @@ def _load(path: Path) -> dict[str, Any]:
     except (UserError, MemoryError):
         raise
     except zipfile.BadZipFile as error:
-        raise DamagedError(f"{path} is no ckpt.pt, or was cut short: {error}") from None
+        raise DamagedError(f"{path} is no file that torch.save (1.6 or newer) wrote, or was cut short: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever torch's reader meets in a file that lies
@@ -235,8 +244,24 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {str(error).splitlines()[0][:200] if str(error) else error!r}"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not the dict that nanoGPT writes")
+        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict")
     return content
+
+
+def _check_list_of_members(path: Path) -> None:
+    """A zip archive's list of its members stands at its end and is read whole."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - (1 << 16) - 22))
+        tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) < at + 22:
+        raise DamagedError(f"{path} is no file that torch.save (1.6 or newer) wrote, or was cut short")
+    (length,) = struct.unpack_from("<I", tail, at + 12)
+    if length == 0xFFFFFFFF and (at64 := tail.rfind(b"PK\6\6")) >= 0 and len(tail) >= at64 + 56:
+        (length,) = struct.unpack_from("<Q", tail, at64 + 40)
+    if length > MAX_MEMBERS:
+        raise UserError(f"{path} has a list of members of {length} bytes: not what torch.save writes")
 
 
 def _pickle_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
@@ -248,7 +273,12 @@ def _pickle_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
 
 def _look_through(pickled: bytes, path: Path) -> None:
     """Raises UserError where the pickle would do more than build plain values, dicts and tensors. Runs none of it."""
-    for opcode, arg, _ in pickletools.genops(pickled):
+    made = calls = 0
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
+        made += opcode.name[:5] in ("EMPTY", "TUPLE", "MARK", "BUILD")
+        calls += opcode.name in ("REDUCE", "BINPERSID")
+        if count > MAX_OPCODES or made > MAX_MADE or calls > MAX_CALLS:
+            raise UserError(f"{path} holds more values than a checkpoint has")
         if not _OPCODES.fullmatch(opcode.name):
             raise UserError(f"{path} is pickled in a way that torch.save does not use ({opcode.name})")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(arg)):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
-from .regular import open_regular, read_regular
+from .regular import open_regular, parse_json, read_regular
 
 BLOCK = 1 << 20  # ids that are scanned at a time
 SCAN_LIMIT = 4 << 30  # bytes of a split that are scanned before the first step; more are scanned beside the first steps
@@ -189,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        manifest = json.loads(read_regular(path, MAX_MANIFEST))
+        manifest = parse_json(read_regular(path, MAX_MANIFEST))
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
@@ -321,7 +321,7 @@ def _facts(shard: TokenFile) -> dict[str, Any]:
 
 def _checked(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_regular(folder / CHECKED, MAX_MANIFEST))
+        content = parse_json(read_regular(folder / CHECKED, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

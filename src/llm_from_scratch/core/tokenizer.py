@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 
 from ..config import UserError
+from .regular import parse_json, read_regular
 from .vocabulary import byte_to_char, read_meta_pkl, tiktoken_parts
 
+MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
 EOT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
@@ -91,17 +93,18 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer in {folder}: expected {META_FILE}, which llm-prepare writes")
         try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta = parse_json(read_regular(path, MAX_DEFINITION))
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
                 raise UserError(f"{path} is in format {meta['format']} {meta['version']}, this version reads 1")
             tokenizer = _load(Path(folder), meta)
             if tokenizer.fingerprint() != meta["fingerprint"]:
                 raise ValueError("its fingerprint differs")
             return tokenizer
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:
-            raise UserError(f"the tokenizer in {folder} is damaged ({error}): prepare it again") from None
+        except BaseException as error:  # a Rust panic is no Exception
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"the tokenizer in {folder} is damaged ({why}): prepare it again") from None
 
     @staticmethod
     def from_name(spec: str, text: str | Iterable[str] | None = None) -> Tokenizer:
@@ -274,8 +277,12 @@ class HFTokenizer(Tokenizer):
         self._plain = self._build(special_is_text=True)
         self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= len(definition):  # each id takes some characters
+            raise UserError(f"not a tokenizer.json that can be used: it has {self.vocab_size} ids")
+        if eot_id is not None and not (type(eot_id) is int and 0 <= eot_id < self.vocab_size):
+            raise UserError(f"the token that ends a text has the id {str(eot_id)[:40]}, which the tokenizer lacks")
         self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}
-        kind = json.dumps(json.loads(definition).get("decoder"))
+        kind = json.dumps(parse_json(definition.encode("utf-8")).get("decoder"))
         self._byte_level, self._sentence_pieces = '"ByteLevel"' in kind, "ByteFallback" in kind or "Metaspace" in kind
         self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
 
@@ -284,8 +291,10 @@ class HFTokenizer(Tokenizer):
 
         try:
             backend = Backend.from_str(self._json)
-        except Exception as error:
-            raise UserError(f"not a tokenizer.json in Hugging Face's format: {error}") from None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a Rust panic is no Exception
+            raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
         backend.no_truncation()  # some files cut every text at the length that their model was trained with
         backend.no_padding()
         backend.encode_special_tokens = special_is_text
@@ -294,11 +303,11 @@ class HFTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: Path) -> HFTokenizer:
         try:
-            definition = path.read_text(encoding="utf-8")
+            definition = read_regular(path, MAX_DEFINITION).decode("utf-8")
             beside = path.parent / "tokenizer_config.json"
-            eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+            eos = parse_json(read_regular(beside, MAX_DEFINITION)).get("eos_token") if beside.is_file() else None
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {str(error)[:200]}") from None
         tokenizer = cls(definition)
         names = [eos.get("content") if isinstance(eos, dict) else eos, *HF_EOT_NAMES]
         ids = (tokenizer._plain.token_to_id(name) for name in names if isinstance(name, str))
@@ -389,10 +398,10 @@ def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     if name in ("bpe", "hf"):
-        return HFTokenizer((folder / HF_FILE).read_text(encoding="utf-8"), name, meta["eot_id"])
+        return HFTokenizer(read_regular(folder / HF_FILE, MAX_DEFINITION).decode("utf-8"), name, meta["eot_id"])
     if name not in TIKTOKEN_NAMES:
         raise UserError(f"the tokenizer in {folder} is of unknown kind {name!r}")
-    lines = ((folder / RANKS_FILE).read_bytes()).split(b"\n")
+    lines = read_regular(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from .regular import read_regular
 
 GPT2_DIR_VARIABLE = "LLM_GPT2_DIR"
 # OpenAI's two files of GPT-2's vocabulary. Their ids are the merge order, so encoder.json alone gives the ranks.
@@ -28,7 +29,8 @@ GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-MAX_META_PKL = 4 << 20  # bytes; nanoGPT's own meta.pkl has about 700
+MAX_META_PKL = 1 << 20  # bytes; nanoGPT's own meta.pkl has about 700
+MAX_OPENED = 1 << 12  # dicts and marks in it, which take a hundred bytes for one; nanoGPT's own has a dozen
 
 
 def byte_to_char() -> list[str]:
@@ -145,15 +147,15 @@ _PLAIN_OPCODES = set(
 def read_meta_pkl(path: Path) -> str:
     """The characters of nanoGPT's meta.pkl, in the order of their ids."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_META_PKL + 1)
-        if len(data) > MAX_META_PKL:
-            raise ValueError(f"it is larger than {MAX_META_PKL >> 20} MiB")
+        data, opened = read_regular(path, MAX_META_PKL), 0
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _PLAIN_OPCODES:
                 raise ValueError(f"it holds {opcode.name}, not only dicts, strings and integers")
             if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= len(data):
                 raise ValueError("its memo is out of bounds")
+            opened += opcode.name in ("MARK", "EMPTY_DICT")
+            if opened > MAX_OPENED:
+                raise ValueError("it opens too many dicts")
         meta = _PlainUnpickler(io.BytesIO(data)).load()
         stoi, itos, size = meta["stoi"], meta["itos"], meta["vocab_size"]
         if type(stoi) is not dict or type(itos) is not dict or not len(stoi) == len(itos) == size > 0:

@@ -1,6 +1,6 @@
 """Folders in Hugging Face's format, as files: fetched from the hub, read tensor by tensor, written whole or not at all.
 
-Reading runs no code of the folder's: safetensors, JSON, and torch.load with weights_only.
+Reading runs no code of the folder's: safetensors, JSON, and pickled tensors that are looked through first.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import UserError
+from ..core.nanogpt_ckpt import load_plain
+from ..core.regular import parse_json, read_regular
 
+MAX_JSON = 16 << 20  # bytes
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
@@ -83,8 +85,8 @@ class Weights:
                     handle = safe_open(file, framework="pt")
                     found |= {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
                 else:
-                    loaded = torch.load(file, map_location="cpu", weights_only=True)
-                    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+                    loaded = load_plain(file)
+                    if not all(isinstance(t, Tensor) for t in loaded.values()):
                         raise UserError(f"{file} is not a dictionary of tensors")
                     found |= {str(key): partial(Tensor.detach, tensor) for key, tensor in loaded.items()}
         # saved without the head, names lack the prefix
@@ -147,7 +149,7 @@ def appears_whole(folder: Path) -> Iterator[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_regular(path, MAX_JSON))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {short(error)}") from None
     if not isinstance(content, dict):

@@ -17,8 +17,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ..config import UserError
-from ..core.tokenizer import EOT, HF_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.regular import parse_json, read_regular
+from ..core.tokenizer import EOT, HF_FILE, MAX_DEFINITION, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocabulary import GPT2_SHA256, byte_to_char
+from .hf_files import short
 
 # ordinary words, and what word patterns differ in: contractions, digits, runs of spaces, line ends, other scripts
 PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "WE'LL see", isn't it?  12345 67 8,901.5%
@@ -36,13 +38,13 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
         return Tokenizer.load(folder)
     try:
         if (folder / HF_FILE).is_file():
-            definition = json.loads((folder / HF_FILE).read_text(encoding="utf-8"))
+            definition = parse_json(read_regular(folder / HF_FILE, MAX_DEFINITION))
             if _is_gpt2(definition):
                 return gpt2_tokenizer(definition["model"]["vocab"])
             return HFTokenizer.from_file(folder / HF_FILE)
         if gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            vocab = parse_json(read_regular(folder / "vocab.json", MAX_DEFINITION))
+            lines = read_regular(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
             definition = json.loads(backend.to_str())
@@ -51,8 +53,10 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
             )
     except UserError:
         raise
-    except Exception as error:  # malformed JSON, or whatever the Rust side makes of it
-        raise UserError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # malformed JSON, or whatever the Rust side makes of it: a panic is no Exception
+        raise UserError(f"the tokenizer in {folder} cannot be read: {short(error)}") from None
     return None
 
 

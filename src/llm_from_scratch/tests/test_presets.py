@@ -199,7 +199,7 @@ def test_later_wins_and_the_command_line_wins_over_all(here: Path) -> None:
         ("n_layer: [1, 2", "cannot read the preset {path}"),
         ("n_layer: 1\n\tn_head: 2", "cannot read the preset {path}"),
         ("? [a]\n: 1", "cannot read the preset {path}"),
-        ("a: &a [*a]", "unknown setting a"),
+        ("a: &a [*a]", "it holds an alias"),
         ("n_layer: \x00", "cannot read the preset {path}"),
         ("[" * 5000, "cannot read the preset {path}"),
     ],
