@@ -281,8 +281,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is no checkpoint of ours: its format is {str(manifest.get('format'))[:40]!r}")
     if manifest.get("version") != FORMAT["version"]:
         raise UserError(f"{path} is in version {manifest.get('version')} of the format, this program reads version 1")
-    step, loss = manifest.get("step"), manifest.get("val_loss")
-    if type(step) is not int or step < 0 or not (loss is None or (type(loss) is float and math.isfinite(loss))):
+    step, loss = manifest.get("step"), manifest.setdefault("val_loss", None)
+    if type(step) is not int or not 0 <= step < 1 << 53 or not (loss is None or (type(loss) is float and math.isfinite(loss))):
         raise DamagedError(f"{path / MANIFEST}: step or val_loss is not a number in range")
     return manifest
 

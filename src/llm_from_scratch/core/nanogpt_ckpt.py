@@ -300,7 +300,8 @@ def _is_plain_tensor(value: Any) -> bool:
 def _number(value: Any) -> float | None:
     if _is_plain_tensor(value) and value.numel() == 1:
         value = value.item()
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    # compared, because a whole number can be too large to be a float
+    return float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
 
 
 def _nested(flat: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(value, str):
         return str in options or value in options or any(value in typing.get_args(option) for option in options)
     if type(value) is int:
-        return int in options or float in options
+        return (int in options or float in options) and abs(value) < 1 << 63
     return type(value) in options and not (isinstance(value, float) and not math.isfinite(value))
 
 

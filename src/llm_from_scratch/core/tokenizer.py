@@ -242,6 +242,9 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> None:
         import tiktoken
 
+        ids = [*ranks.values(), *special.values()]
+        if any(type(i) is not int or not 0 <= i < 2 * len(ids) + 1024 for i in ids):  # some have gaps
+            raise ValueError(f"the {name} vocabulary holds an id that is out of range")
         self.name, self._pattern, self._special = name, pattern, special
         self._ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

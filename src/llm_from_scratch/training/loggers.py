@@ -84,14 +84,10 @@ class JsonLines:
 def _forget_from(path: Path, step: int) -> None:
     """Drops what a resumed run is about to do again: a killed run logs past its last checkpoint."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the line that the kill cut short
+    for entry in read_metrics(path):
         # an evaluation at `step` was made before the checkpoint, an update of that number after it
-        if entry.get("step", 0) < step or (entry.get("step") == step and "val_loss" in entry):
-            kept.append(line)
+        if entry["step"] < step or (entry["step"] == step and "val_loss" in entry):
+            kept.append(json.dumps(entry))
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(beside, path)
@@ -285,13 +281,13 @@ def _is_live(console: Console) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a line that a kill cut short is left out."""
+    """The objects of a metrics.jsonl; what is none, such as a line that a kill cut short, is left out."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                entries.append(entry)
     return entries
 
 
@@ -305,7 +301,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     entries = read_metrics(metrics)
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for key, label, style in (("loss", "train (batch)", "-"), ("val_loss", "validation", "o-")):
-        points = [(e["step"], e[key]) for e in entries if e.get(key) is not None]
+        points = [(e["step"], e[key]) for e in entries if type(e.get(key)) is float]
         if points:
             width = 1 if style == "-" else 2
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, markersize=4)

@@ -1,0 +1,118 @@
+"""Mutated inputs to each parser: only our typed errors come out, in time, and what is accepted is in range.
+
+A case is one valid input of one parser with one to three random changes. Most changes keep the container valid: JSON
+stays JSON, sealed folders are sealed anew, archives get right checksums; the others are bits, bytes and cuts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from llm_from_scratch.config import UserError
+from llm_from_scratch.core import checkpoint, state
+
+from .mutants import Mutant
+from .mutated_checkpoints import Archive, Checkpoints
+from .mutated_files import (
+    CommandLine,
+    DataManifest,
+    ForeignTokenizer,
+    MetaPickle,
+    Metrics,
+    SavedTokenizer,
+    Yaml,
+)  # fmt: skip
+from .rows import Report, Row
+
+LIMIT = 3.0  # seconds a case
+
+
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"more than {LIMIT:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+JSON_MEMBERS = ("config.json", "trainer.json", "model.json", "optimizer.json", "tokenizer.meta.json")
+TENSOR_MEMBERS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+PARSERS: dict[str, Callable[[Path], Any]] = {
+    "JSON of a checkpoint": lambda folder: Checkpoints(folder, JSON_MEMBERS, True),
+    "safetensors": lambda folder: Checkpoints(folder, TENSOR_MEMBERS, False),
+    "ckpt.pt": Archive,
+    "meta.pkl": MetaPickle,
+    "tokenizer.meta.json": SavedTokenizer,
+    "tokenizer.json": ForeignTokenizer,
+    "data manifest": DataManifest,
+    "YAML": Yaml,
+    "command line": CommandLine,
+    "metrics.jsonl": Metrics,
+}
+
+
+def run(count: int, seed: int, folder: Path) -> Report:
+    report = Report()
+    # the disk itself is not what is tried here, and each Rust panic prints a page
+    with mock.patch.object(os, "fsync", lambda handle: None), contextlib.redirect_stderr(io.StringIO()):
+        for number, (name, kind) in enumerate(PARSERS.items()):
+            home = folder / f"parser{number}"
+            place = home / "step-00000007"
+            place.mkdir(parents=True)
+            parser = kind(home)
+            for case in range(count * number // len(PARSERS), count * (number + 1) // len(PARSERS)):
+                valid = parser.make(Mutant(f"{seed} {name} {case}"), place)
+                report.done += 1
+                report.count("in a valid container", int(valid))
+                begin = time.monotonic()
+                try:
+                    with in_time():
+                        parser.read(place)
+                    report.count("accepted, in range")
+                except UserError as error:
+                    if not report.check("\n" not in str(error), f"{name} {case}: an error of several lines"):
+                        report.failures[-1] += f": {str(error)[:200]!r}"
+                except BaseException as error:
+                    report.failures.append(f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
+                    if isinstance(error, KeyboardInterrupt):
+                        raise
+                took = time.monotonic() - begin
+                report.check(took < LIMIT, f"{name} {case}: took {took:.1f} s")
+    return report
+
+
+@contextlib.contextmanager
+def _replaced(where: Any, name: str, by: Any) -> Iterator[None]:
+    with mock.patch.object(where, name, by):
+        yield
+
+
+ROW = Row(
+    title="mutated inputs to each parser: typed errors only, values in range",
+    target=100_000,
+    quick=300,
+    prove=2000,
+    run=run,
+    defects={
+        "JSON that is none raises what json raises": lambda: _replaced(
+            checkpoint, "from_json", lambda raw, where: json.loads(raw)
+        ),
+        "shapes of weights unchecked": lambda: _replaced(state, "checked_weights", lambda model, *_: dict(model)),
+        "numbers of a model config unchecked": lambda: _replaced(state, "fits", lambda value, hint: True),
+    },
+)
