@@ -92,14 +92,16 @@ def _one(
     seconds = time.monotonic() - begin
     text = output.read_text()
     report.count(f"in {phase}" if came and phase else "at other times")
-    if code == 0 and marks.last == whole.steps - 1:
-        return  # there was no step left to stop after
+    said = STOPPED.search(text)
+    if marks.last == whole.steps - 1 and said is None:  # all was done: there is nothing to go on with
+        report.check(code in (0, 128 + signum), f"{case}: exit code {code}: {tail(output)}")
+        return
     if marks.first < 0 and code in (-signum, 128 + signum):  # the run had not begun
+        report.check(said is None, f"{case}: a command to go on with, where nothing is saved: {tail(output)}")
         report.check(_go_on(whole, out_dir, output) == 0, f"{case}: the run after it failed: {tail(output)}")
         return
     report.check(code == 128 + signum, f"{case}: exit code {code}: {tail(output)}")
     report.check(seconds < LIMIT, f"{case}: the end came after {seconds:.1f} s")
-    said = STOPPED.search(text)
     if report.check(said is not None, f"{case}: no command to go on with: {tail(output)}") and said:
         step = int(said[1])
         report.check(step == marks.last + 1, f"{case}: stopped at step {step}, the last update was {marks.last}")
