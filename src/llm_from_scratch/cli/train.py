@@ -134,7 +134,7 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
     """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
     from ..core import checkpoint as checkpoints
 
-    path = checkpoints.find_checkpoint(config.training.out_dir, which="last")
+    path = checkpoints.find_checkpoint(config.training.out_dir, which="last", tell=False)
     if not path.is_dir():
         return None
     try:

@@ -236,7 +236,9 @@ def load_plain(path: Path) -> dict[Any, Any]:
     except (UserError, MemoryError):
         raise
     except zipfile.BadZipFile as error:
-        raise DamagedError(f"{path} is no file that torch.save (1.6 or newer) wrote, or was cut short: {error}") from None
+        raise DamagedError(
+            f"{path} is no file that torch.save (1.6 or newer) wrote, or was cut short: {error}"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # whatever torch's reader meets in a file that lies

@@ -334,6 +334,20 @@ def test_auto_goes_on_where_there_is_a_checkpoint_and_never_starts_afresh_over_a
     assert main(words) == 2 and not list(Path("run").glob("previous-*"))
 
 
+def test_a_damaged_checkpoint_is_named_once_and_set_aside(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_from_scratch.cli.train import main
+
+    train(tiny_config(tiny_data, out_dir="run"))
+    weights = Path("run/step-00000008/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main([f"--dataset={tiny_data}", "--out_dir=run", "--init_from=resume"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("warning: damaged: run/damaged-step-00000008 (") == told.err.count("warning") == 1
+    assert "resuming from run/step-00000004 at step 4" in told.out
+    assert Path("run/damaged-step-00000008").is_dir() and find_checkpoint("run").name == "step-00000008"
+
+
 def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         prepare(tiny_config(tiny_data, out_dir="none", init_from="resume"))
