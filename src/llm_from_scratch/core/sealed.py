@@ -197,11 +197,15 @@ def remove_tree(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its missing parents so that they outlast a power cut."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
+    """Makes a folder and its missing parents. Their names then outlast a power cut, whoever made them, and when."""
+    changed = {p.parent for p in (path, *path.parents) if not p.exists()}
     path.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        sync_folder(made.parent)
+    for parent in path.parents:
+        try:
+            sync_folder(parent)
+        except OSError:  # one that others own may be closed to us
+            if parent in changed:
+                raise
 
 
 def sync_folder(path: Path) -> None:

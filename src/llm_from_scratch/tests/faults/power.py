@@ -211,6 +211,8 @@ class Run:
     def go(self) -> None:
         """A start, as the trainer's, then a few saves; now and then a fresh start over an earlier run."""
         rng = self.rng
+        if rng.random() < 0.7:  # by the run's lock, or its log
+            self.out.mkdir(parents=True, exist_ok=True)
         fresh = self.known.acknowledged is not None and rng.random() < 0.2
         if fresh:
             left = [Save(path_step, _tag(path), _loss(path)) for path_step, path in cp.list_checkpoints(self.out)]
@@ -385,6 +387,9 @@ ROW = Row(
         ),
         "the parent not synced": replaced(
             sealed, "sync_folder", _sync_only(lambda path: path.name.startswith(".tmp-"))
+        ),
+        "the run's own folder not synced": replaced(
+            sealed, "make_folder", lambda path: path.mkdir(parents=True, exist_ok=True)
         ),
         "a removal not made durable first": replaced(sealed, "remove_folder", _remove_at_once),
     },
