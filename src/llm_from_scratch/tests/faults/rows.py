@@ -40,7 +40,7 @@ class Row:
     target: int
     """Cases in `just storm`."""
     quick: int
-    """Cases in the normal test suite: seconds."""
+    """Cases in the normal test suite: seconds. 0 where one alone takes longer."""
     prove: int
     """Cases that suffice to notice each defect."""
     run: Callable[[int, int, Path], Report]

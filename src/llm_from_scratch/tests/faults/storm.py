@@ -25,8 +25,8 @@ from pathlib import Path
 from .rows import Report, Row
 
 ROWS = (
-    "cuts", "kills", "processes", "operations", "power", "flips", "directories", "signals", "numbers", "data_files",
-    "hostile", "mutations", "endurance",
+    "cuts", "kills", "processes", "operations", "power", "flips", "directories", "signals", "numbers", "endurance",
+    "data_files", "hostile", "mutations",  # last: a library that it calls starts threads
 )  # fmt: skip
 SHOWN = 5  # failures printed of a row
 
@@ -49,38 +49,42 @@ def run_row(name: str, count: int, seed: int, defect: str | None = None) -> Repo
             os.chdir(before)
 
 
-def _in_process(name: str, count: int, seed: int, defect: str | None = None) -> tuple[Report, float]:
-    """The same in a process of its own; what it prints is kept out of the table."""
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--child", name, str(count), str(seed)]
+def in_process(cases: dict[str, int], seed: int, defect: str | None = None) -> dict[str, Report]:
+    """Runs so many cases of rows, one row after the other, in a process of its own that prints nothing here."""
+    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--child"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "report.json"
+        result = Path(folder) / "reports.json"
         child = subprocess.run(
-            [*command, str(result), *([defect] if defect else [])], env=environment, stdin=subprocess.DEVNULL,
+            [*command, json.dumps([cases, seed, str(result), defect])], env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if result.exists():
-            report = Report(**json.loads(result.read_text()))
-        else:
-            tail = child.stdout.decode(errors="replace").strip().splitlines()[-3:]
-            report = Report(0, [f"the row itself ended with exit code {child.returncode}: {' | '.join(tail)}"])
-    return report, time.monotonic() - begin
+        found = json.loads(result.read_text()) if result.exists() else {}
+    tail = " | ".join(child.stdout.decode(errors="replace").strip().splitlines()[-3:])
+    lost = Report(0, [f"the row itself ended with exit code {child.returncode}: {tail}"])
+    return {name: Report(**found[name]) if name in found else lost for name in cases}
 
 
-def _child(name: str, count: str, seed: str, result: str, defect: str | None = None) -> int:
-    # a row's children write to the same files: only its first process reports
-    pid, report = os.getpid(), run_row(name, int(count), int(seed), defect)
-    if os.getpid() == pid:
-        Path(result).write_text(json.dumps(vars(report)))
+def _child(told: str) -> int:
+    cases, seed, result, defect = json.loads(told)
+    pid, reports = os.getpid(), {}
+    for name, count in cases.items():
+        reports[name] = vars(run_row(name, count, seed, defect))
+        if os.getpid() == pid:  # a row's own children do not report
+            Path(result).write_text(json.dumps(reports))
     return 0
+
+
+def _timed(name: str, count: int, seed: int, defect: str | None = None) -> tuple[Report, float]:
+    begin = time.monotonic()
+    return in_process({name: count}, seed, defect)[name], time.monotonic() - begin
 
 
 def _storm(names: list[str], share: float, seed: int, jobs: int) -> bool:
     good = True
     counts = {name: max(1, math.ceil(load(name).target * share)) for name in names}
     with ThreadPoolExecutor(jobs) as pool:
-        waiting = {name: pool.submit(_in_process, name, counts[name], seed) for name in names}
+        waiting = {name: pool.submit(_timed, name, counts[name], seed) for name in names}
         for name, future in waiting.items():
             report, seconds = future.result()
             failed = bool(report.failures) or report.done < counts[name]
@@ -100,7 +104,7 @@ def _prove(names: list[str], seed: int, jobs: int) -> bool:
     good = True
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {
-            (name, defect): pool.submit(_in_process, name, load(name).prove, seed, defect)
+            (name, defect): pool.submit(_timed, name, load(name).prove, seed, defect)
             for name in names
             for defect in (None, *load(name).defects)
         }
@@ -121,7 +125,7 @@ def _prove(names: list[str], seed: int, jobs: int) -> bool:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--child"]:
-        return _child(*argv[1:])
+        return _child(argv[1])
     parser = argparse.ArgumentParser(prog="just storm", description="Tries every fault on the program.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(ROWS)} (default: all)")
     parser.add_argument("--prove", action="store_true", help="put defects in, and expect each to be noticed")
