@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -743,6 +744,19 @@ def test_everything_is_synced_before_what_relies_on_it(tmp_path: Path, monkeypat
         "sync .tmp-step-00000002", "rename .tmp-step-00000002", f"sync {tmp_path.name}", "rename step-00000001",
         f"sync {tmp_path.name}",
     ]  # fmt: skip
+
+
+def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            asked.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 1)
+    assert asked and cp.load_checkpoint(save(tmp_path, 2, keep_last=1)).step == 2 and steps(tmp_path) == [2]
 
 
 def test_an_error_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
