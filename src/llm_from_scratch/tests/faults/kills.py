@@ -46,7 +46,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"dtype": "float16", "sample_order": "shuffled", "gradient_accumulation_steps": 2, "keep_last": 1},
     {"dropout": 0.2, "sample_order": "shuffled", "stride": 5, "keep_last": 3, "always_save_checkpoint": False},
 ]
-EACH = {"max_iters": 6, "save_interval": 2, "eval_interval": 3, "eval_iters": 1}
+EACH = {"max_iters": 6, "save_interval": 2, "eval_interval": 6, "eval_iters": 1}
 CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open")
 PARTS = ("before", "amid", "after")
 AIMED = 0.6  # share of the kills that are aimed at a save
