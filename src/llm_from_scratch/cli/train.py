@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -133,15 +132,21 @@ def _choose_length(parsed: Parsed[Config]) -> None:
 def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
     """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
     from ..core import checkpoint as checkpoints
+    from ..core import sealed
 
-    path = checkpoints.find_checkpoint(config.training.out_dir, which="last", tell=False)
-    if not path.is_dir():
+    out_dir = Path(config.training.out_dir)
+    flat: dict[str, Any] | None = None
+    for _, path in reversed(checkpoints.list_checkpoints(out_dir)):
+        try:
+            content = sealed.from_json(sealed.read_member(path, "config.json", sealed.read_manifest(path)), path)
+            flat = {leaf: value for section in content.values() for leaf, value in section.items()}
+            break
+        except (sealed.DamagedError, AttributeError):
+            continue
+    if flat is None:
+        if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # says what is wrong, where nothing is good
+            raise UserError(f"the checkpoints in {out_dir} hold no settings; they are not whole")
         return None
-    try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        flat = {leaf: value for section in content.values() for leaf, value in section.items()}
-    except (OSError, ValueError, AttributeError):
-        return None  # the trainer says what is wrong with it
     dataset = flat.get("dataset")
     if "dataset" not in sources and not _is_plain("dataset", dataset):
         raise UserError(

@@ -297,18 +297,14 @@ def list_checkpoints(out_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(
-    location: str | Path,
-    which: str | int | None = None,
-    set_aside: bool = False,
-    verify: bool = True,
-    tell: bool = True,
+    location: str | Path, which: str | int | None = None, set_aside: bool = False, verify: bool = True
 ) -> Path:
     """The checkpoint that is meant: a step directory, or a ckpt.pt of nanoGPT's.
 
     location: an out_dir, a step directory, a ckpt.pt, or an out_dir that holds only a ckpt.pt.
     which: "last", "best" (lowest val loss), a step, or None: best where the run saved only what improved
     (always_save_checkpoint=False), else last. A damaged one is passed over with a warning, and with set_aside renamed
-    to damaged-<name>; tell=False leaves the warning to a later call. Raises UserError where there is no good one.
+    to damaged-<name>. Raises UserError where there is no good one.
     """
 
     def check(path: Path) -> Path:
@@ -316,7 +312,7 @@ def find_checkpoint(
             verify_checkpoint(path)
         return path
 
-    return _locate(Path(location), _which(which), set_aside, check, lambda path: path, tell)
+    return _locate(Path(location), _which(which), set_aside, check, lambda path: path)
 
 
 def load_any(
@@ -359,12 +355,7 @@ def _which(which: str | int | None) -> str | int | None:
 
 
 def _locate(
-    location: Path,
-    which: str | int | None,
-    set_aside: bool,
-    read: Callable[[Path], T],
-    read_pt: Callable[[Path], T],
-    tell: bool = True,
+    location: Path, which: str | int | None, set_aside: bool, read: Callable[[Path], T], read_pt: Callable[[Path], T]
 ) -> T:
     try:
         if (location / MANIFEST).exists() or (_STEP.fullmatch(location.name) and location.is_dir()):
@@ -374,7 +365,7 @@ def _locate(
         if not location.is_dir():
             raise UserError(f"no checkpoint {location}: there is no such folder or file; train first, or name another")
         if entries := _scan(location):
-            return _first_good(location, entries, which, set_aside, read, tell)
+            return _first_good(location, entries, which, set_aside, read)
         if (location / "ckpt.pt").is_file():
             return read_pt(location / "ckpt.pt")
     except OSError as error:  # a folder that may not be entered, a name that is too long
@@ -383,7 +374,7 @@ def _locate(
 
 
 def _first_good(
-    out: Path, entries: list[_Entry], which: str | int | None, set_aside: bool, read: Callable[[Path], T], tell: bool
+    out: Path, entries: list[_Entry], which: str | int | None, set_aside: bool, read: Callable[[Path], T]
 ) -> T:
     if isinstance(which, int):
         for entry in entries:
@@ -405,7 +396,7 @@ def _first_good(
             if entry.path.exists():  # else a trainer has just removed it
                 damaged.append((entry.path, str(error)))
             continue
-        if damaged and tell:
+        if damaged:
             moved = [f"{sealed.set_aside(p)} ({why})" if set_aside else f"{p} ({why})" for p, why in damaged]
             print(f"warning: damaged: {'; '.join(moved)}; using {entry.path} instead", file=sys.stderr)
         return found

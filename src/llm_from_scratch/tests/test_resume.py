@@ -187,6 +187,35 @@ def test_a_last_save_that_fails_is_tried_again(tiny_data: Path, monkeypatch: pyt
     assert calls == [2, 2] and find_checkpoint("run").name == "step-00000002"
 
 
+def test_a_file_for_nanogpt_that_cannot_be_written_costs_no_checkpoint(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Path:
+        raise checkpoints.SaveError("no space left")
+
+    monkeypatch.setattr(checkpoints, "write_nanogpt", full)
+    assert train(tiny_config(tiny_data, out_dir="run", save_nanogpt_ckpt=True)).exit_code == 0
+    told = capsys.readouterr().out
+    assert told.count("warning: ckpt.pt is not written: no space left") == told.count("saved checkpoint run/step-") == 2
+    assert find_checkpoint("run", "last").name == "step-00000008"
+
+
+def test_a_save_for_which_memory_is_short_costs_a_warning(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, calls = checkpoints.save_checkpoint, []
+
+    def short(*args: Any, **kwargs: Any) -> Path:
+        calls.append(kwargs["step"])
+        if len(calls) == 1:
+            raise MemoryError
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", short)
+    assert train(tiny_config(tiny_data, out_dir="run")).exit_code == 0
+    assert "warning: step 4 is not saved: out of memory" in capsys.readouterr().out and calls == [4, 8]
+
+
 def test_data_that_fails_under_the_run_costs_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,13 +54,24 @@ def copied(value: Any, _known: dict[tuple, Tensor] | None = None) -> Any:
     return value
 
 
+@dataclass
+class Saved:
+    """What became of a save."""
+
+    step: int
+    path: Path | None = None
+    """None where there is no checkpoint of this step."""
+    error: UserError | None = None
+    """Why not; or, with a path, why the file for nanoGPT is missing."""
+
+
 class Writer:
     """Saves in a thread, one checkpoint at a time. A process that must end at once does not wait for it."""
 
     def __init__(self) -> None:
-        self.step: int | None = None  # of the checkpoint that is being written
         self._thread: threading.Thread | None = None
-        self._outcome: Path | BaseException | None = None
+        self._saved = Saved(-1)
+        self._bug: BaseException | None = None
 
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
@@ -68,33 +79,34 @@ class Writer:
         """contents: a Checkpoint's fields, which nobody else changes; first: what must be durable before it is; export:
         also as out_dir/ckpt.pt for nanoGPT; of_the_run: the other arguments of save_checkpoint()."""
         assert self._thread is None
+        saved = self._saved = Saved(contents["step"])
 
         def work() -> None:
             try:
                 first()
-                self._outcome = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
+                saved.path = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
                 if export:
                     whole = Checkpoint(path=None, **contents)
                     checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
-            except OSError as error:  # of first()
-                self._outcome = SaveError(f"{error.strerror or error}")
-            except BaseException as error:  # told in the loop's own thread
-                self._outcome = error
+            except UserError as error:
+                saved.error = error
+            except (OSError, MemoryError) as error:  # of first(); of a copy for the file
+                saved.error = SaveError(getattr(error, "strerror", None) or "out of memory")
+            except BaseException as error:  # raised in the loop's own thread
+                self._bug = error
 
-        self.step, self._outcome = contents["step"], None
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def finished(self, wait: bool) -> Path | UserError | None:
-        """What became of the save, once: its path, or why it failed; None where there is none, or it goes on."""
+    def finished(self, wait: bool) -> Saved | None:
+        """What became of the save, once; None where there is none, or it goes on."""
         if self._thread is None or (not wait and self._thread.is_alive()):
             return None
         self._thread.join()
         self._thread = None
-        assert self._outcome is not None
-        if isinstance(self._outcome, BaseException) and not isinstance(self._outcome, UserError):
-            raise self._outcome
-        return self._outcome
+        if self._bug is not None:
+            raise self._bug
+        return self._saved
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:

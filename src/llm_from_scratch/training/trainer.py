@@ -350,15 +350,18 @@ class Trainer:
 
     def _tell_saved(self, wait: bool = False) -> None:
         """Says what became of the last save, once it is known."""
-        outcome = self.writer.finished(wait)
-        if isinstance(outcome, UserError):
-            self.save_failed = True
-            if self.state.saved_at == self.writer.step:
-                self.state.saved_at = -1  # the end of the run tries once more
-            self.log.say(f"warning: step {self.writer.step} is not saved: {outcome}")
-        elif outcome is not None:
-            self.save_failed, self.saved_to = False, outcome
-            self.log.say(f"saved checkpoint {outcome}")
+        saved = self.writer.finished(wait)
+        if saved is None:
+            return
+        self.save_failed = saved.path is None
+        if saved.path is None and self.state.saved_at == saved.step:
+            self.state.saved_at = -1  # the end of the run tries once more
+        if saved.path is not None:
+            self.saved_to = saved.path
+            self.log.say(f"saved checkpoint {saved.path}")
+        if saved.error is not None:
+            what = f"step {saved.step} is not saved" if saved.path is None else "ckpt.pt is not written"
+            self.log.say(f"warning: {what}: {str(saved.error).removeprefix(f'{what}: ')}")
 
     def _machine(self) -> dict[str, Any]:
         return machine_of(self.runtime, self.optimizer, self.models.is_compiled, self.plan.micro_batch)
