@@ -31,9 +31,9 @@ ONE_HOUR_PATH = (
 CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage", "htmlcov", "build", "dist")
 CACHES_ANYWHERE = ("__pycache__", ".ipynb_checkpoints")
 # One of these in a folder shows that a training run wrote it.
-RUN_MARKS = ("metrics.jsonl", "ckpt.pt", "step-*", ".tmp-step-*", "previous-*")
+RUN_MARKS = ("metrics.jsonl", "ckpt.pt", "step-*", "damaged-step-*", ".tmp-step-*", "previous-*")
 # What a data script writes beside its .bin files; the text itself (input.txt) is not among them.
-BESIDE_BINS = ("manifest.json", "tokenizer.meta.json", "tokenizer.json", "ranks.tiktoken", "meta.pkl")
+BESIDE_BINS = (".checked.json", "manifest.json", "tokenizer.meta.json", "tokenizer.json", "ranks.tiktoken", "meta.pkl")
 
 
 class Refusal(Exception):
