@@ -146,7 +146,24 @@ def restore(
     scaler: torch.amp.GradScaler,
     runtime: Runtime,
 ) -> list[str]:
-    """Gives optimizer, scaler, counters and random states back. Returns what cannot be as it was, a line each."""
+    """Gives optimizer, scaler, counters and random states back. Returns what cannot be as it was, a line each.
+
+    Raises UserError where the checkpoint holds something else under their names.
+    """
+    try:
+        return _restore(saved, state, optimizer, scaler, runtime)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{saved.path} does not hold the state of a run ({why}); start a new one from it") from None
+
+
+def _restore(
+    saved: Checkpoint,
+    state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    runtime: Runtime,
+) -> list[str]:
     notes = []
     if saved.optimizer is not None:
         load_optimizer_state(optimizer, saved.optimizer)
@@ -157,8 +174,13 @@ def restore(
     if known and scaler.is_enabled():
         scaler.load_state_dict(known)
     for name in vars(state):
-        if trainer.get(name) is not None:
-            setattr(state, name, trainer[name])
+        value = trainer.get(name)
+        if value is None:
+            continue
+        kinds = {"run_id": (str,), "recent_losses": (list,)}.get(name, (int, float))
+        if type(value) not in kinds:
+            raise ValueError(f"{name} is {str(value)[:40]!r}")
+        setattr(state, name, value)
     state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
     state.step = saved.step
     # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
