@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..config import SystemConfig, UserError
+from ..core.regular import read_regular
 from ..presets import parse
 from .common import check_location, load_source, run
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..core.model import GPT
     from ..core.tokenizer import Tokenizer
 
+MAX_TEXT = 1 << 30  # bytes of a text file, which is read whole
 HELP = """Evaluates a checkpoint. With --dataset over a split of prepared data, or name a text file: llm-eval FILE \
 --out_dir=OUT. Prints one line: loss (nats per token), perplexity, bits per byte, tokens."""
 
@@ -167,7 +169,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
     if tokenizer is None:
         raise UserError("the checkpoint holds no tokenizer, so a text cannot be read; give prepared data by --dataset")
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
+        text = read_regular(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config import UserError
+from .regular import parse_json
 
 MANIFEST = "MANIFEST.json"
 MAX_JSON = 16 << 20  # bytes; parsing takes several times as much memory
@@ -232,7 +233,7 @@ def from_json(raw: bytes, where: Path) -> dict[str, Any]:
     try:
         if len(raw) > MAX_JSON:
             raise ValueError(f"{len(raw)} bytes")
-        data = json.loads(raw)
+        data = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is not JSON of ours: {error}") from None
     if not isinstance(data, dict):

@@ -23,6 +23,7 @@ from .regular import parse_json, read_regular
 from .vocabulary import byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
+MAX_GROWTH = 64  # of a text by the replacements of a tokenizer.json; a space that becomes a mark has 1
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
 EOT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
@@ -277,6 +278,13 @@ class HFTokenizer(Tokenizer):
 
     def __init__(self, definition: str, name: str = "hf", eot_id: int | None = None) -> None:
         self.name, self.eot_id, self._json = name, eot_id, definition
+        try:
+            body = parse_json(definition.encode("utf-8"))
+            kind, growth = json.dumps(body.get("decoder")), _growth(body)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
+        if growth > MAX_GROWTH:
+            raise UserError("not a tokenizer.json that can be used: its replacements let a text grow without bound")
         self._plain = self._build(special_is_text=True)
         self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -285,7 +293,6 @@ class HFTokenizer(Tokenizer):
         if eot_id is not None and not (type(eot_id) is int and 0 <= eot_id < self.vocab_size):
             raise UserError(f"the token that ends a text has the id {str(eot_id)[:40]}, which the tokenizer lacks")
         self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}
-        kind = json.dumps(parse_json(definition.encode("utf-8")).get("decoder"))
         self._byte_level, self._sentence_pieces = '"ByteLevel"' in kind, "ByteFallback" in kind or "Metaspace" in kind
         self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
 
@@ -392,6 +399,19 @@ def cut_text(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _growth(part: Any) -> float:
+    """How many times longer a text may become by the replacements in a tokenizer.json, one after the other."""
+    factor = 1.0
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        if isinstance(value, (dict, list)) and value:
+            factor *= _growth(value)
+    if isinstance(part, dict) and part.get("type") == "Replace":
+        pattern = part.get("pattern")
+        before = pattern.get("String") if isinstance(pattern, dict) else None
+        factor *= max(1.0, len(str(part.get("content"))) / max(1, len(before) if isinstance(before, str) else 1))
+    return factor
 
 
 def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import UserError
+from ..core.regular import open_regular
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocabulary import answers, within
 
@@ -240,6 +241,7 @@ def _matches(base: Path, argument: str) -> list[Path]:
             shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
             return sorted(shown, key=lambda p: p.relative_to(path).as_posix())
         if path.exists():
+            os.close(open_regular(path))  # a device would never end
             return [path]
         if glob.has_magic(argument):
             names = sorted(glob.glob(str(path), recursive=True))
