@@ -53,4 +53,6 @@ def parse_json(raw: bytes) -> Any:
 
 def _refuse_others(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
-        raise UserError(f"{path} is {KINDS.get(stat.S_IFMT(info.st_mode), 'no file')}, expected a regular file")
+        raise UserError(
+            f"cannot read {path}: it is {KINDS.get(stat.S_IFMT(info.st_mode), 'no file')}, not a regular file"
+        )

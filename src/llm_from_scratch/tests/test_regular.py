@@ -21,7 +21,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "device").symlink_to("/dev/zero")
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     for name, kind in (("fifo", "a FIFO"), ("device", "a device"), ("", "a directory")):
-        with pytest.raises(UserError, match=f"is {kind}, expected a regular file"):
+        with pytest.raises(UserError, match=f"is {kind}, not a regular file"):
             open_regular(tmp_path / name)
         if name:
             with pytest.raises(UserError, match=kind):

@@ -148,9 +148,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "odd": (lambda p: p.write_bytes(IDS.astype("<u2").tobytes()[:-1]), "9999 bytes, no multiple of 2"),
     "empty": (lambda p: p.write_bytes(b""), "is empty: the train split"),
     "short": (lambda p: p.write_bytes(bytes(16)), r"has 8 tokens, a window needs block_size \+ 1 = 9"),
-    "FIFO": (os.mkfifo, "train.bin is a FIFO, expected a regular file"),
-    "directory": (Path.mkdir, "train.bin is a directory"),
-    "device": (lambda p: p.symlink_to("/dev/zero"), "train.bin is a device"),
+    "FIFO": (os.mkfifo, "train.bin: it is a FIFO, not a regular file"),
+    "directory": (Path.mkdir, "train.bin: it is a directory"),
+    "device": (lambda p: p.symlink_to("/dev/zero"), "train.bin: it is a device"),
     "dangling link": (lambda p: p.symlink_to("nowhere"), "train.bin is missing"),
     "link to itself": (lambda p: p.symlink_to(p.name), "cannot read .*train.bin"),
     "numbered as well": (
