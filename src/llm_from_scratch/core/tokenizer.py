@@ -320,7 +320,8 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"cannot read the tokenizer {path}: {str(error)[:200]}") from None
         tokenizer = cls(definition)
         names = [eos.get("content") if isinstance(eos, dict) else eos, *HF_EOT_NAMES]
-        ids = (tokenizer._plain.token_to_id(name) for name in names if isinstance(name, str))
+        names = [name.encode("utf-8", "replace").decode() for name in names if isinstance(name, str)]
+        ids = (tokenizer._plain.token_to_id(name) for name in names)
         tokenizer.eot_id = next((i for i in ids if i is not None), None)
         return tokenizer
 
