@@ -74,6 +74,8 @@ def test_a_resumed_log_forgets_what_is_done_again() -> None:
     log.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [*entries[:2], {"step": 4, "loss": 2.5}]
     assert [p.name for p in Path(".").iterdir()] == ["metrics.jsonl"]
+    JsonLines(path, resume_at=4, evaluated=False).close()  # the checkpoint was made before the evaluation of its step
+    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:1]
     JsonLines(Path("new.jsonl"), resume_at=4).close()  # the file may have been deleted
 
 

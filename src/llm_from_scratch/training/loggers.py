@@ -53,13 +53,16 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line, each with its step; NaN and infinities as null."""
+    """metrics.jsonl: one object a line, each with its step; NaN and infinities as null.
 
-    def __init__(self, path: Path, resume_at: int | None):
+    evaluated: whether the checkpoint of resume_at knows the evaluation of its step, which is else made anew.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None, evaluated: bool = True):
         self.path = path
         try:
             if resume_at is not None and path.exists():
-                _forget_from(path, resume_at)
+                _forget_from(path, resume_at, evaluated)
             self.file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -67,9 +70,9 @@ class JsonLines:
     def sync(self) -> None:
         os.fsync(self.file.fileno())
 
-    def forget_from(self, step: int) -> None:
+    def forget_from(self, step: int, evaluated: bool) -> None:
         self.file.close()
-        _forget_from(self.path, step)
+        _forget_from(self.path, step, evaluated)
         self.file = self.path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -81,12 +84,12 @@ class JsonLines:
         self.file.close()
 
 
-def _forget_from(path: Path, step: int) -> None:
+def _forget_from(path: Path, step: int, evaluated: bool) -> None:
     """Drops what a resumed run is about to do again: a killed run logs past its last checkpoint."""
     kept = []
     for entry in read_metrics(path):
-        # an evaluation at `step` was made before the checkpoint, an update of that number after it
-        if entry["step"] < step or (entry["step"] == step and "val_loss" in entry):
+        # an evaluation that the checkpoint knows was made before it, an update of that number after it
+        if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
             kept.append(json.dumps(entry))
     beside = path.with_name(path.name + ".tmp")
     beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
@@ -159,7 +162,7 @@ class StepTimer:
 class RunLog:
     """All of a run's reporting. Only the master process has sinks and speaks."""
 
-    def __init__(self, config: Config, is_master: bool, first: int, last: int, resumed: bool):
+    def __init__(self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True):
         self.sinks: list[Sink] = []
         self.bar: Progress | None = None
         self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
@@ -168,7 +171,7 @@ class RunLog:
         if not is_master:
             return
         if not config.training.eval_only:  # which changes no file
-            self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None))
+            self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated))
             if config.logging.tensorboard:
                 self.sinks.append(TensorBoard(self.out_dir / "tensorboard"))
         if config.logging.wandb_log:
@@ -243,11 +246,11 @@ class RunLog:
             if isinstance(sink, JsonLines):
                 sink.sync()
 
-    def forget_from(self, step: int) -> None:
+    def forget_from(self, step: int, evaluated: bool) -> None:
         """The steps from here on are done anew; the destinations that can, let go of them."""
         for sink in self.sinks:
             if isinstance(sink, JsonLines):
-                sink.forget_from(step)
+                sink.forget_from(step, evaluated)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:

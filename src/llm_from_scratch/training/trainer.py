@@ -274,7 +274,7 @@ class Trainer:
         self._restore(saved)
         state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
         self.guard.pending.clear()
-        self.log.forget_from(saved.step)
+        self.log.forget_from(saved.step, state.evaluated_at == saved.step)
         self.log.say(
             f"warning: {error}; back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
         )
@@ -383,7 +383,8 @@ class Trainer:
                 moved = checkpoints.archive_previous(self.out_dir)
             self.out_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.clean_leftovers(self.out_dir)
-        log = RunLog(self.config, self.runtime.is_master, plan.start_step, plan.last_step, resumed)
+        first, evaluated = plan.start_step, self.state.evaluated_at == plan.start_step
+        log = RunLog(self.config, self.runtime.is_master, first, plan.last_step, resumed, evaluated)
         if moved is not None:
             log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
         return log
