@@ -399,7 +399,7 @@ class Trainer:
                 self._evaluate()
             except Interrupted:
                 stopped = True
-        if state.step > 0:
+        if state.step > 0 or stopped:  # the command to go on with must have something to go on from
             self._save()
             self._tell_saved(wait=True)
         if stopped:

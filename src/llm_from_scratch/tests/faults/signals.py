@@ -96,8 +96,7 @@ def _one(
     if marks.last == whole.steps - 1 and said is None:  # all was done: there is nothing to go on with
         report.check(code in (0, 128 + signum), f"{case}: exit code {code}: {tail(output)}")
         return
-    if marks.first < 0 and code in (-signum, 128 + signum):  # the run had not begun
-        report.check(said is None, f"{case}: a command to go on with, where nothing is saved: {tail(output)}")
+    if marks.first < 0 and said is None and code in (-signum, 128 + signum):  # the run had not begun
         report.check(_go_on(whole, out_dir, output) == 0, f"{case}: the run after it failed: {tail(output)}")
         return
     report.check(code == 128 + signum, f"{case}: exit code {code}: {tail(output)}")
