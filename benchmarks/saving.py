@@ -27,7 +27,7 @@ from llm_from_scratch.presets import parse
 from llm_from_scratch.training import snapshot, trainer
 
 STEPS, SAVES = 24, 3
-SIZES = ["--n_layer=6", "--n_head=8", "--n_embd=512", "--block_size=128", "--batch_size=4", "--vocab_size=32768"]
+SIZES = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=128", "--batch_size=8", "--vocab_size=8192"]
 
 
 def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
@@ -86,10 +86,10 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ids = np.random.default_rng(0).integers(0, 32768, size=1 << 18).astype("<u2")
+        ids = np.random.default_rng(0).integers(0, 8192, size=1 << 18).astype("<u2")
         for split in ("train", "val"):
             ids.tofile(folder / f"{split}.bin")
-        manifest = {"format": "llm-from-scratch-data", "version": 1, "dtype": "uint16", "vocab_size": 32768}
+        manifest = {"format": "llm-from-scratch-data", "version": 1, "dtype": "uint16", "vocab_size": 8192}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "splits": {}}))
         for _ in range(options.rounds):
             for way in ways:
