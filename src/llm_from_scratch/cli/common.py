@@ -18,7 +18,14 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """Calls main(argv) and returns its exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
     try:
         code = main(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not code:
+                raise
+            _leave_stdout()
+        except OSError:  # a full disk under the output: the work is done
+            _leave_stdout()
         return code
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -28,8 +35,13 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         return 130
     except BrokenPipeError:
         # the reader went away (`| head`): nothing more to say, and the interpreter's last flush must not fail either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         return 141
+
+
+def _leave_stdout() -> None:
+    """The interpreter's last flush goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_location(location: str, which: str | None) -> None:

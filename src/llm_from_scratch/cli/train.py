@@ -15,7 +15,8 @@ from .common import run
 # Where nanoGPT's train.py differs from the tree's own defaults. The 33 names and values are its interface.
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
 # Never taken over from a checkpoint: what names the run itself, and what only this call is about
-NOT_INHERITED = {"out_dir", "init_from", "eval_only"}
+# what is open to the network is asked for anew: a checkpoint may come from elsewhere
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run")
 HELP = """Trains a GPT. PRESETs are YAML or Python files, or bare names (quick, default); later ones win, the command \
 line wins over all. Without one, llm-train starts from configs/default.yaml, train.py from nanoGPT's defaults. \

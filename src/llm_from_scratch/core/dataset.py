@@ -69,7 +69,7 @@ class TokenData:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def check(self, block_size: int, vocab_size: int | None) -> BackgroundScan | None:
+    def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> BackgroundScan | None:
         """Raises UserError where the split is shorter than one window, or holds an id outside the vocabulary.
 
         Of a very large split the ids are checked in the background: the caller polls the scan that is returned.
@@ -83,8 +83,8 @@ class TokenData:
             return None
         self.vocab_size = vocab_size
         if sum(shard.nbytes for shard in self.shards) > tokenfile.SCAN_LIMIT:
-            return BackgroundScan(self.shards, self.name, vocab_size)
-        tokenfile.scan(self.shards, self.name, vocab_size)
+            return BackgroundScan(self.shards, self.name, vocab_size, remember)
+        tokenfile.scan(self.shards, self.name, vocab_size, remember)
         return None
 
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:

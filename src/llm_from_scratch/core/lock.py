@@ -29,12 +29,18 @@ class FolderLock:
 
         if self._lock.is_locked:
             return
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"out_dir={folder} cannot be made ({error.strerror}); name another with --out_dir"
+            ) from None
+        try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process trains in {self.path.parent}: wait for its end, stop it, or take another --out_dir"
+                f"another process trains in {folder}: wait for its end, stop it, or take another --out_dir"
             ) from None
         except (OSError, NotImplementedError):  # a file system that knows no locks must not keep anyone from training
             pass

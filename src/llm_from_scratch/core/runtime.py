@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,16 @@ def cpu_has_native_bf16() -> bool:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def forked_random(device: torch.device) -> Iterator[None]:
+    """What is drawn within leaves the generators of the CPU and of this device as they were."""
+    before = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    if before is not None:
+        torch.mps.set_rng_state(before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

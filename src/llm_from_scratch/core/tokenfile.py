@@ -208,12 +208,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 # the vocabulary bound
 
 
-def scan(shards: Shards, name: str, vocab_size: int, stopped: threading.Event | None = None) -> None:
+def scan(
+    shards: Shards, name: str, vocab_size: int, remember: bool = True, stopped: threading.Event | None = None
+) -> None:
     """Reads every id. Raises DataError at the first one outside the vocabulary. What was found in large files is
-    remembered beside them, for as long as they do not change."""
-    remember, at = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0
+    remembered beside them, for as long as they do not change; remember=False writes nothing."""
+    is_large, at = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0
     for shard in shards:
-        largest = _remembered(shard) if remember and isinstance(shard, TokenFile) else None
+        largest = _remembered(shard) if is_large and isinstance(shard, TokenFile) else None
         if largest is None or largest >= vocab_size:
             before = shard.identity() if isinstance(shard, TokenFile) else None
             largest = 0
@@ -224,7 +226,7 @@ def scan(shards: Shards, name: str, vocab_size: int, stopped: threading.Event | 
                 largest = max(largest, int(part.max()))
                 if largest >= vocab_size:
                     refuse_outside(shards, name, vocab_size, at + begin, part)
-            if remember and isinstance(shard, TokenFile) and before == shard.identity():
+            if remember and is_large and isinstance(shard, TokenFile) and before == shard.identity():
                 _remember(shard, largest)
         at += len(shard)
 
@@ -267,9 +269,9 @@ def _explain(shard: TokenFile, at: int, vocab_size: int) -> str | None:
 class BackgroundScan:
     """A scan in a thread beside the first steps. It ends when it is closed, or when nobody holds it any more."""
 
-    def __init__(self, shards: Shards, name: str, vocab_size: int):
+    def __init__(self, shards: Shards, name: str, vocab_size: int, remember: bool = True):
         self._stopped, self._errors = threading.Event(), list[UserError]()
-        arguments = (shards, name, vocab_size, self._stopped, self._errors)
+        arguments = (shards, name, vocab_size, remember, self._stopped, self._errors)
         self._thread = threading.Thread(target=_scan_into, args=arguments, name="scan", daemon=True)
         weakref.finalize(self, self._stopped.set)
         self._thread.start()
@@ -288,9 +290,11 @@ class BackgroundScan:
         self._thread.join()
 
 
-def _scan_into(shards: Shards, name: str, vocab_size: int, stopped: threading.Event, errors: list[UserError]) -> None:
+def _scan_into(
+    shards: Shards, name: str, vocab_size: int, remember: bool, stopped: threading.Event, errors: list[UserError]
+) -> None:
     try:
-        scan(shards, name, vocab_size, stopped)
+        scan(shards, name, vocab_size, remember, stopped)
     except UserError as error:
         errors.append(error)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
 
 
 FAULTY = """
-import math, os, signal, sys
-from llm_from_scratch.core.model import GPT
+import math, os, signal, sys, time
+from llm_from_scratch.core import checkpoint
 from llm_from_scratch.training.trainer import Trainer
 from llm_from_scratch.cli.train import main
 
@@ -67,20 +68,33 @@ def faulty(self):
     if hook is not None:
         hook.remove()
 
-Trainer._update = faulty
+def slowly(*args, **settings):
+    time.sleep(2)  # the other process has long left, if it does not wait
+    return save(*args, **settings)
+
+if "resume" not in " ".join(sys.argv):
+    Trainer._update = faulty
+save, checkpoint.save_checkpoint = checkpoint.save_checkpoint, slowly
 code = main()
 print(f"process {rank} ends with {code}", flush=True)
+sys.exit(code)
 """
 
 
 def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, tiny_data: Path) -> None:
+    """Two processes are stopped, with a checkpoint that takes its time, and two go on."""
     Path("faulty.py").write_text(FAULTY)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py",
-         *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **{**SETTINGS, "max_iters": 50})],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+
+    def run(**more: Any) -> subprocess.CompletedProcess[str]:
+        settings = {**SETTINGS, "dropout": 0.1, "save_interval": 100, "eval_interval": 100, "max_iters": 9, **more}
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py",
+             *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)],
+            capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+
+    done = run()
+    assert done.returncode == 1  # torchrun's own, for whatever its processes end with
     assert "warning: step 2: loss nan" in done.stdout and "stopped at step 5; go on with" in done.stdout
     assert all(f"process {rank} ends with {128 + signal.SIGUSR1}" in done.stdout for rank in (0, 1))
     assert [entry.get("skipped") for entry in read_metrics(Path("run")) if "loss" in entry] == [
@@ -93,6 +107,11 @@ def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, ti
     final = load_checkpoint(find_checkpoint("run", "last"))
     assert final.step == 5 and all(torch.isfinite(tensor).all() for tensor in final.model.values())
     assert final.optimizer is not None and int(final.optimizer["state"]["transformer.wte.weight"]["step"]) == 4
+    assert "--out_dir=run --dataset=" in done.stdout and "(with torchrun, 2 processes)" in done.stdout
+    done = run(init_from="resume")
+    assert done.returncode == 0, done.stderr
+    assert "not bit-exact" not in done.stdout and "resuming from run/step-00000005" in done.stdout
+    assert [entry["step"] for entry in read_metrics(Path("run")) if "loss" in entry] == list(range(9))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(

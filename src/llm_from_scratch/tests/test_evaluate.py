@@ -69,6 +69,29 @@ def test_batch_size_and_shards_do_not_show() -> None:
     assert evaluate_split(model, data(101, shards=7), 8, RUNTIME).loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_processes_that_run_short_of_memory_still_count_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make(), data(161)
+    expected, sums, forward = evaluate_split(model, tokens, 8, RUNTIME), [], type(model).forward
+
+    def collect(values: list[float], runtime: Any) -> list[float]:
+        sums.append(values)
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(evaluate, "_sum_over_ranks", collect)
+
+    def small(self: Any, idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(idx) > room:
+            raise torch.OutOfMemoryError
+        return forward(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", small)
+    for rank in (0, 1):
+        room = (4, 2)[rank]
+        evaluate_split(model, tokens, 8, dataclasses.replace(RUNTIME, rank=rank, world_size=2), batch_size=4)
+    nats, counted = np.sum(sums, axis=0)
+    assert counted == expected.tokens == 160 and nats / counted == pytest.approx(expected.loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("world", [2, 3, 50])
 def test_processes_together_count_every_token_once(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process in turn; the sums that they would exchange are added up here."""

@@ -16,6 +16,8 @@ from llm_from_scratch.config import UserError
 from llm_from_scratch.core import runtime as runtimes
 from llm_from_scratch.core.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.training import parallel, snapshot
+from llm_from_scratch.training import trainer as trainers
 from llm_from_scratch.training.guards import SpikeDetector, StepGuard, StopRequest, TrainingError
 from llm_from_scratch.training.optimizer import make_adamw, step_unless
 from llm_from_scratch.training.setup import prepare
@@ -175,6 +177,39 @@ def test_weights_that_broke_before_a_save_are_not_saved(
     assert [step for step, _ in list_checkpoints("run")] == [2, 4, 6, 8]
 
 
+def test_weights_that_broke_in_the_last_step_are_undone(tiny_data: Path, spoil: Any) -> None:
+    def after(trainer: Trainer) -> Any:
+        return lambda: weights_of(math.inf)(trainer)
+
+    for inclusive in (False, True):
+        spoil(after, 7)
+        settings = {"max_iters": 8 - inclusive, "inclusive_max_iters": inclusive, "out_dir": f"run{inclusive}"}
+        result = train(tiny_config(tiny_data, **settings))
+        final = load_checkpoint(find_checkpoint(result.out_dir, "last"))
+        assert (result.exit_code, result.step, final.step) == (0, 8, 8) and final.trainer["rollbacks"] == 1
+
+
+def test_a_roll_back_outlives_a_signal(tiny_data: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes in the step that leads to the roll-back: what is saved knows of it."""
+    settings = {"max_skipped_steps": 3, "dropout": 0.1, "keep_last": 9}
+    spoil(loss_of(math.nan), 5, 6, 7)
+    train(tiny_config(tiny_data, out_dir="whole", **settings))
+    spoil(loss_of(math.nan), 5, 6, 7)
+    back = Trainer._roll_back
+
+    def signalled(self: Trainer, error: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        back(self, error)
+
+    monkeypatch.setattr(Trainer, "_roll_back", signalled)
+    result = train(tiny_config(tiny_data, out_dir="cut", **settings))
+    assert (result.exit_code, result.step) == (143, 4)
+    assert load_checkpoint(find_checkpoint("cut", 4)).trainer["data_shift"] == 4
+    train(tiny_config(tiny_data, out_dir="cut", init_from="resume", **settings))
+    one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_float16_looks_for_its_scale_without_alarm(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_config(tiny_data, out_dir="run", dtype="float16", grad_clip=0.0, max_iters=12))
     assert "warning" not in capsys.readouterr().out
@@ -319,6 +354,62 @@ def test_memory_for_not_even_one_sequence_ends_the_run(tiny_data: Path, monkeypa
         train(tiny_config(tiny_data, out_dir="run", eval_interval=100, max_iters=2, inclusive_max_iters=True))
     for setting in ("--block_size", "--n_layer", "--gradient_checkpointing=True"):
         assert setting in str(error.value)
+
+
+def test_memory_that_runs_out_late_costs_no_step(tiny_data: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model with one sequence: the state is saved. In the optimizer: one line. In a copy for a save: later."""
+
+    def never(trainer: Trainer) -> Any:
+        def forward(*args: Any) -> Any:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+        return trainer.models.raw.register_forward_pre_hook(forward).remove
+
+    spoil(never, 6)
+    with pytest.raises(TrainingError, match="out of memory with one sequence at a time"):
+        train(tiny_config(tiny_data, out_dir="run", batch_size=2))
+    assert find_checkpoint("run", "last").name == "step-00000006"
+    monkeypatch.undo()
+
+    def no_moments(*args: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainers, "step_unless", no_moments)
+    with pytest.raises(TrainingError, match="out of memory for the optimizer's moments: about .* GiB are needed"):
+        train(tiny_config(tiny_data, out_dir="other"))
+    monkeypatch.undo()
+    copied, calls = snapshot.copied, []
+
+    def no_copy(value: Any, known: Any = None) -> Any:
+        if isinstance(value, dict) and "rng" in value:
+            calls.append(value["step"])
+            if len(calls) == 1:
+                no_moments()
+        return copied(value, known)
+
+    monkeypatch.setattr(snapshot, "copied", no_copy)
+    assert train(tiny_config(tiny_data, out_dir="third")).exit_code == 0
+    assert calls == [4, 8] and find_checkpoint("third").name == "step-00000008"
+
+
+def test_a_model_that_is_compiled_is_tried_with_less(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(model: GPT) -> Any:
+        def call(x: torch.Tensor, y: torch.Tensor) -> Any:
+            if len(x) > 2:
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+            return model(x, y)
+
+        call.eval = call.train = lambda *_: None  # type: ignore[attr-defined]
+        call.training, call.config = True, model.config  # type: ignore[attr-defined]
+        return call
+
+    monkeypatch.setattr(parallel.torch, "compile", compile_)
+    train(tiny_config(tiny_data, out_dir="run", compile=True))
+    assert load_checkpoint(find_checkpoint("run", "last")).trainer["machine"]["micro_batch"] == 2
+    assert load_checkpoint(find_checkpoint("run", "last")).trainer["machine"]["compile"] is True
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
     assert not runtimes.is_out_of_memory(RuntimeError("shapes differ")) and not runtimes.is_out_of_memory(
         UserError("x")
     )

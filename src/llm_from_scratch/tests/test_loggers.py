@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import sys
@@ -215,6 +216,27 @@ def test_a_full_disk_costs_numbers_not_the_run(capsys: pytest.CaptureFixture[str
         "warning: loss.png cannot be written",
     ]  # fmt: skip
     assert "No space left on device" in told[0]
+
+
+def test_output_that_is_lost_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, told = opened(config()), list[str]()
+
+    def on_full_disk(line: str, **_: Any) -> None:
+        if "a" in line:
+            raise OSError(28, "No space left on device")
+        told.append(line)
+
+    monkeypatch.setattr(loggers, "print", on_full_disk, raising=False)
+    for line in ("one", "bad", "two"):
+        log.say(line)
+    assert told == ["one", "two"] and not log.reader_is_gone
+    monkeypatch.undo()
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    log.say("Zoë")
+    assert raw.getvalue() == b"Zo?\n"
 
 
 def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ def test_the_layout_of_the_same_batch_may_change(tiny_data: Path, capsys: pytest
     more = {**settings, "max_iters": 8, "init_from": "resume", "batch_size": 2, "gradient_accumulation_steps": 4}
     train(tiny_config(tiny_data, **more))
     assert "not bit-exact from here on: micro_batch 8 -> 2" in capsys.readouterr().out
+    train(tiny_config(tiny_data, **{**settings, "init_from": "resume", "max_iters": 8}))  # and back
+    assert "not bit-exact from here on: micro_batch 2 -> 8" in capsys.readouterr().out
     train(tiny_config(tiny_data, out_dir="whole", max_iters=8, batch_size=8, schedule="constant"))
     one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("run", "whole"))
     for name in one:
@@ -87,7 +89,8 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path) -> None:
     runtime, _ = resolved(dtype="bfloat16", compile=True, threads=1)
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.float32, False, 2)
     assert resolved(torch="1.0")[1] == [f"not bit-exact from here on: torch 1.0 -> {torch.__version__}"]
-    assert resume.not_bit_exact(machine, Checkpoint(None, 0, saved.model_config, {})) == []
+    (told_,) = resume.not_bit_exact(machine, Checkpoint(None, 0, saved.model_config, {}))
+    assert told_ == "not bit-exact from here on: the checkpoint does not say on what it was made"
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
@@ -216,14 +219,16 @@ def test_a_save_for_which_memory_is_short_costs_a_warning(
     assert "warning: step 4 is not saved: out of memory" in capsys.readouterr().out and calls == [4, 8]
 
 
+@pytest.mark.parametrize("at", [2, 5])
 def test_data_that_fails_under_the_run_costs_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also before the first checkpoint."""
     data = write_data(tmp_path / "data")
     update: Callable[[Trainer], None] = Trainer._update
 
     def cuts(self: Trainer) -> None:
-        if self.state.step == 5:
+        if self.state.step == at:
             os.truncate(data / "train.bin", 100)
             self.loader.ahead = None
         update(self)
@@ -234,7 +239,7 @@ def test_data_that_fails_under_the_run_costs_no_step(
     with pytest.raises(UserError, match=r"train.bin has become shorter while it was read"):
         train(tiny_config(data, out_dir="run"))
     monkeypatch.setattr(Trainer, "_update", update)
-    assert find_checkpoint("run", "last").name == "step-00000005"
+    assert find_checkpoint("run", "last").name == f"step-0000000{at}"
     (data / "train.bin").write_bytes(whole)
     train(tiny_config(data, out_dir="run", init_from="resume"))
     one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("whole", "run"))
@@ -336,6 +341,38 @@ def test_a_second_trainer_is_refused_and_a_dead_one_does_not_block(tiny_data: Pa
         assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
         other.kill()
     assert train(tiny_config(tiny_data, out_dir="run", init_from="resume")).step == 8
+
+
+def test_what_a_checkpoint_says_of_the_network_is_asked_for_anew(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm_from_scratch.cli.train import main
+
+    monkeypatch.setattr(loggers, "require", lambda *_: None)
+    monkeypatch.setattr(loggers, "WandB", lambda config: loggers.JsonLines(Path("wandb.jsonl"), None))
+    train(tiny_config(tiny_data, out_dir="run", wandb_log=True))
+    Path("wandb.jsonl").unlink()
+    capsys.readouterr()
+    assert main([f"--dataset={tiny_data}", "--out_dir=run", "--init_from=resume", "--max_iters=9"]) == 0
+    assert "changed since the checkpoint: wandb_log True -> False" in capsys.readouterr().out
+    assert not Path("wandb.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("recent_losses", 5), ("recent_losses", [[1, "x"]]), ("data_shift", "a"), ("data_shift", 10**30),
+     ("data_shift", -100), ("best_val_loss", "low"), ("rollbacks", []), ("evaluated_at", 0.5)],
+)  # fmt: skip
+def test_a_state_that_is_none_of_a_run_is_refused_in_a_line(tiny_data: Path, name: str, value: Any) -> None:
+    train(tiny_config(tiny_data, out_dir="run"))
+    found = load_checkpoint(find_checkpoint("run", "last"))
+    checkpoints.save_checkpoint(
+        "bad", step=found.step, model_config=found.model_config, model=found.model, run_id="x", rng=found.rng,
+        optimizer=found.optimizer, trainer={**found.trainer, name: value}, config=found.config,
+        tokenizer=found.tokenizer, dataset_hash=found.manifest["dataset_sha256"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="does not hold the state of a run"):
+        train(tiny_config(tiny_data, out_dir="bad", init_from="resume", max_iters=9))
 
 
 def test_a_lock_is_let_go_of_at_the_end_also_of_a_run_that_fails(tiny_data: Path) -> None:

@@ -96,13 +96,14 @@ def _sum_of_losses(
 ) -> list[float]:
     """(nats, tokens) of the windows, over all processes; in batches of `size`, smaller where memory runs out."""
     size = size or _batch_size(model, block_size)
+    mine = starts[runtime.rank :: runtime.world_size]  # whatever size each process comes down to
     while True:
-        batches = [starts[i : i + size] for i in range(0, len(starts), size)]
         nats, tokens = 0.0, 0
         try:
             with _evaluating(model):
-                for part in batches[runtime.rank :: runtime.world_size]:
+                for i in range(0, len(mine), size):
                     pulse()
+                    part = mine[i : i + size]
                     x, y = _windows(data, part, block_size, size, runtime.device)
                     count = int((y >= 0).sum())
                     nats += _loss(model, x, y, runtime) * count

@@ -68,7 +68,7 @@ class StopRequest:
     def if_unheard(self, reader_is_gone: bool) -> None:
         """Where whoever read the run's lines has left (`| head`), the run ends as by SIGPIPE, which Python ignores."""
         if reader_is_gone and self.signum is None:
-            self.signum = signal.SIGPIPE
+            self.signum = getattr(signal, "SIGPIPE", signal.SIGTERM)  # Windows has none
 
     def agreed(self) -> bool:
         """Whether to stop after this step. All processes leave at the same one."""
@@ -101,7 +101,7 @@ class SpikeDetector:
 
     def threshold(self, step: int) -> float:
         """The loss from which on `step` is a spike; infinite while too few are known."""
-        known = sorted(loss for before, loss in self.recent if before < step - 1)
+        known = sorted([loss for before, loss in self.recent if before < step - 1][-self.WINDOW :])
         if len(known) < self.LEAST:
             return math.inf
         median = statistics.median(known)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -71,9 +72,9 @@ class JsonLines:
         os.fsync(self.file.fileno())
 
     def forget_from(self, step: int, evaluated: bool) -> None:
-        self.file.close()
         _forget_from(self.path, step, evaluated)
-        self.file = self.path.open("a", encoding="utf-8")
+        before, self.file = self.file, self.path.open("a", encoding="utf-8")
+        before.close()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         clean = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
@@ -92,7 +93,10 @@ def _forget_from(path: Path, step: int, evaluated: bool) -> None:
         if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
             kept.append(json.dumps(entry))
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut must not leave the new name with nothing in it
     os.replace(beside, path)
 
 
@@ -147,16 +151,40 @@ class StepTimer:
         self._begin = time.perf_counter()
 
     def pause(self) -> None:
-        """An update has ended."""
         if self._begin is not None:
             spent = time.perf_counter() - self._begin
             self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
-            self.count += 1
 
     def seconds_per_step(self) -> float:
+        """Of the updates that `count` was raised for."""
+        self.pause()
         mean = self._sum / max(1, self.count)
         self.count, self._sum = 0, 0.0
         return max(mean, 1e-9)
+
+
+def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
+    """Prints a line. Returns whether somebody may still read: a full disk costs lines, not the run."""
+    write = write or (lambda text: print(text, flush=True))
+    try:
+        try:
+            write(line)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            write(line.encode(encoding, "replace").decode(encoding))
+    except OSError as error:
+        return error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, None)
+    return True
+
+
+def teller(is_master: bool) -> Callable[[str], None]:
+    """What says a line before there is a RunLog; other processes than the first say nothing."""
+
+    def tell(line: str) -> None:
+        if is_master:
+            announce(line)
+
+    return tell
 
 
 class RunLog:
@@ -173,7 +201,10 @@ class RunLog:
         if not config.training.eval_only:  # which changes no file
             self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated))
             if config.logging.tensorboard:
-                self.sinks.append(TensorBoard(self.out_dir / "tensorboard"))
+                try:
+                    self.sinks.append(TensorBoard(self.out_dir / "tensorboard"))
+                except OSError as error:
+                    raise UserError(f"cannot write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None
         if config.logging.wandb_log:
             self.sinks.append(WandB(config))
         console = Console()
@@ -193,13 +224,16 @@ class RunLog:
         """One line on the terminal, above the bar."""
         if self.silent:
             return
-        try:
-            if self.bar is not None:
-                self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            else:
-                print(line, flush=True)
-        except OSError:  # the terminal or the pipe is gone: the run still has something to save
+        if self.bar is not None:
+            shown = announce(line, lambda text: self.bar_print(text))
+        else:
+            shown = announce(line)
+        if not shown:
             self.silent = self.reader_is_gone = True
+
+    def bar_print(self, line: str) -> None:
+        assert self.bar is not None
+        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
@@ -250,7 +284,8 @@ class RunLog:
         """The steps from here on are done anew; the destinations that can, let go of them."""
         for sink in self.sinks:
             if isinstance(sink, JsonLines):
-                sink.forget_from(step, evaluated)
+                with self._writing("JsonLines"):
+                    sink.forget_from(step, evaluated)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Config, UserError
 from ..core.model import GPT
-from ..core.runtime import Runtime
+from ..core.runtime import Runtime, forked_random, is_out_of_memory
 
 
 @dataclass
@@ -55,10 +55,9 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     say("compiling the model (about a minute)")
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
     try:
         compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
-        with torch.random.fork_rng(devices=devices):  # the trial must not move the run's random numbers
+        with forked_random(runtime.device):  # the trial must not move the run's random numbers
             with runtime.autocast():
                 _, loss = compiled(x, y)
             loss.backward()
@@ -66,6 +65,8 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             with runtime.autocast(), torch.no_grad():
                 compiled(x, y)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # a smaller batch may fit
         reason = " ".join(str(error).split())[:200]
         if not runtime.compile_may_fail:
             raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import Config, flatten
+from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.checkpoint import Checkpoint
+from ..core.lock import FolderLock
 from ..core.runtime import Runtime
+
+if TYPE_CHECKING:  # which imports this
+    from .setup import Plan
 
 # what a call is about, not the run
 NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}
@@ -39,7 +46,7 @@ def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
     """The announcement where the machine or what was chosen for it is not what the run was cut on."""
     before = resumed.trainer.get("machine")
     if not isinstance(before, dict):
-        return []
+        return ["not bit-exact from here on: the checkpoint does not say on what it was made"]
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
 
@@ -83,16 +90,39 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
     return dataclasses.replace(runtime, **changes, reasons=reasons)
 
 
-def same_micro_batch(resumed: Checkpoint, local_batch: int, chosen: int) -> int:
-    """The micro-batch that the run was cut with, which may have shrunk for want of memory."""
-    before = resumed.trainer.get("machine")
+def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
+    """The micro-batch that the run was cut with, which may have shrunk for want of memory; unless the user lays the
+    batch out anew."""
+    before, flat = resumed.trainer.get("machine"), flatten(config)
+    for section in resumed.config.values():
+        for name in ("batch_size", "gradient_accumulation_steps"):
+            if isinstance(section, dict) and section.get(name, flat[name]) != flat[name]:
+                return chosen
     micro = before.get("micro_batch") if isinstance(before, dict) else None
     return micro if type(micro) is int and 0 < micro < chosen and local_batch % micro == 0 else chosen
 
 
-def resume_command(config: Config, command: str) -> str:
+def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
+    """Makes out_dir this run's own: locked, without leftovers, an earlier run moved aside. Returns where that is now.
+
+    Raises UserError where another process trains there.
+    """
+    out_dir = Path(plan.config.training.out_dir)
+    if plan.runtime.world_size > 1:
+        torch.distributed.barrier()  # all have read their weights: the folder may be one that is moved now
+    if not plan.runtime.is_master or plan.config.training.eval_only:
+        return None
+    lock.acquire()
+    _ = plan.dataset_hash  # now: the data may fail later, when a checkpoint is to be saved for just that
+    moved = checkpoints.archive_previous(out_dir) if plan.resumed is None else None
+    checkpoints.clean_leftovers(out_dir)
+    return moved
+
+
+def resume_command(config: Config, command: str, processes: int = 1) -> str:
     """What to type to go on with a run."""
-    words = [command, "--init_from=resume", f"--out_dir={config.training.out_dir}"]
+    words = ["--init_from=resume", f"--out_dir={config.training.out_dir}"]
     if os.path.sep in config.data.dataset or "/" in config.data.dataset:
         words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint
-    return " ".join(words)
+    under_torchrun = f"  (with torchrun, {processes} processes)" if processes > 1 else ""
+    return f"{command} {shlex.join(words)}{under_torchrun}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.model import GPT
+from ..core.runtime import forked_random
 from .setup import Plan
 
 
@@ -14,9 +15,8 @@ def write_sample(model: GPT, plan: Plan) -> str:
     generation, runtime, tokenizer = plan.config.generation, plan.runtime, plan.tokenizer
     assert tokenizer is not None  # where samples are wanted, setup has seen to it
     idx = torch.tensor([plan.prompt], device=runtime.device)
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
     model.eval()
-    with torch.random.fork_rng(devices=devices), runtime.autocast():
+    with forked_random(runtime.device), runtime.autocast():
         torch.manual_seed(plan.config.system.seed)
         out = model.generate(
             idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None

@@ -29,7 +29,7 @@ from .loggers import check_extras
 from .resume import differences, same_machine, same_micro_batch
 
 COMMAND_LINE = "command line"
-HASHED = 1 << 30  # bytes of a shard that a checkpoint's hash covers whole: a second or so
+HASHED = 1 << 30  # bytes of a split that a checkpoint's hash covers whole: a second or so
 PIECE = 1 << 16  # tokens
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
 
@@ -82,13 +82,13 @@ class Plan:
 
     @functools.cached_property
     def dataset_hash(self) -> str:
-        """Identifies the tokens of both splits: all of them, and of a shard above HASHED bytes, pieces all over it."""
+        """Identifies the tokens of both splits: all of them, and of a split above HASHED bytes, pieces all over it."""
         digest = hashlib.sha256()
         for data in (self.train_data, self.val_data):
             digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
+            stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
             for shard in data.shards:
                 pieces = -(-len(shard) // PIECE)
-                stride = max(1, shard.nbytes // HASHED)
                 for piece in sorted({*range(0, pieces, stride), pieces - 1}):
                     digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
         return digest.hexdigest()
@@ -149,8 +149,9 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, a little differently")
     prompt = _sample_prompt(config, tokenizer)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
+    eval_only = config.training.eval_only  # which changes no file
     checks = [
-        data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None)
+        data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None, not eval_only)
         for data in (train_data, val_data)
     ]
     order = SampleOrder(
@@ -158,7 +159,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     )
     global_batch, micro_batch = _batches(config, runtime)
     if resumed is not None:
-        micro_batch = same_micro_batch(resumed, global_batch // runtime.world_size, micro_batch)
+        micro_batch = same_micro_batch(config, resumed, global_batch // runtime.world_size, micro_batch)
     _set_length(config, order, global_batch)
     last_step = config.training.max_iters + (1 if config.training.inclusive_max_iters else 0)
     if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
@@ -171,7 +172,8 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         start_step, weights, resumed, prompt, notes, [scan for scan in checks if scan is not None],
     )  # fmt: skip
     if resumed is not None:
-        _same_data(plan, resumed)
+        if runtime.is_master:
+            _same_data(plan, resumed)
         notes += differences(config, resumed)
     return plan
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import UserError
 from ..core import checkpoint as checkpoints
 from ..core.checkpoint import Checkpoint, SaveError
-from ..core.runtime import Runtime
+from ..core.runtime import Runtime, is_out_of_memory
 from .optimizer import load_optimizer_state
 
 
@@ -76,12 +76,20 @@ class Writer:
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
     ) -> None:
-        """contents: a Checkpoint's fields, which nobody else changes; first: what must be durable before it is; export:
-        also as out_dir/ckpt.pt for nanoGPT; of_the_run: the other arguments of save_checkpoint()."""
+        """contents: a Checkpoint's fields, which are copied here and now; first: what must be durable before it is;
+        export: also as out_dir/ckpt.pt for nanoGPT; of_the_run: the other arguments of save_checkpoint()."""
         assert self._thread is None
         saved = self._saved = Saved(contents["step"])
+        try:
+            contents = copied(contents)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            saved.error = SaveError("out of memory")
 
         def work() -> None:
+            if saved.error is not None:
+                return
             try:
                 first()
                 saved.path = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
@@ -90,10 +98,13 @@ class Writer:
                     checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
             except UserError as error:
                 saved.error = error
-            except (OSError, MemoryError) as error:  # of first(); of a copy for the file
-                saved.error = SaveError(getattr(error, "strerror", None) or "out of memory")
+            except OSError as error:  # of first()
+                saved.error = SaveError(error.strerror or str(error))
             except BaseException as error:  # raised in the loop's own thread
-                self._bug = error
+                if is_out_of_memory(error):  # of a copy for the file
+                    saved.error = SaveError("out of memory")
+                else:
+                    self._bug = error
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
@@ -145,13 +156,14 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     runtime: Runtime,
+    dropout: bool,
 ) -> list[str]:
     """Gives optimizer, scaler, counters and random states back. Returns what cannot be as it was, a line each.
 
     Raises UserError where the checkpoint holds something else under their names.
     """
     try:
-        return _restore(saved, state, optimizer, scaler, runtime)
+        return _restore(saved, state, optimizer, scaler, runtime, dropout)
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{saved.path} does not hold the state of a run ({why}); start a new one from it") from None
@@ -163,6 +175,7 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     runtime: Runtime,
+    dropout: bool,
 ) -> list[str]:
     notes = []
     if saved.optimizer is not None:
@@ -177,9 +190,11 @@ def _restore(
         value = trainer.get(name)
         if value is None:
             continue
-        kinds = {"run_id": (str,), "recent_losses": (list,)}.get(name, (int, float))
-        if type(value) not in kinds:
+        kinds = {"run_id": (str,), "recent_losses": (list,), "best_val_loss": (int, float), "val_loss": (int, float)}
+        if type(value) not in kinds.get(name, (int,)):
             raise ValueError(f"{name} is {str(value)[:40]!r}")
+        if type(value) is int and not (0 if name in ("rollbacks", "data_shift") else -1) <= value < 1 << 53:
+            raise ValueError(f"{name} is {str(value)[:40]}")
         setattr(state, name, value)
     state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
     state.step = saved.step
@@ -190,6 +205,7 @@ def _restore(
     if processes == runtime.world_size and all(f"{kind}.{runtime.rank}" in saved.rng for kind in generators):
         for kind, (_, put) in generators.items():
             put(saved.rng[f"{kind}.{runtime.rank}"])
-    elif saved.rng:
-        notes.append("other processes or devices than the checkpoint's: dropout is drawn anew, not bit-exact")
+    elif dropout:
+        why = "other processes or devices than the checkpoint's" if saved.rng else "the checkpoint has no random states"
+        notes.append(f"{why}: dropout is drawn anew, not bit-exact")
     return notes

@@ -23,6 +23,7 @@ from ..config import Config, UserError, to_dict
 from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.dataset import BatchLoader
+from ..core.environment import distributed_env
 from ..core.lock import FolderLock
 from ..core.model import GPT
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
@@ -36,15 +37,15 @@ from .guards import (
     all_finite,
     not_finite_error,
 )
-from .loggers import RunLog, StepTimer
-from .memory import halve_micro_batch
+from .loggers import RunLog, StepTimer, teller
+from .memory import MemoryShortError, fitted, halve_micro_batch, no_room_to_step
 from .optimizer import make_optimizer, optimizer_state, step_unless
 from .parallel import Wrapped, wrap
-from .resume import machine_of, not_bit_exact, resume_command
+from .resume import machine_of, not_bit_exact, resume_command, take_folder
 from .samples import write_sample
 from .scheduler import learning_rate_at
 from .setup import Plan, describe, prepare
-from .snapshot import TrainState, Writer, copied, random_states, restore
+from .snapshot import TrainState, Writer, random_states, restore
 
 LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 
@@ -74,7 +75,8 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
     lock = FolderLock(out_dir)
     with contextlib.ExitStack() as leave:
         leave.callback(lock.release)
-        if out_dir.is_dir() and config.training.init_from in ("resume", "auto") and not config.training.eval_only:
+        training, is_first = config.training, distributed_env()[0] == 0
+        if is_first and out_dir.is_dir() and training.init_from in ("resume", "auto") and not training.eval_only:
             lock.acquire()  # now, since damaged checkpoints are set aside before the run starts
         plan = prepare(config, sources)
         leave.callback(runtimes.stop)
@@ -100,15 +102,15 @@ class Trainer:
         model.to(self.runtime.device)
         self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
-        say = print if self.runtime.is_master else _silent
+        say = teller(self.runtime.is_master)
         for line in describe(plan):
             say(line)
-        self.models: Wrapped = wrap(model, self.config, self.runtime, plan.micro_batch, say)
+        self.models: Wrapped = fitted(plan, lambda: wrap(model, self.config, self.runtime, plan.micro_batch, say), say)
         # a compiled model is compiled for one shape; else evaluation chooses a larger batch
         self.eval_batch = plan.micro_batch if self.models.is_compiled else None
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
-        self.writer = Writer()
+        self.writer, self.timer = Writer(), StepTimer()
         self.saved_to: Path | None = None
         self.save_failed = False  # the last try
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
@@ -130,7 +132,20 @@ class Trainer:
             return self._result(None, self.stop.exit_code)
         if state.step >= last:
             self.log.say(f"nothing to do: the run stands at step {state.step} of {last}; raise --max_iters")
-        self.timer, stopped = StepTimer(), False
+        while True:
+            try:
+                return self._finish(self._loop())
+            except NotFiniteError as error:
+                self._roll_back(error)
+            except (UserError, MemoryShortError):  # data or memory fail under the run: what has been learned is kept
+                if self.runtime.world_size == 1:  # others would not take part
+                    self._save()
+                raise
+
+    def _loop(self) -> bool:
+        """Trains to the last step. Returns whether it was stopped before."""
+        training, state, last = self.config.training, self.state, self.plan.last_step
+        stopped = self.stop.agreed()
         while state.step < last and not stopped:
             try:
                 if state.step % training.eval_interval == 0 and state.evaluated_at != state.step:
@@ -142,18 +157,12 @@ class Trainer:
                     break
                 self._update()
                 self._heed(all_of_them=state.step == last)
+                self.timer.pause()
                 self.stop.if_unheard(self.log.reader_is_gone)
-                stopped = self.stop.agreed()
-            except NotFiniteError as error:
-                self._roll_back(error)
                 stopped = self.stop.agreed()
             except Interrupted:
                 stopped = True
-            except UserError:  # the data failed under the run: what has been learned is kept
-                if state.step and self.runtime.world_size == 1:  # others would not take part
-                    self._save()
-                raise
-        return self._finish(stopped)
+        return stopped
 
     def _update(self) -> None:
         """One optimizer update on one global batch; left out where loss or gradient is not finite."""
@@ -170,11 +179,12 @@ class Trainer:
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         skip = self.guard.judge(state.step, lr, loss, norm, self.stop)
-        step_unless(skip, self.optimizer)
+        with no_room_to_step(self.plan):
+            step_unless(skip, self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        self.timer.pause()
+        self.timer.count += 1
 
     def _gradients(self) -> Tensor:
         """Forward and backward over this process's share of the batch, in parts that fit. Returns the mean loss."""
@@ -273,11 +283,11 @@ class Trainer:
         self.models.raw.load_state_dict(saved.model)
         self._restore(saved)
         state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
+        state.saved_at = -1  # the checkpoint does not know of the roll-back
         self.guard.pending.clear()
         self.log.forget_from(saved.step, state.evaluated_at == saved.step)
-        self.log.say(
-            f"warning: {error}; back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
-        )
+        told = f"back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
+        self.log.say(f"warning: {error}; {told}")
 
     def _evaluate(self) -> None:
         """Estimates the losses on fixed batches, and keeps count of the best. Raises NotFiniteError."""
@@ -293,8 +303,8 @@ class Trainer:
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
         self.log.evaluation(state.step, metrics | ({"mfu": self.mfu} if self.mfu is not None else {}))
-        if not math.isfinite(losses["val"]):
-            raise self._not_finite(Finding(state.step, lr, losses["val"], math.nan))
+        if not math.isfinite(sum(losses.values())):
+            raise self._not_finite(Finding(state.step, lr, sum(losses.values()), math.nan))
         state.evaluated_at, state.val_loss = state.step, losses["val"]
         if losses["val"] < state.best_val_loss:
             state.best_val_loss, state.best_step, state.evaluations_without_gain = losses["val"], state.step, 0
@@ -342,7 +352,7 @@ class Trainer:
             "tokenizer": self.plan.tokenizer,
         }
         self.writer.start(
-            copied(contents), self.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
+            contents, self.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
             val_loss=state.val_loss if state.evaluated_at == state.step else None,
             keep_last=training.keep_last, keep_every=training.keep_every,
             export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
@@ -354,8 +364,8 @@ class Trainer:
         if saved is None:
             return
         self.save_failed = saved.path is None
-        if saved.path is None and self.state.saved_at == saved.step:
-            self.state.saved_at = -1  # the end of the run tries once more
+        if saved.path is None and self.state.saved_at == saved.step and self.runtime.world_size == 1:
+            self.state.saved_at = -1  # the end of the run tries once more; others would not know of it
         if saved.path is not None:
             self.saved_to = saved.path
             self.log.say(f"saved checkpoint {saved.path}")
@@ -368,23 +378,14 @@ class Trainer:
 
     def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
         """Takes all but the weights from a checkpoint. Returns what cannot be as it was."""
-        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime)
+        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime, self.config.model.dropout > 0)
         self.guard.detector.recent = self.state.recent_losses
         return notes
 
     def _open_log(self) -> RunLog:
-        plan, resumed = self.plan, self.plan.resumed is not None
-        if self.runtime.world_size > 1:
-            torch.distributed.barrier()  # all have read their weights: the folder may be one that is moved now
-        moved = None
-        if self.runtime.is_master and not self.config.training.eval_only:
-            self.lock.acquire()
-            if not resumed:
-                moved = checkpoints.archive_previous(self.out_dir)
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            checkpoints.clean_leftovers(self.out_dir)
-        first, evaluated = plan.start_step, self.state.evaluated_at == plan.start_step
-        log = RunLog(self.config, self.runtime.is_master, first, plan.last_step, resumed, evaluated)
+        moved, first, resumed = take_folder(self.plan, self.lock), self.plan.start_step, self.plan.resumed is not None
+        evaluated = self.state.evaluated_at == first
+        log = RunLog(self.config, self.runtime.is_master, first, self.plan.last_step, resumed, evaluated)
         if moved is not None:
             log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
         return log
@@ -399,11 +400,16 @@ class Trainer:
                 self._evaluate()
             except Interrupted:
                 stopped = True
+        if state.step and not all_finite(self.models.raw):
+            raise self._not_finite(Finding(state.step, self._learning_rate(), math.nan, math.nan))
         if state.step > 0 or stopped:  # the command to go on with must have something to go on from
             self._save()
             self._tell_saved(wait=True)
+        if self.runtime.world_size > 1:  # one that leaves early has torchrun end the one that writes
+            torch.distributed.barrier()
         if stopped:
-            self.log.say(f"stopped at step {state.step}; go on with: {resume_command(self.config, self.command)}")
+            hint = resume_command(self.config, self.command, self.runtime.world_size)
+            self.log.say(f"stopped at step {state.step}{', not saved' * self.save_failed}; go on with: {hint}")
         elif training.final_eval:
             try:
                 final = self._evaluate_whole()
@@ -445,12 +451,5 @@ class Trainer:
     def _result(self, final: Evaluation | None, exit_code: int) -> TrainResult:
         state = self.state
         return TrainResult(
-            state.step, self.out_dir, self.saved_to, state.best_val_loss, final, exit_code or int(self.save_failed)
+            state.step, self.out_dir, self.saved_to, state.best_val_loss, final, int(self.save_failed) or exit_code
         )
-
-
-def _silent(line: str) -> None:
-    """What processes other than the first say."""
-
-
-__all__ = ["TrainResult", "TrainingError", "train"]
