@@ -138,7 +138,7 @@ class Trainer:
             except NotFiniteError as error:
                 self._roll_back(error)
             except (UserError, MemoryShortError):  # data or memory fail under the run: what has been learned is kept
-                if self.runtime.world_size == 1:  # others would not take part
+                if state.step and self.runtime.world_size == 1:  # others would not take part
                     self._save()
                 raise
 
