@@ -146,10 +146,10 @@ def _split(
         section, _, leaf = key.rpartition(".")
         if section in sections:
             if leaf not in sections[section]:
-                raise UserError(f"unknown setting --{key}{_misplaced(leaf, section, sections)}")
+                raise UserError(f"unknown setting --{_line(key)}{_misplaced(leaf, section, sections)}")
             key = leaf
         if key not in leaves:
-            raise UserError(f"unknown setting --{key}{_nearest(key, leaves)}")
+            raise UserError(f"unknown setting --{_line(key)}{_nearest(key, leaves)}")
         if not equals:
             text = _value_of_bare(key, leaves[key], rest)
         options[key] = text
@@ -210,6 +210,11 @@ def _as_list(key: str, value: Any) -> list[str]:
     return list(value)
 
 
+def _line(name: Any) -> str:
+    """A name as a message of one line takes it."""
+    return " ".join(str(name).split())
+
+
 def _short(value: Any) -> str:
     return text if len(text := reprlib.repr(value)) < 200 else f"a {type(value).__name__}"
 
@@ -243,14 +248,16 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
         if isinstance(value, dict) and key in _SECTIONS:
             for leaf, leaf_value in value.items():
                 if leaf not in _SECTIONS[key]:
-                    raise UserError(f"unknown setting {key}.{leaf} in {where}{_misplaced(str(leaf), key, _SECTIONS)}")
+                    raise UserError(
+                        f"unknown setting {_line(key)}.{_line(leaf)} in {where}{_misplaced(str(leaf), key, _SECTIONS)}"
+                    )
                 flat[leaf] = leaf_value
         elif key in leaves or key in known:
             flat[key] = value
         elif value is None and key in _SECTIONS:
             continue
         else:
-            raise UserError(f"unknown setting {key} in {where}{_nearest(str(key), leaves)}")
+            raise UserError(f"unknown setting {_line(key)} in {where}{_nearest(str(key), leaves)}")
     return {key: value for key, value in flat.items() if key in leaves}
 
 
@@ -276,7 +283,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
         elif name not in before and not name.startswith("_"):
             near = difflib.get_close_matches(name, [*leaves, *known], n=1, cutoff=0.85)
             if near:  # a helper variable of the preset's own is fine, a misspelt setting is not
-                raise UserError(f"unknown setting {name} in {path}; did you mean {near[0]}?")
+                raise UserError(f"unknown setting {_line(name)} in {path}; did you mean {near[0]}?")
     return values
 
 
