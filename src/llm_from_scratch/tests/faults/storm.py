@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,6 +68,10 @@ def in_process(cases: dict[str, int], seed: int, defect: str | None = None) -> d
 
 def _child(told: str) -> int:
     cases, seed, result, defect = json.loads(told)
+    # behind nohup or in the background of a script some signals are ignored, and a trainer leaves them so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     pid, reports = os.getpid(), {}
     for name, count in cases.items():
         reports[name] = vars(run_row(name, count, seed, defect))
