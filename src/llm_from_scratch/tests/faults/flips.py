@@ -235,8 +235,10 @@ def _wrong(out: Path, path: Path, changed: str, falls_back: bool, rng: random.Ra
                 return "not noticed for sampling"
     if falls_back:
         with quiet() as said:
-            got = cp.load_any(out)
-            found = cp.find_checkpoint(out)
+            try:
+                got, found = cp.load_any(out), cp.find_checkpoint(out)
+            except UserError as error:
+                return f"no fall back to the older one: {error}"
         lines = said.getvalue().splitlines()
         if tag_of(got) != OLDER[1] or not same(got, contents(*OLDER)) or found.name != "step-00000001":
             return f"load_any returns {got.path}, find_checkpoint {found}"
@@ -244,7 +246,7 @@ def _wrong(out: Path, path: Path, changed: str, falls_back: bool, rng: random.Ra
             return f"two falls back said {lines}"
         try:
             cp.prune(out, keep_last=1)
-        except cp.DamagedError:
+        except UserError:
             pass
         else:
             return "older ones are pruned though the newest is damaged"
