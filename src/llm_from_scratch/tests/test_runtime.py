@@ -155,7 +155,7 @@ def test_ranks_start_from_different_seeds(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     drawn = []
     for rank in (0, 1):
-        fake: Any = types.SimpleNamespace(device=CPU, world_size=2, rank=rank, backend="gloo")
+        fake: Any = types.SimpleNamespace(device=CPU, world_size=2, rank=rank, backend="gloo", threads=None)
         start(fake, SystemConfig(seed=5))
         drawn.append(torch.rand(3))
     assert not torch.equal(*drawn)

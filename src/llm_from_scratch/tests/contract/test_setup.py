@@ -568,7 +568,7 @@ def test_files_are_named_from_where_the_user_stands(recipes: Recipes) -> None:
     ("recipe", "calls"),
     [
         ("demo", ["scripts/install.py|tensorboard|plots|", "-m|llm_from_scratch.cli.demo|--max_iters=5|"]),
-        ("test", ["scripts/install.py|dev|", "-m|pytest|--max_iters=5|"]),
+        ("test", ["scripts/install.py|dev|", "-m|pytest|-n|auto|--maxprocesses=4|--dist=loadfile|--max_iters=5|"]),
         ("test-cov", ["scripts/install.py|dev|", "-m|pytest|--cov=llm_from_scratch|"]),
         ("notebook", ["scripts/install.py|notebook|", "-m|notebook|"]),
     ],
