@@ -224,14 +224,10 @@ class RunLog:
         """One line on the terminal, above the bar."""
         if self.silent:
             return
-        if self.bar is not None:
-            shown = announce(line, lambda text: self.bar_print(text))
-        else:
-            shown = announce(line)
-        if not shown:
+        if not announce(line, self._print_above_bar if self.bar is not None else None):
             self.silent = self.reader_is_gone = True
 
-    def bar_print(self, line: str) -> None:
+    def _print_above_bar(self, line: str) -> None:
         assert self.bar is not None
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

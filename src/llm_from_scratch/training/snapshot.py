@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Calla
     return found
 
 
+@contextlib.contextmanager
+def _state_checked(path: Path | None) -> Iterator[None]:
+    """What is met in a state that is none of a run, as one line."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not hold the state of a run ({why}); start a new one from it") from None
+
+
 def restore(
     saved: Checkpoint,
     state: TrainState,
@@ -162,50 +173,45 @@ def restore(
 
     Raises UserError where the checkpoint holds something else under their names.
     """
-    try:
-        return _restore(saved, state, optimizer, scaler, runtime, dropout)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{saved.path} does not hold the state of a run ({why}); start a new one from it") from None
-
-
-def _restore(
-    saved: Checkpoint,
-    state: TrainState,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    runtime: Runtime,
-    dropout: bool,
-) -> list[str]:
-    notes = []
-    if saved.optimizer is not None:
-        load_optimizer_state(optimizer, saved.optimizer)
-    else:
-        notes.append("the checkpoint holds no optimizer state: the moments start from zero")
-    trainer = dict(saved.trainer)
-    known = trainer.pop("scaler", None)
-    if known and scaler.is_enabled():
-        scaler.load_state_dict(known)
-    for name in vars(state):
-        value = trainer.get(name)
-        if value is None:
-            continue
-        kinds = {"run_id": (str,), "recent_losses": (list,), "best_val_loss": (int, float), "val_loss": (int, float)}
-        if type(value) not in kinds.get(name, (int,)):
-            raise ValueError(f"{name} is {str(value)[:40]!r}")
-        if type(value) is int and not (0 if name in ("rollbacks", "data_shift") else -1) <= value < 1 << 53:
-            raise ValueError(f"{name} is {str(value)[:40]}")
-        setattr(state, name, value)
-    state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
-    state.step = saved.step
-    # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
-    state.saved_at = saved.step if state.evaluated_at == saved.step else -1
-    generators = _generators(runtime)
-    processes = sum(name.startswith("cpu.") for name in saved.rng)
-    if processes == runtime.world_size and all(f"{kind}.{runtime.rank}" in saved.rng for kind in generators):
-        for kind, (_, put) in generators.items():
-            put(saved.rng[f"{kind}.{runtime.rank}"])
-    elif dropout:
-        why = "other processes or devices than the checkpoint's" if saved.rng else "the checkpoint has no random states"
-        notes.append(f"{why}: dropout is drawn anew, not bit-exact")
-    return notes
+    with _state_checked(saved.path):
+        notes = []
+        if saved.optimizer is not None:
+            load_optimizer_state(optimizer, saved.optimizer)
+        else:
+            notes.append("the checkpoint holds no optimizer state: the moments start from zero")
+        trainer = dict(saved.trainer)
+        known = trainer.pop("scaler", None)
+        if known and scaler.is_enabled():
+            scaler.load_state_dict(known)
+        for name in vars(state):
+            value = trainer.get(name)
+            if value is None:
+                continue
+            kinds = {
+                "run_id": (str,),
+                "recent_losses": (list,),
+                "best_val_loss": (int, float),
+                "val_loss": (int, float),
+            }
+            if type(value) not in kinds.get(name, (int,)):
+                raise ValueError(f"{name} is {str(value)[:40]!r}")
+            if type(value) is int and not (0 if name in ("rollbacks", "data_shift") else -1) <= value < 1 << 53:
+                raise ValueError(f"{name} is {str(value)[:40]}")
+            setattr(state, name, value)
+        state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
+        state.step = saved.step
+        # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
+        state.saved_at = saved.step if state.evaluated_at == saved.step else -1
+        generators = _generators(runtime)
+        processes = sum(name.startswith("cpu.") for name in saved.rng)
+        if processes == runtime.world_size and all(f"{kind}.{runtime.rank}" in saved.rng for kind in generators):
+            for kind, (_, put) in generators.items():
+                put(saved.rng[f"{kind}.{runtime.rank}"])
+        elif dropout:
+            why = (
+                "other processes or devices than the checkpoint's"
+                if saved.rng
+                else "the checkpoint has no random states"
+            )
+            notes.append(f"{why}: dropout is drawn anew, not bit-exact")
+        return notes
