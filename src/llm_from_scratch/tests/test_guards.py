@@ -369,15 +369,16 @@ def test_memory_that_runs_out_late_costs_no_step(tiny_data: Path, spoil: Any, mo
     with pytest.raises(TrainingError, match="out of memory with one sequence at a time"):
         train(tiny_config(tiny_data, out_dir="run", batch_size=2))
     assert find_checkpoint("run", "last").name == "step-00000006"
-    monkeypatch.undo()
+    spoil(never)
 
     def no_moments(*args: Any) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
+    step_unless_ = trainers.step_unless
     monkeypatch.setattr(trainers, "step_unless", no_moments)
     with pytest.raises(TrainingError, match="out of memory for the optimizer's moments: about .* GiB are needed"):
         train(tiny_config(tiny_data, out_dir="other"))
-    monkeypatch.undo()
+    monkeypatch.setattr(trainers, "step_unless", step_unless_)
     copied, calls = snapshot.copied, []
 
     def no_copy(value: Any, known: Any = None) -> Any:

@@ -232,7 +232,7 @@ def test_output_that_is_lost_does_not_end_the_run(
     for line in ("one", "bad", "two"):
         log.say(line)
     assert told == ["one", "two"] and not log.reader_is_gone
-    monkeypatch.undo()
+    monkeypatch.delattr(loggers, "print")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     log.say("Zoë")
