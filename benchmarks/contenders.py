@@ -1,0 +1,313 @@
+"""Training runs of this project, of nanoGPT and of transformers that stand still until they are asked for steps.
+
+Each contender lives in a process of its own, with the same number of threads. The parent asks one for k steps, then
+another, over a pipe, so that the steps are interleaved while none competes with another for the machine. Ours are the
+steps of the trainer; nanoGPT's are those of its own unchanged train.py, whose output lines are where it is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("ours", "nanogpt", "transformers")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The model, the batch and the kind of machine that all contenders share."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    batch_size: int
+    vocab_size: int
+    dropout: float = 0.0
+    device: str = "cpu"
+    dtype: str | None = None
+    """None leaves to each what it does by itself; nanoGPT and transformers compute in float32 on a CPU."""
+    compile: bool = False
+    """Of nanoGPT and transformers. Ours decides by itself."""
+    log_interval: int = 1
+    """Steps between the lines that nanoGPT prints, and at which it waits for the device."""
+    max_iters: int = 5000
+    """The stated length of the run: by it ours decides whether compiling pays."""
+    beta2: float = 0.99
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.block_size
+
+
+CASES = {
+    "cpu-readme": Case(4, 4, 128, 64, 12, 65, max_iters=2000),
+    "char": Case(6, 6, 384, 256, 64, 65, dropout=0.2),
+    "char-nodrop": Case(6, 6, 384, 256, 64, 65),
+    "gpt2": Case(12, 12, 768, 256, 2, 50304, beta2=0.95),
+    "gpt2-512": Case(12, 12, 768, 512, 4, 50304, beta2=0.95),
+    "tiny": Case(1, 1, 16, 8, 2, 65, max_iters=50),
+    "cuda-gpt2": Case(12, 12, 768, 1024, 64, 50304, 0.0, "cuda", "bfloat16", True, 1, 20000, 0.95),
+    "cuda-char": Case(6, 6, 384, 256, 64, 65, 0.2, "cuda", "bfloat16", True, 10),
+}
+
+
+class Contender:
+    """A process that trains when asked to."""
+
+    def __init__(self, name: str, case: Case, folder: Path, threads: int, nanogpt: Path | None, settings: list[str]):
+        self.name, self.folder = name, folder
+        self.log = folder / f"{name}.log"
+        job = {"name": name, "case": dataclasses.asdict(case), "folder": str(folder), "threads": threads,
+               "nanogpt": str(nanogpt.resolve()) if nanogpt else None, "settings": settings}  # fmt: skip
+        count = str(threads)
+        env = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONDONTWRITEBYTECODE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", __file__, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log, text=True, env=env,
+            )  # fmt: skip
+
+    def ask(self, steps: int) -> dict[str, float]:
+        """Lets it make so many steps: {"seconds": all of them, "peak": bytes so far}. 0 waits until it is ready."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            raise SystemExit(f"{self.name} has failed:\n{self.log.read_text()[-2000:]}") from None
+
+    def per_step(self, steps: int) -> float:
+        return self.ask(steps)["seconds"] / steps
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def machine() -> dict[str, Any]:
+    """What a result belongs to."""
+    import torch
+
+    found: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "cpu": platform.processor()}
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        found["cpu"] = models[0] if models else found["cpu"]
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write_tokens(folder: Path, vocab_size: int, tokens: int = 1 << 19) -> None:
+    """The same random tokens for all: folder/ours with a manifest, folder/nanogpt with a meta.pkl."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    manifest = {"format": "llm-from-scratch-data", "version": 1, "dtype": "uint16", "vocab_size": vocab_size}
+    for kind in ("ours", "nanogpt"):
+        (folder / kind).mkdir(parents=True)
+    for split, size in (("train", tokens), ("val", tokens // 8)):
+        rng.integers(0, vocab_size, size=size).astype("<u2").tofile(folder / "ours" / f"{split}.bin")
+        os.link(folder / "ours" / f"{split}.bin", folder / "nanogpt" / f"{split}.bin")
+    (folder / "ours" / "manifest.json").write_text(json.dumps({**manifest, "splits": {}}))
+    (folder / "nanogpt" / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What the scripts that pair contenders have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without one it is left out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    return parser
+
+
+# What follows runs in a contender's own process.
+
+
+def _serve(case: Case, step: Callable[[], None], orders: IO[str], answers: IO[str]) -> None:
+    """Makes steps as they are asked for, until the parent is gone."""
+    for line in orders:
+        begin = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        _wait(case)
+        _answer(answers, time.perf_counter() - begin, case)
+
+
+def _answer(answers: IO[str], seconds: float, case: Case) -> None:
+    answers.write(json.dumps({"seconds": seconds, "peak": _peak(case)}) + "\n")
+    answers.flush()
+
+
+def _wait(case: Case) -> None:
+    if case.device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _peak(case: Case) -> int:
+    """Bytes: of the device as torch counts them, or of the process's memory that was resident at once."""
+    if case.device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss begins with what the parent had when it forked
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    """The trainer's own updates, with what its loop does around each but evaluations and checkpoints."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from llm_from_scratch import Config
+    from llm_from_scratch.core import runtime as runtimes
+    from llm_from_scratch.core.lock import FolderLock
+    from llm_from_scratch.presets import parse
+    from llm_from_scratch.training.guards import StopRequest
+    from llm_from_scratch.training.setup import prepare
+    from llm_from_scratch.training.trainer import Trainer
+
+    folder = Path(job["folder"])
+    words = [f"--{name}={getattr(case, name)}" for name in
+             ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size", "dropout", "device", "max_iters",
+              "log_interval", "beta2")]  # fmt: skip
+    words += ["--bias=False", "--gradient_accumulation_steps=1", f"--dataset={folder / 'ours'}", "--progress=lines",
+              f"--out_dir={folder / 'out-ours'}", "--learning_rate=1e-3", "--loss_plot=False"]  # fmt: skip
+    words += [f"--dtype={case.dtype}"] if case.dtype else []
+    config = parse(Config, words + job["settings"], prog="benchmark").tree
+    plan = prepare(config)
+    runtimes.start(plan.runtime, plan.config.system)
+    trainer = Trainer(plan, "benchmark", StopRequest(), FolderLock(folder / "out-ours"))
+
+    def step() -> None:
+        trainer._update()
+        trainer._heed(all_of_them=False)
+        trainer.timer.pause()
+
+    _serve(case, step, orders, answers)
+    trainer.close()
+
+
+class _Gate(io.TextIOBase):
+    """A standard output at which nanoGPT's loop waits after the steps that it was asked for."""
+
+    def __init__(self, case: Case, orders: IO[str], answers: IO[str]):
+        self.case, self.orders, self.answers = case, orders, answers
+        self.left, self.begin = 0, math.nan
+
+    def write(self, text: str) -> int:
+        sys.stderr.write(text)
+        if text.startswith("iter "):
+            self.left -= self.case.log_interval
+            if self.left <= 0:
+                _wait(self.case)
+                if not math.isnan(self.begin):
+                    _answer(self.answers, time.perf_counter() - self.begin, self.case)
+                self.left = self._order()
+                self.begin = time.perf_counter()
+        return len(text)
+
+    def _order(self) -> int:
+        while (line := self.orders.readline()) and int(line) == 0:  # ready: it stands at its first line
+            _answer(self.answers, 0.0, self.case)
+        if not line:
+            raise SystemExit
+        assert int(line) % self.case.log_interval == 0
+        return int(line)
+
+
+def _nanogpt(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    """nanoGPT's train.py as it stands, with its own loop, batches, model and optimizer."""
+    checkout, folder = Path(job["nanogpt"]), Path(job["folder"])
+    os.chdir(checkout)  # it reads configurator.py there
+    sys.path.insert(0, str(checkout))
+    settings = {
+        "n_layer": case.n_layer, "n_head": case.n_head, "n_embd": case.n_embd, "block_size": case.block_size,
+        "batch_size": case.batch_size, "dropout": float(case.dropout), "device": case.device,
+        "compile": case.compile, "log_interval": case.log_interval, "gradient_accumulation_steps": 1,
+        "dataset": str(folder / "nanogpt"), "out_dir": str(folder / "out-nanogpt"), "eval_interval": 1 << 40,
+        "eval_iters": 1, "max_iters": 1 << 40, "beta2": case.beta2, "learning_rate": 1e-3,
+    }  # fmt: skip
+    settings |= {"dtype": case.dtype} if case.dtype else {}
+    sys.argv = ["train.py", *(f"--{name}={value}" for name, value in settings.items())]
+    sys.stdout = _Gate(case, orders, answers)
+    runpy.run_path(str(checkout / "train.py"), run_name="__main__")
+
+
+def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    """GPT2LMHeadModel with AdamW in one kernel, which is what its own Trainer takes."""
+    import numpy as np
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropout = {name: case.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    config = GPT2Config(
+        vocab_size=case.vocab_size, n_positions=case.block_size, n_embd=case.n_embd, n_layer=case.n_layer,
+        n_head=case.n_head, bos_token_id=0, eos_token_id=0, use_cache=False, **dropout,
+    )  # fmt: skip
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model: Any = GPT2LMHeadModel(config).to(case.device).train()
+    network = torch.compile(model) if case.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, case.beta2), weight_decay=0.1, fused=True)
+    data = np.memmap(Path(job["folder"]) / "ours" / "train.bin", dtype="<u2", mode="r")
+    dtype = getattr(torch, case.dtype or "float32")
+
+    def step() -> None:
+        starts = np.random.randint(0, len(data) - case.block_size, size=case.batch_size)
+        rows = torch.from_numpy(np.stack([data[i : i + case.block_size] for i in starts]).astype(np.int64))
+        rows = rows.to(case.device)
+        with torch.autocast(case.device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = network(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    _serve(case, step, orders, answers)
+
+
+def _main(job: dict[str, Any]) -> None:
+    case = Case(**job["case"])
+    if hasattr(os, "sched_setaffinity"):  # a setting of ours must not take more than the others have
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
+    answers, orders = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "r")
+    sys.stdout = sys.stderr  # what the contenders print must not mix with the answers
+    {"ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers}[job["name"]](case, job, orders, answers)
+
+
+def lined_up(
+    names: list[str], case: Case, threads: int, nanogpt: Path | None, settings: list[str], folder: Path
+) -> Iterator[Contender]:
+    """Starts contenders, one after the other."""
+    write_tokens(folder, case.vocab_size)
+    for name in names:
+        if name != "nanogpt" or nanogpt is not None:
+            yield Contender(name, case, folder, threads, nanogpt, settings)
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
