@@ -151,7 +151,8 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     from ..core.model import GPT
     from ..training.optimizer import make_adamw
 
-    model = GPT(tree.model).to(runtime.device)
+    model = GPT(tree.model)
+    runtime.place(model)
     optimizer = make_adamw(model, 1e-2, 1e-4, (0.9, 0.95), fused=runtime.device.type in ("cuda", "cpu"))
     network = torch.compile(model) if runtime.compile else model
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)

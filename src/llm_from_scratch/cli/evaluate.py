@@ -87,7 +87,7 @@ def _main(argv: list[str]) -> int:
     check_location(options.out_dir, options.which)
     from ..core import runtime as runtimes
 
-    device = runtimes.resolve_device(system.device)
+    runtimes.resolve_device(system.device)  # a device that is not there shows before anything is read
     model, tokenizer, trained_on = _load(options)
     if parsed.positionals:
         data, name = _text(Path(parsed.positionals[0]), tokenizer), parsed.positionals[0]
@@ -102,10 +102,9 @@ def _main(argv: list[str]) -> int:
 
     runtime = runtimes.resolve(system)
     runtimes.start(runtime, system)
+    runtime.place(model)
     try:
-        result = evaluate_split(
-            model.to(device), data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size
-        )
+        result = evaluate_split(model, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
     finally:
         runtimes.stop()
     figures = {

@@ -23,6 +23,13 @@ from torch.nn import functional as F
 from ..config import GPTConfig, UserError
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its input; its weights may be stored with more precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class LayerNorm(nn.Module):
     """LayerNorm whose bias is optional."""
 
@@ -33,7 +40,8 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +53,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -55,9 +63,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # the 1 broadcasts over the heads
 
 
-def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[i], x[i + D/2]), the convention of Llama in transformers. x: (B, H, T, D)."""
-    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -97,12 +104,13 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
         # queries, keys and values of all heads in one product
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
-        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, width, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
+        self.attend, self.rotate = attention, apply_rotary  # kernels.py has others for a CPU
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.size()
@@ -110,13 +118,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+            q, k = self.rotate(q, *rope), self.rotate(k, *rope)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(k, v)  # (B, Hkv, S, D), mask over S
         # a single query without a mask may see every key; torch would align a causal mask at the wrong corner
         causal = mask is None and T > 1
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -141,9 +149,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.mlp_width, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.mlp_width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +163,7 @@ class GatedMLP(MLP):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        self.c_gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.c_gate = Linear(config.n_embd, config.mlp_width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))
@@ -276,6 +284,7 @@ class GPT(nn.Module):
 
     transformer: Any
     tokenizer: Any = None  # set by from_pretrained
+    compute_dtype: torch.dtype | None = None  # of activations and products; None is that of the weights
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -293,7 +302,7 @@ class GPT(nn.Module):
         modules["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         modules["ln_f"] = make_norm(config)
         self.transformer = nn.ModuleDict(modules)
-        self.lm_head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, vocab_size, bias=False)
         if config.tie_embeddings:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv 1608.05859
         self.init_weights()
@@ -350,18 +359,21 @@ class GPT(nn.Module):
             raise UserError(f"a sequence of {T} tokens exceeds the model's block_size={self.config.block_size}")
         pos = cache.begin(T) if cache is not None else torch.arange(T, device=idx.device)  # (T,) or (B, T)
         x = self.transformer.wte(idx)  # (B, T, C)
+        dtype = self.compute_dtype or x.dtype
         rope = None
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)
         else:
-            rope = rotary_angles(pos, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+            cos, sin = rotary_angles(pos, self.config.n_embd // self.config.n_head, self.config.rope_theta)
+            rope = cos.to(dtype), sin.to(dtype)
+        x = x.to(dtype)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, cache.layer(i) if cache is not None else None)
         x = self.transformer.ln_f(x)
         if targets is not None:
             logits = self.head(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
             return logits, loss
         if logits_at is not None:
             x = x[torch.arange(B, device=x.device), logits_at][:, None]  # (B, 1, C)

@@ -6,11 +6,15 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import SystemConfig, UserError
 from .environment import distributed_env
+
+if TYPE_CHECKING:
+    from .model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
@@ -58,8 +62,20 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
 
+    def place(self, model: GPT) -> None:
+        """Moves a model to the device, and has it compute there in the dtype; its weights stay float32."""
+        model.to(self.device)
+        model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
+        if self.device.type == "cpu":
+            from .kernels import use_cpu_kernels
+
+            use_cpu_kernels(model, self.dtype == torch.bfloat16)
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.device, self.dtype)
+        """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""
+        if self.dtype != torch.float16:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type=self.device.type, dtype=self.dtype)
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -81,7 +97,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where a CUDA device has it, float16 on older ones, float32 elsewhere."""
+    """For weights that only generate. auto: bfloat16 where a CUDA device has it, float16 on older ones, else float32."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -89,11 +105,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision for the forward pass: products in dtype, reductions in float32. float32 is a no-op."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type=device.type, dtype=dtype)
+def resolve_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """resolve_dtype, but that auto takes bfloat16 on a CPU that multiplies it, which is there faster than float32."""
+    if name == "auto" and device.type == "cpu" and cpu_has_native_bf16():
+        return torch.bfloat16
+    return resolve_dtype(name, device)
 
 
 def cpu_has_native_bf16() -> bool:
@@ -131,7 +147,7 @@ def resolve(config: SystemConfig) -> Runtime:
         device = resolve_device(f"cuda:{local_rank}")
     if device.type == "mps" and world > 1:
         raise UserError("several processes cannot share an Apple GPU; run without torchrun")
-    dtype = resolve_dtype(config.dtype, device)
+    dtype = resolve_training_dtype(config.dtype, device)
     backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
     if backend == "nccl" and device.type != "cuda" and world > 1:
         raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")

@@ -106,7 +106,7 @@ class Batch:
     def _prefill(self, ids: Tensor, lengths: list[int], room: int) -> tuple[KVCache, Tensor]:
         """Runs prompts, (N, T) padded on the right, through the model: the filled cache and the logits, (N, V)."""
         weight = self.model.lm_head.weight
-        cache = KVCache(self.model.config, len(ids), room, self.device, weight.dtype)
+        cache = KVCache(self.model.config, len(ids), room, self.device, self.model.compute_dtype or weight.dtype)
         counts = torch.tensor(lengths, device=self.device)
         logits = self.model(ids, cache=cache, logits_at=counts - 1)[0][:, 0]
         cache.advance(counts)

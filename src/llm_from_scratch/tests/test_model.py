@@ -90,11 +90,12 @@ def test_attention_equals_a_loop(attention: Any, kv_heads: int) -> None:
 
 
 @every_option
-def test_plain_attention_gives_the_logits_of_the_fused_kernels(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_attention_gives_the_logits_of_the_fused_kernels(option: str) -> None:
     model, idx = make(option), tokens(2, 16)
     assert models.attention is fused_attention
     fused = all_logits(model, idx)
-    monkeypatch.setattr(models, "attention", plain_attention)
+    for block in model.transformer.h:
+        block.attn.attend = plain_attention
     torch.testing.assert_close(all_logits(model, idx), fused, atol=1e-5, rtol=1e-5)
 
 
@@ -136,7 +137,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
     def score(query_at: int, key_at: int) -> float:
         rotated = (
-            apply_rotary(x, rotary_angles(torch.tensor([at]), 8, 100.0)) for x, at in ((q, query_at), (k, key_at))
+            apply_rotary(x, *rotary_angles(torch.tensor([at]), 8, 100.0)) for x, at in ((q, query_at), (k, key_at))
         )
         return float((next(rotated) * next(rotated)).sum())
 
@@ -155,7 +156,7 @@ def test_rotary_pairs_by_hand() -> None:
         math.cos(a) * 1 - math.sin(a) * 3, math.cos(b) * 2 - math.sin(b) * 4,
         math.cos(a) * 3 + math.sin(a) * 1, math.cos(b) * 4 + math.sin(b) * 2,
     ]  # fmt: skip
-    assert apply_rotary(x, (cos, sin)).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    assert apply_rotary(x, cos, sin).flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_rope_model_is_blind_to_absolute_position() -> None:

@@ -61,7 +61,8 @@ def test_the_layout_of_the_same_batch_may_change(tiny_data: Path, capsys: pytest
         torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
 
 
-def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path) -> None:
+def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda: False)
     settings = {"out_dir": "run", "dtype": "auto", "compile": "auto"}
     train(tiny_config(tiny_data, **settings))
     saved = load_checkpoint(find_checkpoint("run", "last"))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import SystemConfig, UserError
+from llm_from_scratch.config import GPTConfig, SystemConfig, UserError
 from llm_from_scratch.core import runtime as runtimes
-from llm_from_scratch.core.runtime import autocast, distributed_env, resolve, resolve_device, resolve_dtype, start, stop
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.runtime import distributed_env, resolve, resolve_device, resolve_dtype, start, stop
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,8 @@ def env(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
-def test_a_plain_machine(no_accelerator: None) -> None:
+def test_a_plain_machine(no_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda: False)
     found = resolve(SystemConfig())
     assert (found.device, found.dtype, found.compile) == (CPU, torch.float32, False)
     assert (found.rank, found.world_size, found.backend, found.is_master) == (0, 1, "gloo", True)
@@ -127,11 +129,26 @@ def test_an_impossible_environment_is_refused(change: dict[str, str], monkeypatc
 @pytest.mark.parametrize(
     ("dtype", "result"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")]
 )
-def test_autocast_runs_products_in_the_dtype(dtype: str, result: str) -> None:
-    with autocast(CPU, runtimes.DTYPES[dtype]):
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == getattr(torch, result)
-    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+def test_products_are_in_the_dtype_and_weights_in_float32(dtype: str, result: str) -> None:
+    model = GPT(GPTConfig(block_size=4, vocab_size=7, n_layer=1, n_head=2, n_embd=8))
+    seen = []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    runtime = resolve(SystemConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]
+    runtime.place(model)
+    with runtime.autocast():
+        _, loss = model(torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long))
+    loss.backward()
+    assert seen == [getattr(torch, result)] and loss.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_processor_that_multiplies_bfloat16_trains_in_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda: native)
+    runtime = resolve(SystemConfig(device="cpu"))
+    assert runtime.dtype == (torch.bfloat16 if native else torch.float32)
+    assert resolve(SystemConfig(device="cpu", dtype="float32")).dtype == torch.float32
 
 
 def test_emulated_bfloat16_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:

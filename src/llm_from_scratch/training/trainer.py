@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, UserError, to_dict
+from ..config import Config, UserError
 from ..core import checkpoint as checkpoints
 from ..core import runtime as runtimes
 from ..core.dataset import BatchLoader
@@ -39,13 +39,15 @@ from .guards import (
 )
 from .loggers import RunLog, StepTimer, teller
 from .memory import MemoryShortError, fitted, halve_micro_batch, no_room_to_step
-from .optimizer import make_optimizer, optimizer_state, step_unless
+from .optimizer import make_optimizer, step_unless
 from .parallel import Wrapped, wrap
 from .resume import machine_of, not_bit_exact, resume_command, take_folder
 from .samples import write_sample
+from .saving import Saver
 from .scheduler import learning_rate_at
 from .setup import Plan, describe, prepare
-from .snapshot import TrainState, Writer, random_states, restore
+from .snapshot import TrainState, restore
+from .step import clip_gradients, gradients
 
 LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 
@@ -99,7 +101,7 @@ class Trainer:
         model = GPT(self.config.model)
         if plan.weights is not None:
             model.load_state_dict(plan.weights)
-        model.to(self.runtime.device)
+        self.runtime.place(model)
         self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         say = teller(self.runtime.is_master)
@@ -110,9 +112,7 @@ class Trainer:
         self.eval_batch = plan.micro_batch if self.models.is_compiled else None
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
-        self.writer, self.timer = Writer(), StepTimer()
-        self.saved_to: Path | None = None
-        self.save_failed = False  # the last try
+        self.timer = StepTimer()
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
@@ -122,6 +122,7 @@ class Trainer:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
                 say(line)
         self.log = self._open_log()  # the first that is written: all that can fail before step 0 is behind
+        self.saver = Saver(plan, self.state, self.log)
         plan.weights = plan.resumed = None  # free the memory
 
     def run(self) -> TrainResult:
@@ -150,7 +151,8 @@ class Trainer:
             try:
                 if state.step % training.eval_interval == 0 and state.evaluated_at != state.step:
                     self._evaluate()
-                self._save_if_due()
+                if self.saver.is_due():
+                    self._save()
                 if training.sample_interval and state.step % training.sample_interval == 0 and self.runtime.is_master:
                     self.log.sample(state.step, write_sample(self.models.raw, self.plan))
                 if self._should_stop_early():
@@ -167,17 +169,13 @@ class Trainer:
     def _update(self) -> None:
         """One optimizer update on one global batch; left out where loss or gradient is not finite."""
         state, clip, lr = self.state, self.config.optimizer.grad_clip, self._learning_rate()
-        self._tell_saved()
+        self.saver.tell()
         self.timer.start()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         loss = self._gradients()
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.models.raw.parameters() if p.grad is not None]
-        if clip:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = clip_gradients(self.models.raw, clip)
         skip = self.guard.judge(state.step, lr, loss, norm, self.stop)
         with no_room_to_step(self.plan):
             step_unless(skip, self.optimizer)
@@ -193,22 +191,12 @@ class Trainer:
         x, y = self.loader.get(self.state.step + self.state.data_shift)  # (rows, T)
         while True:
             try:
-                total = torch.zeros((), device=self.runtime.device)
-                parts = list(zip(x.split(self.plan.micro_batch), y.split(self.plan.micro_batch), strict=True))
-                for i, (xi, yi) in enumerate(parts):
-                    with self._gradients_meet(i == len(parts) - 1):
-                        with self.runtime.autocast():
-                            _, loss = self.models.train(xi, yi)
-                        loss = loss / len(parts)  # the gradient of the mean, not of the sum
-                        self.scaler.scale(loss).backward()
-                    total += loss.detach()
-                return total
+                return gradients(self.models, x, y, self.plan.micro_batch, self.runtime, self.scaler)
             except Exception as error:
                 if not runtimes.is_out_of_memory(error):
                     raise
                 reason = str(error)
             # outside the except block: the error's traceback holds on to the tensors of the step
-            loss = None
             self._halve_micro_batch(reason)
 
     def _halve_micro_batch(self, reason: str) -> None:
@@ -222,12 +210,6 @@ class Trainer:
         config = self.config
         peak, max_iters = config.optimizer.learning_rate, config.training.max_iters
         return learning_rate_at(self.state.step, peak, config.scheduler, max_iters)
-
-    def _gradients_meet(self, last: bool) -> contextlib.AbstractContextManager:
-        """Processes exchange gradients once an update, in the last backward pass."""
-        if self.runtime.world_size == 1 or last:
-            return contextlib.nullcontext()
-        return self.models.train.no_sync()  # type: ignore[operator]
 
     def _heed(self, all_of_them: bool) -> None:
         """Logs the steps that the device is done with. Raises NotFiniteError where a bad one is one too many."""
@@ -270,7 +252,7 @@ class Trainer:
     def _roll_back(self, error: NotFiniteError) -> None:
         """Back to the newest good checkpoint, with other batches from there on. Raises TrainingError in the end."""
         state, limit = self.state, self.config.training.max_rollbacks
-        self._tell_saved(wait=True)
+        self.saver.tell(wait=True)
         if self.runtime.world_size > 1:
             torch.distributed.barrier()
         if state.rollbacks >= limit:
@@ -318,60 +300,11 @@ class Trainer:
         self.log.say(f"stopping early: {patience} evaluations without a better val loss than {state.best_val_loss:.4f}")
         return True
 
-    def _save_if_due(self) -> None:
-        training, state = self.config.training, self.state
-        just_evaluated = state.evaluated_at == state.step
-        improved = just_evaluated and state.best_step == state.step
-        if training.save_interval:
-            due = state.step % training.save_interval == 0 or improved
-        else:
-            due = just_evaluated and (improved or training.always_save_checkpoint)
-        if due and state.step > 0:
-            self._save()
-
     def _save(self) -> None:
-        """Copies the state of this very step; a thread writes it, and lets go of older checkpoints."""
-        state, training = self.state, self.config.training
-        self._tell_saved(wait=True)  # one at a time
-        if state.saved_at == state.step:
-            return
-        self._heed(all_of_them=True)
-        state.saved_at = state.step
-        rng = random_states(self.runtime)  # of all processes: each takes part
-        if not self.runtime.is_master:
-            return
-        best_only = not training.always_save_checkpoint  # nanoGPT's ckpt.pt then holds the best
-        contents = {
-            "step": state.step,
-            "model": self.models.raw.state_dict(),
-            "optimizer": optimizer_state(self.optimizer),
-            "trainer": vars(state) | {"scaler": self.scaler.state_dict(), "machine": self._machine()},
-            "rng": rng,
-            "config": to_dict(self.config),
-            "model_config": self.models.raw.config,
-            "tokenizer": self.plan.tokenizer,
-        }
-        self.writer.start(
-            contents, self.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=self.plan.dataset_hash,
-            val_loss=state.val_loss if state.evaluated_at == state.step else None,
-            keep_last=training.keep_last, keep_every=training.keep_every,
-            export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
-        )  # fmt: skip
-
-    def _tell_saved(self, wait: bool = False) -> None:
-        """Says what became of the last save, once it is known."""
-        saved = self.writer.finished(wait)
-        if saved is None:
-            return
-        self.save_failed = saved.path is None
-        if saved.path is None and self.state.saved_at == saved.step and self.runtime.world_size == 1:
-            self.state.saved_at = -1  # the end of the run tries once more; others would not know of it
-        if saved.path is not None:
-            self.saved_to = saved.path
-            self.log.say(f"saved checkpoint {saved.path}")
-        if saved.error is not None:
-            what = f"step {saved.step} is not saved" if saved.path is None else "ckpt.pt is not written"
-            self.log.say(f"warning: {what}: {str(saved.error).removeprefix(f'{what}: ')}")
+        self.saver.tell(wait=True)  # one at a time
+        if self.state.saved_at != self.state.step:
+            self._heed(all_of_them=True)
+            self.saver.save(self.models.raw, self.optimizer, self.scaler, self._machine())
 
     def _machine(self) -> dict[str, Any]:
         return machine_of(self.runtime, self.optimizer, self.models.is_compiled, self.plan.micro_batch)
@@ -404,12 +337,12 @@ class Trainer:
             raise self._not_finite(Finding(state.step, self._learning_rate(), math.nan, math.nan))
         if state.step > 0 or stopped:  # the command to go on with must have something to go on from
             self._save()
-            self._tell_saved(wait=True)
+            self.saver.tell(wait=True)
         if self.runtime.world_size > 1:  # one that leaves early has torchrun end the one that writes
             torch.distributed.barrier()
         if stopped:
             hint = resume_command(self.config, self.command, self.runtime.world_size)
-            self.log.say(f"stopped at step {state.step}{', not saved' * self.save_failed}; go on with: {hint}")
+            self.log.say(f"stopped at step {state.step}{', not saved' * self.saver.failed}; go on with: {hint}")
         elif training.final_eval:
             try:
                 final = self._evaluate_whole()
@@ -442,14 +375,12 @@ class Trainer:
     def close(self) -> None:
         """Waits for a checkpoint that is being written, unless a second signal asked to end at once."""
         if not self.stop.is_second:
-            self._tell_saved(wait=True)
+            self.saver.tell(wait=True)
         self.loader.close()
         for scan in self.plan.scans:
             scan.close()
         self.log.close(self.state.step)
 
     def _result(self, final: Evaluation | None, exit_code: int) -> TrainResult:
-        state = self.state
-        return TrainResult(
-            state.step, self.out_dir, self.saved_to, state.best_val_loss, final, int(self.save_failed) or exit_code
-        )
+        state, code = self.state, int(self.saver.failed) or exit_code
+        return TrainResult(state.step, self.out_dir, self.saver.saved_to, state.best_val_loss, final, code)

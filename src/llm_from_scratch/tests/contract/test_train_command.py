@@ -148,7 +148,13 @@ def naive_loss(run: Path, ids: np.ndarray, block: int) -> float:
 def test_llm_eval_is_the_loss_of_every_token(
     block: int, trained: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = [f"--out_dir={trained}", f"--dataset={tiny_data}", f"--eval_block_size={block}", "--device=cpu"]
+    argv = [
+        f"--out_dir={trained}",
+        f"--dataset={tiny_data}",
+        f"--eval_block_size={block}",
+        "--device=cpu",
+        "--dtype=float32",
+    ]
     assert evaluate.main([*argv, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     expected = naive_loss(trained, TOKENIZER.encode(babble(205, seed=1)), block)
@@ -163,7 +169,7 @@ def test_llm_eval_is_the_loss_of_every_token(
 def test_llm_eval_reads_a_text(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (babble(100, seed=5), "abc", "ab"):  # the last ones are shorter than a window
         (here / "text.txt").write_text(text)
-        assert evaluate.main(["text.txt", f"--out_dir={trained}", "--json"]) == 0
+        assert evaluate.main(["text.txt", f"--out_dir={trained}", "--json", "--dtype=float32"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["loss"] == pytest.approx(naive_loss(trained, TOKENIZER.encode(text), 8), rel=1e-5)
 
