@@ -155,7 +155,7 @@ def _serve(case: Case, step: Callable[[], None], orders: IO[str], answers: IO[st
 
 
 def _answer(answers: IO[str], seconds: float, case: Case) -> None:
-    answers.write(json.dumps({"seconds": seconds, "peak": _peak(case)}) + "\n")
+    answers.write(json.dumps({"seconds": seconds, "peak": peak_memory(case.device)}) + "\n")
     answers.flush()
 
 
@@ -166,9 +166,9 @@ def _wait(case: Case) -> None:
         torch.cuda.synchronize()
 
 
-def _peak(case: Case) -> int:
+def peak_memory(device: str) -> int:
     """Bytes: of the device as torch counts them, or of the process's memory that was resident at once."""
-    if case.device == "cuda":
+    if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()

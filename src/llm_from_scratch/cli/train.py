@@ -31,6 +31,10 @@ def main_nanogpt(argv: list[str] | None = None) -> int:
     return run(lambda args: _main(args, "python train.py", NANOGPT_DEFAULTS, base_preset=None), argv)
 
 
+def main_plan(argv: list[str] | None = None) -> int:
+    return run(lambda args: _main([*args, "--dry_run"], "llm-plan", {}, base_preset="default"), argv)
+
+
 def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: str | None) -> int:
     flags, argv = _own_flags(argv)
     parsed = _parse(argv, command, defaults, base_preset)
@@ -175,17 +179,12 @@ def _print_yaml(config: Config) -> None:
 
 
 def _dry_run(parsed: Parsed[Config]) -> int:
-    from ..training.setup import describe, forecast, prepare
+    from ..training.forecast import forecast, lines
+    from ..training.setup import describe, prepare
 
     plan = prepare(parsed.tree, parsed.sources)
-    print("\n".join(describe(plan)))
-    figures = forecast(plan)
-    gib = 1 << 30
-    print(
-        f"memory: about {figures['memory'] / gib:.2f} GiB (weights {figures['memory_weights'] / gib:.2f}, gradients "
-        f"{figures['memory_gradients'] / gib:.2f}, optimizer {figures['memory_optimizer'] / gib:.2f}, activations "
-        f"{figures['memory_activations'] / gib:.2f}); arithmetic: {figures['flops_per_token'] / 1e6:,.1f} MFLOP a token"
-    )
+    print("\n".join(describe(plan)), flush=True)
+    print("\n".join(lines(plan, forecast(plan))))
     print("dry run: nothing was trained, nothing was written")
     return 0
 

@@ -105,7 +105,7 @@ def test_processes_together_count_every_token_once(world: int, monkeypatch: pyte
         return [values[0], max(1, values[1])]
 
     monkeypatch.setattr(evaluate, "_sum_over_ranks", collect)
-    monkeypatch.setattr(evaluate, "_batch_size", lambda *_: 3)
+    monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 3)
     ranks = [dataclasses.replace(RUNTIME, rank=rank, world_size=world) for rank in range(world)]
     for runtime in ranks:
         evaluate_split(model, tokens, 8, runtime, batch_size=2)

@@ -115,6 +115,54 @@ def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         assert opened(config(progress="lines")).bar is None
 
 
+class Left:
+    """A run of which so many seconds are left."""
+
+    def __init__(self, seconds: float | None, updates: int = 20):
+        self.left, self.timer = seconds, types.SimpleNamespace(updates=updates)
+
+    def seconds(self, step: int) -> float | None:
+        return self.left
+
+
+def test_the_bar_shows_the_time_that_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for left, shown in ((Left(5400.0), "1 h 30 min left"), (Left(None), ""), (None, "")):
+        Path("run").mkdir(exist_ok=True)
+        log = RunLog(config(progress="bar"), True, 0, 10, False, remaining=left)  # type: ignore[arg-type]
+        log.train_step(3, STEP)
+        assert log.bar is not None and log.bar.tasks[0].fields["left"] == shown
+        log.close(4)
+        assert "in 0 s" in capsys.readouterr().out
+
+
+def test_lines_tell_the_time_that_is_left_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
+    Path("run").mkdir()
+    left = Left(3600.0, updates=19)
+    log = RunLog(config(), True, 0, 10, False, remaining=left)  # type: ignore[arg-type]
+    told = []
+    # not before 20 updates, not more often than every 10 minutes, and not when the end is near
+    for updates, later, seconds in (
+        (19, 0, 3600.0),
+        (20, 0, 3600.0),
+        (21, 599, 3600.0),
+        (22, 600, 200.0),
+        (23, 1300, 90.0),
+    ):
+        left.timer.updates, now, left.left = updates, 1000.0 + later, seconds
+        log.train_step(updates, STEP)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"iter {updates}: loss")
+        told += [(updates, line.partition(", until")[0]) for line in lines[1:]]
+    assert told == [(20, "about 1 h 00 min left"), (22, "about 3 min 20 s left")]
+
+
 def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     run = types.SimpleNamespace(log=lambda values: calls.append(values), finish=lambda: calls.append("finish"))

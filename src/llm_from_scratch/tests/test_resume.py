@@ -265,7 +265,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(evaluate, "_loss", counted)
 
     original = evaluate._loss
-    monkeypatch.setattr(evaluate, "_batch_size", lambda *_: 2)
+    monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 2)
     return arrange
 
 

@@ -80,7 +80,7 @@ def estimate_loss(
 ) -> float:
     """Mean loss over so many random windows, the same ones every time. pulse: as in evaluate_split."""
     starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
-    size = batch_size or min(windows, _batch_size(model, block_size))
+    size = batch_size or min(windows, windows_at_once(model, block_size))
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, pulse)
     return nats / total
 
@@ -95,7 +95,7 @@ def _sum_of_losses(
     pulse: Callable[[], None],
 ) -> list[float]:
     """(nats, tokens) of the windows, over all processes; in batches of `size`, smaller where memory runs out."""
-    size = size or _batch_size(model, block_size)
+    size = size or windows_at_once(model, block_size)
     mine = starts[runtime.rank :: runtime.world_size]  # whatever size each process comes down to
     while True:
         nats, tokens = 0.0, 0
@@ -132,7 +132,7 @@ def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
     return total - (int(length_of[first]) if first < len(length_of) else 0)
 
 
-def _batch_size(model: torch.nn.Module, block_size: int) -> int:
+def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
     """Sequences an evaluation batch: enough tokens to keep the device busy, few enough to hold the logits."""
     config: Any = model.config
     return max(1, min(16384, LOGITS_LIMIT // config.vocab_size) // block_size)

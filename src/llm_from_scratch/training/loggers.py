@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from ..config import Config, UserError, flatten
+from .eta import Remaining, clock_time, in_words
 
 if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
     from .evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
+TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
 UNKNOWN_MFU = -1.0  # what nanoGPT's lines show (as -100.00%) where there is no figure
 
 
@@ -140,29 +142,6 @@ class WandB:
         self.run.finish()
 
 
-class StepTimer:
-    """Seconds per update since the last log line, evaluations and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self._sum = 0, 0.0, 0.0
-        self._begin: float | None = None
-
-    def start(self) -> None:
-        self._begin = time.perf_counter()
-
-    def pause(self) -> None:
-        if self._begin is not None:
-            spent = time.perf_counter() - self._begin
-            self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
-
-    def seconds_per_step(self) -> float:
-        """Of the updates that `count` was raised for."""
-        self.pause()
-        mean = self._sum / max(1, self.count)
-        self.count, self._sum = 0, 0.0
-        return max(mean, 1e-9)
-
-
 def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
     """Prints a line. Returns whether somebody may still read: a full disk costs lines, not the run."""
     write = write or (lambda text: print(text, flush=True))
@@ -190,7 +169,12 @@ def teller(is_master: bool) -> Callable[[str], None]:
 class RunLog:
     """All of a run's reporting. Only the master process has sinks and speaks."""
 
-    def __init__(self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True):
+    def __init__(
+        self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True,
+        remaining: Remaining | None = None,
+    ):  # fmt: skip
+        self.remaining, self.begin = remaining, time.monotonic()
+        self.told_at = -math.inf  # when the time that is left was said last
         self.sinks: list[Sink] = []
         self.bar: Progress | None = None
         self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
@@ -214,10 +198,10 @@ class RunLog:
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("{task.fields[left]}"),
                 console=console,
             )
-            self.task = self.bar.add_task("train", total=last, completed=first, status="")
+            self.task = self.bar.add_task("train", total=last, completed=first, status="", left="")
             self.bar.start()
 
     def say(self, line: str) -> None:
@@ -238,10 +222,27 @@ class RunLog:
         if self.bar is not None:
             share = f"{mfu * 100:.0f}%" if mfu >= 0 else "n/a"
             status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
-            self.bar.update(self.task, completed=step + 1, status=status)
+            self.bar.update(self.task, completed=step + 1, status=status, left=self._left(step + 1))
         else:
             took = metrics["time_ms"]
             self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {took:.2f}ms, mfu {mfu * 100:.2f}%")
+            self._tell_left(step + 1)
+
+    def _left(self, done: int) -> str:
+        """The time to the end of the run, with so many updates done; nothing where it is not known yet."""
+        seconds = self.remaining.seconds(done) if self.remaining is not None else None
+        return "" if seconds is None else f"{in_words(seconds)} left"
+
+    def _tell_left(self, done: int) -> None:
+        """A line of it, now and then, where there is no bar and the run is not about to end."""
+        if self.remaining is None or self.remaining.timer.updates < TELL_AFTER:
+            return
+        now = time.monotonic()
+        seconds = self.remaining.seconds(done)
+        if seconds is None or seconds < TELL_ABOVE or now - self.told_at < TELL_EVERY:
+            return
+        self.told_at = now
+        self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: train_loss, val_loss, lr, and mfu where it is known."""
@@ -303,7 +304,8 @@ class RunLog:
     def close(self, step: int | None = None) -> None:
         """Ends the bar, at this step where it is given, and all destinations."""
         if self.bar is not None:
-            self.bar.update(self.task, completed=step)
+            took = in_words(time.monotonic() - self.begin)
+            self.bar.update(self.task, completed=step, left=f"in {took}")
             self.bar.stop()
         for sink in self.sinks:
             with self._writing(type(sink).__name__):

@@ -8,7 +8,6 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -313,20 +312,3 @@ def describe(plan: Plan) -> list[str]:
         f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
     ]
     return lines
-
-
-def forecast(plan: Plan) -> dict[str, Any]:
-    """The figures of --dry_run. Memory in bytes, an estimate."""
-    s = plan.sizes
-    return {
-        "parameters": s.params,
-        "memory": s.memory,
-        "memory_weights": s.weights,
-        "memory_gradients": s.gradients,
-        "memory_optimizer": s.optimizer,
-        "memory_activations": s.activations,
-        "flops_per_token": s.flops_per_token,
-        "tokens_per_step": plan.tokens_per_step,
-        "steps": plan.last_step,
-        "epochs": plan.epochs,
-    }

@@ -26,6 +26,7 @@ from ..core.dataset import BatchLoader
 from ..core.environment import distributed_env
 from ..core.lock import FolderLock
 from ..core.model import GPT
+from .eta import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
 from .guards import (
     Finding,
@@ -37,7 +38,7 @@ from .guards import (
     all_finite,
     not_finite_error,
 )
-from .loggers import RunLog, StepTimer, teller
+from .loggers import RunLog, teller
 from .memory import MemoryShortError, fitted, halve_micro_batch, no_room_to_step
 from .optimizer import make_optimizer, step_unless
 from .parallel import Wrapped, wrap
@@ -48,8 +49,6 @@ from .scheduler import learning_rate_at
 from .setup import Plan, describe, prepare
 from .snapshot import TrainState, restore
 from .step import clip_gradients, gradients
-
-LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 
 
 @dataclass
@@ -318,7 +317,8 @@ class Trainer:
     def _open_log(self) -> RunLog:
         moved, first, resumed = take_folder(self.plan, self.lock), self.plan.start_step, self.plan.resumed is not None
         evaluated = self.state.evaluated_at == first
-        log = RunLog(self.config, self.runtime.is_master, first, self.plan.last_step, resumed, evaluated)
+        left = Remaining(Calendar.of(self.plan), self.timer, first)
+        log = RunLog(self.config, self.runtime.is_master, first, self.plan.last_step, resumed, evaluated, left)
         if moved is not None:
             log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
         return log

@@ -1,0 +1,174 @@
+"""What of a run is still ahead, and how long it takes: updates, evaluations, checkpoints, the last evaluation."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it imports torch
+    from .setup import Plan
+
+LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
+FORWARD_SHARE = 1 / 3  # of an update's time: the backward pass has twice the arithmetic of the forward pass
+# A checkpoint, seconds per byte (benchmarks/RESULTS.md): written beside the loop it takes processor time from the
+# steps on a CPU; the last one is waited for
+SAVE_BESIDE, SAVE_AWAITED = 3.1e-9, 6.8e-9
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """When a run evaluates and saves. It is assumed that every evaluation that may save does."""
+
+    last: int
+    """Updates after which the run ends."""
+    eval_interval: int
+    save_interval: int | None
+    evaluates_last: bool
+    """Whether the run evaluates after its last update, as nanoGPT's count of the steps does not."""
+    final_eval: bool
+    step_tokens: int
+    """Tokens of an update."""
+    eval_tokens: int
+    """Tokens of an evaluation, both splits."""
+    final_tokens: int
+    """Tokens of the whole validation split."""
+    save_bytes: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Calendar:
+        config, training, block_size = plan.config, plan.config.training, plan.config.model.block_size
+        windows = training.eval_iters * config.data.batch_size
+        return cls(
+            plan.last_step, training.eval_interval, training.save_interval, not training.inclusive_max_iters,
+            training.final_eval, plan.tokens_per_step, 2 * windows * block_size, len(plan.val_data),
+            plan.sizes.weights + plan.sizes.optimizer,
+        )  # fmt: skip
+
+    def evaluations(self, step: int) -> int:
+        """Evaluations of the steps from this one to the end, that after the last update included."""
+        last = int(self.evaluates_last and self.last > 0)
+        return _multiples(self.eval_interval, step, self.last) + last
+
+    def saves(self, step: int) -> int:
+        """Checkpoints that are written beside the loop from this step on: the last one of the run left out."""
+        return _multiples(self.save_interval or self.eval_interval, max(1, step), self.last)
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.eval_interval == 0
+
+    def saves_at(self, step: int) -> bool:
+        return step > 0 and step % (self.save_interval or self.eval_interval) == 0
+
+    def final_seconds(self, rate: float, trained: float) -> float:
+        """Of the last evaluation, at so many tokens/s after so many seconds of updates; 0 where it is left out."""
+        seconds = self.final_tokens / rate if rate and self.final_eval else 0.0
+        return seconds if seconds <= max(LONG_FINAL_EVALUATION, trained) else 0.0
+
+
+def _multiples(interval: int, begin: int, end: int) -> int:
+    """How many multiples of interval lie in range(begin, end)."""
+    return max(0, (end - 1) // interval - (begin - 1) // interval)
+
+
+class StepTimer:
+    """Seconds per update since the last log line, evaluations and checkpoints left out; and what is between updates."""
+
+    RECENT = 256  # updates by which the next ones are judged
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.count, self.total, self._sum = 0, 0.0, 0.0
+        self.updates = 0
+        self.recent: collections.deque[float] = collections.deque(maxlen=self.RECENT)
+        self.on_pause: Callable[[int, float], None] | None = None
+        """Is told of what is between two updates, such as an evaluation: (updates before it, seconds)."""
+        self._begin: float | None = None
+        self._end = clock()
+
+    def start(self) -> None:
+        self._begin = self.clock()
+        if self.on_pause is not None:
+            self.on_pause(self.updates, self._begin - self._end)
+
+    def pause(self) -> None:
+        if self._begin is None:
+            return
+        self._end = self.clock()
+        spent = self._end - self._begin
+        self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
+        if self.updates:  # the first warms up
+            self.recent.append(spent)
+        self.updates += 1
+
+    def seconds_per_step(self) -> float:
+        """Of the updates that `count` was raised for."""
+        self.pause()
+        mean = self._sum / max(1, self.count)
+        self.count, self._sum = 0, 0.0
+        return max(mean, 1e-9)
+
+
+class Remaining:
+    """Seconds to the end of a run, from what its updates, evaluations and checkpoints have taken so far."""
+
+    def __init__(self, calendar: Calendar, timer: StepTimer, first: int):
+        """first: updates that were done before the timer began."""
+        self.calendar, self.timer, self.first = calendar, timer, first
+        self.seen: dict[tuple[bool, bool], tuple[int, float]] = {}
+        """(whether with an evaluation, with a checkpoint) -> (pauses between updates, their seconds)."""
+        timer.on_pause = self._paused
+
+    def seconds(self, step: int) -> float | None:
+        """With `step` updates done; None before the second one of this process."""
+        calendar, timer = self.calendar, self.timer
+        if not timer.recent:
+            return None
+        update, updates = statistics.fmean(timer.recent), max(0, calendar.last - step)
+        plain, evaluation, save = self._pauses(update)
+        ahead = updates * (update + plain)
+        ahead += calendar.evaluations(step) * evaluation + calendar.saves(step) * save
+        rate = calendar.eval_tokens / evaluation if evaluation > 0 else 0.0
+        return ahead + calendar.final_seconds(rate, timer.total + ahead) + calendar.save_bytes * SAVE_AWAITED
+
+    def _paused(self, updates: int, seconds: float) -> None:
+        step = self.first + updates
+        kind = (self.calendar.evaluates(step), self.calendar.saves_at(step))
+        count, total = self.seen.get(kind, (0, 0.0))
+        self.seen[kind] = (count + 1, total + seconds)
+
+    def _pauses(self, update: float) -> tuple[float, float, float]:
+        """Seconds between two updates, of an evaluation and of a checkpoint, as seen or else as expected."""
+        mean = {kind: seconds / count for kind, (count, seconds) in self.seen.items()}
+        plain, both = mean.get((False, False), 0.0), mean.get((True, True))
+        save = mean.get((False, True), self.calendar.save_bytes * SAVE_BESIDE)
+        expected = FORWARD_SHARE * update * self.calendar.eval_tokens / self.calendar.step_tokens
+        evaluation = mean.get((True, False), expected if both is None else max(0.0, both - save))
+        if both is not None:  # the first evaluation also warms up: those with a checkpoint say more
+            evaluation = min(evaluation, both)
+            save = mean.get((False, True), both - evaluation)
+        return plain, evaluation, save
+
+
+def in_words(seconds: float) -> str:
+    """A length of time, to two places."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    hours = round(seconds / 60) // 60
+    if hours < 48:
+        return f"{hours} h {round(seconds / 60) % 60:02} min"
+    return f"{hours // 24} d {hours % 24:02} h"
+
+
+def clock_time(seconds: float, now: datetime.datetime | None = None) -> str:
+    """When so many seconds are over: the time of day, with the date where it is not today."""
+    begin = now or datetime.datetime.now()
+    end = begin + datetime.timedelta(seconds=seconds)
+    return end.strftime("%H:%M" if end.date() == begin.date() else "%Y-%m-%d %H:%M")

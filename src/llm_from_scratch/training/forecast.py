@@ -1,0 +1,387 @@
+"""What a run would take: seconds, memory, when it ends. Measured on a rehearsal of a few updates, and extrapolated.
+
+The rehearsal is the trainer itself, on the run's own data, with as many layers and sequences as fit into a few seconds.
+What is between the input of its first block and the output of its last one grows with the number of layers, the rest
+does not; both grow with the number of sequences. It writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from ..core import runtime as runtimes
+from ..core.lock import FolderLock
+from ..core.sizing import sizes
+from .eta import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
+from .evaluate import estimate_loss, windows_at_once
+from .guards import StopRequest
+from .loggers import RunLog
+from .setup import Plan
+from .trainer import Trainer
+
+BUDGET = 3.0  # seconds
+LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, and enough if they took so many seconds
+HEAP = 1 << 25  # bytes: larger blocks go back to the system when they are freed (glibc's M_MMAP_THRESHOLD_MAX)
+FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run has: below, they take longer each
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds and bytes."""
+
+    step: float
+    """One update."""
+    tokens_per_s: float
+    training: float
+    """All updates."""
+    evaluations: float
+    """All evaluations of the training, and that of the whole validation split at its end."""
+    saves: float
+    startup: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """With all that a step needs for a moment."""
+    copies: int
+    """For a checkpoint: of weights and moments, and the content of one file."""
+    base: int
+    """The process without a model: Python, torch, the data that is read."""
+    available: int | None
+    """Memory of the machine, or of the device."""
+    calibration: float
+    measured: str
+    """What was rehearsed."""
+
+    @property
+    def total(self) -> float:
+        return self.startup + self.training + self.evaluations + self.saves
+
+    @property
+    def memory(self) -> int:
+        """At its peak."""
+        return self.base + self.weights + self.gradients + self.optimizer + self.activations + self.copies
+
+
+@dataclass(frozen=True)
+class _Split:
+    """An amount, of the stack of blocks and of the rest of the model."""
+
+    stack: float
+    rest: float
+
+    @property
+    def whole(self) -> float:
+        return self.stack + self.rest
+
+    def deeper(self, factor: float) -> float:
+        """That of a model with so many times the layers."""
+        return self.stack * factor + self.rest
+
+
+class _Rehearsal(Trainer):
+    """The trainer, on a plan of its own; it reports nothing, and knows what its blocks take."""
+
+    def __init__(self, plan: Plan):
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(plan, "", StopRequest(), FolderLock(Path(plan.config.training.out_dir)))
+        self.spans: dict[str, float] = {}
+        self.kept: dict[Tensor, Tensor | None] | None = None
+        self.inside = False
+        blocks = list(self.models.raw.transformer.h)
+        self.of_stack = {p for block in blocks for p in block.parameters()}
+        if not self.models.is_compiled:
+            blocks[0].register_forward_pre_hook(self._enter)
+            blocks[-1].register_forward_hook(self._leave)
+
+    def _open_log(self) -> RunLog:
+        return RunLog(self.config, is_master=False, first=0, last=0, resumed=False)
+
+    def _now(self) -> float:
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.runtime.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def _mark(self, name: str) -> None:
+        self.spans[name] = self._now()
+
+    def _enter(self, module: Any, args: tuple) -> None:
+        self.inside = True
+        self._mark("forward begins")
+        if args[0].requires_grad:
+            args[0].register_hook(lambda grad: self._mark("backward ends"))
+
+    def _leave(self, module: Any, args: tuple, output: Any) -> None:
+        self.inside = False
+        self._mark("forward ends")
+        first = output if isinstance(output, Tensor) else output[0]
+        if first.requires_grad:
+            first.register_hook(lambda grad: self._mark("backward begins"))
+
+    def _gradients(self) -> Tensor:
+        if self.kept is not None:
+            for p, grad in self.kept.items():
+                p.grad = grad
+            loss = torch.zeros((), device=self.runtime.device)
+        else:
+            loss = super()._gradients()
+        self._mark("gradients end")
+        return loss
+
+    def timed(self) -> dict[str, float]:
+        """Seconds of one update and of its parts."""
+        self.spans.clear()
+        begin = self._now()
+        self._update()
+        self._heed(all_of_them=True)
+        self.timer.pause()
+        end, at = self._now(), self.spans
+        forward = at.get("forward ends", 0.0) - at.get("forward begins", 0.0)
+        backward = at.get("backward ends", 0.0) - at.get("backward begins", 0.0)
+        gradients = at["gradients end"] - begin
+        return {"gradients": gradients, "stack": forward + backward, "update": end - begin - gradients}
+
+    def update_of_stack(self) -> float:
+        """Seconds of an update after the gradients, where only the blocks have any."""
+        grads = {p: torch.full_like(p, 1e-6) for p in self.of_stack}
+        self.kept = {p: grads.get(p) for p in self.models.raw.parameters()}
+        try:
+            return self.timed()["update"]
+        finally:
+            self.kept = None
+
+    def saved(self) -> _Split:
+        """Bytes that a forward pass keeps for the backward pass."""
+        own = {p.untyped_storage().data_ptr() for p in self.models.raw.parameters()}
+        found: dict[int, tuple[bool, int]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found.setdefault(storage.data_ptr(), (self.inside, storage.nbytes()))
+            return tensor
+
+        x, y = self.loader.get(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.runtime.autocast():
+            _, loss = self.models.raw(x, y)
+        del loss
+        stack = sum(size for inside, size in found.values() if inside)
+        rest = sum(size for inside, size in found.values() if not inside)
+        return _Split(stack, rest)
+
+    def held(self) -> tuple[_Split, _Split]:
+        """Bytes of the weights, and of the optimizer's moments."""
+        weights, moments = {True: 0, False: 0}, {True: 0, False: 0}
+        for p in self.models.raw.parameters():
+            weights[p in self.of_stack] += p.nbytes
+            state = self.optimizer.state.get(p, {})
+            moments[p in self.of_stack] += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+        return _Split(weights[True], weights[False]), _Split(moments[True], moments[False])
+
+    def evaluated(self, windows: int) -> _Split:
+        """Seconds of evaluating so many windows at once."""
+        plan, begin = self.plan, self._now()
+        block_size = self.config.model.block_size
+        estimate_loss(self.models.compiled, plan.val_data, block_size, windows, self.runtime, windows)
+        stack = self.spans.get("forward ends", 0.0) - self.spans.get("forward begins", 0.0)
+        return _Split(stack, self._now() - begin - stack)
+
+
+def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
+    """Rehearses the run for about so many seconds, more where a single update takes longer, or is to be compiled.
+
+    Raises UserError where not even the rehearsal fits into memory.
+    """
+    begin, ran = time.perf_counter(), time.process_time()
+    runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
+    device = plan.runtime.device
+    layers, rows = _extent(plan, budget)
+    while True:
+        base = _peak(device)
+        try:
+            rehearsal = _Rehearsal(_reduced(plan, layers, rows))
+            try:
+                return _measured(plan, rehearsal, base, budget, begin, ran)
+            finally:
+                rehearsal.close()
+        except Exception as error:
+            if not runtimes.is_out_of_memory(error):
+                raise
+            if layers == rows == 1:
+                raise UserError("out of memory with one layer and one sequence: the model does not fit") from None
+        layers, rows = (max(1, layers // 2), rows) if layers > 1 else (1, rows // 2)
+
+
+def _extent(plan: Plan, budget: float) -> tuple[int, int]:
+    """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each, or as few as may be."""
+    model, rows = plan.config.model, plan.micro_batch
+    if plan.runtime.device.type == "cuda" or plan.runtime.compile:
+        return model.n_layer, rows  # a GPU takes a moment; and what has been compiled once need not be a second time
+    rate = _products_per_second() / 2  # of which a step reaches about a half
+
+    def seconds(layers: int, rows: int) -> float:
+        flops = sizes(dataclasses.replace(model, n_layer=layers), rows).flops_per_token
+        return flops * rows * model.block_size / rate
+
+    while rows > 1 and rows * model.block_size > FEWEST_TOKENS and seconds(1, rows) > budget / 4:
+        rows = -(-rows // 2)
+    layers = model.n_layer
+    while layers > 1 and seconds(layers, rows) > budget / 4:
+        layers -= 1
+    return layers, rows
+
+
+def _products_per_second(size: int = 512) -> float:
+    """FLOP/s of matrix products, by five of them."""
+    a, took = torch.ones(size, size), []
+    for _ in range(6):
+        begin = time.perf_counter()
+        a @ a
+        took.append(time.perf_counter() - begin)
+    return 2 * size**3 / statistics.median(took[1:])
+
+
+def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
+    """A plan of one process, some layers, and one micro-batch of so many sequences an update."""
+    config = dataclasses.replace(plan.config, model=dataclasses.replace(plan.config.model, n_layer=layers))
+    runtime = dataclasses.replace(plan.runtime, world_size=1, rank=0)
+    return dataclasses.replace(
+        plan, config=config, runtime=runtime, global_batch=rows, micro_batch=rows, start_step=0, weights=None,
+        resumed=None, scans=[], notes=[],
+    )  # fmt: skip
+
+
+def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin: float, ran: float) -> Forecast:
+    """Extrapolates from a part of the layers and of the sequences to all."""
+    built, small, model = _since(begin), rehearsal.plan, plan.config.model
+    deep, wide = model.n_layer / small.config.model.n_layer, plan.micro_batch / small.micro_batch
+    rehearsal.timed()  # makes the moments, and warms up
+    start = time.perf_counter()
+    passes: list[dict[str, float]] = []
+    while len(passes) < LEAST or (_since(start) < budget / 2 and (len(passes) < MOST or _since(start) < SETTLED)):
+        passes.append(rehearsal.timed())
+    took = {name: statistics.median(one[name] for one in passes) for name in passes[0]}
+    of_stack = statistics.median(rehearsal.update_of_stack() for _ in range(LEAST)) if deep > 1 else 0.0
+    update = took["update"] + (deep - 1) * min(of_stack, took["update"])
+    step = plan.micro_steps * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
+    trained = _peak(plan.runtime.device)
+
+    at_once, windows = _windows(plan, rehearsal)
+    tried = min(at_once, max(1, int(budget / 8 / took["gradients"] * 3 * small.micro_batch)))
+    rehearsal.evaluated(tried)
+    per_window = rehearsal.evaluated(tried).deeper(deep) / tried
+    evaluation = 2 * -(-windows // at_once) * at_once * per_window
+    looked = _peak(plan.runtime.device)
+
+    weights, moments = rehearsal.held()
+    saved = rehearsal.saved()
+    W, M = weights.deeper(deep), moments.deeper(deep)
+    before = base + weights.whole + moments.whole
+    moment = max(0.0, trained - before - max(saved.whole, weights.whole))  # what lives for a moment only
+    activations = wide * (saved.deeper(deep) + moment)
+    if plan.micro_steps == 1:  # gradients come as activations go
+        activations = max(activations - W, wide * moment)
+    if looked > trained:  # an evaluation needs more than a step
+        activations = max(activations, (looked - before) * at_once / tried - W)
+    saves = Calendar.of(plan).saves(plan.start_step)
+    copies = 0.0
+    if plan.runtime.device.type == "cpu":  # else they are in another memory
+        copies = W + M + max(W, M)  # the copies, and the content of one file
+        if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
+            large: float = sum(p.nbytes for p in rehearsal.models.raw.parameters() if p.nbytes > HEAP)
+            if 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0) > HEAP:
+                large += wide * (saved.rest + moment)
+            copies = max(0.0, copies - large)
+    calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(W + M))
+    steps, evaluations = max(0, plan.last_step - plan.start_step), calendar.evaluations(plan.start_step)
+    final = calendar.final_seconds(model.block_size / per_window, steps * step)
+    return Forecast(
+        step=step, tokens_per_s=plan.tokens_per_step / step, training=steps * step,
+        evaluations=evaluations * evaluation + final,
+        saves=(saves * SAVE_BESIDE + SAVE_AWAITED) * (W + M), startup=ran + built * W / weights.whole,
+        weights=int(W), gradients=int(W), optimizer=int(M), activations=int(activations),
+        copies=int(copies), base=base,
+        available=_memory(plan.runtime.device), calibration=_since(begin),
+        measured=f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
+        f"{small.micro_batch} of {plan.micro_batch} sequences",
+    )  # fmt: skip
+
+
+def _windows(plan: Plan, rehearsal: _Rehearsal) -> tuple[int, int]:
+    """(windows of an evaluation that are computed at once, windows a split)."""
+    windows = plan.config.training.eval_iters * plan.config.data.batch_size
+    at_once = rehearsal.eval_batch or min(windows, windows_at_once(rehearsal.models.raw, plan.config.model.block_size))
+    return at_once, windows
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: of the device as torch counts them, or of this process's memory that was resident at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    try:
+        import resource
+    except ImportError:  # Windows: only what is counted
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of the device, or of the machine and what a container may have of it; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # "max" without a limit
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def _since(begin: float) -> float:
+    return time.perf_counter() - begin
+
+
+def lines(plan: Plan, found: Forecast) -> list[str]:
+    """The forecast as --dry_run prints it."""
+    gib = 1 << 30
+    parts = [
+        ("weights", found.weights), ("gradients", found.gradients), ("optimizer", found.optimizer),
+        ("activations", found.activations), ("copies for a checkpoint", found.copies), ("the program", found.base),
+    ]  # fmt: skip
+    told = ", ".join(f"{name} {size / gib:.2f}" for name, size in parts if size)
+    there = f" of {found.available / gib:.1f} GiB" if found.available else ""
+    text = [
+        f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({told}); arithmetic: "
+        f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP a token",
+        f"step: about {found.step * 1e3:,.1f} ms, {found.tokens_per_s:,.0f} tokens/s (from {found.measured}, in "
+        f"{found.calibration:.1f} s)",
+        f"time: about {in_words(found.total)}, until {clock_time(found.total)} if it began now (steps "
+        f"{in_words(found.training)}, evaluations {in_words(found.evaluations)}, checkpoints {in_words(found.saves)}, "
+        f"start {in_words(found.startup)})",
+    ]
+    if found.available is not None and found.memory > found.available:
+        text.append(
+            f"warning: the run does not fit into the {found.available / gib:.1f} GiB of {plan.runtime.device}. To need "
+            "less, lower --batch_size and raise --gradient_accumulation_steps, shorten --block_size, or set "
+            "--gradient_checkpointing=True"
+        )
+    return text
