@@ -56,6 +56,14 @@ class GPTConfig:
     """One matrix for the token embedding and the output head."""
     logit_softcap: float = 0.0
     """Caps logits softly: c * tanh(logits / c). 0 is off."""
+    embedding_norm: bool = False
+    """Normalise the embeddings before the first block."""
+    zero_init: bool = False
+    """Start with blocks that add nothing to the stream, and with a head of zeros; suits Muon."""
+    max_ngram: int = 0
+    """Add embeddings of the last 2, the last 3, ... the last max_ngram tokens: small models learn faster. 0: off."""
+    ngram_rows: int = 65536
+    """Rows of the table for each length up to max_ngram, into which runs of tokens are hashed."""
 
     @property
     def mlp_width(self) -> int:
@@ -87,6 +95,9 @@ class GPTConfig:
         _above("rope_theta", self.rope_theta, 0.0)
         _above("norm_eps", self.norm_eps, 0.0)
         _at_least("logit_softcap", self.logit_softcap, 0.0)
+        _at_least("ngram_rows", self.ngram_rows, 1)
+        if self.max_ngram and not 2 <= self.max_ngram <= 16:
+            raise UserError(f"max_ngram={self.max_ngram} is out of range: expected 0, or 2 to 16 tokens")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import GPTConfig, SystemConfig, UserError, flatten, validate
+from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, UserError, flatten, validate
 from ..presets import Parsed, parse
 from .common import run
 
@@ -55,6 +55,9 @@ class BenchOptions:
 class BenchCommand:
     options: BenchOptions = field(default_factory=BenchOptions)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, weight_decay=1e-2, grad_clip=0.0)
+    )
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
@@ -87,15 +90,8 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     if tree.options.profile:
         _profile(step, tree.options, device)
         return 0
-    try:
-        for _ in range(tree.options.burnin_steps):
-            step()
-    except RuntimeError as error:
-        if not runtime.compile:
-            raise
-        raise UserError(
-            f"torch.compile failed ({' '.join(str(error).split())[:200]}); run with --compile=False"
-        ) from None
+    for _ in range(tree.options.burnin_steps):
+        step()
     _wait(device)
     begin = time.perf_counter()
     for k in range(tree.options.steps):
@@ -146,26 +142,31 @@ def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tens
 
 
 def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
+    """A step as llm-train makes it, and the model."""
     import torch
 
     from ..core.model import GPT
-    from ..training.optimizer import make_adamw
+    from ..training.optimizer import make_optimizer
+    from ..training.parallel import wrap
+    from ..training.step import clip_gradients, gradients
 
+    size, clip = tree.options.batch_size, tree.optimizer.grad_clip
     model = GPT(tree.model)
     runtime.place(model)
-    optimizer = make_adamw(model, 1e-2, 1e-4, (0.9, 0.95), fused=runtime.device.type in ("cuda", "cpu"))
-    network = torch.compile(model) if runtime.compile else model
+    optimizer = make_optimizer(model, tree.optimizer, runtime.device)
+    models = wrap(model, Config(model=tree.model, optimizer=tree.optimizer, system=tree.system), runtime, size, print)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     def step() -> Tensor:
         x, y = next_batch()
-        with runtime.autocast():
-            _, loss = network(x, y)
-        scaler.scale(loss).backward()
+        loss = gradients(models, x, y, size, runtime, scaler)
+        scaler.unscale_(optimizer)
+        if clip:
+            clip_gradients(model, clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return loss
 
     return step, model
 

@@ -217,6 +217,7 @@ class KVCache:
         self.ragged = False  # whether rows differ in length
         self.positions: Tensor | None = None
         self.mask: Tensor | None = None
+        self.tokens = torch.zeros(batch_size, self.max_len, dtype=torch.long, device=device)  # where n-grams need them
 
     def begin(self, T: int) -> Tensor:
         """Readies the cache for a pass over T new tokens a row. Returns their positions, (B, T) or (T,)."""
@@ -229,6 +230,13 @@ class KVCache:
             keys = torch.arange(self.end + T, device=self.lengths.device)
             self.mask = (keys <= self.positions[..., None]).view(-1, 1, T, self.end + T)  # (B or 1, 1, T, S)
         return self.positions
+
+    def seen(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """After begin: stores idx, (B, T). Returns all tokens so far, (B, S), and the positions of idx."""
+        assert self.positions is not None
+        rows = torch.arange(idx.size(0), device=idx.device)[:, None]
+        self.tokens[rows, self.positions] = idx
+        return self.tokens[:, : self.end + idx.size(1)], self.positions
 
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
@@ -247,7 +255,7 @@ class KVCache:
         new = object.__new__(KVCache)
         new.__dict__.update(self.__dict__)
         new.k, new.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        new.lengths = self.lengths.index_select(0, rows)
+        new.lengths, new.tokens = self.lengths.index_select(0, rows), self.tokens.index_select(0, rows)
         new.advance(torch.zeros_like(new.lengths))
         return new
 
@@ -298,6 +306,11 @@ class GPT(nn.Module):
         modules: dict[str, nn.Module] = {"wte": nn.Embedding(vocab_size, config.n_embd)}
         if config.pos_embedding == "learned":
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        if config.max_ngram:
+            from .ngrams import NGramEmbedding  # a leaf: the model stands without it
+
+            modules["ngrams"] = NGramEmbedding(config)
+        modules["norm_e"] = make_norm(config) if config.embedding_norm else nn.Identity()
         modules["drop"] = nn.Dropout(config.dropout)
         modules["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         modules["ln_f"] = make_norm(config)
@@ -314,7 +327,7 @@ class GPT(nn.Module):
         |-----------------------------------------|---------------------------------|
         | embeddings, linear weights              | N(0, 0.02)                      |
         | c_proj: what writes into the residual   | N(0, 0.02 / sqrt(2 * n_layer))  |
-        | biases                                  | 0                               |
+        | biases, n-gram embeddings               | 0                               |
         | norm weights                            | 1                               |
         """
         for module in self.modules_children_first(self):
@@ -325,6 +338,27 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if self.config.zero_init:
+            self.init_projections_zero()
+
+    def init_projections_zero(self) -> None:
+        """At first every block adds nothing to the stream, and the head says nothing (modded-nanogpt, train_gpt.py).
+
+        | tensor                                  | distribution                    |
+        |-----------------------------------------|---------------------------------|
+        | c_proj; a head of its own               | 0                               |
+        | the token table beside such a head      | N(0, 1)                         |
+        | c_attn, c_fc, c_gate                    | U(-a, a), a = sqrt(3 / C) / 2   |
+        """
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.transformer.wte.weight)
+            nn.init.zeros_(self.lm_head.weight)
+        a = math.sqrt(3 / self.config.n_embd) / 2
+        for name, p in self.transformer.h.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.zeros_(p)
+            elif name.endswith(("c_attn.weight", "c_fc.weight", "c_gate.weight")):
+                nn.init.uniform_(p, -a, a)
 
     @staticmethod
     def modules_children_first(root: nn.Module) -> list[nn.Module]:
@@ -334,10 +368,10 @@ class GPT(nn.Module):
         return visited
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; non_embedding leaves out the position table (the token table is the head's)."""
+        """Number of parameters; non_embedding leaves out positions and n-grams (the token table is the head's)."""
         n = sum(p.numel() for p in self.parameters())
-        if non_embedding and "wpe" in self.transformer:
-            n -= self.transformer.wpe.weight.numel()
+        for table in ("wpe", "ngrams") if non_embedding else ():
+            n -= self.transformer[table].weight.numel() if table in self.transformer else 0
         return n
 
     def forward(
@@ -359,6 +393,8 @@ class GPT(nn.Module):
             raise UserError(f"a sequence of {T} tokens exceeds the model's block_size={self.config.block_size}")
         pos = cache.begin(T) if cache is not None else torch.arange(T, device=idx.device)  # (T,) or (B, T)
         x = self.transformer.wte(idx)  # (B, T, C)
+        if "ngrams" in self.transformer:
+            x = x + self.transformer.ngrams(idx, *(cache.seen(idx) if cache is not None else ()))
         dtype = self.compute_dtype or x.dtype
         rope = None
         if "wpe" in self.transformer:
@@ -366,8 +402,7 @@ class GPT(nn.Module):
         else:
             cos, sin = rotary_angles(pos, self.config.n_embd // self.config.n_head, self.config.rope_theta)
             rope = cos.to(dtype), sin.to(dtype)
-        x = x.to(dtype)
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(self.transformer.norm_e(x.to(dtype)))
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, cache.layer(i) if cache is not None else None)
         x = self.transformer.ln_f(x)

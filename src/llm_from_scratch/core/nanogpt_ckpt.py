@@ -154,7 +154,8 @@ def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, 
     path = Path(path)
     plain = GPTConfig(activation="gelu")
     wants = []
-    for name in ("pos_embedding", "norm", "norm_eps", "activation", "qk_norm", "tie_embeddings", "logit_softcap"):
+    names = ("pos_embedding", "norm", "norm_eps", "activation", "qk_norm", "tie_embeddings", "logit_softcap")
+    for name in (*names, "embedding_norm", "max_ngram"):
         value = getattr(config, name)
         if value != getattr(plain, name) and not (name == "activation" and value == "gelu_tanh" and accept_erf_gelu):
             wants.append(f"{name}={value}")

@@ -97,7 +97,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """For weights that only generate. auto: bfloat16 where a CUDA device has it, float16 on older ones, else float32."""
+    """For weights that only generate. auto: bfloat16 on CUDA where it has it, else float16; float32 elsewhere."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -171,6 +171,7 @@ def resolve(config: SystemConfig) -> Runtime:
 
 def start(runtime: Runtime, config: SystemConfig) -> None:
     """Applies the choice: threads, TF32, seeds, and the process group under torchrun."""
+    _leave_the_compiler_out()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     if runtime.device.type == "cuda":
@@ -181,6 +182,15 @@ def start(runtime: Runtime, config: SystemConfig) -> None:
         torch.distributed.init_process_group(backend=runtime.backend)
     # each process drops out other activations; weights are broadcast from rank 0
     torch.manual_seed(config.seed + runtime.rank)
+
+
+def _leave_the_compiler_out() -> None:
+    """torch imports its compiler, for more than a second, to have it pass over four methods of its optimizers. Nothing
+    here compiles them; where torch is another, this does nothing."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            setattr(method, "__dynamo_disable", method)  # noqa: B010 - in a class, the plain form would be renamed
 
 
 def stop() -> None:

@@ -37,9 +37,16 @@ def count_params(config: GPTConfig) -> int:
     norm = C * (1 + bias) if config.norm == "layernorm" else C
     attention = C * qkv + bias * qkv + C * C + bias * C + (2 * D if config.qk_norm else 0)
     mlp = ups * (C * hidden + bias * hidden) + hidden * C + bias * C
-    total = V * C + L * (2 * norm + attention + mlp) + norm
+    total = (
+        V * C + L * (2 * norm + attention + mlp) + norm + (norm if config.embedding_norm else 0) + ngram_params(config)
+    )
     total += config.block_size * C if config.pos_embedding == "learned" else 0
     return total + (0 if config.tie_embeddings else V * C)
+
+
+def ngram_params(config: GPTConfig) -> int:
+    """Rows that are looked up and multiply nothing."""
+    return (config.max_ngram - 1) * config.ngram_rows * config.n_embd if config.max_ngram else 0
 
 
 def sizes(config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False) -> Sizes:
@@ -47,6 +54,7 @@ def sizes(config: GPTConfig, batch_size: int, element_size: int = 4, gradient_ch
     params = count_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
     embedding = (T * C if config.pos_embedding == "learned" else 0) + (0 if config.tie_embeddings else V * C)
+    embedding += ngram_params(config)
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
     flops = 6 * (params - embedding) + 12 * L * C * T
     tokens = batch_size * T

@@ -100,6 +100,10 @@ def parameter_shapes(
 
     if config.pos_embedding == "learned":
         shapes["transformer.wpe.weight"] = (config.block_size, C)
+    if config.max_ngram:
+        shapes["transformer.ngrams.weight"] = ((config.max_ngram - 1) * config.ngram_rows, C)
+    if config.embedding_norm:
+        norm("transformer.norm_e")
     for layer in (f"transformer.h.{i}" for i in range(config.n_layer)):
         norm(f"{layer}.ln_1")
         linear(f"{layer}.attn.c_attn", qkv, C)

@@ -250,6 +250,8 @@ def family_of(config: GPTConfig) -> Family:
     rope, gated = config.pos_embedding == "rope", config.activation == "swiglu"
     obstacles = {
         "a logit softcap": config.logit_softcap > 0,
+        "a norm of the embeddings": config.embedding_norm,
+        "n-gram embeddings": config.max_ngram > 0,
         "learned positions with RMSNorm": not rope and config.norm == "rmsnorm",
         "learned positions with SwiGLU": not rope and gated,
         "learned positions with grouped-query attention": not rope and config.n_kv_head not in (None, config.n_head),

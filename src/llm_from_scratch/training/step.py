@@ -31,8 +31,11 @@ def gradients(
 
 
 def clip_gradients(model: torch.nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down to this global norm; 0 leaves them. Returns the norm that they had."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    """Scales the gradients down to this global norm; 0 leaves them. Returns the norm that they had.
+
+    Sparse ones do not count: what steps them takes no notice of their size.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     if limit:
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
