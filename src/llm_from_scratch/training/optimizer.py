@@ -1,4 +1,4 @@
-"""AdamW over parameter groups that are complete by construction, and its state keyed by parameter names."""
+"""The optimizer over parameter groups that are complete by construction, and its state keyed by parameter names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..config import OptimizerConfig, UserError
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: tensors of two or more dimensions (products, embeddings) decay; biases and gains do not.
 
+    lr_scale: a group's learning rate over the setting, at every step of the schedule.
     The order within and of the groups is nanoGPT's, by which its optimizer states are stored.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -21,8 +22,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     # a parameter that no group holds would silently never train
     assert len(decay) + len(rest) == len(named) == len({id(p) for _, p in named})
     return [
-        {"params": [p for _, p in decay], "names": [n for n, _ in decay], "weight_decay": weight_decay},
-        {"params": [p for _, p in rest], "names": [n for n, _ in rest], "weight_decay": 0.0},
+        {
+            "params": [p for _, p in decay],
+            "names": [n for n, _ in decay],
+            "lr_scale": 1.0,
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for _, p in rest], "names": [n for n, _ in rest], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
 
 
@@ -34,12 +40,21 @@ def make_adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for. Raises UserError where fused is asked for and cannot be had."""
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for; seed: of the rounding of a state in bfloat16.
+
+    Raises UserError where fused is asked for and cannot be had, or the settings do not fit the model.
+    """
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
         raise UserError(f"--fused=on: torch has no fused AdamW for {device.type}; leave it at auto")
     fused = can_fuse and config.fused != "off"
+    if config.optimizer_type == "muon" or config.optimizer_dtype != "float32":
+        from .muon import make_muon_or_adamw
+
+        return make_muon_or_adamw(model, config, fused, seed)
     betas = (config.beta1, config.beta2)
     return make_adamw(model, config.weight_decay, config.learning_rate, betas, fused=fused)
 
@@ -84,6 +99,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
             entry = saved["state"].get(name)
             if saved["state"] and entry is None:
                 raise UserError(f"the saved optimizer state lacks {name}: it belongs to another model")
+            if entry and ("momentum_buffer" in entry) != ("momentum" in group):
+                other = "muon" if "momentum_buffer" in entry else "adamw"
+                raise UserError(
+                    f"the saved optimizer state of {name} is not of this optimizer_type: go on with --optimizer_type="
+                    f"{other}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
+                )
             for key, value in (entry or {}).items():
                 if isinstance(value, torch.Tensor) and value.dim() and value.shape != p.shape:
                     raise UserError(f"the saved {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
