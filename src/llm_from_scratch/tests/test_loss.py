@@ -44,6 +44,7 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> tup
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways over the rows; the CPU's in several blocks a piece."""
     monkeypatch.setattr(losses, "IN_CACHE", 3 * V)
+    monkeypatch.setattr(losses, "SLICE", 7 * C)
     if request.param == "compilable":
         monkeypatch.setattr(losses, "_OnCPU", losses._Compilable)
 
