@@ -108,6 +108,8 @@ class DataConfig:
     """A name, looked for in data/ and data/processed/, or a folder with train.bin and val.bin."""
     batch_size: int = 12
     """Sequences per micro-batch; the global batch is batch_size * gradient_accumulation_steps sequences."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Sequences of one process in one forward pass, where not batch_size; the global batch stays. auto: what fits."""
     sample_order: Literal["random", "shuffled"] = "random"
     """random: offsets drawn anew each step (nanoGPT); shuffled: every window once per epoch, in random order."""
     stride: int | None = None
@@ -115,6 +117,8 @@ class DataConfig:
 
     def validate(self) -> None:
         _at_least("batch_size", self.batch_size, 1)
+        if isinstance(self.micro_batch, int):
+            _at_least("micro_batch", self.micro_batch, 1)
         if self.stride is not None:
             _at_least("stride", self.stride, 1)
 
@@ -169,6 +173,11 @@ class TrainingConfig:
     """Also leave out steps whose loss lies far above the recent ones; else they are only reported."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    activation_budget: float | Literal["auto"] | None = "auto"
+    """GiB that the blocks may keep of a micro-batch for the backward pass: as few of them as it takes are recomputed.
+    auto recomputes what costs no time (norms, activation functions); None keeps all."""
+    chunked_loss: bool | Literal["auto"] = "auto"
+    """Head and loss a piece of the tokens at a time, never all logits at once. auto: where there are many of them."""
 
     def validate(self) -> None:
         _at_least("max_iters", self.max_iters, 0)
@@ -180,6 +189,12 @@ class TrainingConfig:
         for name in ("save_interval", "keep_every", "early_stopping_patience", "sample_interval"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if not isinstance(self.activation_budget, (str, type(None))):
+            _above("activation_budget", self.activation_budget, 0.0)
+            if self.gradient_checkpointing:
+                raise UserError(
+                    "activation_budget decides which blocks are recomputed: leave out gradient_checkpointing"
+                )
         if not self.out_dir:
             raise UserError("out_dir is empty: name a folder for the run, for example --out_dir=out")
 

@@ -407,14 +407,17 @@ class GPT(nn.Module):
             x = block(x, rope, cache.layer(i) if cache is not None else None)
         x = self.transformer.ln_f(x)
         if targets is not None:
-            logits = self.head(x)
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
-            return logits, loss
+            return self.loss_of(x, targets)
         if logits_at is not None:
             x = x[torch.arange(B, device=x.device), logits_at][:, None]  # (B, 1, C)
         elif cache is None:
             x = x[:, -1:]  # the head is a large product: only where it is wanted
         return self.head(x), None
+
+    def loss_of(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, loss) of normalised activations. loss.py has one that makes no logits, which a run may put here."""
+        logits = self.head(x)
+        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of normalised activations: (..., C) to (..., V)."""

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import Config, UserError
+from ..core.loss import loss_in_pieces
 from ..core.model import GPT
 from ..core.runtime import Runtime, forked_random, is_out_of_memory
+from .activations import recompute
+
+# Measured on a CPU: with fewer the plain loss is as fast, and what it takes does not matter
+MANY_IDS, MANY_LOGITS = 2048, 1 << 22
 
 
 @dataclass
@@ -30,10 +34,12 @@ class Wrapped:
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
     """Raises UserError where compile=True is asked for and fails; under auto a failure falls back to eager."""
-    if config.training.gradient_checkpointing:
-        for block in model.transformer.h:
-            # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
-            block.forward = functools.partial(_recompute, block.forward)
+    recompute(model, config, runtime, micro_batch, say)
+    if loss_is_chunked(config, micro_batch):
+        if config.training.chunked_loss == "auto":
+            say(f"loss: a piece of the tokens at a time (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
+        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
+        model.loss_of = functools.partial(loss_in_pieces, model)  # type: ignore[method-assign]
     compiled: nn.Module = model
     if runtime.compile:
         compiled = _compile(model, config, runtime, micro_batch, say)
@@ -44,10 +50,12 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     return Wrapped(model, compiled, train, compiled is not model)
 
 
-def _recompute(forward: Callable, *args: object) -> object:
-    if torch.is_grad_enabled():
-        return checkpoint(forward, *args, use_reentrant=False)
-    return forward(*args)
+def loss_is_chunked(config: Config, micro_batch: int) -> bool:
+    """Whether head and loss go over a piece of the tokens at a time."""
+    if isinstance(config.training.chunked_loss, bool):
+        return config.training.chunked_loss
+    vocab_size = config.model.vocab_size or 0
+    return vocab_size >= MANY_IDS and micro_batch * config.model.block_size * vocab_size >= MANY_LOGITS
 
 
 def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> nn.Module:
