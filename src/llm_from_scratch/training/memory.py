@@ -1,23 +1,78 @@
-"""When memory runs out: the same batch in smaller parts."""
+"""How much of a batch fits into memory at once; and when it runs out: the same batch in smaller parts."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from ..core.runtime import is_out_of_memory
+from ..config import Config
+from ..core.runtime import Runtime, is_out_of_memory
+from ..core.sizing import sizes
 from .guards import TrainingError
-from .setup import Plan
+from .parallel import loss_is_chunked
+
+if TYPE_CHECKING:  # which imports this
+    from .setup import Plan
 
 T = TypeVar("T")
+SHARE = 0.85  # of the free memory: estimates err, and other programs grow
+ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; measured: a CPU computes no faster with more
 
 
 class MemoryShortError(TrainingError):
     """Not even the smallest part of a batch fits. Weights and moments are those of the last step."""
+
+
+def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> int:
+    """The largest divisor of a process's share of the batch that fits into the free memory, and pays."""
+    free, most = free_memory(runtime.device), local_batch
+    if runtime.device.type == "cpu":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share it
+        free = None if free is None else free // here
+        most = min(local_batch, ENOUGH_ON_CPU // config.model.block_size)
+    for size in range(most, 1, -1):
+        if local_batch % size == 0 and (free is None or _needed(config, runtime, size) <= SHARE * free):
+            return size
+    return 1
+
+
+def _needed(config: Config, runtime: Runtime, micro_batch: int) -> int:
+    """Bytes, an estimate."""
+    model = config.model
+    rest = (micro_batch, runtime.dtype.itemsize, config.training.gradient_checkpointing)
+    whole = sizes(model, *rest)
+    if not loss_is_chunked(config, micro_batch):
+        return whole.memory
+    blocks = sizes(dataclasses.replace(model, vocab_size=1), *rest).activations
+    head = 4 * (model.vocab_size or 0) * model.n_embd
+    return whole.memory - whole.activations + blocks + 2 * head  # its gradient as it is, and scaled
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device; on a CPU within its container. None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [numbers["MemAvailable:"] * 1024 for numbers in _numbers("/proc/meminfo") if "MemAvailable:" in numbers]
+    limit = "/sys/fs/cgroup/memory.max"  # control groups, version 2; without a limit it says "max"
+    with contextlib.suppress(OSError, ValueError):
+        for numbers in _numbers("/sys/fs/cgroup/memory.stat"):
+            found.append(max(0, int(Path(limit).read_text()) - numbers["anon"]))
+    return min(found, default=None)
+
+
+def _numbers(path: str) -> list[dict[str, int]]:
+    """A file of lines of a name and a number, as a dictionary; nothing where there is no such file."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+        return [{line[0]: int(line[1]) for line in lines}]
+    except (OSError, ValueError, IndexError):
+        return []
 
 
 def fitted(plan: Plan, build: Callable[[], T], say: Callable[[str], None]) -> T:

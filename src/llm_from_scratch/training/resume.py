@@ -91,15 +91,17 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
 
 
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
-    """The micro-batch that the run was cut with, which may have shrunk for want of memory; unless the user lays the
-    batch out anew."""
+    """The micro-batch that the run was cut with, which was found for the machine or has shrunk for want of memory;
+    unless the user lays the batch out anew."""
     before, flat = resumed.trainer.get("machine"), flatten(config)
     for section in resumed.config.values():
-        for name in ("batch_size", "gradient_accumulation_steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "micro_batch"):
             if isinstance(section, dict) and section.get(name, flat[name]) != flat[name]:
                 return chosen
     micro = before.get("micro_batch") if isinstance(before, dict) else None
-    return micro if type(micro) is int and 0 < micro < chosen and local_batch % micro == 0 else chosen
+    if type(micro) is not int or micro < 1 or local_batch % micro:
+        return chosen
+    return micro if micro < chosen or config.data.micro_batch == "auto" else chosen
 
 
 def take_folder(plan: Plan, lock: FolderLock) -> Path | None:

@@ -25,6 +25,7 @@ from ..core.sizing import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from .loggers import check_extras
+from .memory import largest_micro_batch
 from .resume import differences, same_machine, same_micro_batch
 
 COMMAND_LINE = "command line"
@@ -159,6 +160,9 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     global_batch, micro_batch = _batches(config, runtime)
     if resumed is not None:
         micro_batch = same_micro_batch(config, resumed, global_batch // runtime.world_size, micro_batch)
+    if config.data.micro_batch == "auto":
+        how = "what the free memory holds and pays" if resumed is None else "as the run began, where it can"
+        notes.append(f"micro-batch: {micro_batch} of {global_batch // runtime.world_size} sequences ({how})")
     _set_length(config, order, global_batch)
     last_step = config.training.max_iters + (1 if config.training.inclusive_max_iters else 0)
     if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
@@ -275,7 +279,7 @@ def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Pa
 
 def _batches(config: Config, runtime: Runtime) -> tuple[int, int]:
     """(global batch, micro-batch). The global batch is stated; how processes share it is derived."""
-    world, batch_size = runtime.world_size, config.data.batch_size
+    world, batch_size, asked = runtime.world_size, config.data.batch_size, config.data.micro_batch
     global_batch = batch_size * config.training.gradient_accumulation_steps
     if global_batch % world:
         raise UserError(
@@ -283,6 +287,15 @@ def _batches(config: Config, runtime: Runtime) -> tuple[int, int]:
             f"by {world} processes; choose a multiple of {world}"
         )
     local = global_batch // world
+    if asked == "auto":
+        return global_batch, largest_micro_batch(config, runtime, local)
+    if asked is not None:
+        if local % asked:
+            raise UserError(
+                f"micro_batch={asked} does not divide the {local} sequences that a process has of a batch; choose a "
+                "divisor, or auto"
+            )
+        return global_batch, asked
     return global_batch, math.gcd(local, batch_size) if local % batch_size else batch_size
 
 
