@@ -215,6 +215,8 @@ class OptimizerConfig:
     """With muon: AdamW's peak rate for the embeddings. None is learning_rate."""
     head_learning_rate: float | None = None
     """With muon: AdamW's peak rate for the head, be it tied or not. None is learning_rate."""
+    ngram_learning_rate: float = 0.3
+    """Peak rate of the n-gram embeddings, which row-wise Adagrad steps."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the moments are kept; bfloat16, stochastically rounded, takes half the memory."""
     weight_decay: float = 1e-1
@@ -232,6 +234,7 @@ class OptimizerConfig:
         _above("learning_rate", self.learning_rate, 0.0)
         _at_least("weight_decay", self.weight_decay, 0.0)
         _above("muon_learning_rate", self.muon_learning_rate, 0.0)
+        _above("ngram_learning_rate", self.ngram_learning_rate, 0.0)
         _between("muon_momentum", self.muon_momentum, 0.0, 1.0, open_right=True)
         for name in ("embedding_learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .adagrad import step_rows
+
 PIECES = {"cuda": 1 << 24}  # elements of which float32 copies exist at a time: a GPU wants few kernels,
 PIECE = 1 << 18  # a processor what stays in its cache
 
@@ -69,7 +71,8 @@ def _mixed(*words: int) -> int:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) by torch's kernels; its groups name their parameters ("names").
+    """AdamW (arXiv 1711.05101) by torch's kernels; its groups name their parameters ("names"). A group whose gradients
+    are sparse is stepped by row-wise Adagrad (see adagrad.py).
 
     dtype: of the moments. bfloat16 halves them; they are widened, updated and rounded again in pieces, so that no
     float32 copy of a whole model exists. Each parameter then counts its roundings ("draws"), which makes them
@@ -98,7 +101,11 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self.step_group(group)
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                for p in group["params"]:
+                    step_rows(p, self.state[p], group["lr"], self.found_inf)
+            else:
+                self.step_group(group)
         return loss
 
     def step_group(self, group: dict[str, Any]) -> None:
@@ -154,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
         for number, p in zip(numbers, params, strict=True):
             for slot, value in state_dict["state"].get(number, {}).items():
                 if _is_moment(value):
-                    self.state[p][slot] = value.to(p.device, self.dtype)
+                    self.state[p][slot] = value.to(p.device, torch.float32 if slot == "sum" else self.dtype)
 
 
 def _is_moment(value: Any) -> bool:

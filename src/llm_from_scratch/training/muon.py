@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import OptimizerConfig, UserError
 from ..core.model import CausalSelfAttention
 from .adamw import AdamW
-from .optimizer import parameter_groups
+from .optimizer import NGRAMS
 
 # The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.003, 1] nearest to 1: each is the best
 # in the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2%
@@ -78,14 +78,6 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capable.get("avx512_bf16") or capable.get("amx_bf16") else torch.float32
 
 
-def make_muon_or_adamw(model: nn.Module, config: OptimizerConfig, fused: bool, seed: int) -> AdamW:
-    """What torch.optim.AdamW is not enough for: optimizer_type=muon, or moments in bfloat16."""
-    is_muon = config.optimizer_type == "muon"
-    groups = muon_groups(model, config) if is_muon else parameter_groups(model, config.weight_decay)
-    betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
-    return (Muon if is_muon else AdamW)(groups, config.learning_rate, betas, fused, dtype, seed)
-
-
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Up to four groups that hold every trained parameter once: the weights of linear layers but the head's for Muon;
     for AdamW embeddings, the head, and all else. A table that is tied to the head is the head.
@@ -106,7 +98,7 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any
             rows[module.c_attn.weight] = tuple(n * module.head_dim for n in heads)
     named: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and name != NGRAMS:
             kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
             named[kind].append((name, p))
     rates = {

@@ -8,34 +8,40 @@ import torch
 import torch.nn as nn
 
 from ..config import OptimizerConfig, UserError
+from .adamw import AdamW
+
+NGRAMS = "transformer.ngrams.weight"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: tensors of two or more dimensions (products, embeddings) decay; biases and gains do not.
 
-    lr_scale: a group's learning rate over the setting, at every step of the schedule.
     The order within and of the groups is nanoGPT's, by which its optimizer states are stored.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != NGRAMS]
     decay = [(name, p) for name, p in named if p.dim() >= 2]
     rest = [(name, p) for name, p in named if p.dim() < 2]
     # a parameter that no group holds would silently never train
     assert len(decay) + len(rest) == len(named) == len({id(p) for _, p in named})
     return [
-        {
-            "params": [p for _, p in decay],
-            "names": [n for n, _ in decay],
-            "lr_scale": 1.0,
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for _, p in rest], "names": [n for n, _ in rest], "lr_scale": 1.0, "weight_decay": 0.0},
+        {"params": [p for _, p in decay], "names": [n for n, _ in decay], "weight_decay": weight_decay},
+        {"params": [p for _, p in rest], "names": [n for n, _ in rest], "weight_decay": 0.0},
     ]
+
+
+def ngram_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The table of n-gram embeddings, where there is one: a group whose gradients are sparse, for row-wise Adagrad."""
+    tables = [p for name, p in model.named_parameters() if name == NGRAMS and p.requires_grad]
+    scale = config.ngram_learning_rate / config.learning_rate
+    return [{"params": tables, "names": [NGRAMS], "weight_decay": 0.0, "lr_scale": scale}] if tables else []
 
 
 def make_adamw(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], fused: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101). fused: one kernel for the whole update."""
+    """torch's AdamW (arXiv 1711.05101). fused: one kernel for the whole update. Raises UserError for n-grams."""
+    if any(name == NGRAMS for name, _ in model.named_parameters()):
+        raise UserError("AdamW cannot step the sparse gradients of max_ngram: take training.optimizer.make_optimizer")
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
@@ -45,18 +51,20 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for; seed: of the rounding of a state in bfloat16.
 
-    Raises UserError where fused is asked for and cannot be had, or the settings do not fit the model.
+    A group's learning rate is lr_scale times that of the schedule. Raises UserError where fused is asked for and
+    cannot be had, or the settings do not fit the model.
     """
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
         raise UserError(f"--fused=on: torch has no fused AdamW for {device.type}; leave it at auto")
-    fused = can_fuse and config.fused != "off"
-    if config.optimizer_type == "muon" or config.optimizer_dtype != "float32":
-        from .muon import make_muon_or_adamw
+    kind, groups = AdamW, parameter_groups(model, config.weight_decay)
+    if config.optimizer_type == "muon":
+        from .muon import Muon, muon_groups
 
-        return make_muon_or_adamw(model, config, fused, seed)
-    betas = (config.beta1, config.beta2)
-    return make_adamw(model, config.weight_decay, config.learning_rate, betas, fused=fused)
+        kind, groups = Muon, muon_groups(model, config)
+    groups = [{"lr_scale": 1.0, **group} for group in groups + ngram_groups(model, config)]
+    betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
+    return kind(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
 
 
 def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -106,7 +114,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
                     f"{other}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
                 )
             for key, value in (entry or {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != p.shape:
+                shape = (p.size(0), 1) if key == "sum" else p.shape  # Adagrad's has one number a row
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape != shape:
                     raise UserError(f"the saved {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
             ids[name] = index
     # load_state_dict moves each tensor to its parameter's device and keeps the step counters where torch wants them
