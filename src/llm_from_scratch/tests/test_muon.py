@@ -78,19 +78,18 @@ def test_singular_values_end_near_one(dtype: torch.dtype, shape: tuple[int, int]
     for (u, v, _), result in zip(parts, results, strict=True):
         core = u.T @ result @ v
         if dtype == torch.float32:
-            assert 0.785 <= core.diagonal().min() and core.diagonal().max() <= 1.216
+            assert 0.984 <= core.diagonal().min() and core.diagonal().max() <= 1.016
             assert (core - core.diagonal().diag()).abs().max() < 1e-4
-        else:  # 8 bits: the smallest singular values are those of the rounding as well
-            values = torch.linalg.svdvals(result)
-            assert 0.7 <= values.min() and values.max() <= 1.3 and core.diagonal().min() > 0.7
+        else:  # 8 bits
+            assert 0.8 <= core.diagonal().min() and torch.linalg.svdvals(result).max() <= 1.05
 
 
 def test_the_polynomials_reach_what_they_promise() -> None:
-    x = torch.linspace(0.003, 1, 100_001, dtype=torch.float64)
+    x = torch.linspace(0.01, 1, 100_001, dtype=torch.float64)
     slope = 1.0
     for a, b, c in COEFFICIENTS:
         x, slope = a * x + b * x**3 + c * x**5, slope * a
-    assert (round(x.min().item(), 3), round(x.max().item(), 3), round(slope)) == (0.785, 1.216, 287)
+    assert (round(x.min().item(), 3), round(x.max().item(), 3), round(slope)) == (0.985, 1.015, 149)
 
 
 def test_zero_stays_zero() -> None:
@@ -388,21 +387,21 @@ def test_bfloat16_halves_the_state(kind: Any) -> None:
 def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
     dither = Dither(seed=3)
     value = 1 + 2**-7 * 0.3  # between the neighbours 1 and 1 + 2^-7
-    target = torch.empty(1 << 16, dtype=torch.bfloat16)
-    means = []
-    for count in range(4):
-        dither.round(target, torch.full((1 << 16,), value), "w", count, 0)
-        assert set(target.tolist()) == {1.0, 1 + 2**-7}
-        means.append((target.float().mean().item() - 1) / 2**-7)
-        assert means[-1] == pytest.approx(0.3, abs=0.01)
-    assert len(set(means)) == 4  # other noise each time
-    # and a single element is rounded up as often as it should over many roundings
-    ups = sum(int(Dither(seed=3).noise(torch.zeros(1), "w", count, 0)) & 0xFFFF >= 0x10000 * 0.7 for count in range(50))
-    assert 5 <= ups <= 27
-    exact = torch.tensor([0.0, -0.0, 1.5, -3.0, 2.0**-120, float("inf")])
-    target = torch.empty(6, dtype=torch.bfloat16)
-    dither.round(target, exact.clone(), "w", 0, 0)
-    assert target.tolist() == exact.tolist()
+    target = torch.empty(1 << 8, 1 << 10, dtype=torch.bfloat16)
+    found = []
+    for count in range(40):
+        dither.round_all(target, torch.full(target.shape, value), "w", count, 0)
+        assert set(target.unique().tolist()) == {1.0, 1 + 2**-7}
+        found.append(target > 1)
+        assert found[-1].double().mean().item() == pytest.approx(0.3, abs=0.01)
+    of_each = torch.stack(found).double().mean(0)  # an element is rounded up at 3 in 10 times too: 12 of 40, +- 2.9
+    assert of_each.mean().item() == pytest.approx(0.3, abs=0.01)
+    assert 0.05 < of_each.std().item() < 0.1 and 0.0 < of_each.min() and of_each.max() < 0.75
+    for sign in (1, -1):
+        exact = sign * torch.tensor([0.0, 1.5, 3.0, 2.0**-120, float("inf")])
+        result = torch.empty(5, dtype=torch.bfloat16)
+        dither.round(result, exact.clone(), 0xFFFF)
+        assert torch.equal(result.float().view(torch.int32), exact.view(torch.int32))
 
 
 def test_small_changes_of_the_second_moment_are_not_lost() -> None:
@@ -436,18 +435,20 @@ def test_a_tensor_of_several_pieces_is_stepped_as_one() -> None:
 
 
 def test_losses_are_those_of_a_float32_state() -> None:
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        model = make()
-        optimizer = made(model, optimizer_type="adamw", optimizer_dtype=dtype, beta2=0.999)
-        x = torch.randint(11, (8, 9), generator=torch.Generator().manual_seed(0))
-        state = torch.get_rng_state()
-        for _ in range(80):
-            loss = model(x[:, :-1], x[:, 1:])[1]
-            loss.backward()
+    """A noisy regression: what is left of the error is the noise of the steps, which the moments average."""
+    inputs = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
+    outputs = inputs @ torch.linspace(-1, 1, 32) + torch.randn(512, generator=torch.Generator().manual_seed(1))
+    errors = {}
+    state = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16):
+        p = nn.Parameter(torch.zeros(32))
+        optimizer = AdamW([{"params": [p], "names": ["p"]}], 0.01, (0.9, 0.999), True, dtype)
+        for step in range(600):
+            rows = slice(step % 32 * 16, step % 32 * 16 + 16)
+            p.grad = inputs[rows].T @ (inputs[rows] @ p.detach() - outputs[rows]) / 16
             optimizer.step()
-            optimizer.zero_grad()
-        assert torch.equal(state, torch.get_rng_state())
-        losses[dtype] = loss.item()
-    assert losses["float32"] < 1.2 and losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.03)
-    assert losses["bfloat16"] != losses["float32"]
+        errors[dtype] = (inputs @ p.detach() - outputs).square().mean().item()
+    assert torch.equal(state, torch.get_rng_state())  # the rounding draws from nobody's numbers
+    assert errors[torch.float32] < 0.97 * outputs.square().mean() / 10
+    assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.02)
+    assert errors[torch.bfloat16] != errors[torch.float32]

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from .adagrad import step_rows
 
 PIECES = {"cuda": 1 << 24}  # elements of which float32 copies exist at a time: a GPU wants few kernels,
-PIECE = 1 << 18  # a processor what stays in its cache
+PIECE = 1 << 17  # a processor what stays in its cache
 
 
 class Dither:
@@ -29,30 +29,30 @@ class Dither:
         self.seed = seed
         self.tables: dict[torch.device, Tensor] = {}
 
-    def noise(self, values: Tensor, name: str, count: int, index: int) -> Tensor:
-        """32 random bits for each element of values, of which there are at most piece_of(device). int32."""
+    def key(self, name: str, count: int, index: int) -> int:
+        """16 random bits for one rounding of the piece of a tensor that begins at element index."""
+        return _mixed(self.seed, zlib.crc32(name.encode()), count, index) & 0xFFFF
+
+    def round(self, target: Tensor, values: Tensor, key: int, row: int = 0) -> None:
+        """target (bfloat16) = values (float32, overwritten), (n,) with n up to piece_of(device); row: 0 or 1, of two
+        independent noises."""
         if values.device not in self.tables:
             generator = torch.Generator().manual_seed(self.seed)
-            low, size = -(1 << 31), piece_of(values.device)
-            table = torch.randint(low, -low, (size,), generator=generator, dtype=torch.int32)
+            shape = (2, piece_of(values.device))
+            table = torch.randint(1 << 16, shape, generator=generator, dtype=torch.int32)
             self.tables[values.device] = table.to(values.device)
-        key = _mixed(self.seed, zlib.crc32(name.encode()), count, index)
-        return self.tables[values.device][: values.numel()] ^ (key - (1 << 31))
+        raw = values.view(torch.int32)
+        # a carry into the upper half comes with the probability of the lower half's fraction
+        raw += self.tables[values.device][row, : values.numel()] ^ key
+        raw >>= 16
+        target.view(torch.int16).copy_(raw)
 
-    def round(self, target: Tensor, values: Tensor, name: str, count: int, index: int) -> None:
-        """target (bfloat16) = values (float32, overwritten), of any number; index: of the first in the tensor."""
+    def round_all(self, target: Tensor, values: Tensor, name: str, count: int, index: int) -> None:
+        """As round(), for contiguous tensors of any shape; index: of the first element in the tensor named."""
         target, values, piece = target.view(-1), values.view(-1), piece_of(values.device)
         for begin in range(0, values.numel(), piece):
             part = slice(begin, begin + piece)
-            self.round_by(target[part], values[part], self.noise(values[part], name, count, index + begin))
-
-    @staticmethod
-    def round_by(target: Tensor, values: Tensor, bits: Tensor) -> None:
-        """target = values, by the lower 16 of the random bits."""
-        raw = values.view(torch.int32)
-        raw += bits & 0xFFFF  # a carry into the upper half comes with the probability of the lower half's fraction
-        raw &= -0x10000
-        target.copy_(values)  # exact: what bfloat16 lacks is zero
+            self.round(target[part], values[part], self.key(name, count, index + begin))
 
 
 def piece_of(device: torch.device) -> int:
@@ -132,9 +132,9 @@ class AdamW(torch.optim.Optimizer):
             steps = [self.state[p]["step"].clone() for _, p, _ in batch]  # a tensor may come in several pieces
             self._adamw(group, params, grads, m32, v32, steps)
             for i, (name, p, part) in enumerate(batch):
-                bits = self.dither.noise(m32[i], name, self.state[p].get("draws", 0), part.start)
-                self.dither.round_by(m[i], m32[i], bits)
-                self.dither.round_by(v[i], v32[i], bits >> 16)
+                key = self.dither.key(name, self.state[p].get("draws", 0), part.start)
+                self.dither.round(m[i], m32[i], key, 0)
+                self.dither.round(v[i], v32[i], key, 1)
         for _, p in named:
             self.state[p]["draws"] = self.state[p].get("draws", 0) + 1
             self.state[p]["step"] += 1 if self.found_inf is None else 1 - self.found_inf

@@ -19,15 +19,15 @@ from ..core.model import CausalSelfAttention
 from .adamw import AdamW
 from .optimizer import NGRAMS
 
-# The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.003, 1] nearest to 1: each is the best
-# in the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2%
-# upwards for the rounding of bfloat16, beyond which it would run away. They leave [0.785, 1.216]; what is smaller grows
-# by 287.
+# The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.01, 1] nearest to 1: each is the best in
+# the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2% upwards
+# for the rounding of bfloat16, beyond which it would run away. They leave [0.984, 1.016]; what is smaller grows by 149.
+# From a lower bound of 0.003 the first would bring some large singular values down to 0.02, where they drown in it.
 COEFFICIENTS = (
-    (8.2218, -23.3469, 16.6338),
-    (3.9728, -2.8449, 0.5170),
-    (3.4735, -2.5057, 0.4810),
-    (2.5311, -1.8690, 0.4407),
+    (7.9424, -22.2873, 15.8239),
+    (3.5875, -2.5845, 0.4893),
+    (2.6604, -1.9134, 0.4194),
+    (1.9688, -1.3507, 0.3852),
 )
 MARGIN = 1.02  # likewise, for the norm
 CHUNKS = {"cuda": 1 << 26}  # elements that go through the products together: what keeps a GPU busy;
@@ -39,35 +39,32 @@ def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ..
 
     Each matrix is first divided by the 8-norm of its singular values, (sum of s^8)^(1/8), which is read off the square
     of its Gram matrix: above the largest, but nearer to it than the Frobenius norm that is usual, which is worth about
-    one polynomial. Where rows are much shorter than columns, two polynomials are worked out on the Gram matrix between
-    two products with x; more would let rounding errors make it indefinite.
+    one polynomial. Where columns are many, two polynomials are worked out on the Gram matrix between two products with
+    x ("Gram Newton-Schulz"); with three, rounding makes it indefinite and the result endless in bfloat16.
     """
-    x /= _norms(x).clamp(min=1e-30).to(x.dtype)  # now no square leaves the range of the numbers
-    gram = x @ x.mT
-    square = gram @ gram
-    scale = (MARGIN * _norms(square) ** 0.25).clamp(min=1e-7).to(x.dtype)
-    x /= scale
-    gram /= scale**2
-    square /= scale**4
     at_once = 2 if x.size(2) > 2 * x.size(1) else 1
     for begin in range(0, len(coefficients), at_once):
-        if begin:
-            gram = x @ x.mT
         a, b, c = coefficients[begin]
-        # p(x) = a x + q x
-        q = square.mul_(c).add_(gram, alpha=b) if not begin else torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        for a2, b2, c2 in coefficients[begin + 1 : begin + at_once]:
-            half = torch.baddbmm(gram, q, gram, beta=a)
-            gram = torch.baddbmm(half, half, q, beta=a)  # p(x) p(x)^T
-            q2 = torch.baddbmm(gram, gram, gram, beta=b2, alpha=c2)
-            a, q = a * a2, torch.baddbmm(q2 * a, q2, q).add_(q, alpha=a2)  # p2(p(x))
-        x = torch.baddbmm(x, q, x, beta=a)
+        gram = x @ x.mT
+        if begin:
+            q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        else:
+            size = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float32)[:, None, None].clamp(min=1e-30)
+            gram /= size.to(x.dtype)  # now no square leaves the range of the numbers
+            square = gram @ gram
+            norm = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True, dtype=torch.float32)
+            scale = (MARGIN**2 * norm.sqrt()).clamp(min=1e-14)  # squared, as gram is
+            gram /= scale.to(x.dtype)
+            q = square.mul_((c / scale**2).to(x.dtype)).add_(gram, alpha=b)
+            x /= (size * scale).sqrt().to(x.dtype)
+        q.diagonal(dim1=1, dim2=2).add_(a)  # the polynomial of x is q @ x
+        for a, b, c in coefficients[begin + 1 : begin + at_once]:
+            gram = q @ gram @ q
+            then = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            then.diagonal(dim1=1, dim2=2).add_(a)
+            q = then @ q
+        x = q @ x
     return x
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Frobenius norms, (n, 1, 1)."""
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -129,7 +126,8 @@ class Muon(AdamW):
     For a matrix W of r rows and c columns with gradient G, M = mu M + (1 - mu) G, and
     W = (1 - lr * weight_decay) W - lr * sqrt(max(1, r / c)) * orthogonalized((1 - mu) G + mu M):
     Nesterov's momentum and the scale of Jordan's Muon ("original" in torch.optim.Muon), whose rate is about 0.02.
-    Every process of a data-parallel run works out the same. Raises UserError where parameters are sharded.
+    The gradients are overwritten. Every process of a data-parallel run works out the same. Raises UserError where
+    parameters are sharded.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *args: Any, **settings: Any):
@@ -169,11 +167,11 @@ class Muon(AdamW):
         mu, lr, decay = group["momentum"], group["lr"], group["lr"] * group["weight_decay"]
         weights = [m.of(m.p) for m in matrices]
         gradients = [m.of(m.p.grad) for m in matrices]
-        ahead = torch._foreach_lerp(gradients, self._momenta(matrices, gradients, mu), mu)
-        x = torch.stack([m.lying(t) for m, t in zip(matrices, ahead, strict=True)]).to(
-            iteration_dtype(weights[0].device)
-        )
-        del ahead
+        momenta = self._momenta(matrices, gradients, mu)
+        torch._foreach_lerp_(gradients, momenta, mu)
+        dtype = iteration_dtype(weights[0].device)
+        x = torch.stack([m.lying(g.to(dtype)) for m, g in zip(matrices, gradients, strict=True)])
+        del momenta
         x = orthogonalized(x)
         if self.found_inf is None:
             keep: float | Tensor = 1 - decay
@@ -183,7 +181,7 @@ class Muon(AdamW):
         if decay:
             torch._foreach_mul_(weights, keep)
         for m, weight, step in zip(matrices, weights, x, strict=True):
-            weight.add_(m.lying(step), alpha=-lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5)
+            weight.add_(m.lying(step).contiguous(), alpha=-lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5)
 
     def _momenta(self, matrices: list[_Matrix], gradients: list[Tensor], mu: float) -> list[Tensor]:
         """The momenta with the gradients in them, float32; left as they are where the step is to be skipped."""
@@ -197,7 +195,7 @@ class Muon(AdamW):
             if self.dtype == torch.float32:
                 old.copy_(kept)
             else:
-                self.dither.round(old, kept.clone(), m.name, self.state[m.p]["draws"], m.begin * old.size(1))
+                self.dither.round_all(old, kept.clone(), m.name, self.state[m.p]["draws"], m.begin * old.size(1))
         return wide
 
 
