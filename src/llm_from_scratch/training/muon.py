@@ -19,10 +19,10 @@ from ..core.model import CausalSelfAttention
 from .adamw import AdamW
 from .optimizer import NGRAMS
 
-# The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.01, 1] nearest to 1: each is the best in
-# the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2% upwards
-# for the rounding of bfloat16, beyond which it would run away. They leave [0.984, 1.016]; what is smaller grows by 149.
-# From a lower bound of 0.003 the first would bring some large singular values down to 0.02, where they drown in it.
+# The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.01, 1] nearest to 1: each is the best
+# in the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2%
+# upwards for the rounding of bfloat16, beyond which it would run away. They leave [0.984, 1.016]; what is smaller grows
+# by 149. From 0.003 on, the first would bring some large singular values down to 0.02, where they drown in rounding.
 COEFFICIENTS = (
     (7.9424, -22.2873, 15.8239),
     (3.5875, -2.5845, 0.4893),
