@@ -379,9 +379,14 @@ def _by_number(checkpoint: Checkpoint, flat: dict[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
     slots = {"step", "exp_avg", "exp_avg_sq"}
     if saved["state"]:
-        if all(set(saved["state"].get(name, ())) == slots for name in names):
-            state = {i: dict(saved["state"][name]) for i, name in enumerate(names)}
+        if all(slots <= set(saved["state"].get(name, ())) for name in names):
+            # in float32, whatever the run keeps them in: torch's own AdamW would, once it has read them
+            state = {
+                i: {slot: torch.as_tensor(saved["state"][name][slot]).float() for slot in sorted(slots)}
+                for i, name in enumerate(names)
+            }
         else:
+            of = {}
             print("note: nanoGPT's AdamW cannot use this optimizer's state and will start afresh", file=sys.stderr)
     defaults = torch.optim.AdamW(
         [torch.nn.Parameter(torch.zeros(1))],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import GPTConfig
+from ..config import GPTConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,25 @@ def ngram_params(config: GPTConfig) -> int:
     return (config.max_ngram - 1) * config.ngram_rows * config.n_embd if config.max_ngram else 0
 
 
-def sizes(config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False) -> Sizes:
+def optimizer_bytes(config: GPTConfig, optimizer: OptimizerConfig | None = None) -> int:
+    """Memory of the moments: AdamW keeps two numbers a parameter, Muon one for those of its matrices (the linear layers
+    in the blocks), row-wise Adagrad one for each row of the n-gram tables. None: AdamW in float32."""
+    optimizer = optimizer or OptimizerConfig()
+    C, H = config.n_embd, config.mlp_width
+    heads = config.n_head + 2 * (config.n_kv_head or config.n_head)
+    matrices = C * (C // config.n_head) * heads + C * C + (3 if config.activation == "swiglu" else 2) * C * H
+    numbers = 2 * (count_params(config) - ngram_params(config))
+    numbers -= config.n_layer * matrices if optimizer.optimizer_type == "muon" else 0
+    return (2 if optimizer.optimizer_dtype == "bfloat16" else 4) * numbers + 4 * ngram_params(config) // C
+
+
+def sizes(
+    config: GPTConfig,
+    batch_size: int,
+    element_size: int = 4,
+    gradient_checkpointing: bool = False,
+    optimizer: OptimizerConfig | None = None,
+) -> Sizes:
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation."""
     params = count_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
@@ -63,4 +81,4 @@ def sizes(config: GPTConfig, batch_size: int, element_size: int = 4, gradient_ch
     extra = 10 * C + 3 * config.mlp_width if gradient_checkpointing else 0
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
     activations = tokens * (L * per_layer + extra + 2 * C) * element_size + logits
-    return Sizes(params, embedding, flops, 4 * params, 4 * params, 8 * params, activations)
+    return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer_bytes(config, optimizer), activations)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 
-from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.sizing import count_params, sizes
+from llm_from_scratch.core.sizing import count_params, optimizer_bytes, sizes
+from llm_from_scratch.training.optimizer import make_optimizer, optimizer_state
 
 from .test_model import BASE, OPTIONS
 
@@ -47,3 +50,19 @@ def test_memory_by_hand() -> None:
     deep = dataclasses.replace(config, n_layer=8)
     assert sizes(deep, 3, gradient_checkpointing=True).activations < sizes(deep, 3).activations
     assert sizes(config, 3, element_size=2).activations < found.activations
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_optimizers_memory_is_that_of_its_state(option: str, kind: Any, dtype: Any) -> None:
+    config = dataclasses.replace(BASE, **OPTIONS[option])
+    settings = OptimizerConfig(optimizer_type=kind, optimizer_dtype=dtype)
+    model = GPT(config)
+    optimizer = make_optimizer(model, settings, torch.device("cpu"))
+    idx = torch.zeros(1, 4, dtype=torch.long)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    slots = [value for slots in optimizer_state(optimizer)["state"].values() for value in slots.values()]
+    held = sum(value.nbytes for value in slots if isinstance(value, torch.Tensor) and value.dim())
+    assert optimizer_bytes(config, settings) == sizes(config, 1, optimizer=settings).optimizer == held

@@ -78,7 +78,8 @@ class Plan:
     @property
     def sizes(self) -> Sizes:
         element = 4 if str(self.runtime.dtype) == "torch.float32" else 2
-        return sizes(self.config.model, self.micro_batch, element, self.config.training.gradient_checkpointing)
+        again = self.config.training.gradient_checkpointing
+        return sizes(self.config.model, self.micro_batch, element, again, self.config.optimizer)
 
     @functools.cached_property
     def dataset_hash(self) -> str:
