@@ -178,7 +178,8 @@ def join_optimizer(
         state = {name: dict(slots) for name, slots in plain["state"].items()}
         for key, tensor in tensors.items():
             name, _, slot = key.rpartition("/")
-            if tensor.dim() and tensor.shape != model[name].shape:
+            shape = (model[name].size(0), 1) if slot == "sum" else model[name].shape  # Adagrad's: one number a row
+            if tensor.dim() and tensor.shape != shape:
                 raise DamagedError(f"{where}: {key} of the optimizer has shape {tuple(tensor.shape)}")
             state[name][slot] = tensor
         groups = [

@@ -17,11 +17,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from llm_from_scratch.config import GPTConfig, OptimizerConfig, UserError
+from llm_from_scratch.core.checkpoint import find_checkpoint, load_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.training import muon
 from llm_from_scratch.training.adamw import PIECE, AdamW, Dither
 from llm_from_scratch.training.muon import COEFFICIENTS, muon_groups, orthogonalized
 from llm_from_scratch.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from llm_from_scratch.training.trainer import train as run_training
+
+from .tiny import tiny_config
 
 CPU = torch.device("cpu")
 UNTIED = {"norm": "rmsnorm", "qk_norm": True, "activation": "swiglu", "tie_embeddings": False, "n_kv_head": 2}
@@ -325,6 +329,29 @@ def test_state_goes_by_names_and_comes_back_exactly(kind: Any, dtype: Any) -> No
     train(model, optimizer, 3, seed=1)
     train(twin, resumed, 3, seed=1)
     assert same(model, twin)
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, longest", [("muon", "bfloat16", 3), ("muon", "float32", 0), ("adamw", "bfloat16", 0)]
+)
+def test_a_run_goes_on_bit_for_bit(here: Path, tiny_data: Path, kind: str, dtype: str, longest: int) -> None:
+    """Through a checkpoint on the disk, in which the state keeps its type."""
+    settings = {"optimizer_type": kind, "optimizer_dtype": dtype, "max_ngram": longest, "ngram_rows": 64}
+    settings |= {"schedule": "constant", "final_eval": False}
+    run_training(tiny_config(tiny_data, out_dir="whole", max_iters=6, **settings))
+    run_training(tiny_config(tiny_data, out_dir="cut", max_iters=3, **settings))
+    run_training(tiny_config(tiny_data, out_dir="cut", max_iters=6, init_from="resume", **settings))
+    whole, cut = (load_checkpoint(find_checkpoint(name, "last")) for name in ("whole", "cut"))
+    assert cut.step == 6 and all(torch.equal(whole.model[name], cut.model[name]) for name in whole.model)
+    assert whole.optimizer is not None and cut.optimizer is not None
+    kinds = set()
+    for name, slots in whole.optimizer["state"].items():
+        for slot, value in slots.items():
+            found = cut.optimizer["state"][name][slot]
+            assert torch.equal(value, found) if isinstance(value, Tensor) else value == found, (name, slot)
+            if isinstance(value, Tensor) and value.dim() and slot != "sum":
+                kinds.add(found.dtype)
+    assert kinds == {getattr(torch, dtype)}
 
 
 def test_a_state_of_the_other_optimizer_is_refused() -> None:

@@ -101,7 +101,7 @@ class Trainer:
         if plan.weights is not None:
             model.load_state_dict(plan.weights)
         self.runtime.place(model)
-        self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device)
+        self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device, self.config.system.seed)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         say = teller(self.runtime.is_master)
         for line in describe(plan):
