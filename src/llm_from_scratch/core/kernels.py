@@ -19,21 +19,30 @@ from torch import Tensor
 from . import model as models
 
 QUERIES = 64  # multiplied at once with the keys up to the last of them: the rest above the diagonal is never computed
+SHORT = 128  # tokens up to which the compiler's attention is the faster one
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
-def use_cpu_kernels(model: models.GPT, in_bfloat16: bool) -> None:
-    """Gives the model's parts the operations of this file, where they are the faster ones."""
-    for module in model.modules():
+def use_cpu_kernels(model: models.GPT, in_bfloat16: bool, compiled: bool = False) -> None:
+    """Gives the model's parts the operations of this file, where they are the faster ones.
+
+    compiled: the blocks are compiled, which fuses all but the attention as well or better; and that too where it is
+    short.
+    """
+    for name, module in model.named_modules():
+        is_fused = compiled and name.startswith("transformer.h.")
         if isinstance(module, models.CausalSelfAttention):
-            if in_bfloat16 or module.dropout > 0:
-                module.attend = attention
-            module.rotate = Rotate.apply
-        elif isinstance(module, models.RMSNorm):
+            if is_fused and module.dropout == 0 and model.config.block_size <= SHORT:
+                module.attend = models.plain_attention
+            elif in_bfloat16 or module.dropout > 0:
+                module.attend = torch.compiler.disable(attention) if is_fused else attention
+            module.rotate = models.apply_rotary if is_fused else Rotate.apply
+        elif isinstance(module, (models.RMSNorm, torch.nn.Dropout)):
+            ours = _rms_norm if isinstance(module, models.RMSNorm) else _dropout
             # an attribute shadows a method: state-dict keys stay, and the model has no branch for it
-            module.forward = functools.partial(_rms_norm, module)  # type: ignore[method-assign]
-        elif isinstance(module, torch.nn.Dropout):
-            module.forward = functools.partial(_dropout, module)  # type: ignore[method-assign]
+            vars(module).pop("forward", None)
+            if not is_fused:
+                module.forward = functools.partial(ours, module)  # type: ignore[method-assign]
 
 
 def _rms_norm(module: models.RMSNorm, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Runtime:
         if self.device.type == "cpu":
             from .kernels import use_cpu_kernels
 
-            use_cpu_kernels(model, self.dtype == torch.bfloat16)
+            use_cpu_kernels(model, self.dtype == torch.bfloat16, self.compile)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import UserError
-from ..core.model import GPT, KVCache
+from ..core.cache import KVCache
+from ..core.model import GPT
 
 Overflow = Literal["recompute", "drop_half"]
 

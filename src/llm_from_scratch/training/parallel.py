@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +18,9 @@ from ..core.model import GPT
 from ..core.runtime import Runtime, forked_random, is_out_of_memory
 from .activations import recompute
 
+# Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
+CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}
+REPAYS_COMPILING = 10
 # Measured on a CPU: with fewer the plain loss is as fast, and what it takes does not matter
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22
 
@@ -40,14 +46,12 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
             say(f"loss: a piece of the tokens at a time (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
         # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
         model.loss_of = functools.partial(loss_in_pieces, model)  # type: ignore[method-assign]
-    compiled: nn.Module = model
-    if runtime.compile:
-        compiled = _compile(model, config, runtime, micro_batch, say)
-    train = compiled
+    compiled = _compile(model, config, runtime, micro_batch, say) if runtime.compile else None
+    train = model if compiled is None else compiled
     if runtime.world_size > 1:
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        train = nn.parallel.DistributedDataParallel(compiled, device_ids=ids)
-    return Wrapped(model, compiled, train, compiled is not model)
+        train = nn.parallel.DistributedDataParallel(train, device_ids=ids)
+    return Wrapped(model, model if compiled is None else compiled, train, compiled is not None)
 
 
 def loss_is_chunked(config: Config, micro_batch: int) -> bool:
@@ -58,13 +62,34 @@ def loss_is_chunked(config: Config, micro_batch: int) -> bool:
     return vocab_size >= MANY_IDS and micro_batch * config.model.block_size * vocab_size >= MANY_LOGITS
 
 
-def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> nn.Module:
+def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
+    """compile=auto on a CPU, for a run of so many floating-point operations: compiling takes a minute at first (later
+    runs find it on disk) and saves a tenth of the time or more."""
+    if config.system.compile != "auto" or runtime.device.type != "cpu" or runtime.compile:
+        return runtime
+    threads = runtime.threads or torch.get_num_threads()
+    minutes = flops / (threads * CPU_FLOPS[runtime.dtype]) / 60
+    if minutes < REPAYS_COMPILING:
+        return runtime
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    reason = f"a run of about {minutes:,.0f} min repays it" if compiler else "no C++ compiler here (CXX)"
+    reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
+    return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
+
+
+def _compile(
+    model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]
+) -> nn.Module | None:
     """The compiled model, tried once on a batch of the run's shape, so that a failure shows before step 0."""
     say("compiling the model (about a minute)")
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
+    in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
     try:
-        compiled: nn.Module = torch.compile(model)  # type: ignore[assignment]
+        if in_parts:  # one block stands for all: a fraction of the compiling; and sparse gradients stay outside
+            for block in model.transformer.h:
+                block.compile(dynamic=False)
+        compiled: nn.Module = model if in_parts else torch.compile(model)  # type: ignore[assignment]
         with forked_random(runtime.device):  # the trial must not move the run's random numbers
             with runtime.autocast():
                 _, loss = compiled(x, y)
@@ -80,7 +105,10 @@ def _compile(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
         say(f"torch.compile failed ({reason}); going on without it")
         torch._dynamo.reset()
-        compiled = model
+        for block in model.transformer.h:
+            block._compiled_call_impl = None
+        dataclasses.replace(runtime, compile=False).place(model)
+        return None
     finally:
         model.train().zero_grad(set_to_none=True)
     return compiled

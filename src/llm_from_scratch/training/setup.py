@@ -26,6 +26,7 @@ from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from .loggers import check_extras
 from .memory import largest_micro_batch
+from .parallel import compiled_where_it_pays
 from .resume import differences, same_machine, same_micro_batch
 
 COMMAND_LINE = "command line"
@@ -179,6 +180,9 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         if runtime.is_master:
             _same_data(plan, resumed)
         notes += differences(config, resumed)
+    elif not eval_only:  # a run that goes on stays as it began
+        flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
+        plan.runtime = compiled_where_it_pays(config, runtime, flops)
     return plan
 
 
