@@ -75,12 +75,10 @@ class Contender:
         self.log = folder / f"{name}.log"
         job = {"name": name, "case": dataclasses.asdict(case), "folder": str(folder), "threads": threads,
                "nanogpt": str(nanogpt.resolve()) if nanogpt else None, "settings": settings}  # fmt: skip
-        count = str(threads)
-        env = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONDONTWRITEBYTECODE": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", __file__, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=log, text=True, env=env,
+                stderr=log, text=True, env=environment(threads),
             )  # fmt: skip
 
     def ask(self, steps: int) -> dict[str, float]:
@@ -141,6 +139,24 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a process with so many threads, which finds this project's source and leaves no files beside it."""
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    count = str(threads)
+    return os.environ | {
+        "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": path
+    }  # fmt: skip
+
+
+def nanogpt_readme(data: Path, out_dir: Path) -> list[str]:
+    """The command of nanoGPT's README for a CPU, to be run in its folder; data lies elsewhere."""
+    settings = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64,
+                "batch_size": 12, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000,
+                "lr_decay_iters": 2000, "dropout": 0.0, "dataset": data, "out_dir": out_dir}  # fmt: skip
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *words]
+
+
 # What follows runs in a contender's own process.
 
 
@@ -182,7 +198,6 @@ def peak_memory(device: str) -> int:
 
 def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
     """The trainer's own updates, with what its loop does around each but evaluations and checkpoints."""
-    sys.path.insert(0, str(ROOT / "src"))
     from llm_from_scratch import Config
     from llm_from_scratch.core import runtime as runtimes
     from llm_from_scratch.core.lock import FolderLock

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contenders import ROOT, arguments, machine, peak_memory, write_tokens
+from contenders import arguments, environment, machine, peak_memory, write_tokens
 
 # settings of each shape; a vocabulary of None is 65. Short runs, with all that a long one has in it
 SHAPES: dict[str, dict[str, Any]] = {
@@ -81,10 +81,8 @@ def main() -> None:
 
 def child(job: dict[str, Any], threads: int) -> dict[str, float]:
     """What a fresh process finds."""
-    count = str(threads)
-    env = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], env=env, capture_output=True,
-                          text=True)  # fmt: skip
+    words = [sys.executable, __file__, "--child", json.dumps(job)]
+    done = subprocess.run(words, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{job['shape']} has failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -94,7 +92,6 @@ def work(job: dict[str, Any]) -> None:
     """Plans or trains; what it finds is the last line."""
     if job["clock"] == "cpu":
         time.perf_counter = time.process_time
-    sys.path.insert(0, str(ROOT / "src"))
     from llm_from_scratch.config import Config
     from llm_from_scratch.presets import parse
 

@@ -97,11 +97,13 @@ def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.
     rehearsal = _Rehearsal(_reduced(plan, 2, 2))
     monkeypatch.setattr(rehearsal, "held", lambda: (_Split(20, 5), _Split(40, 10)))
     monkeypatch.setattr(rehearsal, "saved", lambda: _Split(200, 30))
-    base, moment = 1000, 70
-    monkeypatch.setattr(forecasts, "_peak", lambda device: base + (20 + 5) + (40 + 10) + 230 + moment)
+    base, fixed, moment = 1000, 10, 60
+    peaks = [base + (20 + 5) + 230 // 2 + fixed]  # after one sequence of two; from then on all there is
+    known = base + (20 + 5) + (40 + 10) + 230
+    monkeypatch.setattr(forecasts, "_peak", lambda device: peaks.pop() if peaks else known + moment + fixed)
     found = _measured(plan, rehearsal, base, 3.0, 0.0, 0.0)
     assert (found.weights, found.gradients, found.optimizer, found.base) == (65, 65, 130, base)
-    at_once = 2 * (3 * 200 + 30 + moment)  # twice the sequences
+    at_once = 2 * (3 * 200 + 30 + moment) + fixed  # twice the sequences
     assert found.gradients + found.activations == (at_once if accumulation == 1 else at_once + 65)
     assert found.memory == base + 65 + 130 + found.gradients + found.activations + found.copies
     rehearsal.close()

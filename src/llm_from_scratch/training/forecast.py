@@ -30,6 +30,7 @@ from .evaluate import estimate_loss, windows_at_once
 from .guards import StopRequest
 from .loggers import RunLog
 from .setup import Plan
+from .step import gradients
 from .trainer import Trainer
 
 BUDGET = 3.0  # seconds
@@ -165,6 +166,12 @@ class _Rehearsal(Trainer):
         finally:
             self.kept = None
 
+    def one_sequence(self) -> None:
+        """Forward and backward over a single one, without an update: what is loaded and made at first use then is."""
+        x, y = self.loader.get(0)
+        gradients(self.models, x[:1], y[:1], 1, self.runtime, self.scaler)
+        self.optimizer.zero_grad(set_to_none=True)
+
     def saved(self) -> _Split:
         """Bytes that a forward pass keeps for the backward pass."""
         own = {p.untyped_storage().data_ptr() for p in self.models.raw.parameters()}
@@ -270,6 +277,10 @@ def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin
     """Extrapolates from a part of the layers and of the sequences to all."""
     built, small, model = _since(begin), rehearsal.plan, plan.config.model
     deep, wide = model.n_layer / small.config.model.n_layer, plan.micro_batch / small.micro_batch
+    at_first = 0
+    if wide > 1:
+        rehearsal.one_sequence()
+        at_first = _peak(plan.runtime.device)
     rehearsal.timed()  # makes the moments, and warms up
     start = time.perf_counter()
     passes: list[dict[str, float]] = []
@@ -292,10 +303,14 @@ def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin
     saved = rehearsal.saved()
     W, M = weights.deeper(deep), moments.deeper(deep)
     before = base + weights.whole + moments.whole
-    moment = max(0.0, trained - before - max(saved.whole, weights.whole))  # what lives for a moment only
-    activations = wide * (saved.deeper(deep) + moment)
+    # what lives for a moment only, and what does not grow with the sequences
+    moment = max(0.0, trained - before - max(saved.whole, weights.whole))
+    fixed = max(0.0, at_first - base - weights.whole - max(saved.whole / small.micro_batch, weights.whole))
+    fixed = min(fixed, moment)
+    moment = wide * (moment - fixed) + fixed
+    activations = wide * saved.deeper(deep) + moment
     if plan.micro_steps == 1:  # gradients come as activations go
-        activations = max(activations - W, wide * moment)
+        activations = max(activations - W, moment)
     if looked > trained:  # an evaluation needs more than a step
         activations = max(activations, (looked - before) * at_once / tried - W)
     saves = Calendar.of(plan).saves(plan.start_step)
@@ -305,7 +320,7 @@ def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin
         if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
             large: float = sum(p.nbytes for p in rehearsal.models.raw.parameters() if p.nbytes > HEAP)
             if 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0) > HEAP:
-                large += wide * (saved.rest + moment)
+                large += wide * saved.rest + moment - fixed
             copies = max(0.0, copies - large)
     calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(W + M))
     steps, evaluations = max(0, plan.last_step - plan.start_step), calendar.evaluations(plan.start_step)
