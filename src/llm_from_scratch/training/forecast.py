@@ -29,6 +29,7 @@ from .eta import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .evaluate import estimate_loss, windows_at_once
 from .guards import StopRequest
 from .loggers import RunLog
+from .parallel import loss_is_chunked
 from .setup import Plan
 from .step import gradients
 from .trainer import Trainer
@@ -265,7 +266,11 @@ def _products_per_second(size: int = 512) -> float:
 
 def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
     """A plan of one process, some layers, and one micro-batch of so many sequences an update."""
-    config = dataclasses.replace(plan.config, model=dataclasses.replace(plan.config.model, n_layer=layers))
+    model, training = plan.config.model, dataclasses.replace(plan.config.training)
+    training.chunked_loss = loss_is_chunked(plan.config, plan.micro_batch)  # as the whole run has it
+    if isinstance(training.activation_budget, float):
+        training.activation_budget *= layers / model.n_layer * rows / plan.micro_batch
+    config = dataclasses.replace(plan.config, model=dataclasses.replace(model, n_layer=layers), training=training)
     runtime = dataclasses.replace(plan.runtime, world_size=1, rank=0)
     return dataclasses.replace(
         plan, config=config, runtime=runtime, global_batch=rows, micro_batch=rows, start_step=0, weights=None,
@@ -316,10 +321,11 @@ def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin
     saves = Calendar.of(plan).saves(plan.start_step)
     copies = 0.0
     if plan.runtime.device.type == "cpu":  # else they are in another memory
-        copies = W + M + max(W, M)  # the copies, and the content of one file
+        copies = W + M + 2 * max(W, M)  # the copies, and the content of a file, which safetensors holds twice
         if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
             large: float = sum(p.nbytes for p in rehearsal.models.raw.parameters() if p.nbytes > HEAP)
-            if 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0) > HEAP:
+            logits = 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0)
+            if logits > HEAP and not small.config.training.chunked_loss:
                 large += wide * saved.rest + moment - fixed
             copies = max(0.0, copies - large)
     calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(W + M))
