@@ -216,7 +216,7 @@ class OptimizerConfig:
     head_learning_rate: float | None = None
     """With muon: AdamW's peak rate for the head, be it tied or not. None is learning_rate."""
     ngram_learning_rate: float = 0.3
-    """Peak rate of the n-gram embeddings, which row-wise Adagrad steps."""
+    """Rate of the n-gram embeddings, the same throughout: row-wise Adagrad, which steps them, lowers it by itself."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the moments are kept; bfloat16, stochastically rounded, takes half the memory."""
     weight_decay: float = 1e-1

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import GPTConfig, UserError
+from llm_from_scratch.config import GPTConfig, OptimizerConfig, UserError
 from llm_from_scratch.core.model import GPT, KVCache
 from llm_from_scratch.core.ngrams import NGramEmbedding
 from llm_from_scratch.core.sizing import count_params
 from llm_from_scratch.core.state import parameter_shapes
 from llm_from_scratch.training.adagrad import step_rows
+from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 
 
 def make(**changes: Any) -> GPT:
@@ -158,3 +159,14 @@ def test_zero_init_adds_nothing_at_first() -> None:
 def test_impossible_tables_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(UserError, match="max_ngram|ngram_rows"):
         GPTConfig(**changes).validate()
+
+
+def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> None:
+    model = make(tie_embeddings=False)
+    config = OptimizerConfig(optimizer_type="muon", learning_rate=0.1, muon_learning_rate=0.4, ngram_learning_rate=0.7)
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    set_learning_rates(optimizer, 0.05)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates["transformer.ngrams.weight"] == 0.7 and rates["lm_head.weight"] == 0.05
+    assert rates["transformer.h.0.attn.c_attn.weight"] == pytest.approx(0.2)
+    assert set(rates) == {name for name, _ in model.named_parameters()}

@@ -32,8 +32,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def ngram_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The table of n-gram embeddings, where there is one: a group whose gradients are sparse, for row-wise Adagrad."""
     tables = [p for name, p in model.named_parameters() if name == NGRAMS and p.requires_grad]
-    scale = config.ngram_learning_rate / config.learning_rate
-    return [{"params": tables, "names": [NGRAMS], "weight_decay": 0.0, "lr_scale": scale}] if tables else []
+    group = {"params": tables, "names": [NGRAMS], "weight_decay": 0.0, "lr": config.ngram_learning_rate}
+    return [group | {"lr_scale": 0.0}] if tables else []  # Adagrad's rates fall by themselves
 
 
 def make_adamw(
@@ -51,8 +51,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings ask for; seed: of the rounding of a state in bfloat16.
 
-    A group's learning rate is lr_scale times that of the schedule. Raises UserError where fused is asked for and
-    cannot be had, or the settings do not fit the model.
+    Raises UserError where fused is asked for and cannot be had, or the settings do not fit the model.
     """
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
@@ -65,6 +64,13 @@ def make_optimizer(
     groups = [{"lr_scale": 1.0, **group} for group in groups + ngram_groups(model, config)]
     betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
     return kind(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Each group's learning rate, its lr_scale times that of the schedule; one whose lr_scale is 0 keeps its own."""
+    for group in optimizer.param_groups:
+        if scale := group.get("lr_scale", 1.0):
+            group["lr"] = lr * scale
 
 
 def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -40,7 +40,7 @@ from .guards import (
 )
 from .loggers import RunLog, teller
 from .memory import MemoryShortError, fitted, halve_micro_batch, no_room_to_step
-from .optimizer import make_optimizer, step_unless
+from .optimizer import make_optimizer, set_learning_rates, step_unless
 from .parallel import Wrapped, wrap
 from .resume import machine_of, not_bit_exact, resume_command, take_folder
 from .samples import write_sample
@@ -170,8 +170,7 @@ class Trainer:
         state, clip, lr = self.state, self.config.optimizer.grad_clip, self._learning_rate()
         self.saver.tell()
         self.timer.start()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        set_learning_rates(self.optimizer, lr)
         loss = self._gradients()
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.models.raw, clip)
