@@ -21,7 +21,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -105,7 +105,6 @@ def save_checkpoint(
     finite; out_dir then holds what it held before.
     """
     import torch
-    from safetensors.torch import save
 
     from . import state
 
@@ -114,14 +113,14 @@ def save_checkpoint(
         raise UserError(
             f"step {step} is not saved: {name} holds numbers that are not finite; try a lower learning_rate"
         )
-    parts: dict[str, Callable[[], bytes]] = {
-        "model.safetensors": lambda: save(weights),
-        "optimizer.safetensors": lambda: save(moments),
-        "rng.safetensors": lambda: save(state.portable(rng or {})),
-        "optimizer.json": lambda: to_json(numbers),
-        "trainer.json": lambda: to_json(trainer or {}),
-        "config.json": lambda: to_json(config or {}),
-        "model.json": lambda: to_json(dataclasses.asdict(model_config)),
+    parts: dict[str, Callable[[], Iterable[Any]]] = {
+        "model.safetensors": lambda: state.file_of(weights),
+        "optimizer.safetensors": lambda: state.file_of(moments),
+        "rng.safetensors": lambda: state.file_of(state.portable(rng or {})),
+        "optimizer.json": lambda: [to_json(numbers)],
+        "trainer.json": lambda: [to_json(trainer or {})],
+        "config.json": lambda: [to_json(config or {})],
+        "model.json": lambda: [to_json(dataclasses.asdict(model_config))],
     }
     fields = {
         **FORMAT,

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,13 +39,13 @@ class SaveError(UserError):
 
 def write_sealed(
     final: Path,
-    parts: Mapping[str, Callable[[], bytes]],
+    parts: Mapping[str, Callable[[], Iterable[Any]]],
     fields: dict[str, Any],
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder `final` and verifies it, replacing one that is there.
 
-    parts: {file name: maker of its content}, called one after the other, so that one content is in memory at a time.
+    parts: {file name: maker of its content, a piece (bytes, or what gives its bytes without a copy) after the other}.
     fields: plain data for the manifest. write_more(folder) may write further files. Raises SaveError.
     """
     out, tmp, old = final.parent, final.with_name(f".tmp-{final.name}"), final.with_name(f"{final.name}.old")
@@ -59,8 +59,8 @@ def write_sealed(
         if write_more is not None:
             write_more(tmp)
             for path in sorted(path for path in tmp.iterdir() if path.name not in files):
-                files[path.name] = _write_synced(path, path.read_bytes())
-        _write_synced(tmp / MANIFEST, _seal({**fields, "files": files}))
+                files[path.name] = _write_synced(path, [path.read_bytes()])
+        _write_synced(tmp / MANIFEST, [_seal({**fields, "files": files})])
         sync_folder(tmp)
         if os.path.lexists(final):
             _make_way(final, old)
@@ -72,7 +72,10 @@ def write_sealed(
         raise SaveError(f"the disk gave back other bytes than were written: {error}; now {set_aside(final)}") from None
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted
-        needed = sum(files[name]["size"] if name in files else len(make()) for name, make in parts.items())
+        needed = sum(
+            files[name]["size"] if name in files else sum(len(piece) for piece in make())
+            for name, make in parts.items()
+        )
         raise SaveError(f"cannot write {final}: {error}; {_space(out, needed)}") from error
     except UserError as error:  # for want of memory or file handles, say: nothing is known of what was written
         raise SaveError(f"cannot read back {final}: {error}") from error
@@ -249,12 +252,16 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_synced(path: Path, data: bytes) -> dict[str, Any]:
+def _write_synced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as f:
-        f.write(data)
+        for piece in pieces:
+            f.write(piece)
+            digest.update(piece)
+            size += len(piece)
         f.flush()
         os.fsync(f.fileno())
-    return {"size": len(data), "sha256": _sha256(data)}
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import typing
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import GPTConfig, UserError
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+# What torch's types are called in a safetensors file
+STORED = {"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"}
+STORED |= {f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)}
+STORED |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 
 
 def checked_model_config(raw: dict[str, Any], where: str) -> GPTConfig:
@@ -149,6 +155,28 @@ def weights_to_save(model: dict[str, Tensor]) -> dict[str, Tensor]:
 def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as a file takes them: dense, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
+    """A safetensors file of dense tensors on the CPU, piece after piece; safetensors' own writer holds all twice.
+
+    The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little end first; the header, JSON
+    with what each tensor is and where, filled up with blanks to a multiple of 8; the tensors' bytes. Those of wide
+    numbers come first, so that each begins at a multiple of its size.
+    """
+    import torch
+
+    header: dict[str, Any] = {}
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": STORED[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
 
 
 def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

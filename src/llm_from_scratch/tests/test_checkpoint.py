@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save as to_bytes
 
 from llm_from_scratch.config import GPTConfig, UserError
 from llm_from_scratch.core import checkpoint as cp
@@ -838,3 +839,31 @@ def test_a_missing_checkpoint_is_reported_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False" and done.stdout.count("no checkpoint nowhere") == 2
+
+
+def test_tensors_are_written_as_safetensors_writes_them() -> None:
+    tensors = {
+        f"tensor {i}": torch.arange(n).reshape(shape).to(dtype)
+        for i, (n, shape, dtype) in enumerate(
+            [
+                (6, (2, 3), torch.float32), (5, (5,), torch.bfloat16), (1, (), torch.float32), (3, (3,), torch.uint8),
+                (4, (2, 2), torch.int64), (2, (2,), torch.float16), (0, (0, 4), torch.float64), (2, (2,), torch.bool),
+                (2, (1, 2), torch.int32),
+            ]
+        )
+    }  # fmt: skip
+    written = b"".join(bytes(piece) for piece in state.file_of(tensors))
+    read = load(written)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    assert len(written) == len(to_bytes(tensors))
+    assert load(b"".join(state.file_of({}))) == {}
+
+
+def test_a_file_is_written_without_a_copy_of_its_tensors() -> None:
+    weight = torch.zeros(1000)
+    header, content = state.file_of({"weight": weight})
+    assert len(content) == 4000 and (len(header) - 8) % 8 == 0
+    weight += 1
+    assert bytes(content[:4]) == bytes(weight[:1].numpy())  # the tensor's own memory
