@@ -13,8 +13,9 @@ import torch
 from llm_from_scratch import presets
 from llm_from_scratch.config import Config, SystemConfig, UserError
 from llm_from_scratch.core import runtime as runtimes
+from llm_from_scratch.core.checkpoint import load_checkpoint
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.training import memory, parallel
+from llm_from_scratch.training import memory, parallel, snapshot
 from llm_from_scratch.training.memory import free_memory, largest_micro_batch
 from llm_from_scratch.training.parallel import loss_is_chunked
 from llm_from_scratch.training.setup import Plan, prepare
@@ -152,3 +153,21 @@ def test_a_choice_is_announced(data: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(parallel, "MANY_LOGITS", 1)
     train(tiny_config(data, out_dir="large"))
     assert "loss: a piece of the tokens at a time (vocabulary 20; --chunked_loss)" in capsys.readouterr().out
+
+
+def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[str] = []
+    copied = snapshot.copied
+    monkeypatch.setattr(snapshot, "copied", lambda value, *known: copies.append("one") or copied(value, *known))
+    train(tiny_config(data, out_dir="roomy"))
+    assert copies
+    copies.clear()
+    monkeypatch.setattr(snapshot, "free_memory", lambda device: 1000)
+    train(tiny_config(data, out_dir="tight"))
+    assert not copies
+    for step in (4, 8):
+        one, other = (load_checkpoint(Path(name) / f"step-{step:08d}") for name in ("roomy", "tight"))
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+        assert one.optimizer is not None and other.optimizer is not None
+        for name, slots in one.optimizer["state"].items():
+            assert all(torch.equal(slots[slot], other.optimizer["state"][name][slot]) for slot in slots)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..config import UserError
 from ..core import checkpoint as checkpoints
 from ..core.checkpoint import Checkpoint, SaveError
 from ..core.runtime import Runtime, is_out_of_memory
+from .memory import free_memory
 from .optimizer import load_optimizer_state
 
 
@@ -55,6 +57,16 @@ def copied(value: Any, _known: dict[tuple, Tensor] | None = None) -> Any:
     return value
 
 
+def _room_for_a_copy(contents: Any) -> bool:
+    """Whether a copy leaves at least as much memory free again: what trains on must find its own."""
+    free = free_memory(torch.device("cpu"))
+    tensors = [leaf for leaf in tree_leaves(contents) if isinstance(leaf, Tensor)]
+    if free is None or any(tensor.device.type != "cpu" for tensor in tensors):
+        return True
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return 2 * sum(storages.values()) <= free
+
+
 @dataclass
 class Saved:
     """What became of a save."""
@@ -77,12 +89,14 @@ class Writer:
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
     ) -> None:
-        """contents: a Checkpoint's fields, which are copied here and now; first: what must be durable before it is;
-        export: also as out_dir/ckpt.pt for nanoGPT; of_the_run: the other arguments of save_checkpoint()."""
+        """contents: a Checkpoint's fields, which are copied here and now; or, where memory is short for that, written
+        before this returns. first: what must be durable before it is; export: also as out_dir/ckpt.pt for nanoGPT;
+        of_the_run: the other arguments of save_checkpoint()."""
         assert self._thread is None
         saved = self._saved = Saved(contents["step"])
+        waits = not _room_for_a_copy(contents)
         try:
-            contents = copied(contents)
+            contents = contents if waits else copied(contents)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -109,6 +123,8 @@ class Writer:
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
+        if waits:
+            self._thread.join()
 
     def finished(self, wait: bool) -> Saved | None:
         """What became of the save, once; None where there is none, or it goes on."""
