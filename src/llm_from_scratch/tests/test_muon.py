@@ -354,6 +354,22 @@ def test_a_run_goes_on_bit_for_bit(here: Path, tiny_data: Path, kind: str, dtype
     assert kinds == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_may_change_how_its_state_is_kept(kind: Any) -> None:
+    for before, after in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        model = make()
+        optimizer = made(model, optimizer_type=kind, optimizer_dtype=before)
+        train(model, optimizer, 2)
+        saved = copy.deepcopy(optimizer_state(optimizer))
+        other = made(model, optimizer_type=kind, optimizer_dtype=after)
+        load_optimizer_state(other, saved)
+        for name, slots in optimizer_state(other)["state"].items():
+            for slot, value in slots.items():
+                if isinstance(value, Tensor) and value.dim():
+                    assert torch.equal(value, saved["state"][name][slot].to(getattr(torch, after)))
+        train(model, other, 1)
+
+
 def test_a_state_of_the_other_optimizer_is_refused() -> None:
     model = make()
     states = {}
