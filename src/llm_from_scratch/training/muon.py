@@ -7,6 +7,7 @@ matrices of one shape go through each product together.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ..
     return x
 
 
+@functools.cache
 def iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where products of it are fast: half the time, and the singular values end in the same interval."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
