@@ -45,11 +45,11 @@ def use_cpu_kernels(model: models.GPT, in_bfloat16: bool, compiled: bool = False
                 module.forward = functools.partial(ours, module)  # type: ignore[method-assign]
 
 
-def _rms_norm(module: models.RMSNorm, x: Tensor) -> Tensor:
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
     return RMSNormalize.apply(x, module.weight, module.eps)
 
 
-def _dropout(module: torch.nn.Dropout, x: Tensor) -> Tensor:
+def _dropout(module: Any, x: Tensor) -> Tensor:
     return dropout(x, module.p) if module.training and module.p else x
 
 
@@ -178,7 +178,8 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, -1), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -47,7 +47,7 @@ def test_a_long_run_on_a_cpu_compiles(
 
 def wrapped(settings: Config, runtime: Runtime) -> tuple[parallel.Wrapped, list[str]]:
     torch.manual_seed(0)
-    model, told = GPT(settings.model), []
+    model, told = GPT(settings.model), list[str]()
     runtime.place(model)
     return wrap(model, settings, runtime, 2, told.append), told
 

@@ -21,7 +21,8 @@ def gradients(
     total = torch.zeros((), device=runtime.device)
     parts = list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
     for i, (xi, yi) in enumerate(parts):
-        with contextlib.nullcontext() if runtime.world_size == 1 or i == len(parts) - 1 else models.train.no_sync():
+        alone = runtime.world_size == 1 or i == len(parts) - 1
+        with contextlib.nullcontext() if alone else models.train.no_sync():  # type: ignore[operator]
             with runtime.autocast():
                 _, loss = models.train(xi, yi)
             loss = loss / len(parts)  # the gradient of the mean, not of the sum
