@@ -78,7 +78,14 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
     """model.plain_attention; by torch's kernel where there is no gradient, or a mask of the cache."""
     if causal and torch.is_grad_enabled():
-        return CausalAttention.apply(q, k, v, dropout)
+        return CausalAttention.apply(q, k, v, dropout, True)
+    return models.fused_attention(q, k, v, mask, dropout, causal)
+
+
+def lean_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """attention that keeps no weights: they are computed again for the gradient."""
+    if causal and torch.is_grad_enabled():
+        return CausalAttention.apply(q, k, v, dropout, False)
     return models.fused_attention(q, k, v, mask, dropout, causal)
 
 
@@ -88,12 +95,12 @@ class CausalAttention(torch.autograd.Function):
     q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H.
 
     Goes over a few sequences at a time, and in them over blocks of queries with the keys that one of them sees. The
-    attention weights are kept for the backward pass in q's dtype. A weight that dropout removes is kept with its sign
-    turned, so that weight and mask are one tensor.
+    attention weights are kept for the backward pass in q's dtype, or computed again there (keep, which dropout implies).
+    A weight that dropout removes is kept with its sign turned, so that weight and mask are one tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, keep: bool) -> Tensor:
         B, H, T, D = q.shape
         y = torch.empty(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # the next product wants the heads side by side
         weights, scale = [], 1.0
@@ -101,15 +108,12 @@ class CausalAttention(torch.autograd.Function):
             qr, kr, vr = _heads(q[rows]), _heads(k[rows], H), _heads(v[rows], H)  # (b H, T, D)
             out = torch.empty_like(qr)
             for at, end in _blocks(T):
-                p = torch.bmm(qr[:, at:end], kr[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(D))  # (b H, t, s)
-                p[:, :, at:].add_(_future(end - at, p.dtype))
-                p = p.softmax(dim=-1)
-                used = p
+                used = p = _weights(qr, kr, at, end)
                 if dropout:
                     mask, scale = keep_mask(p.shape, dropout, p.dtype)
                     used = p * mask
                     p = torch.mul(p, mask.mul_(2).sub_(1), out=mask)
-                weights.append(p)
+                weights += [p] if keep or dropout else []
                 out[:, at:end] = torch.bmm(used, vr[:, :end])
             y[rows] = out.view(-1, H, T, D)
         ctx.save_for_backward(q, k, v, *weights)
@@ -117,7 +121,7 @@ class CausalAttention(torch.autograd.Function):
         return y.mul_(scale) if dropout else y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *weights = ctx.saved_tensors
         (B, H, T, D), (dy,) = q.shape, grads
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -128,7 +132,7 @@ class CausalAttention(torch.autograd.Function):
                 dr = dr * ctx.scale
             dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
             for at, end in _blocks(T):
-                p, dout = next(saved), dr[:, at:end]
+                p, dout = next(saved) if weights else _weights(qr, kr, at, end), dr[:, at:end]
                 dp = torch.bmm(dout, vr[:, :end].transpose(1, 2))
                 used = p
                 if ctx.dropout:
@@ -142,7 +146,14 @@ class CausalAttention(torch.autograd.Function):
             dq[rows] = dqr.view(-1, H, T, D)
             dk[rows] = dkr.view(-1, k.size(1), H // k.size(1), T, D).sum(2) if k.size(1) < H else dkr.view(-1, H, T, D)
             dv[rows] = dvr.view(-1, k.size(1), H // k.size(1), T, D).sum(2) if k.size(1) < H else dvr.view(-1, H, T, D)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
+
+
+def _weights(q: Tensor, k: Tensor, at: int, end: int) -> Tensor:
+    """Attention weights of the queries at to end: (b H, T, D) each to (b H, end - at, end)."""
+    scores = torch.bmm(q[:, at:end], k[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(q.size(-1)))
+    scores[:, :, at:].add_(_future(end - at, scores.dtype))
+    return scores.softmax(dim=-1)
 
 
 def _rows(B: int, H: int, T: int) -> Iterator[slice]:

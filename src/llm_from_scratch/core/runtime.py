@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from .environment import distributed_env
 if TYPE_CHECKING:
     from .model import GPT
 
+LARGE = 1 << 26  # parameters above which a CPU's memory is what runs short
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
 PEAKS = [
@@ -70,6 +72,8 @@ class Runtime:
             from .kernels import use_cpu_kernels
 
             use_cpu_kernels(model, self.dtype == torch.bfloat16, self.compile)
+            if model.get_num_params() >= LARGE:
+                _give_large_blocks_back()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""
@@ -191,6 +195,13 @@ def _leave_the_compiler_out() -> None:
         method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
         if method is not None:
             setattr(method, "__dynamo_disable", method)  # noqa: B010 - in a class, the plain form would be renamed
+
+
+def _give_large_blocks_back() -> None:
+    """Has glibc return blocks of 2 MiB and more to the system when they are freed, where it would keep them for later:
+    M_MMAP_THRESHOLD, malloc.h. Other C libraries have no such switch."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-3, 2 << 20)
 
 
 def stop() -> None:

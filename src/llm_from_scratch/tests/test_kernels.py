@@ -35,12 +35,13 @@ def test_attention_is_the_plain_one(
 ) -> None:
     monkeypatch.setattr(kernels, "WEIGHTS", weights)
     results = []
-    for attend in (plain_attention, kernels.attention):
+    for attend in (plain_attention, kernels.attention, kernels.lean_attention):
         fused, (q, k, v) = qkv(*shape)
         y = attend(q, k, v, None, 0.0, True)
         y.backward(torch.randn(y.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)))
         results.append((y.detach(), fused.grad))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(results[2], results[1], atol=0, rtol=0)
 
 
 def test_attention_without_gradients_or_with_a_mask_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +60,7 @@ def test_dropped_attention_weights_have_their_gradients() -> None:
 
     def with_one_mask(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return kernels.CausalAttention.apply(*inputs, 0.4)
+        return kernels.CausalAttention.apply(*inputs, 0.4, False)
 
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
     assert torch.autograd.gradcheck(with_one_mask, inputs, fast_mode=True)
@@ -69,7 +70,7 @@ def test_attention_drops_whole_weights_and_keeps_the_mean() -> None:
     """Equal scores and values of one: each output is the share of the weights that stay, scaled up."""
     torch.manual_seed(0)
     q = k = torch.zeros(8, 4, 128, 4, requires_grad=True)
-    y = kernels.CausalAttention.apply(q, k, torch.ones(8, 4, 128, 4), 0.25)
+    y = kernels.CausalAttention.apply(q, k, torch.ones(8, 4, 128, 4), 0.25, True)
     kept = y[..., 0] * 0.75 * torch.arange(1, 129)  # weights that each query keeps
     assert torch.allclose(kept, kept.round(), atol=1e-3)
     assert (kept <= torch.arange(1, 129) + 1e-3).all()

@@ -1,7 +1,7 @@
 """Which activations wait for the backward pass, and which are computed again there.
 
 Three ways, per block: keep all; recompute what is cheap, the outputs of norms and activation functions, of which only
-the inputs are kept (no product is done twice); recompute the whole block from its input (arXiv 1604.06174).
+the inputs are kept (no product with weights is done twice); recompute the whole block from its input (arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -79,11 +79,16 @@ def _keep_within(
 
 
 def recompute_cheap(block: nn.Module) -> None:
-    """Each norm and activation function becomes part of the product that it feeds, which keeps only the input of both.
+    """Each norm and activation function becomes part of the product that it feeds, which keeps only the input of both;
+    attention on a CPU keeps no weights, which are large where the context is long.
 
     The arithmetic is the same; only a norm that feeds two products adds their gradients up in another order.
     """
+    from ..core import kernels
+
     attn, mlp = block.attn, block.mlp
+    if attn.attend is kernels.attention:
+        attn.attend = kernels.lean_attention
     _join(block.ln_1, attn.c_attn)
     if isinstance(mlp, GatedMLP):
         _join(block.ln_2, mlp.c_fc, mlp.c_gate)
