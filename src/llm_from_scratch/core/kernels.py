@@ -95,7 +95,7 @@ class CausalAttention(torch.autograd.Function):
     q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H.
 
     Goes over a few sequences at a time, and in them over blocks of queries with the keys that one of them sees. The
-    attention weights are kept for the backward pass in q's dtype, or computed again there (keep, which dropout implies).
+    attention weights are kept for the backward pass in q's dtype (keep, which dropout implies) or computed again there.
     A weight that dropout removes is kept with its sign turned, so that weight and mask are one tensor.
     """
 

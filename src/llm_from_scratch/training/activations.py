@@ -1,7 +1,7 @@
 """Which activations wait for the backward pass, and which are computed again there.
 
 Three ways, per block: keep all; recompute what is cheap, the outputs of norms and activation functions, of which only
-the inputs are kept (no product with weights is done twice); recompute the whole block from its input (arXiv 1604.06174).
+the inputs are kept (no product with weights is done twice); recompute the block from its input (arXiv 1604.06174).
 """
 
 from __future__ import annotations
