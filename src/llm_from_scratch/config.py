@@ -353,6 +353,8 @@ class SystemConfig:
     """Seed of weights, dropout, data order and sampling."""
     threads: int | None = None
     """CPU threads that torch uses. None leaves torch's own choice."""
+    data_on_device: bool | Literal["auto"] = "auto"
+    """Keep the training tokens in the device's memory. auto: on CUDA, where they take little of it."""
 
     def validate(self) -> None:
         _between("seed", self.seed, 0, 2**63 - 1)

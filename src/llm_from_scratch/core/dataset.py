@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..config import UserError
-from . import tokenfile
+from . import resident, tokenfile
 from .tokenfile import BackgroundScan, Shards, open_shards
 from .tokenfile import read_manifest as read_manifest
 
@@ -176,11 +176,15 @@ class BatchLoader:
 
     def __init__(
         self, data: TokenData, order: SampleOrder, batch: int, device: torch.device, rank: int = 0, world_size: int = 1,
-        vocab_size: int | None = None,
+        vocab_size: int | None = None, tokens: Tensor | None = None,
     ):  # fmt: skip
-        """vocab_size: ids that a batch may hold; another, in a file that changed, is a DataError of get()."""
+        """vocab_size: ids that a batch may hold; another, in a file that changed, is a DataError of get().
+
+        tokens: those of data, where they lie on the device (see resident.py); the files are then not read.
+        """
         assert batch % world_size == 0
         self.data, self.order, self.batch, self.device, self.vocab_size = data, order, batch, device, vocab_size
+        self.tokens = tokens
         self.rows = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: tuple[int, Future[Tensor]] | None = None
@@ -188,20 +192,23 @@ class BatchLoader:
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of `step`: (rows, block_size) int64 each, on the device."""
         if self.ahead is not None and self.ahead[0] == step:
-            pair = self.ahead[1].result()
+            made = self.ahead[1].result()
         else:
-            pair = self._make(step)
+            made = self._make(step)
         self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
-        x, y = pair.to(self.device, non_blocking=True)
+        made = made.to(self.device, non_blocking=True)
+        x, y = made if self.tokens is None else resident.windows(self.tokens, made, self.order.block_size)
         return x, y
 
     def _make(self, step: int) -> Tensor:
         import torch
 
-        starts = self.order.starts(step, self.batch)[self.rows]
-        tokens = self.data.windows(starts, self.order.block_size + 1, self.vocab_size)
-        pair = torch.from_numpy(np.stack((tokens[:, :-1], tokens[:, 1:])))  # one copy to the device for both
-        return pair.pin_memory() if self.device.type == "cuda" else pair
+        made = self.order.starts(step, self.batch)[self.rows]
+        if self.tokens is None:
+            rows = self.data.windows(made, self.order.block_size + 1, self.vocab_size)
+            made = np.stack((rows[:, :-1], rows[:, 1:]))  # one copy to the device for both
+        batch = torch.from_numpy(made)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)

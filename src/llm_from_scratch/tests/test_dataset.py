@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from llm_from_scratch.config import UserError
+from llm_from_scratch.core import resident
 from llm_from_scratch.core.dataset import BatchLoader, SampleOrder, TokenData, read_manifest, resolve_dataset
+from llm_from_scratch.core.resident import tokens_on
 
 from .tiny import write_data, write_ids
 
@@ -298,3 +300,69 @@ def test_the_next_batch_is_made_ahead() -> None:
 def test_a_manifest_on_disk_is_what_the_helper_writes(tmp_path: Path) -> None:
     folder = write_data(tmp_path, name="tiny")
     assert read_manifest(folder) == json.loads((folder / "manifest.json").read_text())
+
+
+# --- tokens on the device ---
+
+
+@pytest.mark.parametrize("order", ["random", "shuffled"])
+def test_tokens_on_the_device_give_the_same_batches(order: Any) -> None:
+    data, told = ascending(70, 1, 129), list[str]()
+    samples = SampleOrder(200, 8, order, seed=3)
+    tokens = tokens_on(CPU, data, 200, True, told.append)
+    for rank in (0, 1):
+        reading, ours = loader(data, samples, 6, rank, 2), BatchLoader(data, samples, 6, CPU, rank, 2, None, tokens)
+        for step in (0, 1, 2, 9, 3):
+            for theirs, mine in zip(reading.get(step), ours.get(step), strict=True):
+                assert torch.equal(mine, theirs) and mine.dtype == torch.int64 and mine.is_contiguous()
+        reading.close()
+        ours.close()
+    assert told == ["data: the training tokens are kept on cpu (0 MiB; --data_on_device)"]
+
+
+def test_what_lies_on_the_device_is_not_read_again(tmp_path: Path) -> None:
+    folder = write_data(tmp_path, train=list(range(19)) * 4, val=[1, 2], tokenizer=None)
+    data = TokenData.open(folder, "train")
+    batches = BatchLoader(data, SampleOrder(76, 8), 2, CPU, tokens=tokens_on(CPU, data, 19, True, print))
+    expected = [loader(data, SampleOrder(76, 8), 2).get(step)[0].tolist() for step in range(3)]
+    write_ids(folder / "train.bin", [0] * 76)
+    assert [batches.get(step)[0].tolist() for step in range(3)] == expected
+    batches.close()
+
+
+def test_an_id_outside_the_vocabulary_is_met_on_the_way_to_the_device() -> None:
+    with pytest.raises(UserError, match="token 57 has id 57, outside the vocabulary of 57 ids"):
+        tokens_on(CPU, ascending(50, 50), 57, True, print)
+    wide = TokenData([np.array([1, 2**31], dtype=np.uint32)])
+    with pytest.raises(UserError, match="token 1 has id 2147483648"):  # which int32 would wrap
+        tokens_on(CPU, wide, None, True, print)
+
+
+def test_tokens_go_to_the_device_by_themselves_where_they_take_little_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, free = ascending(1000), {"bytes": 40_000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 1 << 40))
+    made = []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **how: made.append(how["device"]) or torch.zeros(*size, dtype=torch.int32)
+    )
+    gpu = torch.device("cuda")
+    assert tokens_on(gpu, data, 1000, "auto", print) is not None and made == [gpu]  # 4,000 bytes of 40,000
+    free["bytes"] -= 1
+    assert tokens_on(gpu, data, 1000, "auto", print) is None
+    free["bytes"] = 1 << 40
+    monkeypatch.setattr(resident, "MOST", 3999)
+    assert tokens_on(gpu, data, 1000, "auto", print) is None
+    assert tokens_on(CPU, data, 1000, "auto", print) is None and tokens_on(gpu, data, 1000, False, print) is None
+
+
+def test_tokens_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*size: Any, **how: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match="--data_on_device=True: the 0.0 GiB .* do not fit on cuda"):
+        tokens_on(torch.device("cuda"), ascending(1000), 1000, True, print)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    told: list[str] = []
+    assert tokens_on(torch.device("cuda"), ascending(1000), 1000, "auto", told.append) is None
+    assert told == ["data: no room for the training tokens on cuda; they are read from the files"]

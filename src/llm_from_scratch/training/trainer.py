@@ -26,6 +26,7 @@ from ..core.dataset import BatchLoader
 from ..core.environment import distributed_env
 from ..core.lock import FolderLock
 from ..core.model import GPT
+from ..core.resident import tokens_on
 from .eta import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
 from .guards import (
@@ -113,9 +114,11 @@ class Trainer:
         self.mfu: float | None = None
         self.timer = StepTimer()
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
+        vocab_size = self.config.model.vocab_size
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
-            self.runtime.world_size, self.config.model.vocab_size,
+            self.runtime.world_size, vocab_size,
+            tokens_on(self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, say),
         )  # fmt: skip
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
