@@ -355,6 +355,8 @@ class SystemConfig:
     """CPU threads that torch uses. None leaves torch's own choice."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in the device's memory. auto: on CUDA, where they take little of it."""
+    fp8: bool = False
+    """The blocks' products in float8 while training (compute capability 8.9 and above): pays for wide layers."""
 
     def validate(self) -> None:
         _between("seed", self.seed, 0, 2**63 - 1)

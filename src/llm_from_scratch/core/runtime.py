@@ -155,6 +155,10 @@ def resolve(config: SystemConfig) -> Runtime:
     backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
     if backend == "nccl" and device.type != "cuda" and world > 1:
         raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")
+    if config.fp8:
+        from .fp8 import refuse_unfit  # which imports the model
+
+        refuse_unfit(device, dtype)
     compiles = config.compile if isinstance(config.compile, bool) else device.type == "cuda" and has_triton()
     auto = {
         "device": (config.device == "auto", str(device)),

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 
 from ..config import Config, UserError
+from ..core.fp8 import use_fp8
 from ..core.loss import loss_in_pieces
 from ..core.model import GPT
 from ..core.runtime import Runtime, forked_random, is_out_of_memory
@@ -40,6 +41,8 @@ class Wrapped:
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
     """Raises UserError where compile=True is asked for and fails; under auto a failure falls back to eager."""
+    if config.system.fp8:
+        say(f"fp8: {use_fp8(model)} linear layers of the blocks train in float8 (--fp8)")
     recompute(model, config, runtime, micro_batch, say)
     if loss_is_chunked(config, micro_batch):
         if config.training.chunked_loss == "auto":
