@@ -56,9 +56,11 @@ def test_the_calendar_is_what_happens(tiny_data: Path, settings: dict[str, Any],
 class Simulated:
     """A run on a clock of its own."""
 
-    def __init__(self, calendar: Calendar, first: int, seed: int, update: float, evaluation: float, save: float):
+    def __init__(
+        self, calendar: Calendar, first: int, seed: int, update: float, evaluation: float, save: float, cold: float
+    ):
         self.now, self.calendar, self.first, self.rng = 1000.0, calendar, first, random.Random(seed)
-        self.update, self.evaluation, self.save = update, evaluation, save
+        self.update, self.evaluation, self.save, self.cold = update, evaluation, save, cold
         self.timer = StepTimer(clock=lambda: self.now)
         self.remaining = Remaining(calendar, self.timer, first)
         self.foretold: dict[int, tuple[float, float]] = {}
@@ -69,13 +71,13 @@ class Simulated:
     def run(self) -> None:
         for step in range(self.first, self.calendar.last):
             if step % self.calendar.eval_interval == 0:
-                self.spend(self.evaluation * (1.1 if step == self.first else 1))  # the first one is cold
+                self.spend(self.evaluation * (self.cold if step == self.first else 1))
             if step and step % (self.calendar.save_interval or self.calendar.eval_interval) == 0:
                 self.spend(self.save)
             self.timer.start()
             self.spend(self.update * (8 if step == self.first else 1), spread=0.3)
-            self.timer.count += 1
             self.timer.pause()
+            self.spend(self.update / 4)
             if step % 20 == 19 and (seconds := self.remaining.seconds(step + 1)) is not None:
                 self.foretold[step + 1] = (self.now, seconds)
         if self.calendar.evaluates_last:
@@ -97,7 +99,7 @@ def test_after_20_updates_the_end_is_known(
     size = int(save / 3.1e-9) // 2  # the first one shows that it is more than expected
     calendar = Calendar(1000, 100, save_interval, True, True, 1000, 50_000, 120_000, size)
     for seed in range(2):
-        run = Simulated(calendar, first, seed, 0.1, evaluation, save)
+        run = Simulated(calendar, first, seed, 0.1, evaluation, save, cold=1.1 if save < 0.5 else 2.0)
         run.run()
         assert 1 not in run.foretold  # one update tells nothing: it warms up
         knows = (
