@@ -85,14 +85,14 @@ def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(rehearsal, "timed", lambda: {"gradients": 10.0, "stack": 4.0, "update": 3.0})
     monkeypatch.setattr(rehearsal, "update_of_stack", lambda: 1.0)
     monkeypatch.setattr(rehearsal, "evaluated", lambda windows: _Split(2.0 * windows, 1.0 * windows))
-    found = _measured(plan, rehearsal, 0, 3.0, 0.0, 7.0)
+    found = _measured(plan, rehearsal, 0, None, 3.0, 0.0, 7.0)
     assert found.step == pytest.approx(3 * 4 * (6 + 3) + 6 * 0.5 + 2)
     assert found.training == 20 * found.step and found.tokens_per_s == plan.tokens_per_step / found.step
     # evaluations at 0, 8, 16 and 20: 2 * 8 windows of 6 + 1 s
     assert found.evaluations == pytest.approx(4 * 2 * 8 * (6 + 1))
     held = found.weights + found.optimizer
     assert found.saves == pytest.approx((2 * SAVE_BESIDE + SAVE_AWAITED) * held)
-    assert found.copies == held + 2 * max(found.weights, found.optimizer)
+    assert found.copies == held
     assert found.total == found.startup + found.training + found.evaluations + found.saves
     rehearsal.close()
 
@@ -109,11 +109,13 @@ def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.
     peaks = [base + (20 + 5) + 230 // 2 + fixed]  # after one sequence of two; from then on all there is
     known = base + (20 + 5) + (40 + 10) + 230
     monkeypatch.setattr(forecasts, "_peak", lambda device: peaks.pop() if peaks else known + moment + fixed)
-    found = _measured(plan, rehearsal, base, 3.0, 0.0, 0.0)
+    found = _measured(plan, rehearsal, base, None, 3.0, 0.0, 0.0)
     assert (found.weights, found.gradients, found.optimizer, found.base) == (65, 65, 130, base)
     at_once = 2 * (3 * 200 + 30 + moment) + fixed  # twice the sequences
     assert found.gradients + found.activations == (at_once if accumulation == 1 else at_once + 65)
     assert found.memory == base + 65 + 130 + found.gradients + found.activations + found.copies
+    assert found.copies == 65 + 130
+    assert _measured(plan, rehearsal, base, 100, 3.0, 0.0, 0.0).copies == 0  # too little is free
     rehearsal.close()
 
 

@@ -29,6 +29,7 @@ from .eta import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .evaluate import estimate_loss, windows_at_once
 from .guards import StopRequest
 from .loggers import RunLog
+from .memory import free_memory
 from .parallel import loss_is_chunked
 from .setup import Plan
 from .step import gradients
@@ -59,7 +60,7 @@ class Forecast:
     activations: int
     """With all that a step needs for a moment."""
     copies: int
-    """For a checkpoint: of weights and moments, and the content of one file."""
+    """Of weights and moments, from which a checkpoint is written."""
     base: int
     """The process without a model: Python, torch, the data that is read."""
     available: int | None
@@ -220,11 +221,11 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     device = plan.runtime.device
     layers, rows = _extent(plan, budget)
     while True:
-        base = _peak(device)
+        base, free = _peak(device), free_memory(torch.device("cpu"))
         try:
             rehearsal = _Rehearsal(_reduced(plan, layers, rows))
             try:
-                return _measured(plan, rehearsal, base, budget, begin, ran)
+                return _measured(plan, rehearsal, base, free, budget, begin, ran)
             finally:
                 rehearsal.close()
         except Exception as error:
@@ -278,7 +279,9 @@ def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
     )  # fmt: skip
 
 
-def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin: float, ran: float) -> Forecast:
+def _measured(
+    plan: Plan, rehearsal: _Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
+) -> Forecast:
     """Extrapolates from a part of the layers and of the sequences to all."""
     built, small, model = _since(begin), rehearsal.plan, plan.config.model
     deep, wide = model.n_layer / small.config.model.n_layer, plan.micro_batch / small.micro_batch
@@ -321,7 +324,9 @@ def _measured(plan: Plan, rehearsal: _Rehearsal, base: int, budget: float, begin
     saves = Calendar.of(plan).saves(plan.start_step)
     copies = 0.0
     if plan.runtime.device.type == "cpu":  # else they are in another memory
-        copies = W + M + 2 * max(W, M)  # the copies, and the content of a file, which safetensors holds twice
+        copies = W + M
+        if free is not None and 2 * copies > free - copies - max(W, activations):
+            copies = 0.0  # memory is short: a save waits instead
         if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
             large: float = sum(p.nbytes for p in rehearsal.models.raw.parameters() if p.nbytes > HEAP)
             logits = 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0)
