@@ -201,8 +201,8 @@ def _leave_the_compiler_out() -> None:
 
 
 def _keep_freed_memory(keep: bool) -> None:
-    """Tells glibc (mallopt, malloc.h) to keep what is freed for the next step, which then need not have its pages made
-    anew, a sixth of the time of a small model's step; or to return blocks of 2 MiB at once. Other libraries have no such
+    """Has glibc (mallopt, malloc.h) keep what is freed for the next step, which then need not have its pages made
+    anew, a sixth of a small model's step; or return blocks of 2 MiB at once. Other libraries have no such
     switch."""
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):
