@@ -355,6 +355,8 @@ class SystemConfig:
     """CPU threads that torch uses. None leaves torch's own choice."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in the device's memory. auto: on CUDA, where they take little of it."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record the model's kernels once, and launch them as one. auto: a small model that compiles on one GPU."""
     fp8: bool = False
     """The blocks' products in float8 while training (compute capability 8.9 and above): pays for wide layers."""
 

@@ -154,7 +154,9 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     model = GPT(tree.model)
     runtime.place(model)
     optimizer = make_optimizer(model, tree.optimizer, runtime.device)
-    models = wrap(model, Config(model=tree.model, optimizer=tree.optimizer, system=tree.system), runtime, size, print)
+    config = Config(model=tree.model, optimizer=tree.optimizer, system=tree.system)
+    config.data.batch_size, config.training.gradient_accumulation_steps = size, 1
+    models = wrap(model, config, runtime, size, print)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     def step() -> Tensor:

@@ -36,17 +36,20 @@ def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def use_fp8(model: GPT) -> int:
-    """Has the linear layers of the blocks whose sides allow it train in float8. Returns how many they are.
+    """Has the linear layers of the blocks whose sides allow it train in float8. Returns how many now do that did not.
 
     Without gradients (evaluation, samples) they compute as before: what is measured is the model that is saved.
+    Raises UserError where no layer has such sides.
     """
-    count = 0
-    for module in model.transformer.h.modules():
-        if isinstance(module, Linear) and not (module.in_features % MULTIPLE or module.out_features % MULTIPLE):
-            # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
-            module.forward = functools.partial(_forward, module)  # type: ignore[method-assign]
-            count += 1
-    return count
+    layers = [module for module in model.transformer.h.modules() if isinstance(module, Linear)]
+    layers = [layer for layer in layers if not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)]
+    if not layers:
+        raise UserError(f"--fp8=True: no layer's sides are multiples of {MULTIPLE}; choose such an --n_embd")
+    new = [layer for layer in layers if "forward" not in vars(layer)]
+    for layer in new:
+        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
+        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    return len(new)
 
 
 def _forward(module: Linear, x: Tensor) -> Tensor:

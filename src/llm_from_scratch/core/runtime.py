@@ -159,6 +159,11 @@ def resolve(config: SystemConfig) -> Runtime:
 
         refuse_unfit(device, dtype)
     compiles = config.compile if isinstance(config.compile, bool) else device.type == "cuda" and has_triton()
+    if config.cuda_graphs is True and not (device.type == "cuda" and compiles and world == 1):
+        raise UserError(
+            f"--cuda_graphs=True needs one process that compiles (--compile=True) for a CUDA device; the device is "
+            f"{device}, compile {'on' if compiles else 'off'}, processes {world}; leave it at auto"
+        )
     auto = {
         "device": (config.device == "auto", str(device)),
         "dtype": (config.dtype == "auto", str(dtype).removeprefix("torch.")),

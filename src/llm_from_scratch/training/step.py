@@ -20,6 +20,9 @@ def gradients(
     """
     total = torch.zeros((), device=runtime.device)
     parts = list(zip(x.split(micro_batch), y.split(micro_batch), strict=True))
+    if models.is_recorded and len(parts) > 1:  # else the first pass's gradients would lie where the next one writes
+        for p in models.raw.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for i, (xi, yi) in enumerate(parts):
         alone = runtime.world_size == 1 or i == len(parts) - 1
         with contextlib.nullcontext() if alone else models.train.no_sync():  # type: ignore[operator]
