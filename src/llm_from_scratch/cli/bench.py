@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # What nanoGPT's bench.py has; on a CPU the size below replaces what was not set by hand
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
+PROFILED = 5  # steps
 CPU_SIZES = {"batch_size": 2, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "compile": False}
 HELP = """Times training steps (forward, backward, AdamW) after a burn-in; --profile=True writes a trace to bench_log/ \
 and prints where the time goes."""
@@ -88,23 +89,30 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
           f"{model.get_num_params() / 1e6:.2f}M parameters, "
           f"batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
     if tree.options.profile:
-        _profile(step, tree.options, device)
+        seconds = _profile(step, device)
+        print(f"{seconds * 1e3:.2f} ms a step under the profiler, {_speed(model, tree.options, seconds, runtime)}")
         return 0
     for _ in range(tree.options.burnin_steps):
         step()
     _wait(device)
     begin = time.perf_counter()
-    for k in range(tree.options.steps):
-        print(f"{k}/{tree.options.steps} loss: {step().item():.4f}")
+    losses = [step() for _ in range(tree.options.steps)]
     _wait(device)
     seconds = (time.perf_counter() - begin) / tree.options.steps
+    for k, loss in enumerate(losses):  # now: to read one is to wait for the device
+        print(f"{k}/{tree.options.steps} loss: {loss.item():.4f}")
     tokens = tree.options.batch_size * tree.model.block_size / seconds
-    peak = runtime.peak_flops
-    mfu = f"{model.estimate_mfu(tree.options.batch_size, seconds, peak) * 100:.2f}%" if peak else "n/a"
-    print(f"time per iteration: {seconds * 1000:.4f}ms, MFU: {mfu}, {tokens:,.0f} tokens/s")
+    print(f"time per iteration: {seconds * 1000:.4f}ms, {_speed(model, tree.options, seconds, runtime)}")
     if tree.options.json:
         print(json.dumps({"ms_per_step": seconds * 1e3, "tokens_per_s": tokens, **flatten(tree)}, default=str))
     return 0
+
+
+def _speed(model: Any, options: BenchOptions, seconds: float, runtime: Any) -> str:
+    """The share of the device's peak, where that is known, and tokens/s; seconds: of a step."""
+    peak, tokens = runtime.peak_flops, options.batch_size * model.config.block_size / seconds
+    mfu = f"{model.estimate_mfu(options.batch_size, seconds, peak) * 100:.2f}%" if peak else "n/a"
+    return f"MFU: {mfu}, {tokens:,.0f} tokens/s"
 
 
 def _shrink(parsed: Parsed[BenchCommand]) -> None:
@@ -144,6 +152,7 @@ def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tens
 def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
     """A step as llm-train makes it, and the model."""
     import torch
+    from torch.profiler import record_function
 
     from ..core.model import GPT
     from ..training.optimizer import make_optimizer
@@ -160,11 +169,13 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     def step() -> Tensor:
-        x, y = next_batch()
+        with record_function("data"):  # names that the profile is read by
+            x, y = next_batch()
         loss = gradients(models, x, y, size, runtime, scaler)
         scaler.unscale_(optimizer)
         if clip:
-            clip_gradients(model, clip)
+            with record_function("clipping"):
+                clip_gradients(model, clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -173,24 +184,30 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     return step, model
 
 
-def _profile(step: Callable[[], Tensor], options: BenchOptions, device: Any) -> None:
-    """Five steps under torch's profiler, after waiting and warming up for five each."""
+def _profile(step: Callable[[], Tensor], device: Any) -> float:
+    """Five steps under torch's profiler, after waiting and warming up for five each. Returns the seconds of one."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
+
+    from .profiling import read
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     folder = Path("bench_log")
     folder.mkdir(exist_ok=True)
     trace = folder / "trace.json"
-    with profile(activities=activities, schedule=schedule(wait=5, warmup=5, active=5), with_flops=True,
-                 on_trace_ready=lambda p: p.export_chrome_trace(str(trace))) as profiler:  # fmt: skip
-        for k in range(15):
-            print(f"{k}/15 loss: {step().item():.4f}")
+    plan = schedule(wait=5, warmup=5, active=PROFILED, repeat=1)
+    with profile(
+        activities=activities, schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))
+    ) as profiler:
+        for k in range(10 + PROFILED):
+            step()
+            if k == 9 + PROFILED:
+                _wait(device)  # else the last kernels would be missed
             profiler.step()
-    _wait(device)
-    by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+    found = read(profiler.events() or (), PROFILED)
+    print("\n".join(found.lines()))
     print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing); torch {torch.__version__}")
+    return found.microseconds / PROFILED / 1e6
 
 
 def _wait(device: Any) -> None:

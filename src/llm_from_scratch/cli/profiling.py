@@ -1,0 +1,141 @@
+"""Where the time of a training step goes: what torch's profiler has seen, in a few kinds of work.
+
+On a CPU the time is that of the operations, without those that they call. On a GPU it is that of the kernels; the
+rest of the time between the first and the last of them is idle: the GPU waits for the host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# A kind is the first whose pattern is found in the operation's name, or in the name of what it is called by
+BY_CALLER = (
+    ("data", r"^data$"),
+    ("optimizer", r"^Optimizer\.|^clipping$|FusedAdam"),
+    ("loss", r"(?i)cross_?entropy|nll_?loss|log_?softmax"),
+    ("attention", r"(?i)attention|scaled_?dot_?product|sdpa|flash|fmha|(?<!log_)softmax"),
+)
+# then the first found in the operation's own name; nvjet, xmma, cutlass are cuBLAS's
+BY_NAME = (
+    ("matrix products", r"(?i)mm(_\w+)?$|_mm_|gemm|gemv|aten::linear|matmul|nvjet|xmma|cutlass|cublas|splitkreduce"),
+    (
+        "copies and casts",
+        r"(?i)copy|memcpy|memset|clone|contiguous|aten::(cat|stack|zero_|fill_|zeros|ones|empty|to)\b|CatArray|FillFunctor",
+    ),
+)
+REST, PYTHON, IDLE = "norms, activations, other", "Python between operations", "idle"
+HEAD = "matrix products of head and loss"  # where these are one
+STEP = "ProfilerStep"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Time of one operation: its name first, then those of its callers, the nearest first."""
+
+    names: tuple[str, ...]
+    microseconds: float
+
+    @property
+    def kind(self) -> str:
+        for kind, pattern in BY_CALLER:
+            if any(re.search(pattern, name) for name in self.names):
+                return HEAD if kind == "loss" and re.search(BY_NAME[0][1], self.names[0]) else kind
+        if self.names[0].startswith(STEP):
+            return PYTHON
+        # a fused kernel bears the names of all that is in it: a cast beside a norm is no copy
+        fused = re.sub(r"^triton_\w+?_fused_", "", self.names[0])
+        if fused != self.names[0] and not re.fullmatch(r"(_?to_copy|clone|copy|t|transpose|view|permute|_|\d)+", fused):
+            return BY_NAME[0][0] if self.names[0].startswith("triton_tem") else REST
+        return next((kind for kind, pattern in BY_NAME if re.search(pattern, self.names[0])), REST)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was seen of some steps."""
+
+    spent: list[Spent]
+    steps: int
+    microseconds: float
+    """From the first step's begin to the last one's end."""
+    idle: float | None = None
+    """Microseconds of it in which a GPU did nothing; None on a CPU."""
+
+    @property
+    def by_kind(self) -> dict[str, float]:
+        """Microseconds, the most first."""
+        found: Counter[str] = Counter()
+        for item in self.spent:
+            found[item.kind] += item.microseconds  # type: ignore[assignment]
+        if self.idle is not None:
+            found[IDLE] += self.idle  # type: ignore[assignment]
+        return dict(found.most_common())
+
+    def lines(self, largest: int = 12) -> list[str]:
+        """The table: kinds, then the largest operations or kernels."""
+        kinds, what = self.by_kind, "operation" if self.idle is None else "kernel"
+        total = sum(kinds.values()) or 1.0
+        rows = [f"{'where the time goes':<50} {'share':>7} {'ms a step':>10} {'calls':>7}"]
+        for kind, microseconds in kinds.items():
+            rows.append(f"{kind:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f}")
+        times: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
+        for item in self.spent:
+            times[item.names[0]] += item.microseconds  # type: ignore[assignment]
+            calls[item.names[0]] += 1
+        rows += ["", f"{f'largest {what}s':<50} {'share':>7} {'ms a step':>10} {'calls':>7}"]
+        for name, microseconds in times.most_common(largest):
+            short = name if len(name) <= 50 else f"{name[:47]}..."
+            rows.append(
+                f"{short:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f} "
+                f"{calls[name] / self.steps:>7.0f}"
+            )
+        return rows
+
+
+def read(events: Iterable[Any], steps: int) -> Profile:
+    """Of the events of a torch profiler that has recorded so many steps; on a GPU where there are kernels."""
+    events = list(events)
+    host = [e for e in events if e.device_type.name == "CPU"]
+    kernels = [e for e in events if e.device_type.name != "CPU" and not e.is_user_annotation]
+    if kernels:
+        begin, end = min(e.time_range.start for e in kernels), max(e.time_range.end for e in kernels)
+        return Profile(_of_kernels(host, kernels), steps, end - begin, end - begin - _busy(kernels))
+    spent = [Spent(_names(e), e.self_cpu_time_total) for e in host]
+    return Profile(spent, steps, sum(e.time_range.elapsed_us() for e in host if e.name.startswith(STEP)))
+
+
+def _names(event: Any) -> tuple[str, ...]:
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return tuple(names)
+
+
+def _of_kernels(host: list[Any], kernels: list[Any]) -> list[Spent]:
+    """The kernels, with the names of what has launched them where that is known: not in a CUDA graph."""
+    spent, known = [], Counter[tuple[str, float]]()
+    for event in host:
+        for kernel in event.kernels:
+            spent.append(Spent((kernel.name, *_names(event)), kernel.duration))
+            known[kernel.name, round(kernel.duration, 3)] += 1
+    for event in kernels:
+        key = event.name, round(event.time_range.elapsed_us(), 3)
+        if known[key] > 0:
+            known[key] -= 1
+        else:
+            spent.append(Spent((event.name,), key[1]))
+    return spent
+
+
+def _busy(kernels: list[Any]) -> float:
+    """Microseconds in which at least one of them runs: several streams run at once."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted((e.time_range.start, e.time_range.end) for e in kernels):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
