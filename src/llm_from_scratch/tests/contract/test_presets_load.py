@@ -155,7 +155,7 @@ def test_gpt2_124m_has_the_numbers_of_train_gpt2() -> None:
     ours, theirs = flatten(load("configs/gpt2-124m.yaml").tree), flatten(load("config/train_gpt2.py").tree)
     theirs["lr_decay_iters"] = None  # the same step, as it is max_iters
     names = {name for name in ours if ours[name] != theirs[name]}
-    assert names == {"sample_order", "out_dir", "tensorboard", "wandb_log", "wandb_run_name"}
+    assert names == {"sample_order", "micro_batch", "out_dir", "tensorboard", "wandb_log", "wandb_run_name"}
 
 
 def test_modern_124m_differs_from_gpt2_124m_in_the_model_alone() -> None:

@@ -41,6 +41,7 @@ NOT_RUN = [
     (r"-m venv ", "network", "the step before pip install"),
     (r"^python data/openwebtext/prepare\.py", "", "downloads and encodes 8 million documents"),
     (r"--nproc_per_node=8", "gpu", "one process per GPU"),
+    (r"--device=cuda", "gpu", "needs a GPU"),
     (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
