@@ -217,6 +217,8 @@ class OptimizerConfig:
     """With muon: AdamW's peak rate for the head, be it tied or not. None is learning_rate."""
     ngram_learning_rate: float = 0.3
     """Rate of the n-gram embeddings, the same throughout: row-wise Adagrad, which steps them, lowers it by itself."""
+    forget_ngrams: bool = False
+    """Unlearn the n-grams of three tokens and more where a pass over the shuffled training text ends."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """How the moments are kept; bfloat16, stochastically rounded, takes half the memory."""
     weight_decay: float = 1e-1
@@ -388,6 +390,8 @@ class Config:
         validate(self)
         if self.data.stride is not None and self.data.sample_order == "random":
             raise UserError("stride belongs to --sample_order=shuffled; random order has no windows to space")
+        if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
+            raise UserError("forget_ngrams belongs to --max_ngram with --sample_order=shuffled, which has epochs")
 
 
 def validate(tree: Any) -> None:

@@ -140,6 +140,10 @@ class SampleOrder:
         spacing = self.stride or self.block_size
         return (self.last_start - min(spacing - 1, self.last_start)) // spacing + 1
 
+    def begins_epoch(self, step: int, batch: int) -> bool:
+        """Whether step is the first that reads shuffled windows a second, third, ... time; batch: sequences a step."""
+        return step * batch // self.windows_per_epoch > (step - 1) * batch // self.windows_per_epoch >= 0
+
     def starts(self, step: int, batch: int) -> np.ndarray:
         """Start positions of the global batch of `step`: (batch,) int64."""
         if self.order == "random":

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from llm_from_scratch.config import GPTConfig, OptimizerConfig, UserError
+from llm_from_scratch.core.checkpoint import find_checkpoint, load_checkpoint
+from llm_from_scratch.core.dataset import SampleOrder, TokenData
 from llm_from_scratch.core.model import GPT, KVCache
 from llm_from_scratch.core.ngrams import NGramEmbedding
 from llm_from_scratch.core.sizing import count_params
 from llm_from_scratch.core.state import parameter_shapes
 from llm_from_scratch.training.adagrad import step_rows
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
+from llm_from_scratch.training.trainer import train
+
+from .tiny import tiny_config
 
 
 def make(**changes: Any) -> GPT:
@@ -170,3 +176,34 @@ def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> No
     assert rates["transformer.ngrams.weight"] == 0.7 and rates["lm_head.weight"] == 0.05
     assert rates["transformer.h.0.attn.c_attn.weight"] == pytest.approx(0.2)
     assert set(rates) == {name for name, _ in model.named_parameters()}
+
+
+def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path) -> None:
+    """Weights and accumulators after the step that begins the second pass hold that step's rows alone."""
+    settings: dict[str, Any] = {
+        "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,
+        "gradient_accumulation_steps": 1, "eval_interval": 1000, "out_dir": "run", "decay_lr": False,
+    }  # fmt: skip
+    config = tiny_config(tiny_data, **settings)
+    order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
+    batch = config.data.batch_size
+    last = next(step for step in range(1, 1000) if order.begins_epoch(step, batch))
+    assert last == -(-order.windows_per_epoch // batch) and not order.begins_epoch(0, batch)
+    touched = []
+    for steps in (last, last + 1):
+        config = tiny_config(tiny_data, **settings, max_iters=steps, keep_last=5)
+        train(config)
+        saved = load_checkpoint(find_checkpoint("run", "last"))
+        sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]
+        touched.append([int((part != 0).sum()) for part in sums.split(5000)])
+        assert torch.equal(sums[:, 0] != 0, saved.model["transformer.ngrams.weight"].abs().sum(1) != 0)
+    (bigrams, trigrams), (bigrams_after, trigrams_after) = touched
+    assert bigrams_after >= bigrams  # kept
+    assert 0 < trigrams_after <= batch * config.model.block_size < trigrams
+
+
+@pytest.mark.parametrize("changes", [{"max_ngram": 0}, {"sample_order": "random"}])
+def test_forgetting_needs_epochs_and_ngrams(changes: dict[str, Any], tiny_data: Path) -> None:
+    settings: dict[str, Any] = {"max_ngram": 3, "sample_order": "shuffled", "forget_ngrams": True, **changes}
+    with pytest.raises(UserError, match="forget_ngrams belongs to"):
+        tiny_config(tiny_data, **settings).validate()

@@ -7,6 +7,19 @@ import math
 import torch
 from torch import Tensor
 
+NGRAMS = "transformer.ngrams.weight"
+
+
+@torch.no_grad()
+def forget_long_ngrams(optimizer: torch.optim.Optimizer, ngram_rows: int) -> None:
+    """Unlearns the n-grams of three tokens and more, of which there are so many that most were seen once: in a second
+    pass over the same text they would give the answer away. ngram_rows: those of two tokens, which stay."""
+    for group in optimizer.param_groups:
+        if group["names"] == [NGRAMS]:
+            (table,) = group["params"]
+            table[ngram_rows:] = 0
+            optimizer.state[table]["sum"][ngram_rows:] = 0
+
 
 @torch.no_grad()
 def step_rows(table: Tensor, state: dict[str, Tensor], lr: float, found_inf: Tensor | None = None) -> None:

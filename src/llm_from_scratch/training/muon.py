@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..config import OptimizerConfig, UserError
 from ..core.model import CausalSelfAttention
+from .adagrad import NGRAMS
 from .adamw import AdamW
-from .optimizer import NGRAMS
 
 # The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.01, 1] nearest to 1: each is the best
 # in the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2%

@@ -8,9 +8,8 @@ import torch
 import torch.nn as nn
 
 from ..config import OptimizerConfig, UserError
+from .adagrad import NGRAMS
 from .adamw import AdamW
-
-NGRAMS = "transformer.ngrams.weight"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from ..core.environment import distributed_env
 from ..core.lock import FolderLock
 from ..core.model import GPT
 from ..core.resident import tokens_on
+from .adagrad import forget_long_ngrams
 from .eta import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
 from .guards import (
@@ -174,6 +175,8 @@ class Trainer:
         self.saver.tell()
         self.timer.start()
         set_learning_rates(self.optimizer, lr)
+        if self.config.optimizer.forget_ngrams and self.plan.order.begins_epoch(state.step, self.plan.global_batch):
+            forget_long_ngrams(self.optimizer, self.config.model.ngram_rows)
         loss = self._gradients()
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.models.raw, clip)
