@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,24 @@ def test_recording_is_tried_and_given_up(
     if broken:
         with pytest.raises(UserError, match="CUDA graphs failed .*leave --cuda_graphs out"):
             parallel.wrap(model, settings(cuda_graphs=True), machine(compile_may_fail=True), 2, lines.append)
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_the_whole_pass_is_one_graph(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss in pieces and float8 included: where the compiler breaks off, kernels are not fused, and not recorded."""
+    monkeypatch.setattr(loss, "_OnCPU", loss._Compilable)
+    x, found = torch.randint(64, (4, 16)), []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        extra: dict[str, Any] = MODERN if modern else {}
+        model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32, **extra))
+        model.compute_dtype = torch.bfloat16
+        model.loss_of = functools.partial(loss.loss_in_pieces, model)  # type: ignore
+        assert not modern or fp8.use_fp8(model)
+        run: Any = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False) if compile_it else model
+        run(x, x)[1].backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(found[1], found[0])
 
 
 class InOnePlace(torch.autograd.Function):
