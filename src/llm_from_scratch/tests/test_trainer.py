@@ -523,7 +523,7 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_the_run(tmp_pa
 
 @pytest.fixture
 def broken_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_(model: Any) -> Any:
+    def compile_(model: Any, **how: Any) -> Any:
         def call(*args: Any) -> Any:
             raise RuntimeError("no C++\ncompiler")
 
