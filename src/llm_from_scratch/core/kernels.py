@@ -194,11 +194,11 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    y = torch.empty_like(x)
-    (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-sign)
-    torch.mul(b, cos, out=d).addcmul_(a, sin, value=sign)
-    return y
+    # with the heads side by side, as the product left them, rows are long, and halves are exchanged by one copy
+    x, half = x.transpose(1, 2), x.size(-1) // 2  # (B, T, H, D)
+    cos, sin = torch.cat((cos, cos), dim=-1).transpose(-2, -3), torch.cat((-sin, sin), dim=-1).transpose(-2, -3)
+    exchanged = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.mul(x, cos).addcmul_(exchanged, sin, value=sign).transpose(1, 2)
 
 
 class RMSNormalize(torch.autograd.Function):

@@ -178,11 +178,11 @@ def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> No
     assert set(rates) == {name for name, _ in model.named_parameters()}
 
 
-def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path) -> None:
+def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path, tmp_path: Path) -> None:
     """Weights and accumulators after the step that begins the second pass hold that step's rows alone."""
     settings: dict[str, Any] = {
         "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,
-        "gradient_accumulation_steps": 1, "eval_interval": 1000, "out_dir": "run", "decay_lr": False,
+        "gradient_accumulation_steps": 1, "eval_interval": 1000, "out_dir": str(tmp_path / "run"), "decay_lr": False,
     }  # fmt: skip
     config = tiny_config(tiny_data, **settings)
     order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
@@ -193,7 +193,7 @@ def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path) -> None:
     for steps in (last, last + 1):
         config = tiny_config(tiny_data, **settings, max_iters=steps, keep_last=5)
         train(config)
-        saved = load_checkpoint(find_checkpoint("run", "last"))
+        saved = load_checkpoint(find_checkpoint(tmp_path / "run", "last"))
         sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]
         touched.append([int((part != 0).sum()) for part in sums.split(5000)])
         assert torch.equal(sums[:, 0] != 0, saved.model["transformer.ngrams.weight"].abs().sum(1) != 0)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # which imports this
 
 T = TypeVar("T")
 SHARE = 0.85  # of the free memory: estimates err, and other programs grow
+ENOUGH_ON_GPU = 1 << 16  # tokens of a micro-batch; more keep it no busier (an estimate)
 ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; measured: a CPU computes no faster with more
 
 
@@ -36,6 +37,8 @@ def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> i
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share it
         free = None if free is None else free // here
         most = min(local_batch, ENOUGH_ON_CPU // config.model.block_size)
+    else:
+        most = min(local_batch, max(1, ENOUGH_ON_GPU // config.model.block_size))
     for size in range(most, 1, -1):
         if local_batch % size == 0 and (free is None or _needed(config, runtime, size) <= SHARE * free):
             return size

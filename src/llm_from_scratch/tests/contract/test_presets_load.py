@@ -28,6 +28,9 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "config/train_shakespeare_char.py": (10.6, 10.8),
     "configs/default.yaml": (17.0, 18.5),
     "configs/quick.yaml": (0.5, 3.0),
+    "configs/laptop.yaml": (5.0, 8.0),
+    "configs/speedrun.yaml": (10.0, 11.0),  # of which 0.2 are not n-grams
+    "configs/three-minutes.yaml": (168.0, 169.0),
     "configs/gpt2-124m.yaml": (124.0, 125.0),
     "configs/modern-124m.yaml": (123.0, 125.0),
     "configs/finetune.yaml": (124.3, 124.5),
