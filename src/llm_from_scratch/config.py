@@ -348,7 +348,8 @@ class SystemConfig:
     """Arithmetic of the matrix products; float16 trains with loss scaling. auto: bfloat16 or float16 on CUDA, else
     float32."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile: auto is on for CUDA with Triton, and for a long run on a CPU; eager where compiling fails."""
+    """torch.compile: auto is on for CUDA with Triton, and for long runs of small models on a CPU; eager where it
+    fails."""
     backend: str = "auto"
     """torch.distributed backend under torchrun: auto (nccl on CUDA, else gloo), nccl or gloo."""
     seed: int = 1337

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ def config(**system: Any) -> Config:
         training=TrainingConfig(chunked_loss=False, activation_budget=None),
         system=SystemConfig(**{"device": "cpu", "dtype": "float32", "threads": 2, **system}),
     )
+
+
+@pytest.mark.parametrize("changes", [{"n_embd": 512, "n_head": 2}, {"dropout": 0.1}])
+def test_wide_models_and_dropout_do_not_gain(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    settings = config()
+    settings.model = dataclasses.replace(settings.model, **changes)
+    assert not compiled_where_it_pays(settings, resolve(settings.system), HOUR).compile
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from .activations import recompute
 # Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}
 REPAYS_COMPILING = 10
+NARROW = 256
 # Measured on a CPU: with fewer the plain loss is as fast, and what it takes does not matter
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22
 LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is taken to wait for the launches of its kernels; not measured
@@ -72,8 +73,11 @@ def loss_is_chunked(config: Config, micro_batch: int) -> bool:
 
 def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
     """compile=auto on a CPU, for a run of so many floating-point operations: compiling takes a minute at first (later
-    runs find it on disk) and saves a tenth of the time or more."""
+    runs find it on disk) and saves a tenth of the time or more where a model is narrow, so that its time goes into
+    small operations; not with dropout, whose masks this program makes faster than the compiler does."""
     if config.system.compile != "auto" or runtime.device.type != "cpu" or runtime.compile:
+        return runtime
+    if config.model.n_embd > NARROW or config.model.dropout > 0:
         return runtime
     threads = runtime.threads or torch.get_num_threads()
     minutes = flops / (threads * CPU_FLOPS[runtime.dtype]) / 60

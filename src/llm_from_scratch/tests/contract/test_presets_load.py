@@ -28,7 +28,7 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "config/train_shakespeare_char.py": (10.6, 10.8),
     "configs/default.yaml": (17.0, 18.5),
     "configs/quick.yaml": (0.5, 3.0),
-    "configs/laptop.yaml": (5.0, 8.0),
+    "configs/laptop.yaml": (4.5, 5.0),
     "configs/speedrun.yaml": (10.0, 11.0),  # of which 0.2 are not n-grams
     "configs/three-minutes.yaml": (168.0, 169.0),
     "configs/gpt2-124m.yaml": (124.0, 125.0),
@@ -36,7 +36,9 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "configs/finetune.yaml": (124.3, 124.5),
 }
 # What the data of a preset gives the model; GPT-2's tokens otherwise.
-VOCABULARY = {"config/train_shakespeare_char.py": 65, "configs/quick.yaml": 65}
+OF_CHARACTERS = ("config/train_shakespeare_char.py", "configs/quick.yaml", "configs/laptop.yaml")
+OF_CHARACTERS += ("configs/speedrun.yaml", "configs/three-minutes.yaml")
+VOCABULARY = dict.fromkeys(OF_CHARACTERS, 65)
 # The shapes behind the names that init_from takes (openai/gpt-2, hparams.json of each size).
 GPT2_SHAPES = {
     "gpt2": (12, 12, 768),
