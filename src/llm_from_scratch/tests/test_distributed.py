@@ -124,6 +124,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(
         monkeypatch.setenv(name, value)
     assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
     assert "= 4 sequences cannot be shared by 3 processes; choose a multiple of 3" in capsys.readouterr().err
+    assert main(arguments(dataset=tiny_data, batch_size=3, max_ngram=2)) == 2
+    assert "max_ngram trains in one process" in capsys.readouterr().err
     monkeypatch.delenv("MASTER_ADDR")
     assert main(arguments(dataset=tiny_data)) == 2
     told = capsys.readouterr().err
