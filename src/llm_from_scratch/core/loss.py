@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).masked_fill(~valid, 0).sum() / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         factor = grad / count.clamp(min=1)
         # not in place: where the graph is kept, it may be walked again

@@ -288,7 +288,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Any, Tensor | None]:
         """Next-token logits, and the mean cross-entropy (nats) where targets are given.
 
         idx: (B, T) int64; targets: (B, T) int64, -1 is ignored. Returns (logits, loss):
@@ -322,7 +322,7 @@ class GPT(nn.Module):
             x = x[:, -1:]  # the head is a large product: only where it is wanted
         return self.head(x), None
 
-    def loss_of(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_of(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
         """(logits, loss) of normalised activations. loss.py has one that makes no logits, which a run may put here."""
         logits = self.head(x)
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)

@@ -176,7 +176,7 @@ def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -343,7 +343,7 @@ def test_tokens_go_to_the_device_by_themselves_where_they_take_little_of_it(monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 1 << 40))
     made = []
     monkeypatch.setattr(
-        torch, "empty", lambda *size, **how: made.append(how["device"]) or torch.zeros(*size, dtype=torch.int32)
+        torch, "empty", lambda *size, **how: made.append(how["device"]) or torch.zeros(*size, dtype=torch.int32)  # type: ignore[func-returns-value]
     )
     gpu = torch.device("cuda")
     assert tokens_on(gpu, data, 1000, "auto", print) is not None and made == [gpu]  # 4,000 bytes of 40,000

@@ -158,7 +158,7 @@ def test_a_choice_is_announced(data: Path, capsys: pytest.CaptureFixture[str], m
 def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[str] = []
     copied = snapshot.copied
-    monkeypatch.setattr(snapshot, "copied", lambda value, *known: copies.append("one") or copied(value, *known))
+    monkeypatch.setattr(snapshot, "copied", lambda value, *known: copies.append("one") or copied(value, *known))  # type: ignore[func-returns-value]
     train(tiny_config(data, out_dir="roomy"))
     assert copies
     copies.clear()

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def runtime(dtype: str = "float32") -> runtimes.Runtime:
-    return runtimes.resolve(SystemConfig(device="cpu", dtype=dtype, compile=False))
+    return runtimes.resolve(SystemConfig(device="cpu", dtype=dtype, compile=False))  # type: ignore[arg-type]
 
 
 def build(variant: str = "gpt2", dtype: str = "float32", **training: Any) -> tuple[GPT, list[str]]:
@@ -43,7 +43,7 @@ def build(variant: str = "gpt2", dtype: str = "float32", **training: Any) -> tup
     for name, value in training.items():
         setattr(config.training, name, value)
     config.validate()
-    model, said = GPT(config.model), []
+    model, said = GPT(config.model), []  # type: ignore[var-annotated]
     runtime(dtype).place(model)
     recompute(model, config, runtime(dtype), BATCH, said.append)
     return model, said

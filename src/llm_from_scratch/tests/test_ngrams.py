@@ -194,7 +194,7 @@ def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path, tmp_path: 
         config = tiny_config(tiny_data, **settings, max_iters=steps, keep_last=5)
         train(config)
         saved = load_checkpoint(find_checkpoint(tmp_path / "run", "last"))
-        sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]
+        sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]  # type: ignore[index]
         touched.append([int((part != 0).sum()) for part in sums.split(5000)])
         assert torch.equal(sums[:, 0] != 0, saved.model["transformer.ngrams.weight"].abs().sum(1) != 0)
     (bigrams, trigrams), (bigrams_after, trigrams_after) = touched

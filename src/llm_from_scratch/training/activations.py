@@ -78,7 +78,7 @@ def _keep_within(
     say(f"activations: recomputing {what}: {kept / GIB:.2f} GiB kept of a micro-batch instead of {whole / GIB:.2f}")
 
 
-def recompute_cheap(block: nn.Module) -> None:
+def recompute_cheap(block: Any) -> None:
     """Each norm and activation function becomes part of the product that it feeds, which keeps only the input of both;
     attention on a CPU keeps no weights, which are large where the context is long.
 
@@ -93,7 +93,7 @@ def recompute_cheap(block: nn.Module) -> None:
     if isinstance(mlp, GatedMLP):
         _join(block.ln_2, mlp.c_fc, mlp.c_gate)
         # attributes shadow the methods: state-dict keys stay, and the model has no branch for it
-        mlp.forward = functools.partial(_gated, mlp, mlp.act.forward, mlp.c_proj.forward)
+        mlp.forward = functools.partial(_gated, mlp, mlp.act.forward, mlp.c_proj.forward)  # type: ignore[method-assign]
     else:
         _join(block.ln_2, mlp.c_fc)
         _join(mlp.act, mlp.c_proj)
@@ -105,8 +105,8 @@ def _is_ours(forward: Callable) -> bool:
 
 def _join(before: nn.Module, *products: nn.Module) -> None:
     for product in products:
-        product.forward = functools.partial(_again, _chained, before.forward, product.forward)  # type: ignore
-    before.forward = _unchanged  # type: ignore[method-assign]
+        product.forward = functools.partial(_again, _chained, before.forward, product.forward)
+    before.forward = _unchanged
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _again(forward: Callable, *args: Any) -> Any:
 
 
 def _recompute_block(block: nn.Module, dropout: bool) -> None:
-    block.forward = functools.partial(_recomputed, block.forward, dropout)  # type: ignore[method-assign]
+    block.forward = functools.partial(_recomputed, block.forward, dropout)
 
 
 def _recomputed(forward: Callable, dropout: bool, *args: Any, **kwargs: Any) -> Any:
