@@ -59,7 +59,7 @@ class GPTConfig:
     embedding_norm: bool = False
     """Normalise the embeddings before the first block."""
     zero_init: bool = False
-    """Start with blocks that add nothing to the stream, and with a head of zeros; suits Muon."""
+    """Start with blocks that add nothing to the stream, and a head of zeros unless it is tied; suits Muon."""
     max_ngram: int = 0
     """Add embeddings of the last 2, the last 3, ... the last max_ngram tokens: small models learn faster. 0: off."""
     ngram_rows: int = 65536
@@ -345,8 +345,8 @@ class SystemConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; float16 trains with loss scaling. auto: bfloat16 or float16 on CUDA, else
-    float32."""
+    """Arithmetic of the matrix products; float16 trains with loss scaling. auto: bfloat16 where the device has
+    it, CUDA or CPU; float16 on older CUDA; else float32."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile: auto is on for CUDA with Triton, and for long runs of small models on a CPU; eager where it
     fails."""

@@ -141,8 +141,9 @@ class SampleOrder:
         return (self.last_start - min(spacing - 1, self.last_start)) // spacing + 1
 
     def begins_epoch(self, step: int, batch: int) -> bool:
-        """Whether step is the first that reads shuffled windows a second, third, ... time; batch: sequences a step."""
-        return step * batch // self.windows_per_epoch > (step - 1) * batch // self.windows_per_epoch >= 0
+        """Whether step is the first that reads a shuffled window a second, third, ... time; batch: sequences a step."""
+        last = (step + 1) * batch - 1
+        return step > 0 and last // self.windows_per_epoch > (last - batch) // self.windows_per_epoch
 
     def starts(self, step: int, batch: int) -> np.ndarray:
         """Start positions of the global batch of `step`: (batch,) int64."""

@@ -32,6 +32,7 @@ def use_cpu_kernels(model: models.GPT, in_bfloat16: bool, compiled: bool = False
     for name, module in model.named_modules():
         is_fused = compiled and name.startswith("transformer.h.")
         if isinstance(module, models.CausalSelfAttention):
+            module.attend = models.attention  # not that of a try to compile
             if is_fused and module.dropout == 0 and model.config.block_size <= SHORT:
                 module.attend = models.plain_attention
             elif in_bfloat16 or module.dropout > 0:

@@ -145,6 +145,7 @@ class Batch:
         if n:
             fresh, _ = self._prefill(self._last(full, self.window)[:, :-1], [n] * len(full), n)
             self.cache.k[:, places, :, :n], self.cache.v[:, places, :, :n] = fresh.k, fresh.v
+            self.cache.tokens[places, :n] = fresh.tokens
         self.cache.lengths = self.cache.lengths.index_fill(0, places, n)
         self.cache.advance(torch.zeros_like(self.cache.lengths))
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import GPTConfig, OptimizerConfig, UserError
+from llm_from_scratch.config import GenerationConfig, GPTConfig, OptimizerConfig, UserError
 from llm_from_scratch.core.checkpoint import find_checkpoint, load_checkpoint
 from llm_from_scratch.core.dataset import SampleOrder, TokenData
 from llm_from_scratch.core.model import GPT, KVCache
 from llm_from_scratch.core.ngrams import NGramEmbedding
 from llm_from_scratch.core.sizing import count_params
 from llm_from_scratch.core.state import parameter_shapes
+from llm_from_scratch.core.tokenizer import CharTokenizer
+from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.training.adagrad import step_rows
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 from llm_from_scratch.training.trainer import train
@@ -97,6 +99,18 @@ def test_a_cache_gives_the_logits_of_the_whole(pos: str = "rope") -> None:
     new = idx[[1, 0, 1]].gather(1, swapped.lengths[:, None])
     expected = full[[1, 0, 1], swapped.lengths]
     torch.testing.assert_close(model(new, cache=swapped)[0][:, 0], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
+def test_generation_past_the_context_is_the_same_with_a_cache(overflow: Any) -> None:
+    model = make(pos_embedding="rope", tie_embeddings=False)
+    torch.nn.init.normal_(model.lm_head.weight)
+    texts = []
+    for cached in (True, False):
+        generator = Generator(model, CharTokenizer.from_text(["abcdefg"]))
+        settings = GenerationConfig(num_samples=1, max_new_tokens=60, temperature=0.0, top_k=None)
+        texts.append([s.text for s in generator.generate(["abc", "g"], settings, overflow=overflow, use_cache=cached)])
+    assert texts[0] == texts[1] and len(set(texts[0][0])) >= 3
 
 
 def test_rows_step_as_adagrad_by_hand() -> None:
@@ -188,7 +202,7 @@ def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path, tmp_path: 
     order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
     batch = config.data.batch_size
     last = next(step for step in range(1, 1000) if order.begins_epoch(step, batch))
-    assert last == -(-order.windows_per_epoch // batch) and not order.begins_epoch(0, batch)
+    assert last == order.windows_per_epoch // batch and not order.begins_epoch(0, batch)
     touched = []
     for steps in (last, last + 1):
         config = tiny_config(tiny_data, **settings, max_iters=steps, keep_last=5)

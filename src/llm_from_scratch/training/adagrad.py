@@ -18,7 +18,8 @@ def forget_long_ngrams(optimizer: torch.optim.Optimizer, ngram_rows: int) -> Non
         if group["names"] == [NGRAMS]:
             (table,) = group["params"]
             table[ngram_rows:] = 0
-            optimizer.state[table]["sum"][ngram_rows:] = 0
+            if "sum" in optimizer.state[table]:
+                optimizer.state[table]["sum"][ngram_rows:] = 0
 
 
 @torch.no_grad()

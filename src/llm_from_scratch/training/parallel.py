@@ -56,6 +56,8 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     compiled, is_recorded = None, False
     if runtime.compile:
         compiled, is_recorded = _compile(model, config, runtime, micro_batch, say)
+    if runtime.compile and compiled is None:  # it failed: as if it had never been tried
+        recompute(model, config, dataclasses.replace(runtime, compile=False), micro_batch, say)
     train = model if compiled is None else compiled
     if runtime.world_size > 1:
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None

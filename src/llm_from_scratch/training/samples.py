@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ..core.model import GPT
@@ -16,7 +18,9 @@ def write_sample(model: GPT, plan: Plan) -> str:
     assert tokenizer is not None  # where samples are wanted, setup has seen to it
     idx = torch.tensor([plan.prompt], device=runtime.device)
     model.eval()
-    with forked_random(runtime.device), runtime.autocast():
+    # a compiled block would be compiled anew for every length
+    eager = torch.compiler.set_stance("force_eager") if runtime.compile else contextlib.nullcontext()
+    with forked_random(runtime.device), runtime.autocast(), eager:
         torch.manual_seed(plan.config.system.seed)
         out = model.generate(
             idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None

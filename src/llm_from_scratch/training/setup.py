@@ -149,7 +149,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
         if config.model.activation == "gelu_tanh":
             notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, a little differently")
-    if config.model.max_ngram and runtime.world_size > 1:
+    if config.model.max_ngram and runtime.world_size > 1 and not config.training.eval_only:
         raise UserError("max_ngram trains in one process: its sparse gradients are not exchanged; run without torchrun")
     prompt = _sample_prompt(config, tokenizer)
     train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")

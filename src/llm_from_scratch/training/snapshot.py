@@ -172,6 +172,8 @@ def _state_checked(path: Path | None) -> Iterator[None]:
     """What is met in a state that is none of a run, as one line."""
     try:
         yield
+    except UserError:
+        raise  # says itself what is wrong
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold the state of a run ({why}); start a new one from it") from None

@@ -175,9 +175,10 @@ class Trainer:
         self.saver.tell()
         self.timer.start()
         set_learning_rates(self.optimizer, lr)
-        if self.config.optimizer.forget_ngrams and self.plan.order.begins_epoch(state.step, self.plan.global_batch):
+        place = state.step + state.data_shift  # in the order of the data
+        if self.config.optimizer.forget_ngrams and self.plan.order.begins_epoch(place, self.plan.global_batch):
             forget_long_ngrams(self.optimizer, self.config.model.ngram_rows)
-        loss = self._gradients()
+        loss = self._gradients(place)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.models.raw, clip)
         skip = self.guard.judge(state.step, lr, loss, norm, self.stop)
@@ -188,11 +189,11 @@ class Trainer:
         state.step += 1
         self.timer.count += 1
 
-    def _gradients(self) -> Tensor:
+    def _gradients(self, place: int) -> Tensor:
         """Forward and backward over this process's share of the batch, in parts that fit. Returns the mean loss."""
         for scan in self.plan.scans:
             scan.raise_if_bad()
-        x, y = self.loader.get(self.state.step + self.state.data_shift)  # (rows, T)
+        x, y = self.loader.get(place)  # (rows, T)
         while True:
             try:
                 return gradients(self.models, x, y, self.plan.micro_batch, self.runtime, self.scaler)
