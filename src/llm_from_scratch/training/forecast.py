@@ -136,13 +136,13 @@ class _Rehearsal(Trainer):
         if first.requires_grad:
             first.register_hook(lambda grad: self._mark("backward begins"))
 
-    def _gradients(self) -> Tensor:
+    def _gradients(self, place: int) -> Tensor:
         if self.kept is not None:
             for p, grad in self.kept.items():
                 p.grad = grad
             loss = torch.zeros((), device=self.runtime.device)
         else:
-            loss = super()._gradients()
+            loss = super()._gradients(place)
         self._mark("gradients end")
         return loss
 
