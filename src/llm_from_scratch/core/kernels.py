@@ -76,18 +76,17 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, 
     return mask, 65536 / (65536 - dropped)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """model.plain_attention; by torch's kernel where there is no gradient, or a mask of the cache."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, keep: bool = True
+) -> Tensor:
+    """model.plain_attention; by torch's kernel where there is no gradient, or a mask of the cache. keep: the weights,
+    which are else computed again for the gradient."""
     if causal and torch.is_grad_enabled():
-        return CausalAttention.apply(q, k, v, dropout, True)
+        return CausalAttention.apply(q, k, v, dropout, keep)
     return models.fused_attention(q, k, v, mask, dropout, causal)
 
 
-def lean_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """attention that keeps no weights: they are computed again for the gradient."""
-    if causal and torch.is_grad_enabled():
-        return CausalAttention.apply(q, k, v, dropout, False)
-    return models.fused_attention(q, k, v, mask, dropout, causal)
+lean_attention = functools.partial(attention, keep=False)
 
 
 class CausalAttention(torch.autograd.Function):
@@ -145,8 +144,8 @@ class CausalAttention(torch.autograd.Function):
                 dqr[:, at:end] = torch.bmm(ds, kr[:, :end])
                 dkr[:, :end] += torch.bmm(ds.transpose(1, 2), qr[:, at:end])
             dq[rows] = dqr.view(-1, H, T, D)
-            dk[rows] = dkr.view(-1, k.size(1), H // k.size(1), T, D).sum(2) if k.size(1) < H else dkr.view(-1, H, T, D)
-            dv[rows] = dvr.view(-1, k.size(1), H // k.size(1), T, D).sum(2) if k.size(1) < H else dvr.view(-1, H, T, D)
+            dk[rows] = _summed(dkr, k.size(1), H)
+            dv[rows] = _summed(dvr, k.size(1), H)
         return dq, dk, dv, None, None
 
 
@@ -172,6 +171,12 @@ def _heads(t: Tensor, H: int | None = None) -> Tensor:
     if H is not None and t.size(1) < H:
         t = t.repeat_interleave(H // t.size(1), dim=1)
     return t.reshape(-1, t.size(2), t.size(3))
+
+
+def _summed(t: Tensor, h: int, H: int) -> Tensor:
+    """The gradient of what _heads() repeated: (b H, T, D) to (b, h, T, D)."""
+    t = t.view(-1, h, H // h, t.size(1), t.size(2))
+    return t.sum(2) if h < H else t.squeeze(2)
 
 
 @functools.cache

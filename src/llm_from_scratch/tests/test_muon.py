@@ -25,6 +25,8 @@ from llm_from_scratch.training.muon import COEFFICIENTS, muon_groups, orthogonal
 from llm_from_scratch.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
 from llm_from_scratch.training.trainer import train as run_training
 
+from .stepping import same_weights as same
+from .stepping import train_steps as train
 from .tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -38,19 +40,6 @@ def make(**changes: Any) -> Any:
 
 def made(model: nn.Module, **settings: Any) -> Any:
     return make_optimizer(model, OptimizerConfig(**{"optimizer_type": "muon", "learning_rate": 3e-3, **settings}), CPU)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        idx = torch.randint(11, (3, 9), generator=generator)
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @pytest.fixture

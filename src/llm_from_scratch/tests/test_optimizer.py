@@ -19,25 +19,15 @@ from llm_from_scratch.training.optimizer import (
     parameter_groups,
 )
 
+from .stepping import same_weights as same
+from .stepping import train_steps as train
+
 CPU = torch.device("cpu")
 
 
 def make(**changes: Any) -> Any:
     torch.manual_seed(0)
     return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **changes}))
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        idx = torch.randint(11, (3, 9), generator=generator)
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def same(one: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

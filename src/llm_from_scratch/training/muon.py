@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import OptimizerConfig, UserError
 from ..core.model import CausalSelfAttention
+from ..core.runtime import cpu_has_native_bf16
 from .adagrad import NGRAMS
 from .adamw import AdamW
 
@@ -73,8 +74,7 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where products of it are fast: half the time, and the singular values end in the same interval."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
-    capable = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return torch.bfloat16 if capable.get("avx512_bf16") or capable.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_native_bf16() else torch.float32
 
 
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
