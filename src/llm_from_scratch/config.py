@@ -297,6 +297,8 @@ class GenerationConfig:
     """Subtracted once from the logit of every token already generated."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time that it was generated."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of tokens before all else, by their ids, such as '{50256: -100}'."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample; they are not part of it. One text, or a list such as '["END", "\\n\\n"]'."""
 
@@ -311,6 +313,9 @@ class GenerationConfig:
         _above("repetition_penalty", self.repetition_penalty, 0.0)
         _between("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        for token, value in self.logit_bias.items():
+            _at_least("a token id in logit_bias", token, 0)
+            _between(f"logit_bias of token {token}", value, -1000.0, 1000.0)
         if any(not text for text in self.stop):
             raise UserError("stop holds an empty text, which would end every sample at once; leave it out")
 

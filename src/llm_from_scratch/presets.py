@@ -182,6 +182,8 @@ def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None =
     kinds = _members(leaves[key])
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         return repr(tuple(_as_list(key, value)))
+    if any(typing.get_origin(kind) is dict for kind in kinds):
+        return repr(_as_dict(key, value))
     if isinstance(value, (dict, list, tuple)):
         raise UserError(f"{key} must be one value, got {_short(value)}" + (f" in {source}" if source else ""))
     text = str(value)
@@ -195,6 +197,15 @@ def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None =
             if number == int(number) and not text.lstrip("+-").isdigit():
                 return str(int(number))  # 5e3 counts as well as 5000
     return text
+
+
+def _as_dict(key: str, value: Any) -> dict[int, float]:
+    """{id: number}, from a file or as it is written: {50256: -100}, with or without quotes around the id."""
+    try:
+        content = ast.literal_eval(value) if isinstance(value, str) else value
+        return {int(token): float(number) for token, number in content.items()}
+    except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError, OverflowError):
+        raise UserError(f"{key} must be written as '{{ID: NUMBER, ...}}', got {_short(value)}") from None
 
 
 def _as_list(key: str, value: Any) -> list[str]:

@@ -6,6 +6,7 @@ An argument of the model's forward, never an attribute: the training model canno
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class KVCache:
     Rows are filled from the left. A forward pass over (B, T) writes row b at positions lengths[b] ...
     lengths[b] + T - 1; the caller then says by advance() how many of them count. Prompts of different length are
     padded on the right: what lies beyond a row's length is masked, and overwritten by the row's next tokens.
+
+    The memory may have room for more rows and longer ones than there are: rows come by join(), go by drop().
     """
 
     def __init__(
@@ -31,25 +34,37 @@ class KVCache:
     ):
         heads, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         self.max_len = max_len or config.block_size
-        shape = (config.n_layer, batch_size, heads, self.max_len, width)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.end = 0  # length of the longest row, on the host: no device sync to read it
+        self.rows, self.room = batch_size, batch_size  # rows in use, rows that there is memory for
+        self.n_gram = bool(config.max_ngram)  # whose embeddings read the tokens, too
+        self.kv = torch.zeros(
+            config.n_layer, 2, batch_size, heads, self.max_len, width, device=device, dtype=dtype
+        )  # keys are kv[:, 0], values kv[:, 1]
+        self.tokens = torch.zeros(batch_size, self.max_len, dtype=torch.long, device=device)
+        self.counts = [0] * batch_size  # length of each row, on the host: no device sync to read it
+        self._lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.end = 0  # length of the longest row
         self.ragged = False  # whether rows differ in length
         self.positions: Tensor | None = None
         self.mask: Tensor | None = None
-        self.tokens = torch.zeros(batch_size, self.max_len, dtype=torch.long, device=device)  # where n-grams need them
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of each row on the device, (B,) int64."""
+        return self._lengths[: self.rows]
+
+    @property
+    def device(self) -> torch.device:
+        return self.kv.device
 
     def begin(self, T: int) -> Tensor:
         """Readies the cache for a pass over T new tokens a row. Returns their positions, (B, T) or (T,)."""
         if self.end + T > self.max_len:
             raise ValueError(f"{self.end} cached + {T} new tokens exceed the cache's max_len={self.max_len}")
-        steps = torch.arange(T, device=self.lengths.device)
+        steps = torch.arange(T, device=self.device)
         self.positions = self.lengths[:, None] + steps if self.ragged else self.end + steps
         self.mask = None
         if self.end and (self.ragged or T > 1):
-            keys = torch.arange(self.end + T, device=self.lengths.device)
+            keys = torch.arange(self.end + T, device=self.device)
             self.mask = (keys <= self.positions[..., None]).view(-1, 1, T, self.end + T)  # (B or 1, 1, T, S)
         return self.positions
 
@@ -58,28 +73,79 @@ class KVCache:
         assert self.positions is not None
         rows = torch.arange(idx.size(0), device=idx.device)[:, None]
         self.tokens[rows, self.positions] = idx
-        return self.tokens[:, : self.end + idx.size(1)], self.positions
+        return self.tokens[: self.rows, : self.end + idx.size(1)], self.positions
 
     def layer(self, index: int) -> LayerCache:
         return LayerCache(self, index)
 
-    def advance(self, n: int | Tensor) -> None:
-        """Counts n more tokens as valid: one number for all rows, or one a row, (B,)."""
-        self.lengths = self.lengths + n
+    def advance(self, n: int | Sequence[int] | Tensor) -> None:
+        """Counts n more tokens as valid (fewer, where it is negative): one number for all rows, or one a row, (B,)."""
         if isinstance(n, int):
+            self.counts = [count + n for count in self.counts]
             self.end += n
+            self._lengths[: self.rows] += n
         else:
-            shortest, self.end = (int(t) for t in torch.aminmax(self.lengths))
-            self.ragged = shortest != self.end
+            each = n.tolist() if isinstance(n, Tensor) else n
+            self._set([count + more for count, more in zip(self.counts, each, strict=True)])
 
     def select(self, rows: Tensor) -> KVCache:
         """A cache of the named rows, (N,), in that order; a row may be named more than once."""
         new = object.__new__(KVCache)
         new.__dict__.update(self.__dict__)
-        new.k, new.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        new.lengths, new.tokens = self.lengths.index_select(0, rows), self.tokens.index_select(0, rows)
-        new.advance(torch.zeros_like(new.lengths))
+        new.kv, new.tokens = self.kv.index_select(2, rows), self.tokens.index_select(0, rows)
+        new.rows = new.room = len(rows)
+        new._lengths = self._lengths.index_select(0, rows)
+        new._set([self.counts[row] for row in rows.tolist()])
         return new
+
+    def join(self, other: KVCache, of: Sequence[int], room: int = 0, max_len: int = 0) -> None:
+        """Adds the rows `of` another cache at the end. There is then memory for `room` rows of max_len at least."""
+        first, n = self.rows, len(of)
+        self._reserve(max(room, first + n), max(max_len, other.end))
+        self.rows += n
+        self._lengths[first : self.rows] = 0
+        self.counts += [0] * n
+        self.put(range(first, self.rows), other, of)
+
+    def put(self, rows: Sequence[int], other: KVCache, of: Sequence[int]) -> None:
+        """Overwrites rows by the rows `of` another cache."""
+        to, source = (torch.tensor(list(which), device=self.device) for which in (rows, of))
+        self.kv[:, :, to, :, : other.end] = other.kv[:, :, source, :, : other.end]
+        self.tokens[to, : other.end] = other.tokens[source, : other.end]
+        counts = list(self.counts)
+        for row, its in zip(rows, of, strict=True):
+            counts[row] = other.counts[its]
+        self._set(counts)
+
+    def drop(self, row: int) -> None:
+        """Removes a row; the last one takes its place."""
+        last = self.rows - 1
+        if row != last:
+            n = self.counts[last]
+            self.kv[:, :, row, :, :n] = self.kv[:, :, last, :, :n]
+            self.tokens[row, :n] = self.tokens[last, :n]
+        counts = list(self.counts)
+        counts[row] = counts[last]
+        self.rows = last
+        self._set(counts[:last])
+
+    def _set(self, counts: list[int]) -> None:
+        self.counts, self.end = counts, max(counts, default=0)
+        self.ragged = min(counts, default=0) != self.end
+        self._lengths[: self.rows] = torch.tensor(counts, device=self.device)
+
+    def _reserve(self, room: int, max_len: int) -> None:
+        """Makes the memory larger, where it is too small for so many rows of that length."""
+        if room <= self.room and max_len <= self.max_len:
+            return
+        before, tokens, lengths = self.kv, self.tokens, self._lengths
+        L, _, _, heads, _, width = before.shape
+        self.room, self.max_len = max(room, self.room), max(max_len, self.max_len)
+        self.kv = before.new_zeros(L, 2, self.room, heads, self.max_len, width)
+        self.tokens, self._lengths = tokens.new_zeros(self.room, self.max_len), lengths.new_zeros(self.room)
+        self.kv[:, :, : self.rows, :, : self.end] = before[:, :, : self.rows, :, : self.end]
+        self.tokens[: self.rows, : self.end] = tokens[: self.rows, : self.end]
+        self._lengths[: self.rows] = lengths[: self.rows]
 
 
 @dataclasses.dataclass
@@ -92,7 +158,7 @@ class LayerCache:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stores new keys and values, (B, Hkv, T, D). Returns all of them, (B, Hkv, S, D), and the mask."""
         cache, T = self.cache, k.size(2)
-        keys, values = cache.k[self.index], cache.v[self.index]
+        keys, values = (cache.kv[self.index, which, : cache.rows] for which in (0, 1))
         if cache.ragged:
             assert cache.positions is not None
             rows = torch.arange(k.size(0), device=k.device)[:, None]

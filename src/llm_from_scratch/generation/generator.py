@@ -1,6 +1,6 @@
 """Text from a model: prompts in, samples out, whole or streamed.
 
-decoding.py makes the logits, sampling.py draws from them, text.py turns what is drawn into text; here they meet.
+decoding.py makes the logits, sampler.py draws from them, text.py turns what is drawn into text; here they meet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..core.model import GPT
 from ..core.runtime import resolve_device, resolve_dtype
 from ..core.tokenizer import TiktokenTokenizer, Tokenizer
 from .decoding import Batch, Overflow
-from .sampling import Sampler
+from .packed import Forward, Quantize, packed_forward
+from .sampler import Sampler
 from .text import TextStream
 from .weights import NoInit, build_model
 
@@ -43,8 +44,9 @@ class Completion:
 class Generator:
     """A model and its tokenizer, ready to write.
 
-    device, dtype: where the model is moved and what its weights become; None leaves it as it is.
-    Raises UserError where the tokenizer has more tokens than the model.
+    device, dtype: where the model is moved and what its weights become; None leaves it as it is. quantize="int8":
+    products of 8-bit integers, for a CPU (packed.py). Raises UserError where the tokenizer has more tokens than the
+    model.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Generator:
         tokenizer: Tokenizer,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        quantize: Quantize = "none",
     ):
         rows = model.lm_head.weight.size(0)
         if tokenizer.vocab_size > rows:
@@ -60,7 +63,8 @@ class Generator:
                 f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: it is not "
                 "the one that the model was trained with; name the model's data with --dataset"
             )
-        self.model, self.tokenizer = model.to(device=device, dtype=dtype), tokenizer
+        self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
+        self._packed: tuple[list[tuple[int, int]], Forward, str] | None = None
         self.unused = torch.tensor(_unused_ids(tokenizer), dtype=torch.long, device=model.lm_head.weight.device)
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
 
@@ -72,6 +76,7 @@ class Generator:
         dataset: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        quantize: Quantize = "none",
     ) -> Generator:
         """From an out_dir, a checkpoint directory or a nanoGPT ckpt.pt. Raises UserError.
 
@@ -81,15 +86,25 @@ class Generator:
         checkpoint = load_any(location, which, dataset, weights_only=True)
         assert checkpoint.tokenizer is not None  # load_any refuses what has none
         model = build_model(checkpoint.model_config, checkpoint.model)
-        return cls(model, checkpoint.tokenizer, where, resolve_dtype(dtype, where))
+        return cls(model, checkpoint.tokenizer, where, resolve_dtype(dtype, where), quantize)
 
     @classmethod
-    def from_pretrained(cls, name: str, device: str = "auto", dtype: str = "auto") -> Generator:
+    def from_pretrained(
+        cls, name: str, device: str = "auto", dtype: str = "auto", quantize: Quantize = "none"
+    ) -> Generator:
         """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
         where = resolve_device(device)
         with NoInit():
             model = GPT.from_pretrained(name)
-        return cls(model, model.tokenizer or Tokenizer.from_name("gpt2"), where, resolve_dtype(dtype, where))
+        return cls(model, model.tokenizer or Tokenizer.from_name("gpt2"), where, resolve_dtype(dtype, where), quantize)
+
+    @property
+    def forward(self) -> Forward:
+        """The model's forward pass for decoding, made anew where its weights have changed. Raises UserError."""
+        weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.model.parameters()]
+        if self._packed is None or self._packed[0] != weights:
+            self._packed = (weights, *packed_forward(self.model, self.quantize))
+        return self._packed[1]
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""
@@ -128,8 +143,8 @@ class Generator:
         for at in range(0, len(rows), size):
             ids, seeds = (list(column) for column in zip(*rows[at : at + size], strict=True))
             part = sampler.select(torch.arange(at, at + len(ids))) if sampler else self._sampler(params, ids, seeds)
-            with _evaluating(self.model):
-                batch = Batch(self.model, ids, params.max_new_tokens, use_cache, overflow)
+            with evaluating(self.model):
+                batch = Batch(self.model, ids, params.max_new_tokens, use_cache, overflow, self.forward)
                 texts = [TextStream(self.bytes_of, prompt[-1], params.stop) for prompt in ids]
                 for _ in self._run(batch, part, texts, params.max_new_tokens, watch=bool(params.stop)):
                     pass
@@ -157,8 +172,8 @@ class Generator:
 
     def _stream(self, ids: list[int], params: GenerationConfig, seed: int, overflow: Overflow) -> Iterator[str]:
         text = TextStream(self.bytes_of, ids[-1], params.stop)
-        with _evaluating(self.model):
-            batch = Batch(self.model, [ids], params.max_new_tokens, overflow=overflow)
+        with evaluating(self.model):
+            batch = Batch(self.model, [ids], params.max_new_tokens, overflow=overflow, forward=self.forward)
             sampler = self._sampler(params, [ids], [seed])
             for pieces in self._run(batch, sampler, [text], params.max_new_tokens, watch=True):
                 yield from filter(None, pieces)
@@ -192,14 +207,16 @@ class Generator:
     @torch.inference_mode()
     def _step(self, batch: Batch, sampler: Sampler, check: bool) -> Tensor:
         """Draws and appends one token a row; returns them, (B,)."""
-        logits = batch.logits()[:, : self.tokenizer.vocab_size]  # rows beyond are padding, not tokens
-        if check and not logits.isfinite().all():
-            raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
-        if len(self.unused):
-            logits = logits.index_fill(1, self.unused, -math.inf)
-        ids = sampler(logits)
+        ids = sampler(self.choosable(batch.logits(), check))
         batch.append(ids)
         return ids
+
+    def choosable(self, logits: Tensor, check: bool) -> Tensor:
+        """The logits, (B, V), of what is a token: neither padding nor a gap. check: raises UserError for nan."""
+        logits = logits[:, : self.tokenizer.vocab_size]
+        if check and not logits.isfinite().all():
+            raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
+        return logits.index_fill(1, self.unused, -math.inf) if len(self.unused) else logits
 
     def _sampler(self, params: GenerationConfig, prompts: list[list[int]], seeds: list[int]) -> Sampler:
         return Sampler(params, prompts, seeds, self.tokenizer.vocab_size, self.model.lm_head.weight.device)
@@ -233,7 +250,7 @@ def _unused_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: GPT) -> Iterator[None]:
+def evaluating(model: GPT) -> Iterator[None]:
     """No dropout within; the model's mode is given back after."""
     training = model.training
     model.eval()

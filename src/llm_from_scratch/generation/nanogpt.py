@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..config import GenerationConfig, GPTConfig
 from ..core.model import GPT
-from .sampling import Sampler
+from .sampler import Sampler
 
 
 def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> torch.Generator:

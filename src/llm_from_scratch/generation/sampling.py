@@ -1,52 +1,61 @@
 """From logits to the next token: small pure functions on logits of shape (B, V), and the order they are applied in.
 
-    1. repetition_penalty                     (tokens of the prompt and of the text so far)
-    2. presence_penalty, frequency_penalty    (tokens of the text so far)
-    3. temperature                            (0 ends here: the most likely token)
-    4. top_k, then top_p, then min_p          (each on what the one before has left)
-    5. softmax, and one draw a row
+    1. logit_bias                             (added)
+    2. repetition_penalty                     (tokens of the prompt and of the text so far)
+    3. presence_penalty, frequency_penalty    (tokens of the text so far)
+    4. temperature                            (0 ends here: the most likely token)
+    5. top_k, then top_p, then min_p          (each on what the one before has left)
+    6. softmax, and one draw a row
 
-What is removed gets the logit -inf. The order is that of transformers' generate. Every row has a random stream of its
-own, so its tokens do not depend on what else is in the batch.
+What is removed gets the logit -inf. The order is that of transformers' generate. A setting is one number for all rows
+or a tensor with one a row. sampler.py gives every row a random stream of its own, so its tokens do not depend on what
+else is in the batch.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
 
-Prompts = Sequence[Sequence[int]]
+if TYPE_CHECKING:
+    from .sampler import Settings
+
 GREEDY_BELOW = 1e-5  # temperatures below this are taken as 0: the division would overflow
 LARGEST_LOGIT = 1e30  # penalties end here, so that no division after them overflows to inf - inf = nan
 
 
-def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """Makes tokens already seen less likely (CTRL, arXiv 1909.05858). seen: bool (B, V); above 1 discourages."""
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised.clamp(-LARGEST_LOGIT, LARGEST_LOGIT), logits)
 
 
-def presence_frequency_penalty(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
+def presence_frequency_penalty(
+    logits: Tensor, counts: Tensor, presence: float | Tensor, frequency: float | Tensor
+) -> Tensor:
     """Subtracts presence once and frequency for each occurrence, as OpenAI's API does. counts: (B, V)."""
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def temperature(logits: Tensor, value: float) -> Tensor:
+def temperature(logits: Tensor, value: float | Tensor) -> Tensor:
     """Flattens (above 1) or sharpens (below 1) the distribution. value > 0."""
     return logits / value
 
 
-def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
+def top_k(logits: Tensor, k: int | Tensor | None, keep_ties: bool = False) -> Tensor:
     """Keeps exactly the k largest logits; None, 0 or k >= V keeps all.
 
-    keep_ties keeps more than k where further logits equal the k-th, as nanoGPT does.
+    keep_ties keeps more than k where further logits equal the k-th, as nanoGPT does. k: (B, 1) where it is a tensor.
     """
+    if isinstance(k, Tensor):
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        below = torch.arange(logits.size(-1), device=logits.device) >= k
+        return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(below, -math.inf))
     if not k or k >= logits.size(-1):
         return logits
     largest = logits.topk(k)
@@ -55,12 +64,12 @@ def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
     return torch.full_like(logits, -math.inf).scatter(-1, largest.indices, largest.values)
 
 
-def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
+def top_p(logits: Tensor, p: float | Tensor, among: int | None = None) -> Tensor:
     """Keeps the fewest most likely tokens whose probabilities add up to p or more (arXiv 1904.09751); 1 keeps all.
 
     among: where no more than so many tokens are left, sorting only those is far cheaper than sorting V.
     """
-    if p >= 1:
+    if isinstance(p, float) and p >= 1:
         return logits
     if among and among < logits.size(-1):
         ordered, ids = logits.topk(among)
@@ -68,21 +77,23 @@ def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # what the more likely tokens have together
-    return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(before >= p, -math.inf))
+    beyond = before >= (torch.where(p < 1, p, math.inf) if isinstance(p, Tensor) else p)
+    return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
 
 
-def min_p(logits: Tensor, p: float) -> Tensor:
+def min_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Drops tokens with less than p times the probability of the most likely one (arXiv 2407.01082); 0 keeps all."""
-    if p <= 0:
+    if not isinstance(p, Tensor) and p <= 0:
         return logits
-    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
+    below = p.log() if isinstance(p, Tensor) else math.log(p)
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + below, -math.inf)
 
 
-def keep_likely(logits: Tensor, params: GenerationConfig, keep_ties: bool = False) -> Tensor:
+def keep_likely(logits: Tensor, params: GenerationConfig | Settings, keep_ties: bool = False) -> Tensor:
     """Temperature, top-k, top-p and min-p in their order. (B, V) to (B, V)."""
     logits = top_k(temperature(logits, params.temperature), params.top_k, keep_ties)
-    logits = top_p(logits, params.top_p, among=None if keep_ties else params.top_k)
-    return min_p(logits, params.min_p)
+    among = params.top_k if isinstance(params.top_k, int) and not keep_ties else None
+    return min_p(top_p(logits, params.top_p, among), params.min_p)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -97,52 +108,9 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return ids.clamp(max=probs.size(-1) - 1)  # a nan is past every number
 
 
-class Sampler:
-    """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, what it has seen."""
-
-    keep_ties = False  # see top_k
-    CHUNK = 256  # random numbers drawn at once per row; the streams do not depend on it
-
-    def __init__(
-        self, params: GenerationConfig, prompts: Prompts, seeds: Sequence[int], vocab_size: int, device: torch.device
-    ):
-        self.params, rows = params, len(prompts)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        # float64 wherever the device has it: in float32 the rarest of 50,000 tokens would be lost to rounding
-        real = torch.float32 if device.type == "mps" else torch.float64
-        self.uniforms, self.used = torch.empty(0, rows, dtype=real, device=device), 0
-        self.penalised = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        self.counts = torch.zeros(rows, vocab_size if self.penalised else 0, device=device)  # of generated tokens
-        self.seen = self.counts.bool()  # in the prompt or generated
-        for row, prompt in enumerate(prompts if self.penalised else ()):
-            self.seen[row, torch.as_tensor(prompt, dtype=torch.long, device=device)] = True
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """The next token of every row, (B,) int64, from the model's logits, (B, V)."""
-        p, logits = self.params, logits.float()
-        if self.penalised:
-            logits = repetition_penalty(logits, self.seen, p.repetition_penalty)
-            logits = presence_frequency_penalty(logits, self.counts, p.presence_penalty, p.frequency_penalty)
-        if p.temperature < GREEDY_BELOW:
-            ids = logits.argmax(dim=-1)
-        else:
-            ids = self.pick(keep_likely(logits, p, self.keep_ties).softmax(dim=-1))
-        if self.penalised:
-            self.counts.scatter_add_(1, ids[:, None], self.counts.new_ones(len(ids), 1))
-            self.seen.scatter_(1, ids[:, None], True)
-        return ids
-
-    def pick(self, probs: Tensor) -> Tensor:
-        """One token a row, (B,), by the next number of the row's stream."""
-        if self.used == len(self.uniforms):
-            fresh = [torch.rand(self.CHUNK, generator=g, dtype=torch.float64) for g in self.generators]
-            self.uniforms, self.used = torch.stack(fresh, dim=1).to(self.uniforms), 0
-        self.used += 1
-        return draw(probs, self.uniforms[self.used - 1])
-
-    def select(self, rows: Tensor) -> Sampler:
-        """A sampler of the named rows only, (N,), in that order."""
-        new = copy.copy(self)
-        new.generators = [self.generators[row] for row in rows.tolist()]
-        new.uniforms, new.counts, new.seen = self.uniforms[:, rows], self.counts[rows], self.seen[rows]
-        return new
+def log_probabilities(logits: Tensor, ids: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural logarithms of the model's own probabilities: of ids, (B,), and of the likeliest alternatives, (B, k),
+    with their ids. logits: (B, V), as the model gives them."""
+    logs = logits.float().log_softmax(dim=-1)
+    top = logs.topk(min(alternatives, logs.size(-1)))
+    return logs.gather(-1, ids[:, None]).squeeze(-1), top.values, top.indices

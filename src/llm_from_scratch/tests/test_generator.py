@@ -14,6 +14,7 @@ from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer, Tiktok
 from llm_from_scratch.generation import generator as generator_module
 from llm_from_scratch.generation.decoding import Batch
 from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.packed import Packed
 from llm_from_scratch.generation.text import TextStream
 
 from .memorised import BLOCK, SIGNS, TEXT, TOKENIZER, memorised, ragged_prompts
@@ -64,10 +65,12 @@ def test_without_a_cache_the_tokens_are_the_same(writer):
 
 def test_equal_prompts_are_read_once(writer, monkeypatch):
     seen = []
-    forward = GPT.forward
+    forward = Packed.__call__
     monkeypatch.setattr(
-        GPT, "forward", lambda self, idx, *a, **k: seen.append(tuple(idx.shape)) or forward(self, idx, *a, **k)
+        Packed, "__call__", lambda self, idx, *a, **k: seen.append(tuple(idx.shape)) or forward(self, idx, *a, **k)
     )
+    writer.generate("a", one(max_new_tokens=1))  # packs the model, and tries it
+    seen.clear()
     writer.generate([TEXT[:7], TEXT[:4], TEXT[:7]], dataclasses.replace(PARAMS, num_samples=5, max_new_tokens=4))
     assert seen == [(2, 7), (15, 1), (15, 1), (15, 1)]
 

@@ -10,7 +10,7 @@ import torch
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation import sampling
 from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
-from llm_from_scratch.generation.sampling import Sampler
+from llm_from_scratch.generation.sampler import Sampler
 
 INF = math.inf
 CPU = torch.device("cpu")
