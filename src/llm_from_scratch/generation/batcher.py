@@ -159,16 +159,11 @@ class Engine:
         Raises UserError for what cannot be continued (an empty prompt, an unknown id, a setting out of range, more
         samples than slots), EngineError where the engine does not run.
         """
-        request.params.validate()
-        known = self.generator.tokenizer.vocab_size
         prompt = self.generator.encode(request.prompt)
-        bias = {**request.params.logit_bias, **request.logit_bias}
-        if strange := [token for token in bias if not 0 <= token < known]:
-            raise UserError(f"logit_bias names token {strange[0]}, which is outside the vocabulary: 0 to {known - 1}")
+        params = dataclasses.replace(request.params, logit_bias={**request.params.logit_bias, **request.logit_bias})
+        self.generator.check(params)
         if request.params.num_samples > self.slots:
             raise UserError(f"num_samples={request.params.num_samples} is more than the engine's {self.slots} slots")
-        params = dataclasses.replace(request.params, logit_bias=bias)
-        params.validate()
         handle = Handle(dataclasses.replace(request, prompt=prompt, params=params), deliver)
         with self._wake:
             if not self.alive:

@@ -20,11 +20,12 @@ from ..config import GenerationConfig, UserError
 from ..core.checkpoint import load_any
 from ..core.model import GPT
 from ..core.runtime import resolve_device, resolve_dtype
-from ..core.tokenizer import TiktokenTokenizer, Tokenizer
+from ..core.tokenizer import Tokenizer
 from .decoding import Batch, Overflow
 from .packed import Forward, Quantize, packed_forward
-from .sampler import Sampler
-from .text import TextStream
+from .sampler import Sampler, check_bias
+from .speculative import Draft, SpeculativeBatch
+from .text import TextStream, unused_ids
 from .weights import NoInit, build_model
 
 CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
@@ -64,8 +65,10 @@ class Generator:
                 "the one that the model was trained with; name the model's data with --dataset"
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
+        self.draft: Draft | None = None  # what proposes tokens where one sample is decoded alone
+        self.compiled = False  # whether torch.compile makes the decode step
         self._packed: tuple[list[tuple[int, int]], Forward, str] | None = None
-        self.unused = torch.tensor(_unused_ids(tokenizer), dtype=torch.long, device=model.lm_head.weight.device)
+        self.unused = torch.tensor(unused_ids(tokenizer), dtype=torch.long, device=model.lm_head.weight.device)
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
 
     @classmethod
@@ -103,7 +106,7 @@ class Generator:
         """The model's forward pass for decoding, made anew where its weights have changed. Raises UserError."""
         weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.model.parameters()]
         if self._packed is None or self._packed[0] != weights:
-            self._packed = (weights, *packed_forward(self.model, self.quantize))
+            self._packed = (weights, *packed_forward(self.model, self.quantize, self.compiled))
         return self._packed[1]
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
@@ -116,6 +119,11 @@ class Generator:
         if unknown:
             raise UserError(f"token id {unknown[0]} is outside the vocabulary: 0 to {self.tokenizer.vocab_size - 1}")
         return known
+
+    def check(self, params: GenerationConfig) -> None:
+        """Raises UserError for settings out of range, and for a logit_bias of what is no token."""
+        params.validate()
+        check_bias(params, self.tokenizer.vocab_size)
 
     def generate(
         self,
@@ -135,7 +143,7 @@ class Generator:
         row a sample. Raises UserError for an empty prompt or one that the vocabulary cannot express.
         """
         params = params or GenerationConfig()
-        params.validate()
+        self.check(params)
         encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]
         size = self._rows_at_once(max(map(len, encoded), default=0) + params.max_new_tokens)
@@ -144,7 +152,7 @@ class Generator:
             ids, seeds = (list(column) for column in zip(*rows[at : at + size], strict=True))
             part = sampler.select(torch.arange(at, at + len(ids))) if sampler else self._sampler(params, ids, seeds)
             with evaluating(self.model):
-                batch = Batch(self.model, ids, params.max_new_tokens, use_cache, overflow, self.forward)
+                batch = self._batch(ids, params.max_new_tokens, use_cache, overflow)
                 texts = [TextStream(self.bytes_of, prompt[-1], params.stop) for prompt in ids]
                 for _ in self._run(batch, part, texts, params.max_new_tokens, watch=bool(params.stop)):
                     pass
@@ -167,17 +175,23 @@ class Generator:
     ) -> Iterator[str]:
         """The text of one sample in pieces, as it is drawn: together they are generate()'s text for that seed."""
         params = params or GenerationConfig()
-        params.validate()
+        self.check(params)
         return self._stream(self.encode(prompt, allow_special), params, seed % 2**63, overflow)
 
     def _stream(self, ids: list[int], params: GenerationConfig, seed: int, overflow: Overflow) -> Iterator[str]:
         text = TextStream(self.bytes_of, ids[-1], params.stop)
         with evaluating(self.model):
-            batch = Batch(self.model, [ids], params.max_new_tokens, overflow=overflow, forward=self.forward)
+            batch = self._batch([ids], params.max_new_tokens, True, overflow)
             sampler = self._sampler(params, [ids], [seed])
             for pieces in self._run(batch, sampler, [text], params.max_new_tokens, watch=True):
                 yield from filter(None, pieces)
         yield from filter(None, [text.finish()])
+
+    def _batch(self, prompts: Sequence[Sequence[int]], steps: int, use_cache: bool, overflow: Overflow) -> Batch:
+        if self.draft is None or not use_cache or len(prompts) > 1:
+            return Batch(self.model, prompts, steps, use_cache, overflow, self.forward)
+        known = self.tokenizer.vocab_size
+        return SpeculativeBatch(self.model, prompts[0], steps, self.draft, known, overflow, self.forward)
 
     def _run(
         self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
@@ -232,21 +246,6 @@ class Generator:
         row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * weight.element_size()
         free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
         return max(1, int(free / row))
-
-
-def _unused_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that stand for nothing: the vocabularies after GPT-2's have gaps."""
-
-    def stands_for_nothing(ids: Sequence[int]) -> bool:
-        try:
-            tokenizer.decode_bytes(ids)
-        except UserError:
-            return True
-        return False
-
-    every = range(tokenizer.vocab_size)
-    has_gaps = isinstance(tokenizer, TiktokenTokenizer) and stands_for_nothing(every)
-    return [i for i in every if stands_for_nothing([i])] if has_gaps else []
 
 
 @contextlib.contextmanager

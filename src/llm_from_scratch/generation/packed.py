@@ -25,6 +25,7 @@ from ..config import UserError
 from ..core.cache import KVCache
 from ..core.model import GPT, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_angles
 from ..core.runtime import cpu_has_native_bf16
+from .graphs import GraphedStep
 
 Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix from which on a few rows are multiplied faster from its other side
@@ -39,14 +40,14 @@ def plain_forward(model: GPT) -> Forward:
     return lambda idx, cache=None, logits_at=None: model(idx, cache=cache, logits_at=logits_at)[0]
 
 
-def packed_forward(model: GPT, quantize: Quantize = "none") -> tuple[Forward, str]:
-    """The fastest forward that computes this model, and what it is, in words.
+def packed_forward(model: GPT, quantize: Quantize = "none", compiled: bool = False) -> tuple[Forward, str]:
+    """The fastest forward that computes this model, and what it is, in words. compiled: torch.compile its decode step.
 
     quantize="int8": weights of all linear layers in int8, a scale for each output; activations too, a scale for all,
     anew for each product (fbgemm's and qnnpack's dynamic quantization). Raises UserError where the device has none.
     """
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    if quantize == "int8" and (device.type != "cpu" or torch.backends.quantized.engine == "none"):
+    if quantize == "int8" and not (device.type == "cpu" and has_int8()):
         raise UserError(f"quantize=int8 is for a CPU with fbgemm or qnnpack, not for {device}: leave it out")
     kind: type[Dense] | type[Half] | type[Int8] = Dense
     if quantize == "int8":
@@ -62,14 +63,25 @@ def packed_forward(model: GPT, quantize: Quantize = "none") -> tuple[Forward, st
     if not right:
         if quantize != "none":
             raise UserError("quantize=int8 knows the model of core/model.py only, and this one computes otherwise")
+        if compiled:
+            model.compile(dynamic=True)
         return plain_forward(model), "its own forward"
     packed = Packed(model, kind, dtype if kind is Dense else torch.float32)
+    if compiled:
+        packed.step = torch.compile(packed.step)  # type: ignore[method-assign]
+    elif device.type == "cuda":
+        packed.step = GraphedStep(packed.step, pool=torch.cuda.graph_pool_handle())  # type: ignore[method-assign]
     return packed, {Dense: "packed", Half: "packed, products from float16", Int8: "packed, int8"}[kind]
 
 
 def has_half() -> bool:
     """Whether torch multiplies float32 rows by float16 matrices here (fbgemm)."""
     return any(engine in torch.backends.quantized.supported_engines for engine in ("fbgemm", "x86"))
+
+
+def has_int8() -> bool:
+    """Whether torch has products of 8-bit integers here."""
+    return torch.backends.quantized.engine != "none"
 
 
 class Dense:
@@ -273,21 +285,37 @@ class Packed:
 
     def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:
         """One new token a row: (B, 1) to (B, 1, V)."""
-        B, D, H = idx.size(0), self.D, self.H
         view = Window.of(cache)
         lengths = cache.lengths
         if self.ngrams is not None:
             cache.positions = lengths[:, None]  # which cache.seen() reads
-        x = self._embed(idx, lengths[:, None], cache).view(B, self.C)
+        x = self._embed(idx, lengths[:, None], cache).view(idx.size(0), self.C)
         where, mask = view.step(lengths, cache.end, cache.ragged)
-        cos, sin = (self.cos[lengths], self.sin[lengths]) if self.cos is not None and self.sin is not None else (0, 0)
+        return self.step(x, lengths, where, mask, view.memory, view.keys, view.values)
+
+    def step(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        where: Tensor,
+        mask: Tensor,
+        memory: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        """The layers and the head for one token a row: (B, C) to (B, 1, V). The rest is what Window has; positions:
+        (B,)."""
+        B, D, H = len(x), self.D, self.H
+        cos, sin = None, None
+        if self.cos is not None and self.sin is not None:
+            cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, D)
         scale = 1 / math.sqrt(D)
-        for layer, memory, keys, values in zip(self.layers, view.memory, view.keys, view.values, strict=True):
+        for i, layer in enumerate(self.layers):
             qkv = layer.rotate(layer.qkv(layer.norm_1(x)).view(B, -1, D), cos, sin)  # (B, H + 2 Hkv, D)
-            memory.index_copy_(0, where, qkv[:, H:].reshape(-1, D))
+            memory[i].index_copy_(0, where, qkv[:, H:].reshape(-1, D))
             q = qkv[:, :H].reshape(B * self.Hkv, -1, D)  # (B Hkv, G, D)
-            weights = torch.baddbmm(mask, q, keys, alpha=scale).softmax(-1)  # (B Hkv, G, S)
-            x = layer.out(torch.bmm(weights, values).view(B, self.C), x)
+            weights = torch.baddbmm(mask, q, keys[i], alpha=scale).softmax(-1)  # (B Hkv, G, S)
+            x = layer.out(torch.bmm(weights, values[i]).view(B, self.C), x)
             x = layer.mlp(layer.norm_2(x), x)
         return self._head(x).view(B, 1, -1)
 

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import GenerationConfig
+from ..config import GenerationConfig, UserError
 from .sampling import GREEDY_BELOW, draw, keep_likely, presence_frequency_penalty, repetition_penalty
 
 Prompts = Sequence[Sequence[int]]
+
+
+def check_bias(params: GenerationConfig, vocab_size: int) -> None:
+    """Raises UserError where logit_bias names what is no token."""
+    if strange := [token for token in params.logit_bias if not 0 <= token < vocab_size]:
+        raise UserError(f"logit_bias names token {strange[0]}, which is outside the vocabulary: 0 to {vocab_size - 1}")
 
 
 @dataclasses.dataclass
@@ -57,7 +63,7 @@ class Settings:
 class Sampler:
     """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, what it has seen.
 
-    params: for all rows, or one a row.
+    params: for all rows, or one a row. Raises UserError where logit_bias names what is no token.
     """
 
     keep_ties = False  # see top_k
@@ -74,6 +80,8 @@ class Sampler:
         rows = len(prompts)
         self.params = [params] * rows if isinstance(params, GenerationConfig) else list(params)
         self.vocab_size, self.device = vocab_size, device
+        for p in self.params:
+            check_bias(p, vocab_size)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         # float64 wherever the device has it: in float32 the rarest of 50,000 tokens would be lost to rounding
         real = torch.float32 if device.type == "mps" else torch.float64

@@ -5,6 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 
+from ..config import UserError
+from ..core.tokenizer import TiktokenTokenizer, Tokenizer
+
 
 class TextStream:
     """Tokens to text as they come: whole characters only, and nothing that is or may become part of a stop text.
@@ -44,3 +47,18 @@ class TextStream:
         """Length of the longest end of the text with which a stop text begins."""
         longest = min(max(map(len, self.stop), default=1) - 1, len(held))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(held[-n:]) for s in self.stop)), 0)
+
+
+def unused_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that stand for nothing: the vocabularies after GPT-2's have gaps."""
+
+    def stands_for_nothing(ids: Sequence[int]) -> bool:
+        try:
+            tokenizer.decode_bytes(ids)
+        except UserError:
+            return True
+        return False
+
+    every = range(tokenizer.vocab_size)
+    has_gaps = isinstance(tokenizer, TiktokenTokenizer) and stands_for_nothing(every)
+    return [i for i in every if stands_for_nothing([i])] if has_gaps else []

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.config import GenerationConfig, UserError
 from llm_from_scratch.generation import sampling
 from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
 from llm_from_scratch.generation.sampler import Sampler
@@ -168,3 +168,75 @@ def test_bfloat16_logits_are_drawn_in_float32():
     params = GenerationConfig(temperature=0.7, top_k=5, top_p=0.9)
     a, b = (Sampler(params, [[0]] * 2, [1, 2], 300, CPU) for _ in range(2))
     assert run(a, logits, 50) == run(b, logits.float(), 50)
+
+
+def test_a_logit_bias_is_added_before_all_else():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    # 1 + 3 is the largest; then the repetition penalty divides what the prompt holds: 4 / 2.5 against 2
+    params = GenerationConfig(temperature=0.0, logit_bias={1: 3.0})
+    assert Sampler(params, [[0]], [0], 3, CPU)(logits).item() == 1
+    penalised = GenerationConfig(temperature=0.0, logit_bias={1: 3.0}, repetition_penalty=2.5)
+    assert Sampler(penalised, [[1]], [0], 3, CPU)(logits).item() == 0
+    with pytest.raises(UserError, match="token 3"):
+        Sampler(GenerationConfig(logit_bias={3: 1.0}), [[0]], [0], 3, CPU)
+
+
+KINDS = [
+    GenerationConfig(temperature=0.0),
+    GenerationConfig(temperature=0.7, top_k=None),
+    GenerationConfig(temperature=1.3, top_k=5),
+    GenerationConfig(temperature=1.0, top_k=40, top_p=0.8),
+    GenerationConfig(temperature=1.0, top_k=0, top_p=0.3, min_p=0.1),
+    GenerationConfig(temperature=0.9, top_k=3, repetition_penalty=1.4),
+    GenerationConfig(temperature=1.0, top_k=None, presence_penalty=1.0, frequency_penalty=0.5),
+    GenerationConfig(temperature=1.0, top_k=None, logit_bias={7: 4.0, 8: -50.0}),
+]
+
+
+def test_rows_of_every_kind_draw_what_each_draws_alone():
+    prompts, seeds = [[k, k + 1] for k in range(8)], list(range(20, 28))
+    logits = 2 * torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
+    alone = [run(Sampler(p, [prompts[k]], [seeds[k]], 60, CPU), logits[k, None], 300)[0] for k, p in enumerate(KINDS)]
+    together = run(Sampler(KINDS, prompts, seeds, 60, CPU), logits, 300)
+    assert together == alone and len({tuple(row) for row in alone}) == 8
+
+
+def test_rows_join_and_leave_with_their_streams_and_counts():
+    prompts, seeds = [[k, k + 1] for k in range(8)], list(range(20, 28))
+    logits = 2 * torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
+    alone = [run(Sampler(p, [prompts[k]], [seeds[k]], 60, CPU), logits[k, None], 400)[0] for k, p in enumerate(KINDS)]
+
+    def some(rows: list[int]) -> Sampler:
+        return Sampler([KINDS[k] for k in rows], [prompts[k] for k in rows], [seeds[k] for k in rows], 60, CPU)
+
+    sampler, rows = some([3, 1]), [3, 1]
+    drawn: dict[int, list[int]] = {k: [] for k in range(8)}
+    for coming, going, steps in (((), (), 100), ((6, 0, 5), (), 30), ((), (1,), 57), ((7, 2, 4), (3,), 200)):
+        if coming:
+            sampler, rows = sampler.join(some(list(coming))), [*rows, *coming]
+        stay = [i for i, k in enumerate(rows) if k not in going]
+        sampler, rows = sampler.select(torch.tensor(stay)), [rows[i] for i in stay]
+        for row, tokens in zip(rows, run(sampler, logits[rows], steps), strict=True):
+            drawn[row] += tokens
+    assert all(alone[k][: len(drawn[k])] == drawn[k] for k in range(8))
+    assert {k: len(tokens) for k, tokens in drawn.items()} == {
+        0: 287, 1: 130, 2: 200, 3: 187, 4: 200, 5: 287, 6: 287, 7: 200
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS[1:4])
+def test_drawing_among_the_candidates_alone_is_the_same(kind, monkeypatch):
+    """A large vocabulary of which top_k leaves few: sorting and adding up those gives the same tokens."""
+    logits = 2 * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    fast = run(Sampler(kind, [[0]] * 3, [1, 2, 3], 4000, CPU), logits, 300)
+    monkeypatch.setattr(Sampler, "draw", lambda self, logits, p: self.pick(sampling.keep_likely(logits, p).softmax(-1)))
+    assert fast == run(Sampler(kind, [[0]] * 3, [1, 2, 3], 4000, CPU), logits, 300)
+    assert len(set(fast[0])) > 3
+
+
+def test_log_probabilities_by_hand():
+    logits = torch.tensor([[0.0, math.log(2.0), math.log(5.0)]])
+    own, top, ids = sampling.log_probabilities(logits, torch.tensor([1]), 2)
+    assert own.exp().tolist() == pytest.approx([0.25])
+    assert ids.tolist() == [[2, 1]] and top.exp().tolist()[0] == pytest.approx([0.625, 0.25])
+    assert sampling.log_probabilities(logits, torch.tensor([1]), 9)[1].shape == (1, 3)

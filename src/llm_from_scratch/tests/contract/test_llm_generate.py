@@ -19,6 +19,7 @@ from llm_from_scratch.cli import generate
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.tokenizer import ByteTokenizer
 from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import SIGNS, TEXT, TOKENIZER, memorised
@@ -129,6 +130,32 @@ def test_penalties_reach_the_sampler(capsys, best):
     option = "--repetition_penalty=1e6"  # counts the prompt's six characters, too
     text = call(capsys, *best, f"--start={START}", option, "--temperature=0", "--max_new_tokens=56")[1][:-1]
     assert len(set(text)) == 62
+
+
+def test_a_logit_bias_reaches_the_sampler(capsys, best):
+    (token,) = TOKENIZER.encode("Q").tolist()
+    option = f"--logit_bias={{{token}: 100}}"
+    assert call(capsys, *best, f"--start={START}", option)[1] == START + "Q" * 12 + "\n"
+
+
+def test_int8_and_proposals_leave_a_text_far_from_ties_as_it_is(capsys, best, out_dir):
+    for option in ("--quantize=int8", "--draft=lookup", f"--draft={out_dir}"):
+        for stream in ("--stream=True", "--stream=False"):
+            arguments = [*best, f"--start={START}", "--temperature=0", option, stream]
+            code, out, err = call(capsys, *arguments)
+            assert (code, out) == (0, START + greedy() + "\n")
+            assert ("int8" in err) == ("int8" in option)
+
+
+def test_a_draft_of_another_vocabulary_is_refused(capsys, best, tmp_path):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    save_checkpoint(
+        tmp_path / "small", step=1, model_config=model.config, model=model.state_dict(), run_id="r",
+        tokenizer=ByteTokenizer(),
+    )  # fmt: skip
+    code, out, err = call(capsys, *best, f"--start={START}", f"--draft={tmp_path / 'small'}")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "another tokenizer" in err
 
 
 def test_a_preset_gives_settings(capsys, best, tmp_path):
@@ -257,6 +284,11 @@ def test_a_conversation_at_a_terminal(out_dir):
         (["--seed=-1"], ["seed=-1"]),
         (["--device=cuda:99"], ["--device=cuda:99", "CUDA"]),
         (["--device=tpu"], ["tpu", "cpu"]),
+        (["--quantize=int4"], ["quantize", "int8"]),
+        (["--draft=nowhere"], ["nowhere"]),
+        (["--logit_bias={99: 1}"], ["token 99", "0 to 61"]),
+        (["--logit_bias=5"], ["logit_bias", "{ID: NUMBER"]),
+        (["--logit_bias={1: 1e9}"], ["logit_bias of token 1", "1000"]),
         (["--tempreture=1"], ["tempreture", "did you mean temperature?"]),
         (["--jsonl", "--stream"], ["jsonl and stream"]),
         (["--interactive", "--start=a"], ["--interactive", "--start"]),
@@ -288,7 +320,7 @@ def test_a_failing_compiler_is_reported(capsys, best, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("no C++ compiler\nand a page of advice")
 
-    monkeypatch.setattr(GPT, "compile", lambda self, **options: setattr(self, "forward", fail))
+    monkeypatch.setattr(torch, "compile", lambda step: fail)
     code, out, err = call(capsys, *best, f"--start={START}", "--compile")
     assert code == 2 and out == "" and err.count("\n") == 1
     assert "torch.compile failed (RuntimeError: no C++ compiler); run without --compile" in err

@@ -1,0 +1,66 @@
+"""Decode steps as CUDA graphs: a token of a small model is some hundred kernels of microseconds, launched as one.
+
+A graph repeats the very kernels that it recorded, on the same memory: so there is one for each number of rows, size of
+the window and cache. Inputs are copied into the memory that it reads, its output is copied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 64  # graphs; what comes after them runs without
+
+
+class Recorded:
+    """One graph. step: on tensors alone, no host sync in it; inputs: as it will be called."""
+
+    def __init__(self, step: Callable[..., Tensor], inputs: list[Tensor], rest: tuple[Any, ...], pool: Any):
+        self.inputs = [t.clone() for t in inputs]
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            step(*self.inputs, *rest)  # kernels are loaded and workspaces made outside the recording
+        torch.cuda.current_stream().wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = step(*self.inputs, *rest)
+
+    def __call__(self, inputs: list[Tensor]) -> Tensor:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+class GraphedStep:
+    """Packed.step, recorded where the rows are a power of two: with as many graphs as numbers of rows, recording
+    would never end while requests come and go. Where recording fails, the step runs as it is."""
+
+    def __init__(self, step: Callable[..., Tensor], record: Callable[..., Any] = Recorded, pool: Any = None):
+        self.step, self.record, self.pool = step, record, pool
+        self.graphs: dict[tuple[Any, ...], Any] = {}
+        self.failure: str | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        where: Tensor,
+        mask: Tensor,
+        memory: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
+    ) -> Tensor:
+        inputs, rest = [x, positions, where, mask], (memory, keys, values)
+        key = (len(x), mask.shape, keys[0].shape, keys[0].stride(), memory[0].shape, memory[0].data_ptr())
+        graph = self.graphs.get(key)
+        if graph is None and self.failure is None and len(x) & (len(x) - 1) == 0 and len(self.graphs) < MOST:
+            try:
+                graph = self.graphs[key] = self.record(self.step, inputs, rest, self.pool)
+            except RuntimeError as error:
+                self.failure = str(error)
+        return self.step(*inputs, *rest) if graph is None else graph(inputs)

@@ -1,0 +1,169 @@
+"""Speculative decoding: something cheap proposes the next tokens, the model reads them all in one pass.
+
+A pass over a few tokens takes little longer than one over a single token, as both read all weights. After it the
+logits of every proposed position are there; the sampler draws from them one after the other, as ever, and as long as
+it draws what was proposed, its next logits are there already. So the text is the one that this seed gives without
+proposals, with every sampler: only the time differs. (In distribution that is speculative sampling, arXiv 2211.17192,
+with proposals that are certain: one is kept with the probability that the model gives it.)
+
+Proposals come from the text itself (prompt look-up: what followed the same few tokens before), which helps where
+texts repeat themselves, or from a smaller model of the same vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import UserError
+from ..core.cache import KVCache
+from ..core.model import GPT
+from .decoding import Batch, Overflow
+from .packed import Forward, packed_forward
+
+FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
+
+
+class Draft(Protocol):
+    """Proposes how a text goes on."""
+
+    def propose(self, tokens: Sequence[int], n: int) -> list[int]:
+        """At most n tokens; none where there is nothing to say. tokens: all so far, at least one."""
+        ...
+
+    def begin(self) -> None:
+        """Another text follows."""
+        ...
+
+
+class Lookup:
+    """What followed the last few tokens when they stood in the text before: the longest match, the latest place."""
+
+    def __init__(self, longest: int = 4, shortest: int = 2):
+        self.lengths = range(longest, shortest - 1, -1)
+        self.begin()
+
+    def begin(self) -> None:
+        self.places: dict[tuple[int, ...], int] = {}  # where each run of tokens last ended
+        self.read = 0
+
+    def propose(self, tokens: Sequence[int], n: int) -> list[int]:
+        for end in range(self.read + 1, len(tokens)):  # a run that ends with the text is not yet followed by anything
+            for length in self.lengths:
+                if length <= end:
+                    self.places[tuple(tokens[end - length : end])] = end
+        self.read = len(tokens) - 1
+        for length in self.lengths:
+            place = self.places.get(tuple(tokens[len(tokens) - length :])) if length <= len(tokens) else None
+            if place is not None:
+                return list(tokens[place : place + n])
+        return []
+
+
+class DraftModel:
+    """The greedy continuation of a smaller model. Raises UserError where its vocabulary is not the model's."""
+
+    def __init__(self, model: GPT, fingerprint: str, expected: str):
+        if fingerprint != expected:
+            raise UserError("the draft model has another tokenizer than the model: it must share its vocabulary")
+        self.model, self.forward = model.eval(), packed_forward(model)[0]
+        self.cache: KVCache | None = None
+        self.tokens: list[int] = []  # what the cache holds
+
+    @torch.inference_mode()
+    def begin(self) -> None:
+        if self.cache is not None:
+            self.cache.advance(-len(self.tokens))
+        self.tokens = []
+
+    @torch.inference_mode()
+    def propose(self, tokens: Sequence[int], n: int) -> list[int]:
+        n = min(n, self.model.config.block_size - len(tokens))
+        if n < 1:
+            return []
+        device = self.model.lm_head.weight.device
+        if self.cache is None:
+            dtype = getattr(self.forward, "dtype", self.model.lm_head.weight.dtype)
+            self.cache = KVCache(self.model.config, 1, None, device, dtype)
+        same = 0
+        for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        self.cache.advance(same - len(self.tokens))
+        self.tokens, proposed = list(tokens[:same]), list[int]()
+        fresh = list(tokens[same:])
+        while True:
+            logits = self.forward(torch.tensor([fresh], device=device), cache=self.cache)[0, -1]
+            self.cache.advance(len(fresh))
+            self.tokens += fresh
+            proposed.append(int(logits.argmax()))
+            if len(proposed) == n:
+                return proposed
+            fresh = proposed[-1:]
+
+
+class SpeculativeBatch(Batch):
+    """A Batch of one row that reads ahead. known: ids from here on are padding, and are not proposed."""
+
+    def __init__(
+        self,
+        model: GPT,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        draft: Draft,
+        known: int,
+        overflow: Overflow = "recompute",
+        forward: Forward | None = None,
+    ):
+        super().__init__(model, [prompt], max_new_tokens + MOST, True, overflow, forward)
+        self.draft, self.known, self.number = draft, known, 2 * FEWEST
+        draft.begin()
+        self.history = list(self.crop(prompt))
+        self.ahead: deque[Tensor] = deque()  # logits of the positions that were read ahead, (1, V) each
+        self.proposed: deque[int] = deque()
+        self.passes = self.right = self.wrong = 0
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        if self.ahead:
+            return self.ahead.popleft()
+        if self.ready is None and self.cached and len(self.history) < self.block:
+            number = min(self.number, self.block - len(self.history))
+            proposed = [token for token in self.draft.propose(self.history, number) if 0 <= token < self.known]
+            if proposed:
+                return self._read(proposed)
+        self.passes += 1
+        return super().logits()
+
+    def _read(self, proposed: list[int]) -> Tensor:
+        assert self.cache is not None
+        ids = torch.tensor([[self.history[-1], *proposed]], device=self.device)
+        logits = self.forward(ids, cache=self.cache)[0]
+        self.cache.advance(ids.size(1))
+        self.passes += 1
+        self.proposed, self.ahead = deque(proposed), deque(logits.split(1))
+        return self.ahead.popleft()
+
+    @torch.inference_mode()
+    def append(self, ids: Tensor, first: int = 0) -> None:
+        super().append(ids, first)
+        token = int(ids)
+        self.history.append(token)
+        if not self.proposed:
+            return
+        if token == self.proposed.popleft():
+            self.right += 1
+            if not self.proposed:
+                self.number = min(MOST, 2 * self.number)
+            return
+        assert self.cache is not None  # what was read after a wrong token is forgotten
+        self.cache.advance(-1 - len(self.proposed))
+        self.proposed.clear()
+        self.ahead.clear()
+        self.wrong += 1
+        self.number = max(FEWEST, self.number // 2)
