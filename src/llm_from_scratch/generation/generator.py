@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from ..core.tokenizer import Tokenizer
 from .decoding import Batch, Overflow
 from .packed import Forward, Quantize, packed_forward
 from .sampler import Sampler, check_bias
-from .speculative import Draft, SpeculativeBatch
 from .text import TextStream, unused_ids
 from .weights import NoInit, build_model
+
+if TYPE_CHECKING:
+    from .speculative import Draft
 
 CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
 
@@ -190,6 +192,8 @@ class Generator:
     def _batch(self, prompts: Sequence[Sequence[int]], steps: int, use_cache: bool, overflow: Overflow) -> Batch:
         if self.draft is None or not use_cache or len(prompts) > 1:
             return Batch(self.model, prompts, steps, use_cache, overflow, self.forward)
+        from .speculative import SpeculativeBatch  # a leaf: decoding stands without it
+
         known = self.tokenizer.vocab_size
         return SpeculativeBatch(self.model, prompts[0], steps, self.draft, known, overflow, self.forward)
 

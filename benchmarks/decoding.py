@@ -1,0 +1,308 @@
+"""Tokens per second of decoding: ours beside nanoGPT, transformers and llama.cpp, interleaved in one process.
+
+python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--gpt2=DIR] [--rounds=7] [--threads=2]
+
+char-512      4 layers, 128 wide, block_size 512: 500 tokens, one stream; beside nanoGPT's generate()
+char-64       the same with block_size 64: 5 samples of 500 tokens, exact past the context; beside nanoGPT's, 5 times
+gpt2-fp32     124M shape, one stream, 64 tokens; beside transformers
+gpt2-half     the same with bfloat16 weights (what --dtype=bfloat16 makes of them on this CPU)
+gpt2-int8     the same in int8; beside llama.cpp's q8_0 (packages xllamacpp and gguf; --gpt2: GPT-2's vocabulary)
+streams-*     124M shape, 16 streams, total; beside one stream; fp32, half, int8
+first-token   124M shape, a prompt of 512 tokens, float32; beside transformers
+lookup        124M shape, with proposals from the text; beside itself without
+compile       char-512 with a compiled decode step; beside itself without
+
+A ratio is the median over the rounds of the ratios within a round; above 1 ours is faster. Prints a table, and a line
+of JSON last. Weights are random; contenders of a case share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[[], float]  # makes one turn; returns tokens per second, or 1 / seconds
+
+
+def timed(work: Callable[[], Any], tokens: float) -> Run:
+    def run() -> float:
+        begin = time.perf_counter()
+        work()
+        return tokens / (time.perf_counter() - begin)
+
+    return run
+
+
+def generator_of(model: Any, vocab_size: int, **options: Any) -> Any:
+    from llm_from_scratch.core.tokenizer import CharTokenizer
+    from llm_from_scratch.generation.generator import Generator
+
+    return Generator(model, CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + vocab_size)))), **options)
+
+
+def ours(generator: Any, prompts: list[list[int]], tokens: int, samples: int = 1, **params: Any) -> Run:
+    from llm_from_scratch.config import GenerationConfig
+
+    settings = GenerationConfig(num_samples=samples, max_new_tokens=tokens, **params)
+    return timed(lambda: generator.generate(prompts, settings), tokens * samples * len(prompts))
+
+
+def char_models(block_size: int, nanogpt: Path | None) -> tuple[Any, Any]:
+    import torch
+
+    from llm_from_scratch.config import GPTConfig
+    from llm_from_scratch.core.model import GPT
+
+    torch.manual_seed(0)
+    shape = {"block_size": block_size, "vocab_size": 65, "n_layer": 4, "n_head": 4, "n_embd": 128, "bias": False}
+    model, theirs = GPT(GPTConfig(**shape)).eval(), None  # type: ignore[arg-type]
+    if nanogpt is not None:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt / "model.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        theirs = module.GPT(module.GPTConfig(**shape, dropout=0.0)).eval()
+        theirs.load_state_dict(model.state_dict())
+    return model, theirs
+
+
+def char(block_size: int, samples: int, options: argparse.Namespace) -> dict[str, Run]:
+    import torch
+
+    model, theirs = char_models(block_size, options.nanogpt)
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 200}
+    runs = {"ours": ours(generator_of(model, 65), [[0]], 500, samples, **sampling)}
+    if theirs is not None:
+        start = torch.zeros(1, 1, dtype=torch.long)
+
+        @torch.no_grad()
+        def nanogpts() -> None:
+            for _ in range(samples):
+                theirs.generate(start, 500, **sampling)
+
+        runs["nanogpt"] = timed(nanogpts, 500 * samples)
+    return runs
+
+
+def gpt2() -> Any:
+    """The 124M shape with random weights, on transformers' side and ours."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from llm_from_scratch.config import GPTConfig
+    from llm_from_scratch.core.model import GPT
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50304)).eval()
+    model = GPT(GPTConfig(activation="gelu_tanh")).eval()
+    state = dict(theirs.state_dict())
+    for name, parameter in model.state_dict().items():
+        value = state[name]
+        turned = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        parameter.copy_(value.T if turned else value)
+    return model, theirs
+
+
+def prompt(length: int) -> list[int]:
+    import torch
+
+    return torch.randint(0, 50257, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def transformers_run(theirs: Any, ids: list[int], tokens: int) -> Callable[[], Any]:
+    import torch
+
+    start = torch.tensor([ids])
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return lambda: theirs.generate(start, attention_mask=torch.ones_like(start), **settings)
+
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+
+
+def one_stream(dtype: str) -> dict[str, Run]:
+    import torch
+
+    model, theirs = gpt2()
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    tokens = 64
+    return {
+        "ours": ours(generator_of(model, 50257, dtype=kind), [prompt(16)], tokens, **GREEDY),
+        "transformers": timed(transformers_run(theirs.to(kind), prompt(16), tokens), tokens),
+    }
+
+
+def first_token() -> dict[str, Run]:
+    model, theirs = gpt2()
+    return {
+        "ours": ours(generator_of(model, 50257), [prompt(512)], 1, **GREEDY),
+        "transformers": timed(transformers_run(theirs, prompt(512), 1), 1),
+    }
+
+
+def streams(form: str) -> dict[str, Run]:
+    import torch
+
+    model, _ = gpt2()
+    options: dict[str, Any] = {"half": {"dtype": torch.bfloat16}, "int8": {"quantize": "int8"}}.get(form, {})
+    generator = generator_of(model, 50257, **options)
+    prompts = [prompt(16 + k) for k in range(16)]
+    return {
+        "ours": ours(generator, prompts, 64, **GREEDY),
+        "ours, one stream": ours(generator, prompts[:1], 64, **GREEDY),
+    }
+
+
+def lookup() -> dict[str, Run]:
+    """A model whose head copies what followed: greedy text of random weights soon repeats itself."""
+    from llm_from_scratch.generation.speculative import Lookup
+
+    model, _ = gpt2()
+    plain, fast = generator_of(model, 50257), generator_of(model, 50257)
+    fast.draft = Lookup()
+    return {
+        "ours": ours(fast, [prompt(16)], 64, **GREEDY),
+        "ours, no proposals": ours(plain, [prompt(16)], 64, **GREEDY),
+    }
+
+
+def compiled() -> dict[str, Run]:
+    model, _ = char_models(512, None)
+    plain, fast = generator_of(model, 65), generator_of(model, 65)
+    fast.compiled = True
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 200}
+    return {"ours": ours(fast, [[0]], 500, **sampling), "ours, eager": ours(plain, [[0]], 500, **sampling)}
+
+
+def int8(options: argparse.Namespace) -> dict[str, Run]:
+    model, _ = gpt2()
+    tokens = 64
+    runs = {"ours": ours(generator_of(model, 50257, quantize="int8"), [prompt(16)], tokens, **GREEDY)}
+    runs["ours, fp32"] = ours(generator_of(model, 50257), [prompt(16)], tokens, **GREEDY)
+    if options.gpt2 is not None:
+        runs["llama.cpp q8_0"] = llama(model, options.gpt2, prompt(16), tokens, options.threads)
+    return runs
+
+
+def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: int) -> Run:
+    import xllamacpp
+
+    path = Path(tempfile.mkdtemp()) / "gpt2-q8_0.gguf"
+    write_gguf(model, vocabulary, path)
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    settings = {"prompt": ids, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+
+    def run() -> float:
+        begin = time.perf_counter()
+        answer = server.handle_completions(dict(settings))
+        seconds = time.perf_counter() - begin
+        assert answer["usage"]["completion_tokens"] == tokens, answer
+        return tokens / seconds
+
+    return run
+
+
+def write_gguf(model: Any, vocabulary: Path, path: Path) -> None:
+    """The model as llama.cpp reads it, matrices in q8_0."""
+    import gguf
+    import numpy as np
+
+    config = model.config
+    words = json.loads((vocabulary / "encoder.json").read_text(encoding="utf-8"))
+    tokens = [word for word, _ in sorted(words.items(), key=lambda item: item[1])]
+    tokens += [f"[PAD{i}]" for i in range(config.vocab_size - len(tokens))]
+    lines = (vocabulary / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([line for line in lines if line and not line.startswith("#version")])
+    writer.add_bos_token_id(50256)
+    writer.add_eos_token_id(50256)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for name, tensor in model.state_dict().items():
+        data = tensor.detach().float().numpy()
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name == "lm_head.weight":
+            target = "output.weight"
+        assert target is not None, name
+        if data.ndim == 2 and "wpe" not in name:
+            packed = gguf.quants.quantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(target, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases: dict[str, Callable[[argparse.Namespace], dict[str, Run]]] = {
+        "char-512": lambda options: char(512, 1, options),
+        "char-64": lambda options: char(64, 5, options),
+        "gpt2-fp32": lambda options: one_stream("fp32"),
+        "gpt2-half": lambda options: one_stream("half"),
+        "gpt2-int8": int8,
+        "streams-fp32": lambda options: streams("fp32"),
+        "streams-half": lambda options: streams("half"),
+        "streams-int8": lambda options: streams("int8"),
+        "first-token": lambda options: first_token(),
+        "lookup": lambda options: lookup(),
+        "compile": lambda options: compiled(),
+    }
+    parser.add_argument("--cases", default=",".join(name for name in cases if name != "compile"))
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without one it is left out")
+    parser.add_argument("--gpt2", type=Path, help="a folder with vocab.bpe and encoder.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "src"))
+    import torch
+    from contenders import machine
+
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {}
+    print(f"{'case':<14} {'contender':<20} {'per second':>11} {'from':>10} {'to':>10} {'ours is':>9}")
+    for label in options.cases.split(","):
+        runs = cases[label](options)
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run()  # packs, compiles, fills caches
+        for index in range(options.rounds):
+            for name in list(runs) if index % 2 == 0 else list(runs)[::-1]:
+                rates[name].append(runs[name]())
+        found = {}
+        for name, values in rates.items():
+            ratio = statistics.median(a / b for a, b in zip(rates["ours"], values, strict=True))
+            found[name] = {"per_s": statistics.median(values), "min": min(values), "max": max(values), "ours_is": ratio}
+            print(f"{label:<14} {name:<20} {found[name]['per_s']:>11.2f} {min(values):>10.2f} {max(values):>10.2f} "
+                  f"{f'{ratio:.2f} x' if name != 'ours' else '':>9}", flush=True)  # fmt: skip
+        results[label] = found
+    print(json.dumps({**machine(), "threads": options.threads, "rounds": options.rounds, "cases": results}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
