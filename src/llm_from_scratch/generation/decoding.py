@@ -101,6 +101,7 @@ class Batch:
         self.tokens = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (B, longest); grows on the right
         self.ends = self.tokens.new_zeros(0)  # lengths, on the device
         self.newest = self.tokens.new_zeros(0)  # the last token of each row
+        self.unwritten: list[Tensor] = []  # tokens that every row has got and self.tokens lacks, (B,) each
         self.ready: Tensor | None = None  # logits that the prefill has computed already
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # rows in the cache, in its order
@@ -119,6 +120,7 @@ class Batch:
 
         prefill: these prompts, as crop() leaves them, read already.
         """
+        self._write_down()
         cropped = [self.crop(prompt) for prompt in prompts]
         first, n, longest = len(self.lengths), len(prompts), max(map(len, cropped))
         fresh = _padded(cropped, self.device)
@@ -173,17 +175,34 @@ class Batch:
     @torch.inference_mode()
     def append(self, ids: Tensor, first: int = 0) -> None:
         """Adds one token to every row from the first on. ids: (B - first,) int64."""
-        longest = max(self.lengths)
-        if longest == self.tokens.size(1):
-            self.tokens = F.pad(self.tokens, (0, longest + self.block))
-        self.tokens[first:].scatter_(1, self.ends[first:, None], ids[:, None])
-        self.ends[first:] += 1
-        self.newest = ids if not first else torch.cat((self.newest[:first], ids))
+        if first:
+            self._write_down()
+            self.newest = torch.cat((self.newest[:first], ids))
+            self._write(ids[:, None], first, max(self.lengths) + 1)
+        else:
+            self.newest = ids
+            self.unwritten.append(ids)
         self.lengths = [n + (row >= first) for row, n in enumerate(self.lengths)]
+
+    def _write_down(self) -> None:
+        """Puts what was appended where windows are read from: seldom, as a cached row needs its newest token alone."""
+        if self.unwritten:
+            ids = torch.stack(self.unwritten, dim=1)
+            self.unwritten = []
+            self._write(ids, 0, max(self.lengths))
+
+    def _write(self, ids: Tensor, first: int, longest: int) -> None:
+        """Tokens, (B - first, n), to the ends of the rows from the first on, of which none is then longer than that."""
+        if longest > self.tokens.size(1):
+            self.tokens = F.pad(self.tokens, (0, longest - self.tokens.size(1) + self.block))
+        n = ids.size(1)
+        self.tokens[first:].scatter_(1, self.ends[first:, None] + torch.arange(n, device=self.device), ids)
+        self.ends[first:] += n
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Leaves only the named rows, in that order."""
+        self._write_down()
         index = torch.tensor(rows, device=self.device, dtype=torch.long)
         place = {old: new for new, old in enumerate(rows)}
         self._leave_cache([row for row in self.cached if row not in place])
@@ -205,6 +224,7 @@ class Batch:
 
     def _last(self, rows: list[int], n: int) -> Tensor:
         """The last n tokens of the named rows, (len(rows), n)."""
+        self._write_down()
         tokens, ends = self.tokens, self.ends
         if len(rows) < len(self.lengths):
             index = torch.tensor(rows, device=self.device)

@@ -231,7 +231,8 @@ class Generator:
 
     def choosable(self, logits: Tensor, check: bool) -> Tensor:
         """The logits, (B, V), of what is a token: neither padding nor a gap. check: raises UserError for nan."""
-        logits = logits[:, : self.tokenizer.vocab_size]
+        if logits.size(1) > self.tokenizer.vocab_size:
+            logits = logits[:, : self.tokenizer.vocab_size]
         if check and not logits.isfinite().all():
             raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
         return logits.index_fill(1, self.unused, -math.inf) if len(self.unused) else logits

@@ -31,6 +31,7 @@ Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix from which on a few rows are multiplied faster from its other side
 FEW = 64  # rows up to which that holds
 BUCKET = 64  # keys by which the part of the cache that is looked at grows
+SMALL = 1 << 12  # numbers
 TRIAL = 9  # tokens
 Forward = Callable[..., Tensor]  # (idx, cache=None, logits_at=None) -> logits, as GPT.forward without targets
 
@@ -101,7 +102,7 @@ class Dense:
             y = y if self.bias is None else y + self.bias
             return y if add is None else add + y
         if add is None:
-            return F.linear(x, self.weight, self.bias)
+            return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
         y = torch.addmm(add, x, self.transposed)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -187,7 +188,7 @@ class Packed:
 
     def _layer(self, block: Any, kind: Callable[..., Linear]) -> _Layer:
         attn: CausalSelfAttention = block.attn
-        act, down = block.mlp.act.forward, _linear(block.mlp.c_proj, kind, self.dtype)
+        act, down = _activation(block.mlp.act), _linear(block.mlp.c_proj, kind, self.dtype)
         up = _linear(block.mlp.c_fc, kind, self.dtype)
         if isinstance(block.mlp, GatedMLP):
             gate = _linear(block.mlp.c_gate, kind, self.dtype)
@@ -266,11 +267,11 @@ class Packed:
 
     def _embed(self, idx: Tensor, pos: Tensor, cache: KVCache | None) -> Tensor:
         """The stream that enters the first layer, (B, T, C). pos: (T,) or (B, T)."""
-        x = F.embedding(idx, self.wte)
+        x = torch.embedding(self.wte, idx)
         if self.ngrams is not None:
             x = x + self.ngrams(idx, *(cache.seen(idx) if cache is not None else ()))
         if self.wpe is not None:
-            x = x + F.embedding(pos, self.wpe)
+            x = x + torch.embedding(self.wpe, pos)
         return self.norm_e(x.to(self.dtype))
 
     @property
@@ -370,6 +371,20 @@ def _linear(module: Any, kind: Callable[..., Linear], dtype: torch.dtype, head: 
     if kind is Dense:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return kind(weight, bias, head)
+
+
+def _activation(module: Any) -> Callable[[Tensor], Tensor]:
+    """The activation function; of few numbers GELU is faster in parts (torch 2.13 on a CPU: 8 us against 15)."""
+    if type(module) is not torch.nn.GELU or module.approximate != "none":
+        return module.forward
+
+    def gelu(x: Tensor) -> Tensor:
+        if x.numel() > SMALL or x.device.type != "cpu":
+            return F.gelu(x)
+        half = x * 0.5
+        return torch.addcmul(half, half, (x * math.sqrt(0.5)).erf_())
+
+    return gelu
 
 
 def _norm(module: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
