@@ -14,6 +14,8 @@ from ..presets import parse
 from .common import check_location, load_source, run
 
 if TYPE_CHECKING:
+    import torch
+
     from ..core.dataset import TokenData
     from ..core.model import GPT
     from ..core.tokenizer import Tokenizer
@@ -39,6 +41,8 @@ class EvalOptions:
     """Window length in tokens. None is the model's block_size."""
     eval_batch_size: int | None = None
     """Windows in one forward pass. None chooses it; the result does not depend on it."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: the loss as llm-generate and llm-serve compute with --quantize=int8, on a CPU."""
     json: bool = False
     """Print one JSON object instead."""
 
@@ -102,9 +106,11 @@ def _main(argv: list[str]) -> int:
 
     runtime = runtimes.resolve(system)
     runtimes.start(runtime, system)
-    runtime.place(model)
+    if options.quantize == "none":
+        runtime.place(model)
     try:
-        result = evaluate_split(model, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
+        scored = model if options.quantize == "none" else _quantized(model, runtime.device, options.quantize)
+        result = evaluate_split(scored, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
     finally:
         runtimes.stop()
     figures = {
@@ -128,6 +134,12 @@ def _main(argv: list[str]) -> int:
             f"{result.tokens:,} tokens in windows of {block_size}, {name}"
         )
     return 0
+
+
+def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> torch.nn.Module:
+    from ..generation.packed import Scorer, packed_forward
+
+    return Scorer(model.config, packed_forward(model.to(device), quantize)[0])
 
 
 def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import UserError
+from ..config import GPTConfig, UserError
 from ..core.cache import KVCache
 from ..core.model import GPT, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_angles
 from ..core.runtime import cpu_has_native_bf16
@@ -319,6 +319,20 @@ class Packed:
             x = layer.out(torch.bmm(weights, values[i]).view(B, self.C), x)
             x = layer.mlp(layer.norm_2(x), x)
         return self._head(x).view(B, 1, -1)
+
+
+class Scorer(torch.nn.Module):
+    """A forward for decoding, asked for losses as a model is: (idx, targets), (B, T) each, to (logits, loss)."""
+
+    def __init__(self, config: GPTConfig, forward: Forward):
+        super().__init__()
+        self.config, self.passes = config, forward
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = getattr(self.passes, "dtype", torch.float32)
+        cache = KVCache(self.config, idx.size(0), idx.size(1), idx.device, dtype)  # with which it gives all logits
+        logits = self.passes(idx, cache=cache)
+        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
 
 
 class Window:

@@ -26,6 +26,7 @@ from .decoding import Batch, Overflow
 from .packed import Forward, packed_forward
 
 FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
+LONGEST_REST = 64  # tokens without proposals after the first of them was wrong: twice as many each time
 
 
 class Draft(Protocol):
@@ -126,13 +127,17 @@ class SpeculativeBatch(Batch):
         self.history = list(self.crop(prompt))
         self.ahead: deque[Tensor] = deque()  # logits of the positions that were read ahead, (1, V) each
         self.proposed: deque[int] = deque()
+        self.rest, self.resting = 0, 0  # a text that proposals do not fit is left alone for a while
+        self.first = False  # whether the next of the proposals is their first
         self.passes = self.right = self.wrong = 0
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
         if self.ahead:
             return self.ahead.popleft()
-        if self.ready is None and self.cached and len(self.history) < self.block:
+        if self.resting:
+            self.resting -= 1
+        elif self.ready is None and self.cached and len(self.history) < self.block:
             number = min(self.number, self.block - len(self.history))
             proposed = [token for token in self.draft.propose(self.history, number) if 0 <= token < self.known]
             if proposed:
@@ -146,7 +151,7 @@ class SpeculativeBatch(Batch):
         logits = self.forward(ids, cache=self.cache)[0]
         self.cache.advance(ids.size(1))
         self.passes += 1
-        self.proposed, self.ahead = deque(proposed), deque(logits.split(1))
+        self.proposed, self.ahead, self.first = deque(proposed), deque(logits.split(1)), True
         return self.ahead.popleft()
 
     @torch.inference_mode()
@@ -156,8 +161,9 @@ class SpeculativeBatch(Batch):
         self.history.append(token)
         if not self.proposed:
             return
+        first, self.first = self.first, False
         if token == self.proposed.popleft():
-            self.right += 1
+            self.right, self.rest = self.right + 1, 0
             if not self.proposed:
                 self.number = min(MOST, 2 * self.number)
             return
@@ -167,3 +173,5 @@ class SpeculativeBatch(Batch):
         self.ahead.clear()
         self.wrong += 1
         self.number = max(FEWEST, self.number // 2)
+        if first:
+            self.rest = self.resting = min(LONGEST_REST, max(FEWEST, 2 * self.rest))

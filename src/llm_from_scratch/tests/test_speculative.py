@@ -87,6 +87,20 @@ def test_right_proposals_save_passes_and_wrong_ones_are_forgotten(wrong_every: i
         assert batch.wrong == 0 and batch.passes <= 4 and batch.right >= steps - 4
 
 
+def test_a_text_that_proposals_do_not_fit_is_left_alone() -> None:
+    """Passes that read proposals in vain become rare: the time is nearly that without any."""
+    model, prompt = memorised("gpt2"), TOKENIZER.encode(TEXT[:1]).tolist()
+    steps = BLOCK - 1
+    params = dataclasses.replace(PARAMS, max_new_tokens=steps, temperature=0.0, frequency_penalty=0.0)
+    (sample,) = Generator(model, TOKENIZER).generate([prompt], params)
+    whole = [(token + 1) % TOKENIZER.vocab_size for token in prompt + sample.tokens]  # never right
+    batch = SpeculativeBatch(model, prompt, steps, Oracle(whole), TOKENIZER.vocab_size)
+    for _ in range(steps):
+        batch.append(batch.logits()[:, : TOKENIZER.vocab_size].argmax(-1))
+    assert batch.history == prompt + sample.tokens
+    assert batch.passes == steps and 2 <= batch.wrong <= 4  # rests of 2, 4, 8, 16 tokens between them
+
+
 def test_lookup_finds_the_longest_run_and_its_latest_place() -> None:
     lookup = Lookup(longest=3, shortest=1)
     assert lookup.propose([1, 2, 3], 4) == []

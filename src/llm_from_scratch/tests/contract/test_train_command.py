@@ -164,6 +164,9 @@ def test_llm_eval_is_the_loss_of_every_token(
     assert found["bits_per_byte"] == pytest.approx(expected / np.log(2), rel=1e-5)
     assert evaluate.main([*argv, "--eval_batch_size=3"]) == 0
     assert capsys.readouterr().out.startswith(f"loss {expected:.4f}, perplexity ")
+    assert evaluate.main([*argv, "--json", "--quantize=int8"]) == 0
+    rounded = json.loads(capsys.readouterr().out)
+    assert rounded["loss"] == pytest.approx(expected, abs=0.02) and rounded["loss"] != found["loss"]
 
 
 def test_llm_eval_reads_a_text(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,15 @@ generate on the same weights, and torch's own multinomial for nanoGPT's sampling
 
 from __future__ import annotations
 
+import queue
+
 import pytest
 import torch
 
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.generation import sampling
+from llm_from_scratch.generation.batcher import Engine, Request
 from llm_from_scratch.generation.decoding import Batch
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
@@ -46,6 +49,38 @@ def test_cached_greedy_equals_the_naive_loop_past_block_size(option):
     assert crossed_apart and not batch.cached
     generated = Generator(model, TOKENIZER).generate(prompts, GenerationConfig(**GREEDY, max_new_tokens=steps))
     assert [c.tokens for c in generated] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_500_ragged_prompts_past_block_size(option):
+    """Cached, together and as an engine's requests, against the model's own forward on whole windows."""
+    model, steps = memorised(option), BLOCK + 12
+    prompts = ragged_prompts(500, 2 * BLOCK, seed=11)
+    expected: dict[int, list[int]] = {}
+    for length in {len(prompt) for prompt in prompts}:
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        ids = torch.tensor([prompts[i] for i in rows])
+        for _ in range(steps):
+            with torch.no_grad():
+                logits = model(ids[:, -BLOCK:])[0][:, 0, : TOKENIZER.vocab_size]
+            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+        expected |= dict(zip(rows, ids[:, length:].tolist(), strict=True))
+    assert min(len(set(tokens)) for tokens in expected.values()) >= 20
+    generator, params = Generator(model, TOKENIZER), GenerationConfig(**GREEDY, max_new_tokens=steps)
+    together = generator.generate(prompts, params)
+    assert [sample.tokens for sample in together] == [expected[i] for i in range(500)]
+    engine, answers = Engine(generator), queue.Queue()
+    for i, prompt in enumerate(prompts):
+        engine.submit(Request(prompt, params), lambda update, i=i: answers.put((i, update)))
+    drawn: dict[int, list[int]] = {i: [] for i in range(500)}
+    left = 500
+    while left:
+        i, update = answers.get(timeout=60)
+        drawn[i] += [token.id for delta in update.deltas for token in delta.tokens]
+        left -= update.done
+    engine.close()
+    assert drawn == expected
 
 
 @pytest.mark.parametrize("option", ["gpt2", "modern"])
