@@ -28,7 +28,7 @@ _env *EXTRAS:
     @"{{ python }}" scripts/install.py "$@"
 
 # Make .venv with what training, TensorBoard and the notebook need
-setup: (_env "tensorboard" "plots" "offline" "notebook")
+setup: (_env "tensorboard" "plots" "offline" "notebook" "serve")
 
 # Make .venv with the development tools
 install-dev: (_env "dev")
@@ -98,6 +98,11 @@ train-with-config FILE *ARGS: (_env "tensorboard" "plots")
 [no-exit-message]
 generate MODEL *ARGS: _env
     @{{ first }}; exec "{{ bin }}/llm-generate" --interactive --checkpoint="$first" "$@"
+
+# Serve a trained model, and its page: MODEL is an out_dir, a step directory or a ckpt.pt
+[no-exit-message]
+serve MODEL *ARGS: (_env "serve")
+    @{{ first }}; exec "{{ bin }}/llm-serve" --checkpoint="$first" "$@"
 
 # Show the curves of all runs in the browser
 [no-exit-message]

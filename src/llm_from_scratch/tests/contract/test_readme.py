@@ -32,7 +32,10 @@ from llm_from_scratch.presets import leaf_types, parse
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/TUNING.md", "docs/RELIABILITY.md")
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "docs/TUNING.md", "docs/RELIABILITY.md", "docs/GENERATION.md", "docs/SERVING.md",
+    "docs/PLAYGROUND.md",
+)  # fmt: skip
 COPIED = ("assets", "config", "configs", "data", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE", "just*")
 
 # What is not run by default: (pattern, mark, reason). What has a mark is run by the test below of that mark.
@@ -45,6 +48,8 @@ NOT_RUN = [
     (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
+    (r"^llm-serve ", "", "runs until it is stopped: test_llm_serve.py starts it"),
+    (r"^vllm ", "", "another program"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
 ]
 
@@ -284,7 +289,7 @@ def test_python_blocks_run(checkout: Path, tmp_path: Path) -> None:
     for document, line, source in found:
         script = tmp_path / f"{Path(document).stem}-{line}.py"
         smaller = source.replace('"--max_iters=200"', ", ".join(map(repr, train_sizes([]))))
-        assert smaller != source, "an example that trains for long: shorten it here"
+        assert smaller != source or "train(" not in source, "an example that trains for long: shorten it here"
         script.write_text(smaller, encoding="utf-8")
         runpy.run_path(str(script))
 
@@ -331,6 +336,10 @@ def test_what_is_not_run_is_well_formed(command: Command) -> None:
     if words[0] == "torchrun":
         script = [i for i, word in enumerate(words) if word in ("train.py", "llm_from_scratch.cli.train")][0]
         parse(Config, words[script + 1 :], prog="test").tree.validate()
+    if words[0] == "llm-serve":
+        from llm_from_scratch.cli.serve import ServeCommand
+
+        parse(ServeCommand, words[1:], prog="test")
 
 
 def known_settings() -> set[str]:
@@ -339,17 +348,19 @@ def known_settings() -> set[str]:
     from llm_from_scratch.cli.export import Export
     from llm_from_scratch.cli.generate import GenerateCommand
     from llm_from_scratch.cli.prepare_data import PrepareOptions
+    from llm_from_scratch.cli.serve import ServeCommand
     from llm_from_scratch.cli.train import OWN_FLAGS
 
-    trees = (Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions)
+    trees = (Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions, ServeCommand)
     return {leaf for tree in trees for leaf in leaf_types(tree)} | set(OWN_FLAGS)
 
 
 # Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just
-# clean-all`, of `./just storm` and of every command
+# clean-all`, of `./just storm` and of every command; vLLM's `--served-model-name`
 OTHER_OPTIONS = {
     "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
     "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
+    "served",
 }  # fmt: skip
 
 

@@ -29,8 +29,8 @@ pytestmark = [
 
 RECIPES = {
     "setup", "install-dev", "format", "lint", "test", "test-cov", "pre-commit", "prepare-data", "train", "train-quick",
-    "train-full", "train-with-config", "generate", "tensorboard", "notebook", "check-gpu", "demo", "bench", "loc",
-    "clean", "clean-all", "storm",
+    "train-full", "train-with-config", "generate", "serve", "tensorboard", "notebook", "check-gpu", "demo", "bench",
+    "loc", "clean", "clean-all", "storm",
 }  # fmt: skip
 
 LOGGED = '{ printf "%s " "${0##*/}"; printf "%s|" "$@"; echo; } >>"$STUB_LOG"\n'

@@ -1,0 +1,105 @@
+"""llm-serve: a trained model behind OpenAI's API, and a page to watch it think."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..config import SystemConfig, UserError, validate
+from ..presets import parse
+from ..serving.options import KEY_VARIABLE, ServeOptions
+from .common import run
+from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
+HELP = """Serves a trained model: OpenAI's API at /v1, a page at /, figures at /metrics. PRESETs are YAML or Python \
+files with such settings."""
+
+
+@dataclass
+class EngineOptions:
+    """How it is computed."""
+
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights and activations of the linear layers in 8 bits: faster on a CPU, a little less exact."""
+    overflow: Literal["recompute", "drop_half"] = "recompute"
+    """Past block_size: recompute runs the whole window anew for every token (exact); drop_half forgets its older half
+    each time it is full (much faster, another text)."""
+
+
+@dataclass
+class ServeCommand:
+    source: SourceOptions = field(default_factory=SourceOptions)
+    serving: ServeOptions = field(default_factory=ServeOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    system: SystemConfig = field(default_factory=SystemConfig)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    parsed = parse(ServeCommand, argv, prog="llm-serve [PRESET ...]", description=HELP)
+    command, options = parsed.tree, parsed.tree.serving
+    options.api_key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"llm-serve needs the package {package}: pip install 'llm-from-scratch[serve]'")
+    validate(command)
+    from ..serving.server import listen, url
+
+    with listen(options) as bound:
+        location = location_of(parsed)
+        speed = SpeedOptions(quantize=command.engine.quantize)
+        source, overflow = command.source, command.engine.overflow
+        generator, found = load_generator(location, source.which, source.dataset, command.system, speed)
+        from ..core.locations import is_pretrained
+        from ..generation.batcher import Engine
+        from ..serving.app import make_app
+        from ..serving.chat import end_ids, find_template
+        from ..serving.server import make_server
+        from ..serving.service import Service
+
+        folder = Path(location) if is_pretrained(location) and Path(location).is_dir() else None
+        tokenizer = generator.tokenizer
+        eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+        template = find_template(options.chat_template, folder, eot)
+        announce(generator, found)
+        service = Service(
+            generator,
+            lambda: Engine(generator, options.max_concurrent, overflow),
+            dataclasses.replace(options),
+            name=options.model_name or _name(location),
+            template=template,
+            ends=end_ids(folder, tokenizer.vocab_size),
+            watch=_watched(options.watch, found),
+            seed=command.system.seed if "seed" in parsed.sources else None,
+        )
+        server = make_server(make_app(service), service)
+        print(f"serving {service.name} at {url(options, bound)}", flush=True)
+        sys.setswitchinterval(0.0001)  # the engine waits less for its turn while many clients are served
+        server.run(sockets=[bound])
+    return 0
+
+
+def _name(location: str) -> str:
+    path = Path(location).resolve()
+    return location if not path.exists() else path.stem if path.is_file() else path.name
+
+
+def _watched(given: str | None, found: Path | None) -> Path | None:
+    """The run whose files the page shows: the one that was named, else that of the checkpoint."""
+    if given is not None:
+        return Path(given)
+    run_folder = found.parent if found is not None else None
+    return run_folder if run_folder is not None and (run_folder / "metrics.jsonl").is_file() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

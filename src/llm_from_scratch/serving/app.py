@@ -1,0 +1,205 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse, Response
+
+from . import protocol
+from .answers import Answer
+from .errors import ApiError, json_response
+from .guard import LOCAL_NAMES, Bodies, Guard
+from .jobs import Desk
+from .options import is_loopback
+from .service import Service
+
+PAGE = Path(__file__).resolve().parent / "page"
+KINDS = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".woff2": "font/woff2",
+}
+POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
+ROUTES = (
+    "/", "/health", "/metrics", "/v1/models", "/v1/info", "/v1/completions", "/v1/chat/completions", "/tokenize",
+    "/detokenize", "/v1/watch", "/v1/watch/metrics", "/v1/watch/samples",
+)  # fmt: skip
+STALLED = 30.0  # seconds in which a client has to take what was sent, before it is cut off
+SHORT, WORKERS = 2048, 2  # bytes of a body that is understood at once; threads for longer ones
+T = TypeVar("T", bound=BaseModel)
+U = TypeVar("U")
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application; its lifespan keeps the engine running, and closes it."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(service.supervisor.watch()), asyncio.create_task(_cut_off_stalled(service.desk))]
+        yield
+        for task in tasks:
+            task.cancel()
+        service.desk.end_all()
+        await asyncio.to_thread(service.supervisor.engine.close)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    options = service.options
+    app.add_middleware(
+        Guard,
+        metrics=service.metrics,
+        routes=ROUTES,
+        names=_names(service),
+        origins=options.cors_origins,
+        key=options.api_key,
+    )
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        said = {404: "no such route", 405: f"{request.method} is not for this route"}
+        response = ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    bodies, workers = Bodies(options.max_body_bytes), CapacityLimiter(WORKERS)
+
+    async def understood(request: Request, kind: type[T], use: Callable[[T], U]) -> U:
+        """What `use` makes of a request's body; where that is long, in a thread, for its tokens take time."""
+        raw = await bodies.read(request)
+        asked = protocol.read(kind, raw)
+        return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        status = service.health()
+        return json_response(json.dumps({"status": status}), 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json(service.models())
+
+    @app.get("/v1/info")
+    async def info() -> Response:
+        return _json(service.info())
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        began = time.monotonic()
+        service.desk.check()  # before the body is read: to refuse must cost little
+        plan = await understood(request, protocol.CompletionRequest, service.completion)
+        return Answer(plan, service.desk, service.metrics, began)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        began = time.monotonic()
+        service.desk.check()
+        plan = await understood(request, protocol.ChatRequest, service.chat)
+        return Answer(plan, service.desk, service.metrics, began)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        return _json(await understood(request, protocol.TokenizeRequest, service.tokenize))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        return _json(await understood(request, protocol.DetokenizeRequest, service.detokenize))
+
+    @app.get("/v1/watch")
+    async def watch() -> Response:
+        return _json(await run_in_threadpool(_watched(service).about))
+
+    @app.get("/v1/watch/metrics")
+    async def watch_metrics(request: Request) -> Response:
+        return _json(await run_in_threadpool(_watched(service).metrics, _place(request)))
+
+    @app.get("/v1/watch/samples")
+    async def watch_samples(request: Request) -> Response:
+        return _json(await run_in_threadpool(_watched(service).samples, _place(request)))
+
+    @app.get("/")
+    async def page() -> Response:
+        return await run_in_threadpool(_static, "index.html")
+
+    @app.get("/static/{name}")
+    async def static(name: str) -> Response:
+        return await run_in_threadpool(_static, name)
+
+    return app
+
+
+def _names(service: Service) -> set[str] | None:
+    """The names under which the server answers; None for any."""
+    options = service.options
+    if "*" in options.allowed_hosts or (not options.allowed_hosts and not is_loopback(options.host)):
+        return None  # there it has a key, which a page elsewhere does not
+    own = f"[{options.host}]" if ":" in options.host else options.host
+    return {*LOCAL_NAMES, own.lower(), *(name.lower() for name in options.allowed_hosts)}
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return json_response(json.dumps(content, allow_nan=False))
+
+
+def _static(name: str) -> Response:
+    kind = KINDS.get(Path(name).suffix)
+    headers = {"Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
+    if kind is not None and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) and (PAGE / name).is_file():
+        return Response((PAGE / name).read_bytes(), headers=headers, media_type=kind)
+    if name == "index.html":
+        return PlainTextResponse("The page's files are missing; the API is at /v1.\n", 404, headers)
+    raise ApiError(404, "no such file")
+
+
+def _watched(service: Service) -> Any:
+    if service.watch is None:
+        raise ApiError(404, "no run is watched: start the server with --watch=FOLDER")
+    return service.watch
+
+
+def _place(request: Request) -> int:
+    text = request.query_params.get("after", "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 17):
+        raise ApiError(400, "after must be a place that an answer has named as next", "after")
+    return int(text)
+
+
+async def _cut_off_stalled(desk: Desk) -> None:
+    """Until cancelled: lets go of clients that do not take what is sent to them."""
+    while True:
+        await asyncio.sleep(min(1.0, STALLED / 4))
+        now = time.monotonic()
+        for job in list(desk.jobs):
+            if job.sending is not None and now - job.sending > STALLED:
+                job.abort()

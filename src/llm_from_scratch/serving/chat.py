@@ -1,0 +1,131 @@
+"""/v1/chat/completions: a model's chat template, in a sandbox, and OpenAI's JSON for chats.
+
+A template has what transformers gives it: messages, add_generation_prompt, bos_token, eos_token, raise_exception,
+strftime_now, tojson without escapes for HTML, and Jinja's loop controls.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..config import UserError
+from ..core.regular import parse_json, read_regular
+from .completions import Gain, Plan, alternative, bytes_json, number, token_json
+from .errors import ApiError
+
+MAX_TEMPLATE, MAX_CONFIG = 1 << 20, 16 << 20  # bytes
+
+
+class ChatTemplate:
+    """Raises UserError for a template that does not parse."""
+
+    def __init__(self, source: str, bos: str = "", eos: str = ""):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self.tokens = {"bos_token": bos, "eos_token": eos}
+        try:
+            self.template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template cannot be read: {error}") from None
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt of a conversation. Raises ApiError where the template refuses it."""
+        try:
+            return self.template.render(messages=list(messages), add_generation_prompt=True, tools=None, **self.tokens)
+        except Exception as error:  # whatever a template does that is none of ours
+            raise ApiError(400, f"the chat template refuses these messages: {str(error)[:300]}", "messages") from None
+
+
+def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatTemplate | None:
+    """The template of --chat_template, else of a model's folder; None where there is none. eot: the text of the token
+    that ends a text, for a model that says nothing else. Raises UserError for one that cannot be read."""
+    config: dict[str, Any] = {}
+    try:
+        path = folder / "tokenizer_config.json" if folder is not None else None
+        if path is not None and path.is_file():
+            content = parse_json(read_regular(path, MAX_CONFIG))
+            config = content if isinstance(content, dict) else {}
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+            source = named.get("default")
+        beside = folder / "chat_template.jinja" if folder is not None else None
+        if file is not None:
+            source = read_regular(Path(file), MAX_TEMPLATE).decode("utf-8")
+        elif beside is not None and beside.is_file():
+            source = read_regular(beside, MAX_TEMPLATE).decode("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read the chat template {file or folder}: {reason}") from None
+    if not isinstance(source, str):
+        return None
+    bos, eos = (_content(config.get(name)) for name in ("bos_token", "eos_token"))
+    return ChatTemplate(source, bos if bos is not None else eot, eos if eos is not None else eot)
+
+
+def end_ids(folder: Path | None, vocab_size: int) -> frozenset[int]:
+    """The ids that end a text by a folder's generation_config.json."""
+    path = folder / "generation_config.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return frozenset()
+    try:
+        found = parse_json(read_regular(path, MAX_CONFIG)).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    ids = found if isinstance(found, list) else [found]
+    return frozenset(i for i in ids if type(i) is int and 0 <= i < vocab_size)
+
+
+def _content(token: Any) -> str | None:
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **others: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **others)
+
+
+class ChatPlan(Plan):
+    """The same work, told as a chat."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def opening(self) -> str:
+        begin = '{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        return "".join(f'{self.chunk_head}"choices":[{begin % index}]{self.tail}' for index in range(self.count))
+
+    def _choice(self, gain: Gain, name: str) -> str:
+        reason = "null" if gain.reason is None else f'"{gain.reason}"'
+        logprobs = self._logprobs(gain) if self.logprobs else "null"
+        delta = f'{{"content":{json.dumps(gain.text)}}}' if gain.text or gain.tokens else "{}"
+        return f'{{"index":{gain.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{reason}}}'
+
+    def _whole_choice(self, gain: Gain) -> str:
+        logprobs = self._logprobs(gain) if self.logprobs else "null"
+        message = f'{{"role":"assistant","content":{json.dumps(gain.text)},"refusal":null}}'
+        return f'{{"index":{gain.index},"message":{message},"logprobs":{logprobs},"finish_reason":"{gain.reason}"}}'
+
+    def _logprobs(self, gain: Gain) -> str:
+        told = []
+        for token in gain.tokens:
+            top = ",".join(alternative(*item) for item in token.top)
+            told.append(
+                f'{{"token":{token_json(token.bytes)},"logprob":{number(token.logprob)},'
+                f'"bytes":{bytes_json(token.bytes)},"top_logprobs":[{top}]}}'
+            )
+        return f'{{"content":[{",".join(told)}],"refusal":null}}'

@@ -1,0 +1,196 @@
+"""/v1/completions: a checked request to the engine's, and the engine's updates to OpenAI's JSON.
+
+Chunks are put together as text: at thousands of tokens a second, models of each chunk would cost more than the model.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..generation.batcher import Request, Token, Update
+from .protocol import finite
+
+
+@dataclass
+class Gain:
+    """What one choice has gained since the last look. before: how many of the tokens are the prompt's."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    reason: str | None = None
+    before: int = 0
+
+
+@functools.lru_cache(1 << 15)
+def token_json(raw: bytes) -> str:
+    """A token as text, in JSON: what is no whole UTF-8 is shown as OpenAI does, "bytes:\\xe2\\x82"."""
+    return json.dumps(token_text(raw))
+
+
+def token_text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@functools.lru_cache(1 << 15)
+def bytes_json(raw: bytes) -> str:
+    return "[" + ",".join(map(str, raw)) + "]"
+
+
+def number(value: float | None) -> str:
+    """A log-probability in JSON, which has no infinities."""
+    known = finite(value)
+    return "null" if known is None else f"{known:.6g}"
+
+
+class Plan:
+    """What a request asks of the engine, and how its answer looks.
+
+    requests: one for each prompt. echo: the prompts' texts where they are to be repeated. keep: whether what is drawn
+    is told (max_tokens=0 scores a prompt; one token is drawn and dropped).
+    """
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(
+        self,
+        model: str,
+        requests: Sequence[Request],
+        stream: bool,
+        usage: bool,
+        echo: Sequence[str] | None = None,
+        keep: bool = True,
+    ):
+        self.requests, self.stream, self.usage, self.echo, self.keep = requests, stream, usage, echo, keep
+        self.samples = requests[0].params.num_samples
+        self.logprobs = requests[0].logprobs is not None
+        self.count = self.samples * len(requests)
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+        self.model = model
+        about = f'{{"id":"{self.id}","object":"%s","created":{int(time.time())},"model":{json.dumps(model)},'
+        self.head, self.chunk_head = about % self.kind, f"data: {about % self.chunk_kind}"
+        self.tail = ',"usage":null}\n\n' if usage else "}\n\n"
+        self.begun = [False] * self.count
+        self.reasons: list[str | None] = [None] * self.count
+        self.generated = 0
+        self.offsets = [_Offsets() for _ in range(self.count if self.logprobs else 0)]
+
+    # the engine's updates
+
+    def gains(self, batch: Iterable[tuple[int, Update]]) -> list[Gain]:
+        """What the choices have gained by some updates, a choice at most once."""
+        found: dict[int, Gain] = {}
+        for prompt, update in batch:
+            first = prompt * self.samples
+            if not self.begun[first] and (update.deltas or update.prompt):
+                for index in range(first, first + self.samples):
+                    self.begun[index] = True
+                    if self.echo is not None:
+                        found[index] = Gain(index, self.echo[prompt], list(update.prompt), None, len(update.prompt))
+            for delta in update.deltas:
+                index = first + delta.sample
+                gain = found.get(index) or found.setdefault(index, Gain(index))
+                if self.keep:
+                    gain.text += delta.text
+                    gain.tokens += delta.tokens
+                    self.generated += len(delta.tokens)
+                reason = delta.finish_reason
+                if reason is not None:
+                    gain.reason = self.reasons[index] = reason if self.keep else "length"
+        return list(found.values())
+
+    def cut(self) -> list[Gain]:
+        """The ends of the choices that have none, where time is over."""
+        left = [index for index, reason in enumerate(self.reasons) if reason is None]
+        for index in left:
+            self.reasons[index] = "length"
+        return [Gain(index, reason="length") for index in left]
+
+    # JSON
+
+    def usage_json(self) -> str:
+        prompt = sum(len(request.prompt) for request in self.requests)
+        return (
+            f'"usage":{{"prompt_tokens":{prompt},"completion_tokens":{self.generated},'
+            f'"total_tokens":{prompt + self.generated}}}'
+        )
+
+    def opening(self) -> str:
+        """Events before the first token."""
+        return ""
+
+    def chunk(self, gain: Gain) -> str:
+        """One event; none where there is nothing to tell."""
+        if not gain.text and gain.reason is None and not (self.logprobs and gain.tokens):
+            return ""
+        return f'{self.chunk_head}"choices":[{self._choice(gain, "text")}]{self.tail}'
+
+    def closing(self) -> str:
+        """Events after the last token."""
+        usage = f'{self.chunk_head}"choices":[],{self.usage_json()}}}\n\n' if self.usage else ""
+        return usage + "data: [DONE]\n\n"
+
+    def whole(self, gains: Iterable[Gain]) -> str:
+        """The answer that is no stream. gains: the choices in their order, each once."""
+        choices = ",".join(self._whole_choice(gain) for gain in gains)
+        return f'{self.head}"choices":[{choices}],{self.usage_json()}}}'
+
+    def _whole_choice(self, gain: Gain) -> str:
+        return self._choice(gain, "text")
+
+    def _choice(self, gain: Gain, name: str) -> str:
+        reason = "null" if gain.reason is None else f'"{gain.reason}"'
+        logprobs = self._logprobs(gain) if self.logprobs else "null"
+        text = json.dumps(gain.text)
+        return f'{{"index":{gain.index},"{name}":{text},"logprobs":{logprobs},"finish_reason":{reason}}}'
+
+    def _logprobs(self, gain: Gain) -> str:
+        tokens, tops = gain.tokens, []
+        full = []
+        for place, token in enumerate(tokens):
+            if place < gain.before and token.logprob is None:  # a prompt's first token
+                tops.append("null")
+                full.append("null")
+                continue
+            likely: dict[str, str] = {}
+            for _, raw, logprob in token.top:
+                likely.setdefault(token_json(raw), number(logprob))  # of two that look alike, the likelier
+            likely.setdefault(token_json(token.bytes), number(token.logprob))
+            tops.append("{" + ",".join(f"{name}:{value}" for name, value in likely.items()) + "}")
+            full.append("[" + ",".join(alternative(*item) for item in token.top) + "]")
+        offset = self.offsets[gain.index]
+        parts = {
+            "tokens": (token_json(token.bytes) for token in tokens),
+            "token_logprobs": (number(token.logprob) for token in tokens),
+            "top_logprobs": tops,
+            "text_offset": (str(offset.of(token.bytes)) for token in tokens),
+            "token_ids": (str(token.id) for token in tokens),
+            "token_bytes": (bytes_json(token.bytes) for token in tokens),
+            "top": full,
+        }
+        return "{" + ",".join(f'"{name}":[{",".join(values)}]' for name, values in parts.items()) + "}"
+
+
+def alternative(token: int, raw: bytes, logprob: float) -> str:
+    return f'{{"id":{token},"token":{token_json(raw)},"bytes":{bytes_json(raw)},"logprob":{number(logprob)}}}'
+
+
+class _Offsets:
+    """Where tokens begin in a text, in characters."""
+
+    def __init__(self) -> None:
+        self.utf8, self.length = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def of(self, raw: bytes) -> int:
+        begin = self.length
+        self.length += len(self.utf8.decode(raw))
+        return begin

@@ -1,0 +1,52 @@
+"""Figures for Prometheus, in a registry of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..generation.batcher import Stats
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """stats: what the engines say of themselves; up: whether one runs."""
+
+    def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("llm_requests", "Requests by route and status.", ["route", "status"], registry=registry)
+        self.aborted = Counter("llm_aborted", "Generations whose client left, or read too slowly.", registry=registry)
+        self.restarts = Counter("llm_engine_restarts", "Engines that died and were replaced.", registry=registry)
+        self.first_token = Histogram(
+            "llm_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.duration = Histogram(
+            "llm_generation_seconds", "From a request's arrival to the end of its answer.", buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        registry.register(_EngineFigures(stats, up))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class _EngineFigures(Collector):
+    """What is read when it is asked for."""
+
+    def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
+        self.stats, self.up = stats, up
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.stats()
+        yield GaugeMetricFamily("llm_engine_up", "Whether an engine runs.", float(self.up()))
+        yield GaugeMetricFamily("llm_requests_running", "Requests that are being decoded.", stats.running)
+        yield GaugeMetricFamily("llm_requests_waiting", "Requests that wait for a slot.", stats.waiting)
+        yield GaugeMetricFamily("llm_slots", "Samples that can be decoded at once.", stats.slots)
+        yield CounterMetricFamily("llm_prompt_tokens", "Tokens of prompts.", stats.prompt_tokens)
+        yield CounterMetricFamily("llm_generated_tokens", "Tokens drawn.", stats.generated_tokens)
+        yield CounterMetricFamily("llm_engine_steps", "Steps of the engine.", stats.steps)

@@ -1,0 +1,65 @@
+// Tokens to characters: a token may hold part of a character, or bytes that are none.
+
+const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+export const hex = (bytes) => `⟨${bytes.map((b) => b.toString(16).padStart(2, "0")).join(" ")}⟩`;
+
+// How many bytes a character has that begins with this one; 0: none begins so.
+function lengthOf(lead) {
+  if (lead < 0x80) return 1;
+  if (lead < 0xc2 || lead > 0xf4) return 0;
+  return lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+}
+
+const isControl = (byte) => (byte < 0x20 && byte !== 9 && byte !== 10) || byte === 0x7f;
+
+export class Joiner {
+  pending = []; // bytes of a character that is not complete
+
+  // Takes a token's bytes. Returns its parts in order: strings, and arrays of bytes that are no text.
+  // completed: the token ended a character that earlier tokens began. The last bytes may wait in `pending`.
+  push(bytes) {
+    const parts = [];
+    let earlier = this.pending.length; // of the pending bytes, those that an earlier token shows
+    let completed = false;
+    const text = (more) => (typeof parts.at(-1) === "string" ? (parts[parts.length - 1] += more) : parts.push(more));
+    const raw = (some) => some.length && (Array.isArray(parts.at(-1)) ? parts.at(-1).push(...some) : parts.push(some));
+    const giveUp = () => {
+      raw(this.pending.slice(earlier));
+      this.pending = [];
+      earlier = 0;
+    };
+    for (const byte of bytes) {
+      if (this.pending.length && (byte & 0xc0) !== 0x80) giveUp();
+      this.pending.push(byte);
+      const length = lengthOf(this.pending[0]);
+      if (length === 0 || isControl(byte)) giveUp();
+      else if (this.pending.length === length) {
+        try {
+          text(strict.decode(new Uint8Array(this.pending)));
+          completed ||= earlier > 0;
+          this.pending = [];
+          earlier = 0;
+        } catch {
+          giveUp();
+        }
+      }
+    }
+    return { parts, completed, rest: this.pending.slice(earlier) };
+  }
+}
+
+// A token in one line, for names and lists; pending: the bytes that wait before it.
+export function label(bytes, pending = []) {
+  if (!bytes.length) return "⟨⟩";
+  const joiner = new Joiner();
+  joiner.pending = [...pending];
+  const { parts, completed, rest } = joiner.push(bytes);
+  const shown = [...parts, ...(rest.length ? [rest] : [])].map((p) => (typeof p === "string" ? visible(p) : hex(p))).join("");
+  return completed ? `${hex(bytes)} = ${shown}` : shown;
+}
+
+// White space as signs.
+export function visible(text) {
+  return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
+}

@@ -1,0 +1,99 @@
+// The chat view: a conversation, streamed.
+
+import { call, events } from "./api.js";
+import { calm, complain, element, say } from "./say.js";
+import { sampling } from "./settings.js";
+
+const $ = (id) => document.getElementById(id);
+const EMPTY = $("messages").firstElementChild;
+const messages = []; // {role, content}
+let info;
+let running;
+
+export function start(given) {
+  info = given;
+}
+
+function draw() {
+  const bubbles = messages.map(({ role, content }) => {
+    const who = element("p", "note", role === "user" ? "You" : "Model");
+    return element("div", `message ${role}`, who, element("div", "text", content));
+  });
+  $("messages").replaceChildren(...(bubbles.length ? bubbles : [EMPTY]));
+  $("messages").scrollTop = $("messages").scrollHeight;
+  return $("messages").querySelector(".message:last-child .text");
+}
+
+function busy(yes) {
+  const focused = document.activeElement;
+  $("chat-stop").disabled = !yes;
+  $("send").disabled = yes;
+  $("chat-again").disabled = yes || !messages.length;
+  if (focused === $("chat-stop") || focused === $("chat-again")) $("message").focus();
+}
+
+// Asks for the answer to the conversation as it stands; what was answered before stays until the new answer begins.
+async function answer() {
+  running?.abort();
+  const mine = (running = new AbortController());
+  calm();
+  busy(true);
+  say("Waiting for the server.");
+  const { n, ...settings } = sampling();
+  const asked = messages.at(-1)?.role === "assistant" ? messages.slice(0, -1) : messages.slice();
+  try {
+    const body = { model: info.model, messages: asked, stream: true, ...settings };
+    const response = await call("v1/chat/completions", { body, signal: mine.signal });
+    messages.length = asked.length;
+    const reply = { role: "assistant", content: "" };
+    messages.push(reply);
+    const text = draw();
+    for await (const event of events(response)) {
+      const more = event.choices[0]?.delta?.content;
+      if (!more) continue;
+      reply.content += more;
+      const box = $("messages");
+      const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
+      text.append(more);
+      if (atEnd) box.scrollTop = box.scrollHeight; // not where the reader has scrolled back
+    }
+    say(`The model: ${reply.content}`);
+  } catch (error) {
+    if (messages.at(-1)?.content === "") messages.pop(); // an answer that never began
+    draw();
+    say(error.name === "AbortError" ? "Stopped." : "");
+    complain(error);
+  } finally {
+    if (running === mine) {
+      running = undefined;
+      busy(false);
+    }
+  }
+}
+
+function send(event) {
+  event.preventDefault();
+  const content = $("message").value;
+  if (!content.trim() || running || !info) return;
+  messages.push({ role: "user", content });
+  $("message").value = "";
+  draw();
+  answer();
+}
+
+function clear() {
+  running?.abort();
+  messages.length = 0;
+  draw();
+  calm();
+  $("message").focus();
+  busy(false);
+}
+
+$("chat-form").addEventListener("submit", send);
+$("message").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+});
+$("chat-stop").addEventListener("click", () => running?.abort());
+$("chat-again").addEventListener("click", answer);
+$("chat-clear").addEventListener("click", clear);

@@ -1,0 +1,250 @@
+"""uvicorn, with what it lacks: time limits on headers, a limit on connections, errors in OpenAI's shape, and an end
+that waits for running requests, exits with 0, and comes at once when it is asked for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import http
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..config import UserError
+from .errors import ApiError
+from .jobs import Desk
+from .options import ServeOptions, addresses
+from .service import Service
+
+HEADER_SECONDS = 10.0  # for a request's headers, and for the rest of a body that was refused
+IDLE_SECONDS = 15  # between two requests of a connection
+MAX_HEADERS = 1 << 15  # bytes
+GENERATING = (b"POST /v1/completions ", b"POST /v1/chat/completions ")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9})\r", re.IGNORECASE)
+MAX_AHEAD = 1 << 16  # bytes of further requests while one is answered
+MAX_CONNECTIONS = 2000
+CLOSING = 2.0  # seconds for the last words after drain_seconds
+
+
+class Connection(H11Protocol):
+    """One connection. The application finds it in scope["state"], to cut it off where a client does not read."""
+
+    limit = MAX_CONNECTIONS
+    refusal: Callable[[], bytes | None] = staticmethod(lambda: None)  # the answer, where no request is taken now
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.app_state = {**self.app_state, "connection": self}
+        self.timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limit:
+            self._say(ApiError(503, "too many connections", code="overloaded", retry_after=2))
+            return
+        self._time()
+
+    def data_received(self, data: bytes) -> None:
+        if data.startswith(GENERATING) and not self._busy() and self._shed(data):
+            return
+        super().data_received(data)
+        if self.flow.read_paused and self._busy() and not self.cycle.more_body:
+            # bytes of a next request: uvicorn would read no further, and so not notice that the client leaves
+            if len(self.conn.trailing_data[0]) > MAX_AHEAD:
+                self.abort()
+            else:
+                self.flow.resume_reading()
+        self._time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.timer is None and self.conn.trailing_data[0]:
+            self._time()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def _shed(self, data: bytes) -> bool:
+        """Refuses a whole request without reading it: in overload, what is refused must cost next to nothing."""
+        refusal = self.refusal()
+        if refusal is None or self.conn.trailing_data[0]:
+            return False
+        length, begin = LENGTH.search(data), data.find(b"\r\n\r\n") + 4
+        if length is None or not length.end() < begin or int(length[1]) != len(data) - begin:
+            return False
+        self.transport.write(refusal)
+        return True
+
+    def _time(self) -> None:
+        """The clock runs while headers are incomplete, or a body comes that nobody reads any more."""
+        if self._busy():
+            self._stop_timer()
+        elif self.timer is None and not self.transport.is_closing():
+            self.timer = self.loop.call_later(HEADER_SECONDS, self.abort)
+
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """h11 found no HTTP; or headers that are larger than MAX_HEADERS."""
+        self._say(ApiError(400, "this is no HTTP/1.1 request that can be read"))
+
+    def _say(self, error: ApiError) -> None:
+        body = error.body().encode()
+        self.transport.write(_head(error, len(body)) + b"Connection: close\r\n\r\n" + body)
+        self.transport.close()
+
+
+class Refusal:
+    """The answer to requests that are not taken now, made anew now and then, for there may be very many."""
+
+    def __init__(self, service: Service):
+        self.service, self.bytes, self.until = service, b"", 0.0
+
+    def __call__(self) -> bytes | None:
+        if not self.service.desk.full():
+            return None
+        if (now := time.monotonic()) > self.until:
+            try:
+                self.service.desk.check()
+                return None
+            except ApiError as error:
+                content = error.body().encode()
+                self.bytes, self.until = _head(error, len(content)) + b"\r\n" + content, now + 0.1
+                self.counter = self.service.metrics.requests.labels("refused", str(error.status))
+        else:
+            self.service.desk.refused.count()
+        self.counter.inc()
+        return self.bytes
+
+
+def _head(error: ApiError, length: int) -> bytes:
+    """Status line and headers, without the empty line."""
+    retry = f"Retry-After: {error.retry_after}\r\n" if error.retry_after is not None else ""
+    head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length}\r\n{retry}".encode()
+
+
+class Server(uvicorn.Server):
+    """First SIGTERM or Ctrl-C: no new requests, and drain_seconds for those that run, which then end with what they
+    have. Second: the process ends."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk, drain_seconds: float):
+        super().__init__(config)
+        self.desk, self.drain_seconds = desk, drain_seconds
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        self.loop = asyncio.get_running_loop()
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be had
+        signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+        self.loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self.desk.draining = True
+        if self.desk.jobs:
+            print(
+                f"llm-serve: ending; {len(self.desk.jobs)} requests have {self.drain_seconds:g} s (again: at once)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        self.loop.call_later(self.drain_seconds, self.desk.end_all)
+
+
+def listen(options: ServeOptions) -> socket.socket:
+    """A socket at the address, which takes no connections yet. Raises UserError where that is taken."""
+    family, address = addresses(options.host, options.port)[0]
+    # named as TCP: asyncio sends small pieces at once (TCP_NODELAY) only on such sockets
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(1024)
+    except OSError as error:
+        bound.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"port {options.port} on {options.host} is in use by another program: stop it, or take another with "
+                "--port (0 takes a free one)"
+            ) from None
+        raise UserError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
+    return bound
+
+
+def url(options: ServeOptions, bound: socket.socket) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"http://{host}:{bound.getsockname()[1]}"
+
+
+def make_server(app: FastAPI, service: Service) -> Server:
+    options, desk = service.options, service.desk
+
+    class Ours(Connection):
+        limit = _connections()
+        # a page of another origin could not read such an answer, so where there may be one, each takes the long way
+        refusal = staticmethod(Refusal(service) if not options.cors_origins else lambda: None)
+
+    config = uvicorn.Config(
+        app,
+        http=Ours,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="critical",  # what can go wrong is said by the application, without what requests held
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=int(options.drain_seconds + CLOSING) + 1,
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        backlog=1024,
+    )
+    return Server(config, desk, options.drain_seconds)
+
+
+def _connections() -> int:
+    """How many connections there may be, so that files can still be opened."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 500
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 200
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - 200))

@@ -1,0 +1,230 @@
+"""What a server serves: a model and its engine, how requests become the engine's, and what it says of itself."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import GenerationConfig, UserError
+from ..generation.batcher import Engine, Request
+from ..generation.generator import Generator
+from .chat import ChatPlan, ChatTemplate
+from .completions import Plan, token_text
+from .errors import ApiError
+from .jobs import Desk
+from .metrics import Metrics
+from .options import ServeOptions
+from .protocol import MAX_LOGPROBS, ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
+from .supervisor import Supervisor
+from .watch import Watch
+
+MAX_TOLD = 1 << 17  # log-probabilities in one answer
+
+
+class Service:
+    """make_engine: builds the engine, and a new one where it has died. ends: ids that end a text. seed: of the seeds
+    that requests do not name; None draws them at random."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        make_engine: Callable[[], Engine],
+        options: ServeOptions,
+        *,
+        name: str = "model",
+        template: ChatTemplate | None = None,
+        ends: frozenset[int] = frozenset(),
+        watch: Path | None = None,
+        seed: int | None = None,
+    ):
+        self.generator, self.options, self.name, self.template = generator, options, name, template
+        self.tokenizer, self.block_size = generator.tokenizer, generator.model.config.block_size
+        self.ends = ends | ({self.tokenizer.eot_id} if self.tokenizer.eot_id is not None else set())
+        self.max_prompt = options.max_prompt_tokens or max(8192, 4 * self.block_size)
+        self.supervisor = Supervisor(make_engine, lambda: self.metrics.restarts.inc())
+        self.metrics = Metrics(self.supervisor.stats, lambda: self.supervisor.alive)
+        self.desk = Desk(self.supervisor, options.max_concurrent + options.max_queued, options.max_seconds)
+        self.watch = Watch(watch) if watch is not None else None
+        self.seeds = random.Random(seed)
+        self.created = int(time.time())
+
+    # what it says of itself
+
+    def health(self) -> str:
+        if self.desk.draining:
+            return "the server is shutting down"
+        return "ok" if self.supervisor.alive else self.supervisor.problem or "the engine failed and is being restarted"
+
+    def models(self) -> dict[str, Any]:
+        about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm-from-scratch"}
+        return {"object": "list", "data": [about | {"max_model_len": self.block_size}]}
+
+    def info(self) -> dict[str, Any]:
+        weight = self.generator.model.lm_head.weight
+        limits = {
+            "max_tokens": self.options.max_tokens,
+            "max_prompt_tokens": self.max_prompt,
+            "max_n": self.options.max_concurrent,
+            "max_logprobs": MAX_LOGPROBS,
+            "max_seconds": self.options.max_seconds,
+        }
+        defaults = asdict(GenerationConfig())
+        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return {
+            "model": self.name,
+            "tokenizer": self.tokenizer.name,
+            "vocab_size": self.tokenizer.vocab_size,
+            "block_size": self.block_size,
+            "parameters": self.generator.model.get_num_params(),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "device": str(weight.device),
+            "chat": self.template is not None,
+            "limits": limits,
+            "watch": self.watch is not None,
+            "defaults": {name: defaults[name] for name in names}
+            | {
+                "max_tokens": min(defaults["max_new_tokens"], self.options.max_tokens),
+                "top_k": defaults["top_k"] if defaults["top_k"] < self.tokenizer.vocab_size else 0,
+            },
+        }
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404, f"no model {name[:100]!r} here: this server has {self.name}", "model", "model_not_found"
+            )
+
+    # requests; these take as long as the tokenizer does, so they are called in a thread
+
+    def completion(self, asked: CompletionRequest) -> Plan:
+        """Raises ApiError."""
+        self.check_model(asked.model)
+        prompts = [self.encode(prompt, "prompt") for prompt in asked.prompt]
+        if asked.best_of is not None and asked.best_of != asked.samples:
+            raise ApiError(400, "best_of must be n: all samples are returned, none are chosen among", "best_of")
+        length = 16 if asked.max_tokens is None else asked.max_tokens
+        if not length and not asked.echo:
+            raise ApiError(400, "max_tokens=0 asks for nothing unless echo is true", "max_tokens")
+        score = bool(asked.echo) and asked.logprobs is not None
+        requests = self._requests(asked, prompts, max(1, length), asked.logprobs, score)
+        echo = None
+        if asked.echo:
+            texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt]
+            echo = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        return Plan(self.name, requests, bool(asked.stream), self._usage(asked), echo, keep=length > 0)
+
+    def chat(self, asked: ChatRequest) -> ChatPlan:
+        """Raises ApiError."""
+        self.check_model(asked.model)
+        if self.template is None:
+            raise ApiError(
+                400,
+                "this model has no chat template: use /v1/completions, or start the server with --chat_template=FILE",
+                code="no_chat_template",
+            )
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
+        if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+            raise ApiError(400, "max_tokens and max_completion_tokens are the same: send one of them", "max_tokens")
+        prompt = self.encode(self.template.render([m.plain() for m in asked.messages]), "messages", special=True)
+        length = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
+        if length is None:
+            length = min(self.options.max_tokens, max(16, self.block_size - len(prompt)))
+        if length < 1:
+            raise ApiError(400, "max_tokens must be 1 or more", "max_tokens")
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        requests = self._requests(asked, [prompt], length, logprobs, False)
+        return ChatPlan(self.name, requests, bool(asked.stream), self._usage(asked))
+
+    def encode(self, prompt: str | list[int], param: str, special: bool = False) -> list[int]:
+        """Token ids. Raises ApiError for what the model cannot read, or too much of it."""
+        try:
+            ids = self.generator.encode(prompt, allow_special=special)
+        except UserError as error:
+            raise ApiError(400, str(error), param) from None
+        self._fits(len(ids), param)
+        return ids
+
+    def _fits(self, length: int, param: str) -> None:
+        if length > self.max_prompt:
+            message = f"the prompt has {length} tokens; at most {self.max_prompt} are read"
+            raise ApiError(400, message, param, "context_length_exceeded")
+
+    def _requests(
+        self, asked: Sampling, prompts: list[list[int]], length: int, logprobs: int | None, score: bool
+    ) -> list[Request]:
+        if length > self.options.max_tokens:
+            raise ApiError(
+                400, f"max_tokens={length} is more than this server's limit of {self.options.max_tokens}", "max_tokens"
+            )
+        if asked.samples > self.options.max_concurrent:
+            raise ApiError(400, f"n={asked.samples} is more than {self.options.max_concurrent}", "n")
+        for name, ids in (("logit_bias", asked.logit_bias or ()), ("stop_token_ids", asked.stop_token_ids or ())):
+            if unknown := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
+                known = f"0 to {self.tokenizer.vocab_size - 1}"
+                raise ApiError(400, f"{name}: the model has the token ids {known}, not {str(unknown[0])[:20]}", name)
+        chosen: dict[str, Any] = {
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "min_p": asked.min_p,
+            "repetition_penalty": asked.repetition_penalty,
+            "presence_penalty": asked.presence_penalty,
+            "frequency_penalty": asked.frequency_penalty,
+        }
+        params = GenerationConfig(
+            num_samples=asked.samples,
+            max_new_tokens=length,
+            top_k=asked.top_k if asked.top_k is not None and 0 < asked.top_k < self.tokenizer.vocab_size else None,
+            stop=asked.stop or (),
+            **{"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None},
+        )
+        told = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
+        if logprobs is not None and told > MAX_TOLD:
+            raise ApiError(
+                400,
+                f"the answer would hold {told} log-probabilities (tokens, times samples, times alternatives); "
+                f"at most {MAX_TOLD} are told in one",
+                "logprobs",
+            )
+        seed = asked.seed if asked.seed is not None else self.seeds.getrandbits(62)
+        stop_tokens = (asked.stop_token_ids or frozenset()) | (frozenset() if asked.ignore_eos else self.ends)
+        return [
+            Request(
+                prompt, params, (seed + k * asked.samples) % 2**63, stop_tokens, asked.logit_bias or {}, logprobs, score
+            )
+            for k, prompt in enumerate(prompts)
+        ]
+
+    def _usage(self, asked: Sampling) -> bool:
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        return bool(asked.stream_options and asked.stream_options.include_usage)
+
+    def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        """Raises ApiError. The tokenizers here add no tokens of their own: add_special_tokens is as it is without."""
+        self.check_model(asked.model)
+        ids = self.encode(asked.prompt, "prompt", bool(asked.allow_special)) if asked.prompt else []
+        pieces = [self.generator.bytes_of(*pair) for pair in zip(ids, ids[1:], strict=False)] if ids else []
+        if ids:
+            pieces.insert(0, self.tokenizer.decode_bytes(ids[:1]))
+        return {
+            "tokens": ids,
+            "token_strs": [token_text(piece) for piece in pieces],
+            "token_bytes": [list(piece) for piece in pieces],
+            "count": len(ids),
+            "max_model_len": self.block_size,
+        }
+
+    def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        """Raises ApiError."""
+        self.check_model(asked.model)
+        self._fits(len(asked.tokens), "tokens")
+        ids = self.encode(asked.tokens, "tokens") if asked.tokens else []
+        try:
+            return {"prompt": self.tokenizer.decode(ids)}
+        except UserError as error:
+            raise ApiError(400, str(error), "tokens") from None

@@ -1,0 +1,88 @@
+"""Keeps an engine running: one that dies is replaced, with pauses that grow, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+
+from ..generation.batcher import Engine, EngineError, Handle, Request, Stats, Update
+from .errors import ApiError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before an engine is built anew
+MAX_FAILURES = 6  # in a row, after which it stays down
+SETTLED = 60.0  # seconds of life after which an engine's death is no longer one in a row
+LOOK_EVERY = 0.05
+
+
+class Supervisor:
+    """make: builds an engine. on_restart is called when a new one runs."""
+
+    def __init__(self, make: Callable[[], Engine], on_restart: Callable[[], None] = lambda: None):
+        self.make, self.on_restart = make, on_restart
+        self.engine = make()
+        self.born, self.failures, self.served = time.monotonic(), 0, 0
+        self.before = [0, 0, 0]  # prompt tokens, generated tokens and steps of the engines that died
+        self.problem: str | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.problem is None and self.engine.alive
+
+    def submit(self, request: Request, deliver: Callable[[Update], None]) -> Handle:
+        """Raises ApiError: 503 where no engine runs; UserError as the engine does."""
+        try:
+            if self.problem is None:
+                return self.engine.submit(request, deliver)
+        except EngineError:
+            pass
+        raise self.unavailable()
+
+    def unavailable(self) -> ApiError:
+        problem = self.problem or "the engine failed and is being restarted"
+        return ApiError(503, problem, code="engine_unavailable", retry_after=30 if "stays down" in problem else 2)
+
+    def stats(self) -> Stats:
+        """Of all engines so far."""
+        now = self.engine.stats()
+        sums = [a + b for a, b in zip(self.before, (now.prompt_tokens, now.generated_tokens, now.steps), strict=True)]
+        running, waiting = (now.running, now.waiting) if self.engine.alive else (0, 0)
+        return Stats(running, waiting, now.slots, *sums)
+
+    def completed(self) -> None:
+        """A request was served to its end: the engine works."""
+        self.failures = 0
+
+    async def watch(self) -> None:
+        """Until cancelled: replaces engines that died."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            if not self.engine.alive:
+                await self._replace()
+
+    async def _replace(self) -> None:
+        reason = self.engine.failure or "its thread ended"
+        now = self.engine.stats()
+        self.before = [
+            a + b for a, b in zip(self.before, (now.prompt_tokens, now.generated_tokens, now.steps), strict=True)
+        ]
+        if time.monotonic() - self.born > SETTLED:
+            self.failures = 0
+        while True:
+            self.failures += 1
+            print(f"llm-serve: the engine failed: {' '.join(reason.split())[:300]}", file=sys.stderr, flush=True)
+            if self.failures >= MAX_FAILURES:
+                self.problem = f"the engine failed {self.failures} times in a row and stays down: restart the server"
+                print(f"llm-serve: {self.problem}", file=sys.stderr, flush=True)
+                await asyncio.Event().wait()
+            self.problem = "the engine failed and is being restarted"
+            await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 3 ** (self.failures - 1)))
+            try:
+                self.engine = await asyncio.to_thread(self.make)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            self.born, self.problem = time.monotonic(), None
+            self.on_restart()
+            return

@@ -1,0 +1,146 @@
+"""A server for tests: the real one, with a small model, in a thread on a free port of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client as http_client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from llm_from_scratch.generation.batcher import Engine
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.serving.app import make_app
+from llm_from_scratch.serving.chat import ChatTemplate
+from llm_from_scratch.serving.options import ServeOptions
+from llm_from_scratch.serving.server import listen, make_server
+from llm_from_scratch.serving.service import Service
+
+from .memorised import TOKENIZER, memorised
+
+NAME = "memorised"
+
+
+class Gate:
+    """Stands where a generator turns tokens to bytes: closed, no sample gains a token; broken, the engine fails."""
+
+    def __init__(self, generator: Generator, pause: float = 0.0):
+        self.inner, self.pause = generator.bytes_of, pause
+        self.open, self.broken, self.tokens = threading.Event(), 0, 0
+        self.open.set()
+        generator.bytes_of = self  # type: ignore[assignment]
+
+    def __call__(self, before: int, token: int) -> bytes:
+        self.tokens += 1
+        self.open.wait(60)
+        if self.broken:
+            self.broken -= 1
+            raise RuntimeError("a kernel failed")
+        if self.pause:
+            time.sleep(self.pause)
+        return self.inner(before, token)
+
+
+@dataclass
+class Served:
+    service: Service
+    port: int
+    protocol: type  # of a connection
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self, request: bytes = b"", seconds: float = 20.0) -> socket.socket:
+        """A connection on which some bytes were sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=seconds)
+        connection.sendall(request)
+        return connection
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 30.0, **options})
+
+    def idle(self) -> bool:
+        """Whether nothing runs, waits or is held for a request."""
+        stats, desk = self.service.supervisor.stats(), self.service.desk
+        return not (stats.running or stats.waiting or desk.samples or desk.jobs)
+
+
+def http(path: str, body: Any = None, method: str | None = None, raw: bytes | None = None, **headers: Any) -> bytes:
+    """A request as bytes. body: sent as JSON; headers: with _ for -; one that is None is left out."""
+    content = raw if raw is not None else json.dumps(body).encode() if body is not None else b""
+    method = method or ("POST" if content else "GET")
+    lines = {"host": "127.0.0.1", "content-length": str(len(content)), "content-type": "application/json"}
+    lines |= {name.replace("_", "-"): value for name, value in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items() if value is not None)
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + content
+
+
+def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer on a connection; status 0 where it was closed without one."""
+    reply = http_client.HTTPResponse(connection)
+    try:
+        reply.begin()
+        return reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read()
+    except (http_client.HTTPException, OSError):
+        return 0, {}, b""
+    finally:
+        reply.close()
+        connection.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether a condition has come true within some time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@contextlib.contextmanager
+def served(
+    generator: Generator | None = None,
+    *,
+    make_engine: Callable[[], Any] | None = None,
+    template: ChatTemplate | None = None,
+    watch: Path | None = None,
+    ends: frozenset[int] = frozenset(),
+    seed: int | None = None,
+    **options: Any,
+) -> Iterator[Served]:
+    """options: of ServeOptions."""
+    generator = generator or Generator(memorised("modern"), TOKENIZER)
+    settings = ServeOptions(**{"port": 0, "max_concurrent": 16, **options})
+    settings.validate()
+    service = Service(
+        generator,
+        make_engine or (lambda: Engine(generator, slots=settings.max_concurrent)),
+        settings,
+        name=NAME,
+        template=template,
+        watch=watch,
+        ends=ends,
+        seed=seed,
+    )
+    with listen(settings) as bound:
+        server = make_server(make_app(service), service)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
+        thread.start()
+        assert until(lambda: server.started)
+        try:
+            yield Served(service, bound.getsockname()[1], server.config.http_protocol_class)
+        finally:
+            server.should_exit = True
+            service.desk.end_all()
+            thread.join(30)
+            assert not thread.is_alive(), "the server did not end"
