@@ -306,11 +306,13 @@ class GenerationConfig:
         _at_least("num_samples", self.num_samples, 1)
         _at_least("max_new_tokens", self.max_new_tokens, 1)
         _at_least("temperature", self.temperature, 0.0)
+        _between("temperature", self.temperature, 0.0, 1e30)  # float32 ends at 3e38
         if self.top_k is not None:
             _at_least("top_k", self.top_k, 0)
         _between("top_p", self.top_p, 0.0, 1.0, open_left=True)
         _between("min_p", self.min_p, 0.0, 1.0)
         _above("repetition_penalty", self.repetition_penalty, 0.0)
+        _between("repetition_penalty", self.repetition_penalty, 0.0, 1e30)
         _between("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         for token, value in self.logit_bias.items():

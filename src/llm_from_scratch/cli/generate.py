@@ -140,6 +140,9 @@ def load_generator(
     found = load_source(location, which, dataset)
     assert found.tokenizer is not None  # load_source refuses weights without one
     generator = Generator(build_model(found.model_config, found.model), found.tokenizer, device, dtype, speed.quantize)
+    generator.graphed = system.cuda_graphs is not False
+    if system.compile is True:
+        _compile(generator)
     if speed.draft == "lookup":
         generator.draft = Lookup()
     elif speed.draft is not None:
@@ -147,8 +150,6 @@ def load_generator(
         assert small.tokenizer is not None
         draft = build_model(small.model_config, small.model).to(device=device, dtype=dtype)
         generator.draft = DraftModel(draft, small.tokenizer.fingerprint(), found.tokenizer.fingerprint())
-    if system.compile is True:
-        _compile(generator)
     generator.forward  # noqa: B018  packs the model: what cannot be is told before there is text
     return generator, found.path
 

@@ -119,10 +119,11 @@ class KVCache:
 
     def drop(self, row: int) -> None:
         """Removes a row; the last one takes its place."""
-        last = self.rows - 1
+        last, n = self.rows - 1, self.counts[self.rows - 1]
+        self.kv[:, :, row, :, : self.counts[row]] = 0  # a mask hides numbers, but nan times 0 is nan
         if row != last:
-            n = self.counts[last]
             self.kv[:, :, row, :, :n] = self.kv[:, :, last, :, :n]
+            self.kv[:, :, last, :, :n] = 0
             self.tokens[row, :n] = self.tokens[last, :n]
         counts = list(self.counts)
         counts[row] = counts[last]

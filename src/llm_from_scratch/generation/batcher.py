@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..config import GenerationConfig, UserError
 from .decoding import Batch, Overflow, Prefill
-from .generator import Generator, evaluating
+from .generator import NOT_FINITE, Generator, evaluating
 from .sampler import Sampler
 from .sampling import log_probabilities
 from .text import TextStream
@@ -93,15 +94,23 @@ class Handle:
 
     def __init__(self, request: Request, deliver: Callable[[Update], None]):
         self.request, self.deliver = request, deliver
-        self.cancelled = False
+        self.cancelled = self.done = False
 
     def cancel(self) -> None:
-        """Ends the request within a step of the engine; nothing more is delivered. From any thread."""
+        """Ends the request within a step of the engine; after one update at most, which may be on its way, nothing more
+        is delivered. From any thread."""
         self.cancelled = True
 
     def give(self, update: Update) -> None:
-        if not self.cancelled:
+        """Delivers, unless cancelled or done. One whose deliver() raises is cancelled by it."""
+        if self.cancelled or self.done:
+            return
+        self.done = update.done
+        try:
             self.deliver(update)
+        except Exception as error:
+            self.cancelled = True
+            print(f"a request is dropped: its receiver failed ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -116,11 +125,21 @@ class Stats:
     steps: int
 
 
+@dataclass
+class _Reading:
+    """Prompts that are being read. told: of one whose log-probabilities are asked for."""
+
+    prefill: Prefill
+    handles: list[Handle]
+    told: list[Token]
+
+
 class _Sample:
     """A row of the batch."""
 
     def __init__(self, handle: Handle, index: int, text: TextStream):
         self.handle, self.index, self.text, self.drawn = handle, index, text, 0
+        self.ended = False
 
     @property
     def logprobs(self) -> int | None:
@@ -138,8 +157,8 @@ class Engine:
         self.generator, self.slots, self.overflow = generator, slots, overflow
         self.failure: str | None = None
         self._waiting: deque[Handle] = deque()
-        self._reading: tuple[Prefill, list[Handle]] | None = None
-        self._told: list[Token] = []  # the prompt that is being read, where its log-probabilities are asked for
+        self._open: list[Handle] = []  # all that have been submitted and are neither done nor cancelled
+        self._reading: _Reading | None = None
         self._samples: list[_Sample] = []  # in the order of the batch's rows
         self._batch: Batch | None = None
         self._sampler: Sampler | None = None
@@ -162,6 +181,8 @@ class Engine:
         prompt = self.generator.encode(request.prompt)
         params = dataclasses.replace(request.params, logit_bias={**request.params.logit_bias, **request.logit_bias})
         self.generator.check(params)
+        if request.logprobs is not None and request.logprobs < 0:
+            raise UserError(f"logprobs={request.logprobs} is out of range: expected None, or 0 or more alternatives")
         if request.params.num_samples > self.slots:
             raise UserError(f"num_samples={request.params.num_samples} is more than the engine's {self.slots} slots")
         handle = Handle(dataclasses.replace(request, prompt=prompt, params=params), deliver)
@@ -169,15 +190,17 @@ class Engine:
             if not self.alive:
                 raise EngineError(self.failure or "the engine was closed")
             self._waiting.append(handle)
+            self._open.append(handle)
             self._wake.notify()
         return handle
 
     def stats(self) -> Stats:
-        running = {id(sample.handle) for sample in list(self._samples)}
-        reading = len(self._reading[1]) if self._reading else 0
+        with self._wake:
+            alive = [handle for handle in self._open if not handle.cancelled and not handle.done]
+            waiting = sum(not handle.cancelled for handle in self._waiting)
         return Stats(
-            len(running) + reading,
-            len(self._waiting),
+            len(alive) - waiting,
+            waiting,
             self.slots,
             self._prompt_tokens,
             self._generated,
@@ -189,7 +212,8 @@ class Engine:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # which a thread of its own does not inherit everywhere
@@ -197,6 +221,7 @@ class Engine:
             with evaluating(self.generator.model), torch.inference_mode():
                 while True:
                     with self._wake:
+                        self._open = [h for h in self._open if not h.cancelled and not h.done]
                         self._wake.wait_for(lambda: self._waiting or self._reading or self._samples or self._closed)
                         if self._closed:
                             break
@@ -206,11 +231,10 @@ class Engine:
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
         with self._wake:
             self._closed = True
-            left = {id(sample.handle): sample.handle for sample in self._samples}
-            left |= {id(handle): handle for handle in [*(self._reading or (None, []))[1], *self._waiting]}
-            self._samples, self._reading = [], None
+            left, self._open = self._open, []
             self._waiting.clear()
-        for handle in left.values():
+        self._samples, self._reading, self._batch, self._sampler = [], None, None, None  # and their memory
+        for handle in left:
             handle.give(Update(error=self.failure or "the engine was closed", done=True))
 
     def _read(self) -> None:
@@ -219,14 +243,19 @@ class Engine:
             self._reading = self._next()
         if self._reading is None:
             return
-        prefill, handles = self._reading
-        if all(handle.cancelled for handle in handles):
+        reading = self._reading
+        try:
+            if all(handle.cancelled for handle in reading.handles):
+                self._reading = None
+            elif reading.prefill.step(CHUNK):
+                self._reading = None
+                self._join(reading)
+        except UserError as error:  # what they ask for cannot be had: that is no failure of the engine
             self._reading = None
-        elif prefill.step(CHUNK):
-            self._join(prefill, handles)
-            self._reading = None
+            for handle in reading.handles:
+                handle.give(Update(error=str(error), done=True))
 
-    def _next(self) -> tuple[Prefill, list[Handle]] | None:
+    def _next(self) -> _Reading | None:
         """Prompts to read together: as many of the waiting ones as there are slots for, of no more than CHUNK tokens
         with the padding, or a single one."""
         model, longest = self.generator.model, 0
@@ -251,39 +280,38 @@ class Engine:
         if not handles:
             return None
         self._prompt_tokens += sum(len(handle.request.prompt) for handle in handles)
-        observe = None
-        if handles[0].request.prompt_logprobs:
-            observe = self._observer(handles[0].request)
-        return Prefill(model, self.generator.forward, prompts, observe=observe), handles
+        told: list[Token] = []
+        observe = self._observer(handles[0].request, told) if handles[0].request.prompt_logprobs else None
+        return _Reading(Prefill(model, self.generator.forward, prompts, observe=observe), handles, told)
 
-    def _observer(self, request: Request) -> Callable[[int, Tensor], None]:
-        """Collects the log-probabilities of a prompt while it is read: of what lies in the context, save its first."""
+    def _observer(self, request: Request, told: list[Token]) -> Callable[[int, Tensor], None]:
+        """Adds the log-probabilities of a prompt while it is read: of what lies in the context, save its first."""
         ids, block = list(request.prompt), self.generator.model.config.block_size
         first = max(0, len(ids) - block)  # what lies before it is not read
         before = [ids[0], *ids]
-        self._told = [Token(ids[i], self.generator.bytes_of(before[i], ids[i])) for i in range(first + 1)]
-        self._told[0] = Token(ids[0], self.generator.tokenizer.decode_bytes(ids[:1]))
+        told.append(Token(ids[0], self.generator.tokenizer.decode_bytes(ids[:1])))
+        told += [Token(ids[i], self.generator.bytes_of(before[i], ids[i])) for i in range(1, first + 1)]
 
         def observe(begin: int, logits: Tensor) -> None:
             at = range(first + begin + 1, min(first + begin + 1 + len(logits), len(ids)))
             if at:
                 real = self.generator.choosable(logits[: len(at)], check=True)
                 tokens = [ids[i] for i in at]
-                self._told += self._tokens(real, tokens, [ids[i - 1] for i in at], [request.logprobs or 0] * len(at))
+                told.extend(self._tokens(real, tokens, [ids[i - 1] for i in at], [request.logprobs or 0] * len(at)))
 
         return observe
 
-    def _join(self, prefill: Prefill, handles: list[Handle]) -> None:
+    def _join(self, reading: _Reading) -> None:
         """Makes rows of the prompts that were read, and draws their first tokens."""
-        generator = self.generator
-        rows = [(handle, k) for handle in handles for k in range(handle.request.params.num_samples)]
-        place = [prefill.place[i] for i, handle in enumerate(handles) for _ in range(handle.request.params.num_samples)]
+        generator, prefill = self.generator, reading.prefill
+        rows = [(handle, k) for handle in reading.handles for k in range(handle.request.params.num_samples)]
+        place = [prefill.place[reading.handles.index(handle)] for handle, _ in rows]
         prompts = [handle.request.prompt for handle, _ in rows]
         prefill.place = place
         first = len(self._samples)
         if self._batch is None:
             self._batch = Batch(generator.model, [], 0, overflow=self.overflow, forward=generator.forward)
-        longest = max(handle.request.params.max_new_tokens for handle in handles)
+        longest = max(handle.request.params.max_new_tokens for handle in reading.handles)
         logits = self._batch.join(prompts, longest, prefill)
         assert logits is not None
         params = [handle.request.params for handle, _ in rows]
@@ -294,64 +322,59 @@ class Engine:
             _Sample(handle, k, TextStream(generator.bytes_of, handle.request.prompt[-1], handle.request.params.stop))
             for handle, k in rows
         ]
-        told, self._told = self._told, []
-        try:
-            logits = generator.choosable(logits, check=True)
-        except UserError as error:
-            for handle in handles:
-                handle.give(Update(error=str(error), done=True))
-                handle.cancelled = True
-            ids = torch.zeros(len(rows), dtype=torch.long, device=device)
-        else:
-            ids = sampler(logits)
-        self._batch.append(ids, first)
+        self._draw(logits, sampler, first, tuple(reading.told))
         self._sampler = sampler if self._sampler is None else self._sampler.join(sampler)
-        self._deliver(logits, ids, first, tuple(told))
+        self._leave()
 
     def _step(self) -> None:
         """One token for every row."""
-        if any(sample.handle.cancelled for sample in self._samples):
-            self._keep([i for i, sample in enumerate(self._samples) if not sample.handle.cancelled])
+        self._leave()
         if not self._samples:
             return
         assert self._batch is not None and self._sampler is not None
-        logits = self.generator.choosable(self._batch.logits(), check=False)
-        ids = self._sampler(logits)
-        self._batch.append(ids)
-        self._deliver(logits, ids, 0)
+        self._draw(self._batch.logits(), self._sampler, 0)
+        self._leave()
 
-    def _deliver(self, logits: Tensor, ids: Tensor, first: int, told: tuple[Token, ...] = ()) -> None:
-        """Tells the requests of the rows from the first on what they have gained. logits: (n, V); ids: (n,)."""
+    def _draw(self, logits: Tensor, sampler: Sampler, first: int, told: tuple[Token, ...] = ()) -> None:
+        """Draws a token for each row from the first on, and tells their requests what they have gained.
+
+        logits: (n, V) as the model gives them. A request of which one row's are not finite has failed.
+        """
+        assert self._batch is not None
         self._steps += 1
         samples = self._samples[first:]
+        sound = logits[:, : self.generator.tokenizer.vocab_size].isfinite().all(dim=1)
+        logits = self.generator.choosable(logits, check=False)
+        ids = sampler(logits)
+        self._batch.append(ids, first)
         drawn = ids.tolist()
+        for sample, good in zip(samples, sound.tolist(), strict=True):
+            if not good:
+                sample.handle.give(Update(error=NOT_FINITE, done=True))
         tokens = self._tokens(logits, drawn, [sample.text.before for sample in samples], [s.logprobs for s in samples])
         updates: dict[int, tuple[Handle, list[Delta]]] = {}
-        ended = set()
-        for row, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
-            if sample.handle.cancelled:
-                continue
-            request, text = sample.handle.request, sample.text
-            sample.drawn += 1
-            self._generated += 1
-            reason: FinishReason | None = None
-            if token.id in request.stop_tokens:
-                delta = Delta(sample.index, text.finish(), (), reason := "stop")
-            else:
-                piece = text.push(token.id)
-                if text.stopped:
-                    reason = "stop"
-                elif sample.drawn == request.params.max_new_tokens:
-                    piece, reason = piece + text.finish(), "length"
-                delta = Delta(sample.index, piece, (token,), reason)
-            if reason is not None:
-                ended.add(first + row)
-            updates.setdefault(id(sample.handle), (sample.handle, []))[1].append(delta)
-        if ended:
-            self._keep([i for i in range(len(self._samples)) if i not in ended])
-        living = {id(sample.handle) for sample in self._samples}
+        for sample, token in zip(samples, tokens, strict=True):
+            handle = sample.handle
+            if not handle.cancelled and not handle.done:
+                updates.setdefault(id(handle), (handle, []))[1].append(self._gained(sample, token))
+        going = {id(sample.handle) for sample in self._samples if not sample.ended}
         for key, (handle, deltas) in updates.items():
-            handle.give(Update(tuple(deltas), told, done=key not in living))
+            handle.give(Update(tuple(deltas), told, done=key not in going))
+
+    def _gained(self, sample: _Sample, token: Token) -> Delta:
+        request, text = sample.handle.request, sample.text
+        sample.drawn += 1
+        self._generated += 1
+        if token.id in request.stop_tokens:
+            sample.ended = True
+            return Delta(sample.index, text.finish(), (), "stop")
+        piece, reason = text.push(token.id), None
+        if not text.stopped and sample.drawn == request.params.max_new_tokens:
+            piece, reason = piece + text.finish(), "length"
+        if text.stopped:
+            reason = "stop"
+        sample.ended = reason is not None
+        return Delta(sample.index, piece, (token,), reason)  # type: ignore[arg-type]
 
     def _tokens(self, logits: Tensor, ids: list[int], before: list[int], asked: Sequence[int | None]) -> list[Token]:
         """What is told of drawn tokens. logits: (n, V); asked: alternatives of each, None for no log-probability."""
@@ -376,9 +399,12 @@ class Engine:
             tokens.append(Token(token, bytes_of(b, token), own, likely))
         return tokens
 
-    def _keep(self, rows: list[int]) -> None:
-        """Leaves only these rows."""
+    def _leave(self) -> None:
+        """Rows whose samples have ended, and those of cancelled requests, go."""
+        stay = [i for i, s in enumerate(self._samples) if not (s.ended or s.handle.cancelled or s.handle.done)]
+        if len(stay) == len(self._samples):
+            return
         assert self._batch is not None and self._sampler is not None
-        self._samples = [self._samples[i] for i in rows]
-        self._batch.keep(rows)
-        self._sampler = self._sampler.select(torch.tensor(rows, dtype=torch.long)) if rows else None
+        self._samples = [self._samples[i] for i in stay]
+        self._batch.keep(stay)
+        self._sampler = self._sampler.select(torch.tensor(stay, dtype=torch.long)) if stay else None

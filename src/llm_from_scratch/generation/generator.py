@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
 
+NOT_FINITE = "the model's outputs are not finite: its weights are damaged, or its training diverged"
+
 
 @dataclass
 class Completion:
@@ -68,9 +70,10 @@ class Generator:
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
         self.draft: Draft | None = None  # what proposes tokens where one sample is decoded alone
-        self.compiled = False  # whether torch.compile makes the decode step
+        self.compiled, self.graphed = False, True  # the decode step: by torch.compile; else, on CUDA, as graphs
         self._packed: tuple[list[tuple[int, int]], Forward, str] | None = None
-        self.unused = torch.tensor(unused_ids(tokenizer), dtype=torch.long, device=model.lm_head.weight.device)
+        self.gaps = frozenset(unused_ids(tokenizer))
+        self.unused = torch.tensor(sorted(self.gaps), dtype=torch.long, device=model.lm_head.weight.device)
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
 
     @classmethod
@@ -105,10 +108,11 @@ class Generator:
 
     @property
     def forward(self) -> Forward:
-        """The model's forward pass for decoding, made anew where its weights have changed. Raises UserError."""
+        """The model's forward pass for decoding, made anew where its weights have changed, save by way of .data, of
+        which a tensor does not tell. Raises UserError."""
         weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.model.parameters()]
         if self._packed is None or self._packed[0] != weights:
-            self._packed = (weights, *packed_forward(self.model, self.quantize, self.compiled))
+            self._packed = (weights, *packed_forward(self.model, self.quantize, self.compiled, self.graphed))
         return self._packed[1]
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
@@ -117,7 +121,7 @@ class Generator:
         if not len(ids):
             raise UserError("the prompt is empty: a model continues a text, so give it at least one character")
         known = [int(i) for i in ids]
-        unknown = [i for i in known if not 0 <= i < self.tokenizer.vocab_size]
+        unknown = [i for i in known if not 0 <= i < self.tokenizer.vocab_size or i in self.gaps]
         if unknown:
             raise UserError(f"token id {unknown[0]} is outside the vocabulary: 0 to {self.tokenizer.vocab_size - 1}")
         return known
@@ -206,7 +210,7 @@ class Generator:
         """
         live, drawn = list(range(len(texts))), []
         for step in range(1, steps + 1):
-            drawn.append(self._step(batch, sampler, check=step == 1))
+            drawn.append(self._step(batch, sampler, check=watch or step in (1, steps)))
             if not watch and step < steps:
                 continue
             yield [
@@ -234,7 +238,7 @@ class Generator:
         if logits.size(1) > self.tokenizer.vocab_size:
             logits = logits[:, : self.tokenizer.vocab_size]
         if check and not logits.isfinite().all():
-            raise UserError("the model's outputs are not finite: its weights are damaged, or its training diverged")
+            raise UserError(NOT_FINITE)
         return logits.index_fill(1, self.unused, -math.inf) if len(self.unused) else logits
 
     def _sampler(self, params: GenerationConfig, prompts: list[list[int]], seeds: list[int]) -> Sampler:
@@ -247,8 +251,9 @@ class Generator:
     def _rows_at_once(self, length: int) -> int:
         """How many rows of so many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
         config, weight = self.model.config, self.model.lm_head.weight
+        size = getattr(self.forward, "dtype", weight.dtype).itemsize  # of the cache's numbers
         heads = (config.n_kv_head or config.n_head) / config.n_head
-        row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * weight.element_size()
+        row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * size
         free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
         return max(1, int(free / row))
 

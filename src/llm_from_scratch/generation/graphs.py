@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 64  # graphs; what comes after them runs without
+MOST = 256  # graphs; one more takes the place of the oldest
 
 
 class Recorded:
@@ -20,14 +20,15 @@ class Recorded:
 
     def __init__(self, step: Callable[..., Tensor], inputs: list[Tensor], rest: tuple[Any, ...], pool: Any):
         self.inputs = [t.clone() for t in inputs]
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            step(*self.inputs, *rest)  # kernels are loaded and workspaces made outside the recording
-        torch.cuda.current_stream().wait_stream(beside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.output = step(*self.inputs, *rest)
+        with torch.cuda.device(inputs[0].device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                step(*self.inputs, *rest)  # kernels are loaded and workspaces made outside the recording
+            torch.cuda.current_stream().wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.output = step(*self.inputs, *rest)
 
     def __call__(self, inputs: list[Tensor]) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
@@ -58,7 +59,9 @@ class GraphedStep:
         inputs, rest = [x, positions, where, mask], (memory, keys, values)
         key = (len(x), mask.shape, keys[0].shape, keys[0].stride(), memory[0].shape, memory[0].data_ptr())
         graph = self.graphs.get(key)
-        if graph is None and self.failure is None and len(x) & (len(x) - 1) == 0 and len(self.graphs) < MOST:
+        if graph is None and self.failure is None and len(x) & (len(x) - 1) == 0:
+            if len(self.graphs) >= MOST:
+                self.graphs.pop(next(iter(self.graphs)))
             try:
                 graph = self.graphs[key] = self.record(self.step, inputs, rest, self.pool)
             except RuntimeError as error:

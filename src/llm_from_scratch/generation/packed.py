@@ -23,7 +23,16 @@ from torch.nn import functional as F
 
 from ..config import GPTConfig, UserError
 from ..core.cache import KVCache
-from ..core.model import GPT, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_angles
+from ..core.model import (
+    GPT,
+    CausalSelfAttention,
+    GatedMLP,
+    LayerNorm,
+    RMSNorm,
+    apply_rotary,
+    attention,
+    rotary_angles,
+)
 from ..core.runtime import cpu_has_native_bf16
 from .graphs import GraphedStep
 
@@ -32,7 +41,7 @@ WIDE = 1 << 18  # elements of a matrix from which on a few rows are multiplied f
 FEW = 64  # rows up to which that holds
 BUCKET = 64  # keys by which the part of the cache that is looked at grows
 SMALL = 1 << 12  # numbers
-TRIAL = 9  # tokens
+TRIAL = 64  # tokens
 Forward = Callable[..., Tensor]  # (idx, cache=None, logits_at=None) -> logits, as GPT.forward without targets
 
 
@@ -41,8 +50,11 @@ def plain_forward(model: GPT) -> Forward:
     return lambda idx, cache=None, logits_at=None: model(idx, cache=cache, logits_at=logits_at)[0]
 
 
-def packed_forward(model: GPT, quantize: Quantize = "none", compiled: bool = False) -> tuple[Forward, str]:
-    """The fastest forward that computes this model, and what it is, in words. compiled: torch.compile its decode step.
+def packed_forward(
+    model: GPT, quantize: Quantize = "none", compiled: bool = False, graphed: bool = True
+) -> tuple[Forward, str]:
+    """The fastest forward that computes this model, and what it is, in words. compiled: torch.compile its decode step;
+    graphed: else, on CUDA, record it.
 
     quantize="int8": weights of all linear layers in int8, a scale for each output; activations too, a scale for all,
     anew for each product (fbgemm's and qnnpack's dynamic quantization). Raises UserError where the device has none.
@@ -70,7 +82,7 @@ def packed_forward(model: GPT, quantize: Quantize = "none", compiled: bool = Fal
     packed = Packed(model, kind, dtype if kind is Dense else torch.float32)
     if compiled:
         packed.step = torch.compile(packed.step)  # type: ignore[method-assign]
-    elif device.type == "cuda":
+    elif device.type == "cuda" and graphed:
         packed.step = GraphedStep(packed.step, pool=torch.cuda.graph_pool_handle())  # type: ignore[method-assign]
     return packed, {Dense: "packed", Half: "packed, products from float16", Int8: "packed, int8"}[kind]
 
@@ -123,22 +135,33 @@ class Half:
 
 
 class Int8:
-    """Dense with int8 weights, one scale an output, and activations rounded to 7 bits (8 where the CPU has VNNI)."""
+    """Dense with int8 weights, one scale an output, and activations in 7 bits (8 where the CPU has VNNI), one scale a
+    row: a row does not depend on its neighbours.
+
+    fbgemm finds one scale for all rows: so each row is divided by its largest number, and two more inputs, 1 and -1
+    with weights of 0, make the range that of every batch.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
-        weight, bias = weight.float(), None if bias is None else bias.float()
+        weight, self.bias = weight.float(), None if bias is None else bias.float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12).div(127).double()
+        more = -(-(weight.size(1) + 2) // 16) * 16 - weight.size(1)  # whole vectors
+        self.range = torch.zeros(1, more)
+        self.range[0, :2] = torch.tensor([1.0, -1.0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the quantized tensor types are to go; what multiplies them is not
             quantized = torch.quantize_per_channel(
-                weight.contiguous(), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
+                F.pad(weight, (0, more)), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
             )
-            self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         # without VNNI products are added in pairs in 16 bits, which 8-bit activations overflow
         self.reduce_range = not getattr(torch.cpu, "_is_vnni_supported", bool)()
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+        largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
+        x = torch.cat((x / largest, self.range.expand(len(x), -1)), dim=-1)
+        y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range).mul_(largest)
+        y = y if self.bias is None else y.add_(self.bias)
         return y if add is None else y.add_(add)
 
 
@@ -188,6 +211,8 @@ class Packed:
 
     def _layer(self, block: Any, kind: Callable[..., Linear]) -> _Layer:
         attn: CausalSelfAttention = block.attn
+        if attn.rotate is not apply_rotary or attn.attend is not attention:
+            raise TypeError("attention is computed otherwise than in core/model.py")
         act, down = _activation(block.mlp.act), _linear(block.mlp.c_proj, kind, self.dtype)
         up = _linear(block.mlp.c_fc, kind, self.dtype)
         if isinstance(block.mlp, GatedMLP):
@@ -286,6 +311,8 @@ class Packed:
 
     def _decode(self, idx: Tensor, cache: KVCache) -> Tensor:
         """One new token a row: (B, 1) to (B, 1, V)."""
+        if cache.end >= cache.max_len:
+            raise ValueError(f"{cache.end} cached + 1 new tokens exceed the cache's max_len={cache.max_len}")
         view = Window.of(cache)
         lengths = cache.lengths
         if self.ngrams is not None:
@@ -419,7 +446,7 @@ def agrees(packed: Packed, model: GPT) -> bool:
     """Whether both give the same logits on some tokens, read at once, then one more."""
     config, device = model.config, model.lm_head.weight.device
     n = min(TRIAL, config.block_size)
-    ids = torch.arange(n, device=device) * 7919 % int(config.vocab_size or 1)
+    ids = torch.randint(int(config.vocab_size or 1), (n,), generator=torch.Generator().manual_seed(0)).to(device)
     read = ids[None, : max(1, n - 1)]
     training, found = model.training, []
     model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,47 +21,10 @@ def check_bias(params: GenerationConfig, vocab_size: int) -> None:
         raise UserError(f"logit_bias names token {strange[0]}, which is outside the vocabulary: 0 to {vocab_size - 1}")
 
 
-@dataclasses.dataclass
-class Settings:
-    """GenerationConfig's samplers for many rows: each one number, or a column (B, 1) where rows differ."""
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    repetition_penalty: Any
-    presence_penalty: Any
-    frequency_penalty: Any
-    greedy: Any
-    """bool, or (B,) where rows differ."""
-    candidates: int | None
-    """No row keeps more tokens than this; None where a row may keep all."""
-
-    @classmethod
-    def of(cls, rows: Sequence[GenerationConfig], device: torch.device) -> Settings:
-        def column(name: str) -> Any:
-            values = [getattr(row, name) for row in rows]
-            if all(value == values[0] for value in values):
-                return values[0]
-            if name == "top_k":
-                values = [value or 1 << 62 for value in values]
-            return torch.tensor(values, device=device)[:, None]
-
-        columns = {f.name: column(f.name) for f in dataclasses.fields(cls) if f.name not in ("greedy", "candidates")}
-        greedy = [row.temperature < GREEDY_BELOW for row in rows]
-        if isinstance(columns["temperature"], Tensor):
-            columns["temperature"] = columns["temperature"].clamp(min=GREEDY_BELOW)
-        kept = [row.top_k for row, first in zip(rows, greedy, strict=True) if not first]
-        return cls(
-            **columns,
-            greedy=torch.tensor(greedy, device=device) if any(greedy) and not all(greedy) else any(greedy),
-            candidates=max(filter(None, kept), default=1) if all(kept) else None,
-        )
-
-
 class Sampler:
     """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, what it has seen.
 
+    Rows that are filtered alike are filtered together, so that none depends on how its neighbours are.
     params: for all rows, or one a row. Raises UserError where logit_bias names what is no token.
     """
 
@@ -95,10 +57,18 @@ class Sampler:
 
     def _configure(self) -> None:
         """What follows from the rows' settings."""
-        self.settings = Settings.of(self.params, self.device) if self.params else None
-        self.penalised = any(
-            p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty for p in self.params
-        )
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for row, p in enumerate(self.params):
+            filters = (p.temperature, p.top_k, p.top_p, p.min_p)
+            groups.setdefault(() if p.temperature < GREEDY_BELOW else filters, []).append(row)
+        self.groups = [
+            (self.params[rows[0]], None if len(groups) == 1 else torch.tensor(rows, device=self.device))
+            for rows in groups.values()
+        ]
+        penalties = [[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in self.params]
+        self.penalised = any(penalty != [1, 0, 0] for penalty in penalties)
+        if self.penalised:
+            self.penalties = torch.tensor(penalties, device=self.device).split(1, dim=1)  # (B, 1) each
         self.bias: Tensor | None = None
         if any(p.logit_bias for p in self.params):
             self.bias = torch.zeros(len(self.params), self.vocab_size, device=self.device)
@@ -108,37 +78,39 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of every row, (B,) int64, from the model's logits, (B, V)."""
-        logits = self.penalise(logits)
-        p = self.settings
-        assert p is not None
-        if p.greedy is True:
-            ids = logits.argmax(dim=-1)
-        else:
-            ids = self.draw(logits, p)
-            if p.greedy is not False:
-                ids = torch.where(p.greedy, logits.argmax(dim=-1), ids)
-        self.note(ids)
-        return ids
-
-    def penalise(self, logits: Tensor) -> Tensor:
-        """Logit bias and penalties, float32."""
-        p, logits = self.settings, logits.float()
-        assert p is not None
+        logits = logits.float()
         if self.bias is not None:
             logits = logits + self.bias
         if self.penalised:
-            logits = repetition_penalty(logits, self.seen, p.repetition_penalty)
-            logits = presence_frequency_penalty(logits, self.counts, p.presence_penalty, p.frequency_penalty)
-        return logits
+            repetition, presence, frequency = self.penalties
+            logits = repetition_penalty(logits, self.seen, repetition)
+            logits = presence_frequency_penalty(logits, self.counts, presence, frequency)
+        if len(self.groups) == 1:
+            ids = self.choose(logits, *self.groups[0])
+        else:
+            ids = torch.empty(len(logits), dtype=torch.long, device=self.device)
+            numbers = self.next_uniforms()
+            for params, rows in self.groups:
+                assert rows is not None
+                ids[rows] = self.choose(logits[rows], params, rows, numbers[rows])
+        self.note(ids)
+        return ids
 
-    def draw(self, logits: Tensor, p: Settings) -> Tensor:
-        """One token a row from what the filters leave."""
-        if p.candidates is None or self.keep_ties or p.candidates > logits.size(-1) // 4:
-            return self.pick(keep_likely(logits, p, self.keep_ties).softmax(dim=-1))
-        # the few that any filter can leave, in the order of their ids, so that the same is drawn
-        among = logits.topk(p.candidates).indices.sort(dim=-1).values
-        picked = self.pick(keep_likely(logits.gather(-1, among), p).softmax(dim=-1))
-        return among.gather(-1, picked[:, None]).squeeze(-1)
+    def choose(
+        self, logits: Tensor, params: GenerationConfig, rows: Tensor | None, numbers: Tensor | None = None
+    ) -> Tensor:
+        """One token for each of some rows that are filtered alike. rows: which; None is all. numbers: of their random
+        streams, where they were drawn already."""
+        if params.temperature < GREEDY_BELOW:
+            return logits.argmax(dim=-1)
+        k, among = params.top_k, None
+        if k and k <= logits.size(-1) // 4 and not self.keep_ties:
+            # the few that the filters can leave, in the order of their ids, so that the same is drawn
+            among = logits.topk(k).indices.sort(dim=-1).values
+            logits = logits.gather(-1, among)
+        probs = keep_likely(logits, params, self.keep_ties).softmax(dim=-1)
+        ids = self.pick(probs) if numbers is None else draw(probs, numbers)
+        return ids if among is None else among.gather(-1, ids[:, None]).squeeze(-1)
 
     def note(self, ids: Tensor) -> None:
         """Counts what was drawn, (B,), for the penalties."""
@@ -171,9 +143,7 @@ class Sampler:
         new.params, new.used = [self.params[row] for row in index], [self.used[row] for row in index]
         new.generators = [self.generators[row] for row in index]
         new.uniforms, new.counts, new.seen = self.uniforms[rows], self.counts[rows], self.seen[rows]
-        was = self.penalised
         new._configure()
-        new.penalised = was  # what has been counted goes on to be
         return new
 
     def join(self, other: Sampler) -> Sampler:
@@ -182,14 +152,13 @@ class Sampler:
         new.params, new.used = self.params + other.params, self.used + other.used
         new.generators = self.generators + other.generators
         new.uniforms = torch.cat((self.uniforms, other.uniforms))
-        width = max(self.counts.size(1), other.counts.size(1))
+        width = max(sampler.counts.size(1) * sampler.penalised for sampler in (self, other))
         new.counts = torch.cat([_widened(s.counts, width) for s in (self, other)])
         new.seen = torch.cat([_widened(s.seen, width) for s in (self, other)])
         new._configure()
-        new.penalised = self.penalised or other.penalised
         return new
 
 
 def _widened(t: Tensor, width: int) -> Tensor:
-    """A tensor (B, 0) as zeros (B, width): rows without penalties have counted nothing."""
+    """A tensor (B, 0) as zeros (B, width): rows without penalties have counted nothing, and need not."""
     return t if t.size(1) == width else t.new_zeros(t.size(0), width)

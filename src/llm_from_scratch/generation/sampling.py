@@ -7,23 +7,19 @@
     5. top_k, then top_p, then min_p          (each on what the one before has left)
     6. softmax, and one draw a row
 
-What is removed gets the logit -inf. The order is that of transformers' generate. A setting is one number for all rows
-or a tensor with one a row. sampler.py gives every row a random stream of its own, so its tokens do not depend on what
-else is in the batch.
+What is removed gets the logit -inf. The order is that of transformers' generate. Of logits that are equal at the k-th
+place, top_k keeps any. sampler.py gives every row a random stream of its own, so its tokens do not depend on what else
+is in the batch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
-
-if TYPE_CHECKING:
-    from .sampler import Settings
 
 GREEDY_BELOW = 1e-5  # temperatures below this are taken as 0: the division would overflow
 LARGEST_LOGIT = 1e30  # penalties end here, so that no division after them overflows to inf - inf = nan
@@ -42,20 +38,16 @@ def presence_frequency_penalty(
     return logits - presence * (counts > 0) - frequency * counts
 
 
-def temperature(logits: Tensor, value: float | Tensor) -> Tensor:
+def temperature(logits: Tensor, value: float) -> Tensor:
     """Flattens (above 1) or sharpens (below 1) the distribution. value > 0."""
     return logits / value
 
 
-def top_k(logits: Tensor, k: int | Tensor | None, keep_ties: bool = False) -> Tensor:
+def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
     """Keeps exactly the k largest logits; None, 0 or k >= V keeps all.
 
-    keep_ties keeps more than k where further logits equal the k-th, as nanoGPT does. k: (B, 1) where it is a tensor.
+    keep_ties keeps more than k where further logits equal the k-th, as nanoGPT does.
     """
-    if isinstance(k, Tensor):
-        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        below = torch.arange(logits.size(-1), device=logits.device) >= k
-        return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(below, -math.inf))
     if not k or k >= logits.size(-1):
         return logits
     largest = logits.topk(k)
@@ -64,12 +56,12 @@ def top_k(logits: Tensor, k: int | Tensor | None, keep_ties: bool = False) -> Te
     return torch.full_like(logits, -math.inf).scatter(-1, largest.indices, largest.values)
 
 
-def top_p(logits: Tensor, p: float | Tensor, among: int | None = None) -> Tensor:
+def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
     """Keeps the fewest most likely tokens whose probabilities add up to p or more (arXiv 1904.09751); 1 keeps all.
 
     among: where no more than so many tokens are left, sorting only those is far cheaper than sorting V.
     """
-    if isinstance(p, float) and p >= 1:
+    if p >= 1:
         return logits
     if among and among < logits.size(-1):
         ordered, ids = logits.topk(among)
@@ -77,23 +69,21 @@ def top_p(logits: Tensor, p: float | Tensor, among: int | None = None) -> Tensor
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # what the more likely tokens have together
-    beyond = before >= (torch.where(p < 1, p, math.inf) if isinstance(p, Tensor) else p)
-    return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(beyond, -math.inf))
+    return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(before >= p, -math.inf))
 
 
-def min_p(logits: Tensor, p: float | Tensor) -> Tensor:
+def min_p(logits: Tensor, p: float) -> Tensor:
     """Drops tokens with less than p times the probability of the most likely one (arXiv 2407.01082); 0 keeps all."""
-    if not isinstance(p, Tensor) and p <= 0:
+    if p <= 0:
         return logits
-    below = p.log() if isinstance(p, Tensor) else math.log(p)
-    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + below, -math.inf)
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
 
 
-def keep_likely(logits: Tensor, params: GenerationConfig | Settings, keep_ties: bool = False) -> Tensor:
+def keep_likely(logits: Tensor, params: GenerationConfig, keep_ties: bool = False) -> Tensor:
     """Temperature, top-k, top-p and min-p in their order. (B, V) to (B, V)."""
     logits = top_k(temperature(logits, params.temperature), params.top_k, keep_ties)
-    among = params.top_k if isinstance(params.top_k, int) and not keep_ties else None
-    return min_p(top_p(logits, params.top_p, among), params.min_p)
+    logits = top_p(logits, params.top_p, among=None if keep_ties else params.top_k)
+    return min_p(logits, params.min_p)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -137,8 +137,8 @@ class SpeculativeBatch(Batch):
             return self.ahead.popleft()
         if self.resting:
             self.resting -= 1
-        elif self.ready is None and self.cached and len(self.history) < self.block:
-            number = min(self.number, self.block - len(self.history))
+        elif self.ready is None and self.cached and (room := self.block - self.lengths[0] + self.dropped[0]) > 0:
+            number = min(self.number, room)
             proposed = [token for token in self.draft.propose(self.history, number) if 0 <= token < self.known]
             if proposed:
                 return self._read(proposed)

@@ -70,6 +70,7 @@ class Service:
             "max_prompt_tokens": self.max_prompt,
             "max_n": self.options.max_concurrent,
             "max_logprobs": MAX_LOGPROBS,
+            "max_told": MAX_TOLD,
             "max_seconds": self.options.max_seconds,
         }
         defaults = asdict(GenerationConfig())

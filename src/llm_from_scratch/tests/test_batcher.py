@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import queue
 import random
@@ -14,10 +15,10 @@ import torch
 
 from llm_from_scratch.config import GenerationConfig, GPTConfig, UserError
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.tokenizer import ByteTokenizer
+from llm_from_scratch.core.tokenizer import ByteTokenizer, TiktokenTokenizer
 from llm_from_scratch.generation import batcher
 from llm_from_scratch.generation.batcher import Engine, EngineError, Handle, Request, Token, Update
-from llm_from_scratch.generation.decoding import Batch
+from llm_from_scratch.generation.decoding import Batch, Prefill
 from llm_from_scratch.generation.generator import Generator
 
 from .memorised import BLOCK, OPTIONS, TEXT, TOKENIZER, memorised, ragged_prompts
@@ -83,10 +84,11 @@ def test_64_requests_at_once_get_what_each_gets_alone(option: str) -> None:
     assert min(len(set(tokens)) for tokens in alone) >= 20
 
 
-def test_requests_of_every_kind_come_and_go(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
+def test_requests_of_every_kind_come_and_go(overflow: Any, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other lengths, samplers, seeds and numbers of samples; more of them than slots; prompts read in small parts."""
     monkeypatch.setattr(batcher, "CHUNK", 7)
-    rng, engine = random.Random(0), Engine(writer, slots=6)
+    rng, engine = random.Random(0), Engine(writer, 6, overflow)
     requests = []
     for prompt in ragged_prompts(40, 2 * BLOCK, seed=4):
         params = GenerationConfig(
@@ -106,7 +108,7 @@ def test_requests_of_every_kind_come_and_go(writer: Generator, monkeypatch: pyte
     calls = [Call(engine, request) for request in requests]
     for request, call in zip(requests, calls, strict=True):
         call.wait()
-        expected = writer.generate([request.prompt], request.params, request.seed)
+        expected = writer.generate([request.prompt], request.params, request.seed, overflow=overflow)
         assert [call.ids(k) for k in range(len(expected))] == [c.tokens for c in expected]
         assert [call.text(k) for k in range(len(expected))] == [c.text for c in expected]
         assert call.reasons() == {k: c.finish_reason for k, c in enumerate(expected)}
@@ -229,6 +231,7 @@ def test_bad_requests_are_refused_at_once(engine: Engine) -> None:
         (Request([1], dataclasses.replace(GREEDY, num_samples=65)), "64 slots"),
         (Request([1], GREEDY, logit_bias={999: 1.0}), "token 999"),
         (Request([1], GREEDY, logit_bias={1: float("nan")}), "logit_bias"),
+        (Request([1], GREEDY, logprobs=-1), "logprobs=-1"),
     ):
         with pytest.raises(UserError, match=message):
             engine.submit(request, lambda update: None)
@@ -264,12 +267,118 @@ def test_closing_tells_those_that_are_left(writer: Generator) -> None:
     assert not engine.alive
 
 
+def test_equal_lengths_that_fill_their_windows_together(writer: Generator) -> None:
+    """One of them leaves before: the others are then in another order in the cache than in the batch."""
+    prompts = [TOKENIZER.encode(TEXT[at : at + 6]).tolist() for at in (0, 70, 140)]
+    free = writer.generate(prompts, GREEDY, overflow="drop_half")
+    params = dataclasses.replace(GREEDY, stop=(free[0].text[4:7],))
+    expected = [writer.generate([p], params, overflow="drop_half", use_cache=False)[0] for p in prompts]
+    assert writer.generate(prompts, params, overflow="drop_half") == expected
+    assert [sample.finish_reason for sample in expected] == ["stop", "length", "length"]
+
+
+def test_large_settings_beside_small_ones(engine: Engine) -> None:
+    """A top_k beyond every integer of the device, and the most extreme temperature."""
+    calls = [
+        Call(engine, Request([1, 2, 3], dataclasses.replace(WILD, top_k=2**70), seed=3)),
+        Call(engine, Request([1, 2, 3], dataclasses.replace(WILD, top_k=5))),
+        Call(engine, Request([1, 2, 3], dataclasses.replace(WILD, temperature=1e30))),
+    ]
+    alone = Call(engine, Request([1, 2, 3], WILD, seed=3))
+    assert calls[0].wait().ids() == alone.wait().ids()
+    assert all(len(call.wait().ids()) == 2 * BLOCK for call in calls)
+
+
+def test_a_receiver_that_fails_loses_its_own_request_alone(engine: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(update: Update) -> None:
+        raise ConnectionError("gone")
+
+    others = [Call(engine, Request([1], GREEDY))]
+    engine.submit(Request([2], GREEDY), fail)
+    others += [Call(engine, Request([3], GREEDY))]
+    assert all(len(call.wait().ids()) == 2 * BLOCK for call in others)
+    assert Call(engine, Request([4], GREEDY)).wait().ids() and engine.alive
+    assert "ConnectionError: gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["forward", "keep"])
+def test_whatever_fails_everyone_is_told(where: str, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are just being taken from the queue, and those that end in the step that fails."""
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    if where == "forward":
+        monkeypatch.setattr(Generator, "forward", property(fail))
+    else:
+        monkeypatch.setattr(Batch, "keep", fail)
+    engine = Engine(writer)
+    calls = [Call(engine, Request([k + 1], dataclasses.replace(GREEDY, max_new_tokens=4 + k))) for k in range(3)]
+    for call in calls:
+        last = call.wait().updates[-1]
+        assert last.error == "RuntimeError: out of memory" or (last.deltas and last.deltas[-1].finish_reason)
+    assert any(call.updates[-1].error for call in calls) and not engine.alive
+    assert sum(update.done for call in calls for update in call.updates) == 3
+
+
+def test_a_cancelled_prompts_tokens_are_not_told_to_another(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "CHUNK", 2)
+    engine, begun, goes_on = Engine(writer), threading.Event(), threading.Event()
+    step = Prefill.step
+
+    def slow(self: Prefill, tokens: int | None = None) -> bool:
+        begun.set()
+        assert goes_on.wait(PATIENCE)
+        return step(self, tokens)
+
+    monkeypatch.setattr(Prefill, "step", slow)
+    first = engine.submit(Request(list(range(10, 17)), GREEDY, prompt_logprobs=True), lambda update: None)
+    assert begun.wait(PATIENCE)
+    other = Call(engine, Request([1, 2, 3], GREEDY))
+    assert engine.stats().running + engine.stats().waiting == 2
+    first.cancel()
+    goes_on.set()
+    assert all(update.prompt == () for update in other.wait().updates)
+    engine.close()
+
+
+def test_numbers_that_go_wrong_midway_fail_that_request_alone() -> None:
+    """A row becomes nan after some tokens; its neighbour, and who gets its memory afterwards, do not see it."""
+    model = copy.deepcopy(memorised())
+    generator = Generator(model, TOKENIZER)
+    poison = 7
+    with torch.no_grad():
+        model.transformer.wte.weight = torch.nn.Parameter(model.transformer.wte.weight.clone())  # no longer the head's
+        model.transformer.wte.weight[poison] = float("nan")
+    engine = Engine(generator, slots=2)
+    innocent = [Call(engine, Request([1, 2, 3], dataclasses.replace(WILD, logit_bias={poison: -1000.0}), seed=4))]
+    bad = Call(engine, Request([1], dataclasses.replace(GREEDY, logit_bias={poison: 1000.0})))
+    assert "not finite" in str(bad.wait().updates[-1].error) and bad.ids() == [poison]
+    innocent += [Call(engine, Request([1, 2, 3], innocent[0].handle.request.params, seed=4)) for _ in range(3)]
+    told = [call.wait().ids() for call in innocent]
+    assert all(ids == told[0] and len(ids) == 2 * BLOCK for ids in told) and len(set(told[0])) > 20
+    read = Call(engine, Request([1, poison, 2], GREEDY, logprobs=1, prompt_logprobs=True)).wait()
+    assert "not finite" in str(read.updates[-1].error) and engine.alive
+    engine.close()
+
+
+def test_an_id_that_stands_for_nothing_is_refused() -> None:
+    ranks = {bytes([i]): i for i in range(256)}
+    gappy = TiktokenTokenizer("cl100k_base", ranks, r"\w+|\W+", {"<|endoftext|>": 260})
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8))
+    engine = Engine(Generator(model, gappy))
+    for prompt in ([1, 257], [257]):
+        with pytest.raises(UserError, match="257 is outside"):
+            engine.submit(Request(prompt, GREEDY), lambda update: None)
+    engine.close()
+
+
 def test_a_diverged_model_fails_the_request_and_not_the_engine() -> None:
     model = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         model.transformer.ln_f.weight[0] = float("nan")
     engine = Engine(Generator(model, ByteTokenizer()))
-    for _ in range(2):
-        call = Call(engine, Request([1], GREEDY)).wait()
+    for told in (False, True):
+        call = Call(engine, Request([1, 2], GREEDY, prompt_logprobs=told)).wait()
         assert "not finite" in str(call.updates[-1].error) and engine.alive
     engine.close()

@@ -69,14 +69,14 @@ def test_where_recording_fails_the_step_runs_as_it_is() -> None:
     assert len(calls) == 1 and step.failure == "no graphs here"
 
 
-def test_there_is_an_end_to_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_recording_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MOST", 2)
     step = GraphedStep(lambda x, *rest: x + 1, Tape)
     for size in (4, 8, 12, 16):
         keys = [torch.zeros(1, 2, size)]
         mask, memory = torch.zeros(1, 1, size), [torch.zeros(8, 2)]
         assert step(torch.zeros(1, 3), torch.zeros(1), torch.zeros(1), mask, memory, keys, memory).sum() == 3
-    assert len(step.graphs) == 2
+    assert [key[1][-1] for key in step.graphs] == [12, 16]
 
 
 @pytest.mark.gpu

@@ -224,13 +224,14 @@ def test_rows_join_and_leave_with_their_streams_and_counts():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS[1:4])
-def test_drawing_among_the_candidates_alone_is_the_same(kind, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS[2:4])
+def test_drawing_among_the_candidates_alone_is_the_same(kind):
     """A large vocabulary of which top_k leaves few: sorting and adding up those gives the same tokens."""
     logits = 2 * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
     fast = run(Sampler(kind, [[0]] * 3, [1, 2, 3], 4000, CPU), logits, 300)
-    monkeypatch.setattr(Sampler, "draw", lambda self, logits, p: self.pick(sampling.keep_likely(logits, p).softmax(-1)))
-    assert fast == run(Sampler(kind, [[0]] * 3, [1, 2, 3], 4000, CPU), logits, 300)
+    sampler = Sampler(kind, [[0]] * 3, [1, 2, 3], 4000, CPU)
+    probs = sampling.keep_likely(logits, kind).softmax(-1)
+    assert fast == torch.stack([sampler.pick(probs) for _ in range(300)], dim=1).tolist()
     assert len(set(fast[0])) > 3
 
 
