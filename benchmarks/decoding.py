@@ -203,6 +203,7 @@ def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: in
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup = 1024, 1, True
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # its threads sleep while it is not its turn
     server = xllamacpp.Server(params)
     settings = {"prompt": ids, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
 

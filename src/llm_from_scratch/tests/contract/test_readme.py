@@ -49,7 +49,6 @@ NOT_RUN = [
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
     (r"^llm-serve ", "", "runs until it is stopped: test_llm_serve.py starts it"),
-    (r"^vllm ", "", "another program"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
 ]
 
@@ -412,5 +411,5 @@ def test_parts_of_the_pictures(tmp_path: Path) -> None:
 
 def test_pictures_are_small() -> None:
     found = [path for path in (ROOT / "assets").iterdir() if path.suffix in (".png", ".svg")]
-    assert {path.name for path in found} == {"loss.png", "terminal.png"}
+    assert {path.name for path in found} == {"loss.png", "terminal.png", "playground.png", "playground-watch.png"}
     assert all(path.stat().st_size < 200_000 for path in found)

@@ -18,6 +18,7 @@ from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.generation.decoding import Prefill
 from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import BLOCK, TEXT, TOKENIZER, memorised
@@ -160,12 +161,16 @@ def test_end_of_text_in_the_prompt_is_the_token(capsys, tmp_path, monkeypatch):
     model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=16))
     save_checkpoint("out", step=1, model_config=model.config, model=model.state_dict(), run_id="r", tokenizer=tokenizer)
     seen = []
-    forward = GPT.forward
+    prefill = Prefill.__init__
     monkeypatch.setattr(
-        GPT, "forward", lambda self, idx, *a, **k: seen.append(idx.tolist()) or forward(self, idx, *a, **k)
+        Prefill,
+        "__init__",
+        lambda self, model, forward, prompts, *a, **k: (
+            seen.append([list(p) for p in prompts]) or prefill(self, model, forward, prompts, *a, **k)
+        ),
     )
     assert call(capsys, "--start=<|endoftext|>", "--num_samples=1", "--max_new_tokens=2")[0] == 0
-    assert seen[0] == [[tokenizer.eot_id]]
+    assert seen == [[[tokenizer.eot_id]]]
 
 
 def test_a_hugging_face_folder(capsys, tmp_path):

@@ -199,7 +199,10 @@ def check_settings(tree: Any) -> None:
         options = presets._members(kinds[name])
         plain = {option for option in options if isinstance(option, type)}
         literal = presets._literals(options)
-        good = type(value) in plain or value in literal or isinstance(value, (tuple, list))
+        if isinstance(value, dict):
+            good = all(type(key) is int and type(number) is float for key, number in value.items())
+        else:
+            good = type(value) in plain or value in literal or isinstance(value, (tuple, list))
         expect(good or (float in plain and type(value) is int), f"{name}={value!r} is none of {options}")
     if type(tree) is Config:
         validate(tree)
@@ -216,7 +219,14 @@ class CommandLine:
             "--seed=7",
         ],
         Export: ["--out_dir=a", "--which=3", "--format=hf", "--output=b", "--overwrite"],
-        Config: ["--n_layer=2", "--training.max_iters=10", "--dataset=x", "--dtype=auto", "--stop=['a','b']"],
+        Config: [
+            "--n_layer=2",
+            "--training.max_iters=10",
+            "--dataset=x",
+            "--dtype=auto",
+            "--stop=['a','b']",
+            "--logit_bias={3: 1.5}",
+        ],
     }
 
     def __init__(self, folder: Path) -> None:
