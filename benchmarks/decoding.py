@@ -19,10 +19,13 @@ of JSON last. Weights are random; contenders of a case share them.
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -195,26 +198,48 @@ def int8(options: argparse.Namespace) -> dict[str, Run]:
 
 
 def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: int) -> Run:
-    import xllamacpp
-
+    """In a process of its own, which stands still while it is not its turn: its threads wait by spinning."""
     path = Path(tempfile.mkdtemp()) / "gpt2-q8_0.gguf"
     write_gguf(model, vocabulary, path)
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, True
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.cpuparams.poll = params.cpuparams_batch.poll = 0  # its threads sleep while it is not its turn
-    server = xllamacpp.Server(params)
-    settings = {"prompt": ids, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import decoding; decoding.llama_process()"
+    )
+    job = json.dumps({"path": str(path), "prompt": ids, "tokens": tokens, "threads": threads})
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    atexit.register(child.kill)
+    assert child.stdin is not None and child.stdout is not None
+    stdin, stdout = child.stdin, child.stdout
 
     def run() -> float:
-        begin = time.perf_counter()
-        answer = server.handle_completions(dict(settings))
-        seconds = time.perf_counter() - begin
-        assert answer["usage"]["completion_tokens"] == tokens, answer
-        return tokens / seconds
+        child.send_signal(signal.SIGCONT)
+        stdin.write("go\n")
+        stdin.flush()
+        answer = next(line for line in stdout if line.startswith("SECONDS "))
+        child.send_signal(signal.SIGSTOP)
+        return tokens / float(answer.split()[1])
 
     return run
+
+
+def llama_process() -> None:
+    import xllamacpp
+
+    job = json.loads(sys.argv[1])
+    params = xllamacpp.CommonParams()
+    params.model.path = job["path"]
+    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, True
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
+    server = xllamacpp.Server(params)
+    settings = {"prompt": job["prompt"], "n_predict": job["tokens"], "temperature": 0.0, "ignore_eos": True}
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        answer = server.handle_completions({**settings, "cache_prompt": False})
+        seconds = time.perf_counter() - begin
+        assert answer["usage"]["completion_tokens"] == job["tokens"], answer
+        print(f"SECONDS {seconds}", flush=True)
 
 
 def write_gguf(model: Any, vocabulary: Path, path: Path) -> None:
