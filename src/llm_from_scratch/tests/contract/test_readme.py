@@ -48,7 +48,7 @@ NOT_RUN = [
     (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
-    (r"^llm-serve ", "", "runs until it is stopped: test_llm_serve.py starts it"),
+    (r"^(llm-serve|\./just serve) ", "", "runs until it is stopped: test_llm_serve.py starts it"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
 ]
 
