@@ -3,8 +3,9 @@
 A pass over a few tokens takes little longer than one over a single token, as both read all weights. After it the
 logits of every proposed position are there; the sampler draws from them one after the other, as ever, and as long as
 it draws what was proposed, its next logits are there already. So the text is the one that this seed gives without
-proposals, with every sampler, as exactly as it is the same in another batch: only the time differs. (In distribution that is speculative sampling, arXiv 2211.17192,
-with proposals that are certain: one is kept with the probability that the model gives it.)
+proposals, with every sampler, as exactly as it is the same in another batch: only the time differs. (In distribution
+that is speculative sampling, arXiv 2211.17192, with proposals that are certain: one is kept with the probability that
+the model gives it.)
 
 Proposals come from the text itself (prompt look-up: what followed the same few tokens before), which helps where
 texts repeat themselves, or from a smaller model of the same vocabulary.
