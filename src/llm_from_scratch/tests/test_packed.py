@@ -166,7 +166,7 @@ def test_an_int8_row_does_not_depend_on_its_neighbours() -> None:
     x[4] = 0
     together = layer(x)
     assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
-    assert torch.equal(together[4], layer.bias)
+    assert layer.bias is not None and torch.equal(together[4], layer.bias)
     prompts = ragged_prompts(20, BLOCK)
     params = GenerationConfig(num_samples=2, max_new_tokens=BLOCK, temperature=1.0)
     generator = Generator(memorised("modern"), TOKENIZER, quantize="int8")
