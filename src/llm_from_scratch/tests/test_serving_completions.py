@@ -299,6 +299,7 @@ def test_models_info_and_tokens(server, client):
     assert (info["chat"], info["watch"], info["block_size"], info["tokenizer"]) == (False, False, 24, "char")
     assert info["limits"] == {
         "max_tokens": 500, "max_prompt_tokens": 100, "max_n": 16, "max_logprobs": 20, "max_seconds": 300.0,
+        "max_told": 1 << 17,
     }  # fmt: skip
     told = post(server, "/tokenize", {"prompt": "a€é"[::2] + "b"})
     assert told["token_strs"] == ["a", "é", "b"] and told["token_bytes"][1] == [0xC3, 0xA9]
