@@ -41,7 +41,7 @@ demo *ARGS: (_env "tensorboard" "plots")
 # Run the tests
 [no-exit-message]
 test *ARGS: (_env "dev")
-    @"{{ python }}" -m pytest -n 4 --dist=loadfile "$@"
+    @"{{ python }}" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"
 
 # Run the tests and report which lines they reach
 [no-exit-message]

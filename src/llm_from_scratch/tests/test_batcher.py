@@ -71,7 +71,10 @@ def engine(writer: Generator) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+QUICK = ("gpt2", "gqa", "modern")  # of the others, parity/test_generation.py has 500 requests each among its slow tests
+
+
+@pytest.mark.parametrize("option", [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in OPTIONS])
 def test_64_requests_at_once_get_what_each_gets_alone(option: str) -> None:
     generator = Generator(memorised(option), TOKENIZER)
     prompts = ragged_prompts(64, 2 * BLOCK, seed=3)
