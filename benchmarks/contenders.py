@@ -199,8 +199,8 @@ def peak_memory(device: str) -> int:
 def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
     """The trainer's own updates, with what its loop does around each but evaluations and checkpoints."""
     from llm_from_scratch import Config
-    from llm_from_scratch.core import runtime as runtimes
-    from llm_from_scratch.core.lock import FolderLock
+    from llm_from_scratch.machine import device as runtimes
+    from llm_from_scratch.machine.lock import FolderLock
     from llm_from_scratch.presets import parse
     from llm_from_scratch.training.guards import StopRequest
     from llm_from_scratch.training.setup import prepare

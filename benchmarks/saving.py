@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from llm_from_scratch import Config, train
-from llm_from_scratch.core.checkpoint import find_checkpoint
+from llm_from_scratch.checkpoint.store import find_checkpoint
 from llm_from_scratch.presets import parse
-from llm_from_scratch.training import snapshot, trainer
+from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import trainer
 
 STEPS, SAVES = 24, 3
 SIZES = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=128", "--batch_size=8", "--vocab_size=8192"]

@@ -10,8 +10,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "src"))
 
 from llm_from_scratch.cli.common import run  # noqa: E402
-from llm_from_scratch.config import UserError  # noqa: E402
 from llm_from_scratch.data.nanogpt import prepare_openwebtext  # noqa: E402
+from llm_from_scratch.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> None:

@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 __all__ = ["GPT", "Config", "GPTConfig", "Generator", "Tokenizer", "UserError", "train"]
 
 if TYPE_CHECKING:
-    from .config import Config, GPTConfig, UserError
+    from .config import Config, GPTConfig
     from .core.model import GPT
     from .core.tokenizer import Tokenizer
+    from .errors import UserError
     from .generation.generator import Generator
     from .training.trainer import train
 
@@ -20,7 +21,7 @@ _HOME = {
     "GPT": ".core.model",
     "Config": ".config",
     "GPTConfig": ".config",
-    "UserError": ".config",
+    "UserError": ".errors",
     "Generator": ".generation.generator",
     "Tokenizer": ".core.tokenizer",
     "train": ".training.trainer",

@@ -13,9 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-class UserError(ValueError):
-    """A mistake the user can mend. The message says what was wrong, what was expected and what to do."""
+from .errors import UserError
 
 
 @dataclass

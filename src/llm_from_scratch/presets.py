@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from .config import Config, UserError, flatten
+from .config import Config, flatten
+from .errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"

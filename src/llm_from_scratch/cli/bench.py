@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, UserError, flatten, validate
+from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, flatten, validate
+from ..errors import UserError
 from ..presets import Parsed, parse
 from .common import run
 
@@ -74,7 +75,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     parsed = parse(BenchCommand, argv, prog=command, description=HELP, defaults=defaults)
     validate(parsed.tree)
 
-    from ..core import runtime as runtimes
+    from ..machine import device as runtimes
 
     device = runtimes.resolve_device(parsed.tree.system.device)
     if device.type != "cuda":
@@ -158,8 +159,8 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
 
     from ..core.model import GPT
     from ..training.optimizer import make_optimizer
-    from ..training.parallel import wrap
     from ..training.step import clip_gradients, gradients
+    from ..training.wrap import wrap
 
     size, clip = tree.options.batch_size, tree.optimizer.grad_clip
     model = GPT(tree.model)

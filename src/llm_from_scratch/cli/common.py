@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..core.checkpoint import Checkpoint
+    from ..checkpoint.store import Checkpoint
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -46,8 +46,8 @@ def _leave_stdout() -> None:
 
 def check_location(location: str, which: str | None) -> None:
     """Says before torch is loaded that there is no such checkpoint. Raises UserError."""
-    from ..core.checkpoint import find_checkpoint
-    from ..core.locations import is_pretrained
+    from ..checkpoint.locations import is_pretrained
+    from ..checkpoint.store import find_checkpoint
 
     if not is_pretrained(location):
         find_checkpoint(location, which, verify=False)
@@ -60,13 +60,13 @@ def load_source(location: str, which: str | None, dataset: str | None, need_toke
 
     dataset: the data whose tokenizer serves where the weights bring none. Raises UserError.
     """
-    from ..core.checkpoint import Checkpoint, load_any
-    from ..core.locations import is_pretrained
+    from ..checkpoint.locations import is_pretrained
+    from ..checkpoint.store import Checkpoint, load_any
 
     if not is_pretrained(location):
         return load_any(location, which, dataset, weights_only=True, need_tokenizer=need_tokenizer)
-    from ..core.nanogpt_ckpt import tokenizer_for
     from ..interop.hf import load_pretrained
+    from ..interop.nanogpt import tokenizer_for
 
     config, weights, tokenizer = load_pretrained(location)
     found = Checkpoint(Path(location), 0, config, weights)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..config import SystemConfig, UserError
-from ..core.regular import read_regular
+from ..config import SystemConfig
+from ..errors import UserError
+from ..machine.files import read_regular
 from ..presets import parse
 from .common import check_location, load_source, run
 
@@ -89,7 +90,7 @@ def _main(argv: list[str]) -> int:
         raise UserError("give a text file or --dataset, not both")
 
     check_location(options.out_dir, options.which)
-    from ..core import runtime as runtimes
+    from ..machine import device as runtimes
 
     runtimes.resolve_device(system.device)  # a device that is not there shows before anything is read
     model, tokenizer, trained_on = _load(options)
@@ -137,7 +138,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> torch.nn.Module:
-    from ..generation.packed import Scorer, packed_forward
+    from ..generation.decode_step import Scorer, packed_forward
 
     return Scorer(model.config, packed_forward(model.to(device), quantize)[0])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import UserError
+from ..errors import UserError
 from .common import run
 
 
@@ -40,7 +40,7 @@ def export(options: Export) -> Path:
     if not options.output:
         target = "FOLDER/ckpt.pt" if options.format == "nanogpt" else "FOLDER"
         raise UserError(f"--output is needed: where to write, for example --output={target}")
-    from ..core import checkpoint as checkpoints
+    from ..checkpoint import store as checkpoints
 
     output, to_nanogpt = Path(options.output), options.format == "nanogpt"
     location = options.checkpoint or options.out_dir or ""

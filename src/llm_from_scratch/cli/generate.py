@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..config import GenerationConfig, SystemConfig, UserError, validate
-from ..core.locations import read_start
+from ..checkpoint.locations import read_start
+from ..config import GenerationConfig, SystemConfig, validate
+from ..errors import UserError
 from ..presets import Parsed, parse
 from .common import check_location, load_source, run
 
@@ -128,10 +129,10 @@ def load_generator(
         check_location(speed.draft, None)
     import torch
 
-    from ..core.runtime import resolve_device, resolve_dtype
+    from ..checkpoint.build import build_model
     from ..generation.generator import Generator
     from ..generation.speculative import DraftModel, Lookup
-    from ..generation.weights import build_model
+    from ..machine.device import resolve_device, resolve_dtype
 
     if system.threads is not None:
         torch.set_num_threads(system.threads)

@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import GenerationConfig, SystemConfig, UserError
-from ..core.locations import is_pretrained, read_start
+from ..checkpoint.locations import is_pretrained, read_start
+from ..config import GenerationConfig, SystemConfig
+from ..errors import UserError
 from ..presets import parse
 from .common import run
 from .generate import SEPARATOR, announce, load_generator, write
@@ -70,7 +71,7 @@ def _main(argv: list[str]) -> int:
     generator.encode(prompt, allow_special=True)  # what is wrong with it is the only thing to say
     announce(generator, found)
 
-    from ..generation.nanogpt import NanoGPTSampler, random_stream
+    from ..generation.nanogpt_sampler import NanoGPTSampler, random_stream
 
     head = generator.model.lm_head.weight
     stream = random_stream(told.seed, head.device, None if is_pretrained(location) else generator.model.config)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..config import SystemConfig, UserError, validate
+from ..config import SystemConfig, validate
+from ..errors import UserError
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
 from .common import run
@@ -59,8 +60,8 @@ def _main(argv: list[str]) -> int:
         speed = SpeedOptions(quantize=command.engine.quantize)
         source, overflow = command.source, command.engine.overflow
         generator, found = load_generator(location, source.which, source.dataset, command.system, speed)
-        from ..core.locations import is_pretrained
-        from ..generation.batcher import Engine
+        from ..checkpoint.locations import is_pretrained
+        from ..generation.engine import Engine
         from ..serving.app import make_app
         from ..serving.chat import end_ids, find_template
         from ..serving.server import make_server

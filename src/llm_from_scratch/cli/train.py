@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, UserError, to_dict
-from ..core.locations import resolved_init
+from ..checkpoint.locations import resolved_init
+from ..config import Config, to_dict
+from ..errors import UserError
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
 
@@ -52,7 +53,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
         _print_yaml(config)
         return 0
     _preflight(config)
-    from ..training.guards import TrainingError  # imports torch: not before it is needed
+    from ..errors import TrainingError
 
     if flags["dry_run"]:
         return _dry_run(parsed)
@@ -93,11 +94,11 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
 
 def _preflight(config: Config) -> None:
     """What is wrong and can be known without torch is said before torch is imported. Raises UserError."""
-    from ..core.checkpoint import find_checkpoint
+    from ..checkpoint.locations import is_pretrained
+    from ..checkpoint.store import find_checkpoint
     from ..core.dataset import TokenData, read_manifest, resolve_dataset
-    from ..core.environment import check_writable, distributed_env
-    from ..core.locations import is_pretrained
     from ..core.tokenizer import tokenizer_of
+    from ..machine.processes import check_writable, distributed_env
     from ..training.loggers import check_extras
 
     check_extras(config)
@@ -136,8 +137,8 @@ def _choose_length(parsed: Parsed[Config]) -> None:
 
 def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
     """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
-    from ..core import checkpoint as checkpoints
-    from ..core import sealed
+    from ..checkpoint import hashed_folder as sealed
+    from ..checkpoint import store as checkpoints
 
     out_dir = Path(config.training.out_dir)
     flat: dict[str, Any] | None = None

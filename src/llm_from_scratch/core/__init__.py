@@ -1,1 +1,1 @@
-"""The model, the tokens and the checkpoints."""
+"""The model and the tokens that it reads."""

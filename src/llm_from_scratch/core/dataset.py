@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 from . import resident, tokenfile
 from .tokenfile import BackgroundScan, Shards, open_shards
 from .tokenfile import read_manifest as read_manifest

@@ -20,7 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import GPTConfig, UserError
+from ..config import GPTConfig
+from ..errors import UserError
 from .cache import KVCache, LayerCache
 
 

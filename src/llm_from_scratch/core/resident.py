@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..config import UserError
+from ..errors import UserError
 from .tokenfile import BLOCK, refuse_outside
 
 if TYPE_CHECKING:  # which imports this, and torch takes seconds to import
@@ -32,7 +32,7 @@ def tokens_on(
     """
     import torch
 
-    from .runtime import is_out_of_memory
+    from ..machine.device import is_out_of_memory
 
     size, asked = len(data) * BYTES, wanted is True
     if wanted == "auto":

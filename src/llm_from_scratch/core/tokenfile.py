@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
-from .regular import open_regular, parse_json, read_regular
+from ..errors import DataError, UserError
+from ..machine.files import open_regular, parse_json, read_regular
 
 BLOCK = 1 << 20  # ids that are scanned at a time
 SCAN_LIMIT = 4 << 30  # bytes of a split that are scanned before the first step; more are scanned beside the first steps
@@ -29,10 +29,6 @@ CHECKED = ".checked.json"  # beside the data: {file: size, times of change, larg
 HEAD = 1 << 12  # bytes that tell what a file is
 MAX_MANIFEST = 16 << 20
 OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # what a file may hold by mistake
-
-
-class DataError(UserError):
-    """Data that are not, or no longer, what they were taken for."""
 
 
 class TokenFile:

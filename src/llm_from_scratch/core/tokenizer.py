@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
-from .regular import parse_json, read_regular
-from .vocabulary import byte_to_char, read_meta_pkl, tiktoken_parts
+from ..errors import UserError
+from ..machine.files import parse_json, read_regular
+from .vocab_files import byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
 MAX_GROWTH = 64  # of a text by the replacements of a tokenizer.json; a space that becomes a mark has 1

@@ -8,8 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..config import UserError
 from ..core.tokenizer import CharTokenizer, Tokenizer
+from ..errors import UserError
 from .prepare import Job, Report, build, disk_errors, workshop
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare, write_atomic
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import UserError
 from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
+from ..errors import UserError
 from . import sources as src
 from .encode import Shards, TokenCache, encode_units, units_of
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
-from ..core.regular import open_regular
 from ..core.tokenizer import cut_text, safe_cut
-from ..core.vocabulary import answers, within
+from ..core.vocab_files import answers, within
+from ..errors import UserError
+from ..machine.files import open_regular
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 KNOWN_NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "python_docs", "demo")

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..config import GenerationConfig, UserError
-from ..core.checkpoint import load_any
+from ..checkpoint.build import NoInit, build_model
+from ..checkpoint.store import load_any
+from ..config import GenerationConfig
 from ..core.model import GPT
-from ..core.runtime import resolve_device, resolve_dtype
 from ..core.tokenizer import Tokenizer
-from .decoding import Batch, Overflow
-from .packed import Forward, Quantize, packed_forward
-from .sampler import Sampler, check_bias
-from .text import TextStream, unused_ids
-from .weights import NoInit, build_model
+from ..errors import UserError
+from ..machine.device import resolve_device, resolve_dtype
+from .batch import Batch, Overflow
+from .decode_step import Forward, Quantize, packed_forward
+from .row_sampler import Sampler, check_bias
+from .text_stream import TextStream, unused_ids
 
 if TYPE_CHECKING:
     from .speculative import Draft

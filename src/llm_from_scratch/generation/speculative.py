@@ -20,11 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import UserError
 from ..core.cache import KVCache
 from ..core.model import GPT
-from .decoding import Batch, Overflow
-from .packed import Forward, packed_forward
+from ..errors import UserError
+from .batch import Batch, Overflow
+from .decode_step import Forward, packed_forward
 
 FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
 LONGEST_REST = 64  # tokens without proposals after a pass that did not pay: twice as many each time

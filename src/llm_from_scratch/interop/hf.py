@@ -19,15 +19,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import GPTConfig, UserError
+from ..checkpoint.contents import checked_model_config, checked_weights, parameter_shapes
+from ..config import GPTConfig
 from ..core.model import GPT
-from ..core.state import checked_model_config, checked_weights, parameter_shapes
 from ..core.tokenizer import Tokenizer
+from ..errors import UserError
 from .hf_files import Weights, appears_whole, get_folder, read_json, short, write_json
 from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
 
 if TYPE_CHECKING:
-    from ..core.checkpoint import Checkpoint
+    from ..checkpoint.store import Checkpoint
 
 # Our module: Llama's and Qwen3's, N being the layer. Names joined by + are stacked in our one matrix. GPT-2's are ours.
 MODULES = {

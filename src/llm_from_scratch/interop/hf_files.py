@@ -20,9 +20,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import UserError
-from ..core.nanogpt_ckpt import load_plain
-from ..core.regular import parse_json, read_regular
+from ..errors import UserError
+from ..machine.files import parse_json, read_regular
+from .nanogpt import load_plain
 
 MAX_JSON = 16 << 20  # bytes
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

@@ -16,10 +16,10 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from ..config import UserError
-from ..core.regular import parse_json, read_regular
 from ..core.tokenizer import EOT, HF_FILE, MAX_DEFINITION, HFTokenizer, TiktokenTokenizer, Tokenizer
-from ..core.vocabulary import GPT2_SHA256, byte_to_char
+from ..core.vocab_files import GPT2_SHA256, byte_to_char
+from ..errors import UserError
+from ..machine.files import parse_json, read_regular
 from .hf_files import short
 
 # ordinary words, and what word patterns differ in: contractions, digits, runs of spaces, line ends, other scripts

@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..config import UserError
-from ..core.regular import parse_json, read_regular
+from ..errors import UserError
+from ..machine.files import parse_json, read_regular
 from .completions import Gain, Plan, alternative, bytes_json, number, token_json
 from .errors import ApiError
 

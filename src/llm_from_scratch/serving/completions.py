@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..generation.batcher import Request, Token, Update
+from ..generation.engine import Request, Token, Update
 from .protocol import finite
 
 

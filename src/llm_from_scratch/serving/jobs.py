@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import UserError
-from ..generation.batcher import Handle, Request, Update
+from ..errors import UserError
+from ..generation.engine import Handle, Request, Update
 from .errors import ApiError, overloaded
 from .supervisor import Supervisor
 

@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import UserError
+from ..errors import UserError
 
 KEY_VARIABLE = "LLM_API_KEY"
 

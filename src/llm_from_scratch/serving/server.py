@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..config import UserError
+from ..errors import UserError
 from .errors import ApiError
 from .jobs import Desk
 from .options import ServeOptions, addresses

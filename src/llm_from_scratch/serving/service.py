@@ -9,8 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..config import GenerationConfig, UserError
-from ..generation.batcher import Engine, Request
+from ..config import GenerationConfig
+from ..errors import UserError
+from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
 from .chat import ChatPlan, ChatTemplate
 from .completions import Plan, token_text

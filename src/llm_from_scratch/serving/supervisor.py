@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from ..generation.batcher import Engine, EngineError, Handle, Request, Stats, Update
+from ..errors import EngineError
+from ..generation.engine import Engine, Handle, Request, Stats, Update
 from .errors import ApiError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before an engine is built anew

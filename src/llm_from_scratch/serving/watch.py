@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..config import UserError
-from ..core.regular import open_regular, read_regular
+from ..errors import UserError
+from ..machine.files import open_regular, read_regular
 
 AT_ONCE = 1 << 18  # bytes of a file that one answer is made of, unless a line is longer
 LONGEST = 1 << 22  # of a line; a longer one is left out

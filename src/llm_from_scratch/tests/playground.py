@@ -15,7 +15,7 @@ import torch
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
-from llm_from_scratch.generation.batcher import Engine
+from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
 
 from .browser import Browser, Site

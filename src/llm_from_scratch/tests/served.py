@@ -16,7 +16,7 @@ from typing import Any
 
 import openai
 
-from llm_from_scratch.generation.batcher import Engine
+from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.app import make_app
 from llm_from_scratch.serving.chat import ChatTemplate

@@ -15,7 +15,8 @@ import pytest
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
 from llm_from_scratch.cli.train import NANOGPT_DEFAULTS
-from llm_from_scratch.config import Config, GPTConfig, UserError, flatten, to_dict
+from llm_from_scratch.config import Config, GPTConfig, flatten, to_dict
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import build, parse
 
 # name: value of nanoGPT's train.py. device, dtype, compile and backend are chosen for the machine instead.

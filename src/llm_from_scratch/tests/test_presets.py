@@ -9,7 +9,8 @@ import pytest
 
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
-from llm_from_scratch.config import Config, UserError, flatten
+from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import COMMAND_LINE, Parsed, build, find_preset, leaf_types, parse
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import UserError
 from ..core.dataset import SampleOrder, TokenData
-from ..core.runtime import Runtime, is_out_of_memory
 from ..core.tokenizer import Tokenizer
+from ..errors import UserError
+from ..machine.device import Runtime, is_out_of_memory
 
 LOGITS_LIMIT = 1 << 26  # logits of one evaluation batch: 256 MiB in float32
 EVAL_SEED = 0x5EED  # evaluation batches are the same in every run and at every step

@@ -21,19 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import UserError
-from ..core import runtime as runtimes
-from ..core.lock import FolderLock
-from ..core.sizing import sizes
-from .eta import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
+from ..core.sizes import sizes
+from ..errors import UserError
+from ..machine import device as runtimes
+from ..machine.lock import FolderLock
 from .evaluate import estimate_loss, windows_at_once
 from .guards import StopRequest
 from .loggers import RunLog
-from .memory import free_memory
-from .parallel import loss_is_chunked
+from .microbatch import free_memory
+from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .setup import Plan
 from .step import gradients
 from .trainer import Trainer
+from .wrap import loss_is_chunked
 
 BUDGET = 3.0  # seconds
 LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, and enough if they took so many seconds

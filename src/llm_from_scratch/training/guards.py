@@ -16,21 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..core.runtime import Runtime
+from ..errors import Interrupted, NotFiniteError
+from ..machine.device import Runtime
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGPIPE")  # Windows has the first two only
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on. The message says at which step, why, and what to try."""
-
-
-class NotFiniteError(TrainingError):
-    """Numbers that are not finite, and do not go away by themselves: a matter for a roll-back."""
-
-
-class Interrupted(Exception):
-    """An evaluation that a stop request has ended. It changes nothing, and a resumed run makes it anew."""
 
 
 class StopRequest:

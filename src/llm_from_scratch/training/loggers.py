@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..config import Config, UserError, flatten
-from .eta import Remaining, clock_time, in_words
+from ..config import Config, flatten
+from ..errors import UserError
+from .progress import Remaining, clock_time, in_words
 
 if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
     from .evaluate import Evaluation

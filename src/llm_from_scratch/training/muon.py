@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..config import OptimizerConfig, UserError
+from ..config import OptimizerConfig
 from ..core.model import CausalSelfAttention
-from ..core.runtime import cpu_has_native_bf16
+from ..errors import UserError
+from ..machine.device import cpu_has_native_bf16
 from .adagrad import NGRAMS
 from .adamw import AdamW
 

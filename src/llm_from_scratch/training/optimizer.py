@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..config import OptimizerConfig, UserError
+from ..config import OptimizerConfig
+from ..errors import UserError
 from .adagrad import NGRAMS
 from .adamw import AdamW
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checkpoint import store as checkpoints
+from ..checkpoint.store import Checkpoint
 from ..config import Config, flatten
-from ..core import checkpoint as checkpoints
-from ..core import runtime as runtimes
-from ..core.checkpoint import Checkpoint
-from ..core.lock import FolderLock
-from ..core.runtime import Runtime
+from ..machine import device as runtimes
+from ..machine.device import Runtime
+from ..machine.lock import FolderLock
 
 if TYPE_CHECKING:  # which imports this
     from .setup import Plan

@@ -7,7 +7,7 @@ import contextlib
 import torch
 
 from ..core.model import GPT
-from ..core.runtime import forked_random
+from ..machine.device import forked_random
 from .setup import Plan
 
 

@@ -11,23 +11,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import Config, GenerationConfig, GPTConfig, UserError
-from ..core import checkpoint as checkpoints
-from ..core import runtime as runtimes
-from ..core.checkpoint import Checkpoint
+from ..checkpoint import store as checkpoints
+from ..checkpoint.locations import is_pretrained, read_start, resolved_init
+from ..checkpoint.store import Checkpoint
+from ..config import Config, GenerationConfig, GPTConfig
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
-from ..core.environment import check_writable
-from ..core.locations import is_pretrained, read_start, resolved_init
 from ..core.model import GPT
-from ..core.nanogpt_ckpt import check_nanogpt
-from ..core.runtime import Runtime
-from ..core.sizing import Sizes, sizes
+from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer, tokenizer_of
+from ..errors import UserError
+from ..interop.nanogpt import check_nanogpt
+from ..machine import device as runtimes
+from ..machine.device import Runtime
+from ..machine.processes import check_writable
 from .loggers import check_extras
-from .memory import largest_micro_batch
-from .parallel import compiled_where_it_pays
+from .microbatch import largest_micro_batch
 from .resume import differences, same_machine, same_micro_batch
+from .wrap import compiled_where_it_pays
 
 COMMAND_LINE = "command line"
 HASHED = 1 << 30  # bytes of a split that a checkpoint's hash covers whole: a second or so

@@ -7,8 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ..core.runtime import Runtime
-from .parallel import Wrapped
+from ..machine.device import Runtime
+from .wrap import Wrapped
 
 
 def gradients(

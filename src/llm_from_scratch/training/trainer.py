@@ -19,38 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, UserError
-from ..core import checkpoint as checkpoints
-from ..core import runtime as runtimes
+from ..checkpoint import store as checkpoints
+from ..config import Config
 from ..core.dataset import BatchLoader
-from ..core.environment import distributed_env
-from ..core.lock import FolderLock
 from ..core.model import GPT
 from ..core.resident import tokens_on
+from ..errors import Interrupted, MemoryShortError, NotFiniteError, TrainingError, UserError
+from ..machine import device as runtimes
+from ..machine.lock import FolderLock
+from ..machine.processes import distributed_env
 from .adagrad import forget_long_ngrams
-from .eta import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
-from .guards import (
-    Finding,
-    Interrupted,
-    NotFiniteError,
-    StepGuard,
-    StopRequest,
-    TrainingError,
-    all_finite,
-    not_finite_error,
-)
+from .guards import Finding, StepGuard, StopRequest, all_finite, not_finite_error
 from .loggers import RunLog, teller
-from .memory import MemoryShortError, fitted, halve_micro_batch, no_room_to_step
+from .microbatch import fitted, halve_micro_batch, no_room_to_step
 from .optimizer import make_optimizer, set_learning_rates, step_unless
-from .parallel import Wrapped, wrap
+from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .resume import machine_of, not_bit_exact, resume_command, take_folder
 from .samples import write_sample
-from .saving import Saver
+from .saver import Saver
 from .scheduler import learning_rate_at
 from .setup import Plan, describe, prepare
-from .snapshot import TrainState, restore
+from .state import TrainState, restore
 from .step import clip_gradients, gradients
+from .wrap import Wrapped, wrap
 
 
 @dataclass

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_from_scratch.checkpoint.store import save_checkpoint
 from llm_from_scratch.cli import generate
 from llm_from_scratch.config import GenerationConfig, GPTConfig
-from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer
 from llm_from_scratch.generation.generator import Generator

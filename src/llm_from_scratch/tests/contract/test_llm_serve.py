@@ -19,9 +19,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from llm_from_scratch.checkpoint.store import save_checkpoint
 from llm_from_scratch.cli import serve
 from llm_from_scratch.config import GenerationConfig
-from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import TEXT, TOKENIZER, memorised

@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 import torch
 
+from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.cli import export
-from llm_from_scratch.config import GPTConfig, UserError
-from llm_from_scratch.core import checkpoint as cp
-from llm_from_scratch.core import nanogpt_ckpt
+from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
 from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw
 
 L, H, C, T, V = 2, 2, 8, 6, 13

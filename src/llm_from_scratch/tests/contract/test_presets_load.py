@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import Config, GPTConfig, UserError, flatten
+from llm_from_scratch.config import Config, GPTConfig, flatten
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import Parsed, find_preset, parse
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from llm_from_scratch.checkpoint.store import save_checkpoint
 from llm_from_scratch.cli import sample
 from llm_from_scratch.config import GenerationConfig, GPTConfig
-from llm_from_scratch.core.checkpoint import save_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer
-from llm_from_scratch.generation.decoding import Prefill
+from llm_from_scratch.generation.batch import Prefill
 from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import BLOCK, TEXT, TOKENIZER, memorised

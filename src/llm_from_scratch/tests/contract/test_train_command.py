@@ -17,9 +17,9 @@ import pytest
 import torch
 import yaml
 
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.cli import bench, evaluate, train
 from llm_from_scratch.config import Config, flatten
-from llm_from_scratch.core.checkpoint import find_checkpoint, load_checkpoint
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.presets import parse
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from llm_from_scratch.core.dataset import BatchLoader
-from llm_from_scratch.training import loggers, setup, snapshot, trainer
+from llm_from_scratch.training import loggers, setup, trainer
+from llm_from_scratch.training import state as snapshot
 
 from .rows import Report, Row
 from .runs import Marks, Whole, newest, nothing, replaced, small_data, tail, wait, warm_up, whole_run

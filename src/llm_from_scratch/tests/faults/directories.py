@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llm_from_scratch.config import UserError
-from llm_from_scratch.core import checkpoint as cp
-from llm_from_scratch.core import sealed
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.errors import UserError
 
 from .flips import _reseal
 from .rows import Report, Row

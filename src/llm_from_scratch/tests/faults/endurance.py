@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_from_scratch.core import checkpoint as checkpoints
+from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.training.trainer import train
 

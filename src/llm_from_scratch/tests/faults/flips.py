@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as write_tensors
 
-from llm_from_scratch.config import UserError
-from llm_from_scratch.core import checkpoint as cp
-from llm_from_scratch.core import sealed, state
+from llm_from_scratch.checkpoint import contents as state
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.errors import UserError
 
 from .rows import Report, Row
 from .saves import contents, quiet, replaced, same, save, tag_of

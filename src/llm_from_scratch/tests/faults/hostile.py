@@ -26,9 +26,10 @@ import yaml
 
 from llm_from_scratch.cli import evaluate, export, generate, prepare_data, sample, train
 from llm_from_scratch.config import Config
-from llm_from_scratch.core import nanogpt_ckpt, vocabulary
-from llm_from_scratch.generation import generator, nanogpt  # noqa: F401
+from llm_from_scratch.core import vocab_files as vocabulary
+from llm_from_scratch.generation import generator  # noqa: F401
 from llm_from_scratch.interop import hf  # noqa: F401
+from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
 from llm_from_scratch.presets import parse
 from llm_from_scratch.training import evaluate as evaluation  # noqa: F401
 from llm_from_scratch.training import trainer  # noqa: F401

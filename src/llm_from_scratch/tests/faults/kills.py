@@ -21,8 +21,8 @@ from unittest import mock
 
 import torch
 
-from llm_from_scratch.core import checkpoint as checkpoints
-from llm_from_scratch.core import sealed
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.training import loggers
 
 from .rows import Report, Row

@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 
-from llm_from_scratch.config import Config, GPTConfig, UserError, flatten
-from llm_from_scratch.core import checkpoint, nanogpt_ckpt, sealed
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as checkpoint
+from llm_from_scratch.checkpoint.contents import parameter_shapes
+from llm_from_scratch.config import Config, GPTConfig, flatten
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.state import parameter_shapes
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
 
 from .mutants import Mutant, expect, write
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from llm_from_scratch.config import UserError
-from llm_from_scratch.core import checkpoint, state
+from llm_from_scratch.checkpoint import contents as state
+from llm_from_scratch.checkpoint import store as checkpoint
+from llm_from_scratch.errors import UserError
 
 from .mutants import Mutant
 from .mutated_checkpoints import Archive, Checkpoints

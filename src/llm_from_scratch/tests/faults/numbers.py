@@ -23,7 +23,9 @@ from safetensors.numpy import load_file
 
 from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.training import guards, snapshot, trainer
+from llm_from_scratch.errors import TrainingError
+from llm_from_scratch.training import guards, trainer
+from llm_from_scratch.training import state as snapshot
 from llm_from_scratch.training.trainer import train
 
 from ..tiny import TOKENIZER, read_metrics, tiny_config, write_data
@@ -242,7 +244,7 @@ def _train(data: Path, settings: dict[str, Any], poison: Poison, notes: Path) ->
     trainer.make_optimizer, BatchLoader.get, GPT.forward = making, getting, forwarding  # type: ignore
     try:
         return train(tiny_config(data, **settings)).exit_code
-    except guards.TrainingError as error:
+    except TrainingError as error:
         print(f"error: {error}")
         return 3
     finally:

@@ -18,9 +18,9 @@ from unittest import mock
 
 import torch
 
-from llm_from_scratch.config import UserError
-from llm_from_scratch.core import checkpoint as cp
-from llm_from_scratch.core import sealed
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.errors import UserError
 
 from .disk import Operation, watched
 from .rows import Report, Row

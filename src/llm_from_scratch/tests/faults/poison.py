@@ -27,10 +27,11 @@ from unittest import mock
 
 import torch
 
+from llm_from_scratch.checkpoint import hashed_folder as sealed
+from llm_from_scratch.checkpoint import store as checkpoint
 from llm_from_scratch.config import GPTConfig
-from llm_from_scratch.core import checkpoint, sealed
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.nanogpt_ckpt import MODEL_ARGS
+from llm_from_scratch.interop.nanogpt import MODEL_ARGS
 
 from ..tiny import TOKENIZER
 

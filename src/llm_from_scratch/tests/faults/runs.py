@@ -26,7 +26,7 @@ from unittest import mock
 
 import numpy as np
 
-from llm_from_scratch.core import checkpoint as checkpoints
+from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.training.trainer import train
 

@@ -12,9 +12,9 @@ from unittest import mock
 
 import torch
 
+from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.checkpoint.contents import parameter_shapes
 from llm_from_scratch.config import GPTConfig
-from llm_from_scratch.core import checkpoint as cp
-from llm_from_scratch.core.state import parameter_shapes
 from llm_from_scratch.core.tokenizer import CharTokenizer
 
 from .rows import Defect

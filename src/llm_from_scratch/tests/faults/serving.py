@@ -342,8 +342,8 @@ def make_run(folder: Path, n_layer: int, n_embd: int) -> Path:
     """A run with a random byte model, with heads of 32 dimensions."""
     import torch
 
+    from llm_from_scratch.checkpoint.store import save_checkpoint
     from llm_from_scratch.config import GPTConfig
-    from llm_from_scratch.core.checkpoint import save_checkpoint
     from llm_from_scratch.core.model import GPT
     from llm_from_scratch.core.tokenizer import ByteTokenizer
 

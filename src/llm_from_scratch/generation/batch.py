@@ -1,0 +1,284 @@
+"""Token ids from a model, many rows at once: prefill, then decode with a key/value cache.
+
+A prompt is read once (prefill), however many rows begin with it; then all rows grow together by one token a step
+(decode). Rows may join and leave at any step. The cache changes the time only: the logits are those of the naive way,
+which runs the whole context anew for every token (GPT.generate, or use_cache=False here). A context of block_size
+tokens is full, and the next token moves the window. What then:
+
+    overflow="recompute"   the last block_size tokens are run anew for every token: exact, what nanoGPT does
+    overflow="drop_half"   the older half is dropped, the newer half is run once, and the cache goes on: much faster,
+                           but the model then sees block_size / 2 to block_size tokens, so the text is another one
+
+Shapes in comments: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.cache import KVCache
+from ..core.model import GPT
+from ..errors import UserError
+from .decode_step import Forward, packed_forward
+
+Overflow = Literal["recompute", "drop_half"]
+Prompts = Sequence[Sequence[int]]
+
+
+class Prefill:
+    """Prompts that are being read, a part at a time, so that others need not wait for a long one.
+
+    prompts: token ids, at least one each, at most block_size. Equal ones are read once. observe: is given the place of
+    each part and its logits, (T, V); for one prompt.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        forward: Forward,
+        prompts: Prompts,
+        room: int = 0,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ):
+        device = model.lm_head.weight.device
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.forward, self.lengths = forward, [len(prompt) for prompt in places]
+        self.place = [places[tuple(prompt)] for prompt in prompts]
+        self.ids = _padded(list(places), device)  # (N, T)
+        longest = self.ids.size(1)
+        self.cache = KVCache(model.config, len(places), max(room, longest), device, _cache_dtype(model, forward))
+        self.logits: Tensor | None = None  # (N, V), of each prompt's last token
+        self.read, self.observe = 0, observe
+
+    @torch.inference_mode()
+    def step(self, tokens: int | None = None) -> bool:
+        """Reads so many more tokens of each prompt (None: all). Returns whether all are read."""
+        begin, end = self.read, min(self.ids.size(1), self.read + (tokens or self.ids.size(1)))
+        counts = [min(end, n) - min(begin, n) for n in self.lengths]
+        at = torch.tensor([max(0, count - 1) for count in counts], device=self.ids.device)
+        if self.observe is None:
+            logits = self.forward(self.ids[:, begin:end], cache=self.cache, logits_at=at)[:, 0]
+        else:
+            every = self.forward(self.ids[:, begin:end], cache=self.cache)
+            self.observe(begin, every[0])
+            logits = every[:, -1]
+        self.cache.advance(counts)
+        fresh = torch.tensor([count > 0 for count in counts], device=self.ids.device)[:, None]
+        self.logits = logits if self.logits is None else torch.where(fresh, logits, self.logits)
+        self.read = end
+        return end == self.ids.size(1)
+
+
+class Batch:
+    """Rows that are decoded together: logits(), then append() of one token each, again and again.
+
+    prompts: token ids of each row, at least one; only the last block_size are read. max_new_tokens: how many are to be
+    appended to each, for the cache's size. forward: of this model; None packs it.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Prompts,
+        max_new_tokens: int,
+        use_cache: bool = True,
+        overflow: Overflow = "recompute",
+        forward: Forward | None = None,
+    ):
+        if overflow not in get_args(Overflow):
+            raise UserError(f"overflow={overflow!r} is not one of {', '.join(get_args(Overflow))}")
+        self.model, self.block, self.use_cache = model, model.config.block_size, use_cache
+        self.forward = packed_forward(model)[0] if forward is None else forward
+        self.window = self.block if overflow == "recompute" else (self.block + 1) // 2  # what a full row keeps
+        self.device = model.lm_head.weight.device
+        self.lengths: list[int] = []  # on the host: no device sync to read them
+        self.dropped: list[int] = []  # tokens at the start of a row that its window has left behind
+        self.tokens = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (B, longest); grows on the right
+        self.ends = self.tokens.new_zeros(0)  # lengths, on the device
+        self.newest = self.tokens.new_zeros(0)  # the last token of each row
+        self.unwritten: list[Tensor] = []  # tokens that every row has got and self.tokens lacks, (B,) each
+        self.ready: Tensor | None = None  # logits that the prefill has computed already
+        self.cache: KVCache | None = None
+        self.cached: list[int] = []  # rows in the cache, in its order
+        self.uncached: list[int] = []
+        self.order: Tensor | None = None  # cached on the device, where it is not 0, 1, ...
+        if prompts:
+            self.ready = self.join(prompts, max_new_tokens)
+
+    def crop(self, prompt: Sequence[int]) -> Sequence[int]:
+        """What of a prompt is read."""
+        return prompt[-self.block :]
+
+    @torch.inference_mode()
+    def join(self, prompts: Prompts, max_new_tokens: int, prefill: Prefill | None = None) -> Tensor | None:
+        """Adds rows at the end. Returns their logits, (n, V); None without a cache, whose logits() has all.
+
+        prefill: these prompts, as crop() leaves them, read already.
+        """
+        self._write_down()
+        cropped = [self.crop(prompt) for prompt in prompts]
+        first, n, longest = len(self.lengths), len(prompts), max(map(len, cropped))
+        fresh = _padded(cropped, self.device)
+        width = max(longest, self.tokens.size(1))
+        self.tokens = torch.cat([F.pad(t, (0, width - t.size(1))) for t in (self.tokens, fresh)])
+        lengths = [len(prompt) for prompt in cropped]
+        self.lengths, self.dropped = self.lengths + lengths, self.dropped + [0] * n
+        self.ends = torch.cat((self.ends, torch.tensor(lengths, device=self.device)))
+        newest = torch.tensor([prompt[-1] for prompt in cropped], device=self.device, dtype=torch.long)
+        self.newest = torch.cat((self.newest, newest))
+        rows = list(range(first, first + n))
+        if not self.use_cache:
+            self.uncached += rows
+            return None
+        room = min(self.block, longest + max_new_tokens)
+        if prefill is None:
+            prefill = Prefill(self.model, self.forward, cropped, room if self.cache is None else 0)
+            prefill.step()
+        assert prefill.logits is not None
+        places = torch.tensor(prefill.place, device=self.device)
+        if self.cache is None and prefill.cache.max_len >= room and len(set(prefill.place)) == n:
+            self.cache = prefill.cache  # nobody else needs it
+        else:
+            if self.cache is None:
+                self.cache = KVCache(self.model.config, 0, 1, self.device, prefill.cache.kv.dtype)
+            self.cache.join(prefill.cache, prefill.place, self._grown(first + n), room)
+        self.cached += rows
+        self._ordered()
+        return prefill.logits[places]
+
+    @torch.inference_mode()
+    def logits(self) -> Tensor:
+        """Next-token logits of every row, (B, V)."""
+        if self.ready is not None:
+            ready, self.ready = self.ready, None
+            return ready
+        full = [row for row, n in enumerate(self.lengths) if n - self.dropped[row] > self.block]
+        if full:
+            self._move_windows(full)
+        if not self.uncached:
+            logits = self._decode()
+            return logits if self.order is None else logits[self.order.argsort()]
+        groups: dict[int, list[int]] = {}  # by context length, so that no row needs padding
+        for row in self.uncached:
+            groups.setdefault(self.lengths[row] - self.dropped[row], []).append(row)
+        parts = [self.forward(self._last(rows, n))[:, -1] for n, rows in groups.items()]
+        order = [row for rows in groups.values() for row in rows]
+        if self.cached:
+            parts, order = [*parts, self._decode()], order + self.cached
+        return torch.cat(parts)[torch.tensor(order, device=self.device).argsort()]
+
+    @torch.inference_mode()
+    def append(self, ids: Tensor, first: int = 0) -> None:
+        """Adds one token to every row from the first on. ids: (B - first,) int64."""
+        if first:
+            self._write_down()
+            self.newest = torch.cat((self.newest[:first], ids))
+            self._write(ids[:, None], first, max(self.lengths) + 1)
+        else:
+            self.newest = ids
+            self.unwritten.append(ids)
+        self.lengths = [n + (row >= first) for row, n in enumerate(self.lengths)]
+
+    def _write_down(self) -> None:
+        """Puts what was appended where windows are read from: seldom, as a cached row needs its newest token alone."""
+        if self.unwritten:
+            ids = torch.stack(self.unwritten, dim=1)
+            self.unwritten = []
+            self._write(ids, 0, max(self.lengths))
+
+    def _write(self, ids: Tensor, first: int, longest: int) -> None:
+        """Tokens, (B - first, n), to the ends of the rows from the first on, of which none is then longer than that."""
+        if longest > self.tokens.size(1):
+            self.tokens = F.pad(self.tokens, (0, longest - self.tokens.size(1) + self.block))
+        n = ids.size(1)
+        self.tokens[first:].scatter_(1, self.ends[first:, None] + torch.arange(n, device=self.device), ids)
+        self.ends[first:] += n
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Leaves only the named rows, in that order."""
+        self._write_down()
+        index = torch.tensor(rows, device=self.device, dtype=torch.long)
+        place = {old: new for new, old in enumerate(rows)}
+        self._leave_cache([row for row in self.cached if row not in place])
+        self.cached = [place[row] for row in self.cached]
+        self.uncached = [place[row] for row in self.uncached if row in place]
+        self.tokens, self.ends, self.newest = self.tokens[index], self.ends[index], self.newest[index]
+        self.tokens = self.tokens if rows else self.tokens[:, :0]
+        self.ready = None if self.ready is None else self.ready[index]
+        self.lengths, self.dropped = [self.lengths[r] for r in rows], [self.dropped[r] for r in rows]
+        self._ordered()
+
+    def _decode(self) -> Tensor:
+        """Logits of the rows in the cache, in its order, from their newest tokens."""
+        assert self.cache is not None
+        newest = self.newest if self.order is None else self.newest[self.order]
+        logits = self.forward(newest[:, None], cache=self.cache)[:, -1]
+        self.cache.advance(1)
+        return logits
+
+    def _last(self, rows: list[int], n: int) -> Tensor:
+        """The last n tokens of the named rows, (len(rows), n)."""
+        self._write_down()
+        tokens, ends = self.tokens, self.ends
+        if rows != list(range(len(self.lengths))):
+            index = torch.tensor(rows, device=self.device)
+            tokens, ends = tokens[index], ends[index]
+        return tokens.gather(1, ends[:, None] + torch.arange(-n, 0, device=self.device))
+
+    def _move_windows(self, full: list[int]) -> None:
+        """Shortens the context of full rows. Learned and rotary positions begin anew, so their cache is void."""
+        for row in full:
+            self.dropped[row] = self.lengths[row] - self.window
+        full = [row for row in self.cached if row in set(full)]
+        if not full:
+            return
+        if self.window == self.block:  # recompute: a cache would be void again after the next token
+            self._leave_cache(full)
+            self.uncached = sorted([*self.uncached, *full])
+            self._ordered()
+            return
+        assert self.cache is not None
+        places = [self.cached.index(row) for row in full]
+        n = self.window - 1  # the newest token is left to the decode step
+        if n:
+            fresh = KVCache(self.model.config, len(full), n, self.device, self.cache.kv.dtype)
+            at = torch.full((len(full),), n - 1, device=self.device)  # no logits are wanted: as few as can be
+            self.forward(self._last(full, self.window)[:, :-1], cache=fresh, logits_at=at)
+            fresh.advance(n)
+            self.cache.put(places, fresh, range(len(full)))
+        else:
+            self.cache.advance([-self.cache.counts[i] * (i in places) for i in range(self.cache.rows)])
+
+    def _leave_cache(self, rows: list[int]) -> None:
+        for row in rows:
+            assert self.cache is not None
+            place = self.cached.index(row)
+            self.cache.drop(place)
+            last = self.cached.pop()
+            if place < len(self.cached):
+                self.cached[place] = last
+
+    def _ordered(self) -> None:
+        straight = self.cached == list(range(len(self.lengths)))
+        self.order = None if straight else torch.tensor(self.cached, device=self.device)
+
+    def _grown(self, rows: int) -> int:
+        """Rows to have memory for: twice as many where more come than there is memory for."""
+        assert self.cache is not None
+        return rows if not self.cache.room or rows <= self.cache.room else max(rows, 2 * self.cache.room)
+
+
+def _cache_dtype(model: GPT, forward: Forward) -> torch.dtype:
+    return getattr(forward, "dtype", None) or model.compute_dtype or model.lm_head.weight.dtype
+
+
+def _padded(rows: Prompts, device: torch.device) -> Tensor:
+    """Rows of different length as one tensor (len(rows), longest), with zeros on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device, dtype=torch.long)

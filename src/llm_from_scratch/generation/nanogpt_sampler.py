@@ -1,0 +1,50 @@
+"""nanoGPT's way of drawing samples, for sample.py: the same seed gives the same text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import GenerationConfig, GPTConfig
+from ..core.model import GPT
+from .row_sampler import Sampler
+
+
+def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> torch.Generator:
+    """The random numbers that nanoGPT's sample.py draws from.
+
+    It seeds first and builds the model then; the initial weights, which the checkpoint's replace, use up numbers of
+    the CPU's stream. built: the model that is built so, if one is.
+    """
+    if device.type != "cpu" or built is None:
+        return torch.Generator(device).manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        GPT(built)
+        return torch.Generator().set_state(torch.get_rng_state())
+
+
+class NanoGPTSampler(Sampler):
+    """One random stream for all samples, one sample after the other, and ties at the k-th logit kept.
+
+    Each sample starts where the one before it leaves the stream, so they can be decoded together and still be the
+    samples that nanoGPT draws in turn. Each must draw exactly params.max_new_tokens times. vocab_size: the
+    tokenizer's; model_rows: the model's, padding included, over which nanoGPT draws.
+    """
+
+    keep_ties = True
+
+    def __init__(self, params: GenerationConfig, stream: torch.Generator, vocab_size: int, model_rows: int):
+        super().__init__(params, [()] * params.num_samples, [0] * params.num_samples, vocab_size, stream.device)
+        self.model_rows, self.generators = model_rows, []
+        anything = torch.ones(1, model_rows, device=stream.device)
+        for left in range(params.num_samples, 0, -1):
+            self.generators.append(torch.Generator(stream.device).set_state(stream.get_state()))
+            for _ in range(params.max_new_tokens if left > 1 else 0):
+                torch.multinomial(anything, 1, generator=stream)  # what is drawn does not change the stream
+
+    def pick(self, probs: Tensor) -> Tensor:
+        probs = F.pad(probs, (0, self.model_rows - probs.size(-1)))
+        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs.split(1), self.generators, strict=True)]
+        return torch.cat(drawn).squeeze(-1)

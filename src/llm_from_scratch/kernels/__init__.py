@@ -1,0 +1,1 @@
+"""Faster modules with the same parameters and names as those of core/model.py."""

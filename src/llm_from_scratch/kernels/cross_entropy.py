@@ -1,0 +1,157 @@
+"""Head and cross-entropy in one, a piece of the rows at a time: the logits of a whole batch never exist.
+
+The gradient of the logits is worked out as soon as they are there, and turned at once into those of the activations
+and of the head: what waits for the backward pass is as large as these two, whatever the vocabulary times the batch.
+The three matrix products are those of the plain way. The idea: Liger Kernel (arXiv 2410.10989, section 3.2) and Cut
+Cross-Entropy (arXiv 2411.09009).
+Shapes: N rows, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.model import GPT
+
+PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
+PIECE_ELSEWHERE = 4096
+# What a CPU works on at once, in numbers that stay in its cache
+IN_CACHE = 1 << 19  # of the passes over the logits
+SLICE = 1 << 22  # of the head's gradient
+
+
+def loss_in_pieces(model: GPT, x: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+    """What GPT.loss_of() gives, but for the logits. x: (B, T, C); targets: (B, T)."""
+    x, cap = x.reshape(-1, x.size(-1)), model.config.logit_softcap
+    return None, linear_cross_entropy(x, model.lm_head.weight, targets.reshape(-1), cap)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None
+) -> Tensor:
+    """Mean cross-entropy (nats) of the logits x @ weight.T over the rows whose target is not -1.
+
+    x: (N, C); weight: (V, C); targets: (N,) int64; softcap: a logit z counts as softcap * tanh(z / softcap), 0 is off;
+    piece: rows at a time, None is what suits the device. The products are in x's precision, under autocast in
+    autocast's; sums over the vocabulary, over rows and over pieces in float32 or better. Where no row has a target
+    the loss is NaN, as torch's, and the gradients are 0.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    grad = torch.is_grad_enabled()
+    wanted = (grad and x.requires_grad, grad and weight.requires_grad)
+    piece = min(piece or (PIECE_ON_CPU if kind == "cpu" else PIECE_ELSEWHERE), max(1, len(x)))
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, targets, softcap, piece, *wanted)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, piece: int, for_x: bool, for_w: bool
+    ) -> Tensor:
+        w, valid = weight.to(x.dtype), targets >= 0
+        # a row without a target is kept out of all three results here, which spares a pass over its logits
+        ids, seen = targets.clamp(min=0), x * valid[:, None] if for_w else x
+        kernel = _OnCPU if x.device.type == "cpu" and not torch.compiler.is_compiling() else _Compilable
+        rows = kernel(w, piece, softcap, for_x or for_w)
+        losses, dx, dw = [], [], None
+        for at in range(0, len(x), piece):
+            part = slice(at, at + piece)
+            loss, g = rows.losses(x[part], ids[part])
+            losses.append(loss)
+            if for_x:
+                dx.append(g @ w)
+            if for_w:
+                dw = rows.add_product(dw, g, seen[part])
+        count = valid.sum()
+        ctx.save_for_backward(torch.cat(dx).mul_(valid[:, None]) if for_x else None, dw, count)
+        ctx.weight_dtype = weight.dtype
+        return torch.cat(losses).masked_fill(~valid, 0).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, count = ctx.saved_tensors
+        factor = grad / count.clamp(min=1)
+        # not in place: where the graph is kept, it may be walked again
+        dx = None if dx is None else (dx * factor).to(dx.dtype)
+        dw = None if dw is None else (dw * factor).to(ctx.weight_dtype)
+        return dx, dw, None, None, None, None, None
+
+
+class _Compilable:
+    """The passes over a piece's logits, written for a compiler to fuse; and for a GPU without one."""
+
+    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
+        self.w, self.softcap, self.with_gradient = w, softcap, with_gradient
+        self.high = torch.promote_types(w.dtype, torch.float32)
+        self.vocabulary = torch.arange(len(w), device=w.device)
+
+    def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
+        """The rows' losses, and the gradient of their logits where it is wanted."""
+        z, slope = (x @ self.w.t()).to(self.high), None
+        if self.softcap:
+            z = torch.tanh(z / self.softcap)
+            slope = 1 - z * z
+            z = z * self.softcap
+        norm = torch.logsumexp(z, dim=-1, keepdim=True)
+        losses = (norm - z.gather(1, ids[:, None])).squeeze(1)
+        if not self.with_gradient:
+            return losses, None
+        g = (z - norm).exp() - (self.vocabulary == ids[:, None]).to(self.high)
+        return losses, (g if slope is None else g * slope).to(x.dtype)
+
+    def add_product(self, total: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
+        """total + g.T @ x."""
+        product = (g.t() @ x).to(self.high)
+        return product if total is None else total + product
+
+
+class _OnCPU(_Compilable):
+    """The same with one buffer for the logits of every piece, and the passes over them on a few rows that stay in the
+    processor's cache: they cost a tenth of the products."""
+
+    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
+        super().__init__(w, piece, softcap, with_gradient)
+        vocabulary = len(w)
+        self.logits = torch.empty(piece, vocabulary, dtype=w.dtype)
+        self.few = min(piece, max(1, IN_CACHE // vocabulary))
+        self.z = torch.empty(self.few, vocabulary, dtype=self.high)
+        self.p = torch.empty(self.few, vocabulary, dtype=self.high)
+        rows = min(vocabulary, max(1, SLICE // w.size(1)))
+        self.slices = [slice(at, min(vocabulary, at + rows)) for at in range(0, vocabulary, rows)]
+        self.product = torch.empty(rows, w.size(1), dtype=w.dtype)
+
+    def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
+        logits = torch.mm(x, self.w.t(), out=self.logits[: len(x)])
+        losses = [self._few(few, at) for few, at in zip(logits.split(self.few), ids.split(self.few), strict=True)]
+        return torch.cat(losses), logits
+
+    def _few(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The losses of a few rows, whose logits give way to their gradient."""
+        z, p, at = self.z[: len(ids)].copy_(logits), self.p[: len(ids)], ids[:, None]
+        if self.softcap:
+            p = torch.tanh(z.div_(self.softcap), out=p)
+            z = torch.mul(p, self.softcap, out=z)
+            slope = p.square().neg_().add_(1)
+        norm = z.amax(dim=-1)
+        picked = z.gather(1, at).squeeze(1)
+        torch.softmax(z, dim=-1, out=p)
+        norm -= p.amax(dim=-1).log_()  # the largest logit's share is 1 / sum(exp(z - max)): cheaper than logsumexp
+        if self.with_gradient:
+            p.scatter_add_(1, at, p.new_full((), -1).expand_as(at))
+            logits.copy_(p.mul_(slope) if self.softcap else p)
+        return norm.sub_(picked)
+
+    def add_product(self, total: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
+        if x.dtype == self.high:
+            return g.t() @ x if total is None else total.addmm_(g.t(), x)
+        total, first = (torch.empty_like(self.w, dtype=self.high), True) if total is None else (total, False)
+        for part in self.slices:  # a third faster than the whole at once, without a second head's worth of memory
+            product = torch.mm(g[:, part].t(), x, out=self.product[: part.stop - part.start])
+            total[part].copy_(product) if first else total[part].add_(product)
+        return total

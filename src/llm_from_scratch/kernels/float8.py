@@ -1,0 +1,95 @@
+"""Linear layers that multiply in float8 while they train; their weights stay as they are, mostly float32.
+
+Each operand of a product is divided by a scale of its own that brings its largest element to the largest number of the
+format: e4m3 (4 bits of exponent, 3 of mantissa, up to 448) for activations and weights, e5m2 (up to 57,344) for the
+gradients of the outputs, whose range is wider (FP8 formats, arXiv 2209.05433). The scale is found anew at each product
+("tensorwise, dynamic"), so nothing is kept from step to step. Sums are those of torch._scaled_mm: float32.
+What waits for the backward pass is in float8 too: half the bytes of bfloat16.
+Shapes: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.model import GPT, Linear
+from ..errors import UserError
+
+MULTIPLE = 16  # that the two sides of a product's second operand must be of
+CAPABILITY = (8, 9)  # compute capability from which CUDA devices multiply float8: Ada, Hopper
+LEAST = 1e-12  # of a largest element: zeros have a scale too
+
+
+def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises UserError where fp8 is asked for and cannot be had."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise UserError(
+            f"--fp8=True needs a CUDA device of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or above (Ada, "
+            f"Hopper), and the device is {device}; leave it out"
+        )
+    if dtype != torch.bfloat16:
+        raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {str(dtype).removeprefix('torch.')}")
+
+
+def use_fp8(model: GPT) -> int:
+    """Has the linear layers of the blocks whose sides allow it train in float8. Returns how many now do that did not.
+
+    Without gradients (evaluation, samples) they compute as before: what is measured is the model that is saved.
+    Raises UserError where no layer has such sides.
+    """
+    layers = [module for module in model.transformer.h.modules() if isinstance(module, Linear)]
+    layers = [layer for layer in layers if not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)]
+    if not layers:
+        raise UserError(f"--fp8=True: no layer's sides are multiples of {MULTIPLE}; choose such an --n_embd")
+    new = [layer for layer in layers if "forward" not in vars(layer)]
+    for layer in new:
+        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
+        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    return len(new)
+
+
+def _forward(module: Linear, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.size(-1))  # (N, I)
+    if not torch.is_grad_enabled() or rows.size(0) % MULTIPLE:  # the rows are a side of the weight's gradient
+        return Linear.forward(module, x)
+    y = Float8Product.apply(rows, module.weight).view(*x.shape[:-1], -1)
+    return y if module.bias is None else y + module.bias.to(y.dtype)
+
+
+class Float8Product(torch.autograd.Function):
+    """x @ weight.T in float8, and so are the two products of its gradient. x: (N, I); weight: (O, I). In x's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = quantized(x, torch.float8_e4m3fn)
+        w8, w_scale = quantized(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.dtypes = (x.dtype, weight.dtype)
+        return _product(x8, w8.t(), x_scale, w_scale, x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        g8, g_scale = quantized(grads[0], torch.float8_e5m2)
+        # the hardware wants rows of the first operand and columns of the second one after the other in memory
+        dx = _product(g8, w8.t().contiguous().t(), g_scale, w_scale, x_dtype)
+        dw = _product(g8.t().contiguous(), x8.t().contiguous().t(), g_scale, x_scale, x_dtype)
+        return dx, dw.to(w_dtype)
+
+
+def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in a float8 dtype, and the scale (0-dim, float32). Where x is not all finite, products are NaN."""
+    top = torch.finfo(dtype).max
+    scale = x.abs().amax().float().clamp(min=LEAST) / top
+    # the division may lead a rounding error beyond the largest number, to which it is then rounded
+    return (x.float() / scale).to(dtype).contiguous(), scale
+
+
+def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
+    """a @ b times both scales. fast: with sums of fewer bits on some devices, as is usual forwards only."""
+    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)

@@ -1,0 +1,223 @@
+"""Device, precision, processes and seeds: resolved once, announced once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import SystemConfig
+from ..errors import UserError
+from .processes import distributed_env
+
+if TYPE_CHECKING:
+    from ..core.model import GPT
+
+LARGE = 1 << 26  # parameters from which on a CPU's memory is what runs short
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
+PEAKS = [
+    ("H200", {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12}),
+    ("H100 PCIe", {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 378e12}),
+    ("H100", {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 494e12}),
+    ("A100", {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 156e12}),
+    ("L40S", {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 183e12}),
+    ("A10G", {torch.bfloat16: 70e12, torch.float16: 70e12, torch.float32: 35e12}),
+    ("V100", {torch.float16: 125e12, torch.float32: 15.7e12}),
+    ("T4", {torch.float16: 65e12, torch.float32: 8.1e12}),
+    ("RTX 4090", {torch.bfloat16: 165e12, torch.float16: 165e12, torch.float32: 82.6e12}),
+    ("RTX 3090", {torch.bfloat16: 71e12, torch.float16: 71e12, torch.float32: 35.6e12}),
+]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the run uses of the machine."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    compile_may_fail: bool
+    """Whether a failing compilation falls back to eager (compile=auto) or stops the run (compile=True)."""
+    rank: int
+    local_rank: int
+    world_size: int
+    backend: str
+    threads: int | None
+    """CPU threads; None leaves torch's own choice."""
+    reasons: dict[str, str]
+    """Setting -> what was chosen and why, for the announcement."""
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's dense peak in FLOP/s at this precision; None where it is not known (every CPU)."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
+
+    def place(self, model: GPT) -> None:
+        """Moves a model to the device, and has it compute there in the dtype; its weights stay float32."""
+        model.to(self.device)
+        model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
+        if self.device.type == "cpu":
+            from ..kernels.cpu import use_cpu_kernels
+
+            use_cpu_kernels(model, self.dtype == torch.bfloat16, self.compile)
+            _keep_freed_memory(model.get_num_params() < LARGE)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""
+        if self.dtype != torch.float16:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type=self.device.type, dtype=self.dtype)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    mps = getattr(torch.backends, "mps", None)
+    has_mps = mps is not None and mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UserError(f"--device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu")
+        if (device.index or 0) >= count:
+            raise UserError(f"--device={name}: there are only {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+    if device.type == "mps" and not has_mps:
+        raise UserError("--device=mps: torch sees no Apple GPU; use --device=cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """For weights that only generate. auto: bfloat16 on CUDA where it has it, else float16; float32 elsewhere."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return DTYPES[name]
+
+
+def resolve_training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """resolve_dtype, but that auto takes bfloat16 on a CPU that multiplies it, which is there faster than float32."""
+    if name == "auto" and device.type == "cpu" and cpu_has_native_bf16():
+        return torch.bfloat16
+    return resolve_dtype(name, device)
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def forked_random(device: torch.device) -> Iterator[None]:
+    """What is drawn within leaves the generators of the CPU and of this device as they were."""
+    before = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    if before is not None:
+        torch.mps.set_rng_state(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory: CUDA's own error, or the one of torch's CPU allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def resolve(config: SystemConfig) -> Runtime:
+    """Chooses device, precision and compilation for this machine. Starts nothing. Raises UserError."""
+    rank, local_rank, world = distributed_env()
+    device = resolve_device(config.device)
+    if device.type == "cuda" and world > 1:
+        device = resolve_device(f"cuda:{local_rank}")
+    if device.type == "mps" and world > 1:
+        raise UserError("several processes cannot share an Apple GPU; run without torchrun")
+    dtype = resolve_training_dtype(config.dtype, device)
+    backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
+    if backend == "nccl" and device.type != "cuda" and world > 1:
+        raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")
+    if config.fp8:
+        from ..kernels.float8 import refuse_unfit  # which imports the model
+
+        refuse_unfit(device, dtype)
+    compiles = config.compile if isinstance(config.compile, bool) else device.type == "cuda" and has_triton()
+    if config.cuda_graphs is True and not (device.type == "cuda" and compiles and world == 1):
+        raise UserError(
+            f"--cuda_graphs=True needs one process that compiles (--compile=True) for a CUDA device; the device is "
+            f"{device}, compile {'on' if compiles else 'off'}, processes {world}; leave it at auto"
+        )
+    auto = {
+        "device": (config.device == "auto", str(device)),
+        "dtype": (config.dtype == "auto", str(dtype).removeprefix("torch.")),
+        "compile": (config.compile == "auto", "on" if compiles else "off"),
+    }
+    reasons = {
+        name: f"{value} ({'chosen for this machine' if chosen else 'as set'})" for name, (chosen, value) in auto.items()
+    }
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_native_bf16():
+        reasons["dtype"] += "; this processor emulates bfloat16, float32 is faster"
+    if device.type == "cuda":
+        reasons["device"] += f", {torch.cuda.get_device_name(device)}"
+    return Runtime(
+        device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, config.threads, reasons
+    )
+
+
+def start(runtime: Runtime, config: SystemConfig) -> None:
+    """Applies the choice: threads, TF32, seeds, and the process group under torchrun."""
+    _leave_the_compiler_out()
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if runtime.world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend=runtime.backend)
+    # each process drops out other activations; weights are broadcast from rank 0
+    torch.manual_seed(config.seed + runtime.rank)
+
+
+def _leave_the_compiler_out() -> None:
+    """torch imports its compiler, for more than a second, to have it pass over four methods of its optimizers. Nothing
+    here compiles them; where torch is another, this does nothing."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            setattr(method, "__dynamo_disable", method)  # noqa: B010 - in a class, the plain form would be renamed
+
+
+def _keep_freed_memory(keep: bool) -> None:
+    """Has glibc (mallopt, malloc.h) keep what is freed for the next step, which then need not have its pages made
+    anew, a sixth of a small model's step; or return blocks of 2 MiB at once. Other libraries have no such
+    switch."""
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, (32 if keep else 2) << 20)  # 32 MiB is the most that it takes
+        libc.mallopt(trim_threshold, (1024 if keep else 1) << 20)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,147 @@
+"""kernels/cpu.py: the same numbers and gradients as the plain operations of core/model.py and torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core.model import GPT, apply_rotary, plain_attention, rotary_angles
+from llm_from_scratch.kernels import cpu as kernels
+
+DOUBLE = torch.float64
+
+
+def qkv(B: int, H: int, Hkv: int, T: int, D: int, dtype: torch.dtype = DOUBLE) -> tuple[Tensor, list[Tensor]]:
+    """A fused projection, and the views of it that the model hands to attention."""
+    torch.manual_seed(0)
+    fused = torch.randn(B, T, H + 2 * Hkv, D, dtype=dtype, requires_grad=True)
+    return fused, list(fused.transpose(1, 2).split((H, Hkv, Hkv), dim=1))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 4, 4, 64, 8), (2, 4, 2, 100, 4), (5, 2, 1, 200, 4), (1, 2, 2, 2, 4), (2, 2, 2, 65, 4)],
+    ids=["one block", "grouped", "several blocks", "two tokens", "a block of one query"],
+)
+@pytest.mark.parametrize("weights", [kernels.WEIGHTS, 1], ids=["many rows", "row by row"])
+def test_attention_is_the_plain_one(
+    shape: tuple[int, int, int, int, int], weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "WEIGHTS", weights)
+    results = []
+    for attend in (plain_attention, kernels.attention, kernels.lean_attention):
+        fused, (q, k, v) = qkv(*shape)
+        y = attend(q, k, v, None, 0.0, True)
+        y.backward(torch.randn(y.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)))
+        results.append((y.detach(), fused.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(results[2], results[1], atol=0, rtol=0)
+
+
+def test_attention_without_gradients_or_with_a_mask_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.CausalAttention, "apply", None)
+    fused, (q, k, v) = qkv(1, 2, 2, 4, 4)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    expected = plain_attention(q, k, v, None, 0.0, True)
+    torch.testing.assert_close(kernels.attention(q, k, v, mask, 0.0, False), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.attention(q, k, v, None, 0.0, True), expected)
+
+
+def test_dropped_attention_weights_have_their_gradients() -> None:
+    """Finite differences under one and the same mask."""
+    _, (q, k, v) = qkv(1, 2, 1, 70, 3)
+
+    def with_one_mask(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return kernels.CausalAttention.apply(*inputs, 0.4, False)
+
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    assert torch.autograd.gradcheck(with_one_mask, inputs, fast_mode=True)
+
+
+def test_attention_drops_whole_weights_and_keeps_the_mean() -> None:
+    """Equal scores and values of one: each output is the share of the weights that stay, scaled up."""
+    torch.manual_seed(0)
+    q = k = torch.zeros(8, 4, 128, 4, requires_grad=True)
+    y = kernels.CausalAttention.apply(q, k, torch.ones(8, 4, 128, 4), 0.25, True)
+    kept = y[..., 0] * 0.75 * torch.arange(1, 129)  # weights that each query keeps
+    assert torch.allclose(kept, kept.round(), atol=1e-3)
+    assert (kept <= torch.arange(1, 129) + 1e-3).all()
+    assert abs(y.mean().item() - 1) < 0.01 and y[:, :, 0].unique().numel() == 2
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.999])
+def test_masks_drop_the_share_that_they_are_told_to(p: float) -> None:
+    torch.manual_seed(0)
+    mask, scale = kernels.keep_mask(torch.Size((1000, 1003)), p, torch.bfloat16)
+    kept = 1 - round(p * 65536) / 65536
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and scale == pytest.approx(1 / kept)
+    count, n = mask.sum(dtype=DOUBLE).item(), mask.numel()
+    assert abs(count - kept * n) <= 5 * (n * kept * (1 - kept)) ** 0.5  # five standard deviations
+    again, _ = kernels.keep_mask(torch.Size((1000, 1003)), p, torch.bfloat16)
+    torch.manual_seed(0)
+    same, _ = kernels.keep_mask(torch.Size((1000, 1003)), p, torch.bfloat16)
+    assert torch.equal(same, mask) and (p == 0.0 or not torch.equal(again, mask))
+
+
+def test_dropout_scales_what_it_keeps_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, requires_grad=True)
+    y = kernels.dropout(x, 0.5)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, y.detach()) and set(y.tolist()) == {0.0, 2.0}
+
+
+def test_rotation_is_the_plain_one() -> None:
+    cos, sin = rotary_angles(torch.arange(5), 8, 100.0)
+    results = []
+    for rotate in (apply_rotary, kernels.Rotate.apply):
+        fused, (q, _, _) = qkv(2, 3, 3, 5, 8)
+        y = rotate(q, cos.double(), sin.double())
+        y.backward(torch.arange(y.numel(), dtype=DOUBLE).view(y.shape).cos())
+        results.append((y.detach(), fused.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+
+
+def test_rms_norm_is_torchs() -> None:
+    torch.manual_seed(0)
+    results = []
+    values = torch.randn(4, 5, 8, dtype=DOUBLE), torch.randn(8, dtype=DOUBLE)
+    for norm in (lambda x, w: F.rms_norm(x, (8,), w, 1e-3), lambda x, w: kernels.RMSNormalize.apply(x, w, 1e-3)):
+        x, w = (t.clone().requires_grad_() for t in values)
+        y = norm(x, w)
+        y.backward(values[0].cos())
+        results.append((y.detach(), x.grad, w.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+
+
+MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
+
+
+@pytest.mark.parametrize("changes", [{}, {**MODERN, "n_kv_head": 2}], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_a_model_trains_as_without_them(changes: dict[str, Any], in_bfloat16: bool) -> None:
+    """float32 with them agrees with float32 without; bfloat16 with them as closely as bfloat16 without."""
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=80, vocab_size=31, n_layer=2, n_head=4, n_embd=32, bias=False, **changes))
+    model = copy.deepcopy(plain)
+    kernels.use_cpu_kernels(model, in_bfloat16)
+    model.compute_dtype = torch.bfloat16 if in_bfloat16 else None
+    idx = torch.randint(31, (3, 81))
+    grads = []
+    for one in (plain, model):
+        _, loss = one(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        grads.append([loss.detach()] + [p.grad for p in one.parameters()])
+    for expected, found in zip(*grads, strict=True):
+        assert expected is not None and found is not None
+        error = (found - expected).norm() / expected.norm()
+        assert error < (0.03 if in_bfloat16 else 1e-5)
+    assert set(model.state_dict()) == set(plain.state_dict())

@@ -1,0 +1,72 @@
+"""machine/files.py: what is no regular file is named at once, and nothing opens to more than it may."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch.checkpoint.locations import read_start
+from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine.files import open_regular, parse_json, read_regular
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    for name, kind in (("fifo", "a FIFO"), ("device", "a device"), ("", "a directory")):
+        with pytest.raises(UserError, match=f"is {kind}, not a regular file"):
+            open_regular(tmp_path / name)
+        if name:
+            with pytest.raises(UserError, match=kind):
+                read_start(f"FILE:{tmp_path / name}")
+    with pytest.raises(UserError, match="null"):
+        open_regular(Path("a\0b"))
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "nothing")
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_limit_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_regular(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match="larger than the 4 bytes"):
+        read_regular(tmp_path / "a", 4)
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '{"":0}', "0", "1.5", '"ab"', "null", '["a","b"]', "[[[]]]"])
+def test_json_takes_bounded_memory(part: str) -> None:
+    """Whatever it is made of: refused, or within twice its size and 64 MB."""
+    raw = ("[" + ",".join([part] * ((6 << 20) // (len(part) + 1))) + "]").encode()
+    tracemalloc.start()
+    try:
+        parse_json(raw)
+    except ValueError as error:
+        assert "too many values" in str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 2 * len(raw) + (64 << 20)
+
+
+def test_what_is_ours_is_read() -> None:
+    vocabulary = {f"token{i}": i for i in range(200_000)}
+    assert parse_json(json.dumps(vocabulary).encode()) == vocabulary
+
+
+def test_a_tokenizer_that_makes_texts_grow_is_refused(tmp_path: Path) -> None:
+    body = json.loads(HFTokenizer.train(["abc abc"], 260)._json)
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+    for count, good in ((3, True), (12, False)):
+        body["normalizer"] = {"type": "Sequence", "normalizers": [step] * count}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+        if good:
+            assert len(Tokenizer.from_name(str(tmp_path)).encode("a")) == 4**count
+        else:
+            with pytest.raises(UserError, match="grow without bound"):
+                Tokenizer.from_name(str(tmp_path))

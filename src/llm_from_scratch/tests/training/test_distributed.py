@@ -1,0 +1,136 @@
+"""Two processes on one CPU, started as a user starts them: the run of one process, shared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_from_scratch.checkpoint.store import find_checkpoint, list_checkpoints, load_checkpoint
+from llm_from_scratch.training.trainer import train
+
+from ..tiny import arguments, read_metrics, tiny_config
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+SETTINGS = {"batch_size": 2, "gradient_accumulation_steps": 4, "max_iters": 5, "eval_interval": 2, "final_eval": True}
+
+
+def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
+    program = Path("two.py")
+    program.write_text("import sys\nfrom llm_from_scratch.cli.train import main_nanogpt\nsys.exit(main_nanogpt())\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program),
+         *arguments(dataset=tiny_data, out_dir="two", backend="gloo", inclusive_max_iters=False, **SETTINGS)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "processes: 2 (gloo)" in done.stdout
+    assert "tokens per iteration will be: 64 (8 sequences: 2 x 2 x 2)" in done.stdout
+    assert done.stdout.count("iter 3:") == 1  # one process speaks
+    config = tiny_config(tiny_data, out_dir="one", bias=False, lr_decay_iters=600000, **SETTINGS)
+    train(config)
+    one, two = read_metrics(Path("one")), read_metrics(Path("two"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        for key in {"loss", "train_loss", "val_loss", "val_loss_full", "bits_per_byte", "grad_norm", "lr"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-5), key
+    assert [step for step, _ in list_checkpoints("two")] == [step for step, _ in list_checkpoints("one")]
+    alone, shared = (load_checkpoint(find_checkpoint(name, "last")) for name in ("one", "two"))
+    for name in alone.model:
+        torch.testing.assert_close(shared.model[name], alone.model[name], atol=1e-4, rtol=1e-3)
+    assert set(shared.rng) == {"cpu.0", "cpu.1"} and not torch.equal(shared.rng["cpu.0"], shared.rng["cpu.1"])
+    # what two began, one goes on with
+    train(tiny_config(tiny_data, **{**SETTINGS, "out_dir": "two", "init_from": "resume", "max_iters": 7}))
+    assert [entry["step"] for entry in read_metrics(Path("two")) if "loss" in entry] == list(range(7))
+
+
+FAULTY = """
+import math, os, signal, sys, time
+from llm_from_scratch.core import checkpoint
+from llm_from_scratch.training.trainer import Trainer
+from llm_from_scratch.cli.train import main
+
+update, rank = Trainer._update, int(os.environ["RANK"])
+
+def faulty(self):
+    hook = None
+    if rank == 1 and self.state.step == 2:
+        hook = self.models.raw.register_forward_hook(lambda m, a, out: (out[0], out[1] * math.nan))
+    if rank == 1 and self.state.step == 4:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    update(self)
+    if hook is not None:
+        hook.remove()
+
+def slowly(*args, **settings):
+    time.sleep(2)  # the other process has long left, if it does not wait
+    return save(*args, **settings)
+
+if "resume" not in " ".join(sys.argv):
+    Trainer._update = faulty
+save, checkpoint.save_checkpoint = checkpoint.save_checkpoint, slowly
+code = main()
+print(f"process {rank} ends with {code}", flush=True)
+sys.exit(code)
+"""
+
+
+def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, tiny_data: Path) -> None:
+    """Two processes are stopped, with a checkpoint that takes its time, and two go on."""
+    Path("faulty.py").write_text(FAULTY)
+
+    def run(**more: Any) -> subprocess.CompletedProcess[str]:
+        settings = {**SETTINGS, "dropout": 0.1, "save_interval": 100, "eval_interval": 100, "max_iters": 9, **more}
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py",
+             *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)],
+            capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+
+    done = run()
+    assert done.returncode == 1  # torchrun's own, for whatever its processes end with
+    assert "warning: step 2: loss nan" in done.stdout and "stopped at step 5; go on with" in done.stdout
+    assert all(f"process {rank} ends with {128 + signal.SIGUSR1}" in done.stdout for rank in (0, 1))
+    assert [entry.get("skipped") for entry in read_metrics(Path("run")) if "loss" in entry] == [
+        None,
+        None,
+        1,
+        None,
+        None,
+    ]
+    final = load_checkpoint(find_checkpoint("run", "last"))
+    assert final.step == 5 and all(torch.isfinite(tensor).all() for tensor in final.model.values())
+    assert final.optimizer is not None and int(final.optimizer["state"]["transformer.wte.weight"]["step"]) == 4
+    assert "--out_dir=run --dataset=" in done.stdout and "(with torchrun, 2 processes)" in done.stdout
+    done = run(init_from="resume")
+    assert done.returncode == 0, done.stderr
+    assert "not bit-exact" not in done.stdout and "resuming from run/step-00000005" in done.stdout
+    assert [entry["step"] for entry in read_metrics(Path("run")) if "loss" in entry] == list(range(9))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    from llm_from_scratch.cli.train import main
+
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
+    assert "= 4 sequences cannot be shared by 3 processes; choose a multiple of 3" in capsys.readouterr().err
+    assert main(arguments(dataset=tiny_data, batch_size=3, max_ngram=2)) == 2
+    assert "max_ngram trains in one process" in capsys.readouterr().err
+    monkeypatch.delenv("MASTER_ADDR")
+    assert main(arguments(dataset=tiny_data)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "error: the distributed environment is half set: MASTER_ADDR missing; start through torchrun"
+    )
+    assert told.count("\n") == 1
+    assert list(here.iterdir()) == []

@@ -1,0 +1,302 @@
+"""training/loggers.py: what scripts read (lines, JSON, W&B keys, event files), and what is refused before the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.config import Config
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.training import loggers
+from llm_from_scratch.training.evaluate import Evaluation
+from llm_from_scratch.training.loggers import JsonLines, RunLog, check_extras, plot_losses, read_metrics
+
+STEP = {"loss": 2.34567, "lr": 1e-3, "time_ms": 12.345, "tokens_per_s": 1e4, "grad_norm": 0.5}
+EVALUATION = {"train_loss": 2.11119, "val_loss": 2.22225, "lr": 1e-3}
+
+
+def config(**leaves: Any) -> Config:
+    tree = Config()
+    for name, value in {"out_dir": "run", **leaves}.items():
+        section = tree.training if hasattr(tree.training, name) else tree.logging
+        setattr(section, name, value)
+    return tree
+
+
+def opened(tree: Config, is_master: bool = True, first: int = 0, last: int = 10, resumed: bool = False) -> RunLog:
+    Path("run").mkdir(exist_ok=True)
+    return RunLog(tree, is_master, first, last, resumed)
+
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_lines_are_nanogpts(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(10, {**STEP, "mfu": 0.45678})
+    log.close()
+    assert capsys.readouterr().out == (
+        "step 0: train loss 2.1112, val loss 2.2222\n"
+        "iter 0: loss 2.3457, time 12.35ms, mfu -100.00%\n"
+        "iter 10: loss 2.3457, time 12.35ms, mfu 45.68%\n"
+    ).replace("12.35", f"{12.345:.2f}").replace("2.2222", f"{2.22225:.4f}")
+
+
+def test_metrics_are_one_object_a_line() -> None:
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(1, {**STEP, "grad_norm": math.inf, "loss": math.nan})
+    lines = Path("run/metrics.jsonl").read_text().splitlines()  # before close(): each line is written at once
+    log.final(2, Evaluation(loss=2.0, tokens=3, text_bytes=None, seconds=1.0))
+    log.close()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 0, **EVALUATION}, {"step": 0, **STEP}, {"step": 1, **STEP, "grad_norm": None, "loss": None}
+    ]  # fmt: skip
+    assert read_metrics(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
+
+
+def test_a_resumed_log_forgets_what_is_done_again() -> None:
+    path = Path("metrics.jsonl")
+    entries = [{"step": 3, "loss": 1}, {"step": 4, "train_loss": 1, "val_loss": 1}, {"step": 4, "loss": 2},
+               {"step": 4, "val_loss_full": 1}, {"step": 5, "loss": 3}]  # fmt: skip
+    path.write_text("".join(json.dumps(e) + "\n" for e in entries) + '{"step": 6, "lo')
+    log = JsonLines(path, resume_at=4)
+    log.log(4, {"loss": 2.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*entries[:2], {"step": 4, "loss": 2.5}]
+    assert [p.name for p in Path(".").iterdir()] == ["metrics.jsonl"]
+    JsonLines(path, resume_at=4, evaluated=False).close()  # the checkpoint was made before the evaluation of its step
+    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:1]
+    JsonLines(Path("new.jsonl"), resume_at=4).close()  # the file may have been deleted
+
+
+def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config(progress="bar"), is_master=False)
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.say("hello")
+    log.close()
+    assert capsys.readouterr().out == "" and list(Path("run").iterdir()) == []
+
+
+def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    log = opened(config(progress="bar"), last=4)
+    log.evaluation(0, EVALUATION)
+    log.say("[not markup] " + "x" * 200)
+    log.train_step(3, STEP)
+    log.close()
+    shown = capsys.readouterr().out
+    assert "step 0: train loss 2.1112" in shown and "[not markup] " + "x" * 200 in shown
+    assert "4/4" in shown and "loss 2.346" in shown and "10,000 tok/s" in shown and "mfu n/a" in shown
+    assert "iter 3" not in shown
+
+
+def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    log = opened(config(progress="auto"))
+    assert log.bar is None
+    log.close()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for term, live in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        log = opened(config(progress="auto"))
+        assert (log.bar is not None) is live
+        log.close()
+        assert opened(config(progress="lines")).bar is None
+
+
+class Left:
+    """A run of which so many seconds are left."""
+
+    def __init__(self, seconds: float | None, updates: int = 20):
+        self.left, self.timer = seconds, types.SimpleNamespace(updates=updates)
+
+    def seconds(self, step: int) -> float | None:
+        return self.left
+
+
+def test_the_bar_shows_the_time_that_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    for left, shown in ((Left(5400.0), "1 h 30 min left"), (Left(None), ""), (None, "")):
+        Path("run").mkdir(exist_ok=True)
+        log = RunLog(config(progress="bar"), True, 0, 10, False, remaining=left)  # type: ignore[arg-type]
+        log.train_step(3, STEP)
+        assert log.bar is not None and log.bar.tasks[0].fields["left"] == shown
+        log.close(4)
+        assert "in 0 s" in capsys.readouterr().out
+
+
+def test_lines_tell_the_time_that_is_left_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
+    Path("run").mkdir()
+    left = Left(3600.0, updates=19)
+    log = RunLog(config(), True, 0, 10, False, remaining=left)  # type: ignore[arg-type]
+    told = []
+    # not before 20 updates, not more often than every 10 minutes, and not when the end is near
+    for updates, later, seconds in (
+        (19, 0, 3600.0),
+        (20, 0, 3600.0),
+        (21, 599, 3600.0),
+        (22, 600, 200.0),
+        (23, 1300, 90.0),
+    ):
+        left.timer.updates, now, left.left = updates, 1000.0 + later, seconds
+        log.train_step(updates, STEP)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"iter {updates}: loss")
+        told += [(updates, line.partition(", until")[0]) for line in lines[1:]]
+    assert told == [(20, "about 1 h 00 min left"), (22, "about 3 min 20 s left")]
+
+
+def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = types.SimpleNamespace(log=lambda values: calls.append(values), finish=lambda: calls.append("finish"))
+
+    def init(**kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    log = opened(config(wandb_log=True, wandb_project="p", wandb_run_name="r"))
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.evaluation(5, {**EVALUATION, "mfu": 0.25})
+    log.close()
+    started, first, second, end = calls
+    assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 12)
+    shared = {"train/loss": 2.11119, "val/loss": 2.22225, "lr": 1e-3}
+    assert first == {"iter": 0, "mfu": -100.0, **shared} and second == {"iter": 5, "mfu": 25.0, **shared}
+    assert end == "finish"
+
+
+def test_tensorboards_own_reader_reads_the_events() -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = opened(config(tensorboard=True))
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.train_step(1, {**STEP, "loss": 2.0})
+    log.close()
+    reader = event_accumulator.EventAccumulator("run/tensorboard")
+    reader.Reload()
+
+    def series(tag: str) -> list[tuple[int, Any]]:
+        events = reader.Scalars(tag) if tag in reader.Tags()["scalars"] else []
+        if not events:  # written as tensors of one number
+            from tensorboard.util.tensor_util import make_ndarray
+
+            return [(e.step, pytest.approx(float(make_ndarray(e.tensor_proto)))) for e in reader.Tensors(tag)]
+        return [(e.step, pytest.approx(e.value)) for e in events]
+
+    assert series("train/loss") == [(0, 2.34567), (1, 2.0)]
+    assert series("val/loss") == [(0, 2.22225)] and series("train/loss_eval") == [(0, 2.11119)]
+    assert [step for step, _ in series("lr")] == [0, 0, 1]
+
+
+def test_the_picture_is_a_png() -> None:
+    pytest.importorskip("matplotlib")
+    Path("metrics.jsonl").write_text(
+        '{"step": 0, "val_loss": 3.0}\n{"step": 0, "loss": 3}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 2}\n{"st'
+    )
+    plot_losses(Path("metrics.jsonl"), Path("loss.png"))
+    assert Path("loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "package", "extra"),
+    [
+        ("tensorboard", "tensorboard", "tensorboard"),
+        ("wandb_log", "wandb", "wandb"),
+        ("loss_plot", "matplotlib", "plots"),
+    ],
+)
+def test_missing_extras_are_refused_with_the_install_line(
+    setting: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(UserError) as error:
+        check_extras(config(**{setting: True}))
+    message = str(error.value)
+    assert f"pip install 'llm-from-scratch[{extra}]'" in message and f"turn it off with --{setting}=False" in message
+    check_extras(config())
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: object())
+    check_extras(config(**{setting: True}))
+
+
+def test_evaluating_only_writes_no_file() -> None:
+    log = opened(config(eval_only=True, tensorboard=True, progress="bar"))
+    log.evaluation(0, EVALUATION)
+    log.close()
+    assert list(Path("run").iterdir()) == [] and log.bar is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to offer")
+def test_a_full_disk_costs_numbers_not_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl", "loss.png"):
+        Path("run", name).symlink_to("/dev/full")
+    log = opened(config())
+    log.evaluation(0, EVALUATION)
+    log.train_step(0, STEP)
+    log.sample(0, "text")
+    Path("run/metrics.jsonl").unlink()  # which would be read without end
+    Path("run/metrics.jsonl").write_text('{"step": 0, "loss": 1}')
+    log.plot()
+    log.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert [line.split(" (")[0] for line in told] == [
+        "warning: JsonLines cannot be written", "warning: samples.jsonl cannot be written",
+        "warning: loss.png cannot be written",
+    ]  # fmt: skip
+    assert "No space left on device" in told[0]
+
+
+def test_output_that_is_lost_does_not_end_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, told = opened(config()), list[str]()
+
+    def on_full_disk(line: str, **_: Any) -> None:
+        if "a" in line:
+            raise OSError(28, "No space left on device")
+        told.append(line)
+
+    monkeypatch.setattr(loggers, "print", on_full_disk, raising=False)
+    for line in ("one", "bad", "two"):
+        log.say(line)
+    assert told == ["one", "two"] and not log.reader_is_gone
+    monkeypatch.delattr(loggers, "print")
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    log.say("Zoë")
+    assert raw.getvalue() == b"Zo?\n"
+
+
+def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = opened(config())
+    flush = log.sinks[0].file.flush  # type: ignore[attr-defined]
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.sinks[0].file, "flush", full, raising=False)  # type: ignore[attr-defined]
+    log.train_step(0, STEP)
+    monkeypatch.setattr(log.sinks[0].file, "flush", flush, raising=False)  # type: ignore[attr-defined]
+    log.train_step(1, STEP)
+    assert [entry["step"] for entry in read_metrics(Path("run/metrics.jsonl"))] == [0, 1]

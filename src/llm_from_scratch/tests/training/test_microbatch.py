@@ -1,0 +1,176 @@
+"""training/microbatch.py and what a run does for want of memory: the parts of a batch, the loss without logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_from_scratch import presets
+from llm_from_scratch.checkpoint.store import load_checkpoint
+from llm_from_scratch.config import Config, SystemConfig
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.training import microbatch as memory
+from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import wrap as parallel
+from llm_from_scratch.training.microbatch import free_memory, largest_micro_batch
+from llm_from_scratch.training.setup import Plan, prepare
+from llm_from_scratch.training.trainer import train
+from llm_from_scratch.training.wrap import loss_is_chunked
+
+from ..tiny import read_metrics, tiny_config, write_data
+
+RUNTIME = runtimes.resolve(SystemConfig(device="cpu", dtype="float32", compile=False))
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the free memory, in bytes."""
+    return lambda size: monkeypatch.setattr(memory, "free_memory", lambda device: size)
+
+
+def gpt2(**leaves: Any) -> Config:
+    return tiny_config(
+        "none", **{"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, **leaves}
+    )
+
+
+def test_the_micro_batch_is_the_largest_part_that_fits(free: Any) -> None:
+    on_gpu = dataclasses.replace(RUNTIME, device=torch.device("cuda"), dtype=torch.bfloat16)
+    found = []
+    for gib in (1, 6, 12, 24, 48, 96, 192):
+        free(gib << 30)
+        found.append(largest_micro_batch(gpt2(), on_gpu, 480))
+    assert found[0] == 1 and found == sorted(found) and found[1] >= 2 and found[-1] == 60
+    assert all(480 % size == 0 for size in found)
+    free(24 << 30)
+    assert largest_micro_batch(gpt2(chunked_loss=False), on_gpu, 480) < found[3]
+    assert largest_micro_batch(gpt2(gradient_checkpointing=True), on_gpu, 480) > found[3]
+    assert largest_micro_batch(gpt2(), on_gpu, 7) == 7
+    free(None)
+    assert largest_micro_batch(gpt2(), on_gpu, 480) == 60  # 61,440 tokens
+
+
+def test_on_a_cpu_no_more_tokens_than_pay(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(1 << 40)
+    assert largest_micro_batch(gpt2(), RUNTIME, 480) == 4
+    assert largest_micro_batch(gpt2(), RUNTIME, 9) == 3
+    assert largest_micro_batch(gpt2(block_size=8192), RUNTIME, 480) == 1
+    free(8 << 30)
+    alone = largest_micro_batch(gpt2(), RUNTIME, 480)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert largest_micro_batch(gpt2(), RUNTIME, 480) < alone
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="Linux only")
+def test_the_free_memory_is_some_of_what_there_is() -> None:
+    free = free_memory(torch.device("cpu"))
+    assert free is not None and 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_micro_batch_is_asked_for_or_found(data: Path, free: Any) -> None:
+    def plan(**leaves: Any) -> Plan:
+        return prepare(tiny_config(data, batch_size=6, gradient_accumulation_steps=2, **leaves))
+
+    assert (plan().micro_batch, plan().micro_steps) == (6, 2)
+    assert (plan(micro_batch=4).micro_batch, plan(micro_batch=4).global_batch) == (4, 12)
+    free(1 << 40)
+    found = plan(micro_batch="auto")
+    assert (found.micro_batch, found.micro_steps) == (12, 1)
+    assert any("micro-batch: 12 of 12 sequences" in line for line in found.notes)
+    free(1)
+    assert plan(micro_batch="auto").micro_batch == 1
+    with pytest.raises(UserError, match="micro_batch=5 does not divide the 12 sequences"):
+        plan(micro_batch=5)
+
+
+def test_a_found_micro_batch_stays_when_the_run_goes_on(data: Path, free: Any) -> None:
+    settings: dict[str, Any] = {"out_dir": "run", "batch_size": 6, "micro_batch": "auto"}
+    free(1)
+    train(tiny_config(data, **settings))
+    free(1 << 40)
+    resumed = {**settings, "init_from": "resume", "max_iters": 20}
+    assert prepare(tiny_config(data, **resumed)).micro_batch == 1
+    assert prepare(tiny_config(data, **{**resumed, "micro_batch": 3})).micro_batch == 3
+    assert prepare(tiny_config(data, **{**resumed, "batch_size": 4})).micro_batch == 4
+
+
+def test_settings_are_read_from_a_command_line(data: Path) -> None:
+    words = ["--micro_batch=auto", "--activation_budget=2", "--chunked_loss=True"]
+    config = presets.parse(Config, words, prog="llm-train").tree
+    assert (config.data.micro_batch, config.training.activation_budget, config.training.chunked_loss) == (
+        "auto",
+        2,
+        True,
+    )
+    for wrong, told in (
+        ({"micro_batch": 0}, "micro_batch=0"),
+        ({"activation_budget": 0.0}, "activation_budget=0"),
+        ({"activation_budget": 1.0, "gradient_checkpointing": True}, "leave out gradient_checkpointing"),
+    ):
+        with pytest.raises(UserError, match=told):
+            prepare(tiny_config(data, **wrong))
+
+
+def test_the_loss_is_chunked_where_there_are_many_logits() -> None:
+    assert loss_is_chunked(gpt2(), 1)
+    assert not loss_is_chunked(gpt2(block_size=64), 1)
+    assert loss_is_chunked(gpt2(block_size=64), 2)
+    assert not loss_is_chunked(gpt2(vocab_size=65), 480)
+    assert not loss_is_chunked(gpt2(chunked_loss=False), 480)
+    assert loss_is_chunked(gpt2(vocab_size=65, chunked_loss=True), 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "dropout": 0.2, "gradient_checkpointing": True}])
+def test_a_run_without_logits_is_the_same_run(
+    data: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_config(data, out_dir="plain", chunked_loss=False, **changes))
+    monkeypatch.setattr(GPT, "head", None)  # nobody asks for logits
+    train(tiny_config(data, out_dir="chunked", chunked_loss=True, **changes))
+    for a, b in zip(read_metrics(Path("plain")), read_metrics(Path("chunked")), strict=True):
+        for key in {"loss", "train_loss", "val_loss", "grad_norm"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5), key
+
+
+def test_a_choice_is_announced(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny_config(data, out_dir="small"))
+    assert "loss: a piece" not in capsys.readouterr().out
+    monkeypatch.setattr(parallel, "MANY_IDS", 1)
+    monkeypatch.setattr(parallel, "MANY_LOGITS", 1)
+    train(tiny_config(data, out_dir="large"))
+    assert "loss: a piece of the tokens at a time (vocabulary 20; --chunked_loss)" in capsys.readouterr().out
+
+
+def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[str] = []
+    copied = snapshot.copied
+    monkeypatch.setattr(snapshot, "copied", lambda value, *known: copies.append("one") or copied(value, *known))  # type: ignore[func-returns-value]
+    train(tiny_config(data, out_dir="roomy"))
+    assert copies
+    copies.clear()
+    monkeypatch.setattr(snapshot, "free_memory", lambda device: 1000)
+    train(tiny_config(data, out_dir="tight"))
+    assert not copies
+    for step in (4, 8):
+        one, other = (load_checkpoint(Path(name) / f"step-{step:08d}") for name in ("roomy", "tight"))
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+        assert one.optimizer is not None and other.optimizer is not None
+        for name, slots in one.optimizer["state"].items():
+            assert all(torch.equal(slots[slot], other.optimizer["state"][name][slot]) for slot in slots)

@@ -1,0 +1,139 @@
+"""training/progress.py: the estimated schedule of a run is the one that happens; its duration is known after 20 steps."""
+
+from __future__ import annotations
+
+import datetime
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.training.progress import SAVE_AWAITED, Calendar, Remaining, StepTimer, clock_time, in_words
+from llm_from_scratch.training.setup import prepare
+from llm_from_scratch.training.trainer import Trainer, train
+
+from ..tiny import tiny_config
+
+MINUTES = 60.0
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_iters": 9, "eval_interval": 4},
+        {"max_iters": 8, "eval_interval": 4},
+        {"max_iters": 8, "eval_interval": 4, "inclusive_max_iters": True},
+        {"max_iters": 9, "eval_interval": 4, "save_interval": 2},
+        {"max_iters": 3, "eval_interval": 100},
+        {"max_iters": 0},
+    ],
+)
+def test_the_calendar_is_what_happens(tiny_data: Path, settings: dict[str, Any], monkeypatch: Any) -> None:
+    config = tiny_config(tiny_data, out_dir="run", final_eval=True, **settings)
+    happened: dict[str, list[int]] = {"_evaluate": [], "_save": []}
+    for name, steps in happened.items():
+        original = getattr(Trainer, name)
+
+        def noted(self: Trainer, original: Any = original, steps: list[int] = steps) -> None:
+            steps.append(self.state.step)
+            original(self)
+
+        monkeypatch.setattr(Trainer, name, noted)
+    calendar = Calendar.of(prepare(config))
+    result = train(config)
+    for step in range(calendar.last + 1):
+        assert calendar.evaluations(step) == sum(done >= step for done in happened["_evaluate"])
+        assert calendar.saves(step) == sum(step <= done < calendar.last for done in happened["_save"])
+        assert calendar.evaluates(step) == (step in happened["_evaluate"]) or step == calendar.last
+    if calendar.last:
+        assert (
+            result.final is not None and result.final.tokens + 1 == calendar.final_tokens
+        )  # nothing predicts the first
+
+
+class Simulated:
+    """A run on a clock of its own."""
+
+    def __init__(
+        self, calendar: Calendar, first: int, seed: int, update: float, evaluation: float, save: float, cold: float
+    ):
+        self.now, self.calendar, self.first, self.rng = 1000.0, calendar, first, random.Random(seed)
+        self.update, self.evaluation, self.save, self.cold = update, evaluation, save, cold
+        self.timer = StepTimer(clock=lambda: self.now)
+        self.remaining = Remaining(calendar, self.timer, first)
+        self.foretold: dict[int, tuple[float, float]] = {}
+
+    def spend(self, seconds: float, spread: float = 0.03) -> None:
+        self.now += seconds * self.rng.uniform(1 - spread, 1 + spread)
+
+    def run(self) -> None:
+        for step in range(self.first, self.calendar.last):
+            if step % self.calendar.eval_interval == 0:
+                self.spend(self.evaluation * (self.cold if step == self.first else 1))
+            if step and step % (self.calendar.save_interval or self.calendar.eval_interval) == 0:
+                self.spend(self.save)
+            self.timer.start()
+            self.spend(self.update * (8 if step == self.first else 1), spread=0.3)
+            self.timer.pause()
+            self.spend(self.update / 4)
+            if step % 20 == 19 and (seconds := self.remaining.seconds(step + 1)) is not None:
+                self.foretold[step + 1] = (self.now, seconds)
+        if self.calendar.evaluates_last:
+            self.spend(self.evaluation)
+        if self.calendar.final_eval:
+            self.spend(self.evaluation * self.calendar.final_tokens / self.calendar.eval_tokens)
+        self.now += self.calendar.save_bytes * SAVE_AWAITED
+
+
+@pytest.mark.parametrize("first", [0, 37])
+@pytest.mark.parametrize("save_interval", [None, 40])
+@pytest.mark.parametrize(
+    "evaluation,save",
+    [(0.0, 0.0), (2.0, 0.0), (20.0, 0.1), (20.0, 1.0)],  # of an update of 0.1 s: up to most of the run
+)
+def test_after_20_updates_the_end_is_known(
+    first: int, save_interval: int | None, evaluation: float, save: float
+) -> None:
+    size = int(save / 3.1e-9) // 2  # the first one shows that it is more than expected
+    calendar = Calendar(1000, 100, save_interval, True, True, 1000, 50_000, 120_000, size)
+    for seed in range(2):
+        run = Simulated(calendar, first, seed, 0.1, evaluation, save, cold=1.1 if save < 0.5 else 2.0)
+        run.run()
+        assert 1 not in run.foretold  # one update tells nothing: it warms up
+        knows = (
+            20 if first == 0 and save < 0.5 else 400
+        )  # else nothing of an evaluation, or of a save, has been seen yet
+        for step in (knows, 600, 900):
+            now, seconds = run.foretold[step]
+            assert seconds == pytest.approx(run.now - now, rel=0.1), step
+
+
+def test_before_anything_is_seen_it_is_expected() -> None:
+    now = 0.0
+    timer = StepTimer(clock=lambda: now)
+    calendar = Calendar(100, 50, None, False, False, 10, 90, 1000, 0)
+    remaining = Remaining(calendar, timer, first=10)
+    for _ in range(2):
+        assert remaining.seconds(10) is None  # the first update warms up: it tells nothing
+        timer.start()
+        now += 2.0
+        timer.pause()
+    # 88 updates of 2 s; one evaluation of 90 tokens, each of which takes a third of an update's 0.2 s
+    assert remaining.seconds(12) == pytest.approx(88 * 2.0 + 90 * 0.2 / 3)
+
+
+def test_a_long_last_evaluation_is_left_out() -> None:
+    calendar = Calendar(100, 50, None, True, True, 10, 100, 121_000, 0)
+    assert calendar.final_seconds(rate=1000.0, trained=100.0) == 0.0
+    assert calendar.final_seconds(rate=1000.0, trained=122.0) == 121.0
+    assert calendar.final_seconds(rate=1100.0, trained=100.0) == 110.0
+
+
+def test_lengths_of_time() -> None:
+    shown = {3.4: "3 s", 59.6: "1 min 00 s", 61: "1 min 01 s", 3599.6: "1 h 00 min", 5400: "1 h 30 min",
+             47 * 3600: "47 h 00 min", 50 * 3600 + 59: "2 d 02 h"}  # fmt: skip
+    assert {seconds: in_words(seconds) for seconds in shown} == shown
+    evening = datetime.datetime(2026, 11, 20, 23, 0)
+    assert clock_time(1800, evening) == "23:30" and clock_time(3600, evening) == "2026-11-21 00:00"

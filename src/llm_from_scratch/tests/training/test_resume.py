@@ -1,0 +1,422 @@
+"""Going on with a run: what is kept, what is told, what is refused; saving beside the loop; one trainer a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llm_from_scratch.checkpoint import store as checkpoints
+from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
+from llm_from_scratch.errors import TrainingError, UserError
+from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.machine.lock import FolderLock
+from llm_from_scratch.training import evaluate, loggers, resume, setup, trainer
+from llm_from_scratch.training.setup import prepare
+from llm_from_scratch.training.state import copied
+from llm_from_scratch.training.trainer import Trainer, train
+
+from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_each_difference_from_the_saved_settings_is_told(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_config(tiny_data, out_dir="run"))
+    capsys.readouterr()
+    train(tiny_config(tiny_data, out_dir="run", init_from="resume"))
+    assert "changed" not in capsys.readouterr().out and "not bit-exact" not in capsys.readouterr().out
+    train(tiny_config(tiny_data, out_dir="run", init_from="resume", max_iters=9, learning_rate=0.02, eval_interval=3))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed")]
+    assert told == [
+        "changed since the checkpoint: max_iters 8 -> 9",
+        "changed since the checkpoint: eval_interval 4 -> 3",
+        "changed since the checkpoint: learning_rate 0.01 -> 0.02",
+    ]
+
+
+def test_the_layout_of_the_same_batch_may_change(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"out_dir": "run", "max_iters": 4, "batch_size": 8, "schedule": "constant"}
+    train(tiny_config(tiny_data, **settings))
+    capsys.readouterr()
+    more = {**settings, "max_iters": 8, "init_from": "resume", "batch_size": 2, "gradient_accumulation_steps": 4}
+    train(tiny_config(tiny_data, **more))
+    assert "not bit-exact from here on: micro_batch 8 -> 2" in capsys.readouterr().out
+    train(tiny_config(tiny_data, **{**settings, "init_from": "resume", "max_iters": 8}))  # and back
+    assert "not bit-exact from here on: micro_batch 2 -> 8" in capsys.readouterr().out
+    train(tiny_config(tiny_data, out_dir="whole", max_iters=8, batch_size=8, schedule="constant"))
+    one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("run", "whole"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
+
+
+def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda: False)
+    settings = {"out_dir": "run", "dtype": "auto", "compile": "auto"}
+    train(tiny_config(tiny_data, **settings))
+    saved = load_checkpoint(find_checkpoint("run", "last"))
+    machine = saved.trainer["machine"]
+    assert machine == {
+        "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "dtype": "float32", "compile": False,
+        "fused": True, "micro_batch": 4, "threads": 1, "processes": 1, "torch": torch.__version__,
+    }  # fmt: skip
+
+    def resolved(device: str = "cpu", **before: Any) -> tuple[runtimes.Runtime, list[str]]:
+        other = dataclasses.replace(saved, trainer={"machine": {**machine, **before}})
+        runtime = dataclasses.replace(runtimes.resolve(config.system), device=torch.device(device))
+        return resume.same_machine(config, runtime, other), resume.not_bit_exact(machine, other)
+
+    config = tiny_config(tiny_data, **settings)
+    runtime, told = resolved(dtype="bfloat16", compile=True, threads=1)
+    assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.bfloat16, True, 1)
+    assert runtime.reasons["dtype"] == "bfloat16 (as the run began)"
+    assert told == ["not bit-exact from here on: compile True -> False, dtype bfloat16 -> float32"]
+    runtime, _ = resolved(device="mps", dtype="bfloat16")  # another device: chosen anew
+    assert runtime.dtype == torch.float32 and runtime.threads is None
+    runtime, _ = resolved(threads=100_000)
+    assert runtime.threads is None
+    config = tiny_config(tiny_data, **{**settings, "dtype": "float32", "compile": False, "threads": 2})
+    runtime, _ = resolved(dtype="bfloat16", compile=True, threads=1)
+    assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.float32, False, 2)
+    assert resolved(torch="1.0")[1] == [f"not bit-exact from here on: torch 1.0 -> {torch.__version__}"]
+    (told_,) = resume.not_bit_exact(machine, Checkpoint(None, 0, saved.model_config, {}))
+    assert told_ == "not bit-exact from here on: the checkpoint does not say on what it was made"
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
+def test_one_changed_token_is_noticed(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In files of 800,000 bytes that are hashed whole, and at their ends where they are above the limit."""
+    ids = np.tile(TOKENIZER.encode(babble(40_000)), 10)
+    data = write_data(tmp_path / "data", train=ids, val=ids[:300_000])
+    for limit in (1 << 30, 300_000):
+        if limit < ids.nbytes and where not in ("first", "last"):
+            continue
+        monkeypatch.setattr(setup, "HASHED", limit)
+        config = tiny_config(data, out_dir=f"run{limit}", max_iters=2)
+        train(config)
+        place = {"first": 0, "middle": 123_456, "last": len(ids) - 1, "val": 299_999}[where]
+        path = data / ("val.bin" if where == "val" else "train.bin")
+        tokens = np.fromfile(path, "<u2")
+        tokens[place] ^= 1
+        tokens.tofile(path)
+        again = dataclasses.replace(config, training=dataclasses.replace(config.training, init_from="resume"))
+        with pytest.raises(UserError, match="not those that the run began with"):
+            train(again)
+        tokens[place] ^= 1
+        tokens.tofile(path)
+        train(again)
+
+
+# --- saving beside the loop ---
+
+
+def test_a_copy_is_out_of_reach_and_names_of_one_tensor_share_it() -> None:
+    weight = torch.arange(4.0)
+    state = {"head": weight, "embedding": weight, "part": weight[:2], "rest": [1, {"step": torch.tensor(3.0)}]}
+    taken = copied(state)
+    weight.zero_()
+    state["rest"][1]["step"].add_(1)  # type: ignore[index]
+    assert taken["head"].tolist() == [0, 1, 2, 3] and taken["head"] is taken["embedding"]
+    assert taken["part"].tolist() == [0, 1] and taken["rest"][1]["step"].item() == 3
+    assert taken["rest"][0] == 1
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save of step 4 waits until step 6 is done, and still holds the weights of step 4."""
+    reached, save, update = threading.Event(), checkpoints.save_checkpoint, Trainer._update
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        assert kwargs["step"] != 4 or reached.wait(30)
+        return save(*args, **kwargs)
+
+    def updated(self: Trainer) -> None:
+        update(self)
+        if self.state.step == 6:
+            reached.set()
+
+    train(tiny_config(tiny_data, out_dir="plain", keep_last=9))
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    monkeypatch.setattr(Trainer, "_update", updated)
+    train(tiny_config(tiny_data, out_dir="slow", keep_last=9))
+    for step in (4, 8):
+        one, other = (load_checkpoint(find_checkpoint(name, step)) for name in ("plain", "slow"))
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+        assert one.trainer == {**other.trainer, "run_id": one.trainer["run_id"]}
+
+
+def test_a_run_that_fails_waits_for_its_checkpoint(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, update, failed = checkpoints.save_checkpoint, Trainer._update, threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        assert failed.wait(30)
+        return save(*args, **kwargs)
+
+    def fails(self: Trainer) -> None:
+        if self.state.step == 5:
+            failed.set()
+            raise TrainingError("no more")
+        update(self)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    monkeypatch.setattr(Trainer, "_update", fails)
+    with pytest.raises(TrainingError, match="no more"):
+        train(tiny_config(tiny_data, out_dir="run"))
+    assert find_checkpoint("run").name == "step-00000004"
+
+
+def test_a_last_save_that_fails_is_tried_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls = checkpoints.save_checkpoint, []
+
+    def fails_once(*args: Any, **kwargs: Any) -> Path:
+        calls.append(kwargs["step"])
+        if len(calls) == 1:
+            raise checkpoints.SaveError("no space left")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fails_once)
+    monkeypatch.setattr(trainer, "estimate_loss", lambda *_: 1.0)
+    config = tiny_config(tiny_data, out_dir="run", eval_interval=2, early_stopping_patience=1)
+    assert train(config).exit_code == 0  # the run ends at the step whose save has failed
+    assert calls == [2, 2] and find_checkpoint("run").name == "step-00000002"
+
+
+def test_a_file_for_nanogpt_that_cannot_be_written_costs_no_checkpoint(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Path:
+        raise checkpoints.SaveError("no space left")
+
+    monkeypatch.setattr(checkpoints, "write_nanogpt", full)
+    assert train(tiny_config(tiny_data, out_dir="run", save_nanogpt_ckpt=True)).exit_code == 0
+    told = capsys.readouterr().out
+    assert told.count("warning: ckpt.pt is not written: no space left") == told.count("saved checkpoint run/step-") == 2
+    assert find_checkpoint("run", "last").name == "step-00000008"
+
+
+def test_a_save_for_which_memory_is_short_costs_a_warning(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, calls = checkpoints.save_checkpoint, []
+
+    def short(*args: Any, **kwargs: Any) -> Path:
+        calls.append(kwargs["step"])
+        if len(calls) == 1:
+            raise MemoryError
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", short)
+    assert train(tiny_config(tiny_data, out_dir="run")).exit_code == 0
+    assert "warning: step 4 is not saved: out of memory" in capsys.readouterr().out and calls == [4, 8]
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_data_that_fails_under_the_run_costs_no_step(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also before the first checkpoint."""
+    data = write_data(tmp_path / "data")
+    update: Callable[[Trainer], None] = Trainer._update
+
+    def cuts(self: Trainer) -> None:
+        if self.state.step == at:
+            os.truncate(data / "train.bin", 100)
+            self.loader.ahead = None
+        update(self)
+
+    whole = (data / "train.bin").read_bytes()
+    train(tiny_config(data, out_dir="whole"))
+    monkeypatch.setattr(Trainer, "_update", cuts)
+    with pytest.raises(UserError, match=r"train.bin has become shorter while it was read"):
+        train(tiny_config(data, out_dir="run"))
+    monkeypatch.setattr(Trainer, "_update", update)
+    assert find_checkpoint("run", "last").name == f"step-0000000{at}"
+    (data / "train.bin").write_bytes(whole)
+    train(tiny_config(data, out_dir="run", init_from="resume"))
+    one, other = (load_checkpoint(find_checkpoint(name, "last")).model for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a signal while the run evaluates ---
+
+
+@pytest.fixture
+def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends SIGTERM before the n-th batch that is evaluated from now on."""
+
+    def arrange(batch: int) -> None:
+        rest, loss = iter(range(1, 1000)), original
+
+        def counted(*args: Any) -> float:
+            if next(rest) == batch:
+                signal.raise_signal(signal.SIGTERM)
+            return loss(*args)
+
+        monkeypatch.setattr(evaluate, "_loss", counted)
+
+    original = evaluate._loss
+    monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 2)
+    return arrange
+
+
+def test_an_evaluation_does_not_hold_up_a_signal(
+    tiny_data: Path, signal_at: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight batches an evaluation: the fourth of step 4 is the last; step 4 is saved, and evaluated by the resume."""
+    settings = {"dropout": 0.1, "keep_last": 9, "final_eval": True}
+    train(tiny_config(tiny_data, out_dir="whole", **settings))
+    assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 0
+    signal_at(12)
+    result = train(tiny_config(tiny_data, out_dir="cut", **settings))
+    assert (result.exit_code, result.step) == (143, 4) and "stopped at step 4" in capsys.readouterr().out
+    assert load_checkpoint(find_checkpoint("cut", 4)).manifest["val_loss"] is None
+    signal_at(12)  # the evaluation of step 8
+    more = tiny_config(tiny_data, out_dir="cut", init_from="resume", **settings)
+    assert train(more).exit_code == 143 and find_checkpoint("cut", "last").name == "step-00000008"
+    signal_at(9)  # the evaluation of the whole split: the run is complete
+    assert train(more).exit_code == 143
+    assert "the run is complete" in capsys.readouterr().out
+    signal_at(1000)
+    assert train(more).exit_code == 0
+    for step in (4, 8):
+        one, other = (load_checkpoint(find_checkpoint(name, step)) for name in ("whole", "cut"))
+        assert one.manifest["val_loss"] == other.manifest["val_loss"]
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+    for key in ("loss", "val_loss", "val_loss_full"):
+        one_, other_ = ([e[key] for e in read_metrics(Path(name)) if key in e] for name in ("whole", "cut"))
+        assert one_ == other_, key
+    signal_at(2)
+    assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 143
+
+
+def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    def until_four(line: str, **_: Any) -> None:
+        lines.append(line)
+        if line.startswith("iter 4:"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(loggers, "print", until_four, raising=False)
+    result = train(tiny_config(tiny_data, out_dir="run"))
+    assert (result.exit_code, result.step) == (141, 5) and lines[-1].startswith("iter 4:")
+    assert find_checkpoint("run", "last").name == "step-00000005"
+
+
+# --- one trainer a folder ---
+
+HOLD = """
+import sys
+from pathlib import Path
+from llm_from_scratch.machine.lock import FolderLock
+lock = FolderLock(Path("run"))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_is_refused_and_a_dead_one_does_not_block(tiny_data: Path) -> None:
+    train(tiny_config(tiny_data, out_dir="run", max_iters=4))
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for init_from in ("scratch", "resume"):
+            with pytest.raises(UserError, match="another process trains in run: wait for its end, stop it, or take"):
+                train(tiny_config(tiny_data, out_dir="run", init_from=init_from))
+        train(tiny_config(tiny_data, out_dir="run", init_from="resume", eval_only=True))  # reads only
+        train(tiny_config(tiny_data, out_dir="elsewhere"))
+        assert {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} == before
+        other.kill()
+    assert train(tiny_config(tiny_data, out_dir="run", init_from="resume")).step == 8
+
+
+def test_what_a_checkpoint_says_of_the_network_is_asked_for_anew(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llm_from_scratch.cli.train import main
+
+    monkeypatch.setattr(loggers, "require", lambda *_: None)
+    monkeypatch.setattr(loggers, "WandB", lambda config: loggers.JsonLines(Path("wandb.jsonl"), None))
+    train(tiny_config(tiny_data, out_dir="run", wandb_log=True))
+    Path("wandb.jsonl").unlink()
+    capsys.readouterr()
+    assert main([f"--dataset={tiny_data}", "--out_dir=run", "--init_from=resume", "--max_iters=9"]) == 0
+    assert "changed since the checkpoint: wandb_log True -> False" in capsys.readouterr().out
+    assert not Path("wandb.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("recent_losses", 5), ("recent_losses", [[1, "x"]]), ("data_shift", "a"), ("data_shift", 10**30),
+     ("data_shift", -100), ("best_val_loss", "low"), ("rollbacks", []), ("evaluated_at", 0.5)],
+)  # fmt: skip
+def test_a_state_that_is_none_of_a_run_is_refused_in_a_line(tiny_data: Path, name: str, value: Any) -> None:
+    train(tiny_config(tiny_data, out_dir="run"))
+    found = load_checkpoint(find_checkpoint("run", "last"))
+    checkpoints.save_checkpoint(
+        "bad", step=found.step, model_config=found.model_config, model=found.model, run_id="x", rng=found.rng,
+        optimizer=found.optimizer, trainer={**found.trainer, name: value}, config=found.config,
+        tokenizer=found.tokenizer, dataset_hash=found.manifest["dataset_sha256"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="does not hold the state of a run"):
+        train(tiny_config(tiny_data, out_dir="bad", init_from="resume", max_iters=9))
+
+
+def test_a_lock_is_let_go_of_at_the_end_also_of_a_run_that_fails(tiny_data: Path) -> None:
+    with pytest.raises(UserError):
+        train(tiny_config(tiny_data, out_dir="run", block_size=5000))
+    assert not Path("run").exists()
+    train(tiny_config(tiny_data, out_dir="run"))
+    lock = FolderLock(Path("run"))
+    lock.acquire()
+    lock.acquire()  # its own
+    lock.release()
+
+
+def test_auto_goes_on_where_there_is_a_checkpoint_and_never_starts_afresh_over_a_damaged_one(tiny_data: Path) -> None:
+    from llm_from_scratch.cli.train import main
+
+    words = [*arguments(dataset=tiny_data, out_dir="run", init_from="auto"), "--max_iters=4"]
+    assert main(words) == 0 and find_checkpoint("run", "last").name == "step-00000004"
+    assert main([*words, "--max_iters=6"]) == 0
+    assert [e["step"] for e in read_metrics(Path("run")) if "loss" in e] == list(range(6))
+    assert not list(Path("run").glob("previous-*"))
+    assert train(tiny_config(tiny_data, out_dir="run", init_from="auto")).step == 8
+    for folder in Path("run").glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"")
+    assert main(words) == 2 and not list(Path("run").glob("previous-*"))
+
+
+def test_a_damaged_checkpoint_is_named_once_and_set_aside(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_from_scratch.cli.train import main
+
+    train(tiny_config(tiny_data, out_dir="run"))
+    weights = Path("run/step-00000008/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main([f"--dataset={tiny_data}", "--out_dir=run", "--init_from=resume"]) == 0
+    told = capsys.readouterr()
+    assert told.err.count("warning: damaged: run/damaged-step-00000008 (") == told.err.count("warning") == 1
+    assert "resuming from run/step-00000004 at step 4" in told.out
+    assert Path("run/damaged-step-00000008").is_dir() and find_checkpoint("run").name == "step-00000008"
+
+
+def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint"):
+        prepare(tiny_config(tiny_data, out_dir="none", init_from="resume"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(tiny_config(tiny_data, out_dir="none", init_from="resume"))
+    assert not Path("none").exists()

@@ -1,0 +1,235 @@
+"""A run's state as a checkpoint holds it: copied between two steps, written beside the loop, given back on resume."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..checkpoint import store as checkpoints
+from ..checkpoint.store import Checkpoint
+from ..errors import SaveError, UserError
+from ..machine.device import Runtime, is_out_of_memory
+from .microbatch import free_memory
+from .optimizer import load_optimizer_state
+
+
+@dataclass
+class TrainState:
+    """All that must survive besides weights, optimizer state and random states."""
+
+    run_id: str
+    step: int = 0
+    best_val_loss: float = 1e9
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    evaluated_at: int = -1
+    saved_at: int = -1
+    val_loss: float | None = None
+    """Estimated at evaluated_at."""
+    recent_losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss), by which a spike is known."""
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    data_shift: int = 0
+    """Steps by which roll-backs have moved the order of the data on."""
+
+
+def copied(value: Any, _known: dict[tuple, Tensor] | None = None) -> Any:
+    """A copy of nested state on the CPU that later steps do not reach. Names of one tensor share one copy."""
+    known = {} if _known is None else _known
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if key not in known:
+            known[key] = value.detach().to("cpu", copy=True)
+        return known[key]
+    if isinstance(value, dict):
+        return {name: copied(item, known) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item, known) for item in value)
+    return value
+
+
+def _room_for_a_copy(contents: Any) -> bool:
+    """Whether a copy leaves at least as much memory free again: what trains on must find its own."""
+    free = free_memory(torch.device("cpu"))
+    tensors = [leaf for leaf in tree_leaves(contents) if isinstance(leaf, Tensor)]
+    if free is None or any(tensor.device.type != "cpu" for tensor in tensors):
+        return True
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return 2 * sum(storages.values()) <= free
+
+
+@dataclass
+class Saved:
+    """What became of a save."""
+
+    step: int
+    path: Path | None = None
+    """None where there is no checkpoint of this step."""
+    error: UserError | None = None
+    """Why not; or, with a path, why the file for nanoGPT is missing."""
+
+
+class Writer:
+    """Saves in a thread, one checkpoint at a time. A process that must end at once does not wait for it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._saved = Saved(-1)
+        self._bug: BaseException | None = None
+
+    def start(
+        self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
+    ) -> None:
+        """contents: a Checkpoint's fields, which are copied here and now; or, where memory is short for that, written
+        before this returns. first: what must be durable before it is; export: also as out_dir/ckpt.pt for nanoGPT;
+        of_the_run: the other arguments of save_checkpoint()."""
+        assert self._thread is None
+        saved = self._saved = Saved(contents["step"])
+        waits = not _room_for_a_copy(contents)
+        try:
+            contents = contents if waits else copied(contents)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            saved.error = SaveError("out of memory")
+
+        def work() -> None:
+            if saved.error is not None:
+                return
+            try:
+                first()
+                saved.path = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
+                if export:
+                    whole = Checkpoint(path=None, **contents)
+                    checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
+            except UserError as error:
+                saved.error = error
+            except OSError as error:  # of first()
+                saved.error = SaveError(error.strerror or str(error))
+            except BaseException as error:  # raised in the loop's own thread
+                if is_out_of_memory(error):  # of a copy for the file
+                    saved.error = SaveError("out of memory")
+                else:
+                    self._bug = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        if waits:
+            self._thread.join()
+
+    def finished(self, wait: bool) -> Saved | None:
+        """What became of the save, once; None where there is none, or it goes on."""
+        if self._thread is None or (not wait and self._thread.is_alive()):
+            return None
+        self._thread.join()
+        self._thread = None
+        if self._bug is not None:
+            raise self._bug
+        return self._saved
+
+
+def random_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The generators' states of every process: {"cpu.RANK": uint8 tensor, "cuda.RANK": ...}. All take part."""
+    states: dict[str, Tensor] = {}
+    for kind, (get, _) in _generators(runtime).items():
+        tensor = get()
+        parts = [tensor]
+        if runtime.world_size > 1:
+            local = tensor.to(runtime.device)
+            parts = [torch.empty_like(local) for _ in range(runtime.world_size)]
+            torch.distributed.all_gather(parts, local)
+        states |= {f"{kind}.{rank}": part.cpu() for rank, part in enumerate(parts)}
+    return states
+
+
+def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """Of the devices that this process draws numbers on: how their states are read and set."""
+    found: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = {
+        "cpu": (torch.get_rng_state, torch.set_rng_state)
+    }
+    if runtime.device.type == "cuda":
+        device = runtime.device
+        found["cuda"] = (
+            lambda: torch.cuda.get_rng_state(device),
+            lambda state: torch.cuda.set_rng_state(state, device),
+        )
+    if runtime.device.type == "mps":
+        found["mps"] = (torch.mps.get_rng_state, torch.mps.set_rng_state)
+    return found
+
+
+@contextlib.contextmanager
+def _state_checked(path: Path | None) -> Iterator[None]:
+    """What is met in a state that is none of a run, as one line."""
+    try:
+        yield
+    except UserError:
+        raise  # says itself what is wrong
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not hold the state of a run ({why}); start a new one from it") from None
+
+
+def restore(
+    saved: Checkpoint,
+    state: TrainState,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    runtime: Runtime,
+    dropout: bool,
+) -> list[str]:
+    """Gives optimizer, scaler, counters and random states back. Returns what cannot be as it was, a line each.
+
+    Raises UserError where the checkpoint holds something else under their names.
+    """
+    with _state_checked(saved.path):
+        notes = []
+        if saved.optimizer is not None:
+            load_optimizer_state(optimizer, saved.optimizer)
+        else:
+            notes.append("the checkpoint holds no optimizer state: the moments start from zero")
+        trainer = dict(saved.trainer)
+        known = trainer.pop("scaler", None)
+        if known and scaler.is_enabled():
+            scaler.load_state_dict(known)
+        for name in vars(state):
+            value = trainer.get(name)
+            if value is None:
+                continue
+            kinds = {
+                "run_id": (str,),
+                "recent_losses": (list,),
+                "best_val_loss": (int, float),
+                "val_loss": (int, float),
+            }
+            if type(value) not in kinds.get(name, (int,)):
+                raise ValueError(f"{name} is {str(value)[:40]!r}")
+            if type(value) is int and not (0 if name in ("rollbacks", "data_shift") else -1) <= value < 1 << 53:
+                raise ValueError(f"{name} is {str(value)[:40]}")
+            setattr(state, name, value)
+        state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
+        state.step = saved.step
+        # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
+        state.saved_at = saved.step if state.evaluated_at == saved.step else -1
+        generators = _generators(runtime)
+        processes = sum(name.startswith("cpu.") for name in saved.rng)
+        if processes == runtime.world_size and all(f"{kind}.{runtime.rank}" in saved.rng for kind in generators):
+            for kind, (_, put) in generators.items():
+                put(saved.rng[f"{kind}.{runtime.rank}"])
+        elif dropout:
+            why = (
+                "other processes or devices than the checkpoint's"
+                if saved.rng
+                else "the checkpoint has no random states"
+            )
+            notes.append(f"{why}: dropout is drawn anew, not bit-exact")
+        return notes

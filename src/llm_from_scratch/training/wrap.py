@@ -1,0 +1,169 @@
+"""What is put around the model, in this order: activation checkpointing, compilation, data parallelism."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from ..config import Config
+from ..core.model import GPT
+from ..errors import UserError
+from ..kernels.cross_entropy import loss_in_pieces
+from ..kernels.float8 import use_fp8
+from ..kernels.recompute import recompute
+from ..machine.device import Runtime, forked_random, is_out_of_memory
+
+# Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
+CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}
+REPAYS_COMPILING = 10
+NARROW = 256
+# Measured on a CPU: with fewer the plain loss is as fast, and what it takes does not matter
+MANY_IDS, MANY_LOGITS = 2048, 1 << 22
+LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is taken to wait for the launches of its kernels; not measured
+
+
+@dataclass
+class Wrapped:
+    """One model in the forms that the loop needs; all share their parameters."""
+
+    raw: GPT
+    """The bare model: state, sampling."""
+    compiled: nn.Module
+    """For evaluation: compiled where the run compiles."""
+    train: nn.Module
+    """For training: with gradients averaged over the processes."""
+    is_compiled: bool
+    is_recorded: bool = False
+    """Whether a pass replays a CUDA graph: what it leaves, gradients too, lies in memory that the next pass uses."""
+
+
+def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
+    """Raises UserError where compile=True is asked for and fails; under auto a failure falls back to eager."""
+    if config.system.fp8 and (count := use_fp8(model)):
+        say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
+    recompute(model, config, runtime, micro_batch, say)
+    if loss_is_chunked(config, micro_batch):
+        if config.training.chunked_loss == "auto":
+            say(f"loss: a piece of the tokens at a time (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
+        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
+        model.loss_of = functools.partial(loss_in_pieces, model)  # type: ignore[method-assign]
+    compiled, is_recorded = None, False
+    if runtime.compile:
+        compiled, is_recorded = _compile(model, config, runtime, micro_batch, say)
+    if runtime.compile and compiled is None:  # it failed: as if it had never been tried
+        recompute(model, config, dataclasses.replace(runtime, compile=False), micro_batch, say)
+    train = model if compiled is None else compiled
+    if runtime.world_size > 1:
+        ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+        train = nn.parallel.DistributedDataParallel(train, device_ids=ids)
+    return Wrapped(model, model if compiled is None else compiled, train, compiled is not None, is_recorded)
+
+
+def loss_is_chunked(config: Config, micro_batch: int) -> bool:
+    """Whether head and loss go over a piece of the tokens at a time."""
+    if isinstance(config.training.chunked_loss, bool):
+        return config.training.chunked_loss
+    vocab_size = config.model.vocab_size or 0
+    return vocab_size >= MANY_IDS and micro_batch * config.model.block_size * vocab_size >= MANY_LOGITS
+
+
+def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
+    """compile=auto on a CPU, for a run of so many floating-point operations: compiling takes a minute at first (later
+    runs find it on disk) and saves a tenth of the time or more where a model is narrow, so that its time goes into
+    small operations; not with dropout, whose masks this program makes faster than the compiler does."""
+    if config.system.compile != "auto" or runtime.device.type != "cpu" or runtime.compile:
+        return runtime
+    if config.model.n_embd > NARROW or config.model.dropout > 0:
+        return runtime
+    threads = runtime.threads or torch.get_num_threads()
+    minutes = flops / (threads * CPU_FLOPS[runtime.dtype]) / 60
+    if minutes < REPAYS_COMPILING:
+        return runtime
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    reason = f"a run of about {minutes:,.0f} min repays it" if compiler else "no C++ compiler here (CXX)"
+    reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
+    return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
+
+
+def _records(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
+    """Whether the compiled model's kernels are recorded and launched as one (CUDA graphs). auto: where a GPU would wait
+    for their launches, and a pass is a whole update. Raises UserError where it is asked for and cannot be."""
+    wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
+    if config.model.max_ngram and wanted is True:
+        raise UserError("--cuda_graphs=True does not go with max_ngram, whose gradients are sparse; leave it at auto")
+    if wanted != "auto":
+        return wanted
+    small = sum(p.numel() for p in model.parameters()) <= LAUNCH_BOUND and not config.model.max_ngram
+    return small and runtime.device.type == "cuda" and runtime.world_size == 1 and micro_batch == sequences
+
+
+def _compile(
+    model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]
+) -> tuple[nn.Module | None, bool]:
+    """The compiled model, None where that fails; and whether its kernels are recorded."""
+    recorded = _records(model, config, runtime, micro_batch)
+    say("compiling the model (about a minute)")
+    if recorded:
+        try:
+            compiled = _tried(model, config, runtime, micro_batch, recorded)
+            say("CUDA graphs: the model's kernels are recorded once, and launched as one (--cuda_graphs)")
+            return compiled, True
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            if config.system.cuda_graphs is True:
+                if is_out_of_memory(error):
+                    raise
+                raise UserError(f"CUDA graphs failed ({reason}); leave --cuda_graphs out") from None
+        say(f"CUDA graphs failed ({reason}); compiling without them")
+        torch._dynamo.reset()  # which also gives back their memory
+    try:
+        return _tried(model, config, runtime, micro_batch, False), False
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise  # a smaller batch may fit
+        reason = " ".join(str(error).split())[:200]
+        if not runtime.compile_may_fail:
+            raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
+    say(f"torch.compile failed ({reason}); going on without it")
+    torch._dynamo.reset()
+    for block in model.transformer.h:
+        block._compiled_call_impl = None
+    dataclasses.replace(runtime, compile=False).place(model)
+    return None, False
+
+
+def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recorded: bool) -> nn.Module:
+    """The compiled model, tried on a batch of the run's shape, so that a failure shows before step 0."""
+    shape = (micro_batch, config.model.block_size)
+    x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
+    in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
+    compiled: nn.Module = model
+    try:
+        if in_parts:  # one block stands for all: a fraction of the compiling; and sparse gradients stay outside
+            for block in model.transformer.h:
+                block.compile(dynamic=False)
+        elif recorded:
+            compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)  # type: ignore[assignment]
+            # what a pass leaves in the graph's memory, the next one overwrites: by then nobody may need it
+            compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        else:
+            compiled = torch.compile(model)  # type: ignore[assignment]
+        with forked_random(runtime.device):  # the trial must not move the run's random numbers
+            for _ in range(3 if recorded else 1):  # which warms up, records, and replays
+                with runtime.autocast():
+                    _, loss = compiled.train()(x, y)
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+                compiled.eval()
+                with runtime.autocast(), torch.no_grad():
+                    compiled(x, y)
+    finally:
+        model.train().zero_grad(set_to_none=True)
+    return compiled
