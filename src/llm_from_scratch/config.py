@@ -1,9 +1,8 @@
-"""Every setting of the project: typed, named once, documented where it is declared.
+"""Every setting of the project: name, type, default, bounds and help text.
 
-The names and the default values are nanoGPT's wherever nanoGPT has the setting. A leaf name is unique over
-all sections, so `--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat
-Python preset all reach the same field. The text under a field is what `--help` prints for it.
-Imports neither torch nor anything of ours: `--help` must answer at once.
+Names and defaults are nanoGPT's if nanoGPT has the setting. A leaf name is unique over all sections, so
+`--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same
+field. `--help` prints the text under a field. This file does not import torch, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from .errors import UserError
 
 @dataclass
 class GPTConfig:
-    """The model's architecture. The defaults are GPT-2's (124M); every other choice is an option of the same model."""
+    """The model's architecture. The defaults are GPT-2 (124M)."""
 
     block_size: int = 1024
     """Context length in tokens."""
     vocab_size: int | None = 50304
-    """Rows of the token embedding. In a command, None takes it from the data (GPT-2's 50257 is padded to 50304)."""
+    """Rows of the token embedding. None: from the data (GPT-2's 50257 is padded to 50304)."""
     n_layer: int = 12
     """Number of transformer blocks."""
     n_head: int = 12
-    """Number of attention (query) heads; divides n_embd."""
+    """Number of attention (query) heads. Must divide n_embd."""
     n_embd: int = 768
     """Width of the residual stream."""
     dropout: float = 0.0
-    """Dropout probability; 0 for pretraining, 0.1 or more for finetuning on little data."""
+    """Dropout probability. Use 0 for pretraining, 0.1 or more for finetuning on little data."""
     bias: bool = True
-    """Biases in linear layers and LayerNorms, as GPT-2 has them. False is a bit better and faster."""
+    """Biases in linear layers and LayerNorms, as in GPT-2. False is slightly better and faster."""
     n_kv_head: int | None = None
-    """Key/value heads of grouped-query attention; divides n_head. None is one per query head."""
+    """Key/value heads of grouped-query attention. Must divide n_head. None: one per query head."""
     pos_embedding: Literal["learned", "rope"] = "learned"
-    """Positions: a learned table (GPT-2) or rotary embeddings (RoPE, arXiv 2104.09864)."""
+    """Position encoding: a learned table (GPT-2) or rotary embeddings (RoPE, arXiv 2104.09864)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -45,41 +44,41 @@ class GPTConfig:
     norm_eps: float = 1e-5
     """Epsilon of the normalisation layers."""
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
-    """MLP non-linearity: exact GELU (nanoGPT), tanh GELU (OpenAI's GPT-2), squared ReLU, or SwiGLU."""
+    """MLP activation: exact GELU (nanoGPT), tanh GELU (OpenAI's GPT-2), squared ReLU or SwiGLU."""
     mlp_hidden: int | None = None
-    """Hidden width of the MLP. None is 4 * n_embd; for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
+    """Hidden width of the MLP. None: 4 * n_embd, or for swiglu 8/3 * n_embd rounded up to a multiple of 64."""
     qk_norm: bool = False
-    """RMSNorm on queries and keys, per head, before the rotation (as Qwen3 has it)."""
+    """RMSNorm on queries and keys, per head, before RoPE (as in Qwen3)."""
     tie_embeddings: bool = True
-    """One matrix for the token embedding and the output head."""
+    """Share one matrix between the token embedding and the output head."""
     logit_softcap: float = 0.0
-    """Caps logits softly: c * tanh(logits / c). 0 is off."""
+    """Soft-cap the logits: c * tanh(logits / c). 0: off."""
     embedding_norm: bool = False
     """Normalise the embeddings before the first block."""
     zero_init: bool = False
-    """Start with blocks that add nothing to the stream, and a head of zeros unless it is tied; suits Muon."""
+    """Initialise the output projections of the blocks, and an untied head, to zero. Works well with Muon."""
     max_ngram: int = 0
-    """Add embeddings of the last 2, the last 3, ... the last max_ngram tokens: small models learn faster. 0: off."""
+    """Add embeddings of the last 2, 3, ..., max_ngram tokens. Small models learn faster. 0: off."""
     ngram_rows: int = 65536
-    """Rows of the table for each length up to max_ngram, into which runs of tokens are hashed."""
+    """Rows of the hash table for each n-gram length."""
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the MLP. SwiGLU has three matrices, so 8/3 of the width gives it the parameters of 4."""
+        """Hidden width of the MLP. SwiGLU has three matrices, so a factor of 8/3 gives as many parameters as 4 does."""
         if self.mlp_hidden is not None:
             return self.mlp_hidden
         return 64 * -(-8 * self.n_embd // (3 * 64)) if self.activation == "swiglu" else 4 * self.n_embd
 
     def validate(self) -> None:
-        """Raises UserError where the sizes do not fit together."""
+        """Raises UserError if the sizes do not fit together."""
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             _at_least(name, getattr(self, name), 1)
         if self.vocab_size is not None:
             _at_least("vocab_size", self.vocab_size, 1)
         if self.n_embd % self.n_head:
             raise UserError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head needs the same "
-                f"width; try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
         if self.n_kv_head is not None:
             _at_least("n_kv_head", self.n_kv_head, 1)
@@ -100,18 +99,19 @@ class GPTConfig:
 
 @dataclass
 class DataConfig:
-    """Where the tokens come from, and in which order they are read."""
+    """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name, looked for in data/ and data/processed/, or a folder with train.bin and val.bin."""
+    """A name in data/ or data/processed/, or a folder with train.bin and val.bin."""
     batch_size: int = 12
-    """Sequences per micro-batch; the global batch is batch_size * gradient_accumulation_steps sequences."""
+    """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences of one process in one forward pass, where not batch_size; the global batch stays. auto: what fits."""
+    """Sequences per process per forward pass (default: batch_size). The global batch is unchanged. auto: the largest
+    that fits in memory."""
     sample_order: Literal["random", "shuffled"] = "random"
-    """random: offsets drawn anew each step (nanoGPT); shuffled: every window once per epoch, in random order."""
+    """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
-    """Distance between the starts of neighbouring windows in shuffled order. None is block_size (no overlap)."""
+    """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
 
     def validate(self) -> None:
         _at_least("batch_size", self.batch_size, 1)
@@ -123,59 +123,59 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """The run: how long, from where, and what is kept of it."""
+    """The training run: length, initial weights, evaluation, checkpoints and memory."""
 
     out_dir: str = "out"
     """Folder for checkpoints, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch, resume (continue the run in out_dir), auto (resume where there is a checkpoint, else scratch), a GPT-2
-    name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a checkpoint, out_dir or Hugging Face folder whose weights start
-    a new run at step 0."""
+    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a GPT-2 name
+    (gpt2, gpt2-medium, gpt2-large, gpt2-xl); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts a
+    new run from these weights."""
     max_iters: int = 600000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False
-    """Count max_iters as nanoGPT's train.py does: steps 0 to max_iters, one update more."""
+    """Count max_iters as nanoGPT's train.py does: steps 0 to max_iters, which is one more update."""
     epochs: float | None = None
-    """Length of the run in passes over the training tokens; sets max_iters (and lr_decay_iters unless given)."""
+    """Length of the run in passes over the training tokens. Sets max_iters (and lr_decay_iters unless given)."""
     gradient_accumulation_steps: int = 40
-    """Micro-batches per update over all processes together; their number is shared among the processes."""
+    """Micro-batches per update, in total over all processes."""
     allow_new_data: bool = False
-    """Resume even where the training tokens are not those that the run began with."""
+    """Resume even if the training tokens have changed since the run started."""
     eval_interval: int = 2000
     """Steps between evaluations of the train and val loss."""
     eval_iters: int = 200
-    """Batches per split in such an evaluation; the same ones every time."""
+    """Batches per split in each evaluation. Always the same batches."""
     eval_only: bool = False
     """Evaluate once and stop."""
     final_eval: bool = True
     """Evaluate the whole validation split when the run ends."""
     always_save_checkpoint: bool = True
-    """Save after every evaluation; False saves only where the val loss improved."""
+    """Save after every evaluation. False: only if the val loss improved."""
     save_interval: int | None = None
-    """Steps between checkpoints. None saves with the evaluations."""
+    """Steps between checkpoints. None: save after evaluations."""
     keep_last: int = 2
-    """How many of the newest checkpoints are kept, beside the best and the final one."""
+    """Number of recent checkpoints to keep, in addition to the best and the final one."""
     keep_every: int | None = None
-    """Also keep every checkpoint whose step is a multiple of this."""
+    """Also keep a checkpoint if its step is a multiple of this."""
     save_nanogpt_ckpt: bool = False
-    """Also write out_dir/ckpt.pt, which nanoGPT reads."""
+    """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None
-    """Stop after so many evaluations in a row without a better val loss. None never stops early."""
+    """Stop after this many evaluations in a row without a better val loss. None: never."""
     sample_interval: int | None = None
-    """Steps between samples that the model writes while it trains (start, max_new_tokens, temperature, top_k)."""
+    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k)."""
     max_skipped_steps: int = 5
-    """Steps in a row with a loss or gradient that is not finite (each is left out), after which the run goes back."""
+    """Skip steps with a non-finite loss or gradient. After this many in a row, return to the last good checkpoint."""
     max_rollbacks: int = 2
-    """Returns to the last good checkpoint, with other batches from there on, before the run gives up."""
+    """Stop the run after this many returns to the last good checkpoint. Each return uses different batches."""
     skip_spikes: bool = False
-    """Also leave out steps whose loss lies far above the recent ones; else they are only reported."""
+    """Also skip steps with a loss far above the recent ones. Otherwise they are only reported."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more arithmetic."""
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
     activation_budget: float | Literal["auto"] | None = "auto"
-    """GiB that the blocks may keep of a micro-batch for the backward pass: as few of them as it takes are recomputed.
-    auto recomputes what costs no time (norms, activation functions); None keeps all."""
+    """Memory limit (GiB) for stored activations. Blocks beyond it are recomputed in the backward pass. auto: recompute
+    only what costs no time (norms, activation functions). None: store everything."""
     chunked_loss: bool | Literal["auto"] = "auto"
-    """Head and loss a piece of the tokens at a time, never all logits at once. auto: where there are many of them."""
+    """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
 
     def validate(self) -> None:
         _at_least("max_iters", self.max_iters, 0)
@@ -190,45 +190,44 @@ class TrainingConfig:
         if not isinstance(self.activation_budget, (str, type(None))):
             _above("activation_budget", self.activation_budget, 0.0)
             if self.gradient_checkpointing:
-                raise UserError(
-                    "activation_budget decides which blocks are recomputed: leave out gradient_checkpointing"
-                )
+                raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:
-            raise UserError("out_dir is empty: name a folder for the run, for example --out_dir=out")
+            raise UserError("out_dir is empty: choose a folder for the run, for example --out_dir=out")
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), or Muon for the matrices between embeddings and head with AdamW for all else."""
+    """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for everything else."""
 
     optimizer_type: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon (kellerjordan.github.io/posts/muon): fewer steps to the same loss, each a little longer."""
+    """adamw, or muon (kellerjordan.github.io/posts/muon). Muon needs fewer steps to the same loss; a step is a little
+    slower."""
     learning_rate: float = 6e-4
-    """Peak learning rate, AdamW's. The others rise and fall with it."""
+    """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of Muon's matrices."""
+    """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
-    """Decay of Muon's momentum (Nesterov's)."""
+    """Muon's Nesterov momentum."""
     embedding_learning_rate: float | None = None
-    """With muon: AdamW's peak rate for the embeddings. None is learning_rate."""
+    """With muon: AdamW's peak learning rate for the embeddings. None: learning_rate."""
     head_learning_rate: float | None = None
-    """With muon: AdamW's peak rate for the head, be it tied or not. None is learning_rate."""
+    """With muon: AdamW's peak learning rate for the head, tied or not. None: learning_rate."""
     ngram_learning_rate: float = 0.3
-    """Rate of the n-gram embeddings, the same throughout: row-wise Adagrad, which steps them, lowers it by itself."""
+    """Learning rate of the n-gram embeddings (row-wise Adagrad). It does not follow the schedule."""
     forget_ngrams: bool = False
-    """Unlearn the n-grams of three tokens and more where a pass over the shuffled training text ends."""
+    """Reset the embeddings of n-grams of three or more tokens at the end of each epoch (shuffled order)."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
-    """How the moments are kept; bfloat16, stochastically rounded, takes half the memory."""
+    """Precision of the optimizer's moments. bfloat16 (stochastically rounded) needs half the memory."""
     weight_decay: float = 1e-1
-    """Decoupled weight decay: on tensors of two or more dimensions; with muon on its matrices only."""
+    """Decoupled weight decay of tensors with two or more dimensions; with muon, only of its matrices."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """Decay of the second moment; nearer to 1 where a step sees few tokens."""
+    """Decay rate of AdamW's second moment. Use a value closer to 1 if a step sees few tokens."""
     grad_clip: float = 1.0
-    """Clip the global gradient norm at this value; 0 is off."""
+    """Clip the global gradient norm to this value. 0: off."""
     fused: Literal["auto", "on", "off"] = "auto"
-    """One kernel for the whole AdamW update; auto uses it on CUDA and on the CPU."""
+    """Use the fused AdamW kernel. auto: on CUDA and on the CPU."""
 
     def validate(self) -> None:
         _above("learning_rate", self.learning_rate, 0.0)
@@ -240,7 +239,7 @@ class OptimizerConfig:
             if getattr(self, name) is not None:
                 _above(name, getattr(self, name), 0.0)
                 if self.optimizer_type != "muon":
-                    raise UserError(f"{name} belongs to --optimizer_type=muon; adamw has learning_rate for all")
+                    raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
         _between("beta1", self.beta1, 0.0, 1.0, open_right=True)
         _between("beta2", self.beta2, 0.0, 1.0, open_right=True)
         _at_least("grad_clip", self.grad_clip, 0.0)
@@ -248,20 +247,20 @@ class OptimizerConfig:
 
 @dataclass
 class SchedulerConfig:
-    """The learning rate as a function of the step."""
+    """The learning-rate schedule."""
 
     decay_lr: bool = True
-    """False keeps learning_rate throughout, without warm-up."""
+    """False: a constant learning_rate without warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after the warm-up; wsd is warmup-stable-decay: flat, then a linear cool-down to min_lr."""
+    """Shape after the warm-up. wsd (warmup-stable-decay): constant, then a linear cool-down to min_lr."""
     warmup_iters: int = 2000
-    """Steps of linear warm-up; step 0 already has learning_rate / (warmup_iters + 1)."""
+    """Steps of linear warm-up. Step 0 uses learning_rate / (warmup_iters + 1)."""
     lr_decay_iters: int | None = None
-    """Step at which min_lr is reached. None is max_iters."""
+    """Step at which min_lr is reached. None: max_iters."""
     min_lr: float = 6e-5
-    """Learning rate at the end of the decay; usually learning_rate / 10."""
+    """Learning rate at the end of the decay, usually learning_rate / 10."""
     cooldown_frac: float = 0.4
-    """Share of lr_decay_iters that the cool-down of wsd takes."""
+    """Length of wsd's cool-down as a fraction of lr_decay_iters."""
 
     def validate(self) -> None:
         _at_least("warmup_iters", self.warmup_iters, 0)
@@ -273,32 +272,33 @@ class SchedulerConfig:
 
 @dataclass
 class GenerationConfig:
-    """How text is sampled."""
+    """Sampling of text."""
 
     start: str = "\n"
-    """The prompt: text, FILE:path for a file's content, or - for standard input."""
+    """The prompt: text, FILE:path for the content of a file, or - for standard input."""
     num_samples: int = 10
-    """Samples drawn from the prompt."""
+    """Number of samples."""
     max_new_tokens: int = 500
-    """Tokens generated for each sample."""
+    """Tokens per sample."""
     temperature: float = 0.8
-    """Below 1 safer, above 1 wilder; 0 always takes the most likely token."""
+    """Below 1: more predictable. Above 1: more random. 0: always the most likely token."""
     top_k: int | None = 200
-    """Keep only the k most likely tokens. None or 0 keeps all."""
+    """Sample from the k most likely tokens. None or 0: from all."""
     top_p: float = 1.0
-    """Nucleus sampling (arXiv 1904.09751): keep the smallest set of tokens with this much probability; 1 is off."""
+    """Nucleus sampling (arXiv 1904.09751): keep the smallest set of tokens with this total probability. 1: off."""
     min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one (arXiv 2407.01082); 0 is off."""
+    """Drop tokens less likely than this fraction of the most likely one (arXiv 2407.01082). 0: off."""
     repetition_penalty: float = 1.0
-    """Divide positive and multiply negative logits of tokens already seen by this (arXiv 1909.05858); 1 is off."""
+    """Penalty for tokens already seen: divides positive and multiplies negative logits (arXiv 1909.05858). 1: off."""
     presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token already generated."""
+    """Subtracted once from the logit of each token already generated."""
     frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that it was generated."""
+    """Subtracted from a token's logit for each time it was generated."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """Added to the logits of tokens before all else, by their ids, such as '{50256: -100}'."""
+    """Added to the logits by token id before any other processing, for example '{50256: -100}'."""
     stop: tuple[str, ...] = ()
-    """Texts that end a sample; they are not part of it. One text, or a list such as '["END", "\\n\\n"]'."""
+    """Stop texts: generation ends at the first one, which is not returned. One text, or a list such as
+    '["END", "\\n\\n"]'."""
 
     def validate(self) -> None:
         _at_least("num_samples", self.num_samples, 1)
@@ -317,12 +317,12 @@ class GenerationConfig:
             _at_least("a token id in logit_bias", token, 0)
             _between(f"logit_bias of token {token}", value, -1000.0, 1000.0)
         if any(not text for text in self.stop):
-            raise UserError("stop holds an empty text, which would end every sample at once; leave it out")
+            raise UserError("stop contains an empty text, which would end every sample immediately; remove it")
 
 
 @dataclass
 class LoggingConfig:
-    """What is told about a run, and where. metrics.jsonl in out_dir is always written."""
+    """Logging and progress output. out_dir/metrics.jsonl is always written."""
 
     log_interval: int = 1
     """Steps between logged training losses."""
@@ -335,9 +335,9 @@ class LoggingConfig:
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
     progress: Literal["auto", "bar", "lines"] = "auto"
-    """Live progress bar or plain lines; auto shows the bar on a terminal only."""
+    """Progress bar or plain lines. auto: the bar if the output is a terminal."""
     loss_plot: bool | None = None
-    """Write out_dir/loss.png at the end (extra: plots). None does so where the extra is installed."""
+    """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 
     def validate(self) -> None:
         _at_least("log_interval", self.log_interval, 1)
@@ -345,28 +345,28 @@ class LoggingConfig:
 
 @dataclass
 class SystemConfig:
-    """What the run uses of the machine. Whatever is auto is resolved once and announced at the start."""
+    """Device, precision and compilation. The choices made for auto are printed at the start."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; float16 trains with loss scaling. auto: bfloat16 where the device has
-    it, CUDA or CPU; float16 on older CUDA; else float32."""
+    """Precision of the matrix products; float16 uses loss scaling. auto: bfloat16 if the device supports it, float16 on
+    older CUDA devices, else float32."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile: auto is on for CUDA with Triton, and for long runs of small models on a CPU; eager where it
-    fails."""
+    """Use torch.compile. auto: on CUDA with Triton, and for long runs of small models on a CPU. If compiling fails, the
+    run continues in eager mode."""
     backend: str = "auto"
-    """torch.distributed backend under torchrun: auto (nccl on CUDA, else gloo), nccl or gloo."""
+    """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
     seed: int = 1337
-    """Seed of weights, dropout, data order and sampling."""
+    """Random seed of weights, dropout, data order and sampling."""
     threads: int | None = None
-    """CPU threads that torch uses. None leaves torch's own choice."""
+    """Number of CPU threads for torch. None: torch's default."""
     data_on_device: bool | Literal["auto"] = "auto"
-    """Keep the training tokens in the device's memory. auto: on CUDA, where they take little of it."""
+    """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"
-    """Record the model's kernels once, and launch them as one. auto: a small model that compiles on one GPU."""
+    """Record the training step as a CUDA graph. auto: for small compiled models on one GPU."""
     fp8: bool = False
-    """The blocks' products in float8 while training (compute capability 8.9 and above): pays for wide layers."""
+    """Train with float8 matrix products in the blocks (compute capability 8.9 or higher). Faster for wide layers."""
 
     def validate(self) -> None:
         _between("seed", self.seed, 0, 2**63 - 1)
@@ -380,7 +380,7 @@ class SystemConfig:
 
 @dataclass
 class Config:
-    """All settings of a training run, in sections."""
+    """All settings of a training run."""
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=None, bias=False))
     data: DataConfig = field(default_factory=DataConfig)
@@ -395,9 +395,9 @@ class Config:
         """Checks every value that can be checked without data, device or torch. Raises UserError."""
         validate(self)
         if self.data.stride is not None and self.data.sample_order == "random":
-            raise UserError("stride belongs to --sample_order=shuffled; random order has no windows to space")
+            raise UserError("stride needs --sample_order=shuffled")
         if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
-            raise UserError("forget_ngrams belongs to --max_ngram with --sample_order=shuffled, which has epochs")
+            raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")
 
 
 def validate(tree: Any) -> None:
@@ -409,12 +409,12 @@ def validate(tree: Any) -> None:
 
 
 def to_dict(tree: Any) -> dict[str, Any]:
-    """The tree as nested plain data (JSON and YAML can hold it). Shape: {section: {leaf: value}}."""
+    """The tree as {section: {leaf: value}}, ready for JSON and YAML."""
     return dataclasses.asdict(tree, dict_factory=lambda kv: {k: list(v) if isinstance(v, tuple) else v for k, v in kv})
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """{leaf name: value} over all sections, as nanoGPT's flat settings."""
+    """{leaf name: value} over all sections."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(tree):
         value = getattr(tree, item.name)

@@ -1,8 +1,8 @@
-"""defaults < preset files < command line, for every command.
+"""Settings for every command: defaults < preset files < command line.
 
-A preset is a YAML file (nested by section, or flat) or a Python file of flat assignments in nanoGPT's manner. What the
-files and the command line say is merged as {leaf name: text} and read by one parser (tyro) with the types of config.py,
-so a value means the same wherever it is written, and an unknown name is refused wherever it is written.
+A preset is a YAML file (nested by section, or flat) or a Python file of flat assignments as in nanoGPT. Files and
+command line are merged as {leaf name: text} and parsed once by tyro with the types of config.py. So a value means the
+same in every place, and unknown names are refused in every place.
 """
 
 from __future__ import annotations
@@ -21,25 +21,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import tyro
+import yaml
+
 from .config import Config, flatten
 from .errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
-MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # of a YAML preset; ours have some 50 lines
+MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
 T = TypeVar("T")
 
 
 @dataclass
 class Parsed(Generic[T]):
-    """What a command was told."""
+    """The settings of one call of a command."""
 
     tree: T
     sources: dict[str, str] = field(default_factory=dict)
-    """Leaf name -> the preset file or "command line" that set it; a leaf left at its default is absent."""
+    """Leaf name -> the preset file or "command line" that set it. Defaults are absent."""
     positionals: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
-    """The presets, in the order in which they were read."""
+    """The presets, in the order they were read."""
 
     def on_command_line(self, name: str) -> bool:
         return self.sources.get(name) == COMMAND_LINE
@@ -57,10 +60,10 @@ def parse(
 ) -> Parsed[T]:
     """Reads a command line into a dataclass tree.
 
-    defaults: per-command defaults by leaf name, over those of the tree. presets: whether words without dashes are
-    preset files (else they come back as positionals). base_preset: a preset that lies under the others where none is
-    named. `--help` prints the fields' docs and exits. Raises UserError: unknown name (with the nearest), wrong type,
-    missing or unreadable preset.
+    defaults: defaults of this command by leaf name, replacing those of the tree. presets: arguments without dashes are
+    preset files (else they are returned as positionals). base_preset: the preset to use if none is given. `--help`
+    prints the fields' docs and exits. Raises UserError: unknown name (with the nearest), wrong type, missing or
+    unreadable preset.
     """
     leaves = leaf_types(tree_type)
     hints = typing.get_type_hints(tree_type)
@@ -89,7 +92,7 @@ def parse(
 
 
 def build(tree_type: type[T], values: dict[str, Any]) -> T:
-    """The tree with the given leaves (nested by section or flat) set. Raises UserError as parse() does."""
+    """A tree with the given leaves (nested by section, or flat). Raises UserError as parse() does."""
     leaves = leaf_types(tree_type)
     flat = _flatten_sections(values, leaves, "the settings")
     merged = {key: _as_text(key, value, leaves) for key, value in flat.items()}
@@ -107,7 +110,7 @@ def leaf_types(tree_type: type) -> dict[str, Any]:
 
 
 def find_preset(name: str) -> Path:
-    """The file of a preset: a path, or the bare name of one in configs/ or config/ (also those in the package)."""
+    """The file of a preset, given as a path or as a bare name in configs/ or config/ (here or in the package)."""
     given = Path(name)
     if given.is_file():
         return given
@@ -122,14 +125,14 @@ def find_preset(name: str) -> Path:
             return path
     known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
     near = difflib.get_close_matches(given.stem, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known by name: {', '.join(known)}"
-    raise UserError(f"no preset file {name!r}; {hint} (settings are given as --key=value)")
+    hint = f"did you mean {near[0]}?" if near else f"available: {', '.join(known)}"
+    raise UserError(f"no preset file {name!r}; {hint} (settings are written as --key=value)")
 
 
 def _split(
     argv: list[str], leaves: dict[str, Any], sections: dict[str, set[str]]
 ) -> tuple[dict[str, str], list[str], bool]:
-    """Options by leaf name, the words between them, and whether help is asked for."""
+    """Options by leaf name, the other arguments, and whether --help was given."""
     options: dict[str, str] = {}
     words: list[str] = []
     rest = list(argv)
@@ -139,7 +142,7 @@ def _split(
             return {}, [], True
         if not arg.startswith("--"):
             if arg.startswith("-") and arg != "-":
-                raise UserError(f"unknown option {arg!r}: settings are given as --key=value; see --help")
+                raise UserError(f"unknown option {arg!r}: settings are written as --key=value; see --help")
             words.append(arg)
             continue
         key, equals, text = arg[2:].partition("=")
@@ -158,7 +161,7 @@ def _split(
 
 
 def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:
-    """`--key value`, or a bare `--flag`, which is True."""
+    """The value of `--key value`, or True for a bare `--flag`."""
     kinds = _members(hint)
     following = rest[0] if rest else None
     if bool in kinds:
@@ -179,7 +182,7 @@ def _literals(kinds: tuple[Any, ...]) -> set[str]:
 
 
 def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None = None) -> str:
-    """A value from a file or the command line as the text that the parser reads."""
+    """A value from a file or the command line, as text for the parser."""
     kinds = _members(leaves[key])
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         return repr(tuple(_as_list(key, value)))
@@ -201,7 +204,7 @@ def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None =
 
 
 def _as_dict(key: str, value: Any) -> dict[int, float]:
-    """{id: number}, from a file or as it is written: {50256: -100}, with or without quotes around the id."""
+    """{id: number}, from a file or from text such as {50256: -100}, with or without quotes around the id."""
     try:
         content = ast.literal_eval(value) if isinstance(value, str) else value
         return {int(token): float(number) for token, number in content.items()}
@@ -214,7 +217,7 @@ def _as_list(key: str, value: Any) -> list[str]:
         try:
             value = json.loads("[" + value[1:-1].rstrip(",") + "]" if value[0] == "(" else value)
         except (ValueError, RecursionError):
-            pass  # a text that begins with a bracket
+            pass  # a text that starts with a bracket
     if isinstance(value, str):
         return [value] if value else []
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
@@ -223,7 +226,7 @@ def _as_list(key: str, value: Any) -> list[str]:
 
 
 def _line(name: Any) -> str:
-    """A name as a message of one line takes it."""
+    """A name on one line, for messages."""
     return " ".join(str(name).split())
 
 
@@ -232,28 +235,26 @@ def _short(value: Any) -> str:
 
 
 def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
-    import yaml
-
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_PRESET + 1)
         if len(raw) > MAX_PRESET or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
-            raise ValueError(f"it is no list of settings: more than {MAX_PRESET} bytes or {MAX_BRACKETS} brackets")
+            raise ValueError(f"too large for a preset: more than {MAX_PRESET} bytes or {MAX_BRACKETS} brackets")
         text = raw.decode("utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias (*name); write the value out")  # few lines can grow to gigabytes
+            raise ValueError("it uses an alias (*name); write the value instead")  # nested aliases grow to gigabytes
         content = yaml.safe_load(text)
-    except Exception as error:  # YAMLError, and what its constructors meet in a number or date that is none
+    except Exception as error:  # YAMLError, or ValueError for an impossible date or number
         raise UserError(f"cannot read the preset {path}: {' '.join(str(error).split())[:300]}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings as key: value, got {type(content).__name__}")
+        raise UserError(f"{path} must contain settings as key: value, got {type(content).__name__}")
     return _flatten_sections(content, leaves, str(path))
 
 
 def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: str) -> dict[str, Any]:
-    """{section: {leaf: value}} or {leaf: value} to {leaf: value}; refuses unknown names and misplaced leaves."""
+    """{section: {leaf: value}} or {leaf: value} as {leaf: value}. Refuses unknown names and wrong sections."""
     known = _training_leaves()
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -274,14 +275,14 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
 
 
 def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
-    """Runs a preset that the user named, in nanoGPT's manner: the settings so far are its globals."""
+    """Runs a Python preset as nanoGPT does, with the settings so far as its globals."""
     known = _training_leaves()
     before = {**known, **settings}
     names: dict[str, Any] = {**before, "__file__": str(path), "__name__": "__preset__"}
     try:
         source = ast.parse(path.read_text(encoding="utf-8"), str(path))
         code = compile(source, str(path), "exec")
-        # The one place that runs code from a file: a Python preset, named on the command line.
+        # The only place that runs code from a file, which the user named on the command line.
         exec(code, names)
     except (Exception, SystemExit) as error:
         raise UserError(f"the preset {path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
@@ -294,7 +295,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
             values[name] = value
         elif name not in before and not name.startswith("_"):
             near = difflib.get_close_matches(name, [*leaves, *known], n=1, cutoff=0.85)
-            if near:  # a helper variable of the preset's own is fine, a misspelt setting is not
+            if near:  # a helper variable is fine, a misspelt setting is not
                 raise UserError(f"unknown setting {_line(name)} in {path}; did you mean {near[0]}?")
     return values
 
@@ -325,8 +326,6 @@ def _tyro(
     defaults: dict[str, Any] | None,
     wants_help: bool,
 ) -> T:
-    import tyro
-
     config = (
         tyro.conf.FlagConversionOff,
         tyro.conf.OmitArgPrefixes,
@@ -356,7 +355,7 @@ def _set_leaves(tree: Any, values: dict[str, Any]) -> None:
 
 
 def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
-    """tyro's message box as one line that names the setting, its value and where it was set."""
+    """tyro's message box as one line: the setting, its value and where it was set."""
     lines = [line.strip().strip("│|").strip() for line in box.splitlines()]
     body: list[str] = []
     for line in lines[1:]:  # the first line is the box's title

@@ -72,7 +72,7 @@ def _main(argv: list[str]) -> int:
         presets=False,
     )
     if parsed.positionals:
-        raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are given as --key=value; see --help")
+        raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are written as --key=value; see --help")
     export(parsed.tree)
     return 0
 

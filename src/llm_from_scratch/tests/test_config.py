@@ -200,7 +200,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         GPTConfig(n_embd=12, n_head=4, pos_embedding="rope").validate()
     config = Config()
     config.data.stride = 4
-    with pytest.raises(UserError, match="stride belongs to --sample_order=shuffled"):
+    with pytest.raises(UserError, match="stride needs --sample_order=shuffled"):
         config.validate()
 
 

@@ -194,13 +194,13 @@ def test_later_wins_and_the_command_line_wins_over_all(here: Path) -> None:
         ("stop: [1]", "stop must be a text or a list of texts, got [1]"),
         ("eval_only: 3", "eval_only='3' is not valid (set in {path})"),
         ("3: 4", "unknown setting 3 in {path}"),
-        ("- n_layer", "{path} must hold settings as key: value, got list"),
-        ("just words", "{path} must hold settings as key: value, got str"),
+        ("- n_layer", "{path} must contain settings as key: value, got list"),
+        ("just words", "{path} must contain settings as key: value, got str"),
         ("a: b: c", "cannot read the preset {path}"),
         ("n_layer: [1, 2", "cannot read the preset {path}"),
         ("n_layer: 1\n\tn_head: 2", "cannot read the preset {path}"),
         ("? [a]\n: 1", "cannot read the preset {path}"),
-        ("a: &a [*a]", "it holds an alias"),
+        ("a: &a [*a]", "it uses an alias"),
         ("n_layer: \x00", "cannot read the preset {path}"),
         ("[" * 5000, "cannot read the preset {path}"),
     ],
@@ -297,7 +297,7 @@ def test_bare_names_and_what_is_near_them(here: Path) -> None:
     assert settings("config/train_shakespeare_char.py")["max_iters"] == 5000  # also from another folder
     assert settings("configs/quick.yaml")["n_embd"] == 128
     assert "no preset file 'quikc'; did you mean quick?" in refused("quikc")
-    assert "known by name:" in refused("zzzzzzzz") and "quick" in refused("zzzzzzzz")
+    assert "available:" in refused("zzzzzzzz") and "quick" in refused("zzzzzzzz")
     assert "no preset file 'nowhere/mine.yaml'" in refused("nowhere/mine.yaml")
     assert "no preset file" in refused(".")
 

@@ -122,7 +122,7 @@ def test_settings_are_read_from_a_command_line(data: Path) -> None:
     for wrong, told in (
         ({"micro_batch": 0}, "micro_batch=0"),
         ({"activation_budget": 0.0}, "activation_budget=0"),
-        ({"activation_budget": 1.0, "gradient_checkpointing": True}, "leave out gradient_checkpointing"),
+        ({"activation_budget": 1.0, "gradient_checkpointing": True}, "remove gradient_checkpointing"),
     ):
         with pytest.raises(UserError, match=told):
             prepare(tiny_config(data, **wrong))

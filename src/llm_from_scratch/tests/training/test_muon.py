@@ -186,7 +186,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
     assert (of["transformer.wte.weight"], of["transformer.wpe.weight"]) == (0.004, 0.2)
     with pytest.raises(UserError, match="the model has no embeddings of its own to train: leave --embedding_learning"):
         made(make(pos_embedding="rope"), **rates)
-    with pytest.raises(UserError, match="head_learning_rate belongs to --optimizer_type=muon"):
+    with pytest.raises(UserError, match="head_learning_rate needs --optimizer_type=muon"):
         OptimizerConfig(head_learning_rate=0.1).validate()
 
 
