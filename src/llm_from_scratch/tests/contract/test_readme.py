@@ -33,9 +33,11 @@ ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
 
 DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "docs/TUNING.md", "docs/RELIABILITY.md", "docs/GENERATION.md", "docs/SERVING.md",
-    "docs/PLAYGROUND.md",
+    "README.md", "AGENTS.md", "CONTRIBUTING.md", "docs/TUNING.md", "docs/RELIABILITY.md", "docs/GENERATION.md",
+    "docs/SERVING.md", "docs/PLAYGROUND.md",
 )  # fmt: skip
+# Documents without commands of their own
+READ_ONLY = ("CLAUDE.md", "GEMINI.md", "docs/README.md", "docs/LOG.md", "benchmarks/RESULTS.md")
 COPIED = ("assets", "config", "configs", "data", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE", "just*")
 
 # What is not run by default: (pattern, mark, reason). What has a mark is run by the test below of that mark.
@@ -45,7 +47,11 @@ NOT_RUN = [
     (r"^python data/openwebtext/prepare\.py", "", "downloads and encodes 8 million documents"),
     (r"--nproc_per_node=8", "gpu", "one process per GPU"),
     (r"--device=cuda", "gpu", "needs a GPU"),
-    (r"^\./just (test|test-cov|pre-commit|lint|format)", "", "this suite, and the tools that it is checked with"),
+    (
+        r"^\./just (test|test-all|test-cov|pre-commit|lint|format)\b",
+        "",
+        "this suite and its tools",
+    ),
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
     (r"^\./just (setup|install-dev)", "network", "installs packages"),
     (r"^(llm-serve|\./just serve) ", "", "runs until it is stopped: test_llm_serve.py starts it"),
@@ -77,7 +83,7 @@ def blocks(document: str, language: str) -> Iterator[tuple[int, str]]:
 
 def commands(document: str) -> list[Command]:
     found = []
-    for first, block in blocks(document, "sh"):
+    for first, block in blocks(document, "sh"):  # a comment explains a line, and the shell ignores it
         for number, line in enumerate(block.splitlines()):
             if line.strip() and not line.startswith("#"):
                 found.append(Command(document, first + number, line))
@@ -259,7 +265,7 @@ def torchrun(args: list[str]) -> int:
 
 def failure_of(command: Command) -> str | None:
     """Runs a command; what was wrong with it, or None."""
-    words = shlex.split(command.text)
+    words = shlex.split(command.text, comments=True)
     while re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     before, output = (sys.argv, sys.stdin), io.StringIO()
@@ -326,7 +332,7 @@ def test_every_reason_is_needed() -> None:
 
 @pytest.mark.parametrize("command", [c for c in ALL if c.reason], ids=str)
 def test_what_is_not_run_is_well_formed(command: Command) -> None:
-    words = shlex.split(command.text)
+    words = shlex.split(command.text, comments=True)
     while re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)
     for word in words:
@@ -370,7 +376,7 @@ def test_settings_exist(document: str) -> None:
     assert not [name for name in named if name not in known]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "docs/LOG.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, *READ_ONLY])
 def test_paths_and_links_exist(document: str) -> None:
     content = (ROOT / document).read_text(encoding="utf-8")
     for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", content):
@@ -386,6 +392,48 @@ def test_paths_and_links_exist(document: str) -> None:
 
 # Folders that the commands make
 MADE_BY_RUNS = {"out_dir/step-N/", "out_dir/step-00000250/", "out_dir/previous-ID/"}
+
+
+def file_map(text: str) -> set[str]:
+    """The files named by the README's map of `src/llm_from_scratch/`."""
+    block = text.partition("## File map\n")[2].partition("```text\n")[2].partition("```")[0]
+    files, room = set(), ""
+    for line in block.splitlines():
+        name, _, holds = line.strip().partition(" ")
+        assert holds.strip(), f"the map does not say what {name} holds"
+        if name.endswith("/"):
+            room = name
+        else:
+            files.add((room if line.startswith(" ") else "") + name.rstrip("*"))
+    return files
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    package = ROOT / "src" / "llm_from_scratch"
+    paths = (path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    outside = ("tests", "__pycache__", "_presets")
+    files = {p.as_posix() for p in paths if not set(p.parts) & set(outside) and p.name != "__init__.py"}
+    mapped = file_map((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(files - mapped) == [], "files that README.md does not map"
+    assert sorted(mapped - files) == [], "files of README.md's map that do not exist"
+
+
+def test_assistants_are_sent_to_the_guidelines() -> None:
+    assert len((ROOT / "AGENTS.md").read_text(encoding="utf-8").splitlines()) < 80
+    for name in ("CLAUDE.md", "GEMINI.md"):
+        assert (ROOT / name).read_text(encoding="utf-8") == "Read [AGENTS.md](AGENTS.md).\n"
+
+
+def test_the_index_names_every_document() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)#]+)\)", index)
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(named)
+    assert "../benchmarks/RESULTS.md" in named
+
+
+def test_presets_are_named_by_task() -> None:
+    for path in (ROOT / "config").glob("*.py"):
+        assert path.stem.startswith(("train_", "finetune_", "eval_")), path.name
 
 
 def test_recipes_exist() -> None:
