@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from .errors import UserError
 
+GATED_ACTIVATIONS = ("swiglu",)  # those with two inputs, and so with a third matrix in the MLP
+
 
 @dataclass
 class GPTConfig:
@@ -63,11 +65,16 @@ class GPTConfig:
     """Rows of the hash table for each n-gram length."""
 
     @property
+    def is_gated(self) -> bool:
+        """Whether the activation has two inputs: act(c_gate(x), c_fc(x))."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
     def mlp_width(self) -> int:
-        """Hidden width of the MLP. SwiGLU has three matrices, so a factor of 8/3 gives as many parameters as 4 does."""
+        """Hidden width of the MLP. A gated one has three matrices: a factor of 8/3 gives as many parameters as 4 does."""
         if self.mlp_hidden is not None:
             return self.mlp_hidden
-        return 64 * -(-8 * self.n_embd // (3 * 64)) if self.activation == "swiglu" else 4 * self.n_embd
+        return 64 * -(-8 * self.n_embd // (3 * 64)) if self.is_gated else 4 * self.n_embd
 
     def validate(self) -> None:
         """Raises UserError if the sizes do not fit together."""

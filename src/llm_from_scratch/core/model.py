@@ -1,8 +1,11 @@
-"""The whole model in one file: norms, positions, attention, MLP, block, GPT. Its key/value cache is in cache.py.
+"""The whole model in one file: norms, positions, attention, MLP, block, head, loss, GPT. Its KV cache is in cache.py.
 
 With the default configuration this is GPT-2 as nanoGPT writes it: the same state-dict keys, the same parameter
 order and the same initial weights from a seed. Every option (RoPE, RMSNorm, SwiGLU, grouped-query attention,
 QK-norm, untied head, softcap) is chosen from a table when the model is built, never while it runs.
+
+Edit this file freely: names and shapes of parameters are asked of the model everywhere else, faster kernels
+(kernels/) are compared with the modules of this file before they are used, and decoding is recorded from forward.
 
 Sources: GPT-2 (Radford et al. 2019) and openai/gpt-2 src/model.py; RoPE arXiv 2104.09864; RMSNorm arXiv 1910.07467;
 SwiGLU arXiv 2002.05202; ReLU^2 arXiv 2109.08668; GQA arXiv 2305.13245; QK-norm arXiv 2010.04245.
@@ -23,10 +26,19 @@ from torch.nn import functional as F
 from ..config import GPTConfig
 from ..errors import UserError
 from .cache import KVCache, LayerCache
+from .ngrams import NGramEmbedding
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the type of its input; its weights may be stored with more precision."""
+    """A linear layer that computes in the dtype of its input; its weights may be stored in a wider one.
+
+    stacked: heights of the matrices that the weight holds one above the other (queries, keys and values are three);
+    an optimizer that steps matrices, such as Muon, takes them apart.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, stacked: tuple[int, ...] | None = None):
+        super().__init__(inputs, outputs, bias)
+        self.stacked = stacked or (outputs,)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -49,13 +61,47 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467)."""
 
-    def __init__(self, ndim: int, eps: float = 1e-5):
+    def __init__(self, ndim: int, bias: bool = False, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
+        self.weight = nn.Parameter(torch.ones(ndim))  # bias: it has none
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class LearnedPositions(nn.Module):
+    """A learned table, transformer.wpe, which GPT adds to the token embeddings; attention has nothing to do."""
+
+    has_table = True
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+
+    def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What every layer needs of the positions, (T,) or (B, T), computed once per forward pass."""
+        return ()
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys with their positions in them. q: (B, H, T, D); k: (B, Hkv, T, D)."""
+        return q, k
+
+
+class RotaryPositions(LearnedPositions):
+    """RoPE: queries and keys are rotated by an angle that grows with the position (arXiv 2104.09864)."""
+
+    has_table = False
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.head_dim, self.theta = config.n_embd // config.n_head, config.rope_theta
+
+    def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        cos, sin = rotary_angles(pos, self.head_dim, self.theta)
+        return cos.to(dtype), sin.to(dtype)
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -71,33 +117,30 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """Attention written out: the reference for the fused kernels, and what runs where torch has none.
+POSITIONS: dict[str, type[LearnedPositions]] = {"learned": LearnedPositions, "rope": RotaryPositions}
 
-    q: (B, H, T, D); k, v: (B, Hkv, S, D) with Hkv dividing H; mask: bool, broadcastable to (B, H, T, S).
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v, by torch's fused kernels. Without parameters, so that another kernel can replace it.
+
+    q: (B, H, T, D); k, v: (B, Hkv, S, D) with Hkv dividing H; mask: bool, broadcastable to (B, H, T, S), True where a
+    query may look. causal: a query sees the keys up to its own (S = T). Returns (B, H, T, D).
     """
-    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(dim=-1), p=dropout) @ v
 
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.dropout = dropout
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """plain_attention by torch's fused kernels (FlashAttention and its kin)."""
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-    )
-
-
-attention = fused_attention if hasattr(F, "scaled_dot_product_attention") else plain_attention
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        grouped = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        )
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head (or grouped-query) attention in which a token sees itself and what is left of it."""
+    """Multi-head (or grouped-query) attention; a token sees itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -105,28 +148,26 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.n_embd // config.n_head
         # queries, keys and values of all heads in one product
-        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
-        self.c_attn = Linear(config.n_embd, width, bias=config.bias)
+        heights = tuple(n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head))
+        self.c_attn = Linear(config.n_embd, sum(heights), bias=config.bias, stacked=heights)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.positions = POSITIONS[config.pos_embedding](config)
+        self.attend = Attention(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.dropout = config.dropout
-        self.attend, self.rotate = attention, apply_rotary  # kernels.py has others for a CPU
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: LayerCache | None = None) -> Tensor:
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = self.rotate(q, *rope), self.rotate(k, *rope)
+        q, k = self.positions(self.q_norm(q), self.k_norm(k), *where)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(k, v)  # (B, Hkv, S, D), mask over S
         # a single query without a mask may see every key; torch would align a causal mask at the wrong corner
         causal = mask is None and T > 1
-        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0, causal)  # (B, H, T, D)
+        y = self.attend(q, k, v, mask, causal)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -138,11 +179,18 @@ class ReLUSquared(nn.Module):
         return F.relu(x).square()
 
 
+class SwiGLU(nn.Module):
+    """silu(gate) * x (arXiv 2002.05202). A gated activation has two inputs; config.py names them too."""
+
+    def forward(self, gate: Tensor, x: Tensor) -> Tensor:
+        return F.silu(gate) * x
+
+
 ACTIVATIONS: dict[str, Any] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu2": ReLUSquared,
-    "swiglu": nn.SiLU,
+    "swiglu": SwiGLU,
 }
 
 
@@ -161,20 +209,21 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """SwiGLU: c_proj(silu(c_gate(x)) * c_fc(x)) (arXiv 2002.05202)."""
+    """An MLP with a gated activation: c_proj(act(c_gate(x), c_fc(x)))."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.c_gate = Linear(config.n_embd, config.mlp_width, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_gate(x)) * self.c_fc(x)))
+        return self.dropout(self.c_proj(self.act(self.c_gate(x), self.c_fc(x))))
+
+
+NORMS: dict[str, Any] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, config.norm_eps)
-    return LayerNorm(config.n_embd, config.bias, config.norm_eps)
+    return NORMS[config.norm](config.n_embd, config.bias, config.norm_eps)
 
 
 class Block(nn.Module):
@@ -185,23 +234,41 @@ class Block(nn.Module):
         self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = make_norm(config)
-        self.mlp = GatedMLP(config) if config.activation == "swiglu" else MLP(config)
+        self.mlp = GatedMLP(config) if config.is_gated else MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), where, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
-class GPT(nn.Module):
-    """A decoder-only transformer language model.
+class Head(Linear):
+    """Logits of normalised activations: (..., C) to (..., V); softcap: c * tanh(logits / c), 0 is off."""
 
-    Raises UserError where the configuration's sizes do not fit together.
-    """
+    def __init__(self, inputs: int, outputs: int, softcap: float):
+        super().__init__(inputs, outputs, bias=False)
+        self.softcap = softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy (nats) over the targets that are not -1. Without parameters, so that it can be exchanged."""
+
+    def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[Tensor | None, Tensor]:
+        """x: (B, T, C), normalised activations; targets: (B, T). Returns (logits, or None if never made; loss)."""
+        logits = head(x)
+        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer language model. Raises UserError if the configuration's sizes do not fit together."""
 
     transformer: Any
     tokenizer: Any = None  # set by from_pretrained
-    compute_dtype: torch.dtype | None = None  # of activations and products; None is that of the weights
+    compute_dtype: torch.dtype | None = None  # of activations and products; None is the weights' dtype
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -213,18 +280,18 @@ class GPT(nn.Module):
         # nanoGPT's order of construction: it fixes which random numbers each weight draws, and the order of the
         # parameters in stored optimizer states
         modules: dict[str, nn.Module] = {"wte": nn.Embedding(vocab_size, config.n_embd)}
-        if config.pos_embedding == "learned":
+        self.positions = POSITIONS[config.pos_embedding](config)
+        if self.positions.has_table:
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         if config.max_ngram:
-            from .ngrams import NGramEmbedding  # a leaf: the model stands without it
-
             modules["ngrams"] = NGramEmbedding(config)
         modules["norm_e"] = make_norm(config) if config.embedding_norm else nn.Identity()
         modules["drop"] = nn.Dropout(config.dropout)
         modules["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         modules["ln_f"] = make_norm(config)
         self.transformer = nn.ModuleDict(modules)
-        self.lm_head = Linear(config.n_embd, vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, vocab_size, config.logit_softcap)
+        self.loss = NextTokenLoss()
         if config.tie_embeddings:
             self.transformer.wte.weight = self.lm_head.weight  # arXiv 1608.05859
         self.init_weights()
@@ -235,7 +302,7 @@ class GPT(nn.Module):
         | tensor                                  | distribution                    |
         |-----------------------------------------|---------------------------------|
         | embeddings, linear weights              | N(0, 0.02)                      |
-        | c_proj: what writes into the residual   | N(0, 0.02 / sqrt(2 * n_layer))  |
+        | c_proj, which adds to the residual      | N(0, 0.02 / sqrt(2 * n_layer))  |
         | biases, n-gram embeddings               | 0                               |
         | norm weights                            | 1                               |
         """
@@ -251,12 +318,12 @@ class GPT(nn.Module):
             self.init_projections_zero()
 
     def init_projections_zero(self) -> None:
-        """At first every block adds nothing to the stream, and the head says nothing (modded-nanogpt, train_gpt.py).
+        """Blocks that at first add nothing to the residual stream, and a head of zeros (modded-nanogpt, train_gpt.py).
 
         | tensor                                  | distribution                    |
         |-----------------------------------------|---------------------------------|
-        | c_proj; a head of its own               | 0                               |
-        | the token table beside such a head      | N(0, 1)                         |
+        | c_proj; an untied head                  | 0                               |
+        | the token table of an untied head       | N(0, 1)                         |
         | c_attn, c_fc, c_gate                    | U(-a, a), a = sqrt(3 / C) / 2   |
         """
         if not self.config.tie_embeddings:
@@ -290,12 +357,12 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
     ) -> tuple[Any, Tensor | None]:
-        """Next-token logits, and the mean cross-entropy (nats) where targets are given.
+        """Next-token logits, and the mean cross-entropy (nats) if targets are given.
 
         idx: (B, T) int64; targets: (B, T) int64, -1 is ignored. Returns (logits, loss):
         with targets (B, T, V) and a scalar; without (B, 1, V), the last position's, and None; with a cache
-        (B, T, V). logits_at, (B,), asks for one position a row instead: (B, 1, V). Softcapped where configured.
-        Raises UserError where T exceeds block_size.
+        (B, T, V). logits_at, (B,), asks for one position per row instead: (B, 1, V).
+        Raises UserError if T exceeds block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -304,39 +371,24 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         if "ngrams" in self.transformer:
             x = x + self.transformer.ngrams(idx, *(cache.seen(idx) if cache is not None else ()))
-        dtype = self.compute_dtype or x.dtype
-        rope = None
         if "wpe" in self.transformer:
             x = x + self.transformer.wpe(pos)
-        else:
-            cos, sin = rotary_angles(pos, self.config.n_embd // self.config.n_head, self.config.rope_theta)
-            rope = cos.to(dtype), sin.to(dtype)
+        dtype = self.compute_dtype or x.dtype
+        where = self.positions.prepare(pos, dtype)
         x = self.transformer.drop(self.transformer.norm_e(x.to(dtype)))
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, cache.layer(i) if cache is not None else None)
+            x = block(x, where, cache.layer(i) if cache is not None else None)
         x = self.transformer.ln_f(x)
         if targets is not None:
-            return self.loss_of(x, targets)
+            return self.loss(x, targets, self.lm_head)
         if logits_at is not None:
             x = x[torch.arange(B, device=x.device), logits_at][:, None]  # (B, 1, C)
         elif cache is None:
-            x = x[:, -1:]  # the head is a large product: only where it is wanted
-        return self.head(x), None
-
-    def loss_of(self, x: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(logits, loss) of normalised activations. loss.py has one that makes no logits, which a run may put here."""
-        logits = self.head(x)
-        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Logits of normalised activations: (..., C) to (..., V)."""
-        logits = self.lm_head(x)
-        if cap := self.config.logit_softcap:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+            x = x[:, -1:]  # the head is a large product: only for the position that is wanted
+        return self.lm_head(x), None
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shortens the context, for example of pretrained weights. Raises UserError where it would grow."""
+        """Shortens the context, for example of pretrained weights. Raises UserError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
             raise UserError(f"block_size={block_size} must lie from 1 to the model's {self.config.block_size}")
         self.config.block_size = block_size
@@ -349,8 +401,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
         """Weights from the Hugging Face hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or a folder in its format.
 
-        override_args may set dropout. The tokenizer that came along is the model's `tokenizer`, None without one.
-        Raises UserError where the weights cannot be had or do not fit.
+        override_args may set dropout. The tokenizer of the weights becomes the model's `tokenizer`, None if they have
+        none. Raises UserError if the weights cannot be loaded or do not fit.
         """
         from ..interop.hf import load_pretrained
 
@@ -383,11 +435,19 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Samples max_new_tokens tokens after idx, (B, T); returns (B, T + max_new_tokens).
 
-        The naive way, without a cache, on the last block_size tokens: the reference for generation/generator.py.
+        Reads the last block_size tokens; keys and values are cached until the first token leaves the context.
         Draws from torch's global generator; ties at the k-th logit are all kept. Call eval() first.
         """
+        block_size, weight = self.config.block_size, self.lm_head.weight
+        room = min(block_size, idx.size(1) + max_new_tokens)
+        cache = KVCache(self.config, idx.size(0), room, idx.device, self.compute_dtype or weight.dtype)
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
+            if idx.size(1) <= block_size:
+                new = idx[:, cache.end :]  # at first the prompt, then one token
+                logits, _ = self(new, cache=cache, logits_at=torch.full_like(idx[:, 0], new.size(1) - 1))
+                cache.advance(new.size(1))
+            else:  # the window moves, and with it every position
+                logits, _ = self(idx[:, -block_size:])
             logits = logits[:, -1] / temperature  # (B, V)
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -21,6 +21,8 @@ FACTOR, MODULUS = 1_000_003, 4_294_967_291  # primes; a remainder times the fact
 class NGramEmbedding(nn.Module):
     """A table of ngram_rows rows for each n from 2 to max_ngram. Runs of tokens that hash to the same row share it."""
 
+    sparse = True  # the weight's gradient, of which an optimizer steps only the rows it names
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.vocab_size is not None

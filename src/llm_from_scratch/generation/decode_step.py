@@ -24,12 +24,12 @@ from ..config import GPTConfig
 from ..core.cache import KVCache
 from ..core.model import (
     GPT,
+    POSITIONS,
+    Attention,
     CausalSelfAttention,
     GatedMLP,
     LayerNorm,
     RMSNorm,
-    apply_rotary,
-    attention,
     rotary_angles,
 )
 from ..errors import UserError
@@ -132,15 +132,16 @@ class Packed:
 
     def _layer(self, block: Any, kind: Callable[..., Linear]) -> _Layer:
         attn: CausalSelfAttention = block.attn
-        if attn.rotate is not apply_rotary or attn.attend is not attention:
+        if type(attn.attend) is not Attention or type(attn.positions) not in POSITIONS.values():
             raise TypeError("attention is computed otherwise than in core/model.py")
-        act, down = _activation(block.mlp.act), _linear(block.mlp.c_proj, kind, self.dtype)
+        act, down = block.mlp.act, _linear(block.mlp.c_proj, kind, self.dtype)
         up = _linear(block.mlp.c_fc, kind, self.dtype)
         if isinstance(block.mlp, GatedMLP):
             gate = _linear(block.mlp.c_gate, kind, self.dtype)
-            mlp = lambda h, x: down(act(gate(h)) * up(h), x)  # noqa: E731
+            mlp = lambda h, x: down(act(gate(h), up(h)), x)  # noqa: E731
         else:
-            mlp = lambda h, x: down(act(up(h)), x)  # noqa: E731
+            plain = _activation(act)
+            mlp = lambda h, x: down(plain(up(h)), x)  # noqa: E731
         return _Layer(
             _norm(block.ln_1, self.dtype),
             _linear(attn.c_attn, kind, self.dtype),

@@ -1,8 +1,8 @@
-"""Operations as a CPU does them fastest, each equal to the plain one in core/model.py but for rounding.
+"""Modules as a CPU runs them fastest, each equal to the one of core/model.py that it replaces but for rounding.
 
 In eager mode a small model's time goes into many small kernels and into autograd's bookkeeping for them; and torch's
 fused attention is slow backwards in bfloat16 on a CPU, and has no dropout there. Each operation here is one node of
-autograd, with its gradient written out. Shapes in comments as in core/model.py.
+autograd, with its gradient written out. kernels/swap.py puts them in place. Shapes in comments as in core/model.py.
 """
 
 from __future__ import annotations
@@ -14,44 +14,109 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..core import model as models
+from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 
 QUERIES = 64  # multiplied at once with the keys up to the last of them: the rest above the diagonal is never computed
 SHORT = 128  # tokens up to which the compiler's attention is the faster one
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
-def use_cpu_kernels(model: models.GPT, in_bfloat16: bool, compiled: bool = False) -> None:
-    """Gives the model's parts the operations of this file, where they are the faster ones.
+def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dict[type, type], list[nn.Module]]:
+    """What kernels.swap exchanges on a CPU, {class: replacement}, and the modules that it leaves alone.
 
-    compiled: the blocks are compiled, which fuses all but the attention as well or better; and that too where it is
-    short.
+    compiled: the blocks are compiled, which fuses everything but attention as well or better; and attention too where
+    it is short.
     """
-    for name, module in model.named_modules():
-        is_fused = compiled and name.startswith("transformer.h.")
-        if isinstance(module, models.CausalSelfAttention):
-            module.attend = models.attention  # not that of a try to compile
-            if is_fused and module.dropout == 0 and model.config.block_size <= SHORT:
-                module.attend = models.plain_attention
-            elif in_bfloat16 or module.dropout > 0:
-                module.attend = torch.compiler.disable(attention) if is_fused else attention
-            module.rotate = models.apply_rotary if is_fused else Rotate.apply
-        elif isinstance(module, (models.RMSNorm, torch.nn.Dropout)):
-            ours = _rms_norm if isinstance(module, models.RMSNorm) else _dropout
-            # an attribute shadows a method: state-dict keys stay, and the model has no branch for it
-            vars(module).pop("forward", None)
-            if not is_fused:
-                module.forward = functools.partial(ours, module)  # type: ignore[method-assign]
+    found: dict[type, type] = {RMSNorm: CPURMSNorm, nn.Dropout: CPUDropout}
+    dropout = model.config.dropout > 0
+    in_blocks = [m for m in model.transformer.h.modules() if compiled and isinstance(m, (RMSNorm, nn.Dropout))]
+    if not compiled:
+        found[RotaryPositions] = CPURotaryPositions
+    if in_bfloat16 or dropout:
+        found[Attention] = EagerCPUAttention if compiled else CPUAttention
+    if compiled and not dropout and model.config.block_size <= SHORT:
+        found[Attention] = WrittenAttention
+    return found, [*in_blocks]
 
 
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return RMSNormalize.apply(x, module.weight, module.eps)
+class CPURMSNorm(RMSNorm):
+    """RMSNorm with its gradient written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RMSNormalize.apply(x, self.weight, self.eps)
 
 
-def _dropout(module: Any, x: Tensor) -> Tensor:
-    return dropout(x, module.p) if module.training and module.p else x
+class CPUDropout(nn.Dropout):
+    """nn.Dropout with masks that are drawn several times as fast; p is rounded to a multiple of 1 / 65,536."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+class CPURotaryPositions(RotaryPositions):
+    """RotaryPositions with its gradient written out."""
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+
+
+class CPUAttention(Attention):
+    """Attention with its gradient written out, in training; torch's kernel without gradients or with a mask."""
+
+    keeps_weights = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        if causal and torch.is_grad_enabled():
+            return CausalAttention.apply(q, k, v, self.dropout if self.training else 0.0, self.keeps_weights)
+        return super().forward(q, k, v, mask, causal)
+
+
+class LeanCPUAttention(CPUAttention):
+    """CPUAttention that recomputes the attention weights, which are large for a long context, in the backward pass."""
+
+    keeps_weights = False
+
+
+class EagerCPUAttention(CPUAttention):
+    """CPUAttention in blocks that are compiled."""
+
+    forward = torch.compiler.disable(CPUAttention.forward)
+
+
+class WrittenAttention(Attention):
+    """Attention written out, for a compiler to fuse."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return plain_attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
+    """Attention written out: the reference for the fused kernels. Arguments as in core/model.py's Attention."""
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), p=dropout) @ v
+
+
+class CPUSwiGLU(SwiGLU):
+    """SwiGLU that keeps nothing but its inputs for the backward pass."""
+
+    def forward(self, gate: Tensor, x: Tensor) -> Tensor:
+        return GatedSiLU.apply(gate, x)
+
+
+class CPUReLUSquared(ReLUSquared):
+    """ReLUSquared that keeps nothing but its input for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SquaredReLU.apply(x)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -76,21 +141,8 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, 
     return mask, 65536 / (65536 - dropped)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, keep: bool = True
-) -> Tensor:
-    """model.plain_attention; by torch's kernel where there is no gradient, or a mask of the cache. keep: the weights,
-    which are else computed again for the gradient."""
-    if causal and torch.is_grad_enabled():
-        return CausalAttention.apply(q, k, v, dropout, keep)
-    return models.fused_attention(q, k, v, mask, dropout, causal)
-
-
-lean_attention = functools.partial(attention, keep=False)
-
-
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v, where a token sees itself and what is left of it.
+    """softmax(q k^T / sqrt(D)) v; a token sees itself and the tokens before it.
 
     q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H.
 
@@ -186,7 +238,7 @@ def _future(size: int, dtype: torch.dtype) -> Tensor:
 
 
 class Rotate(torch.autograd.Function):
-    """model.apply_rotary. x: (B, H, T, D); cos, sin: (..., 1, T, D/2)."""
+    """core/model.py's apply_rotary. x: (B, H, T, D); cos, sin: (..., 1, T, D/2)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -226,3 +278,31 @@ class RMSNormalize(torch.autograd.Function):
         g = dy * weight.to(x.dtype)
         along = torch.linalg.vecdot(g, scaled).unsqueeze(-1).div_(-x.size(-1))  # (..., 1)
         return scaled.mul_(along).add_(g).mul_(scale), dweight, None
+
+
+class GatedSiLU(torch.autograd.Function):
+    """silu(gate) * x."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        return F.silu(gate).mul_(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grads[0] * x, gate), F.silu(gate).mul_(grads[0])
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(grads[0]).mul_(2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.model import GPT
+from ..core.model import Head, NextTokenLoss
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
 PIECE_ELSEWHERE = 4096
@@ -23,10 +23,12 @@ IN_CACHE = 1 << 19  # of the passes over the logits
 SLICE = 1 << 22  # of the head's gradient
 
 
-def loss_in_pieces(model: GPT, x: Tensor, targets: Tensor) -> tuple[None, Tensor]:
-    """What GPT.loss_of() gives, but for the logits. x: (B, T, C); targets: (B, T)."""
-    x, cap = x.reshape(-1, x.size(-1)), model.config.logit_softcap
-    return None, linear_cross_entropy(x, model.lm_head.weight, targets.reshape(-1), cap)
+class ChunkedLoss(NextTokenLoss):
+    """NextTokenLoss that never makes all logits."""
+
+    def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[None, Tensor]:
+        x = x.reshape(-1, x.size(-1))
+        return None, linear_cross_entropy(x, head.weight, targets.reshape(-1), head.softcap)
 
 
 def linear_cross_entropy(

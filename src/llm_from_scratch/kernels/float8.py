@@ -10,10 +10,10 @@ Shapes: N rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from ..core.model import GPT, Linear
@@ -35,29 +35,35 @@ def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
         raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {str(dtype).removeprefix('torch.')}")
 
 
-def use_fp8(model: GPT) -> int:
-    """Has the linear layers of the blocks whose sides allow it train in float8. Returns how many now do that did not.
-
-    Without gradients (evaluation, samples) they compute as before: what is measured is the model that is saved.
-    Raises UserError where no layer has such sides.
-    """
-    layers = [module for module in model.transformer.h.modules() if isinstance(module, Linear)]
-    layers = [layer for layer in layers if not (layer.in_features % MULTIPLE or layer.out_features % MULTIPLE)]
-    if not layers:
+def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
+    """What kernels.swap exchanges, {class: replacement}, and the linear layers that it leaves alone: those outside the
+    blocks, and those whose sides do not fit. Raises UserError if no layer's do."""
+    blocks = [m for m in model.transformer.h.modules() if type(m) is Linear]
+    fit = {m for m in blocks if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)}
+    if not fit:
         raise UserError(f"--fp8=True: no layer's sides are multiples of {MULTIPLE}; choose such an --n_embd")
-    new = [layer for layer in layers if "forward" not in vars(layer)]
-    for layer in new:
-        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
-        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
-    return len(new)
+    return {Linear: Float8Linear}, [m for m in model.modules() if type(m) is Linear and m not in fit]
 
 
-def _forward(module: Linear, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.size(-1))  # (N, I)
-    if not torch.is_grad_enabled() or rows.size(0) % MULTIPLE:  # the rows are a side of the weight's gradient
-        return Linear.forward(module, x)
-    y = Float8Product.apply(rows, module.weight).view(*x.shape[:-1], -1)
-    return y if module.bias is None else y + module.bias.to(y.dtype)
+class Float8Linear(Linear):
+    """A linear layer that multiplies in float8 while it trains.
+
+    Without gradients (evaluation, samples) it computes as before: what is measured is the model that is saved.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.size(-1))  # (N, I)
+        if not torch.is_grad_enabled() or rows.size(0) % MULTIPLE:  # the rows are a side of the weight's gradient
+            return super().forward(x)
+        return self._finish(Float8Product.apply(rows, self.weight), x)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """forward without rounding to float8, which kernels.swap compares with the plain layer."""
+        return self._finish(x.reshape(-1, x.size(-1)) @ self.weight.to(x.dtype).t(), x)
+
+    def _finish(self, rows: Tensor, x: Tensor) -> Tensor:
+        y = rows.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Float8Product(torch.autograd.Function):

@@ -1,14 +1,15 @@
-"""Which activations wait for the backward pass, and which are computed again there.
+"""Which activations are kept for the backward pass, and which are computed again there.
 
 Three ways, per block: keep all; recompute what is cheap, the outputs of norms and activation functions, of which only
 the inputs are kept (no product with weights is done twice); recompute the block from its input (arXiv 1604.06174).
+All are forms of core/model.py's own modules: an edited block, norm or activation recomputes its own forward.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,29 +21,27 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
-from ..core.model import GPT, GatedMLP
+from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
 from ..errors import UserError
 from ..machine.device import Runtime, forked_random
+from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
+from .swap import swap, unswap
 
 GIB = 1 << 30
 WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch, below which the bookkeeping takes longer than it saves
 
 
 def recompute(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
-    """Has the blocks recompute what the settings say. Raises UserError where their budget cannot be kept."""
+    """Makes the blocks recompute what the settings ask for. Raises UserError if their budget cannot be kept."""
     training, blocks = config.training, list(model.transformer.h)
     budget = training.activation_budget
-    if any(_is_ours(module.forward) for module in model.modules()):
-        return  # of a try before, with a larger micro-batch
     if training.gradient_checkpointing:
-        for block in blocks:
-            _recompute_block(block, config.model.dropout > 0)
+        _recompute_blocks(model, blocks, say)
     elif budget == "auto":
         size = micro_batch * config.model.block_size * config.model.n_embd * runtime.dtype.itemsize
         if size >= WORTH_IT and not runtime.compile:  # a compiler does this by itself
             say("activations: norms and activation functions are recomputed (--activation_budget=None keeps all)")
-            for block in blocks:
-                recompute_cheap(block)
+            recompute_cheap(model, say)
     elif budget is not None:
         _keep_within(model, config, runtime, micro_batch, budget, say)
 
@@ -54,14 +53,13 @@ def _keep_within(
     everything, out = kept_by_a_block(model, runtime, micro_batch)
     whole = len(blocks) * everything
     if whole <= limit:
-        say(f"activations: {whole / GIB:.2f} GiB kept of a micro-batch, within the budget of {budget:g} GiB")
+        say(f"activations: {whole / GIB:.2f} GiB per micro-batch, within the budget of {budget:g} GiB")
         return
     one = everything
     if not runtime.compile:
-        for block in blocks:
-            recompute_cheap(block)
+        recompute_cheap(model, say)
         one, _ = kept_by_a_block(model, runtime, micro_batch)
-    # the last block is walked backwards at once: to recompute it would free nothing
+    # the last block's backward pass comes first: to recompute it would free nothing
     least = (len(blocks) - 1) * out + one
     if least > limit:
         raise UserError(
@@ -70,8 +68,9 @@ def _keep_within(
             "lower --micro_batch"
         )
     count = next(k for k in range(len(blocks)) if k * out + (len(blocks) - k) * one <= limit)
-    for block in blocks[:count]:  # the first, since they are recomputed when the others' activations are gone
-        _recompute_block(block, config.model.dropout > 0)
+    # the first blocks, since they are recomputed when the others' activations are gone
+    unswap(nn.ModuleList(blocks[:count]), LeanBlock)
+    _recompute_blocks(model, blocks[:count], say)
     kept = count * out + (len(blocks) - count) * one
     what = "norms and activation functions" if one < everything else ""
     if count:
@@ -79,70 +78,115 @@ def _keep_within(
     say(f"activations: recomputing {what}: {kept / GIB:.2f} GiB kept of a micro-batch instead of {whole / GIB:.2f}")
 
 
-def recompute_cheap(block: Any) -> None:
-    """Each norm and activation function becomes part of the product that it feeds, which keeps only the input of both;
-    attention on a CPU keeps no weights, which are large where the context is long.
-
-    The arithmetic is the same; only a norm that feeds two products adds their gradients up in another order.
-    """
-    from . import cpu as kernels
-
-    attn, mlp = block.attn, block.mlp
-    if attn.attend is kernels.attention:
-        attn.attend = kernels.lean_attention
-    _join(block.ln_1, attn.c_attn)
-    if isinstance(mlp, GatedMLP):
-        _join(block.ln_2, mlp.c_fc, mlp.c_gate)
-        # attributes shadow the methods: state-dict keys stay, and the model has no branch for it
-        mlp.forward = functools.partial(_gated, mlp, mlp.act.forward, mlp.c_proj.forward)  # type: ignore[method-assign]
-    else:
-        _join(block.ln_2, mlp.c_fc)
-        _join(mlp.act, mlp.c_proj)
+def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[str], None]) -> None:
+    chosen = set(blocks)
+    swap(model, {Block: RecomputedBlock}, say, keep=[m for m in model.transformer.h if m not in chosen])
 
 
-def _is_ours(forward: Callable) -> bool:
-    return isinstance(forward, functools.partial) and forward.func in (_again, _gated, _recomputed)
+class RecomputedBlock(Block):
+    """A block of which only the input is kept; its forward runs once more in the backward pass."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        drawn = any(isinstance(m, nn.Dropout) and m.p for m in self.modules())
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=drawn, **kwargs)
 
 
-def _join(before: nn.Module, *products: nn.Module) -> None:
-    for product in products:
-        product.forward = functools.partial(_again, _chained, before.forward, product.forward)
-    before.forward = _unchanged
+def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
+    """Keeps no outputs of norms and activation functions in the blocks, but recomputes them when the backward pass asks
+    for them; attention on a CPU keeps no weights. The arithmetic is the same."""
+    lighter: dict[type, type] = {CPUAttention: LeanCPUAttention}
+    if model.lm_head.weight.device.type == "cpu":
+        lighter |= {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared}
+    swap(model, lighter, say)
+    cheap = (*NORMS.values(), *(kind for kind in ACTIVATIONS.values() if isinstance(kind, type)))
+    inside = {m for m in model.transformer.h.modules() if isinstance(m, cheap)}
+    kinds: set[type] = {type(m) for m in inside}
+    swap(model, {kind: lean(kind) for kind in kinds}, say, keep=[m for m in model.modules() if m not in inside])
+    swap(model, {Block: LeanBlock}, say)
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+class LeanBlock(Block):
+    """A block whose Lean modules recompute their outputs in the backward pass instead of keeping them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        with _Outputs():
+            return super().forward(*args, **kwargs)
 
 
-def _chained(first: Callable, second: Callable, x: Tensor) -> Tensor:
-    return second(first(x))
+@functools.cache
+def lean(plain: Any) -> type:
+    """A subclass of a norm's or an activation's class that tells the block around it how its output is made again."""
+
+    class Lean(plain):
+        def forward(self, *args: Any) -> Tensor:
+            out = super().forward(*args)
+            if _Outputs.open:
+                _Outputs.open[-1].note(out, functools.partial(plain.forward, self), args)
+            return out
+
+    Lean.__name__ = Lean.__qualname__ = f"Lean{plain.__name__}"
+    return Lean
 
 
-def _gated(mlp: GatedMLP, act: Callable, project: Callable, x: Tensor) -> Tensor:
-    """GatedMLP.forward."""
-    return mlp.dropout(_again(_gated_product, act, project, mlp.c_gate(x), mlp.c_fc(x)))
+class _Made:
+    """How one output is made again: by forward(*args), as long as nobody changes the arguments in place."""
+
+    def __init__(self, out: Tensor, forward: Callable[..., Tensor], args: tuple[Any, ...]):
+        self.out, self.version, self.forward = out, out._version, forward
+        self.args = [(a.detach(), a._version) if isinstance(a, Tensor) else (a, None) for a in args]
+        self.autocast = torch.is_autocast_enabled(out.device.type)
+
+    def again(self) -> Tensor:
+        kind = self.args[0][0].device.type
+        args = [_unchanged(*a) for a in self.args]
+        with torch.no_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=self.autocast):
+            return self.forward(*args)
 
 
-def _gated_product(act: Callable, project: Callable, gate: Tensor, x: Tensor) -> Tensor:
-    return project(act(gate) * x)
+def _unchanged(value: Any, version: int | None) -> Any:
+    if version is not None and value._version != version:
+        raise RuntimeError("a tensor that the backward pass needs was changed in place")
+    return value
 
 
-def _again(forward: Callable, *args: Any) -> Any:
-    """forward(*args), without dropout in it. torch stops a second time when all is there that the backward pass reads:
-    before the product, whose result it does not."""
-    if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+class _Outputs:
+    """While it is open, autograd keeps, in place of an output that was noted, how it is made again."""
 
+    open: list[_Outputs] = []
 
-def _recompute_block(block: nn.Module, dropout: bool) -> None:
-    block.forward = functools.partial(_recomputed, block.forward, dropout)
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, int], _Made] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
+    def note(self, out: Tensor, forward: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+        if out.requires_grad and out.is_contiguous() and isinstance(args[0], Tensor):
+            self.made[out.data_ptr(), out.numel()] = _Made(out, forward, args)
 
-def _recomputed(forward: Callable, dropout: bool, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=dropout, **kwargs)
+    def pack(self, tensor: Tensor) -> Any:
+        made = self.made.get((tensor.data_ptr(), tensor.numel()))
+        known = made is not None and made.out.dtype == tensor.dtype and made.out._version == made.version
+        if made is None or not known or not tensor.is_contiguous():
+            return tensor, tensor._version
+        return made, tensor.shape
+
+    def unpack(self, packed: Any) -> Tensor:
+        made, rest = packed
+        return made.again().view(rest) if isinstance(made, _Made) else _unchanged(made, rest)
+
+    def __enter__(self) -> None:
+        self.open.append(self)
+        self.hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.hooks.__exit__(*error)
+        for made in self.made.values():
+            del made.out  # the backward pass needs its inputs only
+        self.made.clear()
+        self.open.pop()
 
 
 def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int, int]:
@@ -159,7 +203,7 @@ def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int
 
 
 def _kept(model: GPT, runtime: Runtime, sequences: int) -> tuple[int, int]:
-    block, made = model.transformer.h[0], _Made()
+    block, made = model.transformer.h[0], _Allocated()
     tokens = torch.zeros((sequences, model.config.block_size), dtype=torch.long, device=runtime.device)
     with runtime.autocast():
         args, kwargs = _arguments(model, block, tokens)
@@ -192,7 +236,7 @@ def _arguments(model: GPT, block: nn.Module, tokens: Tensor) -> tuple[tuple, dic
     return met[0]
 
 
-class _Made(TorchDispatchMode):
+class _Allocated(TorchDispatchMode):
     """Remembers the memory that operations give out, without holding on to it."""
 
     def __init__(self) -> None:

@@ -70,9 +70,6 @@ class Runtime:
         model.to(self.device)
         model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         if self.device.type == "cpu":
-            from ..kernels.cpu import use_cpu_kernels
-
-            use_cpu_kernels(model, self.dtype == torch.bfloat16, self.compile)
             _keep_freed_memory(model.get_num_params() < LARGE)
 
     def autocast(self) -> contextlib.AbstractContextManager:

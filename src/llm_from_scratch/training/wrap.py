@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -13,11 +12,13 @@ import torch
 import torch.nn as nn
 
 from ..config import Config
-from ..core.model import GPT
+from ..core.model import GPT, NextTokenLoss
 from ..errors import UserError
-from ..kernels.cross_entropy import loss_in_pieces
-from ..kernels.float8 import use_fp8
+from ..kernels.cpu import cpu_replacements
+from ..kernels.cross_entropy import ChunkedLoss
+from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.recompute import recompute
+from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 
 # Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
@@ -45,25 +46,44 @@ class Wrapped:
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
-    """Raises UserError where compile=True is asked for and fails; under auto a failure falls back to eager."""
-    if config.system.fp8 and (count := use_fp8(model)):
-        say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
-    recompute(model, config, runtime, micro_batch, say)
-    if loss_is_chunked(config, micro_batch):
-        if config.training.chunked_loss == "auto":
-            say(f"loss: a piece of the tokens at a time (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
-        # the attribute shadows the method: state-dict keys stay, and the model has no branch for it
-        model.loss_of = functools.partial(loss_in_pieces, model)  # type: ignore[method-assign]
+    """Swaps kernels in, then recomputation, compilation, data parallelism. The optimizer is built after it.
+
+    Raises UserError if compile=True is asked for and fails; with auto a failure falls back to eager.
+    """
+    exchange(model, config, runtime, micro_batch, say)
     compiled, is_recorded = None, False
     if runtime.compile:
         compiled, is_recorded = _compile(model, config, runtime, micro_batch, say)
-    if runtime.compile and compiled is None:  # it failed: as if it had never been tried
-        recompute(model, config, dataclasses.replace(runtime, compile=False), micro_batch, say)
+        if compiled is None:  # it failed: as if it had never been tried
+            runtime = dataclasses.replace(runtime, compile=False)
+            exchange(model, config, runtime, micro_batch, say)
     train = model if compiled is None else compiled
     if runtime.world_size > 1:
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         train = nn.parallel.DistributedDataParallel(train, device_ids=ids)
     return Wrapped(model, model if compiled is None else compiled, train, compiled is not None, is_recorded)
+
+
+def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
+    """Every module that a kernel replaces, and what is recomputed."""
+    again = any(isinstance(m, Float8Linear) for m in model.modules())
+    unswap(model)  # of an attempt with another micro-batch or a compiler
+    replacements: dict[type, type] = {}
+    keep: list[nn.Module] = []
+    if runtime.device.type == "cpu":
+        replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile)
+    if config.system.fp8:
+        float8, others = float8_replacements(model)
+        replacements, keep = replacements | float8, keep + others
+    if loss_is_chunked(config, micro_batch):
+        replacements[NextTokenLoss] = ChunkedLoss
+        if config.training.chunked_loss == "auto":
+            say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
+    swap(model, replacements, say, keep)
+    if config.system.fp8 and not again:
+        count = sum(isinstance(m, Float8Linear) for m in model.modules())
+        say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
+    recompute(model, config, runtime, micro_batch, say)
 
 
 def loss_is_chunked(config: Config, micro_batch: int) -> bool:
@@ -131,11 +151,10 @@ def _compile(
         reason = " ".join(str(error).split())[:200]
         if not runtime.compile_may_fail:
             raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
-    say(f"torch.compile failed ({reason}); going on without it")
+    say(f"torch.compile failed ({reason}); training without it")
     torch._dynamo.reset()
     for block in model.transformer.h:
         block._compiled_call_impl = None
-    dataclasses.replace(runtime, compile=False).place(model)
     return None, False
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core import model as models
-from llm_from_scratch.core.model import GPT, KVCache, apply_rotary, fused_attention, plain_attention, rotary_angles
+from llm_from_scratch.core.model import GPT, Attention, KVCache, apply_rotary, rotary_angles
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.kernels.cpu import WrittenAttention, plain_attention
 
 BASE = GPTConfig(block_size=16, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -75,28 +76,27 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("attention", [plain_attention, fused_attention])
+@pytest.mark.parametrize("attention", [WrittenAttention(0.0), Attention(0.0)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_equals_a_loop(attention: Any, kv_heads: int) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 4, 5, 8)
     k, v = torch.randn(2, kv_heads, 5, 8), torch.randn(2, kv_heads, 5, 8)
     expected = naive_attention(q, k, v, torch.ones(2, 5, 5).tril().bool())
-    torch.testing.assert_close(attention(q, k, v, None, 0.0, True), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, None, True), expected, atol=1e-5, rtol=1e-5)
     k, v = torch.randn(2, kv_heads, 7, 8), torch.randn(2, kv_heads, 7, 8)
     allowed = torch.rand(2, 5, 7) > 0.5
     allowed[..., 0] = True
-    result = attention(q, k, v, allowed[:, None], 0.0, False)
+    result = attention(q, k, v, allowed[:, None], False)
     torch.testing.assert_close(result, naive_attention(q, k, v, allowed), atol=1e-5, rtol=1e-5)
 
 
 @every_option
 def test_plain_attention_gives_the_logits_of_the_fused_kernels(option: str) -> None:
     model, idx = make(option), tokens(2, 16)
-    assert models.attention is fused_attention
     fused = all_logits(model, idx)
     for block in model.transformer.h:
-        block.attn.attend = plain_attention
+        block.attn.attend = WrittenAttention(0.0)
     torch.testing.assert_close(all_logits(model, idx), fused, atol=1e-5, rtol=1e-5)
 
 
@@ -408,7 +408,7 @@ def test_crop_block_size_shortens_the_context_only(option: str) -> None:
 def test_generate_keeps_all_ties_at_the_kth_logit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     logits = torch.tensor([[[0.0, 3.0, 2.0, 2.0, 2.0, 1.0, 0.0]]])
-    monkeypatch.setattr(model, "forward", lambda idx: (logits.expand(len(idx), 1, 7), None))
+    monkeypatch.setattr(model, "forward", lambda idx, **_: (logits.expand(len(idx), 1, 7), None))
     torch.manual_seed(0)
     drawn = model.generate(torch.zeros(4000, 1, dtype=torch.long), 1, top_k=2)[:, 1]
     counts = torch.bincount(drawn, minlength=7).tolist()

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_from_scratch.config import GPTConfig
-from llm_from_scratch.core.model import GPT, apply_rotary, plain_attention, rotary_angles
+from llm_from_scratch.core.model import GPT, ReLUSquared, SwiGLU, apply_rotary, rotary_angles
 from llm_from_scratch.kernels import cpu as kernels
+from llm_from_scratch.kernels.cpu import plain_attention
+from llm_from_scratch.kernels.swap import swap
 
 DOUBLE = torch.float64
 
@@ -35,9 +37,9 @@ def test_attention_is_the_plain_one(
 ) -> None:
     monkeypatch.setattr(kernels, "WEIGHTS", weights)
     results = []
-    for attend in (plain_attention, kernels.attention, kernels.lean_attention):
+    for attend in (kernels.WrittenAttention(0.0), kernels.CPUAttention(0.0), kernels.LeanCPUAttention(0.0)):
         fused, (q, k, v) = qkv(*shape)
-        y = attend(q, k, v, None, 0.0, True)
+        y = attend(q, k, v, None, True)
         y.backward(torch.randn(y.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)))
         results.append((y.detach(), fused.grad))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
@@ -49,9 +51,9 @@ def test_attention_without_gradients_or_with_a_mask_is_torchs(monkeypatch: pytes
     fused, (q, k, v) = qkv(1, 2, 2, 4, 4)
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
     expected = plain_attention(q, k, v, None, 0.0, True)
-    torch.testing.assert_close(kernels.attention(q, k, v, mask, 0.0, False), expected)
+    torch.testing.assert_close(kernels.CPUAttention(0.0)(q, k, v, mask, False), expected)
     with torch.no_grad():
-        torch.testing.assert_close(kernels.attention(q, k, v, None, 0.0, True), expected)
+        torch.testing.assert_close(kernels.CPUAttention(0.0)(q, k, v, None, True), expected)
 
 
 def test_dropped_attention_weights_have_their_gradients() -> None:
@@ -122,6 +124,21 @@ def test_rms_norm_is_torchs() -> None:
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("case", ["swiglu", "relu2"])
+def test_activations_and_their_gradients_are_the_plain_ones(case: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 5, dtype=DOUBLE) for _ in range(2 if case == "swiglu" else 1)]
+    kinds = (SwiGLU, kernels.CPUSwiGLU) if case == "swiglu" else (ReLUSquared, kernels.CPUReLUSquared)
+    results = []
+    for kind in kinds:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y = kind()(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, inputs[0].cos())])
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(kinds[1](), leaves)
+
+
 MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
 
 
@@ -132,7 +149,8 @@ def test_a_model_trains_as_without_them(changes: dict[str, Any], in_bfloat16: bo
     torch.manual_seed(0)
     plain = GPT(GPTConfig(block_size=80, vocab_size=31, n_layer=2, n_head=4, n_embd=32, bias=False, **changes))
     model = copy.deepcopy(plain)
-    kernels.use_cpu_kernels(model, in_bfloat16)
+    said: list[str] = []
+    assert swap(model, kernels.cpu_replacements(model, in_bfloat16, compiled=False)[0], said.append) and not said
     model.compute_dtype = torch.bfloat16 if in_bfloat16 else None
     idx = torch.randint(31, (3, 81))
     grads = []

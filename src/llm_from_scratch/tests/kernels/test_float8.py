@@ -16,6 +16,7 @@ from llm_from_scratch.core.model import GPT, Linear
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels import float8 as fp8
 from llm_from_scratch.kernels import recompute as activations
+from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine import device as runtime
 from llm_from_scratch.training.wrap import wrap
 
@@ -46,8 +47,7 @@ def product(N: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Li
     """Rows whose columns differ in size, a layer and a gradient of its output."""
     torch.manual_seed(0)
     x = torch.randn(2, N // 2, 48).mul(torch.randn(48).exp()).to(dtype).requires_grad_()
-    layer = Linear(48, 80)
-    layer.forward = lambda x: fp8._forward(layer, x)  # type: ignore[method-assign]
+    layer = fp8.Float8Linear(48, 80)
     return x, layer, torch.randn(2, N // 2, 80).to(dtype)
 
 
@@ -109,17 +109,25 @@ def model(**shape: Any) -> GPT:
     return GPT(GPTConfig(**{"block_size": 16, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, **shape}))
 
 
+def use_fp8(model: GPT) -> int:
+    replacements, keep = fp8.float8_replacements(model)
+    said: list[str] = []
+    count = swap(model, replacements, said.append, keep)
+    assert not said
+    return count
+
+
 def test_the_blocks_and_only_they_change() -> None:
     changed = model()
-    assert fp8.use_fp8(changed) == 8
-    assert {name for name, m in changed.named_modules() if "forward" in vars(m)} == {
+    assert use_fp8(changed) == 8
+    assert {name for name, m in changed.named_modules() if isinstance(m, fp8.Float8Linear)} == {
         f"transformer.h.{i}.{part}"
         for i in range(2)
         for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
     assert list(changed.state_dict()) == list(model().state_dict())
     with pytest.raises(UserError, match="no layer's sides are multiples of 16"):
-        fp8.use_fp8(model(n_embd=24))
+        use_fp8(model(n_embd=24))
 
 
 def test_a_model_learns_as_it_does_without() -> None:
@@ -127,8 +135,7 @@ def test_a_model_learns_as_it_does_without() -> None:
     for in_float8 in (False, True):
         trained = model()
         trained.compute_dtype = torch.bfloat16
-        if in_float8:
-            assert fp8.use_fp8(trained)
+        assert not in_float8 or use_fp8(trained)
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
         x = torch.randint(32, (4, 17), generator=torch.Generator().manual_seed(1))
         for _ in range(20):
@@ -145,7 +152,7 @@ def test_the_compiler_can_follow_it() -> None:
     plain = layer(x)
     plain.backward(dy)
     expected, x.grad = x.grad, None
-    traced = torch.compile(lambda x: fp8._forward(layer, x), backend="aot_eager", fullgraph=True)(x)
+    traced = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     traced.backward(dy)
     torch.testing.assert_close(traced, plain)
     torch.testing.assert_close(x.grad, expected)
@@ -165,7 +172,7 @@ def test_wrap_announces_it_and_activations_may_be_recomputed_around_it(
     x = torch.randint(32, (2, 16))
     wrapped(x, x)[1].backward()
     alone = model()
-    fp8.use_fp8(alone)
+    use_fp8(alone)
     alone(x, x)[1].backward()
     torch.testing.assert_close(wrapped.lm_head.weight.grad, alone.lm_head.weight.grad)
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
-from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.model import GPT, Block, LayerNorm
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels import recompute as activations
-from llm_from_scratch.kernels.recompute import GIB, kept_by_a_block, recompute, recompute_cheap
+from llm_from_scratch.kernels.recompute import GIB, kept_by_a_block, recompute_cheap
 from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.training.wrap import exchange
 
 SHAPE: dict[str, Any] = {"block_size": 16, "vocab_size": 20, "n_layer": 4, "n_head": 2, "n_embd": 32}
 BATCH = 3
@@ -46,7 +47,7 @@ def build(variant: str = "gpt2", dtype: str = "float32", **training: Any) -> tup
     config.validate()
     model, said = GPT(config.model), []  # type: ignore[var-annotated]
     runtime(dtype).place(model)
-    recompute(model, config, runtime(dtype), BATCH, said.append)
+    exchange(model, config, runtime(dtype), BATCH, said.append)
     return model, said
 
 
@@ -93,11 +94,11 @@ def test_what_a_block_keeps_is_counted(variant: str, dtype: str) -> None:
 
 def test_the_cheap_way_keeps_what_the_products_give_and_no_more() -> None:
     model, _ = build("gpt2", activation_budget=None)
-    for block in model.transformer.h:
-        recompute_cheap(block)
+    recompute_cheap(model, print)
     tokens, width = BATCH * 16, 32
-    # queries, keys and values; the attention's result, its log-sum for each of 2 heads; the sum; c_fc's; the output
-    floats = tokens * (3 * width + width + 2 + width + 4 * width + width)
+    # queries, keys and values; the attention's result, its log-sum for each of 2 heads; the sum; c_fc's; the output;
+    # mean and scale of two norms
+    floats = tokens * (3 * width + width + 2 + width + 4 * width + width + 4)
     kept, _ = kept_by_a_block(model, runtime(), BATCH)
     assert 4 * floats <= kept <= 4 * floats + 64  # and a seed that torch's attention keeps
 
@@ -113,10 +114,7 @@ def test_loss_and_gradients_stay_as_they_are(variant: str, dtype: str, monkeypat
         other, theirs = step(model)
         assert torch.equal(other, loss), changes
         for ours, plain in zip(theirs, gradients, strict=True):
-            if variant == "llama" and "gradient_checkpointing" not in changes:  # one norm, two products: two orders
-                assert (ours - plain).norm() <= (1e-6 if dtype == "float32" else 1e-2) * plain.norm()
-            else:
-                assert torch.equal(ours, plain), changes
+            assert torch.equal(ours, plain), changes
         assert bool(said) == ("gradient_checkpointing" not in changes)
         model.eval()
         other_model, _ = build(variant, dtype, activation_budget=None)
@@ -147,16 +145,15 @@ def test_the_cheap_way_does_no_product_twice(variant: str, monkeypatch: pytest.M
 def test_as_few_blocks_as_the_budget_needs() -> None:
     plain, _ = build(activation_budget=None)
     everything, out = kept_by_a_block(plain, runtime(), BATCH)
-    for block in plain.transformer.h:
-        recompute_cheap(block)
+    recompute_cheap(plain, print)
     cheap, _ = kept_by_a_block(plain, runtime(), BATCH)
     for blocks in range(4):
         needed = blocks * out + (4 - blocks) * cheap
         model, said = build(activation_budget=needed / GIB)
-        ours = [getattr(b.forward, "func", None) is activations._recomputed for b in model.transformer.h]
+        ours = [isinstance(b, activations.RecomputedBlock) for b in model.transformer.h]
         assert ours == [True] * blocks + [False] * (4 - blocks)
         assert f"{blocks} of 4 blocks" in said[0] or not blocks
-        with activations._Made() as made:
+        with activations._Allocated() as made:
             loss = model(torch.zeros((BATCH, 16), dtype=torch.long))[0].sum()
         alive = made.alive({p.untyped_storage()._cdata for p in model.parameters()})
         # beside the blocks: position numbers, two embeddings' sum, the last norm, its part at the end, the logits
@@ -164,7 +161,7 @@ def test_as_few_blocks_as_the_budget_needs() -> None:
         assert needed <= alive <= needed + around
         del loss
     assert build(activation_budget=4 * everything / GIB)[1] == [
-        f"activations: {4 * everything / GIB:.2f} GiB kept of a micro-batch, within the budget of "
+        f"activations: {4 * everything / GIB:.2f} GiB per micro-batch, within the budget of "
         f"{4 * everything / GIB:g} GiB"
     ]
 
@@ -179,12 +176,28 @@ def test_a_budget_that_cannot_be_kept_names_the_least() -> None:
 
 def test_a_small_model_is_left_alone() -> None:
     model, said = build()
-    assert not said and not any("forward" in vars(block.ln_1) for block in model.transformer.h)
+    assert not said and all(type(block) is Block and type(block.ln_1) is LayerNorm for block in model.transformer.h)
 
 
 def test_a_second_try_with_a_smaller_batch_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     model, _ = build()
-    before = {name: module.forward for name, module in model.named_modules() if "forward" in vars(module)}
-    recompute(model, Config(model=model.config), runtime(), 1, print)
-    assert before == {name: module.forward for name, module in model.named_modules() if "forward" in vars(module)}
+    before = {name: type(module) for name, module in model.named_modules()}
+    exchange(model, Config(model=model.config), runtime(), 1, print)
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_a_block_edited_in_place_keeps_what_it_needs_or_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A residual that is changed in place: torch itself refuses its gradient, and so does a lean block."""
+    monkeypatch.setattr(activations, "WORTH_IT", 0)
+
+    def forward(self: Block, x: Tensor, where: Any = (), cache: Any = None) -> Tensor:
+        x = x.clone()
+        x += self.attn(self.ln_1(x), where, cache)
+        return x + self.mlp(self.ln_2(x))
+
+    monkeypatch.setattr(Block, "forward", forward)
+    model, said = build(activation_budget="auto")
+    assert any("Block" in line and "fails" in line for line in said) and type(model.transformer.h[0]) is Block
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
+        step(model)

@@ -76,7 +76,7 @@ def test_a_compiler_that_fails_leaves_the_plain_model(monkeypatch: pytest.Monkey
     settings = config(compile="auto")
     plain, _ = wrapped(settings, resolve(config(compile=False).system))
     models, told = wrapped(settings, Runtime(**{**vars(resolve(settings.system)), "compile": True}))
-    assert not models.is_compiled and "torch.compile failed (no compiler); going on without it" in told
+    assert not models.is_compiled and "torch.compile failed (no compiler); training without it" in told
     torch.testing.assert_close(gradients(models), gradients(plain))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
-from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.model import GPT, NextTokenLoss
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels import cross_entropy as loss
 from llm_from_scratch.kernels import float8 as fp8
+from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine.device import Runtime, resolve
 from llm_from_scratch.machine.lock import FolderLock
 from llm_from_scratch.training import trainer
@@ -97,6 +97,7 @@ def test_no_update_needs_a_number_from_the_device(
     monkeypatch.setattr(trainer, "step_unless", as_on_a_gpu)
     monkeypatch.setattr(fp8, "refuse_unfit", lambda *_: None)
     monkeypatch.setattr(Runtime, "place", lambda runtime, model: setattr(model, "compute_dtype", torch.bfloat16))
+    monkeypatch.setattr(parallel, "cpu_replacements", lambda *_: ({}, []))
     plan = prepare(tiny_config(tiny_data, **settings))
     with StopRequest() as stop:
         made = Trainer(plan, "", stop, FolderLock(Path("out")))
@@ -199,7 +200,7 @@ class Compiled(torch.nn.Module):
         (
             ("reduce-overhead", None),
             ["compile reduce-overhead", "compile None"],
-            "torch.compile failed (no such mode); going on without it",
+            "torch.compile failed (no such mode); training without it",
         ),
     ],
 )
@@ -237,9 +238,9 @@ def test_the_whole_pass_is_one_graph(modern: bool, monkeypatch: pytest.MonkeyPat
         torch.manual_seed(0)
         extra: dict[str, Any] = MODERN if modern else {}
         model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=32, **extra))
+        assert swap(model, {NextTokenLoss: loss.ChunkedLoss}, print) == 1
+        assert not modern or swap(model, fp8.float8_replacements(model)[0], print)
         model.compute_dtype = torch.bfloat16
-        model.loss_of = functools.partial(loss.loss_in_pieces, model)  # type: ignore
-        assert not modern or fp8.use_fp8(model)
         run: Any = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False) if compile_it else model
         run(x, x)[1].backward()
         found.append([p.grad for p in model.parameters()])

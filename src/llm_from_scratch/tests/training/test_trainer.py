@@ -541,7 +541,7 @@ def test_a_failing_compiler_falls_back_under_auto(
     resolve = setup.runtimes.resolve
     monkeypatch.setattr(setup.runtimes, "resolve", lambda system: dataclasses.replace(resolve(system), compile=True))
     train(tiny_config(tiny_data, out_dir="auto", dropout=0.2, compile="auto"))
-    assert "torch.compile failed (no C++ compiler); going on without it" in capsys.readouterr().out.splitlines()
+    assert "torch.compile failed (no C++ compiler); training without it" in capsys.readouterr().out.splitlines()
     assert_same_weights(saved("eager"), saved("auto"))
 
 

@@ -1,0 +1,159 @@
+"""The one way a module is exchanged for a faster one: its class becomes a subclass with the same parameters and names.
+
+core/model.py stays the model. Before a replacement is used, it is compared with the module that it replaces, on what
+the model feeds it for a few tokens: outputs and gradients in float32. If they differ, as they do after an edit of
+core/model.py that the replacement does not know, the plain module stays and one line says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..core.model import GPT
+from ..machine.device import forked_random
+
+TOLERANCE = 1e-5  # of a difference, relative to what the plain module gives; float32 rounds to about 1e-7
+SEQUENCES, TOKENS = 2, 5  # of the comparison
+
+_plain: dict[type, type] = {}  # replacement -> the class that it replaced
+
+
+def swap(
+    model: GPT,
+    replacements: Mapping[type, type],
+    say: Callable[[str], None],
+    keep: Collection[nn.Module] = (),
+) -> int:
+    """Exchanges every module whose class is a key for the class of its value. Returns how many were exchanged.
+
+    A replacement is a subclass of its key without parameters of its own. One that approximates by design, such as
+    float8, has a method `exact` with the arguments of forward, which is compared in its place. keep: modules that are
+    left alone. Raises nothing for a replacement that differs or fails: say is told, and the plain module stays.
+    """
+    left = set(keep)
+    chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
+    inputs = _inputs(model, chosen)
+    verdicts: dict[Any, str | None] = {}
+    count = 0
+    for module in chosen:
+        kind, plain = _kind(module), type(module)
+        replacement = replacements[plain]
+        if kind not in inputs:  # the model never calls one of this kind
+            continue
+        if kind not in verdicts:
+            verdict = _difference(module, replacement, *inputs[kind])
+            if verdict is not None and verdict not in verdicts.values():
+                say(f"{plain.__name__}: {replacement.__name__} {verdict}; the one of core/model.py is used")
+            verdicts[kind] = verdict
+        if verdicts[kind] is None:
+            _plain[replacement] = plain
+            module.__class__ = replacement
+            count += 1
+    return count
+
+
+def unswap(model: nn.Module, *classes: type) -> None:
+    """Gives modules back the classes that they had before swap(). classes: undo only these replacements."""
+    for module in model.modules():
+        while type(module) in _plain and (not classes or isinstance(module, classes)):
+            module.__class__ = _plain[type(module)]
+
+
+def _kind(module: nn.Module) -> Any:
+    """Modules of one kind are compared once: same class, same shapes."""
+    return type(module), tuple(p.shape for p in module.parameters())
+
+
+def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
+    """What the model calls a module of each kind with, for a few tokens, in the precision of its weights."""
+    found: dict[Any, tuple[Any, dict[str, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.setdefault(_kind(module), (args, kwargs))
+
+    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
+    device, config, training = model.lm_head.weight.device, model.config, model.training
+    ids = torch.randint(
+        int(config.vocab_size or 1),
+        (SEQUENCES, min(TOKENS, config.block_size) + 1),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
+    dtype, model.compute_dtype = model.compute_dtype, None
+    try:
+        with torch.enable_grad(), forked_random(device):  # with gradients, to see which inputs want one
+            model.eval()(ids[:, :-1], ids[:, 1:])
+    finally:
+        model.compute_dtype = dtype
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """How the replacement differs from the module's present class on these arguments; None if it does not."""
+    plain, training = type(module), module.training
+    passes = []
+    module.eval()  # without dropout
+    try:
+        for cls, forward in ((plain, _exact(plain)), (replacement, _exact(replacement))):
+            module.__class__ = cls
+            passes.append(_Pass(forward, module, args, kwargs))
+        # a replacement may leave out what its caller can do without, such as logits that are never made
+        pairs = zip(passes[0].outputs, passes[1].outputs, strict=True)
+        both = [i for i, pair in enumerate(pairs) if all(isinstance(t, Tensor) for t in pair)]
+        expected, found = ([p.outputs[i] for i in both] + p.gradients(both) for p in passes)
+    except Exception as error:
+        return f"fails ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+    finally:
+        module.__class__ = plain
+        module.train(training)
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape:
+            return "gives another shape"
+        a, b = a.detach().double(), b.detach().double()
+        apart = float((a - b).norm() / a.norm().clamp(min=1e-30))
+        if not apart <= TOLERANCE:
+            return f"gives another result (relative difference {apart:.0e})"
+    return None
+
+
+def _exact(replacement: Any) -> Callable:
+    return getattr(replacement, "exact", replacement.forward)
+
+
+class _Pass:
+    """One forward pass through a module, ready for the gradients of its floating-point inputs and parameters."""
+
+    def __init__(self, forward: Callable, module: nn.Module, args: Any, kwargs: dict[str, Any]):
+        self.leaves: list[Tensor] = []
+        for m in (module, *(a for a in tree_leaves((args, kwargs)) if isinstance(a, nn.Module))):
+            self.leaves += [p for p in m.parameters() if p.requires_grad]
+        args, kwargs = tree_map(self._leaf, (args, kwargs))
+        with torch.enable_grad(), forked_random(self.leaves[0].device if self.leaves else torch.device("cpu")):
+            self.outputs = tree_leaves(forward(module, *args, **kwargs))
+
+    def _leaf(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        leaf = value.detach().clone().requires_grad_(value.requires_grad)
+        self.leaves += [leaf] if leaf.requires_grad else []
+        return leaf
+
+    def gradients(self, outputs: list[int]) -> list[Tensor]:
+        """Of a weighted sum of these outputs; zeros for what it does not depend on."""
+        total: Any = 0
+        for t in (self.outputs[i] for i in outputs):
+            if t.requires_grad:
+                weights = torch.arange(1, t.numel() + 1, device=t.device, dtype=t.dtype).cos().view_as(t)
+                total = total + (t * weights).sum()
+        if not isinstance(total, Tensor):
+            return []
+        found = torch.autograd.grad(total, self.leaves, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g.to_dense() for x, g in zip(self.leaves, found, strict=True)]
