@@ -71,7 +71,7 @@ class GPTConfig:
 
     @property
     def mlp_width(self) -> int:
-        """Hidden width of the MLP. A gated one has three matrices: a factor of 8/3 gives as many parameters as 4 does."""
+        """Hidden width of the MLP. If gated, it has three matrices: 8/3 gives as many parameters as 4 does."""
         if self.mlp_hidden is not None:
             return self.mlp_hidden
         return 64 * -(-8 * self.n_embd // (3 * 64)) if self.is_gated else 4 * self.n_embd
