@@ -1,0 +1,163 @@
+"""kernels/swap.py: an edit of core/model.py always counts, whichever faster module would have replaced it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn import functional as F
+
+from llm_from_scratch.config import Config, GPTConfig, SystemConfig
+from llm_from_scratch.core import model as models
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.kernels import recompute as activations
+from llm_from_scratch.kernels.cpu import CPUAttention, CPUDropout, CPURMSNorm, cpu_replacements
+from llm_from_scratch.kernels.cross_entropy import ChunkedLoss
+from llm_from_scratch.kernels.float8 import Float8Linear, float8_replacements
+from llm_from_scratch.kernels.swap import swap, unswap
+from llm_from_scratch.machine.device import resolve
+from llm_from_scratch.training.wrap import exchange
+
+MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
+
+
+def model(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    shape = {"block_size": 16, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_kv_head": 1, "bias": False}
+    return GPT(GPTConfig(**{**shape, **MODERN, **changes}))
+
+
+def exchanged(one: GPT, **settings: Any) -> tuple[GPT, list[str]]:
+    """The model with every module exchanged that a run would exchange, and what was said."""
+    config, said = Config(model=one.config), list[str]()
+    config.system = SystemConfig(device="cpu", dtype="bfloat16", compile=False)  # asks for most replacements
+    for name, value in settings.items():
+        setattr(config.training, name, value)
+    exchange(one, config, resolve(config.system), 4, said.append)
+    return one, said
+
+
+def logits_and_gradients(one: GPT) -> list[Tensor]:
+    idx = torch.arange(34).view(2, 17) * 7 % 32
+    logits = one(idx[:, :-1])[0].detach()
+    loss = one(idx[:, :-1], idx[:, 1:])[1]
+    return [logits, loss.detach(), *torch.autograd.grad(loss, list(one.parameters()))]
+
+
+def scaled_attention(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, scale=0.9)
+
+
+def squared_loss(self: Any, x: Tensor, targets: Tensor, head: Any) -> tuple[None, Tensor]:
+    return None, F.mse_loss(head(x).flatten(0, 1).amax(1), targets.flatten().float())
+
+
+EDITS: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "norm": ("RMSNorm", "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight + 0.5, self.eps)),
+    "rotation": ("", "apply_rotary", lambda x, cos, sin: x * torch.cat((cos, cos), -1)),
+    "scale of attention": ("Attention", "forward", scaled_attention),
+    "activation": ("SwiGLU", "forward", lambda self, gate, x: F.gelu(gate) * x),
+    "head": ("Head", "forward", lambda self, x: 1.5 * F.linear(x, self.weight.to(x.dtype))),
+    "loss": ("NextTokenLoss", "forward", squared_loss),
+}
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_an_edited_module_is_used_and_one_line_says_so(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "WORTH_IT", 0)
+    before = logits_and_gradients(model())
+    where, name, new = EDITS[edit]
+    monkeypatch.setattr(getattr(models, where) if where else models, name, new)
+    expected = logits_and_gradients(copy.deepcopy(model()))
+    trained, said = exchanged(model(), chunked_loss=True)
+    found = logits_and_gradients(trained)
+    apart = max(float((a - b).norm() / b.norm()) for a, b in zip(expected, before, strict=True))
+    assert apart > 0.03, "the edit must show"
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    lines = [line for line in said if "core/model.py is used" in line]
+    assert len(lines) == 1 and "gives another result (relative difference" in lines[0]
+
+
+def test_without_an_edit_everything_is_exchanged_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "WORTH_IT", 0)
+    plain = model(dropout=0.1).eval()
+    names, classes = list(plain.state_dict()), [type(m) for m in plain.modules()]
+    expected = logits_and_gradients(plain)
+    trained, said = exchanged(plain, chunked_loss=True)
+    assert not [line for line in said if "core/model.py" in line]
+    kinds = {type(m).__name__ for m in trained.modules()}
+    assert {"LeanBlock", "LeanCPURMSNorm", "CPUDropout", "CPURotaryPositions", "LeanCPUAttention"} <= kinds
+    assert {"LeanCPUSwiGLU", "ChunkedLoss"} <= kinds and list(trained.state_dict()) == names
+    for ours, theirs in zip(logits_and_gradients(trained), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    unswap(trained)
+    assert [type(m) for m in trained.modules()] == classes
+
+
+def test_no_random_number_is_drawn_and_the_mode_stays() -> None:
+    one = model(dropout=0.3).train()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert swap(one, cpu_replacements(one, True, False)[0], pytest.fail)
+    assert torch.equal(torch.get_rng_state(), before) and all(m.training for m in one.modules())
+    assert all(p.grad is None for p in one.parameters())
+
+
+def test_float8_is_compared_before_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    one = model()
+    replacements, keep = float8_replacements(one)
+    assert swap(one, replacements, said.append, keep) == 10 and not said
+    assert isinstance(one.transformer.h[0].attn.c_attn, Float8Linear) and type(one.lm_head) is models.Head
+    monkeypatch.setattr(models.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight))
+    edited = model()
+    replacements, keep = float8_replacements(edited)
+    assert swap(edited, replacements, said.append, keep) == 0 and len(said) == 1
+
+
+def test_a_subclass_of_the_researchers_is_left_alone() -> None:
+    class Mine(models.RMSNorm):
+        pass
+
+    one = model()
+    one.transformer.ln_f = Mine(32)
+    swap(one, {models.RMSNorm: CPURMSNorm}, pytest.fail)
+    assert type(one.transformer.ln_f) is Mine and type(one.transformer.h[0].ln_1) is CPURMSNorm
+
+
+def test_one_shape_that_differs_keeps_its_plain_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = models.RMSNorm.forward
+    monkeypatch.setattr(
+        models.RMSNorm, "forward", lambda self, x: plain(self, x) * (2 if x.size(-1) == 16 else 1)
+    )  # the norms of queries and keys
+    one, said = model(), list[str]()
+    swap(one, {models.RMSNorm: CPURMSNorm}, said.append)
+    assert type(one.transformer.h[0].attn.q_norm) is models.RMSNorm and type(one.transformer.ln_f) is CPURMSNorm
+    assert len(said) == 1
+
+
+def test_a_replacement_that_raises_is_left_out() -> None:
+    class Broken(models.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("no\nkernel")
+
+    one, said = model(), list[str]()
+    assert swap(one, {models.RMSNorm: Broken}, said.append) == 0
+    assert said == ["RMSNorm: Broken fails (RuntimeError: no kernel); the one of core/model.py is used"]
+
+
+def test_dropout_and_attention_are_chosen_by_dtype_and_dropout() -> None:
+    assert cpu_replacements(model(), False, False)[0].get(models.Attention) is None
+    assert cpu_replacements(model(dropout=0.1), False, False)[0][models.Attention] is CPUAttention
+    assert cpu_replacements(model(), True, False)[0][nn.Dropout] is CPUDropout
+
+
+def test_a_loss_without_logits_is_compared_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(logit_softcap=3.0)
+    assert swap(one, {models.NextTokenLoss: ChunkedLoss}, pytest.fail) == 1
