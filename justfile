@@ -1,6 +1,6 @@
-# Recipes of this project. `./just RECIPE` needs python3 alone; `just RECIPE` does for those who have just.
-# Everything lives in .venv and is called there by path: whatever environment is active does not matter.
-# Arguments after a recipe's own are passed on: `./just demo --max_iters=100`.
+# Recipes of this project. `./just RECIPE` needs only python3; `just RECIPE` works if just is installed.
+# Every program is called by its path in .venv, so an active environment does not matter.
+# More arguments are passed on: `./just demo --max_iters=100`.
 
 set positional-arguments
 
@@ -10,30 +10,30 @@ python := bin / "python"
 
 export HERE := invocation_directory()
 
-# Shell text: takes the recipe's first argument into $first; a path counts from where the user stands.
+# Shell text: puts the recipe's first argument into $first; a path is relative to the user's working directory.
 first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || first=$HERE/$first'
 
-# Shell text: $data names the data prepared last, and stays empty where the arguments name a dataset.
+# Shell text: $data names the data prepared last, or is empty if the arguments name a dataset.
 newest := 'data=$("' + python + '" scripts/housekeeping.py newest "$@")'
 
 [private]
 default:
     @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
 
-# .venv with what these extras need; quick when it is there already
+# .venv with these extras; quick if they are installed
 [private]
 [no-exit-message]
 _env *EXTRAS:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/install.py "$@"
 
-# Make .venv with what training, TensorBoard and the notebook need
+# Make .venv for training, TensorBoard, the notebook and the server
 setup: (_env "tensorboard" "plots" "offline" "notebook" "serve")
 
 # Make .venv with the development tools
 install-dev: (_env "dev")
 
-# Train a small model on a small text and read from it: a few minutes
+# Train a small model on a small text and sample from it: a few minutes
 [no-exit-message]
 demo *ARGS: (_env "tensorboard" "plots")
     @"{{ python }}" -m llm_from_scratch.cli.demo "$@"
@@ -43,12 +43,12 @@ demo *ARGS: (_env "tensorboard" "plots")
 test *ARGS: (_env "dev")
     @"{{ python }}" -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"
 
-# Run the tests and report which lines they reach
+# Run the tests with a coverage report
 [no-exit-message]
 test-cov *ARGS: (_env "dev")
     @"{{ python }}" -m pytest --cov=llm_from_scratch --cov-report=term-missing:skip-covered "$@"
 
-# Try every fault on the program: kills, power cuts, flipped bits, hostile files (--prove: that it would notice defects)
+# Run the crash tests: kills, power cuts, flipped bits, hostile files (--prove: check that they notice defects)
 [no-exit-message]
 storm *ARGS: (_env "dev")
     @"{{ python }}" -m llm_from_scratch.tests.faults.storm "$@"
@@ -66,7 +66,7 @@ lint: (_env "dev")
     @"{{ python }}" -m ruff check .
     @"{{ python }}" -m mypy
 
-# What a commit must pass: format, lint, test
+# Format, lint and test: every commit must pass
 pre-commit: format lint test
 
 # Turn a text (file, folder, or a known name) into training data in data/processed
@@ -79,27 +79,27 @@ prepare-data FILE *ARGS: (_env "tensorboard" "plots" "offline")
 train *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} "$@"
 
-# A short run to try things out: 5 epochs, small batch, on the data prepared last
+# A short run: 5 epochs, small batch, on the data prepared last
 [no-exit-message]
 train-quick *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 --out_dir=out-quick "$@"
 
-# configs/default.yaml for 20 epochs of the data prepared last; stops where the val loss no longer improves
+# configs/default.yaml for 20 epochs of the data prepared last; stops if the val loss no longer improves
 [no-exit-message]
 train-full *ARGS: (_env "tensorboard" "plots")
     @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} --epochs=20 --early_stopping_patience=5 --out_dir=out-full "$@"
 
-# Train with a configuration file of your own
+# Train with your own preset file
 [no-exit-message]
 train-with-config FILE *ARGS: (_env "tensorboard" "plots")
     @{{ first }}; exec "{{ bin }}/llm-train" "$first" "$@"
 
-# Talk to a trained model: MODEL is an out_dir, a step directory or a ckpt.pt
+# Continue what you type: MODEL is an out_dir, a step directory or a ckpt.pt
 [no-exit-message]
 generate MODEL *ARGS: _env
     @{{ first }}; exec "{{ bin }}/llm-generate" --interactive --checkpoint="$first" "$@"
 
-# Serve a trained model, and its page: MODEL is an out_dir, a step directory or a ckpt.pt
+# Serve a trained model and the playground: MODEL is an out_dir, a step directory or a ckpt.pt
 [no-exit-message]
 serve MODEL *ARGS: (_env "serve")
     @{{ first }}; exec "{{ bin }}/llm-serve" --checkpoint="$first" "$@"
@@ -114,7 +114,7 @@ tensorboard *ARGS: (_env "tensorboard")
 notebook *ARGS: (_env "notebook")
     @exec "{{ python }}" -m notebook --notebook-dir=notebooks "$@"
 
-# Say which GPU PyTorch can use here
+# Show the GPU that PyTorch uses
 [no-exit-message]
 check-gpu: _env
     @exec "{{ python }}" scripts/check_gpu.py
@@ -124,7 +124,7 @@ check-gpu: _env
 bench *ARGS: _env
     @exec "{{ bin }}/llm-bench" "$@"
 
-# The line budget of the one-hour path against reality
+# Count the lines of the one-hour path against its budget
 [no-exit-message]
 loc:
     @sh "{{ root }}/just" --bootstrap
