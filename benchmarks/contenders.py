@@ -1,8 +1,8 @@
-"""Training runs of this project, of nanoGPT and of transformers that stand still until they are asked for steps.
+"""Training runs of this project, nanoGPT and transformers that run steps on request.
 
-Each contender lives in a process of its own, with the same number of threads. The parent asks one for k steps, then
-another, over a pipe, so that the steps are interleaved while none competes with another for the machine. Ours are the
-steps of the trainer; nanoGPT's are those of its own unchanged train.py, whose output lines are where it is stopped.
+Each contender has its own process and the same number of threads. The parent asks one for k steps, then another, over a
+pipe. So the steps are interleaved and only one contender runs at a time. Ours are the trainer's steps. nanoGPT's are
+those of its unchanged train.py, which is paused at its output lines.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Tokens per second of decoding: ours beside nanoGPT, transformers and llama.cpp, interleaved in one process.
+"""Tokens per second of decoding: ours, nanoGPT, transformers and llama.cpp, interleaved in one process.
 
 python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--gpt2=DIR] [--rounds=7] [--threads=2]
 
-char-512      4 layers, 128 wide, block_size 512: 500 tokens, one stream; beside nanoGPT's generate()
-char-64       the same with block_size 64: 5 samples of 500 tokens, exact past the context; beside nanoGPT's, 5 times
-gpt2-fp32     124M shape, one stream, 64 tokens; beside transformers
-gpt2-half     the same with bfloat16 weights (what --dtype=bfloat16 makes of them on this CPU)
-gpt2-int8     the same in int8; beside llama.cpp's q8_0 (packages xllamacpp and gguf; --gpt2: GPT-2's vocabulary)
-streams-*     124M shape, 16 streams, total; beside one stream; fp32, half, int8
-first-token   124M shape, a prompt of 512 tokens, float32; beside transformers
-lookup        124M shape, with proposals from the text; beside itself without
-compile       char-512 with a compiled decode step; beside itself without
+char-512      4 layers, 128 wide, block_size 512: 500 tokens, one sequence; nanoGPT's generate()
+char-64       the same with block_size 64: 5 samples of 500 tokens, exact beyond the context; nanoGPT's, 5 times
+gpt2-fp32     124M shape, one sequence, 64 tokens; transformers
+gpt2-half     the same with --dtype=bfloat16
+gpt2-int8     the same in int8; llama.cpp's q8_0 (packages xllamacpp and gguf; --gpt2: GPT-2's vocabulary)
+streams-*     124M shape, 16 sequences, total; one sequence; fp32, half, int8
+first-token   124M shape, a prompt of 512 tokens, float32; transformers
+lookup        124M shape, with prompt lookup; without
+compile       char-512 with a compiled decode step; without
 
 A ratio is the median over the rounds of the ratios within a round; above 1 ours is faster. Prints a table, and a line
 of JSON last. Weights are random; contenders of a case share them.

@@ -1,11 +1,10 @@
-"""Peak memory of training the 124M shape, and its speed: ours beside nanoGPT's train.py.
+"""Peak memory and speed of training the 124M shape: ours and nanoGPT's train.py.
 
 python benchmarks/memory.py --nanogpt=DIR [--case=gpt2-512] [--steps=3] [--rounds=1] [--threads=N] [SETTING ...]
 
-Each contender trains in a fresh process, one after the other; the peak is that of the process's resident memory
-(VmHWM), or, in the case cuda-gpt2, of what torch has allocated on the device. SETTINGs are those of llm-train; with
-any, ours is measured without and with them, as with --optimizer_dtype=bfloat16. Prints a table, and a line of JSON
-last.
+Each contender trains in a fresh process, one after the other; the peak is the process's resident memory (VmHWM), or,
+in the case cuda-gpt2, the memory that torch allocated on the device. SETTINGs are those of llm-train, such as
+--optimizer_dtype=bfloat16; ours is then measured without and with them. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations

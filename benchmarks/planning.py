@@ -1,10 +1,10 @@
-"""What llm-plan foretells against what then happens: seconds a step, peak memory, the whole run, the ETA at step 20.
+"""llm-plan's estimates compared with measurements: seconds per step, peak memory, the whole run, the ETA at step 20.
 
 python benchmarks/planning.py [--shapes=tiny,quick,char,wide,deep,vocabulary,gpt2] [--rounds=1] [--threads=N]
        [--clock=wall|cpu] [SETTING ...]
 
-Each shape is planned in one fresh process and trained for some steps in another, --rounds times in turn; a figure is
-the median. On a machine that others use too, --clock=cpu --threads=1 compares processor time. SETTINGs are those of
+Each shape is planned in one fresh process and trained for some steps in another, --rounds times; a figure is the
+median. On a shared machine, --clock=cpu --threads=1 compares processor time. SETTINGs are those of
 llm-train. Prints a table, and a line of JSON last.
 """
 

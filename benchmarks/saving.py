@@ -1,4 +1,4 @@
-"""How long a training loop stands still for a checkpoint: none, written beside the loop, and waited for, in turn.
+"""The cost of a checkpoint to the training loop: none, written by a thread, and written in the loop, interleaved.
 
 python benchmarks/saving.py [--rounds=5] [SETTING ...]     settings are those of llm-train, such as --n_embd=768
 

@@ -1,10 +1,10 @@
-"""From the start of the process to the end of the first step: llm-train quick beside nanoGPT's command for a CPU.
+"""Time from process start to the end of the first step: llm-train quick and nanoGPT's command for a CPU.
 
 python benchmarks/startup.py --nanogpt=DIR [--data=DIR] [--rounds=5] [--threads=N] [SETTING ...]
 
-Fresh processes, in turn. Both evaluate before the first step, as they do by themselves; how long it took until then is
-told too. --data: a folder with train.bin, val.bin and meta.pkl of tiny Shakespeare's characters, that of the nanoGPT
-checkout where it is not given. SETTINGs are those of llm-train. Prints a table, and a line of JSON last.
+Fresh processes, interleaved. Both evaluate before the first step, as by default; the time before that is printed too.
+--data: a folder with train.bin, val.bin and meta.pkl of tiny Shakespeare's characters, by default that of the nanoGPT
+checkout. SETTINGs are those of llm-train. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ python benchmarks/throughput.py --nanogpt=DIR [--cases=cpu-readme,char,char-nodr
 
 A step is batch, forward, backward, clipping and optimizer. The contenders take turns of --turn seconds, --rounds times;
 a figure is the median over the turns, a ratio the median of the ratios within a round. Cases for a GPU: cuda-gpt2,
-cuda-char. SETTINGs are those of llm-train, for ours only, such as --compile=False. Prints a table, and a line of JSON
-last.
+cuda-char. SETTINGs are those of llm-train, such as --compile=False, and apply to ours only. Prints a table,
+and a line of JSON last.
 """
 
 from __future__ import annotations

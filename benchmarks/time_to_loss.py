@@ -1,11 +1,11 @@
-"""Wall-clock from process start to exit, and the loss reached: a command of ours beside nanoGPT's command for a CPU.
+"""Wall-clock time from process start to exit, and the loss: a command of ours and nanoGPT's command for a CPU.
 
 python benchmarks/time_to_loss.py --nanogpt=DIR [--data=DIR] [--rounds=1] [--threads=N] [--target=1.898]
        [--ours="llm-train speedrun"]
 
-The loss is that of the whole validation split in neighbouring windows of 64 tokens, computed by each project's own
-model from what its run has left. --data: a folder with train.bin, val.bin and meta.pkl of tiny Shakespeare's
-characters, that of the nanoGPT checkout where it is not given. Seeds: --seed of round k is 1337 + k for ours; nanoGPT
+The loss is that of the whole validation split in adjacent windows of 64 tokens, computed by each project's own model
+from its checkpoint. --data: a folder with train.bin, val.bin and meta.pkl of tiny Shakespeare's characters, by default
+that of the nanoGPT checkout. Seeds: --seed of round k is 1337 + k for ours; nanoGPT
 has one only. Prints a table, and a line of JSON last.
 """
 

@@ -2,6 +2,6 @@
 
 init_from = "gpt2-large"
 eval_only = True
-eval_iters = 500  # more batches than while training: this number is the result
+eval_iters = 500  # more batches than during training: this loss is the result
 batch_size = 8
-wandb_log = False  # there is no curve to watch
+wandb_log = False  # there is no curve

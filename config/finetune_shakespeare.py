@@ -1,4 +1,4 @@
-# OpenAI's largest GPT-2 finetuned on tiny Shakespeare. Short of memory: --init_from=gpt2 or gpt2-medium.
+# OpenAI's largest GPT-2 finetuned on tiny Shakespeare. With less memory: --init_from=gpt2 or gpt2-medium.
 
 import time
 
@@ -7,18 +7,18 @@ dataset = "shakespeare"
 init_from = "gpt2-xl"
 wandb_log = False
 wandb_project = "shakespeare"
-wandb_run_name = "ft-" + str(time.time())  # every attempt under a name of its own
+wandb_run_name = "ft-" + str(time.time())  # each run has its own name
 
-# an epoch is 301,966 / 32,768 = 9.2 steps: the whole run is two epochs, so look often and keep only what improves
+# an epoch is 301,966 / 32,768 = 9.2 steps: the whole run is two epochs, so evaluate often and keep only what improves
 max_iters = 20
 eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens a step; one sequence at a time saves memory
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per step; one sequence at a time saves memory
 batch_size = 1
 gradient_accumulation_steps = 32
 
-# the weights are near where they should be: small steps, and a run too short for a schedule
+# pretrained weights need small steps; the run is too short for a schedule
 learning_rate = 3e-5
 decay_lr = False

@@ -1,11 +1,11 @@
 # GPT-2 (124M) from scratch on OpenWebText, to a val loss of about 2.85. On eight A100 GPUs it takes days:
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-wandb_log = True  # a run this long wants watching from elsewhere
+wandb_log = True  # a run of days is watched remotely
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step, whatever the number of GPUs (it divides 40)
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens per step for any number of GPUs that divides 40
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
@@ -16,6 +16,6 @@ lr_decay_iters = 600000  # the decay ends with the run
 
 eval_interval = 1000  # twice as often as by default
 eval_iters = 200
-log_interval = 10  # steps are slow enough to be followed by tens
+log_interval = 10  # steps are slow
 
 weight_decay = 1e-1  # as in GPT-3
