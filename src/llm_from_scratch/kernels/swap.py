@@ -7,6 +7,7 @@ core/model.py that the replacement does not know, the plain module stays and one
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -38,7 +39,7 @@ def swap(
     """
     left = set(keep)
     chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
-    inputs = _inputs(model, chosen)
+    inputs = _inputs(model, chosen) if chosen else {}
     verdicts: dict[Any, str | None] = {}
     count = 0
     for module in chosen:
@@ -70,12 +71,20 @@ def _kind(module: nn.Module) -> Any:
     return type(module), tuple(p.shape for p in module.parameters())
 
 
+class _AllSeen(Exception):
+    """The forward pass has called a module of every kind."""
+
+
 def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
     """What the model calls a module of each kind with, for a few tokens, in the precision of its weights."""
     found: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
+    kinds = {_kind(m) for m in modules}
+
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.setdefault(_kind(module), (args, kwargs))
+        if len(found) == len(kinds):
+            raise _AllSeen
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
     device, config, training = model.lm_head.weight.device, model.config, model.training
@@ -86,7 +95,8 @@ def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[s
     ).to(device)
     dtype, model.compute_dtype = model.compute_dtype, None
     try:
-        with torch.enable_grad(), forked_random(device):  # with gradients, to see which inputs want one
+        # with gradients, to see which inputs want one; without the blocks behind the last kind
+        with contextlib.suppress(_AllSeen), torch.enable_grad(), forked_random(device):
             model.eval()(ids[:, :-1], ids[:, 1:])
     finally:
         model.compute_dtype = dtype
@@ -117,7 +127,7 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape:
             return "gives another shape"
-        a, b = a.detach().double(), b.detach().double()
+        a, b = a.detach(), b.detach()
         apart = float((a - b).norm() / a.norm().clamp(min=1e-30))
         if not apart <= TOLERANCE:
             return f"gives another result (relative difference {apart:.0e})"
