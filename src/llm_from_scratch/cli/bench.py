@@ -1,4 +1,4 @@
-"""llm-bench and bench.py: time of a training step of the GPT-2 124M shape, or of any other, and where it goes."""
+"""llm-bench and bench.py: the time of a training step (GPT-2 124M by default) and its profile."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .common import run
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What nanoGPT's bench.py has; on a CPU the size below replaces what was not set by hand
+# The defaults of nanoGPT's bench.py. Without CUDA, CPU_SIZES replace settings that the user did not give.
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
 PROFILED = 5  # steps
 CPU_SIZES = {"batch_size": 2, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "compile": False}
-HELP = """Times training steps (forward, backward, AdamW) after a burn-in; --profile=True writes a trace to bench_log/ \
-and prints where the time goes."""
+HELP = """Times training steps (forward, backward, optimizer) after a burn-in. --profile=True writes a trace to \
+bench_log/ and prints a table of the time per kind of operation."""
 
 
 @dataclass
 class BenchOptions:
-    """What is timed."""
+    """The benchmark."""
 
     batch_size: int = 12
-    """Sequences a step."""
+    """Sequences per step."""
     real_data: bool = True
-    """Batches from --dataset; False, or where it is not prepared, uses random tokens."""
+    """Use batches from --dataset. False, or if the dataset is missing: random tokens."""
     dataset: str = "openwebtext"
     """Name or folder of prepared data."""
     profile: bool = False
     """Run torch's profiler instead of the plain timing."""
     burnin_steps: int = 10
-    """Steps before the timing begins."""
+    """Steps before the timing starts."""
     steps: int = 20
     """Timed steps."""
     json: bool = False
@@ -91,7 +91,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
           f"batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
     if tree.options.profile:
         seconds = _profile(step, device)
-        print(f"{seconds * 1e3:.2f} ms a step under the profiler, {_speed(model, tree.options, seconds, runtime)}")
+        print(f"{seconds * 1e3:.2f} ms per step (profiler on), {_speed(model, tree.options, seconds, runtime)}")
         return 0
     for _ in range(tree.options.burnin_steps):
         step()
@@ -100,7 +100,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     losses = [step() for _ in range(tree.options.steps)]
     _wait(device)
     seconds = (time.perf_counter() - begin) / tree.options.steps
-    for k, loss in enumerate(losses):  # now: to read one is to wait for the device
+    for k, loss in enumerate(losses):  # after the timing: item() waits for the device
         print(f"{k}/{tree.options.steps} loss: {loss.item():.4f}")
     tokens = tree.options.batch_size * tree.model.block_size / seconds
     print(f"time per iteration: {seconds * 1000:.4f}ms, {_speed(model, tree.options, seconds, runtime)}")
@@ -110,14 +110,14 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
 
 
 def _speed(model: Any, options: BenchOptions, seconds: float, runtime: Any) -> str:
-    """The share of the device's peak, where that is known, and tokens/s; seconds: of a step."""
+    """MFU (if the device's peak is known) and tokens/s. seconds: the time of one step."""
     peak, tokens = runtime.peak_flops, options.batch_size * model.config.block_size / seconds
     mfu = f"{model.estimate_mfu(options.batch_size, seconds, peak) * 100:.2f}%" if peak else "n/a"
     return f"MFU: {mfu}, {tokens:,.0f} tokens/s"
 
 
 def _shrink(parsed: Parsed[BenchCommand]) -> None:
-    """Sizes that end in seconds without a GPU, for whatever was not set by hand."""
+    """Replaces settings that the user did not give by sizes that run in seconds on a CPU."""
     changed = []
     for name, value in CPU_SIZES.items():
         for section in (parsed.tree.options, parsed.tree.model, parsed.tree.system):
@@ -125,7 +125,7 @@ def _shrink(parsed: Parsed[BenchCommand]) -> None:
                 setattr(section, name, value)
                 changed.append(f"{name}={value}")
     if changed:
-        print(f"no CUDA device: smaller sizes where none were set: {', '.join(changed)}")
+        print(f"no CUDA device, using smaller sizes: {', '.join(changed)}")
 
 
 def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -153,7 +153,7 @@ def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tens
 
 
 def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
-    """A step as llm-train makes it, and the model."""
+    """The training step of llm-train, and the model."""
     import torch
     from torch.profiler import record_function
 
@@ -172,7 +172,7 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
     def step() -> Tensor:
-        with record_function("data"):  # names that the profile is read by
+        with record_function("data"):  # profiling.py reads these names
             x, y = next_batch()
         loss = gradients(models, x, y, size, runtime, scaler)
         scaler.unscale_(optimizer)
@@ -188,7 +188,7 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
 
 
 def _profile(step: Callable[[], Tensor], device: Any) -> float:
-    """Five steps under torch's profiler, after waiting and warming up for five each. Returns the seconds of one."""
+    """Profiles five steps after ten warm-up steps. Returns the seconds per step."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -205,7 +205,7 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
         for k in range(10 + PROFILED):
             step()
             if k == 9 + PROFILED:
-                _wait(device)  # else the last kernels would be missed
+                _wait(device)  # otherwise the last kernels are missing
             profiler.step()
     found = read(profiler.events() or (), PROFILED)
     print("\n".join(found.lines()))

@@ -1,4 +1,7 @@
-"""What every command does around its work: a user's mistake is one line and exit code 2, never a traceback."""
+"""Exit codes and error messages of every command, and how a command finds its model.
+
+A user's mistake is one line and exit code 2, never a traceback.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ..checkpoint.locations import is_pretrained
+from ..checkpoint.store import Checkpoint, find_checkpoint, load_any
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..checkpoint.store import Checkpoint
+from ..interop.nanogpt import tokenizer_for
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -24,7 +26,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
             if not code:
                 raise
             _leave_stdout()
-        except OSError:  # a full disk under the output: the work is done
+        except OSError:  # the disk of the output is full, but the work is done
             _leave_stdout()
         return code
     except UserError as error:
@@ -34,39 +36,32 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader went away (`| head`): nothing more to say, and the interpreter's last flush must not fail either
+        # stdout was closed (`| head`): stop as SIGPIPE would, without a failing flush at exit
         _leave_stdout()
         return 141
 
 
 def _leave_stdout() -> None:
-    """The interpreter's last flush goes nowhere."""
+    """Redirects stdout, so that the interpreter's last flush cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_location(location: str, which: str | None) -> None:
-    """Says before torch is loaded that there is no such checkpoint. Raises UserError."""
-    from ..checkpoint.locations import is_pretrained
-    from ..checkpoint.store import find_checkpoint
-
+    """Raises UserError if there is no such checkpoint. It does not import torch, so the answer is fast."""
     if not is_pretrained(location):
         find_checkpoint(location, which, verify=False)
     elif which is not None:
-        raise UserError(f"which={which!r} chooses among a run's checkpoints, and {location} is not a run: leave it out")
+        raise UserError(f"which={which!r} selects a checkpoint of a run, but {location} is not a run: remove --which")
 
 
 def load_source(location: str, which: str | None, dataset: str | None, need_tokenizer: bool = True) -> Checkpoint:
-    """Weights and tokenizer of a run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name.
+    """Loads weights and tokenizer from a run, a checkpoint, a Hugging Face folder or a GPT-2 name.
 
-    dataset: the data whose tokenizer serves where the weights bring none. Raises UserError.
+    dataset: the data whose tokenizer to use if the checkpoint has none. Raises UserError.
     """
-    from ..checkpoint.locations import is_pretrained
-    from ..checkpoint.store import Checkpoint, load_any
-
     if not is_pretrained(location):
         return load_any(location, which, dataset, weights_only=True, need_tokenizer=need_tokenizer)
     from ..interop.hf import load_pretrained
-    from ..interop.nanogpt import tokenizer_for
 
     config, weights, tokenizer = load_pretrained(location)
     found = Checkpoint(Path(location), 0, config, weights)

@@ -1,6 +1,6 @@
-"""`./just demo`: a text, a small model trained on it, its loss curve and what it writes, in a few minutes.
+"""`./just demo`: prepare a text, train a small model, plot its loss curve and print samples, in a few minutes.
 
-Each stage is one of the commands that a user types, so what is shown can be typed again. Arguments go to llm-train.
+Each stage runs one of the commands. Arguments are passed to llm-train.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .common import run
 OUT_DIR = "out-demo"
 Points = Sequence[tuple[int, float]]
 
-# Bits of a braille character's dots, by (row, column) in its cell of 4 rows and 2 columns (Unicode chart U+2800).
+# Bits of the dots of a braille character, by row and column in its cell of 4 x 2 (Unicode chart U+2800).
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, unicode: bool = True) -> str:
-    """The losses over the steps as a text of at most `width` columns and height + 3 lines.
+    """A text plot of the losses: at most `width` columns and height + 3 lines.
 
-    train, val: (step, loss) in any order; what is not finite is left out. The train loss is averaged within a column
-    and drawn as a line, each val loss as one mark over it. unicode=False draws in ASCII. Nothing to draw gives "".
+    train, val: (step, loss) in any order; non-finite losses are ignored. The train loss is averaged within a column
+    and drawn as a line, each val loss as one mark. unicode=False draws in ASCII. Without losses, returns "".
     """
     train = sorted(point for point in train if math.isfinite(point[1]))
     val = sorted(point for point in val if math.isfinite(point[1]))
@@ -46,7 +46,7 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
     def y_of(loss: float, cells: int) -> int:
         return round((high - loss) / ((high - low) or 1.0) * (cells - 1))
 
-    # The line: the mean loss of every dot column, joined to its neighbour's by a vertical stroke.
+    # The line: the mean loss of each dot column, with vertical strokes between neighbours.
     sums: dict[int, tuple[float, int]] = {}
     for step, loss in train:
         x = x_of(step, columns * across)
@@ -93,7 +93,7 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
 
 @dataclass
 class Metrics:
-    """A run's losses by step. full: the val loss over the whole split that ends a run, where it was measured."""
+    """A run's losses by step. full: the val loss over the whole split at the end, or None if it was not measured."""
 
     train: list[tuple[int, float]]
     val: list[tuple[int, float]]
@@ -101,7 +101,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads a run's metrics.jsonl. The last entry of a step counts; a line that is not whole is skipped."""
+    """Reads a run's metrics.jsonl. The last entry of a step counts. Incomplete lines are skipped."""
     series: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}, "val_loss_full": {}}
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -129,7 +129,7 @@ def draws_unicode() -> bool:
 
 
 def option(argv: list[str], name: str) -> str | None:
-    """The value that a command line gives a setting, as --name=value, --name value or --section.name=value."""
+    """The value of a setting on a command line: --name=value, --name value or --section.name=value."""
     value = None
     for arg, following in zip_longest(argv, argv[1:]):
         key, equals, text = arg.partition("=")
@@ -139,7 +139,7 @@ def option(argv: list[str], name: str) -> str | None:
 
 
 def call(command: str, *args: str) -> int:
-    """Runs one of the commands in a process of its own. Ctrl-C reaches it too; this waits for it to end in order."""
+    """Runs a command in a child process. Ctrl-C reaches the child too, so this waits until it ends."""
     sys.stdout.flush()
     child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{command}", *args])
     while True:
@@ -165,12 +165,12 @@ def demo(argv: list[str]) -> int:
 
     metrics = read_metrics(out_dir / "metrics.jsonl")
     if metrics.full is not None:
-        print(f"\nval loss at the end, over the whole validation split: {metrics.full:.4f}")
+        print(f"\nfinal val loss over the whole validation split: {metrics.full:.4f}")
     elif metrics.val:
-        print(f"\nval loss at the end: {metrics.val[-1][1]:.4f}")
+        print(f"\nfinal val loss: {metrics.val[-1][1]:.4f}")
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
     print("\n" + loss_curve(metrics.train, metrics.val, width=width, unicode=draws_unicode()))
-    print("\nWhat the model writes now:\n")
+    print("\nTwo samples:\n")
     code = call("generate", f"--out_dir={out_dir}", "--num_samples=2", "--max_new_tokens=300")
     if code:
         return code
@@ -179,14 +179,14 @@ def demo(argv: list[str]) -> int:
     places = [("checkpoint", checkpoints[-1] if checkpoints else out_dir)]
     places += [("loss curve", out_dir / "loss.png"), ("TensorBoard log", out_dir / "tensorboard")]
     hints = [
-        ("talk to it", f"./just generate {out_dir}"),
-        ("see its curves", "./just tensorboard"),
-        ("train it longer", "./just demo --max_iters=5000"),
-        ("your own text", "./just prepare-data FILE, then ./just train"),
+        ("generate text", f"./just generate {out_dir}"),
+        ("plot the losses", "./just tensorboard"),
+        ("train longer", "./just demo --max_iters=5000"),
+        ("use your text", "./just prepare-data FILE, then ./just train"),
     ]
-    print("\nWhere things lie:")
+    print("\nFiles:")
     print("\n".join(f"  {name:<16} {place}" for name, place in places if place.exists()))
-    print("\nWhat to try next:")
+    print("\nNext steps:")
     print("\n".join(f"  {name:<16} {command}" for name, command in hints))
     return 0
 

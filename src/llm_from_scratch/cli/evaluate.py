@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from ..core.model import GPT
     from ..core.tokenizer import Tokenizer
 
-MAX_TEXT = 1 << 30  # bytes of a text file, which is read whole
-HELP = """Evaluates a checkpoint. With --dataset over a split of prepared data, or name a text file: llm-eval FILE \
---out_dir=OUT. Prints one line: loss (nats per token), perplexity, bits per byte, tokens."""
+MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
+HELP = """Evaluates a checkpoint on a split of prepared data (--dataset) or on a text file (llm-eval FILE \
+--out_dir=OUT). Prints loss (nats per token), perplexity, bits per byte and the number of tokens."""
 
 
 @dataclass
 class EvalOptions:
-    """What to evaluate, and on what."""
+    """Checkpoint and data."""
 
     out_dir: str = "out"
-    """A run's folder, a step directory, a ckpt.pt, or a Hugging Face folder or GPT-2 name."""
+    """A run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name."""
     which: str | None = None
-    """best, last or a step. None: best where the run saved only improvements, else last."""
+    """best, last or a step. None: best if the run saved only improvements, else last."""
     dataset: str | None = None
-    """A name in data/ or data/processed/, or a folder. None takes the one that the model was trained on."""
+    """A name in data/ or data/processed/, or a folder. None: the training data of the model."""
     split: str = "val"
     """val or train."""
     eval_block_size: int | None = None
-    """Window length in tokens. None is the model's block_size."""
+    """Window length in tokens. None: the model's block_size."""
     eval_batch_size: int | None = None
-    """Windows in one forward pass. None chooses it; the result does not depend on it."""
+    """Windows per forward pass. None: automatic. The result does not depend on it."""
     quantize: Literal["none", "int8"] = "none"
-    """int8: the loss as llm-generate and llm-serve compute with --quantize=int8, on a CPU."""
+    """int8: the loss of the int8 model of llm-generate and llm-serve (--quantize=int8), on a CPU."""
     json: bool = False
-    """Print one JSON object instead."""
+    """Print one JSON object instead of the line."""
 
     def validate(self) -> None:
         for name in ("eval_block_size", "eval_batch_size"):
@@ -58,14 +58,14 @@ class EvalOptions:
 
 @dataclass
 class EvalMachine:
-    """Where it runs."""
+    """Device and precision."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products. auto: bfloat16 or float16 on CUDA, else float32."""
+    """Precision of the matrix products. auto: bfloat16 or float16 on CUDA, else float32."""
     threads: int | None = None
-    """CPU threads that torch uses. None leaves torch's own choice."""
+    """Number of CPU threads for torch. None: torch's default."""
 
 
 @dataclass
@@ -85,14 +85,14 @@ def _main(argv: list[str]) -> int:
     options.validate()
     system.validate()
     if len(parsed.positionals) > 1:
-        raise UserError(f"one text file at a time, got {', '.join(parsed.positionals)}")
+        raise UserError(f"expected one text file, got {', '.join(parsed.positionals)}")
     if parsed.positionals and options.dataset:
         raise UserError("give a text file or --dataset, not both")
 
     check_location(options.out_dir, options.which)
     from ..machine import device as runtimes
 
-    runtimes.resolve_device(system.device)  # a device that is not there shows before anything is read
+    runtimes.resolve_device(system.device)  # report a missing device before reading anything
     model, tokenizer, trained_on = _load(options)
     if parsed.positionals:
         data, name = _text(Path(parsed.positionals[0]), tokenizer), parsed.positionals[0]
@@ -144,14 +144,14 @@ def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> t
 
 
 def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:
-    """The model, its tokenizer, and the plain name of the dataset that it was trained on."""
+    """The model, its tokenizer, and the name of its training data."""
     from ..core.model import GPT
 
     loaded = load_source(options.out_dir, options.which, options.dataset, need_tokenizer=False)
-    saved = loaded.config.get("data", loaded.config)  # by section, or flat in a ckpt.pt
+    saved = loaded.config.get("data", loaded.config)  # a ckpt.pt has no sections
     name = saved.get("dataset") if isinstance(saved, dict) else None
     if not isinstance(name, str) or Path(name).name != name:
-        name = None  # a path inside a checkpoint is not followed
+        name = None  # never follow a path from a checkpoint
     model = GPT(loaded.model_config)
     model.load_state_dict(loaded.model)
     return model.eval(), loaded.tokenizer, name
@@ -163,13 +163,13 @@ def _split(options: EvalOptions, trained_on: str | None, tokenizer: Tokenizer | 
 
     name = options.dataset or trained_on
     if name is None:
-        raise UserError("say what to evaluate on: --dataset=NAME_OR_FOLDER, or a text file")
+        raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
     folder = resolve_dataset(name)
     theirs = tokenizer_of(folder)
     if tokenizer is not None and theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():
         raise UserError(
-            f"{folder} was made with the tokenizer {theirs.name} ({theirs.vocab_size} ids), the model has "
-            f"{tokenizer.name} ({tokenizer.vocab_size} ids); evaluate the text file itself instead"
+            f"{folder} uses the tokenizer {theirs.name} ({theirs.vocab_size} ids), but the model uses "
+            f"{tokenizer.name} ({tokenizer.vocab_size} ids); evaluate the text file instead"
         )
     data = TokenData.open(folder, options.split)
     return data, data.name
@@ -179,7 +179,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData
 
     if tokenizer is None:
-        raise UserError("the checkpoint holds no tokenizer, so a text cannot be read; give prepared data by --dataset")
+        raise UserError("the checkpoint has no tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER")
     try:
         text = read_regular(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
     except OSError as error:
@@ -188,7 +188,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     ids = tokenizer.encode(text)
     if len(ids) < 2:
-        raise UserError(f"{path} holds {len(ids)} tokens; a loss needs at least 2")
+        raise UserError(f"{path} has {len(ids)} tokens; the loss needs at least 2")
     return TokenData([ids], str(path))
 
 

@@ -1,4 +1,4 @@
-"""llm-export: a checkpoint for nanoGPT (ckpt.pt) or for transformers (a folder)."""
+"""llm-export: writes a checkpoint for nanoGPT (ckpt.pt) or transformers (a folder)."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..checkpoint import store as checkpoints
 from ..errors import UserError
+from ..presets import parse
 from .common import run
 
 
 @dataclass
 class Export:
-    """Settings of llm-export."""
+    """Source and target."""
 
     out_dir: str | None = None
-    """Folder of the run, or a step directory or ckpt.pt in it."""
+    """A run's folder, a step folder or a ckpt.pt."""
     checkpoint: str | None = None
     """The same as out_dir."""
     which: str | None = None
-    """last, best or a step. None is best where the run saved only what improved, else last."""
+    """best, last or a step. None: best if the run saved only improvements, else last."""
     format: Literal["nanogpt", "hf"] = "hf"
     """nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py. hf: a folder for transformers."""
     output: str | None = None
     """The file (nanogpt) or the new folder (hf) to write."""
     dataset: str | None = None
-    """The data whose tokenizer is meant, for a checkpoint that holds none."""
+    """The data whose tokenizer to use if the checkpoint has none."""
     overwrite: bool = False
-    """Replace a ckpt.pt that this program did not write."""
+    """Replace a ckpt.pt that was not written by this program."""
     accept_erf_gelu: bool = False
-    """Write a model with the tanh GELU (OpenAI's GPT-2) for nanoGPT, which runs it with the exact one."""
+    """Export a model with tanh GELU (OpenAI's GPT-2) to nanoGPT, which will run it with exact GELU."""
 
 
 def export(options: Export) -> Path:
     """Writes the export and returns its path. Raises UserError."""
     if (options.out_dir is None) == (options.checkpoint is None):
-        raise UserError("one of --out_dir=FOLDER and --checkpoint=PATH is needed, to say what is exported")
+        raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
         target = "FOLDER/ckpt.pt" if options.format == "nanogpt" else "FOLDER"
-        raise UserError(f"--output is needed: where to write, for example --output={target}")
-    from ..checkpoint import store as checkpoints
-
+        raise UserError(f"--output is missing: give a path, for example --output={target}")
     output, to_nanogpt = Path(options.output), options.format == "nanogpt"
     location = options.checkpoint or options.out_dir or ""
     loaded = checkpoints.load_any(
@@ -62,8 +62,6 @@ def export(options: Export) -> Path:
 
 
 def _main(argv: list[str]) -> int:
-    from ..presets import parse
-
     parsed = parse(
         Export,
         argv,

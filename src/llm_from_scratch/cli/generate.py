@@ -1,4 +1,4 @@
-"""llm-generate: text from a trained model, on the terminal, in a conversation, or as JSON lines."""
+"""llm-generate: samples text from a trained model, once, interactively or as JSON lines."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ if TYPE_CHECKING:
     from ..generation.generator import Generator
 
 SEPARATOR = "---------------"
-HELP = """Continues a text, --start, with a trained model. Of several samples, each is followed by a line of dashes. \
-PRESETs are YAML or Python files with such settings."""
+HELP = """Continues the text --start with a trained model. Several samples are separated by lines of dashes. \
+PRESETs are YAML or Python files with these settings."""
 
 
 @dataclass
 class SourceOptions:
-    """Which model."""
+    """The model."""
 
     out_dir: str = "out"
     """A run's folder."""
     checkpoint: str | None = None
-    """Instead of out_dir: a step directory, a nanoGPT ckpt.pt, or another run's folder."""
+    """Instead of out_dir: a step folder, a nanoGPT ckpt.pt or another run's folder."""
     init_from: str | None = None
-    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in Hugging Face's format."""
+    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face folder."""
     which: str | None = None
-    """best, last or a step. None: best where the run saved only improvements, else last."""
+    """best, last or a step. None: best if the run saved only improvements, else last."""
     dataset: str | None = None
-    """Name or folder of the data whose tokenizer serves a checkpoint that holds none (nanoGPT's)."""
+    """Name or folder of the data whose tokenizer to use if the checkpoint has none (nanoGPT's)."""
 
 
 @dataclass
 class OutputOptions:
-    """What is written, and how."""
+    """Output."""
 
     stream: bool | Literal["auto"] = "auto"
-    """Write the text as it is drawn, one sample after the other; auto does so on a terminal."""
+    """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""
     interactive: bool = False
-    """Ask for prompts, line by line, until the input ends (Ctrl-D)."""
+    """Read prompts line by line until the input ends (Ctrl-D)."""
     jsonl: bool = False
-    """One JSON object a sample: prompt, text, tokens (how many), finish_reason (stop, length), seed."""
+    """Print one JSON object per sample: prompt, text, tokens (their number), finish_reason (stop or length), seed."""
     overflow: Literal["recompute", "drop_half"] = "recompute"
-    """Past block_size: recompute runs the whole window anew for every token (exact); drop_half forgets its older half
-    each time it is full (much faster, another text)."""
+    """Beyond block_size: recompute the whole window for every token (exact), or drop the older half of the cache each
+    time it is full (much faster, different text)."""
     allow_special: bool = False
-    """Read a special token that is written out in the prompt, such as <|endoftext|>, as that token."""
+    """Parse special tokens in the prompt, such as <|endoftext|>."""
 
 
 @dataclass
 class SpeedOptions:
-    """What makes it faster."""
+    """Speed."""
 
     quantize: Literal["none", "int8"] = "none"
-    """int8: weights and activations of the linear layers in 8 bits: faster on a CPU, a little less exact."""
+    """int8: weights and activations of the linear layers in 8 bits. Faster on a CPU, slightly less exact."""
     draft: str | None = None
-    """What proposes tokens that the model then reads all at once, where one sample is drawn: lookup (what followed the
-    same words before), or a smaller model of the same tokenizer (its run's folder). The text stays the same."""
+    """Speculative decoding for single samples: lookup (copies earlier text), or the folder of a smaller run with the
+    same tokenizer. The text is the same."""
 
 
 @dataclass
@@ -88,14 +88,14 @@ def _main(argv: list[str]) -> int:
     validate(command)
     output, location = command.output, location_of(parsed)
     if output.jsonl and output.stream is True:
-        raise UserError("jsonl and stream exclude each other: a JSON object is written when its sample is complete")
+        raise UserError("--jsonl and --stream cannot be combined: a JSON object needs the complete sample")
     if output.interactive and parsed.on_command_line("start"):
-        raise UserError("--interactive asks for its prompts: leave out --start, or leave out --interactive")
+        raise UserError("--interactive reads prompts from the terminal: remove --start or --interactive")
     prompt = None if output.interactive else read_start(command.generation.start)
     source = command.source
     generator, found = load_generator(location, source.which, source.dataset, command.system, command.speed)
     if prompt is not None:
-        generator.encode(prompt, output.allow_special)  # what is wrong with it is the only thing to say
+        generator.encode(prompt, output.allow_special)  # report a bad prompt before printing anything
     generator.check(command.generation)
     announce(generator, found)
     if prompt is not None:
@@ -105,24 +105,21 @@ def _main(argv: list[str]) -> int:
 
 
 def location_of(parsed: Parsed[Any]) -> str:
-    """The model that SourceOptions name. Raises UserError where two options do."""
+    """The model in SourceOptions. Raises UserError if two options name one."""
     source = parsed.tree.source
     given = [name for name in ("checkpoint", "init_from", "out_dir") if parsed.on_command_line(name)]
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} each name a model: give one of them")
+        raise UserError(f"--{given[0]} and --{given[1]} each name a model: give only one")
     if given:
         return getattr(source, given[0])
-    # a training preset's init_from says where its run began, not what to read from
+    # init_from in a training preset is where that run started, not the model to load
     return source.checkpoint or source.out_dir
 
 
 def load_generator(
     location: str, which: str | None, dataset: str | None, system: SystemConfig, speed: SpeedOptions | None = None
 ) -> tuple[Generator, Path | None]:
-    """A run's folder, a checkpoint, a Hugging Face folder or a GPT-2 name; and what was found there.
-
-    Raises UserError.
-    """
+    """The generator of a run, checkpoint, Hugging Face folder or GPT-2 name, and the path. Raises UserError."""
     check_location(location, which)
     speed = speed or SpeedOptions()
     if speed.draft not in (None, "lookup"):
@@ -151,12 +148,12 @@ def load_generator(
         assert small.tokenizer is not None
         draft = build_model(small.model_config, small.model).to(device=device, dtype=dtype)
         generator.draft = DraftModel(draft, small.tokenizer.fingerprint(), found.tokenizer.fingerprint())
-    generator.forward  # noqa: B018  packs the model: what cannot be is told before there is text
+    generator.forward  # noqa: B018  packs the model: reports a failure before there is text
     return generator, found.path
 
 
 def _compile(generator: Generator) -> None:
-    """Compiles the decode step and tries it, so that a failure shows before there is text. Raises UserError."""
+    """Compiles and runs the decode step, so that a failure shows before there is text. Raises UserError."""
     generator.compiled = True
     try:
         generator.generate([[0]], GenerationConfig(num_samples=1, max_new_tokens=3))
@@ -168,18 +165,18 @@ def _compile(generator: Generator) -> None:
 
 
 def announce(generator: Generator, found: Path | None) -> None:
-    """Says on standard error what writes, and on what."""
+    """Prints the model, its size, device and precision on standard error."""
     weight = generator.model.lm_head.weight
     millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
     form = f"{dtype}, int8 products" if generator.quantize == "int8" else dtype
     print(f"{found}: {millions:.2f}M parameters, on {weight.device}, {form}", file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what the output's encoding lacks is no reason for a traceback
+        sys.stdout.reconfigure(errors="replace")  # the output's encoding may not have every character
 
 
 def write(text: str) -> None:
-    """Writes text at once. On a terminal, control characters are shown as U+FFFD: what a model writes must not move
-    the cursor or reach the clipboard."""
+    """Prints and flushes a text. On a terminal, control characters become U+FFFD: generated text must not move the
+    cursor or reach the clipboard."""
     if sys.stdout.isatty():
         text = "".join("\ufffd" if ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 else c for c in text)
     sys.stdout.write(text)
@@ -187,7 +184,7 @@ def write(text: str) -> None:
 
 
 def _answer(generator: Generator, command: GenerateCommand, prompt: str, seed: int) -> None:
-    """Writes the samples of one prompt."""
+    """Prints the samples of one prompt."""
     params, output = command.generation, command.output
     if output.stream is True or (output.stream == "auto" and sys.stdout.isatty() and not output.jsonl):
         for k in range(params.num_samples):
@@ -215,13 +212,13 @@ def _end_sample(params: GenerationConfig) -> None:
 
 
 def _converse(generator: Generator, command: GenerateCommand) -> int:
-    """Answers line after line, each with other random numbers, until the input ends."""
+    """Answers each line with a new seed until the input ends."""
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
-        with contextlib.suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  gives input() editing and a history
+        with contextlib.suppress(ImportError):  # missing on Windows
+            import readline  # noqa: F401  editing and history for input()
 
-        print("Type a text to be continued; Ctrl-C stops a sample, Ctrl-D ends.", file=sys.stderr)
+        print("Type a prompt. Ctrl-C stops a sample, Ctrl-D quits.", file=sys.stderr)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8")
     seed = command.system.seed

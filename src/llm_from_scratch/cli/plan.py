@@ -1,4 +1,4 @@
-"""llm-plan: what a run would take, before it starts; llm-train --dry_run under a name of its own."""
+"""llm-plan: estimates time, memory and finish time of a run. The same as llm-train --dry_run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm-prepare: texts to training data."""
+"""llm-prepare: turns texts into training data."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from .common import run
 DESCRIPTION = """Turns texts into training data: llm-prepare SOURCE ... [--key=value ...]
 
 A SOURCE is a file (.txt and .md: one document; .jsonl: one per line; .parquet: one per row), a folder, a glob, - for
-standard input, or a known text: shakespeare_char, shakespeare, openwebtext, python_docs. What is not found here is
-looked for in data/raw. A single text is split by position, its end validates; several documents are split by document;
-or give the validation texts with --val_files. A second run on unchanged sources does no work."""
+standard input, or a known text: shakespeare_char, shakespeare, openwebtext, python_docs. Files are searched for here,
+then in data/raw. The end of a single text becomes the validation split; of several documents, a random choice does.
+Or give validation texts with --val_files. If nothing has changed, a second run does no work."""
 
 
 @dataclass
 class PrepareOptions:
-    """What is prepared, and how."""
+    """Tokenizer, splits and output."""
 
     tokenizer: str | None = None
-    """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (N ids, learnt from the text), the path of a tokenizer.json, or
-    a folder whose tokenizer to use: other prepared data, a checkpoint. None is gpt2, for shakespeare_char char."""
+    """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (BPE with N ids, trained on the text), a tokenizer.json, or a
+    folder with a tokenizer (prepared data, a checkpoint). None: gpt2, or char for shakespeare_char."""
     out_dir: str | None = None
-    """Folder for the result. None is data/processed/NAME."""
+    """Output folder. None: data/processed/NAME."""
     name: str | None = None
-    """Name of the dataset. None takes it from the first source."""
+    """Name of the dataset. None: from the first source."""
     train_files: tuple[str, ...] = ()
     """Training texts, instead of SOURCE. One, or a list such as '["a.txt", "b/*.md"]'."""
     val_files: tuple[str, ...] = ()
-    """Validation texts; the sources are then for training alone."""
+    """Validation texts. All sources are then used for training."""
     val_fraction: float | None = None
-    """Share of the characters (single text) or documents (several) that validate. None is 0.1, openwebtext 0.0005."""
+    """Fraction of the characters (one text) or documents (several) for validation. None: 0.1; openwebtext: 0.0005."""
     seed: int = 2357
-    """Decides which documents validate."""
+    """Random seed for the choice of validation documents."""
     text_key: str = "text"
-    """Field of a .jsonl line, or column of a .parquet file, that holds the text."""
+    """Field of a .jsonl line, or column of a .parquet file, with the text."""
     shard_size: int = 1 << 30
-    """Tokens in one file at most; what fits in one is named train.bin and val.bin."""
+    """Maximum number of tokens per file. A single file is named train.bin or val.bin."""
     workers: int | None = None
-    """Processes that encode. None takes all cores for large inputs, 0 is this process alone."""
+    """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
-    """Folder for encoded parts, from which an interrupted run goes on. None keeps none."""
+    """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> None:
     parsed = parse(PrepareOptions, argv, prog="llm-prepare", description=DESCRIPTION, presets=False)
-    from ..data.prepare import prepare  # after --help, which needs no numpy
+    from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 
     prepare(parsed.positionals, **dataclasses.asdict(parsed.tree), report=_say)
 
 
 def _say(line: str) -> None:
-    """Prints whatever the terminal can show of a line, at once."""
+    """Prints and flushes a line. Characters that the terminal cannot show are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

@@ -1,7 +1,7 @@
-"""Where the time of a training step goes: what torch's profiler has seen, in a few kinds of work.
+"""Summary of a torch profile of training steps: time per kind of operation.
 
-On a CPU the time is that of the operations, without those that they call. On a GPU it is that of the kernels; the
-rest of the time between the first and the last of them is idle: the GPU waits for the host.
+On a CPU, the time of an operation excludes the operations it calls. On a GPU, it is the time of the kernels. The rest
+between the first and the last kernel is idle time: the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# A kind is the first whose pattern is found in the operation's name, or in the name of what it is called by
+# The first kind with a pattern that matches the name of the operation or of one of its callers
 BY_CALLER = (
     ("data", r"^data$"),
     ("optimizer", r"^Optimizer\.|^clipping$|FusedAdam"),
     ("loss", r"(?i)cross_?entropy|nll_?loss|log_?softmax"),
     ("attention", r"(?i)attention|scaled_?dot_?product|sdpa|flash|fmha|(?<!log_)softmax"),
 )
-# then the first found in the operation's own name; nvjet, xmma, cutlass are cuBLAS's
+# then the first with a pattern that matches the operation's name; nvjet, xmma and cutlass belong to cuBLAS
 BY_NAME = (
     ("matrix products", r"(?i)mm(_\w+)?$|_mm_|gemm|gemv|aten::linear|matmul|nvjet|xmma|cutlass|cublas|splitkreduce"),
     (
@@ -28,13 +28,13 @@ BY_NAME = (
     ),
 )
 REST, PYTHON, IDLE = "norms, activations, other", "Python between operations", "idle"
-HEAD = "matrix products of head and loss"  # where these are one
+HEAD = "matrix products of head and loss"  # in the chunked loss
 STEP = "ProfilerStep"
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Time of one operation: its name first, then those of its callers, the nearest first."""
+    """Time of one operation. names: its name, then its callers, innermost first."""
 
     names: tuple[str, ...]
     microseconds: float
@@ -46,7 +46,7 @@ class Spent:
                 return HEAD if kind == "loss" and re.search(BY_NAME[0][1], self.names[0]) else kind
         if self.names[0].startswith(STEP):
             return PYTHON
-        # a fused kernel bears the names of all that is in it: a cast beside a norm is no copy
+        # a fused kernel has the names of all its operations: a cast fused with a norm is not a copy
         fused = re.sub(r"^triton_\w+?_fused_", "", self.names[0])
         if fused != self.names[0] and not re.fullmatch(r"(_?to_copy|clone|copy|t|transpose|view|permute|_|\d)+", fused):
             return BY_NAME[0][0] if self.names[0].startswith("triton_tem") else REST
@@ -55,18 +55,18 @@ class Spent:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was seen of some steps."""
+    """The profile of some steps."""
 
     spent: list[Spent]
     steps: int
     microseconds: float
-    """From the first step's begin to the last one's end."""
+    """From the start of the first step to the end of the last."""
     idle: float | None = None
-    """Microseconds of it in which a GPU did nothing; None on a CPU."""
+    """Microseconds in which the GPU was idle; None on a CPU."""
 
     @property
     def by_kind(self) -> dict[str, float]:
-        """Microseconds, the most first."""
+        """Microseconds by kind, largest first."""
         found: Counter[str] = Counter()
         for item in self.spent:
             found[item.kind] += item.microseconds  # type: ignore[assignment]
@@ -78,7 +78,7 @@ class Profile:
         """The table: kinds, then the largest operations or kernels."""
         kinds, what = self.by_kind, "operation" if self.idle is None else "kernel"
         total = sum(kinds.values()) or 1.0
-        rows = [f"{'where the time goes':<50} {'share':>7} {'ms a step':>10} {'calls':>7}"]
+        rows = [f"{'time by kind':<50} {'share':>7} {'ms/step':>10} {'calls':>7}"]
         for kind, microseconds in kinds.items():
             rows.append(f"{kind:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f}")
         times: Counter[str] = Counter()
@@ -86,7 +86,7 @@ class Profile:
         for item in self.spent:
             times[item.names[0]] += item.microseconds  # type: ignore[assignment]
             calls[item.names[0]] += 1
-        rows += ["", f"{f'largest {what}s':<50} {'share':>7} {'ms a step':>10} {'calls':>7}"]
+        rows += ["", f"{f'largest {what}s':<50} {'share':>7} {'ms/step':>10} {'calls':>7}"]
         for name, microseconds in times.most_common(largest):
             short = name if len(name) <= 50 else f"{name[:47]}..."
             rows.append(
@@ -97,7 +97,7 @@ class Profile:
 
 
 def read(events: Iterable[Any], steps: int) -> Profile:
-    """Of the events of a torch profiler that has recorded so many steps; on a GPU where there are kernels."""
+    """The profile from the events of a torch profiler that recorded N steps (on a GPU, if there are kernels)."""
     events = list(events)
     host = [e for e in events if e.device_type.name == "CPU"]
     kernels = [e for e in events if e.device_type.name != "CPU" and not e.is_user_annotation]
@@ -117,7 +117,7 @@ def _names(event: Any) -> tuple[str, ...]:
 
 
 def _of_kernels(host: list[Any], kernels: list[Any]) -> list[Spent]:
-    """The kernels, with the names of what has launched them where that is known: not in a CUDA graph."""
+    """The kernels, with the names of the operations that launched them (unknown in a CUDA graph)."""
     spent, known = [], Counter[tuple[str, float]]()
     for event in host:
         for kernel in event.kernels:
@@ -133,7 +133,7 @@ def _of_kernels(host: list[Any], kernels: list[Any]) -> list[Spent]:
 
 
 def _busy(kernels: list[Any]) -> float:
-    """Microseconds in which at least one of them runs: several streams run at once."""
+    """Microseconds in which at least one kernel runs; several streams may overlap."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted((e.time_range.start, e.time_range.end) for e in kernels):
         total += max(0.0, end - max(begin, reached))

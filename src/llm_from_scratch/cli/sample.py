@@ -1,4 +1,4 @@
-"""sample.py: nanoGPT's front door to the generator, with its settings, its defaults and, for a seed, its samples."""
+"""nanoGPT's sample.py: the same settings and defaults, and the same samples for the same seed."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from ..presets import parse
 from .common import run
 from .generate import SEPARATOR, announce, load_generator, write
 
-HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with such settings."
+HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with these settings."
 
 
 @dataclass
 class SampleSettings:
-    """nanoGPT's settings of sample.py, and two more: dataset and which."""
+    """The settings of nanoGPT's sample.py, plus dataset and which."""
 
     init_from: str = "resume"
     """resume (the run in out_dir), a GPT-2 name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a checkpoint or folder."""
     out_dir: str = "out"
-    """The run's folder, where init_from is resume."""
+    """The run's folder, used with init_from=resume."""
     start: str = "\n"
-    """The prompt: text, FILE:path for a file's content, or - for standard input. <|endoftext|> is that token."""
+    """The prompt: text (special tokens such as <|endoftext|> are parsed), FILE:path, or - for standard input."""
     num_samples: int = 10
-    """Samples drawn from the prompt."""
+    """Number of samples."""
     max_new_tokens: int = 500
-    """Tokens generated for each sample."""
+    """Tokens per sample."""
     temperature: float = 0.8
-    """Below 1 safer, above 1 wilder; 0 always takes the most likely token."""
+    """Below 1: more predictable. Above 1: more random. 0: always the most likely token."""
     top_k: int | None = 200
-    """Keep only the k most likely tokens, and those equal to the k-th. None keeps all."""
+    """Sample from the k most likely tokens, including ties. None: from all."""
     seed: int = 1337
-    """Seed of the sampling."""
+    """Random seed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto: bfloat16 or float16 on CUDA, else float32."""
+    """Precision of the weights. auto: bfloat16 or float16 on CUDA, else float32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     dataset: str | None = None
-    """Name or folder of the data whose tokenizer serves a checkpoint that holds none (nanoGPT's)."""
+    """Name or folder of the data whose tokenizer to use if the checkpoint has none (nanoGPT's)."""
     which: str | None = None
-    """best, last or a step. None: best where the run saved only improvements, else last."""
+    """best, last or a step. None: best if the run saved only improvements, else last."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,30 +53,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    told = parse(SampleSettings, argv, prog="python sample.py [PRESET ...]", description=HELP).tree
+    settings = parse(SampleSettings, argv, prog="python sample.py [PRESET ...]", description=HELP).tree
     params = GenerationConfig(
-        num_samples=told.num_samples,
-        max_new_tokens=told.max_new_tokens,
-        temperature=told.temperature,
-        top_k=told.top_k,
-    )
-    system = SystemConfig(device=told.device, dtype=told.dtype, compile=told.compile, seed=told.seed)
+        num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature, top_k=settings.top_k,
+    )  # fmt: skip
+    system = SystemConfig(device=settings.device, dtype=settings.dtype, compile=settings.compile, seed=settings.seed)
     params.validate()
     system.validate()
-    if told.init_from == "scratch":
-        raise UserError("init_from='scratch' is an untrained model: use resume, a GPT-2 name or a checkpoint")
-    prompt = read_start(told.start)
-    location = told.out_dir if told.init_from == "resume" else told.init_from
-    generator, found = load_generator(location, told.which, told.dataset, system)
-    generator.encode(prompt, allow_special=True)  # what is wrong with it is the only thing to say
+    if settings.init_from == "scratch":
+        raise UserError("init_from='scratch' has no trained weights: use resume, a GPT-2 name or a checkpoint")
+    prompt = read_start(settings.start)
+    location = settings.out_dir if settings.init_from == "resume" else settings.init_from
+    generator, found = load_generator(location, settings.which, settings.dataset, system)
+    generator.encode(prompt, allow_special=True)  # report a bad prompt before printing anything
     announce(generator, found)
 
     from ..generation.nanogpt_sampler import NanoGPTSampler, random_stream
 
     head = generator.model.lm_head.weight
-    stream = random_stream(told.seed, head.device, None if is_pretrained(location) else generator.model.config)
+    stream = random_stream(settings.seed, head.device, None if is_pretrained(location) else generator.model.config)
     sampler = NanoGPTSampler(params, stream, generator.tokenizer.vocab_size, len(head))
-    for sample in generator.generate([prompt], params, told.seed, allow_special=True, sampler=sampler):
+    for sample in generator.generate([prompt], params, settings.seed, allow_special=True, sampler=sampler):
         write(generator.tokenizer.decode(sample.prompt_tokens + sample.tokens) + f"\n{SEPARATOR}\n")
     return 0
 

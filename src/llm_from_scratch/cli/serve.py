@@ -1,4 +1,4 @@
-"""llm-serve: a trained model behind OpenAI's API, and a page to watch it think."""
+"""llm-serve: an OpenAI-compatible server for a trained model, with a playground."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..checkpoint.locations import is_pretrained
 from ..config import SystemConfig, validate
 from ..errors import UserError
 from ..presets import parse
@@ -18,19 +19,19 @@ from .common import run
 from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
-HELP = """Serves a trained model: OpenAI's API at /v1, a page at /, figures at /metrics. PRESETs are YAML or Python \
-files with such settings."""
+HELP = """Starts an OpenAI-compatible server for a trained model: the API at /v1, a playground at /, metrics at \
+/metrics. PRESETs are YAML or Python files with these settings."""
 
 
 @dataclass
 class EngineOptions:
-    """How it is computed."""
+    """Precision and long texts."""
 
     quantize: Literal["none", "int8"] = "none"
-    """int8: weights and activations of the linear layers in 8 bits: faster on a CPU, a little less exact."""
+    """int8: weights and activations of the linear layers in 8 bits. Faster on a CPU, slightly less exact."""
     overflow: Literal["recompute", "drop_half"] = "recompute"
-    """Past block_size: recompute runs the whole window anew for every token (exact); drop_half forgets its older half
-    each time it is full (much faster, another text)."""
+    """Beyond block_size: recompute the whole window for every token (exact), or drop the older half of the cache each
+    time it is full (much faster, different text)."""
 
 
 @dataclass
@@ -60,7 +61,6 @@ def _main(argv: list[str]) -> int:
         speed = SpeedOptions(quantize=command.engine.quantize)
         source, overflow = command.source, command.engine.overflow
         generator, found = load_generator(location, source.which, source.dataset, command.system, speed)
-        from ..checkpoint.locations import is_pretrained
         from ..generation.engine import Engine
         from ..serving.app import make_app
         from ..serving.chat import end_ids, find_template
@@ -84,7 +84,7 @@ def _main(argv: list[str]) -> int:
         )
         server = make_server(make_app(service), service)
         print(f"serving {service.name} at {url(options, bound)}", flush=True)
-        sys.setswitchinterval(0.0001)  # the engine waits less for its turn while many clients are served
+        sys.setswitchinterval(0.0001)  # less waiting for the GIL in the engine's thread
         server.run(sockets=[bound])
     return 0
 
@@ -95,7 +95,7 @@ def _name(location: str) -> str:
 
 
 def _watched(given: str | None, found: Path | None) -> Path | None:
-    """The run whose files the page shows: the one that was named, else that of the checkpoint."""
+    """The run on the page: --watch, else the run of the checkpoint."""
     if given is not None:
         return Path(given)
     run_folder = found.parent if found is not None else None

@@ -1,4 +1,4 @@
-"""llm-train, and train.py: nanoGPT's front door to the same trainer."""
+"""llm-train, llm-plan and nanoGPT's train.py."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.locations import resolved_init
+import yaml
+
+from ..checkpoint import hashed_folder as sealed
+from ..checkpoint import store as checkpoints
+from ..checkpoint.locations import is_pretrained, resolved_init
 from ..config import Config, to_dict
-from ..errors import UserError
+from ..errors import TrainingError, UserError
+from ..machine.processes import check_writable, distributed_env
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
 
-# Where nanoGPT's train.py differs from the tree's own defaults. The 33 names and values are its interface.
+# The defaults of nanoGPT's train.py that differ from Config's
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
-# Never taken over from a checkpoint: what names the run itself, and what only this call is about
-# what is open to the network is asked for anew: a checkpoint may come from elsewhere
+# Settings that are not read from a checkpoint: the run's folder and what concerns only this call. A checkpoint may be
+# a stranger's, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run")
 HELP = """Trains a GPT. PRESETs are YAML or Python files, or bare names (quick, default); later ones win, the command \
-line wins over all. Without one, llm-train starts from configs/default.yaml, train.py from nanoGPT's defaults. \
---print_config prints the settings that come of it, --dry_run what the run would take; both stop there."""
+line wins over all. Without a preset, llm-train uses configs/default.yaml and train.py uses nanoGPT's defaults. \
+--print_config prints the resulting settings. --dry_run estimates time, memory and finish time. Neither trains."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +48,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources)
         if saved is not None:
-            # the run's own settings lie under what is said now, in place of the front door's defaults
+            # the settings of the run replace the defaults; this call's settings override them
             parsed = _parse(argv, command, {**defaults, **saved}, None)
     config = parsed.tree
     config.training.init_from = begin
@@ -53,8 +58,6 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
         _print_yaml(config)
         return 0
     _preflight(config)
-    from ..errors import TrainingError
-
     if flags["dry_run"]:
         return _dry_run(parsed)
     from ..training.trainer import train
@@ -75,7 +78,7 @@ def _parse(argv: list[str], command: str, defaults: dict[str, Any], base: str | 
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
-    """--print_config and --dry_run belong to the command, not to the run's settings."""
+    """Separates --print_config and --dry_run from the settings of the run."""
     flags, rest = dict.fromkeys(OWN_FLAGS, False), []
     words = list(argv)
     while words:
@@ -87,18 +90,15 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
         if not equals and words and words[0].lower() in ("true", "false"):
             value = words.pop(0)
         if value.lower() not in ("", "true", "false"):
-            raise UserError(f"--{name} is True or False, got {value!r}")
+            raise UserError(f"--{name} must be True or False, got {value!r}")
         flags[name] = value.lower() != "false"
     return flags, rest
 
 
 def _preflight(config: Config) -> None:
-    """What is wrong and can be known without torch is said before torch is imported. Raises UserError."""
-    from ..checkpoint.locations import is_pretrained
-    from ..checkpoint.store import find_checkpoint
+    """Checks everything that can be checked without importing torch. Raises UserError."""
     from ..core.dataset import TokenData, read_manifest, resolve_dataset
     from ..core.tokenizer import tokenizer_of
-    from ..machine.processes import check_writable, distributed_env
     from ..training.loggers import check_extras
 
     check_extras(config)
@@ -111,23 +111,23 @@ def _preflight(config: Config) -> None:
     ids = tokenizer.vocab_size if tokenizer else manifest["vocab_size"] if manifest else None
     for split in ("train", "val"):
         data = TokenData.open(folder, split)
-        fixed = init_from == "scratch"  # else the weights decide on context and vocabulary
+        fixed = init_from == "scratch"  # otherwise the weights determine context and vocabulary
         small = sum(shard.nbytes for shard in data.shards) < 1 << 26
         vocab_size = ids if fixed and small and config.model.vocab_size is None else None
         data.check(config.model.block_size if fixed else 1, vocab_size)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
-        find_checkpoint(init_from, verify=False)
+        checkpoints.find_checkpoint(init_from, verify=False)
 
 
 def _choose_length(parsed: Parsed[Config]) -> None:
-    """epochs or max_iters: what is said later wins, both at once contradict each other."""
+    """Chooses between epochs and max_iters: the later one wins; both in one place are an error."""
     training, sources = parsed.tree.training, parsed.sources
     if training.epochs is None:
         return
     order = [*parsed.files, COMMAND_LINE]
     of_epochs, of_iters = sources.get("epochs"), sources.get("max_iters")
     if of_iters is not None and of_epochs == of_iters:
-        raise UserError("epochs and max_iters are both given: each sets the length of the run; leave one out")
+        raise UserError("epochs and max_iters are both given, and each sets the length of the run; remove one")
     if of_iters is not None and (of_epochs is None or order.index(of_iters) > order.index(of_epochs)):
         training.epochs = None
         return
@@ -136,10 +136,7 @@ def _choose_length(parsed: Parsed[Config]) -> None:
 
 
 def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
-    """The settings that the run in out_dir was started with, by leaf name; None for a checkpoint of nanoGPT's."""
-    from ..checkpoint import hashed_folder as sealed
-    from ..checkpoint import store as checkpoints
-
+    """The settings of the run in out_dir by leaf name; None for a nanoGPT checkpoint."""
     out_dir = Path(config.training.out_dir)
     flat: dict[str, Any] | None = None
     for _, path in reversed(checkpoints.list_checkpoints(out_dir)):
@@ -150,32 +147,30 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
         except (sealed.DamagedError, AttributeError):
             continue
     if flat is None:
-        if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # says what is wrong, where nothing is good
-            raise UserError(f"the checkpoints in {out_dir} hold no settings; they are not whole")
+        if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good
+            raise UserError(f"the checkpoints in {out_dir} are incomplete: they have no settings")
         return None
     dataset = flat.get("dataset")
     if "dataset" not in sources and not _is_plain("dataset", dataset):
         raise UserError(
-            f"the run in {config.training.out_dir} read its data from the folder {str(dataset)[:200]!r}; a path is not "
-            "taken from a checkpoint: give it again with --dataset=FOLDER"
+            f"the run in {config.training.out_dir} used the data folder {str(dataset)[:200]!r}. Paths are not read "
+            "from checkpoints: give it again with --dataset=FOLDER"
         )
     known = leaf_types(Config)
     return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Paths inside a checkpoint are not followed: a dataset's plain name is, a folder is given again."""
+    """Whether a stored value is not a path. Paths from a checkpoint are never followed."""
     if name == "dataset":
         return isinstance(value, str) and Path(value).name == value and value not in (".", "..")
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
 
 
 def _print_yaml(config: Config) -> None:
-    import yaml
-
     tree = to_dict(config)
     if config.training.epochs is not None:
-        del tree["training"]["max_iters"]  # which epochs decide: what is printed is a preset that can be loaded
+        del tree["training"]["max_iters"]  # set by epochs; the output must be a valid preset
     print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
 
 

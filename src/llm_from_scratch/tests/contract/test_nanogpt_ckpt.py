@@ -525,7 +525,7 @@ def test_llm_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert torch.load("folder/ckpt.pt")["iter_num"] == 10
     for arguments, message in (
         ((), "--out_dir=FOLDER"),
-        (("--out_dir=out", "--format=nanogpt"), "--output is needed"),
+        (("--out_dir=out", "--format=nanogpt"), "--output is missing"),
         (("--out_dir=nowhere", "--format=nanogpt", "--output=x"), "no checkpoint nowhere"),
         (("--out_dir=out", "--which=30", "--output=x"), "no checkpoint of step 30"),
         (("--out_dir=out", "--format=gguf", "--output=x"), "format='gguf' is not valid"),

@@ -185,7 +185,7 @@ def test_bench_ends_quickly_on_a_cpu(here: Path, capsys: pytest.CaptureFixture[s
     assert bench.main_nanogpt([*small, "--steps=3", "--burnin_steps=1", "--device=cpu", "--json"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert any(line.startswith("using random tokens: dataset 'openwebtext' not found") for line in out)
-    assert any("smaller sizes where none were set: compile=False" in line for line in out)
+    assert any("using smaller sizes: compile=False" in line for line in out)
     assert sum(line.startswith(f"{k}/3 loss: ") for k in range(3) for line in out) == 3
     assert re.match(r"time per iteration: \d+\.\d+ms, MFU: n/a", out[-2])
     figures = json.loads(out[-1])
@@ -266,7 +266,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "file on the way": (["--out_dir=file/sub/run"], "out_dir=file/sub/run cannot be written"),
     "out_dir too long": (["--out_dir=" + "x" * 300], "cannot be written"),
     "half set": (["WORLD_SIZE=2"], "the distributed environment is half set: RANK"),
-    "bad flag": (["--dry_run=perhaps"], "--dry_run is True or False"),
+    "bad flag": (["--dry_run=perhaps"], "--dry_run must be True or False"),
     "no prompt": (["--sample_interval=2", "--start=Z"], "--start"),
     "nccl on a cpu": (["--backend=mpi"], "backend='mpi' is not one of auto, nccl, gloo"),
     "nanoGPT has no rope": (["--save_nanogpt_ckpt", "--pos_embedding=rope", "--n_embd=16"], "pos_embedding=rope"),
@@ -360,14 +360,14 @@ def test_mistakes_in_evaluation(here: Path, trained: Path, capsys: pytest.Captur
         (["--eval_block_size=0"], "eval_block_size=0 is out of range"),
         (["--eval_batch_size=0"], "eval_batch_size=0 is out of range"),
         (["--dataset=nosuch"], "dataset 'nosuch' not found"),
-        (["--dataset=other"], "was made with the tokenizer char"),
+        (["--dataset=other"], "uses the tokenizer char"),
         (["--dataset=foreign", "--split=train"], "outside the vocabulary"),
         (["latin.txt"], "latin.txt is not UTF-8 text (byte 3)"),
-        (["one.txt"], "one.txt holds 1 tokens; a loss needs at least 2"),
+        (["one.txt"], "one.txt has 1 tokens; the loss needs at least 2"),
         (["greek.txt"], "'β'"),
         (["gone.txt"], "cannot read gone.txt"),
         (["hollow"], "cannot read hollow"),
-        (["one.txt", "latin.txt"], "one text file at a time"),
+        (["one.txt", "latin.txt"], "expected one text file"),
         (["one.txt", "--dataset=tiny"], "give a text file or --dataset, not both"),
         (["--device=cuda:77"], "--device=cuda:77"),
     ):  # fmt: skip
