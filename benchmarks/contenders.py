@@ -200,7 +200,7 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
     """The trainer's own updates, with what its loop does around each but evaluations and checkpoints."""
     from llm_from_scratch import Config
     from llm_from_scratch.machine import device as runtimes
-    from llm_from_scratch.machine.lock import FolderLock
+    from llm_from_scratch.machine.files import FolderLock
     from llm_from_scratch.presets import parse
     from llm_from_scratch.training.guards import StopRequest
     from llm_from_scratch.training.setup import prepare

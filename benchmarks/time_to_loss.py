@@ -76,10 +76,10 @@ def loaded(job: dict[str, str]) -> Any:
         model = GPT(GPTConfig(**saved["model_args"]))
         model.load_state_dict(saved["model"])
         return model
-    from llm_from_scratch.checkpoint import store as checkpoint
+    from llm_from_scratch.checkpoint.load import load
     from llm_from_scratch.core.model import GPT as Ours
 
-    found = checkpoint.load_any(job["place"], which="last", weights_only=True, need_tokenizer=False)
+    found = load(job["place"], which="last", weights_only=True, need_tokenizer=False)
     ours = Ours(found.model_config)
     ours.load_state_dict(found.model)
     return ours

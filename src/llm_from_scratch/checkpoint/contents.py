@@ -1,154 +1,227 @@
-"""What a checkpoint's contents must look like, checked before anything is built from them; and how they are stored."""
+"""A checkpoint's contents: saved, loaded, checked against GPT(config) on the meta device.
+
+    out_dir/step-00000250/
+        model.safetensors  optimizer.safetensors  rng.safetensors      tensors
+        optimizer.json  trainer.json  config.json  model.json          plain data
+        tokenizer.meta.json ...                                        what Tokenizer.save writes
+        MANIFEST.json                                                  step, run id, val loss, sizes and hashes
+
+No pickle: reading a checkpoint runs no code. Torch is imported when tensors are needed, so that a missing checkpoint is
+reported at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import typing
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..config import GPTConfig
 from ..errors import DamagedError, UserError
+from . import hashed_folder
+from .hashed_folder import MANIFEST, from_json, read_member, to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+    from ..core.tokenizer import Tokenizer
+
+FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
+OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
+             "optimizer.json", "trainer.json", "config.json", "model.json")  # fmt: skip
+MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
 # What torch's types are called in a safetensors file
 STORED = {"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"}
 STORED |= {f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)}
 STORED |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 
 
-def checked_model_config(raw: dict[str, Any], where: str) -> GPTConfig:
-    """A GPTConfig from plain data that is not trusted. Raises UserError for unknown names, wrong types, bad values."""
-    hints = typing.get_type_hints(GPTConfig)
-    if unknown := sorted(str(key)[:40] for key in raw if key not in hints):
-        raise UserError(f"{where} describes a model with unknown settings: {', '.join(unknown[:5])}")
-    for key, value in raw.items():
-        if not fits(value, hints[key]) or (type(value) is int and abs(value) >= 1 << 31):
-            raise UserError(f"{where} describes a model with {key}={str(value)[:80]!r}, which is no value for {key}")
-    config = GPTConfig(**raw)
-    try:
-        config.validate()
-        if config.vocab_size is None:
-            raise UserError("vocab_size is not set")
-    except UserError as error:
-        raise UserError(f"{where} describes a model that cannot be built: {error}") from None
-    return config
+@dataclass
+class Checkpoint:
+    """The state of a run after `step` updates. Tensors lie on the CPU.
 
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of plain data is one that a setting of this type may have."""
-    options = typing.get_args(hint) or (hint,)
-    if isinstance(value, str):
-        return str in options or value in options or any(value in typing.get_args(option) for option in options)
-    if type(value) is int:
-        return (int in options or float in options) and abs(value) < 1 << 63
-    return type(value) in options and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> dict[str, Tensor]:
-    """The state dict under its plain names, with both names of a tied head. Raises DamagedError where names, shapes or
-    types are not those of a model of this configuration, or a number is not finite."""
-    state = plain_names(model)
-    if len(state) != len(model):
-        raise DamagedError(f"{where} holds a tensor twice")
-    if config.tie_embeddings:
-        for name, twin in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
-            if name not in state and twin in state:
-                state[name] = state[twin]
-    expected = parameter_shapes(config, at_most=len(state), where=where)
-    if config.tie_embeddings:
-        expected[HEAD] = expected[EMBEDDING]
-    for name in [*expected, *state]:
-        if name not in expected or name not in state:
-            what = "lacks" if name in expected else "holds the unknown"
-            raise DamagedError(f"{where} {what} tensor {name[:80]} for the model that it describes")
-    for name, tensor in state.items():
-        if tuple(tensor.shape) != expected[name] or not tensor.is_floating_point():
-            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise DamagedError(f"{where}: {name} is {found}, expected floats of shape {expected[name]}")
-    if config.tie_embeddings and state[HEAD].data_ptr() != state[EMBEDDING].data_ptr():
-        if not bool((state[HEAD] == state[EMBEDDING]).all()):
-            raise DamagedError(f"{where}: {HEAD} and {EMBEDDING} differ, but the model ties them")
-        state[HEAD] = state[EMBEDDING]
-    if bad := not_finite(state):
-        raise DamagedError(f"{where}: {bad} holds numbers that are not finite")
-    return state
-
-
-def parameter_shapes(
-    config: GPTConfig, at_most: int | None = None, where: str = "the model"
-) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a model's parameters, in the order of its named_parameters(); a tied head has none of its own.
-
-    Written out: it allocates nothing, and needs no torch. at_most bounds n_layer by the number of tensors that a file
-    holds. Raises DamagedError.
+    model: state dict with both names of a tied head. optimizer: {"state": {parameter name: {slot: tensor or number}},
+    "param_groups": [{"names": [...], "lr": ..., ...}]}, or None. trainer: plain data. config: {section: {leaf: value}}.
     """
-    if at_most is not None and config.n_layer > at_most:
-        raise DamagedError(f"{where} claims n_layer={config.n_layer} and holds {at_most} tensors")
-    C, V = config.n_embd, int(config.vocab_size or 0)
-    D, H = C // config.n_head, config.mlp_width
-    qkv = (config.n_head + 2 * (config.n_kv_head or config.n_head)) * D
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, C)}
 
-    def linear(name: str, out: int, into: int) -> None:
-        shapes[f"{name}.weight"] = (out, into)
-        if config.bias:
-            shapes[f"{name}.bias"] = (out,)
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (C,)
-        if config.bias and config.norm == "layernorm":
-            shapes[f"{name}.bias"] = (C,)
-
-    if config.pos_embedding == "learned":
-        shapes["transformer.wpe.weight"] = (config.block_size, C)
-    if config.max_ngram:
-        shapes["transformer.ngrams.weight"] = ((config.max_ngram - 1) * config.ngram_rows, C)
-    if config.embedding_norm:
-        norm("transformer.norm_e")
-    for layer in (f"transformer.h.{i}" for i in range(config.n_layer)):
-        norm(f"{layer}.ln_1")
-        linear(f"{layer}.attn.c_attn", qkv, C)
-        linear(f"{layer}.attn.c_proj", C, C)
-        if config.qk_norm:
-            shapes[f"{layer}.attn.q_norm.weight"] = shapes[f"{layer}.attn.k_norm.weight"] = (D,)
-        norm(f"{layer}.ln_2")
-        linear(f"{layer}.mlp.c_fc", H, C)
-        linear(f"{layer}.mlp.c_proj", C, H)
-        if config.activation == "swiglu":
-            linear(f"{layer}.mlp.c_gate", H, C)
-    norm("transformer.ln_f")
-    if not config.tie_embeddings:
-        shapes[HEAD] = (V, C)
-    return shapes
+    path: Path | None
+    step: int
+    model_config: GPTConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any] | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+    rng: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
 
 
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of a tensor with a NaN or an infinity, or None."""
+def write_checkpoint(
+    out_dir: str | Path,
+    *,
+    step: int,
+    model_config: GPTConfig,
+    model: dict[str, Tensor],
+    run_id: str,
+    optimizer: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    rng: dict[str, Tensor] | None = None,
+    config: dict[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    val_loss: float | None = None,
+    dataset_hash: str | None = None,
+) -> Path:
+    """Writes out_dir/step-<step> (fields: see Checkpoint) and reads it back. A checkpoint of the same step is replaced.
+
+    Raises SaveError if the disk fails, UserError if a tensor is not finite; out_dir then holds what it held before.
+    """
     import torch
 
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # a NaN passes through both, and no copy is made
-            if not (math.isfinite(low) and math.isfinite(high)):
-                return name
-    return None
+    from ..core.weights import buffers, not_finite
+
+    weights, (moments, numbers) = weights_to_save(model, model_config), split_optimizer(optimizer)
+    if name := not_finite(weights, buffers(model_config)) or not_finite(moments):
+        raise UserError(
+            f"step {step} is not saved: {name} holds numbers that are not finite; try a lower learning_rate"
+        )
+    parts: dict[str, Callable[[], Iterable[Any]]] = {
+        "model.safetensors": lambda: file_of(weights),
+        "optimizer.safetensors": lambda: file_of(moments),
+        "rng.safetensors": lambda: file_of(portable(rng or {})),
+        "optimizer.json": lambda: [to_json(numbers)],
+        "trainer.json": lambda: [to_json(trainer or {})],
+        "config.json": lambda: [to_json(config or {})],
+        "model.json": lambda: [to_json(dataclasses.asdict(model_config))],
+    }
+    fields = {
+        **FORMAT,
+        "step": step,
+        "run_id": run_id,
+        "val_loss": float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
+        "dataset_sha256": dataset_hash,
+        "versions": {"llm_from_scratch": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    final = Path(out_dir) / f"step-{step:08d}"
+    hashed_folder.write_folder(final, parts, fields, tokenizer.save if tokenizer is not None else None)
+    return final
 
 
-def plain_names(model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefixes that torch.compile puts into names."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.items()}
+def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
+    """Reads a step directory; every file is checked against the manifest before a byte of it is used.
+
+    weights_only leaves the optimizer and the random states out (neither read nor checked). Raises DamagedError where
+    the checkpoint is not the one that was written, UserError where it cannot be read.
+    """
+    from safetensors.torch import load
+
+    from ..core import weights
+
+    path = Path(path)
+    manifest = read_manifest(path)
+
+    def plain(name: str) -> dict[str, Any]:
+        return from_json(read_member(path, name, manifest), path / name)
+
+    def tensors(name: str) -> dict[str, Tensor]:
+        data = read_member(path, name, manifest)
+        try:
+            if int.from_bytes(data[:8], "little") > MAX_HEADER:
+                raise ValueError(f"its header is larger than {MAX_HEADER} bytes")
+            return load(data)
+        except Exception as error:  # the library's own errors, and what it meets in a header that lies
+            raise DamagedError(f"{path / name}: {error}") from None
+
+    model_config = weights.checked_model_config(plain("model.json"), str(path))
+    model = weights.checked_weights(tensors("model.safetensors"), model_config, str(path))
+    optimizer: dict[str, Any] | None = None
+    rng: dict[str, Tensor] = {}
+    if not weights_only:
+        moments, numbers = tensors("optimizer.safetensors"), plain("optimizer.json")
+        optimizer = join_optimizer(moments, numbers, model, str(path))
+        rng = tensors("rng.safetensors")
+    tokenizer = None
+    if others := [name for name in manifest["files"] if name not in OWN_FILES]:
+        from ..core.tokenizer import Tokenizer
+
+        for name in others:
+            read_member(path, name, manifest)
+        tokenizer = Tokenizer.load(path)
+    return Checkpoint(
+        path=path,
+        step=manifest["step"],
+        model_config=model_config,
+        model=model,
+        optimizer=optimizer,
+        trainer=plain("trainer.json"),
+        rng=rng,
+        config=plain("config.json"),
+        tokenizer=tokenizer,
+        manifest=manifest,
+    )
 
 
-def weights_to_save(model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict on the CPU; a head that is tied to the embedding is left out."""
+def verify_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that load_checkpoint would take: every hash fits, the tensors are the model's and
+    finite. Raises what load_checkpoint raises."""
+    return load_checkpoint(path).manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a step directory, checked. Raises DamagedError, or UserError for another version."""
+    manifest = hashed_folder.read_manifest(path)
+    if manifest.get("format") != FORMAT["format"]:
+        raise DamagedError(
+            f"{path} is not a checkpoint: its format is {str(manifest.get('format'))[:40]!r}, "
+            f"expected {FORMAT['format']!r}"
+        )
+    if manifest.get("version") != FORMAT["version"]:
+        raise UserError(f"{path} is in version {manifest.get('version')} of the format, this program reads version 1")
+    step, loss = manifest.get("step"), manifest.setdefault("val_loss", None)
+    if (
+        type(step) is not int
+        or not 0 <= step < 1 << 53
+        or not (loss is None or (type(loss) is float and math.isfinite(loss)))
+    ):
+        raise DamagedError(f"{path / MANIFEST}: step or val_loss is not a number in range")
+    return manifest
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a step directory: {section: {leaf: value}}. Raises DamagedError."""
+    return from_json(read_member(path, "config.json", read_manifest(path)), path)
+
+
+def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:
+    """Raises UserError if a checkpoint of this model state would be refused, now or when it is loaded."""
+    from ..core.weights import checked_weights, plain_names
+
+    for name, tensor in plain_names(state).items():
+        kind = str(getattr(tensor, "dtype", type(tensor).__name__))
+        if kind not in STORED or str(tensor.layout) != "torch.strided":
+            raise UserError(f"this model cannot be saved: {name} is {kind}, expected a dense tensor of a common type")
+    try:
+        checked_weights(state, config, "the model")
+    except DamagedError as error:
+        raise UserError(
+            f"this model cannot be saved, because GPT(config) would not load it again: {error}. GPT.__init__ must "
+            "create every parameter and persistent buffer from the configuration alone"
+        ) from None
+
+
+def weights_to_save(model: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """A state dict on the CPU, a tied tensor only under its first name."""
+    from ..core.weights import plain_names, tied_names
+
     state = plain_names(model)
-    if HEAD in state and EMBEDDING in state and state[HEAD].data_ptr() == state[EMBEDDING].data_ptr():
-        del state[HEAD]
+    for name, first in tied_names(config).items():
+        if name in state and first in state and state[name].data_ptr() == state[first].data_ptr():
+            del state[name]
     return portable(state)
 
 
@@ -158,7 +231,7 @@ def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """A safetensors file of dense tensors on the CPU, piece after piece; safetensors' own writer holds all twice.
+    """A safetensors file of dense tensors on the CPU, in chunks; safetensors' own writer holds all twice.
 
     The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little end first; the header, JSON
     with what each tensor is and where, filled up with blanks to a multiple of 8; the tensors' bytes. Those of wide
@@ -199,15 +272,16 @@ def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor]
 def join_optimizer(
     tensors: dict[str, Tensor], plain: dict[str, Any], model: dict[str, Tensor], where: str
 ) -> dict[str, Any] | None:
-    """What split_optimizer took apart. Raises DamagedError where it does not fit the model."""
+    """What split_optimizer took apart. Raises DamagedError if it does not fit the model."""
+    from ..core.weights import not_finite
+
     if not plain and not tensors:
         return None
     try:
         state = {name: dict(slots) for name, slots in plain["state"].items()}
         for key, tensor in tensors.items():
             name, _, slot = key.rpartition("/")
-            shape = (model[name].size(0), 1) if slot == "sum" else model[name].shape  # Adagrad's: one number a row
-            if tensor.dim() and tensor.shape != shape:
+            if tensor.dim() and not _fits_slot(tensor, model[name]):
                 raise DamagedError(f"{where}: {key} of the optimizer has shape {tuple(tensor.shape)}")
             state[name][slot] = tensor
         groups = [
@@ -219,3 +293,8 @@ def join_optimizer(
     if bad := not_finite(tensors):
         raise DamagedError(f"{where}: {bad} of the optimizer holds numbers that are not finite")
     return {"state": state, "param_groups": groups}
+
+
+def _fits_slot(slot: Tensor, parameter: Tensor) -> bool:
+    """Whether an optimizer may keep this for a parameter: as many numbers, or one for each row."""
+    return slot.shape == parameter.shape or slot.shape == (*parameter.shape[:1], *[1] * (parameter.dim() - 1))

@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from ..checkpoint.locations import is_pretrained
-from ..checkpoint.store import Checkpoint, find_checkpoint, load_any
+from ..checkpoint.load import is_pretrained
+from ..checkpoint.store import find_checkpoint
 from ..errors import UserError
-from ..interop.nanogpt import tokenizer_for
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -52,18 +50,3 @@ def check_location(location: str, which: str | None) -> None:
         find_checkpoint(location, which, verify=False)
     elif which is not None:
         raise UserError(f"which={which!r} selects a checkpoint of a run, but {location} is not a run: remove --which")
-
-
-def load_source(location: str, which: str | None, dataset: str | None, need_tokenizer: bool = True) -> Checkpoint:
-    """Loads weights and tokenizer from a run, a checkpoint, a Hugging Face folder or a GPT-2 name.
-
-    dataset: the data whose tokenizer to use if the checkpoint has none. Raises UserError.
-    """
-    if not is_pretrained(location):
-        return load_any(location, which, dataset, weights_only=True, need_tokenizer=need_tokenizer)
-    from ..interop.hf import load_pretrained
-
-    config, weights, tokenizer = load_pretrained(location)
-    found = Checkpoint(Path(location), 0, config, weights)
-    found.tokenizer = tokenizer or tokenizer_for(found, dataset, need_tokenizer)
-    return found

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..checkpoint.load import load
 from ..config import SystemConfig
 from ..errors import UserError
-from ..machine.files import read_regular
+from ..machine.files import read_file
 from ..presets import parse
-from .common import check_location, load_source, run
+from .common import check_location, run
 
 if TYPE_CHECKING:
     import torch
@@ -145,15 +146,14 @@ def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> t
 
 def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:
     """The model, its tokenizer, and the name of its training data."""
-    from ..core.model import GPT
+    from ..core.weights import build_model
 
-    loaded = load_source(options.out_dir, options.which, options.dataset, need_tokenizer=False)
+    loaded = load(options.out_dir, options.which, options.dataset, weights_only=True, need_tokenizer=False)
     saved = loaded.config.get("data", loaded.config)  # a ckpt.pt has no sections
     name = saved.get("dataset") if isinstance(saved, dict) else None
     if not isinstance(name, str) or Path(name).name != name:
         name = None  # never follow a path from a checkpoint
-    model = GPT(loaded.model_config)
-    model.load_state_dict(loaded.model)
+    model = build_model(loaded.model_config, loaded.model).float()
     return model.eval(), loaded.tokenizer, name
 
 
@@ -181,7 +181,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
     if tokenizer is None:
         raise UserError("the checkpoint has no tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER")
     try:
-        text = read_regular(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
+        text = read_file(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..checkpoint import store as checkpoints
+from ..checkpoint.load import load
 from ..errors import UserError
 from ..presets import parse
 from .common import run
@@ -44,13 +45,11 @@ def export(options: Export) -> Path:
         raise UserError(f"--output is missing: give a path, for example --output={target}")
     output, to_nanogpt = Path(options.output), options.format == "nanogpt"
     location = options.checkpoint or options.out_dir or ""
-    loaded = checkpoints.load_any(
-        location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False
-    )
+    loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
     if not to_nanogpt:
         from ..interop.hf import export_hf
 
-        export_hf(loaded, output)
+        export_hf(loaded.model_config, loaded.model, loaded.tokenizer, output)
         return output
     if output.is_dir():
         output = output / "ckpt.pt"

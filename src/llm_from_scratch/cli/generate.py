@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint.locations import read_start
+from ..checkpoint.load import load
 from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError
+from ..generation.prompt import read_start
 from ..presets import Parsed, parse
-from .common import check_location, load_source, run
+from .common import check_location, run
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -126,7 +127,7 @@ def load_generator(
         check_location(speed.draft, None)
     import torch
 
-    from ..checkpoint.build import build_model
+    from ..core.weights import build_model
     from ..generation.generator import Generator
     from ..generation.speculative import DraftModel, Lookup
     from ..machine.device import resolve_device, resolve_dtype
@@ -135,8 +136,8 @@ def load_generator(
         torch.set_num_threads(system.threads)
     device = resolve_device(system.device)
     dtype = resolve_dtype(system.dtype, device)
-    found = load_source(location, which, dataset)
-    assert found.tokenizer is not None  # load_source refuses weights without one
+    found = load(location, which, dataset, weights_only=True)
+    assert found.tokenizer is not None  # load refuses weights without one
     generator = Generator(build_model(found.model_config, found.model), found.tokenizer, device, dtype, speed.quantize)
     generator.graphed = system.cuda_graphs is not False
     if system.compile is True:
@@ -144,7 +145,7 @@ def load_generator(
     if speed.draft == "lookup":
         generator.draft = Lookup()
     elif speed.draft is not None:
-        small = load_source(speed.draft, None, dataset)
+        small = load(speed.draft, None, dataset, weights_only=True)
         assert small.tokenizer is not None
         draft = build_model(small.model_config, small.model).to(device=device, dtype=dtype)
         generator.draft = DraftModel(draft, small.tokenizer.fingerprint(), found.tokenizer.fingerprint())

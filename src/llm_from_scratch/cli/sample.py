@@ -6,9 +6,10 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checkpoint.locations import is_pretrained, read_start
+from ..checkpoint.load import is_pretrained
 from ..config import GenerationConfig, SystemConfig
 from ..errors import UserError
+from ..generation.prompt import read_start
 from ..presets import parse
 from .common import run
 from .generate import SEPARATOR, announce, load_generator, write

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.locations import is_pretrained
+from ..checkpoint.load import is_pretrained
 from ..config import SystemConfig, validate
 from ..errors import UserError
 from ..presets import parse

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from ..checkpoint import hashed_folder as sealed
 from ..checkpoint import store as checkpoints
-from ..checkpoint.locations import is_pretrained, resolved_init
+from ..checkpoint.load import is_pretrained
+from ..checkpoint.store import resolved_init
 from ..config import Config, to_dict
-from ..errors import TrainingError, UserError
+from ..errors import DamagedError, TrainingError, UserError
 from ..machine.processes import check_writable, distributed_env
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
@@ -141,10 +141,10 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
     flat: dict[str, Any] | None = None
     for _, path in reversed(checkpoints.list_checkpoints(out_dir)):
         try:
-            content = sealed.from_json(sealed.read_member(path, "config.json", sealed.read_manifest(path)), path)
+            content = checkpoints.read_settings(path)
             flat = {leaf: value for section in content.values() for leaf, value in section.items()}
             break
-        except (sealed.DamagedError, AttributeError):
+        except (DamagedError, AttributeError):
             continue
     if flat is None:
         if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good

@@ -1,10 +1,68 @@
-"""Parameters, FLOPs and memory of a model, from its configuration alone."""
+"""Parameters, FLOPs and memory of a model, counted on GPT(config) on the meta device: shapes without numbers."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import GPTConfig, OptimizerConfig
+from ..errors import UserError
+from .model import GPT
+from .ngrams import NGramEmbedding
+
+
+class NoInit(TorchFunctionMode):
+    """Skips torch.nn.init, for models whose weights are replaced at once or are never read."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """GPT(config) on the meta device: every name, shape and type, no memory. Cached and shared, so do not change it.
+
+    This is where the rest of the program learns which parameters a model has. Raises UserError if no such model can be
+    built.
+    """
+    return _meta_model(dataclasses.astuple(config))
+
+
+@functools.lru_cache(maxsize=32)
+def _meta_model(values: tuple[Any, ...]) -> GPT:
+    config = GPTConfig(*values)
+    try:
+        with torch.device("meta"), NoInit():
+            return GPT(config)
+    except UserError:
+        raise
+    except (RuntimeError, OverflowError) as error:  # more elements than 64 bits count
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"a model of these sizes cannot be built on the meta device: {reason}") from None
+
+
+def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:
+    """{name: parameter or persistent buffer on the meta device} as in the state dict, both names of a tied one."""
+    return meta_model(config).state_dict(keep_vars=True)
+
+
+def tied_names(config: GPTConfig) -> dict[str, str]:
+    """{name: the earlier name of the same tensor} in the state dict; a checkpoint stores the earlier one."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, tensor in meta_tensors(config).items():
+        if (earlier := first.setdefault(id(tensor), name)) != name:
+            found[name] = earlier
+    return found
 
 
 @dataclass(frozen=True)
@@ -13,7 +71,7 @@ class Sizes:
 
     params: int
     embedding_params: int
-    """Position table; and the token table where the head has its own."""
+    """Parameters that are looked up and multiply nothing."""
     flops_per_token: int
     """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L C T."""
     weights: int
@@ -29,36 +87,33 @@ class Sizes:
 
 def count_params(config: GPTConfig) -> int:
     """Number of parameters; a tied head counts once."""
-    C, V, L = config.n_embd, config.vocab_size or 0, config.n_layer
-    D, bias = C // config.n_head, int(config.bias)
-    qkv = (config.n_head + 2 * (config.n_kv_head or config.n_head)) * D
-    hidden = config.mlp_width
-    ups = 2 if config.activation == "swiglu" else 1
-    norm = C * (1 + bias) if config.norm == "layernorm" else C
-    attention = C * qkv + bias * qkv + C * C + bias * C + (2 * D if config.qk_norm else 0)
-    mlp = ups * (C * hidden + bias * hidden) + hidden * C + bias * C
-    total = (
-        V * C + L * (2 * norm + attention + mlp) + norm + (norm if config.embedding_norm else 0) + ngram_params(config)
-    )
-    total += config.block_size * C if config.pos_embedding == "learned" else 0
-    return total + (0 if config.tie_embeddings else V * C)
+    return sum(p.numel() for p in meta_model(config).parameters())
 
 
-def ngram_params(config: GPTConfig) -> int:
-    """Rows that are looked up and multiply nothing."""
-    return (config.max_ngram - 1) * config.ngram_rows * config.n_embd if config.max_ngram else 0
+def embedding_params(config: GPTConfig) -> int:
+    """Parameters that are only looked up: positions, n-grams, and the token table if the head has its own."""
+    modules = list(meta_model(config).modules())
+    multiplied = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
+    tables = {id(m.weight): m.weight.numel() for m in modules if isinstance(m, (nn.Embedding, NGramEmbedding))}
+    return sum(size for table, size in tables.items() if table not in multiplied)
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Linear]:
+    return (part for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def optimizer_bytes(config: GPTConfig, optimizer: OptimizerConfig | None = None) -> int:
     """Memory of the moments: AdamW keeps two numbers a parameter, Muon one for those of its matrices (the linear layers
     in the blocks), row-wise Adagrad one for each row of the n-gram tables. None: AdamW in float32."""
-    optimizer = optimizer or OptimizerConfig()
-    C, H = config.n_embd, config.mlp_width
-    heads = config.n_head + 2 * (config.n_kv_head or config.n_head)
-    matrices = C * (C // config.n_head) * heads + C * C + (3 if config.activation == "swiglu" else 2) * C * H
-    numbers = 2 * (count_params(config) - ngram_params(config))
-    numbers -= config.n_layer * matrices if optimizer.optimizer_type == "muon" else 0
-    return (2 if optimizer.optimizer_dtype == "bfloat16" else 4) * numbers + 4 * ngram_params(config) // C
+    optimizer, model = optimizer or OptimizerConfig(), meta_model(config)
+    tables = [module.weight for module in model.modules() if isinstance(module, NGramEmbedding)]
+    numbers = 2 * (count_params(config) - sum(table.numel() for table in tables))
+    if optimizer.optimizer_type == "muon":
+        head = model.lm_head.weight
+        matrices = {id(part.weight): part.weight.numel() for part in _linears(model) if part.weight is not head}
+        numbers -= sum(matrices.values())
+    size = 2 if optimizer.optimizer_dtype == "bfloat16" else 4
+    return size * numbers + 4 * sum(table.size(0) for table in tables)
 
 
 def sizes(
@@ -69,16 +124,17 @@ def sizes(
     optimizer: OptimizerConfig | None = None,
 ) -> Sizes:
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation."""
-    params = count_params(config)
+    params, embedding = count_params(config), embedding_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
-    embedding = (T * C if config.pos_embedding == "learned" else 0) + (0 if config.tie_embeddings else V * C)
-    embedding += ngram_params(config)
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
     flops = 6 * (params - embedding) + 12 * L * C * T
     tokens = batch_size * T
-    saved = 10 * C + (3 if config.activation == "swiglu" else 2) * config.mlp_width
-    per_layer = 2 * C if gradient_checkpointing else saved
-    extra = 10 * C + 3 * config.mlp_width if gradient_checkpointing else 0
+    # a block saves what its linear layers read and write, and what its two norms write
+    blocks = [
+        2 * C + sum(part.in_features + part.out_features for part in _linears(block))
+        for block in meta_model(config).transformer.h
+    ]
+    saved = 2 * C * L + max(blocks, default=0) if gradient_checkpointing else sum(blocks)
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
-    activations = tokens * (L * per_layer + extra + 2 * C) * element_size + logits
+    activations = tokens * (saved + 2 * C) * element_size + logits
     return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer_bytes(config, optimizer), activations)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError
-from ..machine.files import open_regular, parse_json, read_regular
+from ..machine.files import open_file, parse_json, read_file
 
 BLOCK = 1 << 20  # ids that are scanned at a time
 SCAN_LIMIT = 4 << 30  # bytes of a split that are scanned before the first step; more are scanned beside the first steps
@@ -38,7 +38,7 @@ class TokenFile:
         """Raises UserError for what is no file of whole ids: missing, a FIFO, of odd length, .npy, text."""
         self.path, self.dtype = Path(path), np.dtype(dtype)
         try:
-            self._handle = open_regular(self.path)
+            self._handle = open_file(self.path)
         except FileNotFoundError:
             raise UserError(f"{self.path} is missing; prepare the data again") from None
         except OSError as error:
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        manifest = parse_json(read_regular(path, MAX_MANIFEST))
+        manifest = parse_json(read_file(path, MAX_MANIFEST))
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
@@ -321,7 +321,7 @@ def _facts(shard: TokenFile) -> dict[str, Any]:
 
 def _checked(folder: Path) -> dict[str, Any]:
     try:
-        content = parse_json(read_regular(folder / CHECKED, MAX_MANIFEST))
+        content = parse_json(read_file(folder / CHECKED, MAX_MANIFEST))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..machine.files import parse_json, read_regular
+from ..machine.files import parse_json, read_file
 from .vocab_files import byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
@@ -94,7 +94,7 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer in {folder}: expected {META_FILE}, which llm-prepare writes")
         try:
-            meta = parse_json(read_regular(path, MAX_DEFINITION))
+            meta = parse_json(read_file(path, MAX_DEFINITION))
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
                 raise UserError(f"{path} is in format {meta['format']} {meta['version']}, this version reads 1")
             tokenizer = _load(Path(folder), meta)
@@ -313,9 +313,9 @@ class HFTokenizer(Tokenizer):
     @classmethod
     def from_file(cls, path: Path) -> HFTokenizer:
         try:
-            definition = read_regular(path, MAX_DEFINITION).decode("utf-8")
+            definition = read_file(path, MAX_DEFINITION).decode("utf-8")
             beside = path.parent / "tokenizer_config.json"
-            eos = parse_json(read_regular(beside, MAX_DEFINITION)).get("eos_token") if beside.is_file() else None
+            eos = parse_json(read_file(beside, MAX_DEFINITION)).get("eos_token") if beside.is_file() else None
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {str(error)[:200]}") from None
         tokenizer = cls(definition)
@@ -422,10 +422,10 @@ def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     if name in ("bpe", "hf"):
-        return HFTokenizer(read_regular(folder / HF_FILE, MAX_DEFINITION).decode("utf-8"), name, meta["eot_id"])
+        return HFTokenizer(read_file(folder / HF_FILE, MAX_DEFINITION).decode("utf-8"), name, meta["eot_id"])
     if name not in TIKTOKEN_NAMES:
         raise UserError(f"the tokenizer in {folder} is of unknown kind {name!r}")
-    lines = read_regular(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
+    lines = read_file(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])
 

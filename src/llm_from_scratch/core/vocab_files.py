@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..machine.files import read_regular
+from ..machine.files import read_file
 
 GPT2_DIR_VARIABLE = "LLM_GPT2_DIR"
 # OpenAI's two files of GPT-2's vocabulary. Their ids are the merge order, so encoder.json alone gives the ranks.
@@ -147,7 +147,7 @@ _PLAIN_OPCODES = set(
 def read_meta_pkl(path: Path) -> str:
     """The characters of nanoGPT's meta.pkl, in the order of their ids."""
     try:
-        data, opened = read_regular(path, MAX_META_PKL), 0
+        data, opened = read_file(path, MAX_META_PKL), 0
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _PLAIN_OPCODES:
                 raise ValueError(f"it holds {opcode.name}, not only dicts, strings and integers")

@@ -26,7 +26,7 @@ from typing import Any
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import answers, within
 from ..errors import UserError
-from ..machine.files import open_regular
+from ..machine.files import open_file
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 KNOWN_NAMES = ("shakespeare_char", "shakespeare", "openwebtext", "python_docs", "demo")
@@ -241,7 +241,7 @@ def _matches(base: Path, argument: str) -> list[Path]:
             shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
             return sorted(shown, key=lambda p: p.relative_to(path).as_posix())
         if path.exists():
-            os.close(open_regular(path))  # a device would never end
+            os.close(open_file(path))  # a device would never end
             return [path]
         if glob.has_magic(argument):
             names = sorted(glob.glob(str(path), recursive=True))

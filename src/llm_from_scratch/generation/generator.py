@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..checkpoint.build import NoInit, build_model
-from ..checkpoint.store import load_any
+from ..checkpoint.load import load, load_hf
 from ..config import GenerationConfig
 from ..core.model import GPT
 from ..core.tokenizer import Tokenizer
+from ..core.weights import build_model
 from ..errors import UserError
 from ..machine.device import resolve_device, resolve_dtype
 from .batch import Batch, Overflow
@@ -92,8 +92,8 @@ class Generator:
         which: best, last or a step. dataset: the data (name or folder) whose tokenizer serves where there is none.
         """
         where = resolve_device(device)
-        checkpoint = load_any(location, which, dataset, weights_only=True)
-        assert checkpoint.tokenizer is not None  # load_any refuses what has none
+        checkpoint = load(location, which, dataset, weights_only=True)
+        assert checkpoint.tokenizer is not None  # load refuses a model without one
         model = build_model(checkpoint.model_config, checkpoint.model)
         return cls(model, checkpoint.tokenizer, where, resolve_dtype(dtype, where), quantize)
 
@@ -103,9 +103,10 @@ class Generator:
     ) -> Generator:
         """From the Hugging Face hub (gpt2, gpt2-medium, ...) or a folder in its format. Raises UserError."""
         where = resolve_device(device)
-        with NoInit():
-            model = GPT.from_pretrained(name)
-        return cls(model, model.tokenizer or Tokenizer.from_name("gpt2"), where, resolve_dtype(dtype, where), quantize)
+        loaded = load_hf(name)
+        assert loaded.tokenizer is not None
+        model = build_model(loaded.model_config, loaded.model).float()
+        return cls(model, loaded.tokenizer, where, resolve_dtype(dtype, where), quantize)
 
     @property
     def forward(self) -> Forward:

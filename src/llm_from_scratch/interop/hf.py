@@ -1,37 +1,37 @@
 """Hugging Face's format, both ways: GPT-2-, Llama- and Qwen3-shaped models.
 
-One table names the modules, one the settings; reading and writing both go through them. A folder in this format is
-read without transformers. What the other side has no name for is refused with the reason, never approximated.
+One table names the modules, one the settings; reading and writing use the same tables. The names are checked against
+the model in core/model.py. A folder in this format is read without transformers. What has no name in the other format
+is refused by name, never approximated.
 Source: config.json and the state-dict names of transformers' models gpt2, llama and qwen3.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoint.contents import checked_model_config, checked_weights, parameter_shapes
 from ..config import GPTConfig
-from ..core.model import GPT
+from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
+from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError
-from .hf_files import Weights, appears_whole, get_folder, read_json, short, write_json
+from ..machine.files import read_json
+from .hf_files import Weights, appears_whole, get_folder, short, write_json
 from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
+from .nanogpt import MODULES as GPT2_MODULES
+from .nanogpt import every_layer
 
-if TYPE_CHECKING:
-    from ..checkpoint.store import Checkpoint
-
-# Our module: Llama's and Qwen3's, N being the layer. Names joined by + are stacked in our one matrix. GPT-2's are ours.
-MODULES = {
+# Our module: Llama's and Qwen3's, N being the layer. Names joined by + are stacked in our one matrix.
+LLAMA_MODULES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h.N.ln_1": "model.layers.N.input_layernorm",
     "transformer.h.N.attn.c_attn": "+".join(f"model.layers.N.self_attn.{part}_proj" for part in "qkv"),
@@ -45,8 +45,9 @@ MODULES = {
     "transformer.ln_f": "model.norm",
     "lm_head": "lm_head",
 }
+BIASED = ("c_attn", "c_proj", "c_fc", "c_gate")  # their linear layers that may have biases
 NEEDED = object()  # no default: a config.json without it is refused
-# Our setting: (its name in config.json, what transformers takes where that is missing)
+# Our setting: (its name in config.json, the default of transformers)
 GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", 50257),
     "block_size": ("n_positions", 1024),
@@ -79,32 +80,49 @@ LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers, as far as our model can be it."""
+    """A model type of transformers that our model can be."""
 
     model_type: str
     architecture: str
     fields: dict[str, tuple[str, Any]]
     activations: dict[str, str]
     ours: dict[str, Any]
-    """What this type is in our settings, whatever its config.json says."""
+    """Our settings that this type fixes, whatever its config.json says."""
     fixed: dict[str, tuple[Any, ...]]
-    """Settings of theirs that change the arithmetic: the values that our model computes."""
+    """Their settings that change the arithmetic: the values that our model can compute."""
 
     @property
     def gpt2(self) -> bool:
         return self.model_type == "gpt2"
 
     def names(self, key: str) -> list[str]:
-        """Their names of one tensor of our state dict: several where ours holds them stacked."""
-        if self.gpt2:
-            return [key]
-        module, kind = key.rsplit(".", 1)
+        """Their names of one tensor of our state dict: several if ours holds them stacked. Raises UserError."""
+        module, _, kind = key.rpartition(".")
         layer = next(iter(re.findall(r"\.h\.(\d+)\.", module)), "")
-        names = MODULES[module.replace(f".h.{layer}.", ".h.N.")].split("+")
-        return [f"{name.replace('.N.', f'.{layer}.')}.{kind}" for name in names]
+        general = module.replace(f".h.{layer}.", ".h.N.")
+        if general not in self.modules or kind not in ("weight", "bias"):
+            raise UserError(f"{key} of the model in core/model.py has no name in {self.architecture}'s format")
+        return [f"{name.replace('.N.', f'.{layer}.')}.{kind}" for name in self.modules[general].split("+")]
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """{our module: theirs}."""
+        if self.gpt2:
+            return {name: name for name in (*GPT2_MODULES, "lm_head")}
+        qk = () if self.ours.get("qk_norm") else ("q_norm", "k_norm")
+        return {ours: theirs for ours, theirs in LLAMA_MODULES.items() if not ours.endswith(qk)}
+
+    def expected(self, config: GPTConfig) -> list[str]:
+        """Every tensor that their model of this configuration has, by our name."""
+        found = []
+        for name in every_layer(self.modules, config.n_layer):
+            plain = self.gpt2 and not name.endswith(("wte", "wpe", "lm_head"))
+            biased = plain or (config.bias and name.endswith(BIASED))
+            found += [f"{name}.weight", f"{name}.bias"] if biased else [f"{name}.weight"]
+        return found
 
     def transposed(self, key: str) -> bool:
-        """GPT-2 there keeps the weights of its linear layers as (in, out)."""
+        """Their GPT-2 stores the weights of its linear layers as (in, out)."""
         return self.gpt2 and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
@@ -136,9 +154,9 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
 
     name_or_folder: a folder with config.json and model.safetensors (or its shards, or pytorch_model.bin), or gpt2,
     gpt2-medium, gpt2-large, gpt2-xl or owner/name, which is fetched into Hugging Face's cache (extra `hf`).
-    The state dict has our names, a tied head under both of its own, and the stored dtype; dropout is 0. The tokenizer
-    is None where the folder has none that can be run here.
-    Raises UserError where files cannot be had or do not fit together, or describe a model that ours cannot be.
+    The state dict has our names, both of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the
+    folder has none that this program can run. Raises UserError if files are missing, do not fit together, or describe a
+    model that ours cannot be.
     """
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
@@ -149,48 +167,59 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     return config, state, tokenizer
 
 
-def export_hf(checkpoint: Checkpoint, folder: str | Path) -> None:
+def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag.
 
-    folder: new or empty; it appears complete or not at all. The logits are compared with transformers' where that is
-    installed; the line printed at the end says what was found. A padded vocabulary stays padded: ids without a token
-    are suppressed in generation_config.json. Raises UserError for a model that has no name there, and where the
+    folder: new or empty; it appears complete or not at all. If transformers is installed, its logits are compared with
+    ours; the line printed at the end gives the result. A padded vocabulary stays padded: ids without a token are
+    suppressed in generation_config.json. Raises UserError for a model that transformers has no name for, and if the
     comparison fails.
     """
     folder = Path(folder)
-    family = family_of(checkpoint.model_config)
-    state = checked_weights(checkpoint.model, checkpoint.model_config, "the checkpoint")
-    tokenizer, rows = checkpoint.tokenizer, int(checkpoint.model_config.vocab_size or 0)
+    family = family_of(config)
+    check_names(family, config)
+    state = checked_weights(weights, config, "the checkpoint")
+    rows = int(config.vocab_size or 0)
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they are of different runs"
         )
-    config = write_config(family, checkpoint.model_config)
+    described = write_config(family, config)
     eot = None if tokenizer is None else tokenizer.eot_id
-    # None must be said: the defaults of transformers would end a text of Llama at id 2
-    config |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": str(state["lm_head.weight"].dtype).split(".")[1]}
+    # None must be written: by default, transformers would end a text of Llama at id 2
+    described |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": str(state["lm_head.weight"].dtype).split(".")[1]}
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
         with appears_whole(folder) as made:
-            backend = (
-                None if tokenizer is None else write_tokenizer(tokenizer, made, checkpoint.model_config.block_size)
-            )
+            backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
             generation: dict[str, Any] = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
             generation["suppress_tokens"] = unused_ids(backend, rows) or None
             write_json(made / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-            write_json(made / "config.json", config)
-            weights = made / "model.safetensors"
-            save_file(_written_weights(state, family, checkpoint.model_config), weights, metadata={"format": "pt"})
-            shutil.copymode(made / "config.json", weights)  # safetensors makes its files the owner's alone
-            finding = _compare(state, checkpoint.model_config, tokenizer, made)
+            write_json(made / "config.json", described)
+            file = made / "model.safetensors"
+            save_file(_written_weights(state, family, config), file, metadata={"format": "pt"})
+            shutil.copymode(made / "config.json", file)  # safetensors makes its files private to their owner
+            finding = _compare(state, config, tokenizer, made)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
 
 
+def check_names(family: Family, config: GPTConfig) -> None:
+    """Raises UserError if core/model.py has been edited so that it has other tensors than their model."""
+    ours, expected = set(meta_tensors(config)), family.expected(config)
+    for name in meta_tensors(config):
+        family.names(name)
+        if name not in expected:
+            raise UserError(f"{name} of the model in core/model.py has no name in {family.architecture}'s format")
+    for name in expected:
+        if name not in ours and not (family.gpt2 and name.endswith(".bias")):  # a bias of zeros changes nothing
+            raise UserError(f"the model in core/model.py has no {name}, which {family.architecture}'s format needs")
+
+
 def read_config(folder: Path) -> tuple[Family, GPTConfig]:
-    """What a folder's config.json describes. Raises UserError where our model cannot be that."""
+    """The model that a folder's config.json describes. Raises UserError if ours cannot be that."""
     theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
     family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
@@ -199,12 +228,12 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
     for ours, (name, default) in family.fields.items():
         values[ours] = default if theirs.get(name) is None else theirs[name]
         if values[ours] is NEEDED:
-            raise UserError(f"{where} does not say {name}")
+            raise UserError(f"{where} does not set {name}")
     unusual = {name: theirs.get(name) for name, accepted in family.fixed.items() if theirs.get(name) not in accepted}
     if values["activation"] not in list(family.activations):
         unusual[family.fields["activation"][0]] = values["activation"]
     if family.model_type == "llama" and bool(theirs.get("mlp_bias")) != values["bias"]:
-        unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} beside attention_bias={values['bias']}"
+        unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} with attention_bias={values['bias']}"
     if not family.gpt2:
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
@@ -212,13 +241,13 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
             unusual["rope_parameters"] = rope
         values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
         if any(isinstance(value, dict) for value in rope.values()):
-            unusual["rope_parameters"] = rope  # of their own for each kind of layer
+            unusual["rope_parameters"] = rope  # different ones for each kind of layer
         kinds = theirs.get("layer_types") or []
         if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
             unusual["layer_types"] = kinds
     if unusual:
         name, value = next(iter(unusual.items()))
-        raise UserError(f"{where}: {name}={short(value)} is not supported: our model has nothing that computes it")
+        raise UserError(f"{where}: {name}={short(value)} is not supported by this program's model")
     config = checked_model_config(values | {"activation": family.activations[values["activation"]]}, where)
     own = 128 if family.model_type == "qwen3" else None  # Qwen3's default does not follow from its width
     head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
@@ -233,7 +262,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
 def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
     """The config.json of a model of ours."""
     theirs: dict[str, Any] = {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
-    theirs[family.fields["norm_eps"][0]] = float(config.norm_eps)  # a whole number is refused there
+    theirs[family.fields["norm_eps"][0]] = float(config.norm_eps)  # transformers refuses a whole number
     theirs |= {"architectures": [family.architecture], "model_type": family.model_type}
     name = family.fields["activation"][0]
     theirs[name] = next(name for name, ours in family.activations.items() if ours == config.activation)
@@ -247,7 +276,7 @@ def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
 
 
 def family_of(config: GPTConfig) -> Family:
-    """What transformers calls such a model. Raises UserError where it has no name for it."""
+    """The model type of transformers. Raises UserError if it has none for this configuration."""
     rope, gated = config.pos_embedding == "rope", config.activation == "swiglu"
     obstacles = {
         "a logit softcap": config.logit_softcap > 0,
@@ -272,10 +301,10 @@ def family_of(config: GPTConfig) -> Family:
 def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[str, Tensor]:
     """Our state dict. Raises UserError for a missing, surplus or misshapen tensor."""
     state: dict[str, Tensor] = {}
-    surplus = set(weights.tensors)
-    for key in [*parameter_shapes(config, at_most=len(surplus), where=str(weights.folder)), "lm_head.weight"]:
+    surplus, tied = set(weights.tensors), tied_names(config) if config.n_layer <= len(weights.tensors) else {}
+    for key in expected_tensors(config, len(surplus), str(weights.folder)):
         names = family.names(key)
-        if key == "lm_head.weight" and config.tie_embeddings and names[0] not in surplus:
+        if key in tied and names[0] not in surplus:
             continue  # stored once
         parts = [weights[name] for name in names]
         if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:
@@ -283,22 +312,23 @@ def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[s
         state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
         surplus -= set(names)
     if surplus:
-        raise UserError(f"{weights.folder}: the weights hold {min(surplus)}, which its config.json does not ask for")
+        raise UserError(f"{weights.folder}: the weights hold {min(surplus)}, which the model does not have")
     return checked_weights(state, config, str(weights.folder))
 
 
 def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig) -> dict[str, Tensor]:
     """Their tensors of our state dict, each with memory of its own."""
     tensors: dict[str, Tensor] = {}
-    head = config.n_embd // config.n_head
-    stacked = [
-        head * count for count in (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
-    ]
-    if family.gpt2:  # which always has biases there: zero ones change nothing
-        config = dataclasses.replace(config, bias=True)
-    for key, shape in parameter_shapes(config).items():
+    tied, kv = tied_names(config), config.n_kv_head or config.n_head
+    stacked = [config.n_embd // config.n_head * count for count in (config.n_head, kv, kv)]
+    for key in family.expected(config):
+        if key in tied:
+            continue
         names = family.names(key)
-        tensor = state[key] if key in state else torch.zeros(shape, dtype=state["lm_head.weight"].dtype)
+        # GPT-2 always has biases there: zero ones change nothing
+        tensor = state[key] if key in state else torch.zeros_like(state[key.replace("bias", "weight")].flatten(1)[:, 0])
+        if len(names) > 1 and tensor.size(0) != sum(stacked):
+            raise UserError(f"{key} has {tensor.size(0)} rows, {family.architecture}'s format needs {sum(stacked)}")
         parts = tensor.split(stacked) if len(names) > 1 else (tensor.t() if family.transposed(key) else tensor,)
         for name, part in zip(names, parts, strict=True):
             tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -307,21 +337,19 @@ def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig
 
 @torch.no_grad()
 def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None, folder: Path) -> str:
-    """What transformers makes of the folder, in a few words. Raises UserError where it makes something else of it."""
+    """The result of loading the folder with transformers, in a few words. Raises UserError if its results differ."""
     if importlib.util.find_spec("transformers") is None:
-        return "not compared with transformers, which is not installed"
+        return "not verified: install transformers to check the export"
     try:
         import transformers
         from transformers.utils import logging
     except ImportError as error:
-        return f"not compared with transformers, which cannot be imported ({short(error)})"
+        return f"not verified: transformers cannot be imported ({short(error)})"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.device("meta"):
-            ours = GPT(config).eval()
-        ours.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        ours = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
         ids = torch.randint(
             int(config.vocab_size or 0), (2, min(config.block_size, 64)), generator=torch.Generator().manual_seed(0)
         )
@@ -329,7 +357,7 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
         a, b = ours(ids, targets=ids)[0], theirs(ids).logits
         difference = (a - b).abs().max().item()
-        if not difference <= 1e-4 * max(1.0, a.abs().max().item()):  # so put, NaN is refused too
+        if not difference <= 1e-4 * max(1.0, a.abs().max().item()):  # this form refuses NaN, too
             raise UserError(f"the export is wrong: transformers' logits differ from ours by up to {difference:.1e}")
         if tokenizer is not None:
             same = transformers.AutoTokenizer.from_pretrained(folder)
@@ -339,7 +367,7 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
         return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
     except UserError:
         raise
-    except Exception as error:  # whatever it finds wrong with the folder
+    except Exception as error:  # any fault that it finds in the folder
         raise UserError(f"the export is wrong: transformers cannot read it ({short(error)})") from None
     finally:
         logging.set_verbosity(verbosity)

@@ -1,6 +1,6 @@
 """Folders in Hugging Face's format, as files: fetched from the hub, read tensor by tensor, written whole or not at all.
 
-Reading runs no code of the folder's: safetensors, JSON, and pickled tensors that are looked through first.
+Reading runs no code from the folder: safetensors, JSON, and pickled tensors whose opcodes are inspected first.
 """
 
 from __future__ import annotations
@@ -21,21 +21,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from ..machine.files import parse_json, read_regular
-from .nanogpt import load_plain
+from ..machine.files import read_json
+from . import GPT2_NAMES
+from .torch_file import load_plain
 
-MAX_JSON = 16 << 20  # bytes
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants that old files carry along
+BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants in old files
 
 
 def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path:
-    """A local folder, or a hub repository's in Hugging Face's cache, fetched where it is not there yet.
+    """A local folder, or a hub repository's folder in Hugging Face's cache, downloaded if needed.
 
-    check: called with a folder that may hold config.json only, before gigabytes are fetched for nothing; what it raises
-    is passed on. Raises UserError where there is no such folder and the hub gives none.
+    check: called with a folder that may hold config.json only, before gigabytes are downloaded for nothing. Raises
+    UserError if there is no such folder and it cannot be downloaded.
     """
     folder, name = Path(name_or_folder).expanduser(), str(name_or_folder)
     if (folder / "config.json").is_file():
@@ -43,9 +42,11 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     if folder.exists() and name not in GPT2_NAMES:
         raise UserError(f"{folder} has no config.json: expected a folder in Hugging Face's format")
     if name not in GPT2_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        raise UserError(f"{name!r} is no folder and no name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name")
+        raise UserError(
+            f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
+        )
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError(f"{name!r} is no folder; to fetch it from the hub: pip install 'llm-from-scratch[hf]'")
+        raise UserError(f"{name!r} is not a folder; to download it: pip install 'llm-from-scratch[hf]'")
     from huggingface_hub import snapshot_download
 
     try:
@@ -59,7 +60,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise _not_fetched(name, error) from None
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{name!r} has no safetensors on the hub (or offline, in the cache): no other weights are fetched"
+            f"{name!r} has no safetensors on the hub (or offline, in the cache), and other weights are not downloaded"
         )
     return folder
 
@@ -67,13 +68,13 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
 def _not_fetched(name: str, error: Exception) -> UserError:
     reason = short((str(error).strip().splitlines() or [""])[0])  # what follows is advice on the client's settings
     return UserError(
-        f"{name!r} is no folder, and the hub does not give it ({type(error).__name__}: {reason}); check the name and "
-        "the network, or name a folder that holds it"
+        f"cannot load {name!r}: no such folder, and downloading it failed ({type(error).__name__}: {reason}); check "
+        "the name and the network, or name a folder that holds it"
     )
 
 
 class Weights:
-    """The tensors of a folder by their full names, each read when it is asked for. Raises UserError for damage."""
+    """The tensors of a folder by their full names, each read when it is needed. Raises UserError for damage."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -99,7 +100,7 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise UserError(f"the weights in {self.folder} lack {name}, which its config.json asks for")
+            raise UserError(f"the weights in {self.folder} lack {name}, which the model needs")
         with damage_is_a_user_error(self.folder):
             return self.tensors[name]()
 
@@ -115,7 +116,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} has no weight_map: expected the file of each tensor")
             for shard in shards.values():
                 if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-                    raise UserError(f"{index} names {short(shard)!r}, which is not a file beside it")
+                    raise UserError(f"{index} names {short(shard)!r}, which is not a file in the same folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
     raise UserError(f"{folder} has no weights: expected model.safetensors (or its shards), or pytorch_model.bin")
 
@@ -132,29 +133,18 @@ def damage_is_a_user_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` when all is done and vanishes when something fails."""
+    """A folder to write into; it gets the name `folder` when the block ends and is removed if the block fails."""
     folder = folder.absolute()
     made = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     made.mkdir(parents=True)
     try:
         yield made
         if folder.is_dir():
-            folder.rmdir()  # empty; Windows renames onto nothing that exists
+            folder.rmdir()  # empty; Windows cannot rename onto it
         made.rename(folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError for anything else."""
-    try:
-        content = parse_json(read_regular(path, MAX_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {short(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from ..core.tokenizer import EOT, HF_FILE, MAX_DEFINITION, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import GPT2_SHA256, byte_to_char
 from ..errors import UserError
-from ..machine.files import parse_json, read_regular
+from ..machine.files import parse_json, read_file
 from .hf_files import short
 
 # ordinary words, and what word patterns differ in: contractions, digits, runs of spaces, line ends, other scripts
@@ -38,13 +38,13 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
         return Tokenizer.load(folder)
     try:
         if (folder / HF_FILE).is_file():
-            definition = parse_json(read_regular(folder / HF_FILE, MAX_DEFINITION))
+            definition = parse_json(read_file(folder / HF_FILE, MAX_DEFINITION))
             if _is_gpt2(definition):
                 return gpt2_tokenizer(definition["model"]["vocab"])
             return HFTokenizer.from_file(folder / HF_FILE)
         if gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = parse_json(read_regular(folder / "vocab.json", MAX_DEFINITION))
-            lines = read_regular(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
+            vocab = parse_json(read_file(folder / "vocab.json", MAX_DEFINITION))
+            lines = read_file(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
             definition = json.loads(backend.to_str())

@@ -1,26 +1,34 @@
-"""Regular files, opened so that nothing blocks and nothing larger than expected is read.
+"""Files: bounded reads, JSON, writes that are whole or absent, and locks.
 
-A FIFO or a device under a file's name would block or never end; what is read here is a regular file of bounded size.
+A FIFO or a device under a file's name would block or never end, so only regular files of bounded size are read here.
+Files that must be whole are written here only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ..errors import UserError
+from ..errors import SaveError, UserError
 
+LOCK = ".lock"
+MAX_JSON = 16 << 20  # bytes; parsing takes several times as much memory
 KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
 
 
-def open_regular(path: Path) -> int:
-    """A file descriptor of a regular file, to read. Raises UserError for what is none, OSError where it fails."""
+def open_file(path: Path) -> int:
+    """A file descriptor of a regular file, to read. Raises UserError for any other file, OSError if opening fails."""
     try:
         _refuse_others(path, os.stat(path))  # to open a device may change it
     except ValueError as error:  # a null character in the name
@@ -34,12 +42,12 @@ def open_regular(path: Path) -> int:
     return handle
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises UserError for others, OSError where it fails."""
-    with os.fdopen(open_regular(path), "rb") as file:
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises UserError for others, OSError if reading fails."""
+    with os.fdopen(open_file(path), "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{path} is larger than the {limit:,} bytes that such a file may have")
+        raise UserError(f"{path} is larger than {limit:,} bytes, the limit for such a file")
     return data
 
 
@@ -51,8 +59,151 @@ def parse_json(raw: bytes) -> Any:
     return json.loads(raw)
 
 
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError for anything else."""
+    try:
+        content = parse_json(read_file(path, limit))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def to_json(data: Any) -> bytes:
+    """Plain data as JSON with sorted keys. Infinite and NaN numbers are Python's Infinity and NaN."""
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+
+
+@contextlib.contextmanager
+def open_synced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, whose bytes are on the disk when the block ends."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes one file whole or not at all, replacing one that is there. Raises SaveError."""
+    tmp = path.with_name(f".tmp-{path.name}")
+    try:
+        make_folder(path.parent)
+        with open_synced(tmp) as f:
+            write(f)
+        os.replace(tmp, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        _unlink(tmp)  # before the free bytes are counted
+        needed = _Counter()
+        with contextlib.suppress(OSError):
+            write(needed)
+        raise SaveError(f"cannot write {path}: {error}; {space_for(path.parent, needed.size)}") from error
+    finally:
+        _unlink(tmp)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its missing parents, and makes their names durable, whoever made them."""
+    changed = {p.parent for p in (path, *path.parents) if not p.exists()}
+    path.mkdir(parents=True, exist_ok=True)
+    for parent in path.parents:
+        try:
+            sync_folder(parent)
+        except OSError:  # a parent owned by others may be closed to us
+            if parent in changed:
+                raise
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable. Windows and some network disks have no such call."""
+    if os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a file or a folder, if it is there. Follows no link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """One trainer at a time in a folder: held until release(), or until the process ends, however it ends.
+
+    The lock is on the open file (filelock: flock, or LockFileEx on Windows); the empty file itself stays. Between
+    machines it works if their shared file system supports such locks.
+    """
+
+    def __init__(self, folder: Path):
+        from filelock import FileLock
+
+        # no soft lock: a dead process would leave it behind and block the next run
+        self.path = folder / LOCK
+        self._lock = FileLock(self.path, thread_local=False, fallback_to_soft=False)
+
+    def acquire(self) -> None:
+        """Locks the folder, creating it if needed. Raises UserError if another process holds it."""
+        from filelock import Timeout
+
+        if self._lock.is_locked:
+            return
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"out_dir={folder} cannot be created ({error.strerror}); choose another with --out_dir"
+            ) from None
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process trains in {folder}: wait until it ends, stop it, or choose another --out_dir"
+            ) from None
+        except (OSError, NotImplementedError):  # a file system without locks must not prevent training
+            pass
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def space_for(folder: Path, needed: int) -> str:
+    """The bytes needed and free, for a message."""
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            return f"it needs {needed:,} bytes, {shutil.disk_usage(place).free:,} bytes are free there"
+    return f"it needs {needed:,} bytes"
+
+
+class _Counter(io.BytesIO):
+    """A file that keeps only its size."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def _refuse_others(path: Path, info: os.stat_result) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise UserError(
-            f"cannot read {path}: it is {KINDS.get(stat.S_IFMT(info.st_mode), 'no file')}, not a regular file"
+            f"cannot read {path}: it is {KINDS.get(stat.S_IFMT(info.st_mode), 'not a file')}, not a regular file"
         )

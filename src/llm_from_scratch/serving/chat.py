@@ -16,7 +16,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import UserError
-from ..machine.files import parse_json, read_regular
+from ..machine.files import parse_json, read_file
 from .completions import Gain, Plan, alternative, bytes_json, number, token_json
 from .errors import ApiError
 
@@ -54,7 +54,7 @@ def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatT
     try:
         path = folder / "tokenizer_config.json" if folder is not None else None
         if path is not None and path.is_file():
-            content = parse_json(read_regular(path, MAX_CONFIG))
+            content = parse_json(read_file(path, MAX_CONFIG))
             config = content if isinstance(content, dict) else {}
         source = config.get("chat_template")
         if isinstance(source, list):  # several by name
@@ -62,9 +62,9 @@ def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatT
             source = named.get("default")
         beside = folder / "chat_template.jinja" if folder is not None else None
         if file is not None:
-            source = read_regular(Path(file), MAX_TEMPLATE).decode("utf-8")
+            source = read_file(Path(file), MAX_TEMPLATE).decode("utf-8")
         elif beside is not None and beside.is_file():
-            source = read_regular(beside, MAX_TEMPLATE).decode("utf-8")
+            source = read_file(beside, MAX_TEMPLATE).decode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the chat template {file or folder}: {reason}") from None
@@ -80,7 +80,7 @@ def end_ids(folder: Path | None, vocab_size: int) -> frozenset[int]:
     if path is None or not path.is_file():
         return frozenset()
     try:
-        found = parse_json(read_regular(path, MAX_CONFIG)).get("eos_token_id")
+        found = parse_json(read_file(path, MAX_CONFIG)).get("eos_token_id")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     ids = found if isinstance(found, list) else [found]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..machine.files import open_regular, read_regular
+from ..machine.files import open_file, read_file
 
 AT_ONCE = 1 << 18  # bytes of a file that one answer is made of, unless a line is longer
 LONGEST = 1 << 22  # of a line; a longer one is left out
@@ -51,7 +51,7 @@ class Watch:
     def _lines(self, name: str, after: int) -> tuple[list[dict[str, Any]], int, bool]:
         """The objects from a place on, the next place, and whether the file is another than the one it was in."""
         try:
-            with os.fdopen(open_regular(self.folder / name), "rb") as file:
+            with os.fdopen(open_file(self.folder / name), "rb") as file:
                 info = os.fstat(file.fileno())
                 inode, count = self.seen.get(name, (info.st_ino, 0))
                 count += inode != info.st_ino
@@ -72,7 +72,7 @@ class Watch:
 
     def _last_step(self) -> int | None:
         with contextlib.suppress(OSError, UserError):
-            with os.fdopen(open_regular(self.folder / "metrics.jsonl"), "rb") as file:
+            with os.fdopen(open_file(self.folder / "metrics.jsonl"), "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 14)))
                 steps = [entry.get("step") for entry in _objects(file.read(1 << 14))]
             return next((step for step in reversed(steps) if type(step) is int), None)
@@ -84,9 +84,7 @@ class Watch:
         if newest != self._planned[0]:
             planned = None
             with contextlib.suppress(OSError, UserError, ValueError, RecursionError, KeyError, TypeError):
-                planned = json.loads(read_regular(self.folder / newest / "config.json", 1 << 20))["training"][
-                    "max_iters"
-                ]
+                planned = json.loads(read_file(self.folder / newest / "config.json", 1 << 20))["training"]["max_iters"]
             self._planned = newest, planned if type(planned) is int else None
         return self._planned[1]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
-from ..machine.lock import FolderLock
+from ..machine.files import FolderLock
 from .evaluate import estimate_loss, windows_at_once
 from .guards import StopRequest
 from .loggers import RunLog

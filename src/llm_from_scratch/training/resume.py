@@ -15,7 +15,7 @@ from ..checkpoint.store import Checkpoint
 from ..config import Config, flatten
 from ..machine import device as runtimes
 from ..machine.device import Runtime
-from ..machine.lock import FolderLock
+from ..machine.files import FolderLock
 
 if TYPE_CHECKING:  # which imports this
     from .setup import Plan

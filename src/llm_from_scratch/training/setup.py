@@ -11,16 +11,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoint import store as checkpoints
-from ..checkpoint.locations import is_pretrained, read_start, resolved_init
-from ..checkpoint.store import Checkpoint
+from ..checkpoint.load import is_pretrained, load
+from ..checkpoint.store import Checkpoint, resolved_init
 from ..config import Config, GenerationConfig, GPTConfig
 from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
-from ..core.model import GPT
 from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer, tokenizer_of
+from ..core.weights import build_model
 from ..errors import UserError
+from ..generation.prompt import read_start
 from ..interop.nanogpt import check_nanogpt
 from ..machine import device as runtimes
 from ..machine.device import Runtime
@@ -118,7 +118,7 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
     start_step = 0
     init_from = config.training.init_from
     if init_from == "resume":
-        resumed = checkpoints.load_any(
+        resumed = load(
             config.training.out_dir,
             which="last",
             dataset=str(folder),
@@ -131,11 +131,14 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         notes.append(f"resuming from {resumed.path} at step {start_step}")
         runtime = same_machine(config, runtime, resumed)
     elif init_from != "scratch":
-        loaded, weights, theirs = _load_weights(init_from, folder)
-        _fit(config, loaded, sources or {}, notes, may_crop=True)
-        _same_tokenizer(theirs, tokenizer, folder, init_from)
-        if "transformer.wpe.weight" in weights:  # a shorter context than the weights were made for
-            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: config.model.block_size]
+        loaded = _load_weights(init_from, folder)
+        weights = loaded.model
+        _fit(config, loaded.model_config, sources or {}, notes, may_crop=True)
+        _same_tokenizer(loaded.tokenizer, tokenizer, folder, init_from)
+        if config.model.block_size < loaded.model_config.block_size:
+            model = build_model(loaded.model_config, weights)
+            model.crop_block_size(config.model.block_size)
+            weights = model.state_dict()
         notes.append(f"starting from the weights of {init_from}")
     elif config.model.vocab_size is None:
         config.model.vocab_size = vocab_size
@@ -244,19 +247,14 @@ def _vocabulary(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, int]:
     return tokenizer, GPT2_PADDED if size == GPT2_IDS else size
 
 
-def _load_weights(init_from: str, folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
-    """Weights for a new run: a checkpoint of ours or nanoGPT's, a Hugging Face folder, or a name on the hub."""
-    path = Path(init_from)
-    if is_pretrained(init_from):
-        model = GPT.from_pretrained(init_from)
-        return model.config, model.state_dict(), model.tokenizer
-    if not path.exists():
+def _load_weights(init_from: str, folder: Path) -> Checkpoint:
+    """Weights for a new run: a checkpoint, nanoGPT's ckpt.pt, a Hugging Face folder, or a GPT-2 name."""
+    if not is_pretrained(init_from) and not Path(init_from).exists():
         raise UserError(
             f"init_from={init_from!r} is neither scratch, resume, auto, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
             "gpt2-xl), nor an existing checkpoint or folder"
         )
-    loaded = checkpoints.load_any(path, dataset=str(folder), weights_only=True, need_tokenizer=False)
-    return loaded.model_config, loaded.model, loaded.tokenizer
+    return load(init_from, dataset=str(folder), weights_only=True, need_tokenizer=False)
 
 
 def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:

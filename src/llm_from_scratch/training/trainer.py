@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import store as checkpoints
+from ..checkpoint.load import load
 from ..config import Config
 from ..core.dataset import BatchLoader
 from ..core.model import GPT
 from ..core.resident import tokens_on
 from ..errors import Interrupted, MemoryShortError, NotFiniteError, TrainingError, UserError
 from ..machine import device as runtimes
-from ..machine.lock import FolderLock
+from ..machine.files import FolderLock
 from ..machine.processes import distributed_env
 from .adagrad import forget_long_ngrams
 from .evaluate import Evaluation, any_process, estimate_loss, evaluate_split
@@ -94,6 +95,7 @@ class Trainer:
         model = GPT(self.config.model)
         if plan.weights is not None:
             model.load_state_dict(plan.weights)
+        checkpoints.check_storable(model.state_dict(), self.config.model)
         self.runtime.place(model)
         self.optimizer = make_optimizer(model, self.config.optimizer, self.runtime.device, self.config.system.seed)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
@@ -255,7 +257,7 @@ class Trainer:
         if state.rollbacks >= limit:
             raise TrainingError(f"{error}; stopped after {limit} roll-backs; the last good checkpoint is kept")
         try:
-            saved = checkpoints.load_any(self.out_dir, "last", need_tokenizer=False)
+            saved = load(self.out_dir, "last", need_tokenizer=False)
         except UserError as reason:
             raise TrainingError(f"{error}; stopped: no checkpoint to go back to ({reason})") from None
         rollbacks, reached, shift = state.rollbacks + 1, state.step, state.data_shift

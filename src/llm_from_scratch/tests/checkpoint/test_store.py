@@ -28,10 +28,13 @@ from safetensors.torch import save as to_bytes
 from llm_from_scratch.checkpoint import contents as state
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.sizes import meta_model, meta_tensors, tied_names
 from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine import files
 from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw, optimizer_state
 
 TINY = GPTConfig(block_size=4, vocab_size=6, n_layer=1, n_head=1, n_embd=4, bias=False)
@@ -247,7 +250,7 @@ def replace_with(name: str, data: bytes) -> Callable[[Path], Any]:
 LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deeper than its tensors": (edit_json("model.json", n_layer=10**9), "n_layer"),
     "wider": (edit_json("model.json", n_embd=5), "expected floats of shape"),
-    "a billion wide": (edit_json("model.json", n_embd=1 << 30), "expected floats of shape"),
+    "a billion wide": (edit_json("model.json", n_embd=1 << 30), "cannot be built"),
     "beyond what torch counts": (edit_json("model.json", mlp_hidden=(1 << 31) - 1), "expected floats of shape"),
     "heads that do not divide": (edit_json("model.json", n_head=3), "not divisible"),
     "a text for a number": (edit_json("model.json", n_layer="1"), "n_layer"),
@@ -297,7 +300,7 @@ def test_a_newer_format_is_not_taken_for_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
     reseal(save(tmp_path, 2), version=2)
     with pytest.raises(UserError, match="version 2 .* reads version 1") as error:
-        cp.load_any(tmp_path, set_aside=True)
+        load_any(tmp_path, set_aside=True)
     assert not isinstance(error.value, cp.DamagedError)
     assert (tmp_path / "step-00000002").exists()
 
@@ -329,7 +332,7 @@ def test_order_is_by_the_step_in_the_manifest(tmp_path: Path) -> None:
         (tmp_path / stray).mkdir()
     (tmp_path / "step-00000008").write_text("a file of that name")
     assert cp.find_checkpoint(tmp_path) == tmp_path / "step-00000001"
-    assert cp.load_any(tmp_path, need_tokenizer=False).step == 3
+    assert load_any(tmp_path, need_tokenizer=False).step == 3
     assert cp.list_checkpoints(tmp_path) == [
         (1, tmp_path / "step-00000003"),
         (2, tmp_path / "step-00000002"),
@@ -372,10 +375,10 @@ def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read xxx"):
         cp.find_checkpoint("x" * 5000)
     with pytest.raises(UserError, match="no checkpoint in .*expected step-"):
-        cp.load_any(tmp_path)
+        load_any(tmp_path)
     (tmp_path / "step-00000001").mkdir()
     with pytest.raises(cp.DamagedError, match="MANIFEST.json"):
-        cp.load_any(tmp_path / "step-00000001")
+        load_any(tmp_path / "step-00000001")
     save(tmp_path / "run", 1)
     with pytest.raises(UserError, match="has a val loss.*--which=last"):
         cp.find_checkpoint(tmp_path / "run", "best")
@@ -398,7 +401,7 @@ def test_the_newest_good_one_is_used(
     for i, name in enumerate(bad):
         harm[i](tmp_path / name)
     before = sorted(os.listdir(tmp_path))
-    assert cp.load_any(tmp_path, need_tokenizer=False, set_aside=set_aside).step == 5 - damaged
+    assert load_any(tmp_path, need_tokenizer=False, set_aside=set_aside).step == 5 - damaged
     warning = capsys.readouterr().err
     assert warning.count("\n") == (1 if damaged else 0)
     assert all(name in warning for name in [*bad, f"step-{5 - damaged:08d}"] if damaged)
@@ -415,7 +418,7 @@ def test_where_none_is_good_nothing_starts_and_nothing_moves(tmp_path: Path) -> 
     before = sorted(os.listdir(tmp_path))
     for _ in range(2):
         with pytest.raises(cp.DamagedError, match="no good checkpoint.*step-00000002.*step-00000001"):
-            cp.load_any(tmp_path, set_aside=True)
+            load_any(tmp_path, set_aside=True)
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -425,7 +428,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_
     damage(path / "model.safetensors")
     for location, which in ((tmp_path, 2), (path, None)):
         with pytest.raises(cp.DamagedError, match="step-00000002"):
-            cp.load_any(location, which, set_aside=True)
+            load_any(location, which, set_aside=True)
     assert path.exists()
 
 
@@ -433,7 +436,7 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path) -> None:
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 4.0)):
         save(tmp_path, step, val_loss=loss)
     damage(tmp_path / "step-00000002" / "model.safetensors")
-    assert cp.load_any(tmp_path, "best", need_tokenizer=False).step == 3
+    assert load_any(tmp_path, "best", need_tokenizer=False).step == 3
 
 
 def test_a_checkpoint_removed_while_it_is_read_is_no_damage(
@@ -448,7 +451,7 @@ def test_a_checkpoint_removed_while_it_is_read_is_no_damage(
             sealed.remove_folder(newest)
         return load(folder)
 
-    monkeypatch.setattr(cp, "load_checkpoint", vanish)
+    monkeypatch.setattr(state, "load_checkpoint", vanish)
     assert cp.find_checkpoint(tmp_path, set_aside=True).name == "step-00000001"
     assert capsys.readouterr().err == "" and os.listdir(tmp_path) == ["step-00000001"]
 
@@ -527,7 +530,7 @@ def test_of_a_cut_replacement_the_whole_one_is_kept_until_the_next_is_read_back(
 
     def watching(old: Any, new: Any) -> None:
         rename(old, new)
-        seen.append(cp.load_any(tmp_path, need_tokenizer=False).trainer["tag"])
+        seen.append(load_any(tmp_path, need_tokenizer=False).trainer["tag"])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", watching)
@@ -568,7 +571,7 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     damage(tmp_path / "step-00000002" / "MANIFEST.json")
-    cp.write_nanogpt(tmp_path / "ckpt.pt", cp.load_any(tmp_path, 1, need_tokenizer=False))
+    cp.write_nanogpt(tmp_path / "ckpt.pt", load_any(tmp_path, 1, need_tokenizer=False))
     for name in ("metrics.jsonl", "loss.png", "notes.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "tensorboard").mkdir()
@@ -577,7 +580,7 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous-run-a"]
     names = ["ckpt.pt", "loss.png", "metrics.jsonl", "samples.jsonl", "step-00000001", "step-00000002", "tensorboard"]
     assert sorted(os.listdir(moved)) == names
-    assert cp.load_any(moved, need_tokenizer=False).step == 1  # it is an out_dir like any other
+    assert load_any(moved, need_tokenizer=False).step == 1  # it is an out_dir like any other
     save(tmp_path, 1)
     assert cp.archive_previous(tmp_path) == tmp_path / "previous-run-a-2"
     (tmp_path / "damaged-step-00000001").mkdir()
@@ -659,6 +662,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> Iterator[list
         for name in CALLS:
             patch.setattr(os, name, wrap(name))
         patch.setattr(sealed, "open", opening, raising=False)
+        patch.setattr(files, "open", opening, raising=False)
         yield calls
 
 
@@ -700,7 +704,7 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
     outcomes = set()
     for out, done, failure in every_failure(monkeypatch, fresh, act):
         for _ in range(2):  # for a reader beside it, and after the next start
-            got = cp.load_any(out, need_tokenizer=False, set_aside=True)
+            got = load_any(out, need_tokenizer=False, set_aside=True)
             tag = got.trainer["tag"]
             assert tag == 222 or not done, failure
             assert all(torch.equal(got.model[name], tensor) for name, tensor in wanted[tag].items()), failure
@@ -732,7 +736,7 @@ def test_everything_is_synced_before_what_relies_on_it(tmp_path: Path, monkeypat
         events.append(f"rename {Path(old).name}")
         really_rename(old, new)
 
-    monkeypatch.setattr(sealed, "open", opening, raising=False)
+    monkeypatch.setattr(files, "open", opening, raising=False)
     monkeypatch.setattr(os, "open", remembering)
     monkeypatch.setattr(os, "rename", renaming)
     monkeypatch.setattr(os, "fsync", lambda handle: events.append(f"sync {opened[handle]}"))
@@ -783,7 +787,7 @@ def test_a_disk_error_is_one_line_with_the_bytes_needed_and_free(
         save(tmp_path / "a", 1)
     assert re.fullmatch(rf"cannot write .*; it needs {size:,} bytes, [\d,]+ bytes are free there", str(error.value))
     assert isinstance(error.value.__cause__, OSError)
-    checkpoint = cp.load_any(tmp_path / "whole", need_tokenizer=False)
+    checkpoint = load_any(tmp_path / "whole", need_tokenizer=False)
     size = cp.write_nanogpt(tmp_path / "ckpt.pt", checkpoint, accept_erf_gelu=True).stat().st_size
     with failing(monkeypatch, at, "error"), pytest.raises(cp.SaveError, match=f"it needs {size:,} bytes, "):
         cp.write_nanogpt(tmp_path / "ckpt.pt", checkpoint, accept_erf_gelu=True)
@@ -816,7 +820,7 @@ def test_an_interrupted_move_of_an_earlier_run_is_finished_by_the_next(
 # -------------------------------------------------------------------------------------------------------------- habits
 
 
-def test_the_written_out_shapes_are_the_models() -> None:
+def test_the_meta_model_has_the_names_and_shapes_of_the_model() -> None:
     choices: dict[str, list[Any]] = {
         "bias": [True, False], "n_kv_head": [None, 2], "pos_embedding": ["learned", "rope"],
         "norm": ["layernorm", "rmsnorm"], "activation": ["gelu", "swiglu"], "mlp_hidden": [None, 24],
@@ -826,14 +830,19 @@ def test_the_written_out_shapes_are_the_models() -> None:
         config = GPTConfig(
             block_size=3, vocab_size=5, n_layer=2, n_head=4, n_embd=16, **dict(zip(choices, values, strict=True))
         )
-        real = [(name, tuple(p.shape)) for name, p in GPT(config).named_parameters()]
-        assert list(state.parameter_shapes(config).items()) == real, config
+        model = GPT(config)
+        real = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()]
+        assert [(n, tuple(t.shape), t.dtype) for n, t in meta_tensors(config).items()] == real, config
+        tied = {"lm_head.weight": "transformer.wte.weight"} if config.tie_embeddings else {}
+        assert tied_names(config) == tied
+        assert list(dict(meta_model(config).named_parameters())) == list(dict(model.named_parameters()))
 
 
 def test_a_missing_checkpoint_is_reported_without_torch() -> None:
     code = (
-        "import sys\nfrom llm_from_scratch.checkpoint.store import find_checkpoint, load_any, archive_previous\n"
-        "for call in (find_checkpoint, load_any):\n"
+        "import sys\nfrom llm_from_scratch.checkpoint.store import find_checkpoint, archive_previous\n"
+        "from llm_from_scratch.checkpoint.load import load\n"
+        "for call in (find_checkpoint, load):\n"
         "    try: call('nowhere')\n"
         "    except ValueError as e: print(e)\n"
         "archive_previous('.')\n"

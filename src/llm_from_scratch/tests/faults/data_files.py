@@ -282,7 +282,7 @@ ROW = Row(
     defects={
         "no scan of the ids": lambda: _replaced("scan", lambda *_: None),
         "formats not told apart": lambda: _replaced("_foreign_format", lambda head: None),
-        "a FIFO is opened like a file": lambda: _replaced("open_regular", lambda path: os.open(path, os.O_RDONLY)),
+        "a FIFO is opened like a file": lambda: _replaced("open_file", lambda path: os.open(path, os.O_RDONLY)),
         "wider ids not noticed": lambda: _replaced("_every_second_is_zero", lambda shard: False),
     },
 )

@@ -16,6 +16,7 @@ from unittest import mock
 
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.errors import UserError
 
 from .flips import _reseal
@@ -192,7 +193,7 @@ def _try(out: Path, case: Case, rng: random.Random) -> str | None:
     newest = max(case.good, default=None)
     with quiet() as said:
         try:
-            got = cp.load_any(out, "last", set_aside=True)
+            got = load_any(out, "last", set_aside=True)
         except cp.DamagedError as error:
             if newest is not None:
                 return f"nothing comes back: {error}"
@@ -218,7 +219,7 @@ def _try(out: Path, case: Case, rng: random.Random) -> str | None:
         return f"{gone} were renamed, expected {passed}"
     cp.clean_leftovers(out)
     with quiet() as said:
-        again = cp.load_any(out, "last", set_aside=True)
+        again = load_any(out, "last", set_aside=True)
     if said.getvalue() or again.step != newest or tag_of(again) != tag_of(got):
         return f"the second time {again.path} comes back, and it says {said.getvalue()!r}"
     return None

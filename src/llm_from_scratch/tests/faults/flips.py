@@ -23,6 +23,7 @@ from safetensors.torch import save as write_tensors
 from llm_from_scratch.checkpoint import contents as state
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
+from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.errors import UserError
 
 from .rows import Report, Row
@@ -237,7 +238,7 @@ def _wrong(out: Path, path: Path, changed: str, falls_back: bool, rng: random.Ra
     if falls_back:
         with quiet() as said:
             try:
-                got, found = cp.load_any(out), cp.find_checkpoint(out)
+                got, found = load_any(out), cp.find_checkpoint(out)
             except UserError as error:
                 return f"no fall back to the older one: {error}"
         lines = said.getvalue().splitlines()

@@ -23,6 +23,7 @@ import torch
 
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as checkpoints
+from llm_from_scratch.machine import files
 from llm_from_scratch.training import loggers
 
 from .rows import Report, Row
@@ -190,7 +191,7 @@ def _mind_operations(marks: Marks, halts: Callable[[int], str], halt: Callable[[
 
     for name in CALLS:
         setattr(os, name, minded(getattr(os, name)))
-    sealed.open = opening  # type: ignore[attr-defined]
+    files.open = opening  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -208,14 +209,14 @@ def _said_too_early() -> Iterator[None]:
 @contextlib.contextmanager
 def _old_one_first() -> Iterator[None]:
     """The older checkpoints go before the new one is there."""
-    write = sealed.write_sealed
+    write = sealed.write_folder
 
     def faulty(final: Path, *args: Any) -> None:
         for older in final.parent.glob("step-*"):
             shutil.rmtree(older)
         write(final, *args)
 
-    with mock.patch.object(sealed, "write_sealed", faulty):
+    with mock.patch.object(sealed, "write_folder", faulty):
         yield
 
 

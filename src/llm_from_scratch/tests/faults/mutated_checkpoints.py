@@ -20,9 +20,9 @@ import torch
 
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as checkpoint
-from llm_from_scratch.checkpoint.contents import parameter_shapes
 from llm_from_scratch.config import Config, GPTConfig, flatten
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.sizes import meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
@@ -70,7 +70,7 @@ class Checkpoints:
         name = mutant.choice(self.members)
         if self.also_manifest and mutant.random() < 0.3:
             manifest = mutant.value(manifest) if valid else manifest
-            raw = sealed._seal(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
+            raw = sealed._with_own_hash(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
         else:
             if name.endswith(".json"):
                 files[name] = mutant.json(files[name]) if valid else mutant.bytes(files[name])
@@ -79,7 +79,7 @@ class Checkpoints:
             if name in manifest["files"]:
                 digest = hashlib.sha256(files[name]).hexdigest()
                 manifest["files"][name] = {"size": len(files[name]), "sha256": digest}
-            raw = sealed._seal(manifest)
+            raw = sealed._with_own_hash(manifest)
         if self.also_manifest and not valid and mutant.random() < 0.3:
             raw = mutant.bytes(raw)
         write(folder, {**files, "MANIFEST.json": raw}, self.present)
@@ -106,7 +106,7 @@ class Checkpoints:
 
 def check_model(config: GPTConfig, model: dict[str, torch.Tensor]) -> None:
     config.validate()
-    shapes = parameter_shapes(config)
+    shapes = {n: tuple(p.shape) for n, p in meta_model(config).named_parameters()}
     for name, shape in shapes.items():
         expect(tuple(model[name].shape) == shape, f"{name} has shape {tuple(model[name].shape)}")
         expect(bool(torch.isfinite(model[name]).all()), f"{name} is not finite")
@@ -118,7 +118,7 @@ class Archive:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         model = GPT(TINY)
-        shapes = parameter_shapes(TINY)
+        shapes = {n: tuple(p.shape) for n, p in meta_model(TINY).named_parameters()}
         order = [n for n, s in shapes.items() if len(s) > 1] + [n for n, s in shapes.items() if len(s) == 1]
         decayed = sum(len(s) > 1 for s in shapes.values())
         self.content: dict[str, Any] = {
@@ -181,11 +181,11 @@ class Archive:
 
     def read(self, folder: Path) -> None:
         found = nanogpt_ckpt.read_nanogpt(folder / "ckpt.pt")
-        check_model(found.model_config, found.model)
+        check_model(found.config, found.weights)
         expect(0 <= found.step < 1 << 53, f"step {found.step}")
-        best = found.trainer["best_val_loss"]
+        best = found.best_val_loss
         expect(best is None or math.isfinite(best), f"best_val_loss {best}")
         known = flatten(Config())
-        for section in found.config.values():
+        for section in found.settings.values():
             for name, value in section.items():
                 expect(type(value) in (bool, int, float, str, type(None)) and name in known, f"{name}={value!r}")

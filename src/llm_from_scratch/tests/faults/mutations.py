@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 from llm_from_scratch.checkpoint import contents as state
-from llm_from_scratch.checkpoint import store as checkpoint
+from llm_from_scratch.core import weights
 from llm_from_scratch.errors import UserError
 
 from .mutants import Mutant
@@ -111,9 +111,9 @@ ROW = Row(
     run=run,
     defects={
         "JSON that is none raises what json raises": lambda: _replaced(
-            checkpoint, "from_json", lambda raw, where: json.loads(raw)
+            state, "from_json", lambda raw, where: json.loads(raw)
         ),
-        "shapes of weights unchecked": lambda: _replaced(state, "checked_weights", lambda model, *_: dict(model)),
-        "numbers of a model config unchecked": lambda: _replaced(state, "fits", lambda value, hint: True),
+        "shapes of weights unchecked": lambda: _replaced(weights, "checked_weights", lambda model, *_: dict(model)),
+        "numbers of a model config unchecked": lambda: _replaced(weights, "fits", lambda value, hint: True),
     },
 )

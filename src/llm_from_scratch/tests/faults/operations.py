@@ -21,6 +21,7 @@ import torch
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine import files
 
 from .disk import Operation, watched
 from .rows import Report, Row
@@ -212,7 +213,7 @@ def _after_falling_back(out: Path, tag: int, done: bool) -> str | None:
 
 def _write_pt(out: Path, tag: int) -> None:
     """A ckpt.pt as write_nanogpt writes it, without its import of all of torch.optim."""
-    sealed.write_file(out / "ckpt.pt", lambda file: torch.save(contents(1, tag)["model"], file))
+    files.write_file(out / "ckpt.pt", lambda file: torch.save(contents(1, tag)["model"], file))
 
 
 def _after_pt(out: Path, tag: int, done: bool) -> str | None:
@@ -352,7 +353,7 @@ def _write_in_place(final: Path, parts: Any, fields: Any, write_more: Any = None
             write_more(final)
             for path in sorted(path for path in final.iterdir() if path.name not in files):
                 files[path.name] = sealed._write_synced(path, path.read_bytes())
-        sealed._write_synced(final / cp.MANIFEST, sealed._seal({**fields, "files": files}))
+        sealed._write_synced(final / cp.MANIFEST, sealed._with_own_hash({**fields, "files": files}))
     except OSError as error:
         raise cp.SaveError(f"{error}; it needs 1 bytes, 1 bytes are free there") from error
 
@@ -384,11 +385,11 @@ ROW = Row(
     prove=250,
     run=run,
     defects={
-        "a folder written in its place": replaced(sealed, "write_sealed", _write_in_place),
-        "a file written in its place": replaced(sealed, "write_file", _write_file_in_place),
+        "a folder written in its place": replaced(sealed, "write_folder", _write_in_place),
+        "a file written in its place": replaced(files, "write_file", _write_file_in_place),
         "older ones removed before the save": _prune_first,
         "the replaced one removed first": replaced(sealed, "_make_way", lambda final, old: sealed.remove_folder(final)),
         "what was written not read back": replaced(sealed, "verify", sealed.read_manifest),
-        "bytes needed and free not said": replaced(sealed, "_space", lambda folder, needed: ""),
+        "bytes needed and free not said": replaced(sealed, "space_for", lambda folder, needed: ""),
     },
 )

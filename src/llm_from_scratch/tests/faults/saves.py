@@ -13,8 +13,9 @@ from unittest import mock
 import torch
 
 from llm_from_scratch.checkpoint import store as cp
-from llm_from_scratch.checkpoint.contents import parameter_shapes
+from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core.sizes import meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer
 
 from .rows import Defect
@@ -27,7 +28,7 @@ TOKENIZER = CharTokenizer.from_text(["abcdef"])
 def contents(step: int, tag: int, val_loss: float | None = None) -> dict[str, Any]:
     """Arguments of save_checkpoint; what is drawn depends on the tag, which the trainer's state holds."""
     random = torch.Generator().manual_seed(tag)
-    shapes = parameter_shapes(SHAPE)
+    shapes = {n: tuple(p.shape) for n, p in meta_model(SHAPE).named_parameters()}
     slots = ("exp_avg", "exp_avg_sq")
     return {
         "step": step,
@@ -56,7 +57,7 @@ def save(out: Path, step: int, tag: int, val_loss: float | None = None, **more: 
 def load(out: Path, which: str | int | None = "last", set_aside: bool = False) -> cp.Checkpoint:
     """What a start finds; its warning is not printed."""
     with quiet():
-        return cp.load_any(out, which, set_aside=set_aside)
+        return load_any(out, which, set_aside=set_aside)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llm_from_scratch.checkpoint.locations import read_start
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.machine.files import open_regular, parse_json, read_regular
+from llm_from_scratch.generation.prompt import read_start
+from llm_from_scratch.machine.files import open_file, parse_json, read_file
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
@@ -22,22 +22,22 @@ def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     for name, kind in (("fifo", "a FIFO"), ("device", "a device"), ("", "a directory")):
         with pytest.raises(UserError, match=f"is {kind}, not a regular file"):
-            open_regular(tmp_path / name)
+            open_file(tmp_path / name)
         if name:
             with pytest.raises(UserError, match=kind):
                 read_start(f"FILE:{tmp_path / name}")
     with pytest.raises(UserError, match="null"):
-        open_regular(Path("a\0b"))
+        open_file(Path("a\0b"))
     with pytest.raises(FileNotFoundError):
-        open_regular(tmp_path / "nothing")
+        open_file(tmp_path / "nothing")
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_limit_is_one(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
-    assert read_regular(tmp_path / "a", 5) == b"12345"
-    with pytest.raises(UserError, match="larger than the 4 bytes"):
-        read_regular(tmp_path / "a", 4)
+    assert read_file(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match="larger than 4 bytes"):
+        read_file(tmp_path / "a", 4)
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":0}', "0", "1.5", '"ab"', "null", '["a","b"]', "[[[]]]"])

@@ -186,8 +186,8 @@ REFUSED = [
     (gpt2, {"layer_norm_epsilon": float("nan")}, "norm_eps"),
     (gpt2, {"tie_word_embeddings": False}, "lack lm_head.weight"),
     (llama, {"hidden_act": "gelu"}, "hidden_act=gelu"),
-    (llama, {"attention_bias": True}, "mlp_bias=False beside attention_bias=True"),
-    (llama, {"mlp_bias": True}, "mlp_bias=True beside attention_bias=False"),
+    (llama, {"attention_bias": True}, "mlp_bias=False with attention_bias=True"),
+    (llama, {"mlp_bias": True}, "mlp_bias=True with attention_bias=False"),
     (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
     (llama, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
     (llama, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
@@ -196,7 +196,7 @@ REFUSED = [
     (llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     (llama, {"head_dim": 16}, "head_dim=16"),
     (llama, {"head_dim": "8"}, "head_dim=8"),
-    (llama, {"hidden_size": None}, "does not say hidden_size"),
+    (llama, {"hidden_size": None}, "does not set hidden_size"),
     (llama, {"num_key_value_heads": 3}, "n_kv_head=3"),
     (llama, {"num_key_value_heads": 4}, "c_attn"),
     (qwen3, {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
@@ -300,7 +300,7 @@ class Evil:
         ("no config", "has no config.json"),
         ("pickle", "asks for 'posix mkdir'"),
         ("list", "holds a list, expected a dict"),
-        ("outside", "not a file beside it"),
+        ("outside", "not a file in the same folder"),
         ("tokenizer", "tokenizer"),
         ("large tokenizer", "100 ids, the model only 67"),
     ],
@@ -405,7 +405,7 @@ def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> Non
         [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     width, error = done.stdout.splitlines()
-    assert width == "32" and "'gpt2-medium' is no folder" in error
+    assert width == "32" and "cannot load 'gpt2-medium'" in error
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -435,11 +435,15 @@ def checkpoint(tokenizer: Tokenizer | None = None, padding: int = 0, **changes: 
     return SimpleNamespace(model_config=config, model=model.state_dict(), tokenizer=tokenizer)
 
 
+def parts(ck: Any) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | None]:
+    return ck.model_config, ck.model, ck.tokenizer
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_transformers_reads_what_we_write(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_type, changes = SHAPES[name]
     ck = checkpoint(**changes)
-    export_hf(ck, tmp_path / "out")
+    export_hf(*parts(ck), tmp_path / "out")
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert other.config.model_type == model_type and other.dtype == torch.float32
     assert other.config.eos_token_id is None and other.config.bos_token_id is None
@@ -458,7 +462,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     ck = checkpoint()
     ck.model = {key: tensor.bfloat16() for key, tensor in ck.model.items()}
     ck.model["lm_head.weight"] = ck.model["transformer.wte.weight"]
-    export_hf(ck, tmp_path / "out")
+    export_hf(*parts(ck), tmp_path / "out")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert load_pretrained(tmp_path / "out")[1]["lm_head.weight"].dtype == torch.bfloat16
 
@@ -478,7 +482,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
 )
 def test_what_has_no_name_there_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
-        export_hf(checkpoint(**changes), tmp_path / "out")
+        export_hf(*parts(checkpoint(**changes)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -487,20 +491,20 @@ def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "used" / "mine.txt").write_text("keep")
     for taken in (tmp_path / "used", tmp_path / "used" / "mine.txt"):
         with pytest.raises(UserError, match="not an empty folder"):
-            export_hf(checkpoint(), taken)
+            export_hf(*parts(checkpoint()), taken)
     assert (tmp_path / "used" / "mine.txt").read_text() == "keep"
     (tmp_path / "empty").mkdir()
-    export_hf(checkpoint(), tmp_path / "empty")
+    export_hf(*parts(checkpoint()), tmp_path / "empty")
     assert (tmp_path / "empty" / "config.json").is_file()
     with pytest.raises(UserError, match="cannot write"):
-        export_hf(checkpoint(), tmp_path / "used" / "mine.txt" / "below")
+        export_hf(*parts(checkpoint()), tmp_path / "used" / "mine.txt" / "below")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hf, "save_file", full)
     with pytest.raises(UserError, match="No space left on device"):
-        export_hf(checkpoint(), tmp_path / "new")
+        export_hf(*parts(checkpoint()), tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "used"]
 
 
@@ -509,14 +513,14 @@ def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     wrong = dataclasses.replace(hf.FAMILIES["gpt2"], activations={"gelu_new": "gelu"})
     monkeypatch.setitem(hf.FAMILIES, "gpt2", wrong)
     with pytest.raises(UserError, match="logits differ"):
-        export_hf(checkpoint(), tmp_path / "out")
+        export_hf(*parts(checkpoint()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_transformers_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "write_config", lambda family, config: {"model_type": "unheard of"})
     with pytest.raises(UserError, match="cannot read it") as caught:
-        export_hf(checkpoint(), tmp_path / "out")
+        export_hf(*parts(checkpoint()), tmp_path / "out")
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
@@ -525,9 +529,9 @@ def test_weights_that_do_not_fit_their_settings(tmp_path: Path) -> None:
         ck = checkpoint()
         ck.model_config = dataclasses.replace(ck.model_config, **change)
         with pytest.raises(UserError, match="the checkpoint"):
-            export_hf(ck, tmp_path / "out")
+            export_hf(*parts(ck), tmp_path / "out")
     with pytest.raises(UserError, match="of different runs"):
-        export_hf(checkpoint(CharTokenizer("abc"), padding=-1), tmp_path / "out")
+        export_hf(*parts(checkpoint(CharTokenizer("abc"), padding=-1)), tmp_path / "out")
 
 
 def test_without_transformers_it_says_so(
@@ -535,8 +539,8 @@ def test_without_transformers_it_says_so(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(hf.importlib.util, "find_spec", lambda name: None)
-        export_hf(checkpoint(), tmp_path / "out")
-    assert "not compared with transformers" in capsys.readouterr().out
+        export_hf(*parts(checkpoint()), tmp_path / "out")
+    assert "not verified: install transformers" in capsys.readouterr().out
     assert_same_logits(
         GPT.from_pretrained(str(tmp_path / "out")),
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
@@ -574,7 +578,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_auto_tokenizer_reads_what_we_write(name: str, tmp_path: Path) -> None:
     tokenizer = TOKENIZERS[name]()
-    export_hf(checkpoint(tokenizer, padding=5), tmp_path / "out")
+    export_hf(*parts(checkpoint(tokenizer, padding=5)), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = auto(TEXT)["input_ids"]
     assert ids == tokenizer.encode(TEXT).tolist()
@@ -604,7 +608,7 @@ def test_a_tokenizer_json_that_cuts_and_adds(tmp_path: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 401)])
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.from_name(str(tmp_path / "tokenizer.json"))
-    export_hf(checkpoint(tokenizer), tmp_path / "out")
+    export_hf(*parts(checkpoint(tokenizer)), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     plain = auto(TEXT, add_special_tokens=False)["input_ids"]
     assert plain == tokenizer.encode(TEXT).tolist() and len(plain) > 5
@@ -613,7 +617,7 @@ def test_a_tokenizer_json_that_cuts_and_adds(tmp_path: Path) -> None:
 
 
 def test_unknown_character_is_an_error_there_too(tmp_path: Path) -> None:
-    export_hf(checkpoint(CharTokenizer("abc \n")), tmp_path / "out")
+    export_hf(*parts(checkpoint(CharTokenizer("abc \n"))), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     with pytest.raises(Exception, match="UNK"):
         auto("abcd")
@@ -626,7 +630,7 @@ def test_padded_ids_are_never_generated(tmp_path: Path) -> None:
     unused = [*range(tokenizer.vocab_size - 4, tokenizer.vocab_size - 1)]
     unused += [*range(tokenizer.vocab_size, tokenizer.vocab_size + 8)]
     ck.model["lm_head.weight"][unused] = 50.0 * torch.randn(len(unused), 32)
-    export_hf(ck, tmp_path / "out")
+    export_hf(*parts(ck), tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == tokenizer.vocab_size + 8
     assert model.generation_config.suppress_tokens == unused
@@ -643,7 +647,7 @@ def test_padded_ids_are_never_generated(tmp_path: Path) -> None:
 
 def test_generation_does_not_stop_at_an_ordinary_token(tmp_path: Path) -> None:
     """Llama's default end of text, id 2, is a plain letter of a char model."""
-    export_hf(checkpoint(CharTokenizer("abcdef"), **MODERN), tmp_path / "out")
+    export_hf(*parts(checkpoint(CharTokenizer("abcdef"), **MODERN)), tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.manual_seed(0)
     drawn = model.generate(torch.tensor([[0]]), max_new_tokens=20, do_sample=True, temperature=5.0)
@@ -681,7 +685,7 @@ def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     chars = hf_tokenizer.byte_to_char()
     found = hf_tokenizer.merges(tokenizer._ranks)  # type: ignore[attr-defined]
     assert [" ".join("".join(chars[b] for b in part) for part in pair) for pair in found] == lines
-    export_hf(checkpoint(tokenizer, padding=47, n_layer=1, n_embd=8), tmp_path / "out")
+    export_hf(*parts(checkpoint(tokenizer, padding=47, n_layer=1, n_embd=8)), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     reference = transformers.GPT2TokenizerFast(
         vocab=json.loads((source / "encoder.json").read_text()), merges=[tuple(line.split(" ")) for line in lines]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_from_scratch.machine.lock import FolderLock
+from llm_from_scratch.machine.files import FolderLock
 from llm_from_scratch.serving import watch as module
 from llm_from_scratch.serving.watch import Watch
 from llm_from_scratch.training.loggers import JsonLines

@@ -22,7 +22,7 @@ from llm_from_scratch.kernels import cross_entropy as loss
 from llm_from_scratch.kernels import float8 as fp8
 from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine.device import Runtime, resolve
-from llm_from_scratch.machine.lock import FolderLock
+from llm_from_scratch.machine.files import FolderLock
 from llm_from_scratch.training import trainer
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.guards import StopRequest

@@ -20,7 +20,7 @@ from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.machine import device as runtimes
-from llm_from_scratch.machine.lock import FolderLock
+from llm_from_scratch.machine.files import FolderLock
 from llm_from_scratch.training import evaluate, loggers, resume, setup, trainer
 from llm_from_scratch.training.setup import prepare
 from llm_from_scratch.training.state import copied
@@ -317,7 +317,7 @@ def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest
 HOLD = """
 import sys
 from pathlib import Path
-from llm_from_scratch.machine.lock import FolderLock
+from llm_from_scratch.machine.files import FolderLock
 lock = FolderLock(Path("run"))
 lock.acquire()
 print("held", flush=True)

@@ -1,0 +1,125 @@
+"""The one loader: a run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name to a Checkpoint.
+
+Torch is imported when tensors are needed, so that a wrong name is reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..interop import GPT2_NAMES
+from .contents import Checkpoint, load_checkpoint
+from .store import locate, valid_which
+
+if TYPE_CHECKING:
+    from ..core.tokenizer import Tokenizer
+
+GPT2_VOCAB = (50257, 50304)
+_DATASET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+
+
+def load(
+    where: str | Path,
+    which: str | int | None = None,
+    dataset: str | None = None,
+    weights_only: bool = False,
+    need_tokenizer: bool = True,
+    set_aside: bool = False,
+) -> Checkpoint:
+    """Weights, configuration and tokenizer of anything that holds a model; of a run, see find_checkpoint for `which`.
+
+    dataset: a name or folder whose tokenizer is used if there is none with the weights. A ckpt.pt names its dataset,
+    which is looked up in data/; without it, a vocabulary of GPT-2's size is GPT-2's. weights_only leaves the optimizer
+    and the random states out. Raises UserError if nothing is found, or no tokenizer and need_tokenizer is set.
+    """
+    if is_pretrained(where):
+        return load_hf(where, dataset, need_tokenizer)
+    which = valid_which(which)
+    found = locate(
+        Path(where),
+        which,
+        set_aside,
+        lambda path: load_checkpoint(path, weights_only),
+        lambda path: _load_nanogpt(path, weights_only),
+    )
+    if isinstance(which, int) and found.step != which:
+        raise UserError(f"{found.path} is of step {found.step}, not {which}")
+    if found.tokenizer is None:
+        found.tokenizer = _tokenizer_for(found, dataset, need_tokenizer)
+    return found
+
+
+def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:
+    """Weights from a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
+    from ..interop.hf import load_pretrained
+
+    config, weights, tokenizer = load_pretrained(where)
+    found = Checkpoint(Path(where), 0, config, weights)
+    found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
+    return found
+
+
+def is_pretrained(where: str | Path) -> bool:
+    """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
+    path = Path(where)
+    is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    return is_folder or (str(where) in GPT2_NAMES and not path.exists())
+
+
+def _load_nanogpt(path: Path, weights_only: bool) -> Checkpoint:
+    from ..interop.nanogpt import read_nanogpt
+
+    read = read_nanogpt(path, weights_only)
+    return Checkpoint(
+        path=path,
+        step=read.step,
+        model_config=read.config,
+        model=read.weights,
+        optimizer=read.optimizer,
+        trainer={"best_val_loss": read.best_val_loss},
+        config=read.settings,
+        manifest={"format": "nanogpt", "step": read.step, "val_loss": read.best_val_loss, "run_id": None},
+    )
+
+
+def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -> Tokenizer | None:
+    """The tokenizer for a checkpoint without one: that of `dataset` (a name or folder), else of the dataset that the
+    checkpoint names (plain names only, looked up in data/), else GPT-2's if the vocabulary has its size.
+
+    Raises UserError if none is found and one is needed, or if it is not the model's.
+    """
+    from ..core.dataset import resolve_dataset
+    from ..core.tokenizer import Tokenizer, tokenizer_of
+
+    vocab_size = ckpt.model_config.vocab_size
+    found: Tokenizer | None = None
+    named = ckpt.config.get("data", {}).get("dataset")
+    if dataset is not None:
+        found = tokenizer_of(resolve_dataset(dataset))
+        if found is None and vocab_size not in GPT2_VOCAB and needed:
+            raise UserError(f"dataset {dataset} has no tokenizer (tokenizer.meta.json or meta.pkl)")
+    elif isinstance(named, str) and _DATASET.fullmatch(named):
+        try:
+            found = tokenizer_of(resolve_dataset(named))
+        except UserError as error:
+            if needed and vocab_size not in GPT2_VOCAB:
+                raise UserError(f"{ckpt.path} needs the tokenizer of its dataset {named!r}: {error}") from None
+    if found is None and vocab_size in GPT2_VOCAB and needed:
+        found = Tokenizer.from_name("gpt2")
+    if found is None and needed:
+        raise UserError(
+            f"{ckpt.path} has no tokenizer, and its vocabulary of {vocab_size} is not GPT-2's: "
+            "name the dataset that it was trained on with --dataset=NAME_OR_FOLDER"
+        )
+    if found is not None and vocab_size not in (found.vocab_size, 64 * math.ceil(found.vocab_size / 64)):
+        if not needed:
+            return None
+        raise UserError(
+            f"the tokenizer of dataset {dataset or named} has {found.vocab_size} tokens, but {ckpt.path} was trained "
+            f"with {vocab_size}: name the right dataset with --dataset=NAME_OR_FOLDER"
+        )
+    return found
