@@ -13,6 +13,7 @@ from ..checkpoint.load import load
 from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError
 from ..generation.prompt import read_start
+from ..machine.children import shield_children
 from ..presets import Parsed, parse
 from .common import check_location, run
 
@@ -156,6 +157,7 @@ def load_generator(
 def _compile(generator: Generator) -> None:
     """Compiles and runs the decode step, so that a failure shows before there is text. Raises UserError."""
     generator.compiled = True
+    shield_children()
     try:
         generator.generate([[0]], GenerationConfig(num_samples=1, max_new_tokens=3))
     except UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Literal
 
 from ..checkpoint.load import is_pretrained
 from ..config import SystemConfig, validate
-from ..errors import UserError
+from ..machine.extras import require
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
 from .common import run
@@ -51,8 +50,7 @@ def _main(argv: list[str]) -> int:
     command, options = parsed.tree, parsed.tree.serving
     options.api_key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"llm-serve needs the package {package}: pip install 'llm-from-scratch[serve]'")
+        require(package, "serve", "llm-serve")
     validate(command)
     from ..serving.server import listen, url
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.tokenizer import Tokenizer
+from ..machine.children import shield_children
 from .sources import write_atomic
 
 UNIT = 1 << 20  # characters that are encoded and cached together
@@ -165,6 +166,7 @@ def encode_units(
     encode in this process. About two units per worker are in memory."""
     pool = None
     if workers:
+        shield_children()
         # spawn: a fork of a process with threads may hang, and not every system has it
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(saved),))

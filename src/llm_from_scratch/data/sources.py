@@ -26,6 +26,7 @@ from typing import Any
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import answers, within
 from ..errors import UserError
+from ..machine.extras import missing
 from ..machine.files import open_file
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -129,10 +130,8 @@ class FileSource:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise UserError(
-                f"{self.name}: reading .parquet needs pyarrow: pip install 'llm-from-scratch[data]', or give the text "
-                "as .txt, .md or .jsonl"
-            ) from None
+            instead = "give the text as .txt, .md or .jsonl"
+            raise missing("pyarrow", "data", f"{self.name}: reading .parquet", instead) from None
         try:
             with parquet.ParquetFile(self.path) as table:
                 if self.text_key not in table.schema_arrow.names:
@@ -164,7 +163,7 @@ class HubSource:
         try:
             import datasets
         except ImportError:
-            raise UserError(f"{name} is read by the library datasets: pip install 'llm-from-scratch[data]'") from None
+            raise missing("datasets", "data", f"reading {name}") from None
         try:
             offline = any(os.environ.get(f"HF_{part}_OFFLINE", "0") not in ("0", "") for part in ("HUB", "DATASETS"))
             if not offline and not Path(name).exists():  # the library would try for half a minute

@@ -8,7 +8,6 @@ Source: config.json and the state-dict names of transformers' models gpt2, llama
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError
+from ..machine.extras import is_installed
 from ..machine.files import read_json
 from .hf_files import Weights, appears_whole, get_folder, short, write_json
 from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
@@ -338,7 +338,7 @@ def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig
 @torch.no_grad()
 def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None, folder: Path) -> str:
     """The result of loading the folder with transformers, in a few words. Raises UserError if its results differ."""
-    if importlib.util.find_spec("transformers") is None:
+    if not is_installed("transformers"):
         return "not verified: install transformers to check the export"
     try:
         import transformers

@@ -5,7 +5,6 @@ Reading runs no code from the folder: safetensors, JSON, and pickled tensors who
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from ..machine.extras import require
 from ..machine.files import read_json
 from . import GPT2_NAMES
 from .torch_file import load_plain
@@ -45,8 +45,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise UserError(
             f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
         )
-    if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError(f"{name!r} is not a folder; to download it: pip install 'llm-from-scratch[hf]'")
+    require("huggingface_hub", "hf", f"downloading {name} from Hugging Face", "name a folder that holds it")
     from huggingface_hub import snapshot_download
 
     try:

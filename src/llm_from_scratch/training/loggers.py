@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ..config import Config, flatten
 from ..errors import UserError
+from ..machine.extras import require
 from .progress import Remaining, clock_time, in_words
 
 if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
@@ -29,23 +29,18 @@ TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; 
 UNKNOWN_MFU = -1.0  # what nanoGPT's lines show (as -100.00%) where there is no figure
 
 
-def require(package: str, extra: str, wish: str, turn_off: str) -> None:
-    """Raises UserError, with the install line and the setting that turns the wish off, where a package is missing."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{wish} needs the package {package}: pip install 'llm-from-scratch[{extra}]', or turn it off with "
-            f"{turn_off}"
-        )
+OPTIONAL = {  # setting: (package, extra)
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb_log": ("wandb", "wandb"),
+    "loss_plot": ("matplotlib", "plots"),
+}
 
 
 def check_extras(config: Config) -> None:
-    """Refuses settings whose optional packages are not installed, before anything is built."""
-    if config.logging.tensorboard:
-        require("tensorboard", "tensorboard", "--tensorboard=True", "--tensorboard=False")
-    if config.logging.wandb_log:
-        require("wandb", "wandb", "--wandb_log=True", "--wandb_log=False")
-    if config.logging.loss_plot:
-        require("matplotlib", "plots", "--loss_plot=True", "--loss_plot=False")
+    """Raises UserError if a setting needs an optional package that is not installed."""
+    for setting, (package, extra) in OPTIONAL.items():
+        if getattr(config.logging, setting):
+            require(package, extra, f"--{setting}=True", f"turn it off with --{setting}=False")
 
 
 class Sink(Protocol):

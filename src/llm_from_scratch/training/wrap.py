@@ -19,6 +19,7 @@ from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
+from ..machine.children import shield_children
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 
 # Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
@@ -164,6 +165,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
     in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
     compiled: nn.Module = model
+    shield_children()
     try:
         if in_parts:  # one block stands for all: a fraction of the compiling; and sparse gradients stay outside
             for block in model.transformer.h:

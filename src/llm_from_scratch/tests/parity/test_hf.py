@@ -1,6 +1,7 @@
 """interop/hf.py against transformers itself: the same logits in float32 to 1e-5, both ways, at tiny random sizes."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import EOT, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.interop import hf, hf_files, hf_tokenizer
+from llm_from_scratch.interop import hf, hf_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -327,7 +328,7 @@ def test_names_that_are_none() -> None:
 
 
 def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'llm-from-scratch\[hf\]'"):
         load_pretrained("gpt2")
 
@@ -538,7 +539,7 @@ def test_without_transformers_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(hf.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
         export_hf(*parts(checkpoint()), tmp_path / "out")
     assert "not verified: install transformers" in capsys.readouterr().out
     assert_same_logits(

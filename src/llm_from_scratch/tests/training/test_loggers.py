@@ -229,13 +229,13 @@ def test_missing_extras_are_refused_with_the_install_line(
     setting: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(UserError) as error:
         check_extras(config(**{setting: True}))
     message = str(error.value)
     assert f"pip install 'llm-from-scratch[{extra}]'" in message and f"turn it off with --{setting}=False" in message
     check_extras(config())
-    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_extras(config(**{setting: True}))
 
 

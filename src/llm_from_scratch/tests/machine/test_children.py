@@ -1,0 +1,85 @@
+"""machine/children.py: child processes of Python never import a module of the working directory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine import children
+
+from ..tiny import arguments, babble, write_data
+
+HOSTILE = ("ctypes", "multiprocessing", "subprocess", "numpy", "torch", "sympy")
+
+
+@pytest.fixture
+def hostile(here: Path) -> Path:
+    """The working directory, full of modules that leave a file marker-NAME when they are imported."""
+    for name in HOSTILE:
+        marker = here / f"marker-{name}"
+        (here / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise ImportError('hostile')\n")
+    return here
+
+
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command with the working directory kept out of its own search: what is tested is what it starts."""
+    program = f"import sys; sys.path.remove(''); from {command[0]} import main; sys.exit(main(sys.argv[1:]))"
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    source = str(Path(children.__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(1, {source!r}); {program}", *command[1:]],
+        env={**clean, **environment}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def markers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("marker-*"))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 refuses instead")
+def test_the_workers_of_llm_prepare_ignore_the_working_directory(hostile: Path) -> None:
+    (hostile / "text.txt").write_text(babble(5000))
+    done = start("llm_from_scratch.cli.prepare_data", "text.txt", "--tokenizer=byte", "--workers=2")
+    assert (done.returncode, markers(hostile)) == (0, []), done.stderr
+    assert "worker processes failed" not in done.stdout and done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 refuses instead")
+def test_compiling_ignores_the_working_directory(hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data, cache = write_data(hostile / "tiny"), tmp_path_factory.mktemp("cache")  # an empty cache asks the processor
+    run = arguments(compile=True, max_iters=1, eval_iters=1, dataset=data, out_dir=hostile / "run")
+    done = start("llm_from_scratch.cli.train", *run, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert (done.returncode, markers(hostile)) == (0, []), done.stderr
+    assert "compiling the model" in done.stdout
+    sampled = start(
+        "llm_from_scratch.cli.generate", f"--out_dir={hostile / 'run'}", "--compile=True", "--max_new_tokens=2",
+        "--start=a", TORCHINDUCTOR_CACHE_DIR=str(cache / "generate"),
+    )  # fmt: skip
+    assert (sampled.returncode, markers(hostile)) == (0, []), sampled.stderr
+
+
+def test_python_3_10_refuses_a_directory_that_shadows_modules(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setattr(children.sys, "version_info", (3, 10, 13))
+    for name in ("model.py", "train.py", "ctypes.txt", "notes.md"):
+        (here / name).touch()
+    (here / "json").mkdir()  # without an __init__.py: the real one is found
+    children.shield_children()
+    for hostile in ("ctypes.py", "numpy.so", "multiprocessing/__init__.py"):
+        path = here / hostile
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        with pytest.raises(UserError, match=f"would import {hostile.split('/')[0]} of the working directory"):
+            children.shield_children()
+        path.unlink()
+    children.shield_children()
+
+
+def test_a_package_of_ours_does_not_shadow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "llm_from_scratch" not in children.shadowing(Path(children.__file__).parents[2])
