@@ -5,43 +5,52 @@ A user's mistake is one line and exit code 2, never a traceback.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
 from ..checkpoint.load import is_pretrained
 from ..checkpoint.store import find_checkpoint
 from ..errors import UserError
+from ..machine.terminal import READER_GONE, drop_lost_output, is_lost, note, open_streams
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Calls main(argv) and returns its exit code: 0, 2 for a UserError, 130 for Ctrl-C."""
+    """Calls main(argv) and returns its exit code.
+
+    1 if the output cannot be written, 2 for a UserError or a closed standard output, 130 for Ctrl-C, 141 if nobody
+    reads the output any more.
+    """
+    if not open_streams():
+        note("error: standard output is closed: redirect it to a file or to /dev/null")
+        return 2
     try:
-        code = main(sys.argv[1:] if argv is None else argv) or 0
+        return _run(main, sys.argv[1:] if argv is None else argv)
+    finally:
+        drop_lost_output()
+
+
+def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    try:
         try:
+            code = main(argv) or 0
+        except SystemExit:  # --help has printed
             sys.stdout.flush()
-        except BrokenPipeError:
-            if not code:
-                raise
-            _leave_stdout()
-        except OSError:  # the disk of the output is full, but the work is done
-            _leave_stdout()
+            raise
+        sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        note(f"error: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        note("interrupted")
         return 130
-    except BrokenPipeError:
-        # stdout was closed (`| head`): stop as SIGPIPE would, without a failing flush at exit
-        _leave_stdout()
-        return 141
-
-
-def _leave_stdout() -> None:
-    """Redirects stdout, so that the interpreter's last flush cannot fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not is_lost(sys.stdout):
+            raise
+        if error.errno in READER_GONE:
+            return 141
+        note(f"error: cannot write the output: {error.strerror or error}")
+        return 1
 
 
 def check_location(location: str, which: str | None) -> None:

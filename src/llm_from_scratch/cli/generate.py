@@ -14,6 +14,7 @@ from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError
 from ..generation.prompt import read_start
 from ..machine.children import shield_children
+from ..machine.terminal import note
 from ..presets import Parsed, parse
 from .common import check_location, run
 
@@ -172,7 +173,7 @@ def announce(generator: Generator, found: Path | None) -> None:
     weight = generator.model.lm_head.weight
     millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
     form = f"{dtype}, int8 products" if generator.quantize == "int8" else dtype
-    print(f"{found}: {millions:.2f}M parameters, on {weight.device}, {form}", file=sys.stderr)
+    note(f"{found}: {millions:.2f}M parameters, on {weight.device}, {form}")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the output's encoding may not have every character
 
@@ -221,7 +222,7 @@ def _converse(generator: Generator, command: GenerateCommand) -> int:
         with contextlib.suppress(ImportError):  # missing on Windows
             import readline  # noqa: F401  editing and history for input()
 
-        print("Type a prompt. Ctrl-C stops a sample, Ctrl-D quits.", file=sys.stderr)
+        note("Type a prompt. Ctrl-C stops a sample, Ctrl-D quits.")
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8")
     seed = command.system.seed
@@ -231,18 +232,18 @@ def _converse(generator: Generator, command: GenerateCommand) -> int:
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from None
         except (EOFError, KeyboardInterrupt):
-            print(file=sys.stderr)
+            note("")
             return 0
         if not prompt:
             continue
         try:
             _answer(generator, command, prompt, seed)
         except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            note(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
             if not at_terminal:
                 raise
-            print(file=sys.stderr)
+            note("")
         seed += command.generation.num_samples
 
 

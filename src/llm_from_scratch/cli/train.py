@@ -15,6 +15,7 @@ from ..checkpoint.store import resolved_init
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.processes import check_writable, distributed_env
+from ..machine.terminal import drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
 
@@ -60,16 +61,19 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     _preflight(config)
     if flags["dry_run"]:
         return _dry_run(parsed)
+    from ..training.loggers import announce
     from ..training.trainer import train
 
     try:
         result = train(config, parsed.sources, command)
+        drop_lost_output()  # a full disk under the output costs lines, not the run
         if result.checkpoint is not None and not result.exit_code and os.environ.get("RANK", "0") == "0":
             sampler = "python sample.py" if command.startswith("python") else "llm-generate"
-            print(f"sample from it: {sampler} --out_dir={result.out_dir}")
+            announce(f"sample from it: {sampler} --out_dir={result.out_dir}")
         return result.exit_code
     except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        drop_lost_output()
+        note(f"error: {error}")
         return 1
 
 

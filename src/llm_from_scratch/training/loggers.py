@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..config import Config, flatten
 from ..errors import UserError
 from ..machine.extras import require
+from ..machine.terminal import READER_GONE, Lenient
 from .progress import Remaining, clock_time, in_words
 
 if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
@@ -99,40 +103,95 @@ def _forget_from(path: Path, step: int, evaluated: bool) -> None:
 
 
 class TensorBoard:
-    """Event files in out_dir/tensorboard."""
+    """An event file in out_dir/tensorboard: the settings, all numbers, and the samples of the run.
 
-    def __init__(self, folder: Path):
-        from tensorboard.summary import Writer
+    Written here record by record: TensorBoard's own writer prints tracebacks from its thread if the disk is full.
+    """
 
-        self.writer = Writer(str(folder))
+    def __init__(self, folder: Path, config: Config, run_id: str | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+        from tensorboard.plugins.text.summary_v2 import text_pb
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.make_event, self.make_record, self.make_scalar, self.make_text = Event, RecordWriter, scalar_pb, text_pb
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
+        self.file = (folder / name).open("xb", buffering=0)
+        self._write(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="llm_from_scratch")))
+        settings = flatten(config)
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+        self._write(Event(summary=hparams_pb(plain, trial_id=run_id)))
+        self._text(0, "settings", "\n".join(f"{name}: {value}" for name, value in settings.items()))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        event = self.make_event(step=step)
         for name, value in metrics.items():
-            self.writer.add_scalar(_TAGS.get(name, name), value, step)
+            event.summary.MergeFrom(self.make_scalar(_TAGS.get(name, name), value))
+        self._write(event)
+
+    def sample(self, step: int, text: str) -> None:
+        self._text(step, "sample", text)
+
+    def _text(self, step: int, tag: str, text: str) -> None:
+        block = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown shows it as it is
+        block = block.encode("utf-8", "replace").decode("utf-8")
+        self._write(self.make_event(step=step, summary=self.make_text(tag, block)))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        self.make_record(record).write(event.SerializeToString())
+        data = record.getvalue()
+        begin = self.file.tell()
+        try:
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):  # an incomplete record would hide those after it
+                self.file.truncate(begin)
+                self.file.seek(begin)
+            raise
 
     def close(self) -> None:
-        self.writer.close()
+        self.file.close()
 
 
 _TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
 
 
 class WandB:
-    """Weights & Biases, with nanoGPT's keys. WANDB_MODE=offline works without network."""
+    """Weights & Biases, with nanoGPT's keys; a resumed run continues as the same one."""
 
-    def __init__(self, config: Config):
+    EVALUATION = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr"}  # ours -> nanoGPT's
+    STEP = ("loss", "lr", "grad_norm", "tokens_per_s")
+
+    def __init__(self, config: Config, run_id: str | None):
         import wandb
 
-        self.run = wandb.init(
-            project=config.logging.wandb_project, name=config.logging.wandb_run_name, config=flatten(config)
-        )
+        settings = config.logging
+        try:
+            self.run = wandb.init(
+                project=settings.wandb_project, name=settings.wandb_run_name, config=flatten(config),
+                id=run_id, resume="allow",
+            )  # fmt: skip
+        except Exception as error:  # the client raises its own errors
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"Weights & Biases cannot start ({reason}): log in with `wandb login`, set WANDB_MODE=offline, or turn "
+                "it off with --wandb_log=False"
+            ) from None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if "val_loss" not in metrics:
-            return  # nanoGPT logs at evaluations only
-        keys = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr"}
-        mfu = metrics.get("mfu", UNKNOWN_MFU) * 100  # per cent
-        self.run.log({"iter": step, "mfu": mfu} | {new: metrics[old] for old, new in keys.items()})
+        values: dict[str, float] = {"iter": step}
+        if "val_loss" in metrics:
+            values["mfu"] = metrics.get("mfu", UNKNOWN_MFU) * 100  # per cent
+            values |= {theirs: metrics[ours] for ours, theirs in self.EVALUATION.items()}
+        else:
+            values |= {name: metrics[name] for name in self.STEP if name in metrics}
+        if len(values) > 1:
+            self.run.log(values)
 
     def close(self) -> None:
         self.run.finish()
@@ -148,7 +207,7 @@ def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
             encoding = sys.stdout.encoding or "ascii"
             write(line.encode(encoding, "replace").decode(encoding))
     except OSError as error:
-        return error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, None)
+        return error.errno not in (*READER_GONE, None)
     return True
 
 
@@ -167,7 +226,7 @@ class RunLog:
 
     def __init__(
         self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True,
-        remaining: Remaining | None = None,
+        remaining: Remaining | None = None, run_id: str | None = None,
     ):  # fmt: skip
         self.remaining, self.begin = remaining, time.monotonic()
         self.told_at = -math.inf  # when the time that is left was said last
@@ -181,13 +240,12 @@ class RunLog:
         if not config.training.eval_only:  # which changes no file
             self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated))
             if config.logging.tensorboard:
-                try:
-                    self.sinks.append(TensorBoard(self.out_dir / "tensorboard"))
-                except OSError as error:
-                    raise UserError(f"cannot write {self.out_dir / 'tensorboard'}: {error.strerror or error}") from None
+                with self._writing("TensorBoard"):
+                    self.sinks.append(TensorBoard(self.out_dir / "tensorboard", config, run_id))
         if config.logging.wandb_log:
-            self.sinks.append(WandB(config))
-        console = Console()
+            self.sinks.append(WandB(config, run_id))
+        self.terminal = Lenient(sys.stdout)
+        console = Console(file=cast(TextIO, self.terminal))
         wanted = config.logging.progress
         if not config.training.eval_only and (wanted == "bar" or (wanted == "auto" and _is_live(console))):
             self.bar = Progress(
@@ -209,7 +267,10 @@ class RunLog:
 
     def _print_above_bar(self, line: str) -> None:
         assert self.bar is not None
+        self.terminal.error = None
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self.terminal.error is not None:
+            raise self.terminal.error
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
@@ -261,6 +322,10 @@ class RunLog:
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         with self._writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
+        for sink in self.sinks:
+            if isinstance(sink, TensorBoard):
+                with self._writing("TensorBoard"):
+                    sink.sample(step, text)
 
     def plot(self) -> None:
         """Draws loss.png."""
@@ -287,12 +352,13 @@ class RunLog:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """A disk that is full costs numbers, not the run; what a file could not take is tried again with the next."""
+        """A logger that fails, such as on a full disk, costs numbers and one warning, not the run."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # those of TensorBoard and W&B are of any class
             if what not in self.failing:
-                self.say(f"warning: {what} cannot be written ({error.strerror or error}); the run goes on")
+                reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                self.say(f"warning: {what} cannot be written ({reason}); training continues")
             self.failing.add(what)
         else:
             self.failing.discard(what)

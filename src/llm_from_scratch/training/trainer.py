@@ -318,7 +318,9 @@ class Trainer:
         moved, first, resumed = take_folder(self.plan, self.lock), self.plan.start_step, self.plan.resumed is not None
         evaluated = self.state.evaluated_at == first
         left = Remaining(Calendar.of(self.plan), self.timer, first)
-        log = RunLog(self.config, self.runtime.is_master, first, self.plan.last_step, resumed, evaluated, left)
+        log = RunLog(
+            self.config, self.runtime.is_master, first, self.plan.last_step, resumed, evaluated, left, self.state.run_id
+        )  # fmt: skip
         if moved is not None:
             log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
         return log

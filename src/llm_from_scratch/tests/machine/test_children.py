@@ -33,7 +33,7 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     source = str(Path(children.__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(1, {source!r}); {program}", *command[1:]],
-        env={**clean, **environment}, capture_output=True, text=True, timeout=300,
+        env={**clean, **environment}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -57,11 +57,6 @@ def test_compiling_ignores_the_working_directory(hostile: Path, tmp_path_factory
     done = start("llm_from_scratch.cli.train", *run, TORCHINDUCTOR_CACHE_DIR=str(cache))
     assert (done.returncode, markers(hostile)) == (0, []), done.stderr
     assert "compiling the model" in done.stdout
-    sampled = start(
-        "llm_from_scratch.cli.generate", f"--out_dir={hostile / 'run'}", "--compile=True", "--max_new_tokens=2",
-        "--start=a", TORCHINDUCTOR_CACHE_DIR=str(cache / "generate"),
-    )  # fmt: skip
-    assert (sampled.returncode, markers(hostile)) == (0, []), sampled.stderr
 
 
 def test_python_3_10_refuses_a_directory_that_shadows_modules(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,17 @@ from llm_from_scratch.config import Config
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import loggers
 from llm_from_scratch.training.evaluate import Evaluation
-from llm_from_scratch.training.loggers import JsonLines, RunLog, check_extras, plot_losses, read_metrics
+from llm_from_scratch.training.loggers import (
+    JsonLines,
+    RunLog,
+    TensorBoard,
+    check_extras,
+    plot_losses,
+    read_metrics,
+)
+from llm_from_scratch.training.trainer import train
+
+from ..tiny import tiny_config
 
 STEP = {"loss": 2.34567, "lr": 1e-3, "time_ms": 12.345, "tokens_per_s": 1e4, "grad_norm": 0.5}
 EVALUATION = {"train_loss": 2.11119, "val_loss": 2.22225, "lr": 1e-3}
@@ -178,8 +188,9 @@ def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     log.train_step(0, STEP)
     log.evaluation(5, {**EVALUATION, "mfu": 0.25})
     log.close()
-    started, first, second, end = calls
+    started, first, step, second, end = calls
     assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 12)
+    assert step == {"iter": 0, "loss": 2.34567, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1e4}
     shared = {"train/loss": 2.11119, "val/loss": 2.22225, "lr": 1e-3}
     assert first == {"iter": 0, "mfu": -100.0, **shared} and second == {"iter": 5, "mfu": 25.0, **shared}
     assert end == "finish"
@@ -300,3 +311,109 @@ def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.M
     monkeypatch.setattr(log.sinks[0].file, "flush", flush, raising=False)  # type: ignore[attr-defined]
     log.train_step(1, STEP)
     assert [entry["step"] for entry in read_metrics(Path("run/metrics.jsonl"))] == [0, 1]
+
+
+def test_wandb_continues_the_same_run_on_resume(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    logged: list[dict[str, float]] = []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: None)
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run)
+    )
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or found(name))
+    for begin, last in (("scratch", 4), ("resume", 8)):
+        train(tiny_config(tiny_data, out_dir="run", wandb_log=True, log_interval=2, init_from=begin, max_iters=last))
+    saved = json.loads(Path("run/step-00000008/manifest.json").read_text())
+    assert [(kwargs["id"], kwargs["resume"]) for kwargs in started] == [(saved["run_id"], "allow")] * 2
+    steps = [values for values in logged if "loss" in values]
+    assert [values["iter"] for values in steps] == [0, 2, 4, 6]
+    expected = [entry for entry in read_metrics(Path("run/metrics.jsonl")) if "loss" in entry]
+    for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
+        assert [values[name] for values in steps] == [entry[name] for entry in expected]
+
+
+def test_wandb_that_cannot_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("api_key not\nconfigured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"\(api_key not configured\).*WANDB_MODE=offline"):
+        opened(config(wandb_log=True))
+
+
+def test_tensorboard_gets_the_settings_and_the_samples() -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    hparams = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    log = opened(config(tensorboard=True, sample_interval=5))
+    log.sample(5, "First line\nSecond\ud800 line")
+    log.close()
+    reader = accumulator.EventAccumulator("run/tensorboard")
+    reader.Reload()
+
+    def text(tag: str) -> tuple[int, str]:
+        event = reader.Tensors(tag)[0]
+        return event.step, event.tensor_proto.string_val[0].decode()
+
+    assert text("sample") == (5, "    First line\n    Second? line\n")
+    assert text("settings")[0] == 0 and "    learning_rate: 0.0006\n" in text("settings")[1]
+    content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = hparams.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (values["n_layer"].number_value, values["bias"].bool_value) == (12, True)
+    assert values["dataset"].string_value == "openwebtext"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to offer")
+def test_tensorboard_on_a_full_disk_is_one_warning(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    log = opened(config(tensorboard=True))
+    sink = next(sink for sink in log.sinks if isinstance(sink, TensorBoard))
+    good, sink.file = sink.file, open("/dev/full", "wb", buffering=0)
+    for step in range(3):
+        log.train_step(step, STEP)
+    sink.file.close()
+    sink.file = good  # there is room again
+    log.train_step(3, STEP)
+    log.close()
+    out, err = capfd.readouterr()
+    assert [line for line in out.splitlines() if "warning" in line] == [
+        "warning: TensorBoard cannot be written (No space left on device); training continues"
+    ]
+    assert err == "" and len(out.splitlines()) == 5
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = accumulator.EventAccumulator("run/tensorboard")
+    reader.Reload()
+    assert [event.step for event in reader.Tensors("train/loss")] == [3]
+
+
+def test_a_logger_that_fails_is_one_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no\nencoding")
+
+    monkeypatch.setattr(TensorBoard, "__init__", broken)
+    log = opened(config(tensorboard=True))
+    log.train_step(0, STEP)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "warning: TensorBoard cannot be written (RuntimeError: no encoding); training continues"
+    assert len(lines) == 2
+
+
+def test_a_bar_on_a_terminal_that_is_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        flush = write  # type: ignore[assignment]
+
+    log = opened(config(progress="bar"))
+    log.terminal.stream = Gone()
+    log.train_step(0, STEP)
+    assert not log.reader_is_gone
+    log.say("a line")
+    assert log.reader_is_gone
+    log.close(1)

@@ -1,0 +1,76 @@
+"""Standard output and error that may be closed, on a full disk, or on a terminal that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from typing import Any, TextIO
+
+READER_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of `| head`, of a closed terminal
+
+
+def open_streams() -> bool:
+    """Opens /dev/null for each standard stream that is closed; otherwise the next file opened would get its number.
+
+    Returns whether standard output was open.
+    """
+    is_open = sys.stdout is not None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    return is_open
+
+
+def note(line: str) -> None:
+    """Prints a line on standard error, if it can be written."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def is_lost(stream: TextIO) -> bool:
+    """Whether what was printed last could not be written."""
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    except ValueError:  # closed
+        return False
+    return False
+
+
+def drop_lost_output() -> None:
+    """Discards what could not be written, so that the interpreter's last flush does not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if is_lost(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Lenient:
+    """A stream that keeps its last error instead of raising it: a progress bar has a thread that also writes."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.error = error
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
