@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..checkpoint.load import is_pretrained
 from ..checkpoint.store import find_checkpoint
 from ..errors import UserError
-from ..machine.terminal import READER_GONE, drop_lost_output, is_lost, note, open_streams
+from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
         note("interrupted")
         return 130
     except OSError as error:
-        if not is_lost(sys.stdout):
+        if error.filename is not None or error.errno not in (*READER_GONE, *DISK_FULL):
             raise
         if error.errno in READER_GONE:
             return 141

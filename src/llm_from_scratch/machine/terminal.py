@@ -8,7 +8,8 @@ import os
 import sys
 from typing import Any, TextIO
 
-READER_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # of `| head`, of a closed terminal
+READER_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head`, a closed terminal
+DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 
 def open_streams() -> bool:

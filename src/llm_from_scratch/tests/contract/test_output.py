@@ -84,9 +84,8 @@ def test_a_closed_output(name: str, place: Path, here: Path) -> None:
 def test_a_run_whose_terminal_is_closed_ends_with_129(place: Path, here: Path) -> None:
     main, terminal = pty.openpty()
     errors = here / "errors.txt"
-    given = arguments(
-        dataset=place / "data", out_dir=here / "run", max_iters=10**6, eval_interval=10**6, progress="bar"
-    )
+    long = {"max_iters": 10**6, "eval_interval": 10**6, "progress": "bar"}
+    given = arguments(dataset=place / "data", out_dir=here / "run", **long)
     with errors.open("w") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "llm_from_scratch.cli.train", *given],

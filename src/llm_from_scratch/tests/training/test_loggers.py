@@ -324,7 +324,7 @@ def test_wandb_continues_the_same_run_on_resume(tiny_data: Path, monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or found(name))
     for begin, last in (("scratch", 4), ("resume", 8)):
         train(tiny_config(tiny_data, out_dir="run", wandb_log=True, log_interval=2, init_from=begin, max_iters=last))
-    saved = json.loads(Path("run/step-00000008/manifest.json").read_text())
+    saved = json.loads(Path("run/step-00000008/MANIFEST.json").read_text())
     assert [(kwargs["id"], kwargs["resume"]) for kwargs in started] == [(saved["run_id"], "allow")] * 2
     steps = [values for values in logged if "loss" in values]
     assert [values["iter"] for values in steps] == [0, 2, 4, 6]
@@ -359,7 +359,7 @@ def test_tensorboard_gets_the_settings_and_the_samples() -> None:
     assert text("settings")[0] == 0 and "    learning_rate: 0.0006\n" in text("settings")[1]
     content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = hparams.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert (values["n_layer"].number_value, values["bias"].bool_value) == (12, True)
+    assert (values["n_layer"].number_value, values["decay_lr"].bool_value) == (12, True)
     assert values["dataset"].string_value == "openwebtext"
 
 
@@ -405,10 +405,11 @@ def test_a_logger_that_fails_is_one_warning(
 
 def test_a_bar_on_a_terminal_that_is_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
-        def write(self, text: str) -> int:
+        def write(self, text: str = "") -> int:
             raise OSError(5, "Input/output error")
 
-        flush = write  # type: ignore[assignment]
+        def flush(self) -> None:
+            self.write()
 
     log = opened(config(progress="bar"))
     log.terminal.stream = Gone()
