@@ -59,6 +59,7 @@ class TokenData:
         self.shards = shards
         self.name = name
         self.vocab_size: int | None = None  # the bound that check() was given, and that windows() keeps
+        self.largest_id: int | None = None  # as check() has found it; None for very large splits
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # where each shard begins, and the end
 
     @classmethod
@@ -84,7 +85,7 @@ class TokenData:
         self.vocab_size = vocab_size
         if sum(shard.nbytes for shard in self.shards) > tokenfile.SCAN_LIMIT:
             return BackgroundScan(self.shards, self.name, vocab_size, remember)
-        tokenfile.scan(self.shards, self.name, vocab_size, remember)
+        self.largest_id = tokenfile.scan(self.shards, self.name, vocab_size, remember)
         return None
 
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:

@@ -206,10 +206,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def scan(
     shards: Shards, name: str, vocab_size: int, remember: bool = True, stopped: threading.Event | None = None
-) -> None:
-    """Reads every id. Raises DataError at the first one outside the vocabulary. What was found in large files is
-    remembered beside them, for as long as they do not change; remember=False writes nothing."""
-    is_large, at = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0
+) -> int:
+    """Reads every id and returns the largest. Raises DataError at the first one outside the vocabulary.
+
+    The results for large files are kept next to them and used while they do not change; remember=False writes nothing.
+    """
+    is_large, at, found = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0, 0
     for shard in shards:
         largest = _remembered(shard) if is_large and isinstance(shard, TokenFile) else None
         if largest is None or largest >= vocab_size:
@@ -217,14 +219,15 @@ def scan(
             largest = 0
             for begin in range(0, len(shard), BLOCK):
                 if stopped is not None and stopped.is_set():
-                    return
+                    return found
                 part = shard[begin : begin + BLOCK]
                 largest = max(largest, int(part.max()))
                 if largest >= vocab_size:
                     refuse_outside(shards, name, vocab_size, at + begin, part)
             if remember and is_large and isinstance(shard, TokenFile) and before == shard.identity():
                 _remember(shard, largest)
-        at += len(shard)
+        at, found = at + len(shard), max(found, largest)
+    return found
 
 
 def refuse_outside(shards: Shards, name: str, vocab_size: int, position: int, ids: np.ndarray) -> None:

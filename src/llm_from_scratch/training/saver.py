@@ -47,7 +47,8 @@ class Saver:
             "step": state.step,
             "model": model.state_dict(),
             "optimizer": optimizer_state(optimizer),
-            "trainer": vars(state) | {"scaler": scaler.state_dict(), "machine": machine},
+            "trainer": vars(state)
+            | {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.train_hash},
             "rng": rng,
             "config": to_dict(plan.config),
             "model_config": model.config,

@@ -83,10 +83,20 @@ class Plan:
         again = self.config.training.gradient_checkpointing
         return sizes(self.config.model, self.micro_batch, element, again, self.config.optimizer)
 
-    @functools.cached_property
+    @property
     def dataset_hash(self) -> str:
-        """Identifies the tokens of both splits: all of them, and of a split above HASHED bytes, pieces all over it."""
-        digest = hashlib.sha256()
+        """Identifies the tokens of both splits."""
+        return self._hashes[1]
+
+    @property
+    def train_hash(self) -> str:
+        """Identifies the training tokens."""
+        return self._hashes[0]
+
+    @functools.cached_property
+    def _hashes(self) -> tuple[str, str]:
+        """Of the training split, and of both: all tokens, or samples from all parts of a split above HASHED bytes."""
+        digest, hashes = hashlib.sha256(), []
         for data in (self.train_data, self.val_data):
             digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
             stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
@@ -94,7 +104,8 @@ class Plan:
                 pieces = -(-len(shard) // PIECE)
                 for piece in sorted({*range(0, pieces, stride), pieces - 1}):
                     digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
-        return digest.hexdigest()
+            hashes.append(digest.hexdigest())
+        return hashes[0], hashes[1]
 
 
 def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir: bool = True) -> Plan:
@@ -162,6 +173,8 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
         data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None, not eval_only)
         for data in (train_data, val_data)
     ]
+    if tokenizer_of(folder) is None and read_manifest(folder) is None:
+        notes += _foreign_ids((train_data, val_data))
     order = SampleOrder(
         len(train_data), config.model.block_size, config.data.sample_order, config.data.stride, config.system.seed
     )
@@ -193,17 +206,31 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
 
 
 def _same_data(plan: Plan, resumed: Checkpoint) -> None:
-    """Raises UserError where the run goes on with other training tokens than it began with."""
+    """Raises UserError if the tokens are not those of the run's start, unless that is allowed."""
     before = resumed.manifest.get("dataset_sha256")
     if before is None or before == plan.dataset_hash:
         return
+    train = resumed.trainer.get("train_sha256")
+    changed = "validation" if train == plan.train_hash else "training or validation" if train is None else "training"
     if not plan.config.training.allow_new_data:
         raise UserError(
-            f"the training tokens in {plan.folder} are not those that the run began with; name its data with "
+            f"the {changed} tokens in {plan.folder} are not those that the run began with; name its data with "
             "--dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
             f"--init_from={plan.config.training.out_dir} and another --out_dir"
         )
-    plan.notes.append(f"{plan.folder} holds other training tokens than the run began with, as allowed")
+    plan.notes.append(f"{plan.folder} holds other {changed} tokens than at the run's start, as allowed")
+
+
+def _foreign_ids(splits: tuple[TokenData, TokenData]) -> list[str]:
+    """A warning if data that names no tokenizer holds ids that GPT-2 does not have: the padding would hide them."""
+    for data in splits:
+        if data.largest_id is not None and data.largest_id >= GPT2_IDS:
+            return [
+                f"warning: {data.name}: id {data.largest_id} is not a GPT-2 token (0 to {GPT2_IDS - 1}): another "
+                "tokenizer made this data, so samples of the model would be wrong text; prepare the text with "
+                "llm-prepare --tokenizer=FOLDER_OR_FILE"
+            ]
+    return []
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:

@@ -26,7 +26,7 @@ from llm_from_scratch.training.setup import prepare
 from llm_from_scratch.training.state import copied
 from llm_from_scratch.training.trainer import Trainer, train
 
-from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
+from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data, write_ids
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -349,7 +349,7 @@ def test_what_a_checkpoint_says_of_the_network_is_asked_for_anew(
     from llm_from_scratch.cli.train import main
 
     monkeypatch.setattr(loggers, "require", lambda *_: None)
-    monkeypatch.setattr(loggers, "WandB", lambda config: loggers.JsonLines(Path("wandb.jsonl"), None))
+    monkeypatch.setattr(loggers, "WandB", lambda *_: loggers.JsonLines(Path("wandb.jsonl"), None))
     train(tiny_config(tiny_data, out_dir="run", wandb_log=True))
     Path("wandb.jsonl").unlink()
     capsys.readouterr()
@@ -420,3 +420,28 @@ def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> Non
     with pytest.raises(UserError, match="no checkpoint"):
         train(tiny_config(tiny_data, out_dir="none", init_from="resume"))
     assert not Path("none").exists()
+
+
+@pytest.mark.parametrize(("split", "named"), [("val", "the validation tokens"), ("train", "the training tokens")])
+def test_the_split_that_changed_is_named(here: Path, split: str, named: str) -> None:
+    data = write_data(here / "data")
+    settings: dict[str, Any] = {"out_dir": "run", "max_iters": 4}
+    train(tiny_config(data, **settings))
+    path = data / f"{split}.bin"
+    path.write_bytes(path.read_bytes()[2:] + b"\1\0")
+    with pytest.raises(UserError, match=named):
+        prepare(tiny_config(data, **settings, init_from="resume"))
+    allowed = prepare(tiny_config(data, **settings, init_from="resume", allow_new_data=True))
+    assert any(f"holds other {named.removeprefix('the ')}" in note for note in allowed.notes)
+
+
+def test_ids_that_gpt2_does_not_have_are_named(here: Path) -> None:
+    ids = [1, 2, 50256] * 20
+    for split, largest in (("train", 50300), ("val", 50257)):
+        data = write_data(here / split, tokenizer=None, train=ids, val=ids)
+        assert not any("not a GPT-2 token" in note for note in prepare(tiny_config(data)).notes)
+        write_ids(data / f"{split}.bin", [*ids, largest])
+        told = [note for note in prepare(tiny_config(data)).notes if "not a GPT-2 token" in note]
+        assert len(told) == 1 and f"({split}): id {largest} is not a GPT-2 token (0 to 50256)" in told[0]
+    described = write_data(here / "described", tokenizer=None, train=[*ids, 50300], val=ids, vocab_size=50304)
+    assert not any("not a GPT-2 token" in note for note in prepare(tiny_config(described)).notes)
