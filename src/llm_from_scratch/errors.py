@@ -37,3 +37,7 @@ class Interrupted(Exception):
 
 class EngineError(RuntimeError):
     """The decoding engine is closed or has failed."""
+
+
+class OutputError(RuntimeError):
+    """Standard output cannot be written. `__cause__` is the OSError."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ..checkpoint.load import is_pretrained
 from ..checkpoint.store import find_checkpoint
-from ..errors import UserError
+from ..errors import OutputError, UserError
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
 
@@ -44,13 +44,21 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 130
+    except OutputError as failed:
+        assert isinstance(failed.__cause__, OSError)
+        return _lost(failed.__cause__)
     except OSError as error:
         if error.filename is not None or error.errno not in (*READER_GONE, *DISK_FULL):
             raise
-        if error.errno in READER_GONE:
-            return 141
-        note(f"error: cannot write the output: {error.strerror or error}")
-        return 1
+        return _lost(error)
+
+
+def _lost(error: OSError) -> int:
+    """Reports that the output cannot be written. Returns the exit code."""
+    if error.errno in READER_GONE:
+        return 141
+    note(f"error: cannot write the output: {error.strerror or error}")
+    return 1
 
 
 def check_location(location: str, which: str | None) -> None:

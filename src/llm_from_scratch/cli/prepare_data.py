@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 
+from ..errors import OutputError
 from ..presets import parse
 from .common import run
 
@@ -61,7 +62,10 @@ def _main(argv: list[str]) -> None:
 def _say(line: str) -> None:
     """Prints and flushes a line. Characters that the terminal cannot show are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        raise OutputError from error  # it must not be mistaken for a failure of the data files
 
 
 if __name__ == "__main__":

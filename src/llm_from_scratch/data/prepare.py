@@ -29,7 +29,6 @@ import numpy as np
 from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
-from ..machine.terminal import is_lost
 from . import sources as src
 from .encode import Shards, TokenCache, encode_units, units_of
 
@@ -408,8 +407,6 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, BrokenPipeError) or is_lost(sys.stdout):
-            raise  # of the output, not of the files
         where = f" {error.filename}" if error.filename else ""
         raise UserError(f"cannot write{where}: {error.strerror or error}") from None
 

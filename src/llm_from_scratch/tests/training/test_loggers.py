@@ -317,9 +317,12 @@ def test_wandb_continues_the_same_run_on_resume(tiny_data: Path, monkeypatch: py
     started: list[Any] = []
     logged: list[dict[str, float]] = []
     run = types.SimpleNamespace(log=logged.append, finish=lambda: None)
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(init=lambda **kwargs: started.append(kwargs) or run)
-    )
+
+    def init(**kwargs: Any) -> Any:
+        started.append(kwargs)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or found(name))
     for begin, last in (("scratch", 4), ("resume", 8)):
