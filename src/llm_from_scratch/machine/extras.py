@@ -1,14 +1,30 @@
-"""Optional packages: a missing one is a single line that names what to install."""
+"""Packages that may not be installed: a missing one is a single line that names what to install."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 from ..errors import UserError
 
+REQUIRED = {  # module: package
+    name: name for name in ("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "tyro", "rich", "filelock")
+} | {"yaml": "pyyaml"}  # fmt: skip
+
 
 def is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def stop_without_required() -> None:
+    """Ends the program with one line if a required package is missing: a script of a checkout runs without installing
+    the project, which would bring them."""
+    if lacking := [package for module, package in REQUIRED.items() if not is_installed(module)]:
+        print(f"error: packages are missing; install them with: pip install {' '.join(lacking)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def missing(package: str, extra: str, purpose: str, instead: str = "") -> UserError:

@@ -1,0 +1,47 @@
+"""machine/extras.py: what is not installed is named in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine.extras import REQUIRED, require
+
+ROOT = Path(__file__).resolve().parents[4]
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "model.py"])
+def test_a_script_of_the_checkout_names_what_is_missing(script: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("HIDDEN = {'tyro', 'rich', 'yaml'}\n" + HIDE)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script)], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: packages are missing; install them with: pip install tyro rich pyyaml\n"
+
+
+def test_the_required_packages_are_those_of_the_project() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert sorted(REQUIRED.values()) == sorted(re.split(r"[<>=!]", name)[0] for name in declared)
+
+
+def test_a_missing_extra_is_one_line() -> None:
+    with pytest.raises(UserError) as error:
+        require("no_such_package", "hf", "this", "do that")
+    assert str(error.value) == "this needs the package no_such_package: pip install 'llm-from-scratch[hf]', or do that"
