@@ -202,9 +202,9 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
     from llm_from_scratch.machine import device as runtimes
     from llm_from_scratch.machine.files import FolderLock
     from llm_from_scratch.presets import parse
-    from llm_from_scratch.training.guards import StopRequest
-    from llm_from_scratch.training.setup import prepare
-    from llm_from_scratch.training.trainer import Trainer
+    from llm_from_scratch.training.run import Run
+    from llm_from_scratch.training.setup import make_plan
+    from llm_from_scratch.training.trainer import train_step
 
     folder = Path(job["folder"])
     words = [f"--{name}={getattr(case, name)}" for name in
@@ -214,17 +214,16 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
               f"--out_dir={folder / 'out-ours'}", "--learning_rate=1e-3", "--loss_plot=False"]  # fmt: skip
     words += [f"--dtype={case.dtype}"] if case.dtype else []
     config = parse(Config, words + job["settings"], prog="benchmark").tree
-    plan = prepare(config)
+    plan = make_plan(config)
     runtimes.start(plan.runtime, plan.config.system)
-    trainer = Trainer(plan, "benchmark", StopRequest(), FolderLock(folder / "out-ours"))
+    run = Run(plan, lock=FolderLock(folder / "out-ours"))
 
     def step() -> None:
-        trainer._update()
-        trainer._heed(all_of_them=False)
-        trainer.timer.pause()
+        train_step(run, *run.next_batch())
+        run.report_steps()
 
     _serve(case, step, orders, answers)
-    trainer.close()
+    run.close()
 
 
 class _Gate(io.TextIOBase):

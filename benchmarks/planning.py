@@ -106,9 +106,9 @@ def work(job: dict[str, Any]) -> None:
 
 def planned(config: Any) -> dict[str, float]:
     from llm_from_scratch.training.forecast import forecast
-    from llm_from_scratch.training.setup import prepare
+    from llm_from_scratch.training.setup import make_plan
 
-    found = forecast(prepare(config))
+    found = forecast(make_plan(config))
     return {"step": found.step, "peak": found.memory, "total": found.total, "calibration": found.calibration}
 
 
@@ -116,22 +116,26 @@ def trained(config: Any) -> dict[str, float]:
     from llm_from_scratch.training import trainer as trainers
 
     kept: dict[str, Any] = {"eta": float("nan")}
-    update = trainers.Trainer._update
+    step = trainers.train_step
 
-    def marked(self: trainers.Trainer) -> None:
-        if self.state.step == ETA_AT:
-            kept["foretold"], kept["at"] = self.log.remaining.seconds(ETA_AT), time.perf_counter()
-        update(self)
-        kept["timer"] = self.timer
+    def marked(run: Any, x: Any, y: Any) -> Any:
+        if run.state.step == ETA_AT:
+            kept["estimated"], kept["at"] = run.log.remaining.seconds(ETA_AT), time.perf_counter()
+        kept["timer"] = run.timer
+        return step(run, x, y)
 
-    trainers.Trainer._update = marked  # type: ignore[method-assign]
+    trainers.train_step = marked
     with contextlib.redirect_stdout(io.StringIO()):
         trainers.train(config)
     if "at" in kept:
-        kept["eta"] = kept["foretold"] / (time.perf_counter() - kept["at"])
+        kept["eta"] = kept["estimated"] / (time.perf_counter() - kept["at"])
     total = time.process_time() if time.perf_counter is time.process_time else seconds_of_life()
-    step = statistics.median(kept["timer"].recent)
-    return {"step": step, "peak": peak_memory(config.system.device), "total": total, "eta": kept["eta"]}
+    return {
+        "step": statistics.median(kept["timer"].recent),
+        "peak": peak_memory(config.system.device),
+        "total": total,
+        "eta": kept["eta"],
+    }
 
 
 def seconds_of_life() -> float:

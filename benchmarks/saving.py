@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,7 +26,7 @@ from llm_from_scratch import Config, train
 from llm_from_scratch.checkpoint.store import find_checkpoint
 from llm_from_scratch.presets import parse
 from llm_from_scratch.training import state as snapshot
-from llm_from_scratch.training import trainer
+from llm_from_scratch.training.run import Run, TrainResult
 
 STEPS, SAVES = 24, 3
 SIZES = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=128", "--batch_size=8", "--vocab_size=8192"]
@@ -61,20 +62,18 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
         if way == "waited for":
             patches.enter_context(mock.patch.object(snapshot.Writer, "start", waited))
         ends: list[float] = []
-        finish = trainer.Trainer._finish
+        finish, begin = Run.finish, Run.__init__
 
-        def marked(self: trainer.Trainer, stopped: bool) -> trainer.TrainResult:
+        def marked(self: Run) -> TrainResult:
             ends.append(time.perf_counter())  # the last checkpoint is awaited in all three ways
-            return finish(self, stopped)
+            return finish(self)
 
-        patches.enter_context(mock.patch.object(trainer.Trainer, "_finish", marked))
-        run = trainer.Trainer.run
-
-        def begun(self: trainer.Trainer) -> trainer.TrainResult:
+        def begun(self: Run, *args: Any) -> None:
+            begin(self, *args)
             ends.append(time.perf_counter())
-            return run(self)
 
-        patches.enter_context(mock.patch.object(trainer.Trainer, "run", begun))
+        patches.enter_context(mock.patch.object(Run, "finish", marked))
+        patches.enter_context(mock.patch.object(Run, "__init__", begun))
         result = train(config)
     size = sum(path.stat().st_size for path in find_checkpoint(result.out_dir, "last").iterdir())
     return {"loop": ends[1] - ends[0], "copy": statistics.median(copies), "bytes": size}

@@ -154,37 +154,28 @@ def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tens
 
 def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
     """The training step of llm-train, and the model."""
-    import torch
+    import numpy as np
     from torch.profiler import record_function
 
-    from ..core.model import GPT
-    from ..training.optimizer import make_optimizer
-    from ..training.step import clip_gradients, gradients
-    from ..training.wrap import wrap
+    from ..core.dataset import SampleOrder, TokenData
+    from ..training.plan import Plan
+    from ..training.run import Run
+    from ..training.trainer import train_step
 
-    size, clip = tree.options.batch_size, tree.optimizer.grad_clip
-    model = GPT(tree.model)
-    runtime.place(model)
-    optimizer = make_optimizer(model, tree.optimizer, runtime.device)
+    size, block_size = tree.options.batch_size, tree.model.block_size
     config = Config(model=tree.model, optimizer=tree.optimizer, system=tree.system)
     config.data.batch_size, config.training.gradient_accumulation_steps = size, 1
-    models = wrap(model, config, runtime, size, print)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    config.scheduler.decay_lr = False
+    unused = TokenData([np.zeros(block_size + 2, dtype=np.uint16)])  # next_batch has the benchmark's data
+    order = SampleOrder(len(unused), block_size)
+    run = Run(Plan(config, runtime, Path(), None, unused, unused, order, size, size, tree.options.steps), say=print)
 
     def step() -> Tensor:
         with record_function("data"):  # profiling.py reads these names
             x, y = next_batch()
-        loss = gradients(models, x, y, size, runtime, scaler)
-        scaler.unscale_(optimizer)
-        if clip:
-            with record_function("clipping"):
-                clip_gradients(model, clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
+        return train_step(run, x, y).loss
 
-    return step, model
+    return step, run.model
 
 
 def _profile(step: Callable[[], Tensor], device: Any) -> float:

@@ -10,11 +10,9 @@ from typing import Any
 import yaml
 
 from ..checkpoint import store as checkpoints
-from ..checkpoint.load import is_pretrained
 from ..checkpoint.store import resolved_init
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
-from ..machine.processes import check_writable, distributed_env
 from ..machine.terminal import drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
@@ -58,7 +56,10 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     if flags["print_config"]:
         _print_yaml(config)
         return 0
-    _preflight(config)
+    from ..training.check import check
+
+    check(config)  # before torch is imported, which takes seconds
+
     if flags["dry_run"]:
         return _dry_run(parsed)
     from ..training.loggers import announce
@@ -97,30 +98,6 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
             raise UserError(f"--{name} must be True or False, got {value!r}")
         flags[name] = value.lower() != "false"
     return flags, rest
-
-
-def _preflight(config: Config) -> None:
-    """Checks everything that can be checked without importing torch. Raises UserError."""
-    from ..core.dataset import TokenData, read_manifest, resolve_dataset
-    from ..core.tokenizer import tokenizer_of
-    from ..training.loggers import check_extras
-
-    check_extras(config)
-    distributed_env()
-    init_from = config.training.init_from
-    if not config.training.eval_only:
-        check_writable(Path(config.training.out_dir))
-    folder = resolve_dataset(config.data.dataset)
-    tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
-    ids = tokenizer.vocab_size if tokenizer else manifest["vocab_size"] if manifest else None
-    for split in ("train", "val"):
-        data = TokenData.open(folder, split)
-        fixed = init_from == "scratch"  # otherwise the weights determine context and vocabulary
-        small = sum(shard.nbytes for shard in data.shards) < 1 << 26
-        vocab_size = ids if fixed and small and config.model.vocab_size is None else None
-        data.check(config.model.block_size if fixed else 1, vocab_size)
-    if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
-        checkpoints.find_checkpoint(init_from, verify=False)
 
 
 def _choose_length(parsed: Parsed[Config]) -> None:
@@ -180,9 +157,10 @@ def _print_yaml(config: Config) -> None:
 
 def _dry_run(parsed: Parsed[Config]) -> int:
     from ..training.forecast import forecast, lines
-    from ..training.setup import describe, prepare
+    from ..training.plan import describe
+    from ..training.setup import make_plan
 
-    plan = prepare(parsed.tree, parsed.sources)
+    plan = make_plan(parsed.tree, parsed.sources)
     print("\n".join(describe(plan)), flush=True)
     print("\n".join(lines(plan, forecast(plan))))
     print("dry run: nothing was trained, nothing was written")

@@ -27,6 +27,7 @@ class NGramEmbedding(nn.Module):
         super().__init__()
         assert config.vocab_size is not None
         self.longest, self.rows, self.vocab_size = config.max_ngram, config.ngram_rows, config.vocab_size
+        self.forget_from = self.rows  # --forget_ngrams forgets the rows from here on: those of n > 2
         self.weight = nn.Parameter(torch.zeros((self.longest - 1) * self.rows, config.n_embd))
 
     def forward(self, idx: Tensor, seen: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch
 
 from ..config import SystemConfig
 from ..errors import UserError
-from .processes import distributed_env
+from .memory import keep_freed_memory
+from .processes import distributed_env, start_processes, stop_processes
 
 if TYPE_CHECKING:
     from ..core.model import GPT
@@ -70,7 +70,7 @@ class Runtime:
         model.to(self.device)
         model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         if self.device.type == "cpu":
-            _keep_freed_memory(model.get_num_params() < LARGE)
+            keep_freed_memory(model.get_num_params() < LARGE)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""
@@ -152,10 +152,6 @@ def resolve(config: SystemConfig) -> Runtime:
     backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
     if backend == "nccl" and device.type != "cuda" and world > 1:
         raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")
-    if config.fp8:
-        from ..kernels.float8 import refuse_unfit  # which imports the model
-
-        refuse_unfit(device, dtype)
     compiles = config.compile if isinstance(config.compile, bool) else device.type == "cuda" and has_triton()
     if config.cuda_graphs is True and not (device.type == "cuda" and compiles and world == 1):
         raise UserError(
@@ -181,40 +177,17 @@ def resolve(config: SystemConfig) -> Runtime:
 
 def start(runtime: Runtime, config: SystemConfig) -> None:
     """Applies the choice: threads, TF32, seeds, and the process group under torchrun."""
-    _leave_the_compiler_out()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    if runtime.world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend=runtime.backend)
+    start_processes(runtime.backend, runtime.world_size)
     # each process drops out other activations; weights are broadcast from rank 0
     torch.manual_seed(config.seed + runtime.rank)
 
 
-def _leave_the_compiler_out() -> None:
-    """torch imports its compiler, for more than a second, to have it pass over four methods of its optimizers. Nothing
-    here compiles them; where torch is another, this does nothing."""
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
-        if method is not None:
-            setattr(method, "__dynamo_disable", method)  # noqa: B010 - in a class, the plain form would be renamed
-
-
-def _keep_freed_memory(keep: bool) -> None:
-    """Has glibc (mallopt, malloc.h) keep what is freed for the next step, which then need not have its pages made
-    anew, a sixth of a small model's step; or return blocks of 2 MiB at once. Other libraries have no such
-    switch."""
-    trim_threshold, mmap_threshold = -1, -3
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, (32 if keep else 2) << 20)  # 32 MiB is the most that it takes
-        libc.mallopt(trim_threshold, (1024 if keep else 1) << 20)
-
-
 def stop() -> None:
     """Leaves the process group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    stop_processes()

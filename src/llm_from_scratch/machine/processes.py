@@ -1,12 +1,16 @@
-"""What can be known of processes and folders without torch, so that a mistake is told at once."""
+"""Processes: torchrun's variables, process groups, reductions over ranks. Imports torch only to communicate."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def distributed_env() -> tuple[int, int, int]:
@@ -47,3 +51,44 @@ def check_writable(out_dir: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"out_dir={out_dir} cannot be written ({reason}); name another with --out_dir") from None
+
+
+def start_processes(backend: str, world_size: int) -> None:
+    """Joins the process group, if there are several processes."""
+    if world_size > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group(backend=backend)
+
+
+def stop_processes() -> None:
+    """Leaves the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait_for_all(world_size: int) -> None:
+    """Returns when every process has called it."""
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -> list[float]:
+    """The sums over all processes, in float64."""
+    if world_size == 1:
+        return values
+    import torch
+
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def any_rank(condition: bool, device: torch.device, world_size: int) -> bool:
+    """Whether the condition is true in one of the processes."""
+    return sum_over_ranks([float(condition)], device, world_size)[0] > 0

@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte. Sums are kept in float64, so batch size and world size do not show."""
+"""Loss, perplexity and bits per byte. Sums are float64, so batch size and world size do not change them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..core.dataset import SampleOrder, TokenData
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from ..machine.device import Runtime, is_out_of_memory
+from ..machine.processes import sum_over_ranks
 
 LOGITS_LIMIT = 1 << 26  # logits of one evaluation batch: 256 MiB in float32
 EVAL_SEED = 0x5EED  # evaluation batches are the same in every run and at every step
@@ -30,7 +31,7 @@ class Evaluation:
     tokens: int
     """Predicted tokens."""
     text_bytes: int | None
-    """UTF-8 bytes of the predicted tokens; None where no tokenizer tells."""
+    """UTF-8 bytes of the predicted tokens; None without a tokenizer."""
     seconds: float
 
     @property
@@ -43,8 +44,8 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
-def _nothing() -> None:
-    """The pulse of an evaluation that nobody ends."""
+def _continue() -> None:
+    """The default before_batch: never ends an evaluation."""
 
 
 @torch.no_grad()
@@ -55,15 +56,15 @@ def evaluate_split(
     runtime: Runtime,
     tokenizer: Tokenizer | None = None,
     batch_size: int | None = None,
-    pulse: Callable[[], None] = _nothing,
+    before_batch: Callable[[], None] = _continue,
 ) -> Evaluation:
-    """The loss over every token of a split but its first, in neighbouring windows of block_size tokens.
+    """The loss over every token of a split except its first, in adjacent windows of block_size tokens.
 
-    pulse is called before every batch, and may raise to end the evaluation.
+    before_batch is called before every batch, and may raise to end the evaluation.
     """
     begin = time.perf_counter()
     starts = np.arange(0, len(data) - 1, block_size)
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, pulse)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch)
     text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
@@ -76,12 +77,12 @@ def estimate_loss(
     windows: int,
     runtime: Runtime,
     batch_size: int | None = None,
-    pulse: Callable[[], None] = _nothing,
+    before_batch: Callable[[], None] = _continue,
 ) -> float:
-    """Mean loss over so many random windows, the same ones every time. pulse: as in evaluate_split."""
+    """Mean loss over `windows` random windows, the same ones every time. before_batch: as in evaluate_split."""
     starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
     size = batch_size or min(windows, windows_at_once(model, block_size))
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, pulse)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, before_batch)
     return nats / total
 
 
@@ -92,36 +93,36 @@ def _sum_of_losses(
     block_size: int,
     runtime: Runtime,
     size: int | None,
-    pulse: Callable[[], None],
+    before_batch: Callable[[], None],
 ) -> list[float]:
-    """(nats, tokens) of the windows, over all processes; in batches of `size`, smaller where memory runs out."""
+    """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out."""
     size = size or windows_at_once(model, block_size)
-    mine = starts[runtime.rank :: runtime.world_size]  # whatever size each process comes down to
+    mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
     while True:
         nats, tokens = 0.0, 0
         try:
             with _evaluating(model):
                 for i in range(0, len(mine), size):
-                    pulse()
+                    before_batch()
                     part = mine[i : i + size]
                     x, y = _windows(data, part, block_size, size, runtime.device)
                     count = int((y >= 0).sum())
                     nats += _loss(model, x, y, runtime) * count
                     tokens += count
-            return _sum_over_ranks([nats, tokens], runtime)
+            return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise UserError(
                     f"out of memory evaluating one sequence of {block_size} tokens "
-                    f"({' '.join(str(error).split())[:200]}); shorten the context or take a smaller model"
+                    f"({' '.join(str(error).split())[:200]}); shorten the context or use a smaller model"
                 ) from None
         size //= 2
 
 
 def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of a split's text without its first token, which nothing predicts."""
+    """UTF-8 bytes of a split's text except its first token, which nothing predicts."""
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], dtype=np.int64)
     total = 0
     for shard in data.shards:
@@ -133,7 +134,7 @@ def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
 
 
 def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
-    """Sequences an evaluation batch: enough tokens to keep the device busy, few enough to hold the logits."""
+    """Sequences per evaluation batch: enough tokens to keep the device busy, few enough for the logits to fit."""
     config: Any = model.config
     return max(1, min(16384, LOGITS_LIMIT // config.vocab_size) // block_size)
 
@@ -141,7 +142,7 @@ def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
 def _windows(
     data: TokenData, starts: np.ndarray, block_size: int, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (batch_size, block_size); what lies beyond the data or the last row has target -1.
+    """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1.
 
     Every batch has the same shape, so that a compiled model is compiled once.
     """
@@ -167,7 +168,7 @@ def _loss(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> flo
 
 
 class _evaluating:
-    """eval() within the block, and back to what it was."""
+    """The model in eval() within the block; afterwards in its previous mode."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.was_training = model, model.training
@@ -177,16 +178,3 @@ class _evaluating:
 
     def __exit__(self, *exc: object) -> None:
         self.model.train(self.was_training)
-
-
-def any_process(condition: bool, runtime: Runtime) -> bool:
-    """Whether it holds in one of the processes; all must decide the same."""
-    return _sum_over_ranks([float(condition)], runtime)[0] > 0
-
-
-def _sum_over_ranks(values: list[float], runtime: Runtime) -> list[float]:
-    if runtime.world_size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=runtime.device)
-    torch.distributed.all_reduce(total)
-    return total.tolist()

@@ -7,15 +7,11 @@ does not; both grow with the number of sequences. It writes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import os
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +20,12 @@ from torch import Tensor
 from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
-from ..machine.files import FolderLock
+from ..machine.memory import free_memory, peak_memory, total_memory
 from .evaluate import estimate_loss, windows_at_once
-from .guards import StopRequest
-from .loggers import RunLog
-from .microbatch import free_memory
+from .plan import Plan
 from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
-from .setup import Plan
-from .step import gradients
-from .trainer import Trainer
+from .run import Run
+from .trainer import train_step
 from .wrap import loss_is_chunked
 
 BUDGET = 3.0  # seconds
@@ -95,28 +88,41 @@ class _Split:
         return self.stack * factor + self.rest
 
 
-class _Rehearsal(Trainer):
-    """The trainer, on a plan of its own; it reports nothing, and knows what its blocks take."""
+class _Scaler(torch.amp.GradScaler):
+    """A run's gradient scaler. train_step calls unscale_() between the gradients and the update: a place to measure."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, device: torch.device, after_gradients: Callable[[], None]):
+        super().__init__(device.type, enabled=scaler.is_enabled())
+        self.after_gradients = after_gradients
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self.after_gradients()
+        super().unscale_(optimizer)
+
+
+class Rehearsal:
+    """A run on a plan of its own, which prints and writes nothing. Measures how long its blocks and the rest take."""
 
     def __init__(self, plan: Plan):
-        with contextlib.redirect_stdout(io.StringIO()):
-            super().__init__(plan, "", StopRequest(), FolderLock(Path(plan.config.training.out_dir)))
+        self.run = run = Run(plan)
+        self.device, self.plan = run.runtime.device, run.plan
         self.spans: dict[str, float] = {}
-        self.kept: dict[Tensor, Tensor | None] | None = None
+        self.only_stack = False
         self.inside = False
-        blocks = list(self.models.raw.transformer.h)
+        run.scaler = _Scaler(run.scaler, self.device, self._after_gradients)
+        blocks = list(run.model.transformer.h)
         self.of_stack = {p for block in blocks for p in block.parameters()}
-        if not self.models.is_compiled:
+        if not run.models.is_compiled:
             blocks[0].register_forward_pre_hook(self._enter)
             blocks[-1].register_forward_hook(self._leave)
 
-    def _open_log(self) -> RunLog:
-        return RunLog(self.config, is_master=False, first=0, last=0, resumed=False)
+    def close(self) -> None:
+        self.run.close()
 
     def _now(self) -> float:
-        if self.runtime.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        elif self.runtime.device.type == "mps":
+        elif self.device.type == "mps":
             torch.mps.synchronize()
         return time.perf_counter()
 
@@ -136,23 +142,20 @@ class _Rehearsal(Trainer):
         if first.requires_grad:
             first.register_hook(lambda grad: self._mark("backward begins"))
 
-    def _gradients(self, place: int) -> Tensor:
-        if self.kept is not None:
-            for p, grad in self.kept.items():
-                p.grad = grad
-            loss = torch.zeros((), device=self.runtime.device)
-        else:
-            loss = super()._gradients(place)
+    def _after_gradients(self) -> None:
+        if self.only_stack:
+            for p in self.run.model.parameters():
+                if p not in self.of_stack:
+                    p.grad = None
         self._mark("gradients end")
-        return loss
 
-    def timed(self) -> dict[str, float]:
-        """Seconds of one update and of its parts."""
+    def timed(self, sequences: int | None = None) -> dict[str, float]:
+        """Seconds of one update and of its parts. sequences: of the batch; None: all."""
         self.spans.clear()
         begin = self._now()
-        self._update()
-        self._heed(all_of_them=True)
-        self.timer.pause()
+        x, y = self.run.next_batch()
+        train_step(self.run, x[:sequences], y[:sequences])
+        self.run.report_steps(wait=True)
         end, at = self._now(), self.spans
         forward = at.get("forward ends", 0.0) - at.get("forward begins", 0.0)
         backward = at.get("backward ends", 0.0) - at.get("backward begins", 0.0)
@@ -160,23 +163,24 @@ class _Rehearsal(Trainer):
         return {"gradients": gradients, "stack": forward + backward, "update": end - begin - gradients}
 
     def update_of_stack(self) -> float:
-        """Seconds of an update after the gradients, where only the blocks have any."""
-        grads = {p: torch.full_like(p, 1e-6) for p in self.of_stack}
-        self.kept = {p: grads.get(p) for p in self.models.raw.parameters()}
+        """Seconds of an update after the gradients, if only the blocks have any."""
+        self.only_stack = True
         try:
-            return self.timed()["update"]
+            return self.timed(sequences=1)["update"]
         finally:
-            self.kept = None
+            self.only_stack = False
 
     def one_sequence(self) -> None:
-        """Forward and backward over a single one, without an update: what is loaded and made at first use then is."""
-        x, y = self.loader.get(0)
-        gradients(self.models, x[:1], y[:1], 1, self.runtime, self.scaler)
-        self.optimizer.zero_grad(set_to_none=True)
+        """Forward and backward over one sequence, without an update: loads what is loaded at the first use."""
+        x, y = self.run.loader.get(0)
+        with self.run.runtime.autocast():
+            _, loss = self.run.models.train(x[:1], y[:1])
+        loss.backward()
+        self.run.model.zero_grad(set_to_none=True)
 
     def saved(self) -> _Split:
         """Bytes that a forward pass keeps for the backward pass."""
-        own = {p.untyped_storage().data_ptr() for p in self.models.raw.parameters()}
+        own = {p.untyped_storage().data_ptr() for p in self.run.model.parameters()}
         found: dict[int, tuple[bool, int]] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -185,9 +189,9 @@ class _Rehearsal(Trainer):
                 found.setdefault(storage.data_ptr(), (self.inside, storage.nbytes()))
             return tensor
 
-        x, y = self.loader.get(0)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.runtime.autocast():
-            _, loss = self.models.raw(x, y)
+        x, y = self.run.loader.get(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
+            _, loss = self.run.model(x, y)
         del loss
         stack = sum(size for inside, size in found.values() if inside)
         rest = sum(size for inside, size in found.values() if not inside)
@@ -196,17 +200,17 @@ class _Rehearsal(Trainer):
     def held(self) -> tuple[_Split, _Split]:
         """Bytes of the weights, and of the optimizer's moments."""
         weights, moments = {True: 0, False: 0}, {True: 0, False: 0}
-        for p in self.models.raw.parameters():
+        for p in self.run.model.parameters():
             weights[p in self.of_stack] += p.nbytes
-            state = self.optimizer.state.get(p, {})
+            state = self.run.optimizer.state.get(p, {})
             moments[p in self.of_stack] += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
         return _Split(weights[True], weights[False]), _Split(moments[True], moments[False])
 
     def evaluated(self, windows: int) -> _Split:
         """Seconds of evaluating so many windows at once."""
         plan, begin = self.plan, self._now()
-        block_size = self.config.model.block_size
-        estimate_loss(self.models.compiled, plan.val_data, block_size, windows, self.runtime, windows)
+        block_size, run = plan.config.model.block_size, self.run
+        estimate_loss(run.models.compiled, plan.val_data, block_size, windows, run.runtime, windows)
         stack = self.spans.get("forward ends", 0.0) - self.spans.get("forward begins", 0.0)
         return _Split(stack, self._now() - begin - stack)
 
@@ -221,9 +225,9 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     device = plan.runtime.device
     layers, rows = _extent(plan, budget)
     while True:
-        base, free = _peak(device), free_memory(torch.device("cpu"))
+        base, free = peak_memory(device), free_memory(torch.device("cpu"))
         try:
-            rehearsal = _Rehearsal(_reduced(plan, layers, rows))
+            rehearsal = Rehearsal(_reduced(plan, layers, rows))
             try:
                 return _measured(plan, rehearsal, base, free, budget, begin, ran)
             finally:
@@ -280,7 +284,7 @@ def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
 
 
 def _measured(
-    plan: Plan, rehearsal: _Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
+    plan: Plan, rehearsal: Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
 ) -> Forecast:
     """Extrapolates from a part of the layers and of the sequences to all."""
     built, small, model = _since(begin), rehearsal.plan, plan.config.model
@@ -288,7 +292,7 @@ def _measured(
     at_first = 0
     if wide > 1:
         rehearsal.one_sequence()
-        at_first = _peak(plan.runtime.device)
+        at_first = peak_memory(plan.runtime.device)
     rehearsal.timed()  # makes the moments, and warms up
     start = time.perf_counter()
     passes: list[dict[str, float]] = []
@@ -297,15 +301,15 @@ def _measured(
     took = {name: statistics.median(one[name] for one in passes) for name in passes[0]}
     of_stack = statistics.median(rehearsal.update_of_stack() for _ in range(LEAST)) if deep > 1 else 0.0
     update = took["update"] + (deep - 1) * min(of_stack, took["update"])
-    step = plan.micro_steps * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
-    trained = _peak(plan.runtime.device)
+    step = plan.micro_steps(plan.micro_batch) * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
+    trained = peak_memory(plan.runtime.device)
 
     at_once, windows = _windows(plan, rehearsal)
     tried = min(at_once, max(1, int(budget / 8 / took["gradients"] * 3 * small.micro_batch)))
     rehearsal.evaluated(tried)
     per_window = rehearsal.evaluated(tried).deeper(deep) / tried
     evaluation = 2 * -(-windows // at_once) * at_once * per_window
-    looked = _peak(plan.runtime.device)
+    looked = peak_memory(plan.runtime.device)
 
     weights, moments = rehearsal.held()
     saved = rehearsal.saved()
@@ -317,7 +321,7 @@ def _measured(
     fixed = min(fixed, moment)
     moment = wide * (moment - fixed) + fixed
     activations = wide * saved.deeper(deep) + moment
-    if plan.micro_steps == 1:  # gradients come as activations go
+    if plan.micro_batch == plan.global_batch // plan.runtime.world_size:  # gradients come as activations go
         activations = max(activations - W, moment)
     if looked > trained:  # an evaluation needs more than a step
         activations = max(activations, (looked - before) * at_once / tried - W)
@@ -328,7 +332,7 @@ def _measured(
         if free is not None and 2 * copies > free - copies - max(W, activations):
             copies = 0.0  # memory is short: a save waits instead
         if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
-            large: float = sum(p.nbytes for p in rehearsal.models.raw.parameters() if p.nbytes > HEAP)
+            large: float = sum(p.nbytes for p in rehearsal.run.model.parameters() if p.nbytes > HEAP)
             logits = 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0)
             if logits > HEAP and not small.config.training.chunked_loss:
                 large += wide * saved.rest + moment - fixed
@@ -342,44 +346,19 @@ def _measured(
         saves=(saves * SAVE_BESIDE + SAVE_AWAITED) * (W + M), startup=ran + built * W / weights.whole,
         weights=int(W), gradients=int(W), optimizer=int(M), activations=int(activations),
         copies=int(copies), base=base,
-        available=_memory(plan.runtime.device), calibration=_since(begin),
+        available=total_memory(plan.runtime.device), calibration=_since(begin),
         measured=f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
         f"{small.micro_batch} of {plan.micro_batch} sequences",
     )  # fmt: skip
 
 
-def _windows(plan: Plan, rehearsal: _Rehearsal) -> tuple[int, int]:
+def _windows(plan: Plan, rehearsal: Rehearsal) -> tuple[int, int]:
     """(windows of an evaluation that are computed at once, windows a split)."""
     windows = plan.config.training.eval_iters * plan.config.data.batch_size
-    at_once = rehearsal.eval_batch or min(windows, windows_at_once(rehearsal.models.raw, plan.config.model.block_size))
+    at_once = rehearsal.run.eval_batch or min(
+        windows, windows_at_once(rehearsal.run.model, plan.config.model.block_size)
+    )
     return at_once, windows
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes: of the device as torch counts them, or of this process's memory that was resident at once."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    try:
-        import resource
-    except ImportError:  # Windows: only what is counted
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _memory(device: torch.device) -> int | None:
-    """Bytes of the device, or of the machine and what a container may have of it; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    with contextlib.suppress(OSError, ValueError):  # "max" without a limit
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
 
 
 def _since(begin: float) -> float:

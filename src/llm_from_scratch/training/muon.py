@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices, AdamW for all else, in one optimizer.
+"""Muon for the hidden matrices, AdamW for all other parameters.
 
-Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix, U S V^T, by nearly
-U V^T: a step of the same length in every direction. Where torch.optim.Muon takes one matrix after the other, here all
-matrices of one shape go through each product together.
+Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix, U S V^T, by
+approximately U V^T: a step of the same length in every direction. torch.optim.Muon steps one matrix at a time; here all
+matrices of one shape share each product.
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..config import OptimizerConfig
-from ..core.model import CausalSelfAttention
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
-from .adagrad import NGRAMS
-from .adamw import AdamW
+from .rule import Rule, Slots, with_gradients
 
-# The odd polynomials x -> a x + b x^3 + c x^5 that one after the other bring [0.01, 1] nearest to 1: each is the best
-# in the maximum norm on the interval that those before it leave (Polar Express, arXiv 2505.16932), widened by 2%
-# upwards for the rounding of bfloat16, beyond which it would run away. They leave [0.984, 1.016]; what is smaller grows
-# by 149. From 0.003 on, the first would bring some large singular values down to 0.02, where they drown in rounding.
+# The odd polynomials x -> a x + b x^3 + c x^5 that map [0.01, 1] to an interval around 1, one after the other. Each is
+# the best in the maximum norm on the interval that the previous ones leave (Polar Express, arXiv 2505.16932), widened
+# by 2% upwards because values above it would diverge, and bfloat16 rounds. The result is [0.984, 1.016]; smaller values
+# grow by 149. Starting from 0.003, the first would map some large singular values to 0.02, below the rounding error.
 COEFFICIENTS = (
     (7.9424, -22.2873, 15.8239),
     (3.5875, -2.5845, 0.4893),
     (2.6604, -1.9134, 0.4194),
     (1.9688, -1.3507, 0.3852),
 )
-MARGIN = 1.02  # likewise, for the norm
-CHUNKS = {"cuda": 1 << 26}  # elements that go through the products together: what keeps a GPU busy;
-CHUNK = 1 << 22  # a processor gains nothing above it
+MARGIN = 1.02  # the same 2%, for the norm
+CHUNKS = {"cuda": 1 << 26}  # elements that share a product: enough to keep a GPU busy;
+CHUNK = 1 << 22  # a CPU gains nothing above this
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = COEFFICIENTS) -> Tensor:
     """The singular values of n matrices brought near 1. x: (n, rows, cols) with rows <= cols, overwritten.
 
-    Each matrix is first divided by the 8-norm of its singular values, (sum of s^8)^(1/8), which is read off the square
-    of its Gram matrix: above the largest, but nearer to it than the Frobenius norm that is usual, which is worth about
-    one polynomial. Where columns are many, two polynomials are worked out on the Gram matrix between two products with
-    x ("Gram Newton-Schulz"); with three, rounding makes it indefinite and the result endless in bfloat16.
+    Each matrix is first divided by the 8-norm of its singular values, (sum of s^8)^(1/8), computed from the square of
+    its Gram matrix. It is above the largest singular value, but closer to it than the usual Frobenius norm, which saves
+    about one polynomial. With many columns, two polynomials are computed on the Gram matrix between two products with
+    x ("Gram Newton-Schulz"). With three, rounding makes it indefinite and the result diverges in bfloat16.
     """
     at_once = 2 if x.size(2) > 2 * x.size(1) else 1
     for begin in range(0, len(coefficients), at_once):
@@ -53,7 +51,7 @@ def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ..
             q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         else:
             size = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float32)[:, None, None].clamp(min=1e-30)
-            gram /= size.to(x.dtype)  # now no square leaves the range of the numbers
+            gram /= size.to(x.dtype)  # now no square overflows
             square = gram @ gram
             norm = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True, dtype=torch.float32)
             scale = (MARGIN**2 * norm.sqrt()).clamp(min=1e-14)  # squared, as gram is
@@ -72,33 +70,33 @@ def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ..
 
 @functools.cache
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where products of it are fast: half the time, and the singular values end in the same interval."""
+    """bfloat16 if its products are fast: half the time, and the singular values end in the same interval."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_native_bf16() else torch.float32
 
 
 def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Up to four groups that hold every trained parameter once: the weights of linear layers but the head's for Muon;
-    for AdamW embeddings, the head, and all else. A table that is tied to the head is the head.
+    """Up to four groups that hold every trained parameter once: the weights of linear layers except the head for Muon;
+    embeddings, the head, and the rest for AdamW. A table that is tied to the head counts as the head.
 
-    "rows" tells which matrices a weight holds one above the other: queries, keys and values are three. Only the
-    matrices decay. Raises UserError where a rate is set for a group that the model does not have.
+    "rows": the heights of the matrices that are stacked in a weight: queries, keys and values are three. Only the
+    matrices decay. Raises UserError if a rate is set for a group that the model does not have.
     """
     head = getattr(getattr(model, "lm_head", None), "weight", None)
     rows: dict[Tensor, tuple[int, ...]] = {}
     tables: set[Tensor] = set()
+    sparse: set[Tensor] = set()
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if getattr(module, "sparse", False):
+            sparse.update(module.parameters(recurse=False))
+        elif isinstance(module, nn.Embedding):
             tables.add(module.weight)
         elif isinstance(module, nn.Linear) and module.weight is not head:
-            rows.setdefault(module.weight, (module.out_features,))
-        elif isinstance(module, CausalSelfAttention):
-            heads = (module.n_head, module.n_kv_head, module.n_kv_head)
-            rows[module.c_attn.weight] = tuple(n * module.head_dim for n in heads)
+            rows.setdefault(module.weight, getattr(module, "stacked", (module.out_features,)))
     named: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
-        if p.requires_grad and name != NGRAMS:
+        if p.requires_grad and p not in sparse:
             kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
             named[kind].append((name, p))
     rates = {
@@ -110,95 +108,101 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any
     for kind, members in named.items():
         rate = rates.get(kind)
         if not members and rate is not None and kind != "matrices":
-            raise UserError(
-                f"the model has no {kind} of its own to train: leave --{kind.rstrip('s')}_learning_rate out"
-            )
+            raise UserError(f"the model has no separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out")
         peak = config.learning_rate if rate is None else rate
-        group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak}
+        group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}
         group |= {"lr_scale": peak / config.learning_rate, "weight_decay": 0.0}
         if kind == "matrices":
-            parts = [rows[p] for _, p in members]
-            group |= {"weight_decay": config.weight_decay, "momentum": config.muon_momentum, "rows": parts}
+            group |= {"rule": "muon", "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+            group["rows"] = [rows[p] for _, p in members]
         groups += [group] if members else []
     return groups
 
 
-class Muon(AdamW):
-    """Groups with a "momentum" are stepped by Muon, the others by AdamW (see there for dtype, fused and found_inf).
+class Muon(Rule):
+    """Muon for groups of matrices.
 
     For a matrix W of r rows and c columns with gradient G, M = mu M + (1 - mu) G, and
     W = (1 - lr * weight_decay) W - lr * sqrt(max(1, r / c)) * orthogonalized((1 - mu) G + mu M):
-    Nesterov's momentum and the scale of Jordan's Muon ("original" in torch.optim.Muon), whose rate is about 0.02.
-    The gradients are overwritten. Every process of a data-parallel run works out the same. Raises UserError where
-    parameters are sharded.
+    Nesterov's momentum and the scale of Jordan's Muon ("original" in torch.optim.Muon), with a rate of about 0.02.
+    The gradients are overwritten. Every process of a data-parallel run computes the same.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *args: Any, **settings: Any):
-        distributed = sys.modules.get("torch.distributed.tensor")  # whoever shards has imported it, which takes a while
+    skips_on_device = True
+
+    @classmethod
+    def groups(cls, model: nn.Module, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See muon_groups(). Raises UserError if parameters are sharded."""
+        groups = muon_groups(model, config)
+        distributed = sys.modules.get("torch.distributed.tensor")  # imported by whoever shards; it takes a while
         for name, p in ((name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)):
             if distributed is not None and isinstance(p, distributed.DTensor):
                 raise UserError(
-                    f"optimizer_type=muon needs whole matrices, and {name} is shared out among processes (FSDP): "
-                    "take --optimizer_type=adamw, or data parallelism without shards"
+                    f"optimizer_type=muon needs whole matrices, and {name} is sharded among processes (FSDP): "
+                    "use --optimizer_type=adamw, or data parallelism without shards"
                 )
-        super().__init__(groups, *args, **settings)
+        return groups
 
-    def step_group(self, group: dict[str, Any]) -> None:
-        if "momentum" not in group:
-            super().step_group(group)
-            return
+    def slots(self, p: Tensor) -> Slots:
+        return {"momentum_buffer": (tuple(p.shape), self.dtype)}
+
+    def step(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None) -> None:
         shapes: dict[tuple[int, int], list[_Matrix]] = {}
-        for name, p, heights in zip(group["names"], group["params"], group["rows"], strict=True):
-            if p.grad is None:
-                continue
-            if not self.state[p]:
-                self.state[p] = {"momentum_buffer": torch.zeros_like(p, dtype=self.dtype)}
+        heights = dict(zip(group["names"], group["rows"], strict=True))
+        for name, p in with_gradients(group):
+            state[p] = state[p] or self.new_state(p)
             if self.dtype != torch.float32:
-                self.state[p]["draws"] = self.state[p].get("draws", 0) + 1
+                state[p]["draws"] = state[p].get("draws", 0) + 1
             begin = 0
-            for height in heights:
+            for height in heights[name]:
                 short, long = sorted((height, p.size(1)))
                 shapes.setdefault((short, long), []).append(_Matrix(name, p, begin, begin + height))
                 begin += height
         for (short, long), matrices in shapes.items():
             at_once = max(1, CHUNKS.get(matrices[0].p.device.type, CHUNK) // (short * long))
             for first in range(0, len(matrices), at_once):
-                self._step_matrices(matrices[first : first + at_once], group)
+                self._step_matrices(matrices[first : first + at_once], group, state, found_inf)
 
-    def _step_matrices(self, matrices: list[_Matrix], group: dict[str, Any]) -> None:
-        """Steps matrices that have one shape once they lie on their longer side."""
+    def _step_matrices(
+        self, matrices: list[_Matrix], group: dict[str, Any], state: dict[Tensor, dict[str, Any]],
+        found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Steps matrices that have one shape when the longer side is horizontal."""
         mu, lr, decay = group["momentum"], group["lr"], group["lr"] * group["weight_decay"]
         weights = [m.of(m.p) for m in matrices]
         gradients = [m.of(m.p.grad) for m in matrices]
-        momenta = self._momenta(matrices, gradients, mu)
+        momenta = self._momenta(matrices, gradients, mu, state, found_inf)
         torch._foreach_lerp_(gradients, momenta, mu)
         dtype = iteration_dtype(weights[0].device)
         x = torch.stack([m.lying(g.to(dtype)) for m, g in zip(matrices, gradients, strict=True)])
         del momenta
         x = orthogonalized(x)
-        if self.found_inf is None:
+        if found_inf is None:
             keep: float | Tensor = 1 - decay
         else:
-            keep = 1 - decay * (1 - self.found_inf)
-            x.masked_fill_(self.found_inf.bool(), 0.0)  # it may hold anything
+            keep = 1 - decay * (1 - found_inf)
+            x.masked_fill_(found_inf.bool(), 0.0)  # a skipped step may hold anything
         if decay:
             torch._foreach_mul_(weights, keep)
         for m, weight, step in zip(matrices, weights, x, strict=True):
             weight.add_(m.lying(step).contiguous(), alpha=-lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5)
 
-    def _momenta(self, matrices: list[_Matrix], gradients: list[Tensor], mu: float) -> list[Tensor]:
-        """The momenta with the gradients in them, float32; left as they are where the step is to be skipped."""
-        momenta = [m.of(self.state[m.p]["momentum_buffer"]) for m in matrices]
-        if self.dtype == torch.float32 and self.found_inf is None:
+    def _momenta(
+        self, matrices: list[_Matrix], gradients: list[Tensor], mu: float, state: dict[Tensor, dict[str, Any]],
+        found_inf: Tensor | None,
+    ) -> list[Tensor]:  # fmt: skip
+        """The momenta with the gradients added, float32; the kept ones do not change if the step is skipped."""
+        momenta = [m.of(state[m.p]["momentum_buffer"]) for m in matrices]
+        if self.dtype == torch.float32 and found_inf is None:
             torch._foreach_lerp_(momenta, gradients, 1 - mu)
             return momenta
         wide = list(torch._foreach_lerp([t.float() for t in momenta], gradients, 1 - mu))
         for m, old, new in zip(matrices, momenta, wide, strict=True):
-            kept = new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new)
+            kept = new if found_inf is None else torch.where(found_inf.bool(), old, new)
             if self.dtype == torch.float32:
                 old.copy_(kept)
             else:
-                self.dither.round_all(old, kept.clone(), m.name, self.state[m.p]["draws"], m.begin * old.size(1))
+                self.dither.round_all(old, kept.clone(), m.name, state[m.p]["draws"], m.begin * old.size(1))
         return wide
 
 
@@ -214,5 +218,5 @@ class _Matrix(NamedTuple):
         return tensor[self.begin : self.end]
 
     def lying(self, matrix: Tensor) -> Tensor:
-        """Rows and columns exchanged where the parameter's matrix is higher than wide; twice is once."""
+        """Transposed if it is higher than wide. Twice gives the original."""
         return matrix.mT if self.end - self.begin > self.p.size(1) else matrix

@@ -1,16 +1,95 @@
-"""The optimizer over parameter groups that are complete by construction, and its state keyed by parameter names."""
+"""The optimizer: parameter groups that are complete by construction, and state keyed by parameter name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..errors import UserError
-from .adagrad import NGRAMS
+from .adagrad import RowAdagrad
 from .adamw import AdamW
+from .muon import Muon
+from .rounding import Dither
+from .rule import Rule
+
+OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon}  # --optimizer_type
+SPARSE = "adagrad"  # the rule for tables whose gradients are sparse
+
+
+def _rule(name: str) -> type[Rule]:
+    return RowAdagrad if name == SPARSE else OPTIMIZERS[name]
+
+
+def _plain(name: str) -> Any:
+    """A method of torch's optimizer without the wrapper that keeps torch.compile out of it.
+
+    The wrapper imports the compiler, which takes more than a second. Nothing here compiles an optimizer.
+    """
+    method = getattr(torch.optim.Optimizer, name)
+    return getattr(method, "__wrapped__", method)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Several rules in one optimizer: each parameter group has its "names" and the "rule" that steps it.
+
+    A 0-dim tensor `found_inf`, set as torch.amp.GradScaler sets it, skips the step on the device if it is 1.
+    """
+
+    found_inf: Tensor | None = None
+    add_param_group, zero_grad, state_dict = _plain("add_param_group"), _plain("zero_grad"), _plain("state_dict")
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], fused: bool,
+        dtype: torch.dtype = torch.float32, seed: int = 0,
+    ):  # fmt: skip
+        """dtype: of the moments; fused: one kernel for many tensors, for rules that have one."""
+        dither, names = Dither(seed), {group["rule"] for group in groups}
+        self.rules = {name: _rule(name)(dtype, dither) for name in sorted(names)}
+        self.skips_on_device = fused and all(rule.skips_on_device for rule in self.rules.values())
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "fused": fused})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.rules[group["rule"]].step(group, self.state, self.found_inf)
+        return loss
+
+    @torch.no_grad()
+    def begin_epoch(self) -> None:
+        """Called before the first step of each further pass over the training tokens."""
+        for group in self.param_groups:
+            self.rules[group["rule"]].begin_epoch(group, self.state)
+
+    def slots(self, group: dict[str, Any], p: Tensor) -> Any:
+        """Name, shape and dtype of the tensors that are kept for a parameter (see Rule.slots)."""
+        return self.rules[group["rule"]].slots(p)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but each moment gets the declared dtype, where torch gives it the parameter's."""
+        state, saved = state_dict["state"], state_dict["param_groups"]
+        numbered = [
+            (number, p, self.slots(group, p))
+            for group, packed in zip(self.param_groups, saved, strict=True)
+            for number, p in zip(packed["params"], group["params"], strict=True)
+        ]
+        counters = {
+            number: {key: value for key, value in state[number].items() if key not in slots}
+            for number, _, slots in numbered
+            if number in state
+        }
+        _plain("load_state_dict")(self, {"state": counters, "param_groups": saved})
+        for number, p, slots in numbered:
+            for slot, (_, dtype) in slots.items() if number in state else ():
+                self.state[p][slot] = state[number][slot].to(p.device, dtype)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -18,7 +97,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     The order within and of the groups is nanoGPT's, by which its optimizer states are stored.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and name != NGRAMS]
+    sparse = {id(p) for module in sparse_tables(model) for p in module.parameters(recurse=False)}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse]
     decay = [(name, p) for name, p in named if p.dim() >= 2]
     rest = [(name, p) for name, p in named if p.dim() < 2]
     # a parameter that no group holds would silently never train
@@ -29,56 +109,81 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def ngram_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The table of n-gram embeddings, where there is one: a group whose gradients are sparse, for row-wise Adagrad."""
-    tables = [p for name, p in model.named_parameters() if name == NGRAMS and p.requires_grad]
-    group = {"params": tables, "names": [NGRAMS], "weight_decay": 0.0, "lr": config.ngram_learning_rate}
-    return [group | {"lr_scale": 0.0}] if tables else []  # Adagrad's rates fall by themselves
+def sparse_tables(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose parameters get sparse gradients; they have the attribute `sparse`, as nn.Embedding does."""
+    return (module for module in model.modules() if getattr(module, "sparse", False))
+
+
+def sparse_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """A group for each table with sparse gradients."""
+    names, groups = {p: name for name, p in model.named_parameters()}, []
+    for module in sparse_tables(model):
+        table = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        forget = getattr(module, "forget_from", None) if config.forget_ngrams else None
+        group = {"params": table, "names": [names[p] for p in table], "weight_decay": 0.0, "rule": SPARSE}
+        group |= {"lr": config.ngram_learning_rate, "lr_scale": 0.0, "forget_from": forget}  # Adagrad's rates fall
+        groups += [group] if table else []
+    return groups
 
 
 def make_adamw(
     model: nn.Module, weight_decay: float, learning_rate: float, betas: tuple[float, float], fused: bool = False
 ) -> torch.optim.AdamW:
     """torch's AdamW (arXiv 1711.05101). fused: one kernel for the whole update. Raises UserError for n-grams."""
-    if any(name == NGRAMS for name, _ in model.named_parameters()):
-        raise UserError("AdamW cannot step the sparse gradients of max_ngram: take training.optimizer.make_optimizer")
+    if any(True for _ in sparse_tables(model)):
+        raise UserError("AdamW cannot step the sparse gradients of max_ngram: use training.optimizer.make_optimizer")
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0
-) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for; seed: of the rounding of a state in bfloat16.
+def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0) -> Optimizer:
+    """The optimizer that the settings choose. seed: of the stochastic rounding to bfloat16.
 
-    Raises UserError where fused is asked for and cannot be had, or the settings do not fit the model.
+    Raises UserError if fused is set and not available, or if the settings do not fit the model.
     """
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
         raise UserError(f"--fused=on: torch has no fused AdamW for {device.type}; leave it at auto")
-    kind, groups = AdamW, parameter_groups(model, config.weight_decay)
-    if config.optimizer_type == "muon":
-        from .muon import Muon, muon_groups
-
-        kind, groups = Muon, muon_groups(model, config)
-    groups = [{"lr_scale": 1.0, **group} for group in groups + ngram_groups(model, config)]
+    default = [{"rule": config.optimizer_type, **g} for g in parameter_groups(model, config.weight_decay)]
+    groups = _rule(config.optimizer_type).groups(model, config, default) + sparse_groups(model, config)
+    groups = [{"lr_scale": 1.0, **group} for group in groups]
     betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
-    return kind(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
+    return Optimizer(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
+
+
+def optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
+    """Memory of the moments, by the declarations of the rules. The model may be on the meta device."""
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    slots = [optimizer.slots(group, p) for group in optimizer.param_groups for p in group["params"]]
+    return sum(torch.Size(shape).numel() * dtype.itemsize for of_one in slots for shape, dtype in of_one.values())
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Each group's learning rate, its lr_scale times that of the schedule; one whose lr_scale is 0 keeps its own."""
+    """Sets each group's learning rate to its lr_scale times lr. A group with lr_scale 0 keeps its own."""
     for group in optimizer.param_groups:
         if scale := group.get("lr_scale", 1.0):
             group["lr"] = lr * scale
 
 
-def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """optimizer.step() where skip (a 0-dim bool tensor) is false; else weights and moments stay as they are to the bit.
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scales the gradients down to this global norm; 0 leaves them as they are. Returns the norm before.
 
-    On a GPU, fused kernels look at the flag themselves, so that nothing waits for it (as torch.amp.GradScaler does).
+    Sparse gradients do not count: the size of a step does not depend on theirs.
     """
-    if skip.device.type == "cuda" and optimizer.defaults.get("fused"):
+    parameters = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    with torch.profiler.record_function("clipping"):  # a name that llm-bench --profile reads
+        if limit:
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """optimizer.step() unless skip (a 0-dim bool tensor) is true; then weights and moments do not change by a bit.
+
+    On a GPU, kernels read the flag themselves, so the host does not wait (as with torch.amp.GradScaler).
+    """
+    on_device = getattr(optimizer, "skips_on_device", optimizer.defaults.get("fused"))
+    if skip.device.type == "cuda" and on_device:
         vars(optimizer).update(grad_scale=None, found_inf=skip.float())
         optimizer.step()
         del vars(optimizer)["grad_scale"], vars(optimizer)["found_inf"]
@@ -89,7 +194,7 @@ def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """{"state": {parameter name: {moment: tensor}}, "param_groups": [{"names": [...], "lr": ...}]}.
 
-    Keyed by name, so that it survives a change in the order of parameters and can be read without the model.
+    Keyed by name, so it does not depend on the order of the parameters and can be read without the model.
     """
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -102,28 +207,41 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores what optimizer_state() gave; the hyperparameters stay those of the present run.
+    """Restores what optimizer_state() returned; the hyperparameters stay those of the present run.
 
-    Raises UserError where a parameter's state is missing or of another shape.
+    Raises UserError if a parameter's state is missing, or is not of the shape or the optimizer that is declared.
     """
     ids: dict[str, int] = {}
     current = optimizer.state_dict()
+    saved_rules = {name: group.get("rule") for group in saved["param_groups"] for name in group["names"]}
     for group, packed in zip(optimizer.param_groups, current["param_groups"], strict=True):
         for name, p, index in zip(group["names"], group["params"], packed["params"], strict=True):
             entry = saved["state"].get(name)
             if saved["state"] and entry is None:
                 raise UserError(f"the saved optimizer state lacks {name}: it belongs to another model")
-            if entry and ("momentum_buffer" in entry) != ("momentum" in group):
-                other = "muon" if "momentum_buffer" in entry else "adamw"
-                raise UserError(
-                    f"the saved optimizer state of {name} is not of this optimizer_type: go on with --optimizer_type="
-                    f"{other}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
-                )
-            for key, value in (entry or {}).items():
-                shape = (p.size(0), 1) if key == "sum" else p.shape  # Adagrad's has one number a row
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != shape:
-                    raise UserError(f"the saved {key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}")
+            if entry and isinstance(optimizer, Optimizer):
+                _check_entry(optimizer, group, name, p, entry, saved_rules.get(name))
             ids[name] = index
     # load_state_dict moves each tensor to its parameter's device and keeps the step counters where torch wants them
     current["state"] = {ids[name]: entry for name, entry in saved["state"].items() if name in ids}
     optimizer.load_state_dict(current)
+
+
+def _check_entry(
+    optimizer: Optimizer, group: dict[str, Any], name: str, p: Tensor, entry: dict[str, Any], saved_rule: Any
+) -> None:
+    """Raises UserError unless a parameter's saved state is what its rule declares."""
+    rule, slots = group["rule"], optimizer.slots(group, p)
+    found = {key for key, value in entry.items() if key in slots or (isinstance(value, Tensor) and value.dim())}
+    if saved_rule is None:  # older checkpoints do not name it
+        meta = torch.empty(p.shape, device="meta")
+        kinds = ((kind, _rule(kind)(torch.float32, Dither(0))) for kind in (*OPTIMIZERS, SPARSE))
+        saved_rule = next((kind for kind, made in kinds if set(made.slots(meta)) == found), "unknown")
+    if saved_rule != rule or found != set(slots):
+        raise UserError(
+            f"the saved optimizer state of {name} is {saved_rule}'s, not {rule}'s: resume with --optimizer_type="
+            f"{saved_rule}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
+        )
+    for key, (shape, _) in slots.items():
+        if tuple(entry[key].shape) != shape:
+            raise UserError(f"the saved {key} of {name} has shape {tuple(entry[key].shape)}, not {shape}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it imports torch
-    from .setup import Plan
+    from .plan import Plan
 
 LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 FORWARD_SHARE = 1 / 3  # of an update's time: the backward pass has twice the arithmetic of the forward pass
@@ -100,13 +100,14 @@ class StepTimer:
             return
         self._end = self.clock()
         spent = self._end - self._begin
+        self.count += 1
         self._sum, self.total, self._begin = self._sum + spent, self.total + spent, None
         if self.updates:  # the first warms up
             self.recent.append(spent)
         self.updates += 1
 
     def seconds_per_step(self) -> float:
-        """Of the updates that `count` was raised for."""
+        """Mean of the updates since the last call."""
         self.pause()
         mean = self._sum / max(1, self.count)
         self.count, self._sum = 0, 0.0

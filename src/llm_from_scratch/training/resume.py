@@ -1,4 +1,4 @@
-"""What a run that goes on takes over from its checkpoint, what has changed since, and whether it is still bit-exact."""
+"""Resuming: what a run reuses from its checkpoint, what has changed since, and whether it is still bit-exact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,18 +16,17 @@ from ..config import Config, flatten
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 from ..machine.files import FolderLock
+from ..machine.processes import wait_for_all
+from .plan import Plan
 
-if TYPE_CHECKING:  # which imports this
-    from .setup import Plan
-
-# what a call is about, not the run
+# settings of a call, not of the run
 NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}
 
 
 def machine_of(
     runtime: Runtime, optimizer: torch.optim.Optimizer, is_compiled: bool, micro_batch: int
 ) -> dict[str, Any]:
-    """All of the machine that the last bits of a run depend on, as the checkpoint keeps it."""
+    """Everything about the machine that the last bits of a run depend on, as the checkpoint keeps it."""
     on_gpu = runtime.device.type == "cuda"
     return {
         "device": runtime.device.type,
@@ -43,10 +42,10 @@ def machine_of(
 
 
 def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
-    """The announcement where the machine or what was chosen for it is not what the run was cut on."""
+    """The notice that the machine, or a choice made for it, has changed since the checkpoint."""
     before = resumed.trainer.get("machine")
     if not isinstance(before, dict):
-        return ["not bit-exact from here on: the checkpoint does not say on what it was made"]
+        return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
 
@@ -68,7 +67,7 @@ def differences(config: Config, resumed: Checkpoint) -> list[str]:
 
 
 def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
-    """Where a setting is left open, what was chosen for the run on this kind of device is used again."""
+    """For settings that are open: what was chosen for the run on this kind of device."""
     before = resumed.trainer.get("machine")
     if not isinstance(before, dict) or before.get("device") != runtime.device.type:
         return runtime
@@ -77,13 +76,13 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
     dtype = runtimes.DTYPES.get(str(before.get("dtype")))
     if system.dtype == "auto" and dtype is not None and dtype != runtime.dtype:
         changes["dtype"] = dtype
-        reasons["dtype"] = f"{before['dtype']} (as the run began)"
+        reasons["dtype"] = f"{before['dtype']} (as at the start of the run)"
     compiled = before.get("compile")
-    # one that fell back to eager stays there: the compiler rounds in other places
+    # a run that fell back to eager stays eager: compiled code rounds differently
     if system.compile == "auto" and isinstance(compiled, bool) and compiled != runtime.compile:
         if not compiled or runtimes.has_triton() or runtime.device.type == "cpu":
             changes["compile"] = compiled
-            reasons["compile"] = f"{'on' if compiled else 'off'} (as the run began)"
+            reasons["compile"] = f"{'on' if compiled else 'off'} (as at the start of the run)"
     threads = before.get("threads")
     if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
         changes["threads"] = threads
@@ -91,8 +90,10 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
 
 
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
-    """The micro-batch that the run was cut with, which was found for the machine or has shrunk for want of memory;
-    unless the user lays the batch out anew."""
+    """The checkpoint's micro-batch, which was chosen for the machine or has shrunk because memory ran out.
+
+    Unless the user changes the settings of the batch.
+    """
     before, flat = resumed.trainer.get("machine"), flatten(config)
     for section in resumed.config.values():
         for name in ("batch_size", "gradient_accumulation_steps", "micro_batch"):
@@ -105,13 +106,12 @@ def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chos
 
 
 def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
-    """Makes out_dir this run's own: locked, without leftovers, an earlier run moved aside. Returns where that is now.
+    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns where that is now.
 
-    Raises UserError where another process trains there.
+    Raises UserError if another process trains there.
     """
     out_dir = Path(plan.config.training.out_dir)
-    if plan.runtime.world_size > 1:
-        torch.distributed.barrier()  # all have read their weights: the folder may be one that is moved now
+    wait_for_all(plan.runtime.world_size)  # all have read their weights: the folder may be one that is moved now
     if not plan.runtime.is_master or plan.config.training.eval_only:
         return None
     lock.acquire()
@@ -122,7 +122,7 @@ def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
 
 
 def resume_command(config: Config, command: str, processes: int = 1) -> str:
-    """What to type to go on with a run."""
+    """The command that resumes a run."""
     words = ["--init_from=resume", f"--out_dir={config.training.out_dir}"]
     if os.path.sep in config.data.dataset or "/" in config.data.dataset:
         words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint

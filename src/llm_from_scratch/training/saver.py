@@ -1,4 +1,4 @@
-"""A run's checkpoints: when one is due, what it holds, and what became of it."""
+"""The checkpoints of a run: when one is due, what it holds, and whether it was written."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..config import to_dict
 from ..core.model import GPT
 from .loggers import RunLog
 from .optimizer import optimizer_state
-from .setup import Plan
+from .plan import Plan
 from .state import TrainState, Writer, random_states
 
 
 class Saver:
-    """Copies the state of a step; a thread writes it, and lets go of older checkpoints."""
+    """Copies the state of a step; a thread writes it and removes older checkpoints."""
 
     def __init__(self, plan: Plan, state: TrainState, log: RunLog):
         self.plan, self.state, self.log, self.writer = plan, state, log, Writer()
         self.saved_to: Path | None = None
-        self.failed = False  # the last try
+        self.failed = False  # the last save
 
     def is_due(self) -> bool:
         training, state = self.plan.config.training, self.state
@@ -36,7 +36,7 @@ class Saver:
     def save(
         self, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, machine: dict[str, Any]
     ) -> None:
-        """The state of this very step. All processes take part; the first one writes."""
+        """Saves the state of this step. All processes take part; the first one writes."""
         plan, state, training = self.plan, self.state, self.plan.config.training
         state.saved_at = state.step
         rng = random_states(plan.runtime)
@@ -61,14 +61,14 @@ class Saver:
             export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
         )  # fmt: skip
 
-    def tell(self, wait: bool = False) -> None:
-        """Says what became of the last save, once it is known."""
+    def report(self, wait: bool = False) -> None:
+        """Prints the result of the last save, once it is known."""
         saved = self.writer.finished(wait)
         if saved is None:
             return
         self.failed = saved.path is None
         if saved.path is None and self.state.saved_at == saved.step and self.plan.runtime.world_size == 1:
-            self.state.saved_at = -1  # the end of the run tries once more; others would not know of it
+            self.state.saved_at = -1  # the end of the run tries again; other processes would not know
         if saved.path is not None:
             self.saved_to = saved.path
             self.log.say(f"saved checkpoint {saved.path}")

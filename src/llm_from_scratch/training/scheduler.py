@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ..config import SchedulerConfig
 
 
 def learning_rate_at(step: int, peak: float, config: SchedulerConfig, max_iters: int) -> float:
-    """Learning rate of the update at `step` (0 is the first). max_iters stands in for an unset lr_decay_iters.
+    """Learning rate of the update at `step` (0 is the first). max_iters is the default of lr_decay_iters.
 
-    Linear warm-up, (step + 1) / (warmup_iters + 1) of the peak, so that the first step already learns; then
-
-    | schedule | from the warm-up's end to lr_decay_iters                                           |
-    |----------|-------------------------------------------------------------------------------------|
-    | cosine   | half a cosine from the peak to min_lr (arXiv 1608.03983, as nanoGPT uses it)        |
-    | linear   | a straight line from the peak to min_lr                                             |
-    | constant | the peak, also afterwards                                                           |
-    | wsd      | the peak, and a straight line to min_lr over the last cooldown_frac of the run      |
-
-    and min_lr afterwards. decay_lr=False is the peak at every step.
+    Linear warm-up, (step + 1) / (warmup_iters + 1) of the peak, so that the first step already learns; then the
+    schedule that config names. decay_lr=False is the peak at every step.
     """
     if not config.decay_lr:
         return peak
     if step < config.warmup_iters:
         return peak * (step + 1) / (config.warmup_iters + 1)
-    if config.schedule == "constant":
-        return peak
     end = max_iters if config.lr_decay_iters is None else config.lr_decay_iters
-    if step > end:
-        return config.min_lr
-    begin = config.warmup_iters
-    if config.schedule == "wsd":
-        begin = max(begin, end - round(config.cooldown_frac * end))
-    done = min(1.0, max(0.0, (step - begin) / max(1, end - begin)))  # 0 to 1
-    left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
-    return config.min_lr + left * (peak - config.min_lr)
+    return SCHEDULES[config.schedule](step, peak, config, end)
+
+
+def cosine(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
+    """Half a cosine from the peak to min_lr (arXiv 1608.03983, as nanoGPT uses it), then min_lr."""
+    left = 0.5 * (1.0 + math.cos(math.pi * _done(step, config.warmup_iters, end)))
+    return _between(step, peak, config, end, left)
+
+
+def linear(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
+    """A straight line from the peak to min_lr, then min_lr."""
+    return _between(step, peak, config, end, 1.0 - _done(step, config.warmup_iters, end))
+
+
+def constant(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
+    """The peak, also after `end`."""
+    return peak
+
+
+def wsd(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
+    """The peak; over the last cooldown_frac of the run a straight line to min_lr, then min_lr."""
+    begin = max(config.warmup_iters, end - round(config.cooldown_frac * end))
+    return _between(step, peak, config, end, 1.0 - _done(step, begin, end))
+
+
+# each after the warm-up: (step, peak, config, the step at which the decay ends) -> learning rate
+SCHEDULES: dict[str, Callable[[int, float, SchedulerConfig, int], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": wsd,
+}
+
+
+def _done(step: int, begin: int, end: int) -> float:
+    """The share of the decay that is over, from 0 to 1."""
+    return min(1.0, max(0.0, (step - begin) / max(1, end - begin)))
+
+
+def _between(step: int, peak: float, config: SchedulerConfig, end: int, left: float) -> float:
+    return config.min_lr if step > end else config.min_lr + left * (peak - config.min_lr)

@@ -1,140 +1,57 @@
-"""Everything that is decided before the first step, so that a mistake shows before anything is built or written."""
+"""The plan of a run, made from its settings, so that a mistake shows before anything is built or written."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
 from ..config import Config, GenerationConfig, GPTConfig
-from ..core.dataset import SampleOrder, TokenData, read_manifest, resolve_dataset
-from ..core.sizes import Sizes, sizes
-from ..core.tokenfile import BackgroundScan
-from ..core.tokenizer import Tokenizer, tokenizer_of
+from ..core.dataset import SampleOrder
+from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
 from ..errors import UserError
 from ..generation.prompt import read_start
 from ..interop.nanogpt import check_nanogpt
+from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
 from ..machine.device import Runtime
-from ..machine.processes import check_writable
-from .loggers import check_extras
+from .check import Inputs, check, share_batch
 from .microbatch import largest_micro_batch
+from .plan import Plan, dataset_hashes
 from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
 
 COMMAND_LINE = "command line"
-HASHED = 1 << 30  # bytes of a split that a checkpoint's hash covers whole: a second or so
-PIECE = 1 << 16  # tokens
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
 
 
-@dataclass
-class Plan:
-    """A run with nothing left open."""
+def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
+    """Resolves settings against data, weights and machine. Writes nothing.
 
-    config: Config
-    runtime: Runtime
-    folder: Path
-    tokenizer: Tokenizer | None
-    train_data: TokenData
-    val_data: TokenData
-    order: SampleOrder
-    global_batch: int
-    """Sequences per update, over all processes."""
-    micro_batch: int
-    """Sequences of one process in one forward pass."""
-    last_step: int
-    """Updates after which the run ends."""
-    start_step: int = 0
-    weights: dict[str, Tensor] | None = None
-    """Initial weights where they do not come from the seed."""
-    resumed: Checkpoint | None = None
-    prompt: list[int] = field(default_factory=list)
-    """Token ids that the samples of --sample_interval continue; empty where none are wanted."""
-    notes: list[str] = field(default_factory=list)
-    """What was found and decided, a line each."""
-    scans: list[BackgroundScan] = field(default_factory=list)
-    """Checks of large data that go on beside the first steps."""
-
-    @property
-    def micro_steps(self) -> int:
-        return self.global_batch // self.runtime.world_size // self.micro_batch
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch * self.config.model.block_size
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training tokens."""
-        return self.last_step * self.tokens_per_step / len(self.train_data)
-
-    @property
-    def sizes(self) -> Sizes:
-        element = 4 if str(self.runtime.dtype) == "torch.float32" else 2
-        again = self.config.training.gradient_checkpointing
-        return sizes(self.config.model, self.micro_batch, element, again, self.config.optimizer)
-
-    @property
-    def dataset_hash(self) -> str:
-        """Identifies the tokens of both splits."""
-        return self._hashes[1]
-
-    @property
-    def train_hash(self) -> str:
-        """Identifies the training tokens."""
-        return self._hashes[0]
-
-    @functools.cached_property
-    def _hashes(self) -> tuple[str, str]:
-        """Of the training split, and of both: all tokens, or samples from all parts of a split above HASHED bytes."""
-        digest, hashes = hashlib.sha256(), []
-        for data in (self.train_data, self.val_data):
-            digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
-            stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
-            for shard in data.shards:
-                pieces = -(-len(shard) // PIECE)
-                for piece in sorted({*range(0, pieces, stride), pieces - 1}):
-                    digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
-            hashes.append(digest.hexdigest())
-        return hashes[0], hashes[1]
-
-
-def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir: bool = True) -> Plan:
-    """Resolves a configuration against data, weights and machine. Writes nothing.
-
-    sources: leaf name -> where it was set, as presets.parse() gives it; what stands on the command line is refused
-    where it contradicts loaded weights, what stands elsewhere gives way and is announced.
-    Raises UserError for everything that is wrong with the settings, the data, the weights or the machine.
+    sources: leaf name -> where it was set (see presets.parse). Loaded weights override a setting with a notice,
+    except one from the command line, which is refused. Raises UserError for every mistake that can be found.
     """
     config = _copy(config)
-    config.training.init_from = resolved_init(config.training.init_from, config.training.out_dir)
-    config.validate()
-    check_extras(config)
+    training = config.training
+    training.init_from = init_from = resolved_init(training.init_from, training.out_dir)
+    inputs = check(config)
     runtime = runtimes.resolve(config.system)
-    if check_out_dir and not config.training.eval_only:
-        check_writable(Path(config.training.out_dir))
-    folder = resolve_dataset(config.data.dataset)
-    notes: list[str] = []
-    tokenizer, vocab_size = _vocabulary(folder, notes)
+    if config.system.fp8:
+        refuse_unfit(runtime.device, runtime.dtype)
+    folder, notes = inputs.folder, list[str]()
+    tokenizer, vocab_size = _vocabulary(inputs, notes)
     resumed, weights = None, None
     start_step = 0
-    init_from = config.training.init_from
     if init_from == "resume":
         resumed = load(
-            config.training.out_dir,
+            training.out_dir,
             which="last",
             dataset=str(folder),
             need_tokenizer=False,
-            set_aside=runtime.is_master and not config.training.eval_only,
+            set_aside=runtime.is_master and not training.eval_only,
         )
         weights, start_step = resumed.model, resumed.step
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
@@ -160,70 +77,74 @@ def prepare(config: Config, sources: dict[str, str] | None = None, check_out_dir
             f"{folder}: " + ("leave --vocab_size out" if weights is None else "the weights belong to another tokenizer")
         )
     config.model.validate()
-    if config.training.save_nanogpt_ckpt:
-        check_nanogpt(Path(config.training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
+    if training.save_nanogpt_ckpt:
+        check_nanogpt(Path(training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
         if config.model.activation == "gelu_tanh":
-            notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, a little differently")
-    if config.model.max_ngram and runtime.world_size > 1 and not config.training.eval_only:
+            notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, so its results differ slightly")
+    if config.model.max_ngram and runtime.world_size > 1 and not training.eval_only:
         raise UserError("max_ngram trains in one process: its sparse gradients are not exchanged; run without torchrun")
     prompt = _sample_prompt(config, tokenizer)
-    train_data, val_data = TokenData.open(folder, "train"), TokenData.open(folder, "val")
-    eval_only = config.training.eval_only  # which changes no file
-    checks = [
-        data.check(config.model.block_size, config.model.vocab_size if runtime.is_master else None, not eval_only)
-        for data in (train_data, val_data)
+    scans = [
+        data.check(
+            config.model.block_size, config.model.vocab_size if runtime.is_master else None, not training.eval_only
+        )
+        for data in (inputs.train_data, inputs.val_data)
     ]
-    if tokenizer_of(folder) is None and read_manifest(folder) is None:
-        notes += _foreign_ids((train_data, val_data))
+    if inputs.tokenizer is None and inputs.vocab_size is None:
+        notes += _foreign_ids(inputs)
     order = SampleOrder(
-        len(train_data), config.model.block_size, config.data.sample_order, config.data.stride, config.system.seed
-    )
-    global_batch, micro_batch = _batches(config, runtime)
+        len(inputs.train_data), config.model.block_size, config.data.sample_order, config.data.stride,
+        config.system.seed,
+    )  # fmt: skip
+    global_batch = share_batch(config, runtime.world_size)
+    share = global_batch // runtime.world_size
+    micro_batch = _micro_batch(config, runtime, share)
     if resumed is not None:
-        micro_batch = same_micro_batch(config, resumed, global_batch // runtime.world_size, micro_batch)
+        micro_batch = same_micro_batch(config, resumed, share, micro_batch)
     if config.data.micro_batch == "auto":
-        how = "what the free memory holds and pays" if resumed is None else "as the run began, where it can"
-        notes.append(f"micro-batch: {micro_batch} of {global_batch // runtime.world_size} sequences ({how})")
+        how = "the largest that fits and is faster" if resumed is None else "as at the start of the run, if possible"
+        notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     _set_length(config, order, global_batch)
-    last_step = config.training.max_iters + (1 if config.training.inclusive_max_iters else 0)
+    last_step = training.max_iters + (1 if training.inclusive_max_iters else 0)
     if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
         notes.append(
             f"warning: warmup_iters={config.scheduler.warmup_iters} covers the whole run of {last_step} steps; "
             "the learning rate never reaches its peak"
         )
-    plan = Plan(
-        config, runtime, folder, tokenizer, train_data, val_data, order, global_batch, micro_batch, last_step,
-        start_step, weights, resumed, prompt, notes, [scan for scan in checks if scan is not None],
-    )  # fmt: skip
     if resumed is not None:
         if runtime.is_master:
-            _same_data(plan, resumed)
+            _same_data(config, inputs, resumed, notes)
         notes += differences(config, resumed)
-    elif not eval_only:  # a run that goes on stays as it began
+    plan = Plan(
+        config, runtime, folder, tokenizer, inputs.train_data, inputs.val_data, order, global_batch, micro_batch,
+        last_step, start_step, weights, resumed, prompt, notes, [scan for scan in scans if scan is not None],
+    )  # fmt: skip
+    if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
-        plan.runtime = compiled_where_it_pays(config, runtime, flops)
+        plan = dataclasses.replace(plan, runtime=compiled_where_it_pays(config, runtime, flops))
     return plan
 
 
-def _same_data(plan: Plan, resumed: Checkpoint) -> None:
+def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[str]) -> None:
     """Raises UserError if the tokens are not those of the run's start, unless that is allowed."""
     before = resumed.manifest.get("dataset_sha256")
-    if before is None or before == plan.dataset_hash:
+    train_hash, both = dataset_hashes(inputs.train_data, inputs.val_data)
+    if before is None or before == both:
         return
     train = resumed.trainer.get("train_sha256")
-    changed = "validation" if train == plan.train_hash else "training or validation" if train is None else "training"
-    if not plan.config.training.allow_new_data:
+    changed = "validation" if train == train_hash else "training or validation" if train is None else "training"
+    if not config.training.allow_new_data:
         raise UserError(
-            f"the {changed} tokens in {plan.folder} are not those that the run began with; name its data with "
+            f"the {changed} tokens in {inputs.folder} are not those that the run began with; name its data with "
             "--dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
-            f"--init_from={plan.config.training.out_dir} and another --out_dir"
+            f"--init_from={config.training.out_dir} and another --out_dir"
         )
-    plan.notes.append(f"{plan.folder} holds other {changed} tokens than at the run's start, as allowed")
+    notes.append(f"{inputs.folder} holds other {changed} tokens than at the run's start, as allowed")
 
 
-def _foreign_ids(splits: tuple[TokenData, TokenData]) -> list[str]:
+def _foreign_ids(inputs: Inputs) -> list[str]:
     """A warning if data that names no tokenizer holds ids that GPT-2 does not have: the padding would hide them."""
-    for data in splits:
+    for data in (inputs.train_data, inputs.val_data):
         if data.largest_id is not None and data.largest_id >= GPT2_IDS:
             return [
                 f"warning: {data.name}: id {data.largest_id} is not a GPT-2 token (0 to {GPT2_IDS - 1}): another "
@@ -256,20 +177,18 @@ def _copy(config: Config) -> Config:
     return Config(**{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)})
 
 
-def _vocabulary(folder: Path, notes: list[str]) -> tuple[Tokenizer | None, int]:
-    """The data's tokenizer and the rows that a new model's token table needs."""
-    tokenizer = tokenizer_of(folder)
-    manifest = read_manifest(folder)
-    if tokenizer is None and manifest is None:
-        notes.append(f"{folder} names no tokenizer: taken for GPT-2's, vocabulary padded to {GPT2_PADDED}")
+def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int]:
+    """The data's tokenizer, and the rows of a new model's token table."""
+    tokenizer = inputs.tokenizer
+    if tokenizer is None and inputs.vocab_size is not None:
+        return None, inputs.vocab_size
+    if tokenizer is None:
+        notes.append(f"{inputs.folder} names no tokenizer: assuming GPT-2's, vocabulary padded to {GPT2_PADDED}")
         try:
             tokenizer = Tokenizer.from_name("gpt2")
         except UserError:
-            notes.append("warning: GPT-2's vocabulary cannot be had, so the checkpoints hold no tokenizer")
+            notes.append("warning: GPT-2's vocabulary is not available, so the checkpoints hold no tokenizer")
             return None, GPT2_PADDED
-    if tokenizer is None:
-        assert manifest is not None
-        return None, int(manifest["vocab_size"])
     size = tokenizer.vocab_size
     return tokenizer, GPT2_PADDED if size == GPT2_IDS else size
 
@@ -310,26 +229,14 @@ def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Pa
         )
 
 
-def _batches(config: Config, runtime: Runtime) -> tuple[int, int]:
-    """(global batch, micro-batch). The global batch is stated; how processes share it is derived."""
-    world, batch_size, asked = runtime.world_size, config.data.batch_size, config.data.micro_batch
-    global_batch = batch_size * config.training.gradient_accumulation_steps
-    if global_batch % world:
-        raise UserError(
-            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be shared "
-            f"by {world} processes; choose a multiple of {world}"
-        )
-    local = global_batch // world
+def _micro_batch(config: Config, runtime: Runtime, share: int) -> int:
+    """Sequences per forward pass, of a process's share of the global batch."""
+    batch_size, asked = config.data.batch_size, config.data.micro_batch
     if asked == "auto":
-        return global_batch, largest_micro_batch(config, runtime, local)
+        return largest_micro_batch(config, runtime, share)
     if asked is not None:
-        if local % asked:
-            raise UserError(
-                f"micro_batch={asked} does not divide the {local} sequences that a process has of a batch; choose a "
-                "divisor, or auto"
-            )
-        return global_batch, asked
-    return global_batch, math.gcd(local, batch_size) if local % batch_size else batch_size
+        return asked
+    return math.gcd(share, batch_size) if share % batch_size else batch_size
 
 
 def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:
@@ -340,21 +247,3 @@ def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:
     config.training.max_iters = max(1, math.ceil(config.training.epochs * per_epoch / global_batch))
     config.training.inclusive_max_iters = False
     config.training.epochs = None
-
-
-def describe(plan: Plan) -> list[str]:
-    """The announcement: what will run, on what, and what was chosen for the machine."""
-    config, s = plan.config, plan.sizes
-    lines = list(plan.notes)
-    lines += [f"{name}: {text}" for name, text in plan.runtime.reasons.items()]
-    if plan.runtime.world_size > 1:
-        lines.append(f"processes: {plan.runtime.world_size} ({plan.runtime.backend})")
-    lines += [
-        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
-        "tokens",
-        f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
-        f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
-        f"{plan.runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
-        f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
-    ]
-    return lines

@@ -1,4 +1,4 @@
-"""A run's state as a checkpoint holds it: copied between two steps, written beside the loop, given back on resume."""
+"""The state of a run in a checkpoint: copied between two steps, written by a thread, restored on resume."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..checkpoint import store as checkpoints
 from ..checkpoint.store import Checkpoint
 from ..errors import SaveError, UserError
 from ..machine.device import Runtime, is_out_of_memory
-from .microbatch import free_memory
+from ..machine.memory import free_memory
 from .optimizer import load_optimizer_state
 
 
 @dataclass
 class TrainState:
-    """All that must survive besides weights, optimizer state and random states."""
+    """Everything that a checkpoint holds next to weights, optimizer state and random states."""
 
     run_id: str
     step: int = 0
@@ -35,15 +35,15 @@ class TrainState:
     val_loss: float | None = None
     """Estimated at evaluated_at."""
     recent_losses: list[tuple[int, float]] = field(default_factory=list)
-    """(step, loss), by which a spike is known."""
+    """(step, loss) pairs that spikes are measured against."""
     skipped_in_a_row: int = 0
     rollbacks: int = 0
     data_shift: int = 0
-    """Steps by which roll-backs have moved the order of the data on."""
+    """Steps by which roll-backs have advanced the order of the data."""
 
 
 def copied(value: Any, _known: dict[tuple, Tensor] | None = None) -> Any:
-    """A copy of nested state on the CPU that later steps do not reach. Names of one tensor share one copy."""
+    """A copy of nested state on the CPU, which later steps do not change. Names of one tensor share one copy."""
     known = {} if _known is None else _known
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
@@ -58,7 +58,7 @@ def copied(value: Any, _known: dict[tuple, Tensor] | None = None) -> Any:
 
 
 def _room_for_a_copy(contents: Any) -> bool:
-    """Whether a copy leaves at least as much memory free again: what trains on must find its own."""
+    """Whether a copy leaves at least as much memory free, for the steps that run meanwhile."""
     free = free_memory(torch.device("cpu"))
     tensors = [leaf for leaf in tree_leaves(contents) if isinstance(leaf, Tensor)]
     if free is None or any(tensor.device.type != "cpu" for tensor in tensors):
@@ -69,17 +69,17 @@ def _room_for_a_copy(contents: Any) -> bool:
 
 @dataclass
 class Saved:
-    """What became of a save."""
+    """The result of a save."""
 
     step: int
     path: Path | None = None
-    """None where there is no checkpoint of this step."""
+    """None if there is no checkpoint of this step."""
     error: UserError | None = None
-    """Why not; or, with a path, why the file for nanoGPT is missing."""
+    """Why not. With a path: why ckpt.pt, the file for nanoGPT, is missing."""
 
 
 class Writer:
-    """Saves in a thread, one checkpoint at a time. A process that must end at once does not wait for it."""
+    """Saves in a thread, one checkpoint at a time. A process that must stop at once does not wait for it."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -89,9 +89,11 @@ class Writer:
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
     ) -> None:
-        """contents: a Checkpoint's fields, which are copied here and now; or, where memory is short for that, written
-        before this returns. first: what must be durable before it is; export: also as out_dir/ckpt.pt for nanoGPT;
-        of_the_run: the other arguments of save_checkpoint()."""
+        """contents: a Checkpoint's fields. They are copied before this returns; if memory is short, written instead.
+
+        first: called before the checkpoint is written; export: also write out_dir/ckpt.pt for nanoGPT;
+        of_the_run: the other arguments of save_checkpoint().
+        """
         assert self._thread is None
         saved = self._saved = Saved(contents["step"])
         waits = not _room_for_a_copy(contents)
@@ -113,10 +115,10 @@ class Writer:
                     checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
             except UserError as error:
                 saved.error = error
-            except OSError as error:  # of first()
+            except OSError as error:  # from first()
                 saved.error = SaveError(error.strerror or str(error))
-            except BaseException as error:  # raised in the loop's own thread
-                if is_out_of_memory(error):  # of a copy for the file
+            except BaseException as error:  # raised again in the thread of the loop
+                if is_out_of_memory(error):  # for a copy for the file
                     saved.error = SaveError("out of memory")
                 else:
                     self._bug = error
@@ -127,7 +129,7 @@ class Writer:
             self._thread.join()
 
     def finished(self, wait: bool) -> Saved | None:
-        """What became of the save, once; None where there is none, or it goes on."""
+        """The result of the save, once. None if there is none, or it is still running."""
         if self._thread is None or (not wait and self._thread.is_alive()):
             return None
         self._thread.join()
@@ -152,7 +154,7 @@ def random_states(runtime: Runtime) -> dict[str, Tensor]:
 
 
 def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """Of the devices that this process draws numbers on: how their states are read and set."""
+    """{kind: (get state, set state)} of the random generators that this process uses."""
     found: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = {
         "cpu": (torch.get_rng_state, torch.set_rng_state)
     }
@@ -169,11 +171,11 @@ def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Calla
 
 @contextlib.contextmanager
 def _state_checked(path: Path | None) -> Iterator[None]:
-    """What is met in a state that is none of a run, as one line."""
+    """Turns the errors of a state that is not a run's into one line."""
     try:
         yield
     except UserError:
-        raise  # says itself what is wrong
+        raise  # its message is complete
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not hold the state of a run ({why}); start a new one from it") from None
@@ -187,9 +189,9 @@ def restore(
     runtime: Runtime,
     dropout: bool,
 ) -> list[str]:
-    """Gives optimizer, scaler, counters and random states back. Returns what cannot be as it was, a line each.
+    """Restores optimizer, scaler, counters and random states. Returns what cannot be restored, one line each.
 
-    Raises UserError where the checkpoint holds something else under their names.
+    Raises UserError if the checkpoint holds something else under their names.
     """
     with _state_checked(saved.path):
         notes = []
@@ -218,7 +220,7 @@ def restore(
             setattr(state, name, value)
         state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
         state.step = saved.step
-        # where a cut came before the evaluation of its step, the checkpoint is made anew with it: it may be the best
+        # if the run stopped before the evaluation of this step, it is saved again afterwards: it may be the best
         state.saved_at = saved.step if state.evaluated_at == saved.step else -1
         generators = _generators(runtime)
         processes = sum(name.startswith("cpu.") for name in saved.rng)
@@ -231,5 +233,5 @@ def restore(
                 if saved.rng
                 else "the checkpoint has no random states"
             )
-            notes.append(f"{why}: dropout is drawn anew, not bit-exact")
+            notes.append(f"{why}: dropout draws other masks, not bit-exact")
         return notes

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from llm_from_scratch.core.dataset import BatchLoader
-from llm_from_scratch.training import loggers, setup, trainer
+from llm_from_scratch.training import loggers, setup
+from llm_from_scratch.training import run as runs
 from llm_from_scratch.training import state as snapshot
 
 from .rows import Report, Row
@@ -138,7 +139,7 @@ def _order_from_zero(get: Any = BatchLoader.get) -> Any:
 def _fresh_start(config: Any, *args: Any) -> Any:
     """What cannot be noticed in the final numbers: a resume that begins again."""
     config.training.init_from = "scratch"
-    return setup.prepare(config, *args)
+    return setup.make_plan(config, *args)
 
 
 ROW = Row(
@@ -153,6 +154,6 @@ ROW = Row(
         "loss scale not restored": lambda: replaced(torch.amp.GradScaler, "load_state_dict", nothing),
         "order begins at 0 again": lambda: replaced(BatchLoader, "get", _order_from_zero()),
         "metrics not truncated": lambda: replaced(loggers, "_forget_from", nothing),
-        "quiet fresh start": lambda: replaced(trainer, "prepare", _fresh_start),
+        "quiet fresh start": lambda: replaced(runs, "make_plan", _fresh_start),
     },
 )

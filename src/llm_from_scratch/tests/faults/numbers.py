@@ -25,6 +25,7 @@ from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import TrainingError
 from llm_from_scratch.training import guards, trainer
+from llm_from_scratch.training import run as runs
 from llm_from_scratch.training import state as snapshot
 from llm_from_scratch.training.trainer import train
 
@@ -171,7 +172,7 @@ def _train(data: Path, settings: dict[str, Any], poison: Poison, notes: Path) ->
     """In the child: trains with the poison. 3 stands for a TrainingError."""
     seen = Seen()
     made: list[Any] = []  # the model and its optimizer
-    make, get, forward = trainer.make_optimizer, BatchLoader.get, GPT.forward
+    make, get, forward = runs.make_optimizer, BatchLoader.get, GPT.forward
     parts: Iterator[int] = iter(())
 
     def making(model: GPT, *rest: Any) -> torch.optim.Optimizer:
@@ -241,7 +242,7 @@ def _train(data: Path, settings: dict[str, Any], poison: Poison, notes: Path) ->
                 loss = loss + poison.value
         return logits, loss
 
-    trainer.make_optimizer, BatchLoader.get, GPT.forward = making, getting, forwarding  # type: ignore
+    runs.make_optimizer, BatchLoader.get, GPT.forward = making, getting, forwarding  # type: ignore
     try:
         return train(tiny_config(data, **settings)).exit_code
     except TrainingError as error:

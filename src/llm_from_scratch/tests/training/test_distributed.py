@@ -52,29 +52,30 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
 
 FAULTY = """
 import math, os, signal, sys, time
-from llm_from_scratch.core import checkpoint
-from llm_from_scratch.training.trainer import Trainer
+from llm_from_scratch.checkpoint import store
+from llm_from_scratch.training import trainer
 from llm_from_scratch.cli.train import main
 
-update, rank = Trainer._update, int(os.environ["RANK"])
+update, rank = trainer.train_step, int(os.environ["RANK"])
 
-def faulty(self):
+def faulty(run, x, y):
     hook = None
-    if rank == 1 and self.state.step == 2:
-        hook = self.models.raw.register_forward_hook(lambda m, a, out: (out[0], out[1] * math.nan))
-    if rank == 1 and self.state.step == 4:
+    if rank == 1 and run.state.step == 2:
+        hook = run.model.register_forward_hook(lambda m, a, out: (out[0], out[1] * math.nan))
+    if rank == 1 and run.state.step == 4:
         os.kill(os.getpid(), signal.SIGUSR1)
-    update(self)
+    step = update(run, x, y)
     if hook is not None:
         hook.remove()
+    return step
 
 def slowly(*args, **settings):
     time.sleep(2)  # the other process has long left, if it does not wait
     return save(*args, **settings)
 
 if "resume" not in " ".join(sys.argv):
-    Trainer._update = faulty
-save, checkpoint.save_checkpoint = checkpoint.save_checkpoint, slowly
+    trainer.train_step = faulty
+save, store.save_checkpoint = store.save_checkpoint, slowly
 code = main()
 print(f"process {rank} ends with {code}", flush=True)
 sys.exit(code)
@@ -95,7 +96,7 @@ def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, ti
 
     done = run()
     assert done.returncode == 1  # torchrun's own, for whatever its processes end with
-    assert "warning: step 2: loss nan" in done.stdout and "stopped at step 5; go on with" in done.stdout
+    assert "warning: step 2: loss nan" in done.stdout and "stopped at step 5; resume with" in done.stdout
     assert all(f"process {rank} ends with {128 + signal.SIGUSR1}" in done.stdout for rank in (0, 1))
     assert [entry.get("skipped") for entry in read_metrics(Path("run")) if "loss" in entry] == [
         None,

@@ -12,9 +12,10 @@ import torch
 from llm_from_scratch.cli import plan as command
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import forecast as forecasts
-from llm_from_scratch.training.forecast import _extent, _measured, _reduced, _Rehearsal, _Split, forecast
+from llm_from_scratch.training.forecast import Rehearsal, _extent, _measured, _reduced, _Split, forecast
+from llm_from_scratch.training.plan import Plan
 from llm_from_scratch.training.progress import SAVE_AWAITED, SAVE_BESIDE
-from llm_from_scratch.training.setup import Plan, prepare
+from llm_from_scratch.training.setup import make_plan
 
 from ..tiny import arguments, tiny_config
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 def planned(data: Path, **leaves: Any) -> Plan:
-    return prepare(tiny_config(data, out_dir="run", **{"n_layer": 6, "max_iters": 20, "eval_interval": 8, **leaves}))
+    return make_plan(tiny_config(data, out_dir="run", **{"n_layer": 6, "max_iters": 20, "eval_interval": 8, **leaves}))
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: 
     plan = planned(tiny_data, **settings)
     found = []
     for layers in (2, 6):
-        rehearsal = _Rehearsal(_reduced(plan, layers, plan.micro_batch))
+        rehearsal = Rehearsal(_reduced(plan, layers, plan.micro_batch))
         times = rehearsal.timed()
         assert 0 < times["stack"] < times["gradients"] and times["update"] > 0
         found.append((*rehearsal.held(), rehearsal.saved()))
@@ -67,11 +68,11 @@ def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path, optimizer: str) -> None:
-    rehearsal = _Rehearsal(_reduced(planned(tiny_data, optimizer_type=optimizer), 1, 4))
+    rehearsal = Rehearsal(_reduced(planned(tiny_data, optimizer_type=optimizer), 1, 4))
     rehearsal.timed()
-    before = {name: p.detach().clone() for name, p in rehearsal.models.raw.named_parameters()}
-    assert rehearsal.update_of_stack() > 0 and rehearsal.kept is None
-    for name, p in rehearsal.models.raw.named_parameters():
+    before = {name: p.detach().clone() for name, p in rehearsal.run.model.named_parameters()}
+    assert rehearsal.update_of_stack() > 0 and not rehearsal.only_stack
+    for name, p in rehearsal.run.model.named_parameters():
         assert torch.equal(p, before[name]) == (not name.startswith("transformer.h."))
     rehearsal.close()
 
@@ -80,7 +81,7 @@ def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path,
 def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 of 6 layers and 2 of 4 sequences, where all that is measured is known."""
     plan = planned(tiny_data, gradient_accumulation_steps=3)
-    rehearsal = _Rehearsal(_reduced(plan, 2, 2))
+    rehearsal = Rehearsal(_reduced(plan, 2, 2))
     # a sequence takes 1 s for each layer and 3 s for the rest; an update 0.5 s for each layer and 2 s for the rest
     monkeypatch.setattr(rehearsal, "timed", lambda: {"gradients": 10.0, "stack": 4.0, "update": 3.0})
     monkeypatch.setattr(rehearsal, "update_of_stack", lambda: 1.0)
@@ -102,13 +103,13 @@ def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 of 6 layers: what was resident, less what is known of it, is what lives for a moment."""
     plan = planned(tiny_data, gradient_accumulation_steps=accumulation)
-    rehearsal = _Rehearsal(_reduced(plan, 2, 2))
+    rehearsal = Rehearsal(_reduced(plan, 2, 2))
     monkeypatch.setattr(rehearsal, "held", lambda: (_Split(20, 5), _Split(40, 10)))
     monkeypatch.setattr(rehearsal, "saved", lambda: _Split(200, 30))
     base, fixed, moment = 1000, 10, 60
     peaks = [base + (20 + 5) + 230 // 2 + fixed]  # after one sequence of two; from then on all there is
     known = base + (20 + 5) + (40 + 10) + 230
-    monkeypatch.setattr(forecasts, "_peak", lambda device: peaks.pop() if peaks else known + moment + fixed)
+    monkeypatch.setattr(forecasts, "peak_memory", lambda device: peaks.pop() if peaks else known + moment + fixed)
     found = _measured(plan, rehearsal, base, None, 3.0, 0.0, 0.0)
     assert (found.weights, found.gradients, found.optimizer, found.base) == (65, 65, 130, base)
     at_once = 2 * (3 * 200 + 30 + moment) + fixed  # twice the sequences
@@ -137,13 +138,13 @@ def test_a_model_that_does_not_fit_is_rehearsed_in_part(tiny_data: Path, monkeyp
     plan, tried = planned(tiny_data), []
 
     def short(limit: int) -> None:
-        def build(reduced: Plan) -> _Rehearsal:
+        def build(reduced: Plan) -> Rehearsal:
             tried.append((reduced.config.model.n_layer, reduced.micro_batch))
             if len(tried) <= limit:
                 raise torch.OutOfMemoryError("no room")
-            return _Rehearsal(reduced)
+            return Rehearsal(reduced)
 
-        monkeypatch.setattr(forecasts, "_Rehearsal", build)
+        monkeypatch.setattr(forecasts, "Rehearsal", build)
 
     short(3)
     found = forecast(plan, budget=0.1)
@@ -163,6 +164,6 @@ def test_the_command_tells_all_of_it(
     out = capsys.readouterr().out
     assert "memory: about" in out and "step: about" in out and "time: about" in out and "until" in out
     assert "does not fit" not in out and not Path("run").exists() and out.endswith("nothing was written\n")
-    monkeypatch.setattr(forecasts, "_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(forecasts, "total_memory", lambda device: 1 << 20)
     assert command.main(arguments(dataset=tiny_data, out_dir="run")) == 0
     assert "warning: the run does not fit into the 0.0 GiB of cpu" in capsys.readouterr().out

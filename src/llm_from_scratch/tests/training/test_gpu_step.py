@@ -22,13 +22,11 @@ from llm_from_scratch.kernels import cross_entropy as loss
 from llm_from_scratch.kernels import float8 as fp8
 from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine.device import Runtime, resolve
-from llm_from_scratch.machine.files import FolderLock
-from llm_from_scratch.training import trainer
+from llm_from_scratch.training import setup, trainer
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.guards import StopRequest
-from llm_from_scratch.training.setup import prepare
-from llm_from_scratch.training.step import gradients
-from llm_from_scratch.training.trainer import Trainer, train
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.trainer import Step, train, train_step
 
 from ..tiny import read_metrics, tiny_config
 
@@ -95,34 +93,33 @@ def test_no_update_needs_a_number_from_the_device(
 ) -> None:
     monkeypatch.setattr(loss, "_OnCPU", loss._Compilable)
     monkeypatch.setattr(trainer, "step_unless", as_on_a_gpu)
-    monkeypatch.setattr(fp8, "refuse_unfit", lambda *_: None)
+    monkeypatch.setattr(setup, "refuse_unfit", lambda *_: None)
     monkeypatch.setattr(Runtime, "place", lambda runtime, model: setattr(model, "compute_dtype", torch.bfloat16))
     monkeypatch.setattr(parallel, "cpu_replacements", lambda *_: ({}, []))
-    plan = prepare(tiny_config(tiny_data, **settings))
-    with StopRequest() as stop:
-        made = Trainer(plan, "", stop, FolderLock(Path("out")))
-        made.state.recent_losses += [(step, 3.0) for step in range(-64, 0)]  # a spike can be told
-        for _ in range(3):
-            with Waits() as waits:
-                made._update()
-            assert waits.calls > 100
-        assert [found.is_finite for found in made.guard.findings(all_of_them=True)] == [True] * 3
-        made.close()
+    plan = make_plan(tiny_config(tiny_data, **settings))
+    run = Run(plan)
+    run.state.recent_losses += [(step, 3.0) for step in range(-64, 0)]  # enough to find a spike
+    for _ in range(3):
+        with Waits() as waits:
+            train_step(run, *run.next_batch())
+        assert waits.calls > 100
+    assert [found.is_finite for found in run.guard.collect(wait=True)] == [True] * 3
+    run.close()
 
 
 @pytest.mark.gpu
 def test_no_update_waits_for_a_real_gpu(tiny_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    update, count = Trainer._update, list[int]()
+    count = list[int]()
 
-    def watched(self: Trainer) -> None:
+    def watched(run: Run, x: Tensor, y: Tensor) -> Step:
         torch.cuda.set_sync_debug_mode("error" if len(count) >= 3 else "default")  # the first make moments and buffers
         try:
-            update(self)
+            return train_step(run, x, y)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        count.append(self.state.step)
+            count.append(run.state.step)
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(trainer, "train_step", watched)
     for optimizer in ("adamw", "muon"):
         train(tiny_config(tiny_data, device="cuda", dtype="auto", optimizer_type=optimizer, out_dir=optimizer))
     assert len(count) == 16
@@ -264,13 +261,16 @@ class InOnePlace(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])
-def test_gradients_add_up_though_a_graph_writes_them_to_one_place(is_recorded: bool) -> None:
+def test_gradients_add_up_though_a_graph_writes_them_to_one_place(is_recorded: bool, tiny_data: Path) -> None:
+    run: Any = Run(make_plan(tiny_config(tiny_data, grad_clip=0.0, micro_batch=1, decay_lr=False, learning_rate=1.0)))
     raw, place = torch.nn.Linear(3, 1, bias=False), torch.empty(1, 3)
-    models: Any = types.SimpleNamespace(
-        raw=raw, train=lambda x, y: (None, InOnePlace.apply(raw.weight, x, place)), is_recorded=is_recorded
+    torch.nn.init.zeros_(raw.weight)
+    run.model, run.optimizer = raw, torch.optim.SGD(raw.parameters(), lr=1.0)
+    run.models = types.SimpleNamespace(
+        train=lambda x, y: (None, InOnePlace.apply(raw.weight, x, place)), is_recorded=is_recorded
     )
     x = torch.tensor(np.array([[1], [2], [6]]))
-    gradients(models, x, x, 1, resolve(SystemConfig(device="cpu")), torch.amp.GradScaler("cpu", enabled=False))
-    assert raw.weight.grad is not None
-    right = torch.allclose(raw.weight.grad, torch.full((1, 3), 3.0))  # the mean of 1, 2, 6
+    train_step(run, x, x)
+    right = torch.allclose(raw.weight, torch.full((1, 3), -3.0))  # the mean of 1, 2, 6
     assert right is is_recorded  # without care the stand-in shows the fault
+    run.close()

@@ -19,73 +19,75 @@ from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.training import state as snapshot
 from llm_from_scratch.training import trainer as trainers
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.guards import SpikeDetector, StepGuard, StopRequest
+from llm_from_scratch.training.guards import SpikeDetector, StepGuard
 from llm_from_scratch.training.optimizer import make_adamw, step_unless
-from llm_from_scratch.training.setup import prepare
-from llm_from_scratch.training.trainer import Trainer, train
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.signals import StopRequest
+from llm_from_scratch.training.trainer import train
 
 from ..tiny import read_metrics, tiny_config
 
 pytestmark = pytest.mark.usefixtures("here")
-Spoil = Callable[[Trainer], Any]
+Spoil = Callable[[Run], Any]
 
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
     """Calls `how` before the update of chosen steps; returns the states before and after each update."""
-    update = Trainer._update
+    update = trainers.train_step
 
     def arrange(how: Spoil, *steps: int) -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
 
-        def spoiled(self: Trainer) -> None:
-            before = state(self)
-            undo = how(self) if self.state.step + self.state.data_shift in steps else None
-            update(self)
+        def spoiled(run: Run, x: torch.Tensor, y: torch.Tensor) -> None:
+            before = state(run)
+            undo = how(run) if run.state.step + run.state.data_shift in steps else None
+            update(run, x, y)
             if undo is not None:
                 undo()
-            seen.append({"step": self.state.step - 1, "before": before, "after": state(self)})
+            seen.append({"step": run.state.step - 1, "before": before, "after": state(run)})
 
-        monkeypatch.setattr(Trainer, "_update", spoiled)
+        monkeypatch.setattr(trainers, "train_step", spoiled)
         return seen
 
     return arrange
 
 
-def state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    model = {name: p.detach().clone() for name, p in trainer.models.raw.named_parameters()}
-    for name, p in trainer.models.raw.named_parameters():
-        for slot, value in trainer.optimizer.state.get(p, {}).items():
+def state(run: Run) -> dict[str, torch.Tensor]:
+    model = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for name, p in run.model.named_parameters():
+        for slot, value in run.optimizer.state.get(p, {}).items():
             model[f"{name}/{slot}"] = value.clone()
     return model
 
 
 def loss_of(value: float) -> Spoil:
-    def how(trainer: Trainer) -> Any:
+    def how(run: Run) -> Any:
         def forward(model: Any, args: Any, output: Any) -> Any:
             return output[0], output[1] * value
 
-        return trainer.models.raw.register_forward_hook(forward).remove
+        return run.model.register_forward_hook(forward).remove
 
     return how
 
 
 def gradient_of(value: float) -> Spoil:
-    def how(trainer: Trainer) -> Any:
+    def how(run: Run) -> Any:
         def spoiled(grad: torch.Tensor) -> torch.Tensor:
             grad = grad.clone()
             grad.view(-1)[3] = value
             return grad
 
-        return trainer.models.raw.transformer.wte.weight.register_hook(spoiled).remove
+        return run.model.transformer.wte.weight.register_hook(spoiled).remove
 
     return how
 
 
 def weights_of(value: float) -> Spoil:
-    def how(trainer: Trainer) -> None:
+    def how(run: Run) -> None:
         with torch.no_grad():
-            trainer.models.raw.transformer.h[0].mlp.c_fc.weight[1, 1] = value
+            run.model.transformer.h[0].mlp.c_fc.weight[1, 1] = value
 
     return how
 
@@ -146,7 +148,7 @@ def test_a_run_that_cannot_be_healed_stops_with_a_diagnosis(
     assert text.startswith("the loss is inf at step ") and "float32, weights finite" in text
     assert "stopped after 3 roll-backs; the last good checkpoint is kept" in text
     # step 4 each time: batches 4 and 5 and the bad 6 and 7; 8 and 9; 10 and 11; 12 and 13
-    begins = prepare(config).order.starts(13, 2)
+    begins = make_plan(config).order.starts(13, 2)
     assert (
         f"batch from the tokens at {begins[0]}, {begins[1]})" in text and find_checkpoint("run").name == "step-00000004"
     )
@@ -159,7 +161,7 @@ def test_weights_that_are_not_finite_are_undone_at_once(
     assert train(tiny_config(tiny_data, out_dir="run", keep_last=9)).step == 8
     told = capsys.readouterr().out
     assert "weights not finite" in told and "back to run/step-00000004" in told
-    assert told.count("left out") == 1
+    assert told.count("skipped;") == 1
     for _, path in list_checkpoints("run"):
         assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(path).model.values())
 
@@ -167,8 +169,8 @@ def test_weights_that_are_not_finite_are_undone_at_once(
 def test_weights_that_broke_before_a_save_are_not_saved(
     tiny_data: Path, spoil: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def after(trainer: Trainer) -> Any:
-        return lambda: weights_of(math.inf)(trainer)
+    def after(run: Run) -> Any:
+        return lambda: weights_of(math.inf)(run)
 
     spoil(after, 5)
     settings = {"out_dir": "run", "save_interval": 2, "eval_interval": 100, "keep_last": 9}
@@ -179,8 +181,8 @@ def test_weights_that_broke_before_a_save_are_not_saved(
 
 
 def test_weights_that_broke_in_the_last_step_are_undone(tiny_data: Path, spoil: Any) -> None:
-    def after(trainer: Trainer) -> Any:
-        return lambda: weights_of(math.inf)(trainer)
+    def after(run: Run) -> Any:
+        return lambda: weights_of(math.inf)(run)
 
     for inclusive in (False, True):
         spoil(after, 7)
@@ -196,13 +198,13 @@ def test_a_roll_back_outlives_a_signal(tiny_data: Path, spoil: Any, monkeypatch:
     spoil(loss_of(math.nan), 5, 6, 7)
     train(tiny_config(tiny_data, out_dir="whole", **settings))
     spoil(loss_of(math.nan), 5, 6, 7)
-    back = Trainer._roll_back
+    back = Run.roll_back
 
-    def signalled(self: Trainer, error: Any) -> None:
+    def signalled(self: Run, error: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         back(self, error)
 
-    monkeypatch.setattr(Trainer, "_roll_back", signalled)
+    monkeypatch.setattr(Run, "roll_back", signalled)
     result = train(tiny_config(tiny_data, out_dir="cut", **settings))
     assert (result.exit_code, result.step) == (143, 4)
     assert load_checkpoint(find_checkpoint("cut", 4)).trainer["data_shift"] == 4
@@ -258,7 +260,7 @@ def test_spikes_are_told_and_left_out_only_if_asked(
         seen = spoil(loss_of(50.0), 50)
         train(tiny_config(tiny_data, out_dir=f"run{skip}", max_iters=60, eval_interval=100, skip_spikes=skip))
         told = [line for line in capsys.readouterr().out.splitlines() if "spike" in line]
-        assert len(told) == 1 and told[0].startswith("warning: step 50: loss ") and ("left out" in told[0]) == skip
+        assert len(told) == 1 and told[0].startswith("warning: step 50: loss ") and ("skipped" in told[0]) == skip
         entry = seen[50]
         assert all(torch.equal(entry["before"][n], entry["after"][n]) for n in entry["after"]) == skip
         line = next(e for e in read_metrics(Path(f"run{skip}")) if e["step"] == 50 and "loss" in e)
@@ -299,12 +301,12 @@ def test_the_guard_tells_of_a_signal_and_of_each_step_once() -> None:
     assert not guard.judge(0, 0.1, torch.tensor(2.0), torch.tensor(1.0), stop)
     stop.signum = signal.SIGTERM
     assert guard.judge(1, 0.2, torch.tensor(2.0), torch.tensor(math.nan), stop)
-    found = list(guard.findings())
+    found = list(guard.collect())
     assert [(f.step, f.learning_rate, f.skipped, f.signum) for f in found] == [
         (0, 0.1, False, None),
         (1, 0.2, True, signal.SIGTERM),
     ]
-    assert list(guard.findings(all_of_them=True)) == []
+    assert list(guard.collect(wait=True)) == []
 
 
 # --- memory ---
@@ -327,8 +329,8 @@ def test_the_micro_batch_halves_until_it_fits(
     monkeypatch.setattr(GPT, "forward", small)
     train(tiny_config(tiny_data, out_dir="tight", **settings))
     told = capsys.readouterr().out
-    assert "out of memory: the batch of 12 sequences is cut into parts of 3 from now on, 4 an update" in told
-    assert "cut into parts of 1 from now on, 12 an update" in told
+    assert "out of memory: from now on the batch of 12 sequences is split into 4 micro-batches of 3" in told
+    assert "split into 12 micro-batches of 1" in told
     one, other = read_metrics(Path("roomy")), read_metrics(Path("tight"))
     for a, b in zip(one, other, strict=True):
         for key in {"loss", "val_loss", "grad_norm"} & a.keys():
@@ -350,7 +352,7 @@ def test_memory_for_not_even_one_sequence_ends_the_run(tiny_data: Path, monkeypa
 
     monkeypatch.setattr(GPT, "forward", never)
     with pytest.raises(
-        TrainingError, match=r"one sequence at a time: about .* GiB are needed, cpu has .* GiB"
+        TrainingError, match=r"one sequence at a time: the run needs about .* GiB, cpu has .* GiB"
     ) as error:
         train(tiny_config(tiny_data, out_dir="run", eval_interval=100, max_iters=2, inclusive_max_iters=True))
     for setting in ("--block_size", "--n_layer", "--gradient_checkpointing=True"):
@@ -360,11 +362,11 @@ def test_memory_for_not_even_one_sequence_ends_the_run(tiny_data: Path, monkeypa
 def test_memory_that_runs_out_late_costs_no_step(tiny_data: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the model with one sequence: the state is saved. In the optimizer: one line. In a copy for a save: later."""
 
-    def never(trainer: Trainer) -> Any:
+    def never(run: Run) -> Any:
         def forward(*args: Any) -> Any:
             raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
-        return trainer.models.raw.register_forward_pre_hook(forward).remove
+        return run.model.register_forward_pre_hook(forward).remove
 
     spoil(never, 6)
     with pytest.raises(TrainingError, match="out of memory with one sequence at a time"):
@@ -377,7 +379,7 @@ def test_memory_that_runs_out_late_costs_no_step(tiny_data: Path, spoil: Any, mo
 
     step_unless_ = trainers.step_unless
     monkeypatch.setattr(trainers, "step_unless", no_moments)
-    with pytest.raises(TrainingError, match="out of memory for the optimizer's moments: about .* GiB are needed"):
+    with pytest.raises(TrainingError, match="out of memory for the optimizer's moments: the run needs about .* GiB"):
         train(tiny_config(tiny_data, out_dir="other"))
     monkeypatch.setattr(trainers, "step_unless", step_unless_)
     copied, calls = snapshot.copied, []

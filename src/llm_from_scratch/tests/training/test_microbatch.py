@@ -16,11 +16,13 @@ from llm_from_scratch.config import Config, SystemConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.machine.memory import free_memory
 from llm_from_scratch.training import microbatch as memory
 from llm_from_scratch.training import state as snapshot
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.microbatch import free_memory, largest_micro_batch
-from llm_from_scratch.training.setup import Plan, prepare
+from llm_from_scratch.training.microbatch import largest_micro_batch
+from llm_from_scratch.training.plan import Plan
+from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 from llm_from_scratch.training.wrap import loss_is_chunked
 
@@ -86,7 +88,7 @@ def test_the_free_memory_is_some_of_what_there_is() -> None:
 
 def test_a_micro_batch_is_asked_for_or_found(data: Path, free: Any) -> None:
     def plan(**leaves: Any) -> Plan:
-        return prepare(tiny_config(data, batch_size=6, gradient_accumulation_steps=2, **leaves))
+        return make_plan(tiny_config(data, batch_size=6, gradient_accumulation_steps=2, **leaves))
 
     assert (plan().micro_batch, plan().micro_steps) == (6, 2)
     assert (plan(micro_batch=4).micro_batch, plan(micro_batch=4).global_batch) == (4, 12)
@@ -106,9 +108,9 @@ def test_a_found_micro_batch_stays_when_the_run_goes_on(data: Path, free: Any) -
     train(tiny_config(data, **settings))
     free(1 << 40)
     resumed = {**settings, "init_from": "resume", "max_iters": 20}
-    assert prepare(tiny_config(data, **resumed)).micro_batch == 1
-    assert prepare(tiny_config(data, **{**resumed, "micro_batch": 3})).micro_batch == 3
-    assert prepare(tiny_config(data, **{**resumed, "batch_size": 4})).micro_batch == 4
+    assert make_plan(tiny_config(data, **resumed)).micro_batch == 1
+    assert make_plan(tiny_config(data, **{**resumed, "micro_batch": 3})).micro_batch == 3
+    assert make_plan(tiny_config(data, **{**resumed, "batch_size": 4})).micro_batch == 4
 
 
 def test_settings_are_read_from_a_command_line(data: Path) -> None:
@@ -125,7 +127,7 @@ def test_settings_are_read_from_a_command_line(data: Path) -> None:
         ({"activation_budget": 1.0, "gradient_checkpointing": True}, "remove gradient_checkpointing"),
     ):
         with pytest.raises(UserError, match=told):
-            prepare(tiny_config(data, **wrong))
+            make_plan(tiny_config(data, **wrong))
 
 
 def test_the_loss_is_chunked_where_there_are_many_logits() -> None:

@@ -21,9 +21,9 @@ from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import muon
-from llm_from_scratch.training.adamw import PIECE, AdamW, Dither
 from llm_from_scratch.training.muon import COEFFICIENTS, muon_groups, orthogonalized
-from llm_from_scratch.training.optimizer import load_optimizer_state, make_optimizer, optimizer_state
+from llm_from_scratch.training.optimizer import Optimizer, load_optimizer_state, make_optimizer, optimizer_state
+from llm_from_scratch.training.rounding import PIECE, Dither
 from llm_from_scratch.training.trainer import train as run_training
 
 from ..stepping import same_weights as same
@@ -89,6 +89,11 @@ def test_the_polynomials_reach_what_they_promise() -> None:
 def test_zero_stays_zero() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert not orthogonalized(torch.zeros(2, 4, 8, dtype=dtype)).any()
+
+
+def adamw(**parameters: nn.Parameter) -> dict[str, Any]:
+    """A group that AdamW steps."""
+    return {"rule": "adamw", "params": list(parameters.values()), "names": list(parameters)}
 
 
 # --- Muon ---
@@ -184,7 +189,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
     tied = made(make(), **rates)
     of = {name: group["lr"] for group in tied.param_groups for name in group["names"]}
     assert (of["transformer.wte.weight"], of["transformer.wpe.weight"]) == (0.004, 0.2)
-    with pytest.raises(UserError, match="the model has no embeddings of its own to train: leave --embedding_learning"):
+    with pytest.raises(UserError, match="the model has no separate embeddings to train: leave --embedding_learning"):
         made(make(pos_embedding="rope"), **rates)
     with pytest.raises(UserError, match="head_learning_rate needs --optimizer_type=muon"):
         OptimizerConfig(head_learning_rate=0.1).validate()
@@ -194,8 +199,8 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_all_else_is_stepped_as_by_torch(fused: Any, decay: float) -> None:
     ours, theirs = make(**UNTIED), make(**UNTIED)
-    optimizer = AdamW([{"params": list(ours.parameters()), "names": [n for n, _ in ours.named_parameters()],
-                        "weight_decay": decay}], 3e-3, (0.8, 0.9), fused == "on")  # fmt: skip
+    group = adamw(**dict(ours.named_parameters())) | {"weight_decay": decay}
+    optimizer = Optimizer([group], 3e-3, (0.8, 0.9), fused == "on")
     reference = torch.optim.AdamW(theirs.parameters(), 3e-3, (0.8, 0.9), weight_decay=decay, fused=fused == "on")
     train(ours, optimizer, 5)
     train(theirs, reference, 5)
@@ -368,7 +373,7 @@ def test_a_state_of_the_other_optimizer_is_refused() -> None:
         train(model, optimizer, 1)
         states[kind] = optimizer_state(optimizer)
     for kind, other in (("adamw", "muon"), ("muon", "adamw")):
-        with pytest.raises(UserError, match=f"not of this optimizer_type: go on with --optimizer_type={other}"):
+        with pytest.raises(UserError, match=f"{other}'s, not {kind}'s: resume with --optimizer_type={other}"):
             load_optimizer_state(made(make(), optimizer_type=kind), states[other])
 
 
@@ -440,7 +445,7 @@ def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
 def test_small_changes_of_the_second_moment_are_not_lost() -> None:
     """beta2 = 0.999: rounded to nearest, the moment of a steady gradient would stand still at half of its value."""
     p = nn.Parameter(torch.zeros(4096))
-    optimizer = AdamW([{"params": [p], "names": ["p"]}], 0.0, (0.9, 0.999), True, torch.bfloat16)
+    optimizer = Optimizer([adamw(p=p)], 0.0, (0.9, 0.999), True, torch.bfloat16)
     nearest = torch.zeros(1, dtype=torch.bfloat16)
     for _ in range(2000):
         p.grad = torch.ones(4096)
@@ -456,7 +461,7 @@ def test_a_tensor_of_several_pieces_is_stepped_as_one() -> None:
     size = 2 * PIECE + 7
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, size)) for _ in range(2))
     small, twin = (nn.Parameter(torch.ones(5)) for _ in range(2))
-    optimizer = AdamW([{"params": [small, ours], "names": ["s", "p"]}], 0.1, (0.5, 0.5), True, torch.bfloat16)
+    optimizer = Optimizer([adamw(s=small, p=ours)], 0.1, (0.5, 0.5), True, torch.bfloat16)
     reference = torch.optim.AdamW([twin, theirs], 0.1, (0.5, 0.5), weight_decay=0.0, fused=True)
     for value in (1.0, 2.0):
         for p in (ours, theirs, small, twin):
@@ -475,7 +480,7 @@ def test_losses_are_those_of_a_float32_state() -> None:
     state = torch.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
         p = nn.Parameter(torch.zeros(32))
-        optimizer = AdamW([{"params": [p], "names": ["p"]}], 0.01, (0.9, 0.999), True, dtype)
+        optimizer = Optimizer([adamw(p=p)], 0.01, (0.9, 0.999), True, dtype)
         for step in range(600):
             rows = slice(step % 32 * 16, step % 32 * 16 + 16)
             p.grad = inputs[rows].T @ (inputs[rows] @ p.detach() - outputs[rows]) / 16

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.training.progress import SAVE_AWAITED, Calendar, Remaining, StepTimer, clock_time, in_words
-from llm_from_scratch.training.setup import prepare
-from llm_from_scratch.training.trainer import Trainer, train
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.trainer import train
 
 from ..tiny import tiny_config
 
@@ -32,21 +33,21 @@ MINUTES = 60.0
 )
 def test_the_calendar_is_what_happens(tiny_data: Path, settings: dict[str, Any], monkeypatch: Any) -> None:
     config = tiny_config(tiny_data, out_dir="run", final_eval=True, **settings)
-    happened: dict[str, list[int]] = {"_evaluate": [], "_save": []}
+    happened: dict[str, list[int]] = {"evaluate": [], "save": []}
     for name, steps in happened.items():
-        original = getattr(Trainer, name)
+        original = getattr(Run, name)
 
-        def noted(self: Trainer, original: Any = original, steps: list[int] = steps) -> None:
+        def noted(self: Run, original: Any = original, steps: list[int] = steps) -> None:
             steps.append(self.state.step)
             original(self)
 
-        monkeypatch.setattr(Trainer, name, noted)
-    calendar = Calendar.of(prepare(config))
+        monkeypatch.setattr(Run, name, noted)
+    calendar = Calendar.of(make_plan(config))
     result = train(config)
     for step in range(calendar.last + 1):
-        assert calendar.evaluations(step) == sum(done >= step for done in happened["_evaluate"])
-        assert calendar.saves(step) == sum(step <= done < calendar.last for done in happened["_save"])
-        assert calendar.evaluates(step) == (step in happened["_evaluate"]) or step == calendar.last
+        assert calendar.evaluations(step) == sum(done >= step for done in happened["evaluate"])
+        assert calendar.saves(step) == sum(step <= done < calendar.last for done in happened["save"])
+        assert calendar.evaluates(step) == (step in happened["evaluate"]) or step == calendar.last
     if calendar.last:
         assert (
             result.final is not None and result.final.tokens + 1 == calendar.final_tokens

@@ -21,10 +21,13 @@ from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, load_
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.files import FolderLock
-from llm_from_scratch.training import evaluate, loggers, resume, setup, trainer
-from llm_from_scratch.training.setup import prepare
+from llm_from_scratch.training import evaluate, loggers, resume, trainer
+from llm_from_scratch.training import plan as plans
+from llm_from_scratch.training import run as runs
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.state import copied
-from llm_from_scratch.training.trainer import Trainer, train
+from llm_from_scratch.training.trainer import train
 
 from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data, write_ids
 
@@ -79,7 +82,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     config = tiny_config(tiny_data, **settings)
     runtime, told = resolved(dtype="bfloat16", compile=True, threads=1)
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.bfloat16, True, 1)
-    assert runtime.reasons["dtype"] == "bfloat16 (as the run began)"
+    assert runtime.reasons["dtype"] == "bfloat16 (as at the start of the run)"
     assert told == ["not bit-exact from here on: compile True -> False, dtype bfloat16 -> float32"]
     runtime, _ = resolved(device="mps", dtype="bfloat16")  # another device: chosen anew
     assert runtime.dtype == torch.float32 and runtime.threads is None
@@ -90,7 +93,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.float32, False, 2)
     assert resolved(torch="1.0")[1] == [f"not bit-exact from here on: torch 1.0 -> {torch.__version__}"]
     (told_,) = resume.not_bit_exact(machine, Checkpoint(None, 0, saved.model_config, {}))
-    assert told_ == "not bit-exact from here on: the checkpoint does not say on what it was made"
+    assert told_ == "not bit-exact from here on: the checkpoint does not name the machine that made it"
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
@@ -101,7 +104,7 @@ def test_one_changed_token_is_noticed(tmp_path: Path, where: str, monkeypatch: p
     for limit in (1 << 30, 300_000):
         if limit < ids.nbytes and where not in ("first", "last"):
             continue
-        monkeypatch.setattr(setup, "HASHED", limit)
+        monkeypatch.setattr(plans, "HASHED", limit)
         config = tiny_config(data, out_dir=f"run{limit}", max_iters=2)
         train(config)
         place = {"first": 0, "middle": 123_456, "last": len(ids) - 1, "val": 299_999}[where]
@@ -133,20 +136,20 @@ def test_a_copy_is_out_of_reach_and_names_of_one_tensor_share_it() -> None:
 
 def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save of step 4 waits until step 6 is done, and still holds the weights of step 4."""
-    reached, save, update = threading.Event(), checkpoints.save_checkpoint, Trainer._update
+    reached, save, update = threading.Event(), checkpoints.save_checkpoint, trainer.train_step
 
     def slow(*args: Any, **kwargs: Any) -> Path:
         assert kwargs["step"] != 4 or reached.wait(30)
         return save(*args, **kwargs)
 
-    def updated(self: Trainer) -> None:
-        update(self)
-        if self.state.step == 6:
+    def updated(run: Run, x: torch.Tensor, y: torch.Tensor) -> None:
+        update(run, x, y)
+        if run.state.step == 6:
             reached.set()
 
     train(tiny_config(tiny_data, out_dir="plain", keep_last=9))
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
-    monkeypatch.setattr(Trainer, "_update", updated)
+    monkeypatch.setattr(trainer, "train_step", updated)
     train(tiny_config(tiny_data, out_dir="slow", keep_last=9))
     for step in (4, 8):
         one, other = (load_checkpoint(find_checkpoint(name, step)) for name in ("plain", "slow"))
@@ -155,20 +158,20 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_data: Path, monkeyp
 
 
 def test_a_run_that_fails_waits_for_its_checkpoint(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, update, failed = checkpoints.save_checkpoint, Trainer._update, threading.Event()
+    save, update, failed = checkpoints.save_checkpoint, trainer.train_step, threading.Event()
 
     def slow(*args: Any, **kwargs: Any) -> Path:
         assert failed.wait(30)
         return save(*args, **kwargs)
 
-    def fails(self: Trainer) -> None:
-        if self.state.step == 5:
+    def fails(run: Run, x: torch.Tensor, y: torch.Tensor) -> None:
+        if run.state.step == 5:
             failed.set()
             raise TrainingError("no more")
-        update(self)
+        update(run, x, y)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
-    monkeypatch.setattr(Trainer, "_update", fails)
+    monkeypatch.setattr(trainer, "train_step", fails)
     with pytest.raises(TrainingError, match="no more"):
         train(tiny_config(tiny_data, out_dir="run"))
     assert find_checkpoint("run").name == "step-00000004"
@@ -184,7 +187,7 @@ def test_a_last_save_that_fails_is_tried_again(tiny_data: Path, monkeypatch: pyt
         return save(*args, **kwargs)
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", fails_once)
-    monkeypatch.setattr(trainer, "estimate_loss", lambda *_: 1.0)
+    monkeypatch.setattr(runs, "estimate_loss", lambda *_: 1.0)
     config = tiny_config(tiny_data, out_dir="run", eval_interval=2, early_stopping_patience=1)
     assert train(config).exit_code == 0  # the run ends at the step whose save has failed
     assert calls == [2, 2] and find_checkpoint("run").name == "step-00000002"
@@ -225,20 +228,20 @@ def test_data_that_fails_under_the_run_costs_no_step(
 ) -> None:
     """Also before the first checkpoint."""
     data = write_data(tmp_path / "data")
-    update: Callable[[Trainer], None] = Trainer._update
+    update = trainer.train_step
 
-    def cuts(self: Trainer) -> None:
-        if self.state.step == at:
+    def cuts(run: Run, x: torch.Tensor, y: torch.Tensor) -> None:
+        update(run, x, y)
+        if run.state.step == at:
             os.truncate(data / "train.bin", 100)
-            self.loader.ahead = None
-        update(self)
+            run.loader.ahead = None
 
     whole = (data / "train.bin").read_bytes()
     train(tiny_config(data, out_dir="whole"))
-    monkeypatch.setattr(Trainer, "_update", cuts)
+    monkeypatch.setattr(trainer, "train_step", cuts)
     with pytest.raises(UserError, match=r"train.bin has become shorter while it was read"):
         train(tiny_config(data, out_dir="run"))
-    monkeypatch.setattr(Trainer, "_update", update)
+    monkeypatch.setattr(trainer, "train_step", update)
     assert find_checkpoint("run", "last").name == f"step-0000000{at}"
     (data / "train.bin").write_bytes(whole)
     train(tiny_config(data, out_dir="run", init_from="resume"))
@@ -416,7 +419,7 @@ def test_a_damaged_checkpoint_is_named_once_and_set_aside(tiny_data: Path, capsy
 
 def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
-        prepare(tiny_config(tiny_data, out_dir="none", init_from="resume"))
+        make_plan(tiny_config(tiny_data, out_dir="none", init_from="resume"))
     with pytest.raises(UserError, match="no checkpoint"):
         train(tiny_config(tiny_data, out_dir="none", init_from="resume"))
     assert not Path("none").exists()

@@ -15,16 +15,19 @@ from typing import Any
 import pytest
 import torch
 
+from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer
 from llm_from_scratch.errors import TrainingError, UserError
+from llm_from_scratch.training import run as runs
 from llm_from_scratch.training import setup, trainer
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.guards import StopRequest
-from llm_from_scratch.training.setup import prepare
-from llm_from_scratch.training.trainer import Trainer, train
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.signals import StopRequest
+from llm_from_scratch.training.trainer import train
 
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
 
@@ -47,19 +50,19 @@ def short_data(tmp_path: Path) -> Path:
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Stop:
     """Lets runs end as by a signal, after the update that makes the given step."""
 
-    runs: list[Trainer] = []
-    build = Trainer.__init__
+    seen: list[Run] = []
+    build = Run.__init__
 
-    def remember(self: Trainer, *args: Any) -> None:
+    def remember(self: Run, *args: Any) -> None:
         build(self, *args)
-        runs.append(self)
+        seen.append(self)
 
     def arrange(step: int) -> None:
         def agreed(self: StopRequest) -> bool:
-            self.signum = signal.SIGTERM if runs[-1].state.step == step else None
+            self.signum = signal.SIGTERM if seen[-1].state.step == step else None
             return self.signum is not None
 
-        monkeypatch.setattr(Trainer, "__init__", remember)
+        monkeypatch.setattr(Run, "__init__", remember)
         monkeypatch.setattr(StopRequest, "agreed", agreed)
 
     return arrange
@@ -72,7 +75,7 @@ def val_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def script(*values: float) -> None:
         rest = iter(values)
         monkeypatch.setattr(
-            trainer, "estimate_loss", lambda model, data, *_: next(rest) if data.name.endswith("(val)") else 1.0
+            runs, "estimate_loss", lambda model, data, *_: next(rest) if data.name.endswith("(val)") else 1.0
         )
 
     return script
@@ -155,20 +158,20 @@ def test_a_cut_run_is_bit_for_bit_the_whole_one(name: str, short_data: Path, sto
 def test_a_run_that_died_between_checkpoints_repeats_no_line(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"dropout": 0.2, "max_iters": 10, "eval_interval": 5, "save_interval": 4, "keep_last": 9}
     train(tiny_config(tiny_data, out_dir="whole", **settings))
-    update = Trainer._update
+    update = trainer.train_step
 
-    def dies(self: Trainer) -> Any:
-        if self.state.step == 7:
-            with (self.out_dir / "metrics.jsonl").open("a") as file:
+    def dies(run: Run, x: torch.Tensor, y: torch.Tensor) -> Any:
+        if run.state.step == 7:
+            with (run.out_dir / "metrics.jsonl").open("a") as file:
                 file.write('{"step": 6, "lo')  # what a kill leaves
             raise RuntimeError("power cut")
-        return update(self)
+        return update(run, x, y)
 
-    monkeypatch.setattr(Trainer, "_update", dies)
+    monkeypatch.setattr(trainer, "train_step", dies)
     with pytest.raises(RuntimeError, match="power cut"):
         train(tiny_config(tiny_data, out_dir="died", **settings))
     assert steps_kept("died")[-1] in (4, 5)
-    monkeypatch.setattr(Trainer, "_update", update)
+    monkeypatch.setattr(trainer, "train_step", update)
     train(tiny_config(tiny_data, out_dir="died", init_from="resume", **settings))
     assert_same(saved("whole"), saved("died"))
     assert losses("died") == losses("whole")
@@ -202,7 +205,7 @@ def test_a_finished_run_has_nothing_to_do_and_goes_on_where_more_is_asked(
     train(tiny_config(tiny_data, **settings))
     before = saved("run")
     result = train(tiny_config(tiny_data, init_from="resume", **settings))
-    assert "nothing to do: the run stands at step 8 of 8" in capsys.readouterr().out
+    assert "already finished (step 8 of 8). To train longer, raise --max_iters." in capsys.readouterr().out
     assert result.step == 8
     assert_same(before, saved("run"))
     train(tiny_config(tiny_data, init_from="resume", max_iters=11, **settings))
@@ -215,8 +218,8 @@ def test_resuming_with_another_shape_is_refused_on_the_command_line_and_announce
     train(tiny_config(tiny_data, out_dir="run"))
     changed = tiny_config(tiny_data, out_dir="run", init_from="resume", n_layer=2, max_iters=9)
     with pytest.raises(UserError, match="--n_layer=2 contradicts the loaded weights, which have 1; leave it out"):
-        prepare(changed, {"n_layer": "command line"})
-    plan = prepare(changed, {"n_layer": "some.yaml"})
+        make_plan(changed, {"n_layer": "command line"})
+    plan = make_plan(changed, {"n_layer": "some.yaml"})
     assert plan.config.model.n_layer == 1 and "the loaded weights decide: n_layer=1" in plan.notes
     assert changed.model.n_layer == 2  # the caller's settings are the caller's
 
@@ -272,7 +275,7 @@ def test_training_is_what_the_parts_written_out_would_do(tiny_data: Path) -> Non
     """The loop against its own naive version: model, batches, clipping, AdamW, schedule."""
     config = tiny_config(tiny_data, out_dir="run", gradient_accumulation_steps=3, grad_clip=0.05, weight_decay=0.3)
     train(config)
-    plan = prepare(config)
+    plan = make_plan(config)
     torch.manual_seed(config.system.seed)
     model = GPT(plan.config.model)
     optimizer = torch.optim.AdamW(
@@ -311,10 +314,10 @@ def test_max_iters_counts_updates_and_nanogpts_count_is_one_more(tiny_data: Path
 def test_epochs_are_passes_over_the_tokens(short_data: Path) -> None:
     # 300 tokens in windows of 8, of which the last needs a target more and the first 7 may be skipped: 36 windows
     config = tiny_config(short_data, epochs=2.0, sample_order="shuffled", batch_size=5)
-    plan = prepare(config)
+    plan = make_plan(config)
     assert plan.order.windows_per_epoch == 36 and plan.last_step == 15 == plan.config.training.max_iters  # 72 / 5
     assert plan.config.training.epochs is None and plan.epochs == pytest.approx(15 * 40 / 300)
-    assert prepare(tiny_config(short_data, epochs=1.0, batch_size=5)).last_step == 8  # 300 / 40
+    assert make_plan(tiny_config(short_data, epochs=1.0, batch_size=5)).last_step == 8  # 300 / 40
     result = train(config)
     assert result.step == 15
     seen = [int(s) for step in range(15) for s in plan.order.starts(step, 5)]
@@ -368,7 +371,7 @@ def test_a_checkpoint_is_complete(tiny_data: Path) -> None:
     assert found.tokenizer is not None and found.tokenizer.fingerprint() == TOKENIZER.fingerprint()
     assert found.config["optimizer"]["learning_rate"] == 1e-2 and found.config["data"]["dataset"] == str(tiny_data)
     assert found.model_config.vocab_size == 24 and found.trainer["step"] == found.step == 8
-    assert found.manifest["dataset_sha256"] == prepare(tiny_config(tiny_data)).dataset_hash
+    assert found.manifest["dataset_sha256"] == make_plan(tiny_config(tiny_data)).dataset_hash
     model = GPT(found.model_config)
     model.load_state_dict(found.model)
 
@@ -376,15 +379,15 @@ def test_a_checkpoint_is_complete(tiny_data: Path) -> None:
 def test_a_disk_that_fails_once_does_not_end_the_run(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save, calls = trainer.checkpoints.save_checkpoint, []
+    save, calls = checkpoints.save_checkpoint, []
 
     def fails_first(*args: Any, **kwargs: Any) -> Path:
         calls.append(kwargs["step"])
         if len(calls) == 1:
-            raise trainer.checkpoints.SaveError("no space left")
+            raise checkpoints.SaveError("no space left")
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", fails_first)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fails_first)
     assert train(tiny_config(tiny_data, out_dir="run")).step == 8
     assert "warning: step 4 is not saved: no space left" in capsys.readouterr().out
     assert calls == [4, 8] and steps_kept("run") == [8]
@@ -393,14 +396,14 @@ def test_a_disk_that_fails_once_does_not_end_the_run(
 def test_a_last_state_that_is_not_saved_shows_in_the_exit_code(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = trainer.checkpoints.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def fails_last(*args: Any, **kwargs: Any) -> Path:
         if kwargs["step"] == 8:
-            raise trainer.checkpoints.SaveError("no space left")
+            raise checkpoints.SaveError("no space left")
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.checkpoints, "save_checkpoint", fails_last)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", fails_last)
     assert train(tiny_config(tiny_data, out_dir="run")).exit_code == 1
     assert steps_kept("run") == [4]
 
@@ -462,7 +465,7 @@ def test_weights_of_another_run_start_a_new_one_at_step_0(tiny_data: Path) -> No
     train(tiny_config(tiny_data, out_dir="first", init_from="first", max_iters=2, eval_interval=1))
     assert read_metrics(Path("first"))[0]["val_loss"] == source.manifest["val_loss"]
     assert Path(f"first/previous-{source.manifest['run_id']}/step-00000008").is_dir()
-    plan = prepare(tiny_config(tiny_data, init_from="first", block_size=4))
+    plan = make_plan(tiny_config(tiny_data, init_from="first", block_size=4))
     assert plan.config.model.block_size == 4 and plan.weights is not None
     assert plan.weights["transformer.wpe.weight"].shape == (4, 16)
     GPT(plan.config.model).load_state_dict(plan.weights)
@@ -506,7 +509,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_data: Path) -> None:
 
 def test_an_error_closes_the_log_and_the_worker(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    for kind in (trainer.RunLog, trainer.BatchLoader):
+    for kind in (runs.RunLog, runs.BatchLoader):
         monkeypatch.setattr(kind, "close", lambda self, *step, kind=kind: closed.append(kind.__name__))
     with pytest.raises(TrainingError):
         train(tiny_config(tiny_data, learning_rate=1e30, max_iters=50))
@@ -597,7 +600,7 @@ def test_sigterm_saves_that_very_step(running: subprocess.Popen[str], tiny_data:
     assert running.wait(timeout=60) == 143
     step = saved("run").step
     command = f"llm-train --init_from=resume --out_dir=run --dataset={tiny_data}"
-    assert f"stopped at step {step}; go on with: {command}" in rest
+    assert f"stopped at step {step}; resume with: {command}" in rest
     assert losses("run")[-1][0] == step - 1 >= 3
     from llm_from_scratch.cli.train import main
 

@@ -1,0 +1,76 @@
+"""Mistakes that can be found without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.load import is_pretrained
+from ..checkpoint.store import find_checkpoint, resolved_init
+from ..config import Config
+from ..core.dataset import TokenData, read_manifest, resolve_dataset
+from ..core.tokenizer import Tokenizer, tokenizer_of
+from ..errors import UserError
+from ..machine.processes import check_writable, distributed_env
+from .loggers import check_extras
+
+SMALL = 1 << 26  # bytes of a split whose ids are checked at once
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened."""
+
+    folder: Path
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+    """Ids of the data; None if neither a tokenizer nor a manifest gives it."""
+    train_data: TokenData
+    val_data: TokenData
+
+
+def check(config: Config) -> Inputs:
+    """Finds the mistakes in settings, machine and data that can be found without torch. Writes nothing.
+
+    Raises UserError.
+    """
+    training = config.training
+    init_from = resolved_init(training.init_from, training.out_dir)
+    config.validate()
+    check_extras(config)
+    _, _, world_size = distributed_env()
+    if not training.eval_only:
+        check_writable(Path(training.out_dir))
+    share_batch(config, world_size)
+    folder = resolve_dataset(config.data.dataset)
+    tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
+    ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
+    found = []
+    for split in ("train", "val"):
+        data = TokenData.open(folder, split)
+        from_scratch = init_from == "scratch"  # otherwise the weights set context and vocabulary
+        is_small = sum(shard.nbytes for shard in data.shards) < SMALL
+        vocab_size = ids if from_scratch and is_small and config.model.vocab_size is None else None
+        data.check(config.model.block_size if from_scratch else 1, vocab_size)
+        found.append(data)
+    if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
+        find_checkpoint(init_from, verify=False)
+    return Inputs(folder, tokenizer, ids, *found)
+
+
+def share_batch(config: Config, world_size: int) -> int:
+    """The global batch, which is given; each process gets an equal share. Raises UserError if that is impossible."""
+    batch_size, micro_batch = config.data.batch_size, config.data.micro_batch
+    global_batch = batch_size * config.training.gradient_accumulation_steps
+    if global_batch % world_size:
+        raise UserError(
+            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be shared "
+            f"by {world_size} processes; choose a multiple of {world_size}"
+        )
+    share = global_batch // world_size
+    if isinstance(micro_batch, int) and share % micro_batch:
+        raise UserError(
+            f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
+            "divisor, or auto"
+        )
+    return global_batch

@@ -1,0 +1,119 @@
+"""The plan of a run: everything that is decided before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.store import Checkpoint
+from ..config import Config
+from ..core.dataset import SampleOrder, TokenData
+from ..core.model import GPT
+from ..core.sizes import Sizes, sizes
+from ..core.tokenfile import BackgroundScan
+from ..core.tokenizer import Tokenizer
+from ..machine.device import Runtime
+from .optimizer import optimizer_bytes
+
+HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
+PIECE = 1 << 16  # tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, data, weights and machine of a run, fitted to each other. What changes during the run is in Run."""
+
+    config: Config
+    runtime: Runtime
+    folder: Path
+    tokenizer: Tokenizer | None
+    train_data: TokenData
+    val_data: TokenData
+    order: SampleOrder
+    global_batch: int
+    """Sequences per update, over all processes."""
+    micro_batch: int
+    """Sequences of one process in one forward pass, at the start of the run."""
+    last_step: int
+    """Updates after which the run ends."""
+    start_step: int = 0
+    weights: dict[str, Tensor] | None = None
+    """Initial weights, unless they come from the seed."""
+    resumed: Checkpoint | None = None
+    prompt: list[int] = field(default_factory=list)
+    """Token ids that the samples of --sample_interval continue; empty without samples."""
+    notes: list[str] = field(default_factory=list)
+    """What was found and decided, one line each."""
+    scans: list[BackgroundScan] = field(default_factory=list)
+    """Checks of large data that run in the background during the first steps."""
+
+    def micro_steps(self, micro_batch: int) -> int:
+        """Forward passes of one process per update."""
+        return self.global_batch // self.runtime.world_size // micro_batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.config.model.block_size
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training tokens."""
+        return self.last_step * self.tokens_per_step / len(self.train_data)
+
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """Parameters, FLOPs and bytes, with the micro-batch of the start."""
+        config, element = self.config, self.runtime.dtype.itemsize
+        with torch.device("meta"):
+            model = GPT(config.model)
+        found = sizes(config.model, self.micro_batch, element, config.training.gradient_checkpointing)
+        return dataclasses.replace(found, optimizer=optimizer_bytes(model, config.optimizer))
+
+    @property
+    def train_hash(self) -> str:
+        """Identifies the training tokens."""
+        return dataset_hashes(self.train_data, self.val_data)[0]
+
+    @property
+    def dataset_hash(self) -> str:
+        """Identifies the tokens of both splits."""
+        return dataset_hashes(self.train_data, self.val_data)[1]
+
+
+@functools.lru_cache(maxsize=2)
+def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
+    """Of the training split, and of both: all tokens, or samples from all parts of a split above HASHED bytes."""
+    digest, hashes = hashlib.sha256(), []
+    for data in (train, val):
+        digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
+        stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
+        for shard in data.shards:
+            pieces = -(-len(shard) // PIECE)
+            for piece in sorted({*range(0, pieces, stride), pieces - 1}):
+                digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes[0], hashes[1]
+
+
+def describe(plan: Plan) -> list[str]:
+    """The lines printed at the start: what will run, on what, and what was chosen for the machine."""
+    config, s = plan.config, plan.sizes
+    lines = list(plan.notes)
+    lines += [f"{name}: {text}" for name, text in plan.runtime.reasons.items()]
+    if plan.runtime.world_size > 1:
+        lines.append(f"processes: {plan.runtime.world_size} ({plan.runtime.backend})")
+    lines += [
+        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
+        "tokens",
+        f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
+        f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
+        f"{plan.runtime.world_size} x {plan.micro_steps(plan.micro_batch)} x {plan.micro_batch})",
+        f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
+    ]
+    return lines

@@ -1,0 +1,378 @@
+"""A run: what changes while it trains. Its parts are built in one order and closed together."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import store as checkpoints
+from ..checkpoint.load import load
+from ..config import Config
+from ..core.dataset import BatchLoader
+from ..core.model import GPT
+from ..core.resident import tokens_on
+from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
+from ..machine import device as runtimes
+from ..machine.device import forked_random
+from ..machine.files import FolderLock
+from ..machine.processes import any_rank, distributed_env, wait_for_all
+from .evaluate import Evaluation, estimate_loss, evaluate_split
+from .guards import Finding, StepGuard, all_finite, not_finite_error
+from .loggers import RunLog, teller
+from .microbatch import halved, retry_smaller
+from .optimizer import make_optimizer
+from .plan import Plan, describe
+from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
+from .resume import machine_of, not_bit_exact, resume_command, take_folder
+from .saver import Saver
+from .scheduler import learning_rate_at
+from .setup import make_plan
+from .signals import StopRequest
+from .state import TrainState, restore
+from .wrap import wrap
+
+
+@dataclass
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    out_dir: Path
+    checkpoint: Path | None
+    best_val_loss: float
+    final: Evaluation | None
+    """The whole validation split at the last step; None if turned off, too long, or the run was stopped."""
+    exit_code: int
+    """0, 128 + the number of the signal that stopped the run, or 1 if the last state could not be saved."""
+
+
+@contextlib.contextmanager
+def open_run(config: Config, sources: dict[str, str] | None, command: str) -> Iterator[Run]:
+    """Plans a run, starts the machine and builds the run; closes them in the reverse order."""
+    lock = FolderLock(Path(config.training.out_dir))
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(lock.release)
+        training, is_first = config.training, distributed_env()[0] == 0
+        if is_first and lock.path.parent.is_dir() and training.init_from in ("resume", "auto"):
+            if not training.eval_only:
+                lock.acquire()  # now, because damaged checkpoints are renamed before the run starts
+        plan = make_plan(config, sources)
+        cleanup.callback(runtimes.stop)
+        runtimes.start(plan.runtime, plan.config.system)
+        stop = cleanup.enter_context(StopRequest(plan.runtime.world_size))
+        run = Run(plan, stop, lock, command)
+        del plan  # it holds the loaded weights, which the run has copied
+        cleanup.callback(run.close)
+        yield run
+
+
+class Run:
+    """Model, optimizer, data, log and checkpoints of one run, and its state."""
+
+    def __init__(
+        self, plan: Plan, stop: StopRequest | None = None, lock: FolderLock | None = None, command: str = "llm-train",
+        say: Callable[[str], None] | None = None,
+    ):  # fmt: skip
+        """lock: of the folder that the run writes to; None: a run that writes nothing, for a forecast or a benchmark.
+        say: prints a line before the log is open; by default on the first process, if the run writes."""
+        self.plan = replace(plan, weights=None, resumed=None)
+        self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
+        self.command, self.out_dir = command, Path(plan.config.training.out_dir)
+        self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step)
+        self.micro_batch = plan.micro_batch
+        self.eval_rate: float | None = None  # tokens/s
+        self.mfu: float | None = None
+        self.timer = StepTimer()
+        self.say = say or teller(self.runtime.is_master and lock is not None)
+        self.model = GPT(self.config.model)
+        if plan.weights is not None:
+            self.model.load_state_dict(plan.weights)
+        checkpoints.check_storable(self.model.state_dict(), self.config.model)
+        self.runtime.place(self.model)
+        for line in describe(plan) if lock is not None else ():
+            self.say(line)
+        self.models = retry_smaller(
+            lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say), self.shrink
+        )
+        self.optimizer = make_optimizer(self.model, self.config.optimizer, self.runtime.device, self.config.system.seed)
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
+        self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
+        vocab_size = self.config.model.vocab_size
+        self.loader = BatchLoader(
+            plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
+            self.runtime.world_size, vocab_size,
+            tokens_on(self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say),
+        )  # fmt: skip
+        if plan.resumed is not None:
+            for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
+                self.say(line)
+        self.log = self._open_log(plan, lock)  # the first to write: all that can fail before step 0 has succeeded
+        self.say = self.log.say
+        self.saver = Saver(self.plan, self.state, self.log)
+
+    def _open_log(self, plan: Plan, lock: FolderLock | None) -> RunLog:
+        if lock is None:
+            return RunLog(self.config, is_master=False, first=0, last=0, resumed=False)
+        moved, first = take_folder(plan, lock), plan.start_step
+        left = Remaining(Calendar.of(plan), self.timer, first)
+        evaluated, resumed = self.state.evaluated_at == first, plan.resumed is not None
+        log = RunLog(
+            self.config, self.runtime.is_master, first, plan.last_step, resumed, evaluated, left, self.state.run_id
+        )
+        if moved is not None:
+            log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
+        return log
+
+    # --- one step ---
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this process at the present step: (rows, T) int64 each. Starts the step's timer."""
+        self.saver.report()
+        self.timer.start()
+        place = self.state.step + self.state.data_shift  # in the order of the data
+        if self.plan.order.begins_epoch(place, self.plan.global_batch):
+            self.optimizer.begin_epoch()
+        for scan in self.plan.scans:
+            scan.raise_if_bad()
+        return self.loader.get(place)
+
+    def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch: processes exchange gradients in the last one only."""
+        if self.runtime.world_size == 1 or is_last:
+            return contextlib.nullcontext()
+        return self.models.train.no_sync()  # type: ignore[operator]
+
+    def shrink(self, reason: str) -> None:
+        """Halves the micro-batch. reason: the allocator's message. Raises MemoryShortError if it cannot be smaller."""
+        self.model.zero_grad(set_to_none=True)
+        self.micro_batch = halved(self.plan, self.micro_batch, reason)
+        batch = self.plan.global_batch // self.runtime.world_size
+        self.say(
+            f"warning: out of memory: from now on the batch of {batch} sequences is split into "
+            f"{self.plan.micro_steps(self.micro_batch)} micro-batches of {self.micro_batch}; the result is the same"
+        )
+
+    def report_steps(self, wait: bool = False) -> None:
+        """Logs the steps that the device has finished. wait: all steps.
+
+        Raises NotFiniteError after too many skipped steps, or if weights are not finite.
+        """
+        for found in self.guard.collect(wait):
+            self.stop.shared = self.stop.shared or found.signum
+            self._log_step(found)
+            self._count_skipped(found)
+        self.timer.pause()
+        self.stop.stop_if_closed(self.log.reader_is_gone)
+
+    def _log_step(self, found: Finding) -> None:
+        if found.step % self.config.logging.log_interval and not (found.skipped or found.spike):
+            return
+        seconds = self.timer.seconds_per_step()
+        rate = self.plan.tokens_per_step / seconds
+        metrics = {"loss": found.loss, "lr": found.learning_rate, "grad_norm": found.grad_norm}
+        metrics |= {"time_ms": seconds * 1e3, "tokens_per_s": rate}
+        if peak := self.runtime.peak_flops:
+            metrics["mfu"] = rate * self.plan.sizes.flops_per_token / (peak * self.runtime.world_size)
+        self.mfu = metrics.get("mfu")
+        metrics |= {name: 1 for name in ("skipped", "spike") if getattr(found, name)}
+        self.log.train_step(found.step, metrics)
+
+    def _count_skipped(self, found: Finding) -> None:
+        state = self.state
+        if found.spike:
+            self.say(f"warning: {found}, a spike far above the last losses{', skipped' * found.skipped}")
+        if found.is_finite:
+            state.skipped_in_a_row = 0
+        elif not math.isfinite(found.loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+            state.skipped_in_a_row += 1
+            self.say(f"warning: {found}, skipped; {state.skipped_in_a_row} in a row")
+            too_many = state.skipped_in_a_row >= self.config.training.max_skipped_steps
+            if too_many or not all_finite(self.model):
+                raise self._not_finite(found)
+        # else float16 searches for the largest scale of the gradients that does not overflow
+
+    def _not_finite(self, found: Finding) -> NotFiniteError:
+        begins = self.plan.order.starts(found.step + self.state.data_shift, self.plan.global_batch)
+        return not_finite_error(found, begins.tolist(), self.model, self.config, self.runtime)
+
+    # --- between steps ---
+
+    def evaluate(self) -> None:
+        """Estimates the losses on fixed batches and tracks the best. Raises NotFiniteError, Interrupted."""
+        self.report_steps(wait=True)
+        training, state = self.config.training, self.state
+        windows = training.eval_iters * self.config.data.batch_size
+        block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
+        for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
+            losses[split] = estimate_loss(
+                self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch, self.stop.interrupt
+            )
+        self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
+        lr = self._learning_rate()
+        metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
+        self.log.evaluation(state.step, metrics | ({"mfu": self.mfu} if self.mfu is not None else {}))
+        if not math.isfinite(sum(losses.values())):
+            raise self._not_finite(Finding(state.step, lr, sum(losses.values()), math.nan))
+        state.evaluated_at, state.val_loss = state.step, losses["val"]
+        if losses["val"] < state.best_val_loss:
+            state.best_val_loss, state.best_step, state.evaluations_without_gain = losses["val"], state.step, 0
+        else:
+            state.evaluations_without_gain += 1
+
+    @property
+    def eval_batch(self) -> int | None:
+        """Sequences of an evaluation batch. A compiled model is compiled for one shape; else evaluation chooses."""
+        return self.micro_batch if self.models.is_compiled else None
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        peak, max_iters = config.optimizer.learning_rate, config.training.max_iters
+        return learning_rate_at(self.state.step, peak, config.scheduler, max_iters)
+
+    def should_stop_early(self) -> bool:
+        """Whether the validation loss has not improved for early_stopping_patience evaluations."""
+        patience, state = self.config.training.early_stopping_patience, self.state
+        if patience is None or state.evaluations_without_gain < patience:
+            return False
+        self.say(f"stopping early: {patience} evaluations without a better val loss than {state.best_val_loss:.4f}")
+        return True
+
+    @torch.no_grad()
+    def write_sample(self) -> None:
+        """Logs a text that the model continues. Its draws do not change training's random numbers."""
+        generation, tokenizer = self.config.generation, self.plan.tokenizer
+        if not self.runtime.is_master:
+            return
+        assert tokenizer is not None  # make_plan refuses samples without one
+        idx = torch.tensor([self.plan.prompt], device=self.runtime.device)
+        self.model.eval()
+        # a compiled block would be compiled again for every length
+        eager = torch.compiler.set_stance("force_eager") if self.runtime.compile else contextlib.nullcontext()
+        with forked_random(self.runtime.device), self.runtime.autocast(), eager:
+            torch.manual_seed(self.config.system.seed)
+            out = self.model.generate(
+                idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None
+            )
+        self.model.train()
+        text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
+        self.log.sample(self.state.step, text)
+
+    def save(self) -> None:
+        """Saves the state of this step, unless that is done. A thread writes it."""
+        self.saver.report(wait=True)  # one at a time
+        if self.state.saved_at != self.state.step:
+            self.report_steps(wait=True)
+            self.saver.save(self.model, self.optimizer, self.scaler, self._machine())
+
+    def save_alone(self) -> None:
+        """Saves before an error ends the run. Not with several processes: the others would not take part."""
+        if self.state.step and self.runtime.world_size == 1:
+            self.save()
+
+    def _machine(self) -> dict[str, Any]:
+        return machine_of(self.runtime, self.optimizer, self.models.is_compiled, self.micro_batch)
+
+    def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
+        """Restores all but the weights from a checkpoint. Returns what cannot be restored."""
+        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime, self.config.model.dropout > 0)
+        self.guard.detector.recent = self.state.recent_losses
+        return notes
+
+    def roll_back(self, error: NotFiniteError) -> None:
+        """Returns to the newest good checkpoint and continues with other batches.
+
+        Raises TrainingError after max_rollbacks, or without a checkpoint.
+        """
+        state, limit = self.state, self.config.training.max_rollbacks
+        self.saver.report(wait=True)
+        wait_for_all(self.runtime.world_size)
+        if state.rollbacks >= limit:
+            raise TrainingError(f"{error}; stopped after {limit} roll-backs; the last good checkpoint is kept")
+        try:
+            saved = load(self.out_dir, "last", need_tokenizer=False)
+        except UserError as reason:
+            raise TrainingError(f"{error}; stopped: no checkpoint to return to ({reason})") from None
+        rollbacks, reached, shift = state.rollbacks + 1, state.step, state.data_shift
+        self.model.load_state_dict(saved.model)
+        self._restore(saved)
+        state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
+        state.saved_at = -1  # the checkpoint does not contain the roll-back
+        self.guard.pending.clear()
+        self.log.forget_from(saved.step, state.evaluated_at == saved.step)
+        done = f"back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
+        self.say(f"warning: {error}; {done}")
+
+    # --- the end ---
+
+    def finish(self) -> TrainResult:
+        """The last evaluation, the final checkpoint, the plot; only the checkpoint if the run was stopped.
+
+        Raises NotFiniteError if the last step broke the weights.
+        """
+        training, state, final = self.config.training, self.state, None
+        stopped = self.stop.agreed()
+        fresh = state.step > 0 and state.evaluated_at != state.step
+        if not stopped and fresh and not training.inclusive_max_iters:  # nanoGPT's last line is that of max_iters
+            try:
+                self.evaluate()
+            except Interrupted:
+                stopped = True
+        if state.step and not all_finite(self.model):
+            raise self._not_finite(Finding(state.step, self._learning_rate(), math.nan, math.nan))
+        if state.step > 0 or stopped:  # the resume command needs a checkpoint
+            self.save()
+            self.saver.report(wait=True)
+        wait_for_all(self.runtime.world_size)  # torchrun ends the writing process when another one leaves
+        if stopped:
+            hint = resume_command(self.config, self.command, self.runtime.world_size)
+            self.say(f"stopped at step {state.step}{', not saved' * self.saver.failed}; resume with: {hint}")
+        elif training.final_eval:
+            try:
+                final = self._evaluate_whole()
+            except Interrupted:
+                self.say(f"the run is complete; to evaluate it: llm-eval --out_dir={self.out_dir}")
+        if self.runtime.is_master and not stopped and state.step:
+            wanted = self.config.logging.loss_plot
+            if wanted or (wanted is None and importlib.util.find_spec("matplotlib") is not None):
+                self.log.plot()
+        return self.result(final)
+
+    def _evaluate_whole(self) -> Evaluation | None:
+        plan, runtime = self.plan, self.runtime
+        expected = len(plan.val_data) / self.eval_rate if self.eval_rate else 0.0
+        is_long = expected > max(LONG_FINAL_EVALUATION, self.timer.total)
+        if any_rank(is_long, runtime.device, runtime.world_size):  # their clocks differ
+            self.say(
+                f"evaluating the whole validation split would take about {expected / 60:.0f} min. To do it: "
+                f"llm-eval --out_dir={self.out_dir} --dataset={self.config.data.dataset}"
+            )
+            return None
+        final = evaluate_split(
+            self.models.compiled, plan.val_data, self.config.model.block_size, runtime, plan.tokenizer,
+            self.eval_batch, self.stop.interrupt,
+        )  # fmt: skip
+        self.log.final(self.state.step, final)
+        return final
+
+    def result(self, final: Evaluation | None = None) -> TrainResult:
+        state, code = self.state, int(self.saver.failed) or self.stop.exit_code
+        return TrainResult(state.step, self.out_dir, self.saver.saved_to, state.best_val_loss, final, code)
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written, unless a second signal asked to stop at once."""
+        if not self.stop.is_second:
+            self.saver.report(wait=True)
+        self.loader.close()
+        for scan in self.plan.scans:
+            scan.close()
+        self.log.close(self.state.step)
