@@ -301,7 +301,7 @@ def _measured(
     took = {name: statistics.median(one[name] for one in passes) for name in passes[0]}
     of_stack = statistics.median(rehearsal.update_of_stack() for _ in range(LEAST)) if deep > 1 else 0.0
     update = took["update"] + (deep - 1) * min(of_stack, took["update"])
-    step = plan.micro_steps(plan.micro_batch) * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
+    step = plan.micro_steps * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
     trained = peak_memory(plan.runtime.device)
 
     at_once, windows = _windows(plan, rehearsal)
@@ -321,7 +321,7 @@ def _measured(
     fixed = min(fixed, moment)
     moment = wide * (moment - fixed) + fixed
     activations = wide * saved.deeper(deep) + moment
-    if plan.micro_batch == plan.global_batch // plan.runtime.world_size:  # gradients come as activations go
+    if plan.micro_steps == 1:  # gradients come as activations go
         activations = max(activations - W, moment)
     if looked > trained:  # an evaluation needs more than a step
         activations = max(activations, (looked - before) * at_once / tried - W)

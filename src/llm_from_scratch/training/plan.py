@@ -53,9 +53,10 @@ class Plan:
     scans: list[BackgroundScan] = field(default_factory=list)
     """Checks of large data that run in the background during the first steps."""
 
-    def micro_steps(self, micro_batch: int) -> int:
-        """Forward passes of one process per update."""
-        return self.global_batch // self.runtime.world_size // micro_batch
+    @property
+    def micro_steps(self) -> int:
+        """Forward passes of one process per update, at the start of the run."""
+        return self.global_batch // self.runtime.world_size // self.micro_batch
 
     @property
     def tokens_per_step(self) -> int:
@@ -113,7 +114,7 @@ def describe(plan: Plan) -> list[str]:
         "tokens",
         f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
-        f"{plan.runtime.world_size} x {plan.micro_steps(plan.micro_batch)} x {plan.micro_batch})",
+        f"{plan.runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
         f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
     ]
     return lines

@@ -159,7 +159,7 @@ class Run:
         batch = self.plan.global_batch // self.runtime.world_size
         self.say(
             f"warning: out of memory: from now on the batch of {batch} sequences is split into "
-            f"{self.plan.micro_steps(self.micro_batch)} micro-batches of {self.micro_batch}; the result is the same"
+            f"{batch // self.micro_batch} micro-batches of {self.micro_batch}; the result is the same"
         )
 
     def report_steps(self, wait: bool = False) -> None:

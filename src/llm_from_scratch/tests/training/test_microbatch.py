@@ -13,7 +13,7 @@ import torch
 from llm_from_scratch import presets
 from llm_from_scratch.checkpoint.store import load_checkpoint
 from llm_from_scratch.config import Config, SystemConfig
-from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.model import Head
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.memory import free_memory
@@ -144,8 +144,12 @@ def test_a_run_without_logits_is_the_same_run(
     data: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tiny_config(data, out_dir="plain", chunked_loss=False, **changes))
-    monkeypatch.setattr(GPT, "head", None)  # nobody asks for logits
+    forward, shapes = Head.forward, []
+    monkeypatch.setattr(Head, "forward", lambda self, x: shapes.append(tuple(x.shape[:2])) or forward(self, x))
     train(tiny_config(data, out_dir="chunked", chunked_loss=True, **changes))
+    assert not [shape for shape in shapes if shape[-1] == 8]  # no logits of a batch
+    train(tiny_config(data, out_dir="whole", chunked_loss=False, **changes))
+    assert [shape for shape in shapes if shape[-1] == 8]
     for a, b in zip(read_metrics(Path("plain")), read_metrics(Path("chunked")), strict=True):
         for key in {"loss", "train_loss", "val_loss", "grad_norm"} & a.keys():
             assert b[key] == pytest.approx(a[key], rel=1e-5), key
@@ -153,11 +157,11 @@ def test_a_run_without_logits_is_the_same_run(
 
 def test_a_choice_is_announced(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny_config(data, out_dir="small"))
-    assert "loss: a piece" not in capsys.readouterr().out
+    assert "loss: computed in chunks" not in capsys.readouterr().out
     monkeypatch.setattr(parallel, "MANY_IDS", 1)
     monkeypatch.setattr(parallel, "MANY_LOGITS", 1)
     train(tiny_config(data, out_dir="large"))
-    assert "loss: a piece of the tokens at a time (vocabulary 20; --chunked_loss)" in capsys.readouterr().out
+    assert "loss: computed in chunks (vocabulary 20; --chunked_loss)" in capsys.readouterr().out
 
 
 def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
