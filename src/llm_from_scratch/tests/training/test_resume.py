@@ -433,8 +433,8 @@ def test_the_split_that_changed_is_named(here: Path, split: str, named: str) -> 
     path = data / f"{split}.bin"
     path.write_bytes(path.read_bytes()[2:] + b"\1\0")
     with pytest.raises(UserError, match=named):
-        prepare(tiny_config(data, **settings, init_from="resume"))
-    allowed = prepare(tiny_config(data, **settings, init_from="resume", allow_new_data=True))
+        make_plan(tiny_config(data, **settings, init_from="resume"))
+    allowed = make_plan(tiny_config(data, **settings, init_from="resume", allow_new_data=True))
     assert any(f"holds other {named.removeprefix('the ')}" in note for note in allowed.notes)
 
 
@@ -442,9 +442,9 @@ def test_ids_that_gpt2_does_not_have_are_named(here: Path) -> None:
     ids = [1, 2, 50256] * 20
     for split, largest in (("train", 50300), ("val", 50257)):
         data = write_data(here / split, tokenizer=None, train=ids, val=ids)
-        assert not any("not a GPT-2 token" in note for note in prepare(tiny_config(data)).notes)
+        assert not any("not a GPT-2 token" in note for note in make_plan(tiny_config(data)).notes)
         write_ids(data / f"{split}.bin", [*ids, largest])
-        told = [note for note in prepare(tiny_config(data)).notes if "not a GPT-2 token" in note]
+        told = [note for note in make_plan(tiny_config(data)).notes if "not a GPT-2 token" in note]
         assert len(told) == 1 and f"({split}): id {largest} is not a GPT-2 token (0 to 50256)" in told[0]
     described = write_data(here / "described", tokenizer=None, train=[*ids, 50300], val=ids, vocab_size=50304)
-    assert not any("not a GPT-2 token" in note for note in prepare(tiny_config(described)).notes)
+    assert not any("not a GPT-2 token" in note for note in make_plan(tiny_config(described)).notes)
