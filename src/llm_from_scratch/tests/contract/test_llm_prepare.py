@@ -72,20 +72,30 @@ def test_a_terminal_that_cannot_show_the_text(tmp_path: Path) -> None:
     assert done.returncode == 0 and "\\u6771" in done.stdout
 
 
-@pytest.mark.parametrize("flags", [[], ["-O"]])
+MISTAKES = [
+    ([], "no source"),
+    (["nope.txt"], "no text 'nope.txt'"),
+    (["--tokenizr=gpt2"], "did you mean tokenizer"),
+    (["a.txt", "--val_fraction=lots"], "val_fraction='lots' is not valid"),
+    (["a.txt", "--workers=-3"], "workers=-3"),
+    (["a.txt", "--tokenizer=gtp2"], "did you mean gpt2"),
+    (["a.txt", "--tokenizer=o200k_base"], "cannot get the o200k_base vocabulary"),
+    (["bad.txt"], "bad.txt is not UTF-8 text: byte offset 3"),
+    (["empty.txt"], "empty.txt is empty"),
+    (["shakespeare"], "cannot download tiny Shakespeare"),
+]
+# python -O leaves out asserts: one mistake of each kind shows by default that no check is one
+QUICK_MISTAKES = ("no source", "bad.txt is not UTF-8 text: byte offset 3")
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
+    "flags, arguments, message",
     [
-        ([], "no source"),
-        (["nope.txt"], "no text 'nope.txt'"),
-        (["--tokenizr=gpt2"], "did you mean tokenizer"),
-        (["a.txt", "--val_fraction=lots"], "val_fraction='lots' is not valid"),
-        (["a.txt", "--workers=-3"], "workers=-3"),
-        (["a.txt", "--tokenizer=gtp2"], "did you mean gpt2"),
-        (["a.txt", "--tokenizer=o200k_base"], "cannot get the o200k_base vocabulary"),
-        (["bad.txt"], "bad.txt is not UTF-8 text: byte offset 3"),
-        (["empty.txt"], "empty.txt is empty"),
-        (["shakespeare"], "cannot download tiny Shakespeare"),
+        *(([], *mistake) for mistake in MISTAKES),
+        *(
+            pytest.param(["-O"], *mistake, marks=() if mistake[1] in QUICK_MISTAKES else pytest.mark.slow)
+            for mistake in MISTAKES
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, flags: list[str], arguments: list[str], message: str) -> None:

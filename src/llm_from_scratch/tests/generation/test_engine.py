@@ -72,7 +72,7 @@ def engine(writer: Generator) -> Iterator[Engine]:
     engine.close()
 
 
-QUICK = ("gpt2", "gqa", "modern")  # of the others, parity/test_generation.py has 500 requests each among its slow tests
+QUICK = ("modern",)  # has every option that changes the cache; parity/test_generation.py has 500 requests of each
 
 
 @pytest.mark.parametrize("option", [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in OPTIONS])

@@ -55,13 +55,18 @@ def drafts() -> dict[str, Draft]:
     }
 
 
+# prompts of each case: two by default, six among the slow tests
+CASES = [pytest.param(2, id="few"), pytest.param(6, id="many", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("prompts", CASES)
 @pytest.mark.parametrize("name", drafts())
 @pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
-def test_the_text_is_the_one_without_proposals(name: str, overflow: Any) -> None:
+def test_the_text_is_the_one_without_proposals(name: str, overflow: Any, prompts: int) -> None:
     """Greedy and drawn, with penalties, past block_size, whole and streamed, text after text with the same draft."""
     plain, fast = (Generator(memorised("gpt2"), TOKENIZER) for _ in range(2))
     fast.draft = drafts()[name]
-    for prompt in ragged_prompts(6, BLOCK + 3, seed=3):
+    for prompt in ragged_prompts(prompts, BLOCK + 3, seed=3):
         for params in (PARAMS, dataclasses.replace(PARAMS, temperature=0.0, stop=(TEXT[40:42],))):
             (expected,) = plain.generate([prompt], params, seed=5, overflow=overflow)
             assert fast.generate([prompt], params, seed=5, overflow=overflow) == [expected]

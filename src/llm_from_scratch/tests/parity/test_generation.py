@@ -31,10 +31,11 @@ def naive(model: GPT, prompt: list[int], steps: int) -> tuple[list[int], torch.T
     return ids[0, len(prompt) :].tolist(), torch.stack(logits)
 
 
+@pytest.mark.parametrize("rows", [pytest.param(4, id="few"), pytest.param(10, id="many", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_cached_greedy_equals_the_naive_loop_past_block_size(option):
+def test_cached_greedy_equals_the_naive_loop_past_block_size(option, rows):
     model = memorised(option)
-    prompts = [*ragged_prompts(10, 2 * BLOCK, seed=1), *ragged_prompts(2, 3, seed=2)]
+    prompts = [*ragged_prompts(rows, 2 * BLOCK, seed=1), *ragged_prompts(2, 3, seed=2)]
     steps = 2 * BLOCK
     expected = [naive(model, prompt, steps) for prompt in prompts]
     assert min(len(set(tokens)) for tokens, _ in expected) >= 20, "the model is not trained: the test proves nothing"
@@ -84,9 +85,10 @@ def test_500_ragged_prompts_past_block_size(option):
 
 
 @pytest.mark.parametrize("option", ["gpt2", "modern"])
-def test_greedy_equals_the_models_own_generate(option):
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_greedy_equals_the_models_own_generate(option, rows):
     model = memorised(option, padding=0)
-    for prompt in ragged_prompts(3, BLOCK):
+    for prompt in ragged_prompts(rows, BLOCK):
         expected = model.generate(torch.tensor([prompt]), 3 * BLOCK, temperature=1.0, top_k=1)[0, len(prompt) :]
         params = GenerationConfig(**GREEDY, max_new_tokens=3 * BLOCK)
         assert Generator(model, TOKENIZER).generate([prompt], params)[0].tokens == expected.tolist()

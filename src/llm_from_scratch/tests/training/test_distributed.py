@@ -88,6 +88,7 @@ def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, ti
 
     def run(**more: Any) -> subprocess.CompletedProcess[str]:
         settings = {**SETTINGS, "dropout": 0.1, "save_interval": 100, "eval_interval": 100, "max_iters": 9, **more}
+        settings["optimizer_type"] = "muon"  # the test above has AdamW
         return subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "faulty.py",
              *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)],

@@ -284,6 +284,7 @@ def in_company(rank: int, meeting: str) -> dict[str, Tensor]:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # starts a process; test_distributed.py trains with Muon in two processes, too
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
 def test_two_processes_stay_equal_and_are_one(here: Path) -> None:
     Path("other.py").write_text(OTHER)
