@@ -28,9 +28,9 @@ pytestmark = [
 ]
 
 RECIPES = {
-    "setup", "install-dev", "format", "lint", "test", "test-cov", "pre-commit", "prepare-data", "train", "train-quick",
-    "train-full", "train-with-config", "generate", "serve", "tensorboard", "notebook", "check-gpu", "demo", "bench",
-    "loc", "clean", "clean-all", "storm",
+    "setup", "install-dev", "format", "lint", "test", "test-all", "test-cov", "pre-commit", "prepare-data", "train",
+    "train-quick", "train-full", "train-with-config", "generate", "serve", "tensorboard", "notebook", "check-gpu",
+    "demo", "bench", "loc", "clean", "clean-all", "storm",
 }  # fmt: skip
 
 LOGGED = '{ printf "%s " "${0##*/}"; printf "%s|" "$@"; echo; } >>"$STUB_LOG"\n'
@@ -568,7 +568,9 @@ def test_files_are_named_from_where_the_user_stands(recipes: Recipes) -> None:
     ("recipe", "calls"),
     [
         ("demo", ["scripts/install.py|tensorboard|plots|", "-m|llm_from_scratch.cli.demo|--max_iters=5|"]),
-        ("test", ["scripts/install.py|dev|", "-m|pytest|-n|auto|--maxprocesses=4|--dist=loadfile|--max_iters=5|"]),
+        ("test", ["scripts/install.py|dev|", "-m|pytest|-n|3|--dist=loadfile|--no-loadscope-reorder|--max_iters=5|"]),
+        ("test-all", ["scripts/install.py|dev|", "-m|pytest|-n|3|"]),
+        ("test-all", ["scripts/install.py|dev|", "-m|pytest|-n|3|"]),
         ("test-cov", ["scripts/install.py|dev|", "-m|pytest|--cov=llm_from_scratch|"]),
         ("notebook", ["scripts/install.py|notebook|", "-m|notebook|"]),
     ],
