@@ -326,7 +326,9 @@ def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig
             continue
         names = family.names(key)
         # GPT-2 always has biases there: zero ones change nothing
-        tensor = state[key] if key in state else torch.zeros_like(state[key.replace("bias", "weight")].flatten(1)[:, 0])
+        if key not in state:
+            weight = state[key.removesuffix("bias") + "weight"]
+        tensor = state[key] if key in state else torch.zeros(weight.size(0), dtype=weight.dtype)
         if len(names) > 1 and tensor.size(0) != sum(stacked):
             raise UserError(f"{key} has {tensor.size(0)} rows, {family.architecture}'s format needs {sum(stacked)}")
         parts = tensor.split(stacked) if len(names) > 1 else (tensor.t() if family.transposed(key) else tensor,)

@@ -297,7 +297,7 @@ class Evil:
         ("empty", "damaged"),
         ("no weights", "has no weights"),
         ("config", "config.json"),
-        ("config list", "not a JSON object"),
+        ("config list", "expected a JSON object"),
         ("no config", "has no config.json"),
         ("pickle", "asks for 'posix mkdir'"),
         ("list", "holds a list, expected a dict"),
