@@ -131,8 +131,7 @@ def _shrink(parsed: Parsed[BenchCommand]) -> None:
 def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     import torch
 
-    from ..core.dataset import BatchLoader, SampleOrder, TokenData, resolve_dataset
-    from ..core.resident import tokens_on
+    from ..core.dataset import BatchLoader, SampleOrder, TokenData, load_on_device, resolve_dataset
 
     options, model = tree.options, tree.model
     vocab = model.vocab_size or 50304
@@ -141,7 +140,7 @@ def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tens
             data = TokenData.open(resolve_dataset(options.dataset), "train")
             data.check(model.block_size, vocab)
             order = SampleOrder(len(data), model.block_size, seed=tree.system.seed)
-            tokens = tokens_on(device, data, vocab, tree.system.data_on_device, print)
+            tokens = load_on_device(device, data, vocab, tree.system.data_on_device, print)
             loader = BatchLoader(data, order, options.batch_size, device, vocab_size=vocab, tokens=tokens)
             steps = iter(range(1 << 62))
             return lambda: loader.get(next(steps))

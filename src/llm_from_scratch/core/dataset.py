@@ -1,13 +1,14 @@
-"""Token files and the order in which a run reads them.
+"""Token data, the order of samples, and the batch loader.
 
-A data folder holds train.bin and val.bin, or numbered shards of them: raw little-endian token ids without a header,
-uint16 (nanoGPT's format) or uint32. manifest.json, where there is one, says which. Which windows a step sees is a pure
-function of (seed, step): it depends neither on the number of processes nor on evaluations, logging or restarts.
+A data folder contains train.bin and val.bin, or numbered shards of them: raw little-endian token ids without a header,
+uint16 (nanoGPT's format) or uint32 (if manifest.json has it). The windows of a step are a pure function of
+(seed, step). They do not depend on the number of processes, evaluations, logging or restarts.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,26 +17,29 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..errors import UserError
-from . import resident, tokenfile
-from .tokenfile import BackgroundScan, Shards, open_shards
+from . import tokenfile
+from .tokenfile import BLOCK, BackgroundScan, Shards, open_shards, refuse_outside
 from .tokenfile import read_manifest as read_manifest
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a missing dataset is to be told at once
+if TYPE_CHECKING:  # importing torch takes seconds; a missing dataset must be reported before
     import torch
     from torch import Tensor
 
+DEVICE_SHARE, MAX_ON_DEVICE = 0.1, 4 << 30  # of free device memory, and bytes: auto's limits for tokens on the device
+TOKEN_BYTES = 4  # int32, torch's smallest index type for every vocabulary
+
 
 def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
-    """The folder of a dataset: a folder as it stands, or NAME in data/ or data/processed/ below root.
+    """The folder of a dataset, given as a folder or as a NAME in data/ or data/processed/ below root.
 
-    Raises UserError where there is none (with the command that makes it), and where both places hold one.
+    Raises UserError if there is none (with the command that makes it) or if both places have one.
     """
     if not str(name):
-        raise UserError("the dataset's name is empty; give a name or a folder with train.bin and val.bin")
+        raise UserError("the dataset's name is empty; expected a name or a folder with train.bin and val.bin")
     places = [Path(root) / "data" / name, Path(root) / "data" / "processed" / name]
     found = [place for place in places if _has_tokens(place)] if not Path(name).is_absolute() else []
     if len(found) == 2:
-        raise UserError(f"dataset {str(name)!r} is ambiguous: {found[0]} and {found[1]}; give one of the two folders")
+        raise UserError(f"dataset {str(name)!r} is ambiguous: {found[0]} and {found[1]}; use one of the two folders")
     if found:
         return found[0]
     if _has_tokens(Path(name)):
@@ -53,32 +57,32 @@ def _has_tokens(folder: Path) -> bool:
 
 
 class TokenData:
-    """One split of a dataset: the token ids of its files (see TokenFile) or arrays, read as one long sequence."""
+    """One split of a dataset: its files (see TokenFile) or arrays as one long sequence of token ids."""
 
     def __init__(self, shards: Shards, name: str = "tokens"):
         self.shards = shards
         self.name = name
-        self.vocab_size: int | None = None  # the bound that check() was given, and that windows() keeps
-        self.largest_id: int | None = None  # as check() has found it; None for very large splits
-        self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # where each shard begins, and the end
+        self.vocab_size: int | None = None  # set by check(), used by windows()
+        self.largest_id: int | None = None  # found by check(); None for very large splits
+        self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # start of each shard, and the end
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> TokenData:
-        """Raises UserError for a split that is missing, empty, or not in the format that its manifest says."""
+        """Raises UserError if the split is missing, empty or not in the format of its manifest."""
         return cls(open_shards(Path(folder), split), f"{Path(folder).as_posix()} ({split})")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> BackgroundScan | None:
-        """Raises UserError where the split is shorter than one window, or holds an id outside the vocabulary.
+        """Raises UserError if the split is shorter than one window or has an id outside the vocabulary.
 
-        Of a very large split the ids are checked in the background: the caller polls the scan that is returned.
+        The ids of a very large split are checked in the background. The caller polls the returned scan.
         """
         if len(self) <= block_size:
             raise UserError(
-                f"{self.name} has {len(self)} tokens, a window needs block_size + 1 = {block_size + 1}: "
-                f"lower --block_size to at most {max(1, len(self) - 1)}, or prepare more text"
+                f"{self.name} has {len(self)} tokens, but a window needs block_size + 1 = {block_size + 1}: "
+                f"lower --block_size to at most {max(1, len(self) - 1)} or prepare more text"
             )
         if vocab_size is None:
             return None
@@ -89,9 +93,9 @@ class TokenData:
         return None
 
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:
-        """Tokens starts[i] ... starts[i] + length - 1 in row i: (len(starts), length) int64.
+        """Tokens starts[i] to starts[i] + length - 1 in row i: (len(starts), length) int64.
 
-        Raises DataError where a file fails or has become shorter, or an id is outside the vocabulary.
+        Raises DataError if a file fails or has become shorter, or if an id is outside the vocabulary.
         """
         starts = np.asarray(starts, dtype=np.int64)
         out = tokenfile.rows(self.shards[0], starts, length) if len(self.shards) == 1 else self._across(starts, length)
@@ -107,7 +111,7 @@ class TokenData:
         for index in np.unique(first).tolist():
             here = (first == index) & (last == index)
             out[here] = tokenfile.rows(self.shards[index], starts[here] - self.starts[index], length)
-        for row in np.flatnonzero(first != last):  # a window that goes from one shard into the next
+        for row in np.flatnonzero(first != last):  # windows that span shards
             parts, index, at, end = [], int(first[row]), int(starts[row]), int(starts[row]) + length
             while at < end:
                 begin = int(self.starts[index])
@@ -119,11 +123,11 @@ class TokenData:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which windows the run reads: start positions as a pure function of (seed, index of the sample).
+    """The order of the windows: start positions as a pure function of (seed, index of the sample).
 
-    random: independent uniform offsets, as nanoGPT draws them. shuffled: the windows of `block_size` tokens every
-    `stride` tokens, each once per epoch in a new random order; each epoch also begins at another offset below the
-    stride, so that texts do not always break at the same places.
+    random: independent uniform offsets, as in nanoGPT. shuffled: the windows of `block_size` tokens every `stride`
+    tokens, each once per epoch in a new random order. Each epoch starts at another offset below the stride, so that
+    texts are not always cut at the same places.
     """
 
     tokens: int
@@ -134,7 +138,7 @@ class SampleOrder:
 
     @property
     def last_start(self) -> int:
-        return self.tokens - 1 - self.block_size  # the targets need one token more than the inputs
+        return self.tokens - 1 - self.block_size  # the targets need one more token than the inputs
 
     @property
     def windows_per_epoch(self) -> int:
@@ -142,14 +146,14 @@ class SampleOrder:
         return (self.last_start - min(spacing - 1, self.last_start)) // spacing + 1
 
     def begins_epoch(self, step: int, batch: int) -> bool:
-        """Whether step is the first that reads a shuffled window a second, third, ... time; batch: sequences a step."""
+        """Whether a new epoch (not the first) starts in this step. batch: sequences per step."""
         last = (step + 1) * batch - 1
         return step > 0 and last // self.windows_per_epoch > (last - batch) // self.windows_per_epoch
 
     def starts(self, step: int, batch: int) -> np.ndarray:
         """Start positions of the global batch of `step`: (batch,) int64."""
         if self.order == "random":
-            # a counter-based generator: the step is its key, so no earlier draw is needed
+            # a counter-based generator keyed by the step needs no earlier draws
             return _generator(self.seed, step).integers(0, self.last_start + 1, size=batch)
         index = np.arange(step * batch, (step + 1) * batch)
         epochs, places = np.divmod(index, self.windows_per_epoch)
@@ -160,9 +164,9 @@ class SampleOrder:
         return out
 
 
-@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_starts(order: SampleOrder, epoch: int) -> np.ndarray:
-    """Start positions of one epoch of shuffled windows, in their order: (windows_per_epoch,) int64."""
+    """The ordered start positions of one epoch of shuffled windows: (windows_per_epoch,) int64."""
     spacing = order.stride or order.block_size
     rng = _generator(order.seed, epoch)
     shift = int(rng.integers(0, min(spacing - 1, order.last_start) + 1))
@@ -174,19 +178,19 @@ def _generator(seed: int, counter: int) -> np.random.Generator:
 
 
 class BatchLoader:
-    """Batches for one process, the next one made ready in the background while the model works.
+    """The batches of one process. A background thread prepares the next batch during a step.
 
-    Row i of the global batch of a step is the same sample whatever the number of processes; a process takes a
-    contiguous share of the rows.
+    Row i of the global batch of a step is the same sample for any number of processes. Each process has contiguous
+    rows.
     """
 
     def __init__(
         self, data: TokenData, order: SampleOrder, batch: int, device: torch.device, rank: int = 0, world_size: int = 1,
         vocab_size: int | None = None, tokens: Tensor | None = None,
     ):  # fmt: skip
-        """vocab_size: ids that a batch may hold; another, in a file that changed, is a DataError of get().
+        """vocab_size: get() raises DataError for an id outside it, in case a file has changed.
 
-        tokens: those of data, where they lie on the device (see resident.py); the files are then not read.
+        tokens: the tokens of data on the device (see load_on_device), read instead of the files.
         """
         assert batch % world_size == 0
         self.data, self.order, self.batch, self.device, self.vocab_size = data, order, batch, device, vocab_size
@@ -203,7 +207,7 @@ class BatchLoader:
             made = self._make(step)
         self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
         made = made.to(self.device, non_blocking=True)
-        x, y = made if self.tokens is None else resident.windows(self.tokens, made, self.order.block_size)
+        x, y = made if self.tokens is None else _device_windows(self.tokens, made, self.order.block_size)
         return x, y
 
     def _make(self, step: int) -> Tensor:
@@ -218,3 +222,53 @@ class BatchLoader:
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)
+
+
+def load_on_device(
+    device: torch.device, data: TokenData, vocab_size: int | None, wanted: bool | Literal["auto"],
+    say: Callable[[str], None],
+) -> Tensor | None:  # fmt: skip
+    """All tokens of a split on the device, (N,) int32. None: read them from the files.
+
+    auto: on CUDA, if they are small compared with its free memory. Checks every id, so that batches need no check.
+    Raises UserError if they were requested and do not fit, and DataError for a bad id or file.
+    """
+    import torch
+
+    from ..machine.device import is_out_of_memory
+
+    size, requested = len(data) * TOKEN_BYTES, wanted is True
+    if wanted == "auto":
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        wanted = device.type == "cuda" and size <= min(MAX_ON_DEVICE, DEVICE_SHARE * free)
+    if not wanted:
+        return None
+    try:
+        tokens = torch.empty(len(data), dtype=torch.int32, device=device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if not requested:
+            say(f"data: no room for the training tokens on {device}; reading them from the files")
+            return None
+        raise UserError(
+            f"--data_on_device=True: the {size / (1 << 30):.1f} GiB of the training tokens do not fit on {device}; "
+            "use --data_on_device=auto"
+        ) from None
+    at, bound = 0, min(vocab_size or 1 << 31, 1 << 31)
+    for shard in data.shards:
+        for begin in range(0, len(shard), BLOCK):
+            part = np.asarray(shard[begin : begin + BLOCK])
+            refuse_outside(data.shards, data.name, bound, at, part)
+            tokens[at : at + len(part)].copy_(torch.from_numpy(part.astype(np.int32)))
+            at += len(part)
+    say(f"data: the training tokens are kept on {device} ({size / (1 << 20):,.0f} MiB; --data_on_device)")
+    return tokens
+
+
+def _device_windows(tokens: Tensor, starts: Tensor, block_size: int) -> Tensor:
+    """Inputs and targets of the windows at starts, (B,) int64: (2, B, block_size) int64, contiguous."""
+    import torch
+
+    places = starts[:, None] + torch.arange(block_size, device=tokens.device)  # (B, T)
+    return tokens[torch.stack((places, places + 1))].long()

@@ -1,6 +1,6 @@
-"""Files of token ids: opened, checked, and read by position.
+"""Token files: opening, checking and reading by position.
 
-Nothing is mapped into memory: a file that is cut short under a running job is a DataError, where a mapping would end
+Files are read, not memory-mapped. If a file is truncated during a run, a read raises DataError; a memory map would kill
 the process with SIGBUS.
 """
 
@@ -22,20 +22,20 @@ import numpy as np
 from ..errors import DataError, UserError
 from ..machine.files import open_file, parse_json, read_file
 
-BLOCK = 1 << 20  # ids that are scanned at a time
-SCAN_LIMIT = 4 << 30  # bytes of a split that are scanned before the first step; more are scanned beside the first steps
-REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is kept
-CHECKED = ".checked.json"  # beside the data: {file: size, times of change, largest id}
-HEAD = 1 << 12  # bytes that tell what a file is
+BLOCK = 1 << 20  # ids per read of a scan
+SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
+REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is saved
+CHECKED = ".checked.json"  # in the data folder: {file: size, modification times, largest id}
+HEAD = 1 << 12  # bytes read to detect the format
 MAX_MANIFEST = 16 << 20
-OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # what a file may hold by mistake
+OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # formats that users confuse
 
 
 class TokenFile:
-    """Ids of one file: file[a:b] or file[a] reads them. One descriptor serves all threads and forked processes."""
+    """The ids of one file, read with file[a:b] or file[a]. All threads and forked processes share one descriptor."""
 
     def __init__(self, path: str | Path, dtype: np.dtype | str):
-        """Raises UserError for what is no file of whole ids: missing, a FIFO, of odd length, .npy, text."""
+        """Raises UserError if it is not a file of ids: missing, a FIFO, odd length, .npy, text."""
         self.path, self.dtype = Path(path), np.dtype(dtype)
         try:
             self._handle = open_file(self.path)
@@ -58,7 +58,7 @@ class TokenFile:
         return self.nbytes // self.dtype.itemsize
 
     def __getitem__(self, part: slice | int) -> np.ndarray:
-        """The ids begin:end, or one. Raises DataError where the file has become shorter than it was."""
+        """The ids begin:end, or one id. Raises DataError if the file has become shorter."""
         if isinstance(part, int):
             return self[part : part + 1][0]
         begin, end, _ = part.indices(len(self))
@@ -66,12 +66,12 @@ class TokenFile:
         return np.frombuffer(self._read(begin * size, max(0, end - begin) * size), self.dtype)
 
     def rows(self, starts: list[int], length: int) -> np.ndarray:
-        """self[start : start + length] for each start, without the cost of a slice for each."""
+        """self[start : start + length] for each start, faster than slicing for each."""
         size, data = self.dtype.itemsize, b""
         if hasattr(os, "pread"):
             with contextlib.suppress(OSError):
                 data = b"".join([os.pread(self._handle, length * size, start * size) for start in starts])
-        if len(data) < length * size * len(starts):  # something is wrong, and is now met where it is named
+        if len(data) < length * size * len(starts):  # read again; this raises the exact error
             data = b"".join([self._read(start * size, length * size) for start in starts])
         return np.frombuffer(data, self.dtype).reshape(len(starts), length)
 
@@ -79,16 +79,16 @@ class TokenFile:
         try:
             data = self._read_at(size, at)
             while len(data) < size and (more := self._read_at(size - len(data), at + len(data))):
-                data += more  # a signal, or more than the system gives at once
-        except OSError as error:  # a disk that fails, a server that is gone
+                data += more  # interrupted by a signal, or beyond the system's limit per read
+        except OSError as error:  # a failing disk or file server
             raise DataError(
-                f"cannot read {self.path}: {error.strerror or error}; when it can be read again, go on with "
+                f"cannot read {self.path}: {error.strerror or error}; when the file is readable again, resume with "
                 "--init_from=resume"
             ) from None
         if len(data) < size:
             raise DataError(
-                f"{self.path} has become shorter while it was read: it had {self.nbytes} bytes, now "
-                f"{os.fstat(self._handle).st_size}; restore it, and go on with --init_from=resume"
+                f"{self.path} has become shorter during the run: it had {self.nbytes} bytes, now "
+                f"{os.fstat(self._handle).st_size}; restore it and resume with --init_from=resume"
             )
         return data
 
@@ -100,7 +100,7 @@ class TokenFile:
             return os.read(self._handle, size)
 
     def identity(self) -> dict[str, int]:
-        """What changes when the file does."""
+        """Size and times of the file, which change with its content."""
         info = os.fstat(self._handle)
         return {"size": info.st_size, "mtime_ns": info.st_mtime_ns, "ctime_ns": info.st_ctime_ns}
 
@@ -116,34 +116,34 @@ def rows(shard: TokenFile | np.ndarray, starts: np.ndarray, length: int) -> np.n
 
 
 def _foreign_format(head: bytes) -> str | None:
-    """What a file is that begins so and holds no raw ids."""
+    """The format of a file with this head, if it is not raw ids."""
     if head.startswith(b"\x93NUMPY") and b"'descr'" in head[:64]:
         return "a NumPy file with a header (.npy); write the array with array.tofile(path)"
     if len(head) >= 64:
         with contextlib.suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at the end
-            if not re.search(r"[\0-\x08\x0e-\x1f\x7f]", text):  # common ids have such bytes
+            if not re.search(r"[\0-\x08\x0e-\x1f\x7f]", text):  # token files contain such bytes
                 return "a text; prepare it with llm-prepare"
     return None
 
 
 def open_shards(folder: Path, split: str) -> list[TokenFile]:
-    """The files of a split, in order; those that are empty are left out. Raises UserError for a split that is missing,
-    empty, in a foreign format or of another length than its manifest says."""
+    """The non-empty files of a split, in order. Raises UserError if the split is missing, empty, in a wrong format or
+    does not have the length in its manifest."""
     manifest = read_manifest(folder)
     dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
     stated = _stated(folder, split, manifest)
     shards = []
     for path, tokens in stated.items():
         if not os.path.lexists(path):
-            raise UserError(f"{path} is missing: the {split} split of this dataset is not there")
+            raise UserError(f"{path} is missing: the dataset does not have its {split} split")
         shard = TokenFile(path, dtype)
         if tokens is not None and len(shard) != tokens:
-            raise DataError(f"{path} has {len(shard)} tokens, its manifest says {tokens}; prepare it again")
+            raise DataError(f"{path} has {len(shard)} tokens, but {tokens} in its manifest; prepare it again")
         if manifest is None and _every_second_is_zero(shard):
             raise DataError(
-                f"{path}: every second id is 0, as in a file of uint32 or int64 ids; without a manifest.json it is "
-                "read as uint16: write array.astype('uint16').tofile(path), or prepare the text with llm-prepare"
+                f"{path}: every second id is 0, so these are probably uint32 or int64 ids. A folder without "
+                "manifest.json needs uint16: use array.astype('uint16').tofile(path) or llm-prepare"
             )
         if len(shard):
             shards.append(shard)
@@ -153,7 +153,7 @@ def open_shards(folder: Path, split: str) -> list[TokenFile]:
 
 
 def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[Path, int | None]:
-    """The files that make up a split, with the tokens that the manifest states."""
+    """The files of a split with their number of tokens in the manifest."""
     if manifest and split in manifest["splits"]:
         listed = manifest["splits"][split]["shards"]
         stated = {folder / s["file"]: s["tokens"] for s in listed}
@@ -167,20 +167,20 @@ def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[P
     if not found:
         return {folder / f"{split}.bin": None}
     if os.path.lexists(folder / f"{split}.bin"):
-        raise UserError(f"{folder} holds both {split}.bin and {found[min(found)].name}: move one of the two away")
+        raise UserError(f"{folder} contains both {split}.bin and {found[min(found)].name}: remove one of them")
     if gap := next((number for number in range(min(found), max(found)) if number not in found), None):
         raise UserError(f"{folder} has {len(found)} files of the {split} split, but number {gap} is missing")
     return {found[number]: None for number in sorted(found)}
 
 
 def _every_second_is_zero(shard: TokenFile) -> bool:
-    """How wider ids look when they are read as uint16. Both ends are looked at."""
+    """Whether the file looks like wider ids read as uint16. Checks both ends."""
     head, tail = shard[: HEAD // 2], shard[max(0, len(shard) - HEAD // 2) // 2 * 2 :]
     return len(head) >= 16 and bool(head[::2].any()) and not head[1::2].any() and not tail[1::2].any()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json of a data folder, or None in a folder of nanoGPT's. Raises UserError where it is damaged."""
+    """manifest.json of a data folder, or None (nanoGPT's folders). Raises UserError if it is damaged."""
     path = folder / "manifest.json"
     if not os.path.lexists(path):
         return None
@@ -189,19 +189,19 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
-            raise ValueError("vocab_size is no number of ids")
+            raise ValueError("vocab_size is not a number of ids")
         for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
             if not isinstance(shard["file"], str) or "\0" in shard["file"]:
                 raise ValueError("a file has no name")
             if type(shard["tokens"]) is not int or shard["tokens"] < 0:
-                raise ValueError("a file has no number of tokens")
+                raise ValueError("a file does not have a number of tokens")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged ({why}); prepare the data again with llm-prepare") from None
 
 
-# the vocabulary bound
+# ids outside the vocabulary
 
 
 def scan(
@@ -231,11 +231,11 @@ def scan(
 
 
 def refuse_outside(shards: Shards, name: str, vocab_size: int, position: int, ids: np.ndarray) -> None:
-    """Raises DataError where one of the ids, which begin at a position of the split, is not in the vocabulary."""
+    """Raises DataError if one of the ids is not in the vocabulary. position: of the first id in the split."""
     if not len(ids) or int(ids.max()) < vocab_size:
         return
     bad = int(np.argmax(ids >= vocab_size))
-    at, why = position + bad, "the data belongs to another tokenizer; prepare it again"
+    at, why = position + bad, "the data was made with another tokenizer; prepare it again"
     for shard in shards:
         if at < len(shard):
             break
@@ -249,7 +249,7 @@ def refuse_outside(shards: Shards, name: str, vocab_size: int, position: int, id
 
 
 def _explain(shard: TokenFile, at: int, vocab_size: int) -> str | None:
-    """What the ids around a bad one would be if the file held another type of number."""
+    """A hint if the ids around a bad one are valid as another number type."""
     begin = at * shard.dtype.itemsize // HEAD * HEAD // shard.dtype.itemsize
     around = shard[begin : begin + HEAD // shard.dtype.itemsize].tobytes()
     for dtype in map(np.dtype, OTHER_DTYPES):
@@ -259,14 +259,14 @@ def _explain(shard: TokenFile, at: int, vocab_size: int) -> str | None:
         if dtype != shard.dtype and len(values) > 1 and fits.all():
             order = " in the other byte order" if dtype.byteorder == ">" else ""
             return (
-                f"read as {dtype.name}{order} those around it fit; convert the file to little-endian "
-                f"{shard.dtype.name}, or prepare the data again"
+                f"the ids near it are valid as {dtype.name}{order}; convert the file to little-endian "
+                f"{shard.dtype.name} or prepare the data again"
             )
     return None
 
 
 class BackgroundScan:
-    """A scan in a thread beside the first steps. It ends when it is closed, or when nobody holds it any more."""
+    """A scan in a background thread. It ends when it is closed or garbage-collected."""
 
     def __init__(self, shards: Shards, name: str, vocab_size: int, remember: bool = True):
         self._stopped, self._errors = threading.Event(), list[UserError]()
@@ -276,7 +276,7 @@ class BackgroundScan:
         self._thread.start()
 
     def raise_if_bad(self) -> None:
-        """Raises the DataError that the scan has met. Costs nothing to ask."""
+        """Raises the DataError that the scan has found. Cheap."""
         if self._errors:
             raise self._errors[0]
 
@@ -310,7 +310,7 @@ def _remember(shard: TokenFile, largest: int) -> None:
     path = shard.path.with_name(CHECKED)
     content = _checked(path.parent) | {shard.path.name: _facts(shard) | {"largest": largest}}
     temporary = path.with_name(f"{CHECKED}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a folder that is read-only is scanned each time
+    with contextlib.suppress(OSError):  # the data of a read-only folder is scanned each time
         try:
             temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(temporary, path)

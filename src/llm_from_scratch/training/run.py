@@ -18,9 +18,8 @@ from torch import Tensor
 from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
 from ..config import Config
-from ..core.dataset import BatchLoader
+from ..core.dataset import BatchLoader, load_on_device
 from ..core.model import GPT
-from ..core.resident import tokens_on
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..machine import device as runtimes
 from ..machine.device import forked_random
@@ -111,7 +110,7 @@ class Run:
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
             self.runtime.world_size, vocab_size,
-            tokens_on(self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say),
+            load_on_device(self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say),
         )  # fmt: skip
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):

@@ -327,7 +327,7 @@ def test_the_servers_own_complaint(browser, site):
     visit(browser, link(site, prompt="日本"))
     browser.click("#generate")
     browser.wait(lambda: browser.text("#error"))
-    assert "is not among the" in browser.text("#error p")
+    assert "never saw the character" in browser.text("#error p")
 
 
 def test_a_server_that_is_busy(browser):

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from llm_from_scratch.core import resident
-from llm_from_scratch.core.dataset import BatchLoader, SampleOrder, TokenData, read_manifest, resolve_dataset
-from llm_from_scratch.core.resident import tokens_on
+from llm_from_scratch.core import dataset as datasets
+from llm_from_scratch.core.dataset import (
+    BatchLoader,
+    SampleOrder,
+    TokenData,
+    load_on_device,
+    read_manifest,
+    resolve_dataset,
+)
 from llm_from_scratch.errors import UserError
 
 from ..tiny import write_data, write_ids
@@ -81,10 +87,10 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (odd / "train.bin").write_bytes(b"abc")
     assert "has 3 bytes, no multiple of 2" in refused(odd)
     (odd / "val.bin").unlink()
-    assert "val.bin is missing: the val split" in refused(odd, "val")
+    assert "val.bin is missing: the dataset does not have its val split" in refused(odd, "val")
     shards = [{"file": "train.bin", "tokens": 5}]
     cut = write_data(tmp_path / "cut", train=[1, 2, 3], splits={"train": {"shards": shards}})
-    assert "has 3 tokens, its manifest says 5" in refused(cut)
+    assert "has 3 tokens, but 5 in its manifest" in refused(cut)
     gone = write_data(tmp_path / "gone", splits={"train": {"shards": [{"file": "train_000001.bin", "tokens": 5}]}})
     assert "train_000001.bin is missing" in refused(gone)
 
@@ -133,7 +139,7 @@ def test_check_finds_short_data_and_foreign_ids() -> None:
     data = ascending(5, 5)
     data.check(9, 10)
     with pytest.raises(
-        UserError, match=r"has 10 tokens, a window needs block_size \+ 1 = 11.*--block_size to at most 9"
+        UserError, match=r"has 10 tokens, but a window needs block_size \+ 1 = 11.*--block_size to at most 9"
     ):
         data.check(10, 10)
     with pytest.raises(UserError, match="token 7 has id 7, outside the vocabulary of 7 ids"):
@@ -159,7 +165,7 @@ def test_a_name_is_looked_up_in_two_places(here: Path) -> None:
 def test_an_ambiguous_name_is_refused(here: Path) -> None:
     write_data(here / "data" / "a")
     write_data(here / "data" / "processed" / "a")
-    with pytest.raises(UserError, match="'a' is ambiguous: data/a and data/processed/a; give one of the two"):
+    with pytest.raises(UserError, match="'a' is ambiguous: data/a and data/processed/a; use one of the two"):
         resolve_dataset("a")
     (here / "data" / "a" / "train.bin").unlink()
     (here / "data" / "a" / "val.bin").unlink()
@@ -309,7 +315,7 @@ def test_a_manifest_on_disk_is_what_the_helper_writes(tmp_path: Path) -> None:
 def test_tokens_on_the_device_give_the_same_batches(order: Any) -> None:
     data, told = ascending(70, 1, 129), list[str]()
     samples = SampleOrder(200, 8, order, seed=3)
-    tokens = tokens_on(CPU, data, 200, True, told.append)
+    tokens = load_on_device(CPU, data, 200, True, told.append)
     for rank in (0, 1):
         reading, ours = loader(data, samples, 6, rank, 2), BatchLoader(data, samples, 6, CPU, rank, 2, None, tokens)
         for step in (0, 1, 2, 9, 3):
@@ -323,7 +329,7 @@ def test_tokens_on_the_device_give_the_same_batches(order: Any) -> None:
 def test_what_lies_on_the_device_is_not_read_again(tmp_path: Path) -> None:
     folder = write_data(tmp_path, train=list(range(19)) * 4, val=[1, 2], tokenizer=None)
     data = TokenData.open(folder, "train")
-    batches = BatchLoader(data, SampleOrder(76, 8), 2, CPU, tokens=tokens_on(CPU, data, 19, True, print))
+    batches = BatchLoader(data, SampleOrder(76, 8), 2, CPU, tokens=load_on_device(CPU, data, 19, True, print))
     expected = [loader(data, SampleOrder(76, 8), 2).get(step)[0].tolist() for step in range(3)]
     write_ids(folder / "train.bin", [0] * 76)
     assert [batches.get(step)[0].tolist() for step in range(3)] == expected
@@ -332,10 +338,10 @@ def test_what_lies_on_the_device_is_not_read_again(tmp_path: Path) -> None:
 
 def test_an_id_outside_the_vocabulary_is_met_on_the_way_to_the_device() -> None:
     with pytest.raises(UserError, match="token 57 has id 57, outside the vocabulary of 57 ids"):
-        tokens_on(CPU, ascending(50, 50), 57, True, print)
+        load_on_device(CPU, ascending(50, 50), 57, True, print)
     wide = TokenData([np.array([1, 2**31], dtype=np.uint32)])
     with pytest.raises(UserError, match="token 1 has id 2147483648"):  # which int32 would wrap
-        tokens_on(CPU, wide, None, True, print)
+        load_on_device(CPU, wide, None, True, print)
 
 
 def test_tokens_go_to_the_device_by_themselves_where_they_take_little_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,13 +352,15 @@ def test_tokens_go_to_the_device_by_themselves_where_they_take_little_of_it(monk
         torch, "empty", lambda *size, **how: made.append(how["device"]) or torch.zeros(*size, dtype=torch.int32)  # type: ignore[func-returns-value]
     )
     gpu = torch.device("cuda")
-    assert tokens_on(gpu, data, 1000, "auto", print) is not None and made == [gpu]  # 4,000 bytes of 40,000
+    assert load_on_device(gpu, data, 1000, "auto", print) is not None and made == [gpu]  # 4,000 bytes of 40,000
     free["bytes"] -= 1
-    assert tokens_on(gpu, data, 1000, "auto", print) is None
+    assert load_on_device(gpu, data, 1000, "auto", print) is None
     free["bytes"] = 1 << 40
-    monkeypatch.setattr(resident, "MOST", 3999)
-    assert tokens_on(gpu, data, 1000, "auto", print) is None
-    assert tokens_on(CPU, data, 1000, "auto", print) is None and tokens_on(gpu, data, 1000, False, print) is None
+    monkeypatch.setattr(datasets, "MAX_ON_DEVICE", 3999)
+    assert load_on_device(gpu, data, 1000, "auto", print) is None
+    assert (
+        load_on_device(CPU, data, 1000, "auto", print) is None and load_on_device(gpu, data, 1000, False, print) is None
+    )
 
 
 def test_tokens_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,8 +369,8 @@ def test_tokens_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", full)
     with pytest.raises(UserError, match="--data_on_device=True: the 0.0 GiB .* do not fit on cuda"):
-        tokens_on(torch.device("cuda"), ascending(1000), 1000, True, print)
+        load_on_device(torch.device("cuda"), ascending(1000), 1000, True, print)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     told: list[str] = []
-    assert tokens_on(torch.device("cuda"), ascending(1000), 1000, "auto", told.append) is None
+    assert load_on_device(torch.device("cuda"), ascending(1000), 1000, "auto", told.append) is None
     assert told == ["data: no room for the training tokens on cuda; they are read from the files"]

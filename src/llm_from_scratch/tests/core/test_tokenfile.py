@@ -137,17 +137,17 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "npy": (as_npy, r"is a NumPy file with a header \(.npy\)"),
     "text": (lambda p: p.write_text("To be, or not to be, that is the question:\n" * 9), "is a text; prepare it"),
     "text in UTF-8": (lambda p: p.write_text("«Être ou ne pas être» — 是这样 " * 9, encoding="utf-8"), "is a text"),
-    "uint32": (lambda p: IDS.astype("<u4").tofile(p), "every second id is 0, as in a file of uint32 or int64"),
+    "uint32": (lambda p: IDS.astype("<u4").tofile(p), "every second id is 0, so these are probably uint32 or int64"),
     "int64": (lambda p: IDS.astype("<i8").tofile(p), "every second id is 0"),
     "big-endian": (lambda p: IDS.astype(">u2").tofile(p), r"outside the vocabulary .*uint16 in the other byte order"),
     "big-endian uint32": (lambda p: IDS.astype(">u4").tofile(p), "uint32 in the other byte order"),
-    "float32": (lambda p: IDS.astype("<f4").tofile(p), "read as float32 those around it fit"),
-    "float64": (lambda p: IDS.astype("<f8").tofile(p), "read as float64 those around it fit"),
+    "float32": (lambda p: IDS.astype("<f4").tofile(p), "the ids near it are valid as float32"),
+    "float64": (lambda p: IDS.astype("<f8").tofile(p), "the ids near it are valid as float64"),
     "one id in the last token": (lambda p: np.append(IDS, 20).astype("<u2").tofile(p), "token 5000 has id 20"),
     "one negative": (lambda p: np.append(IDS, -1).astype("<i2").tofile(p), "token 5000 has id 65535"),
     "odd": (lambda p: p.write_bytes(IDS.astype("<u2").tobytes()[:-1]), "9999 bytes, no multiple of 2"),
     "empty": (lambda p: p.write_bytes(b""), "is empty: the train split"),
-    "short": (lambda p: p.write_bytes(bytes(16)), r"has 8 tokens, a window needs block_size \+ 1 = 9"),
+    "short": (lambda p: p.write_bytes(bytes(16)), r"has 8 tokens, but a window needs block_size \+ 1 = 9"),
     "FIFO": (os.mkfifo, "train.bin: it is a FIFO, not a regular file"),
     "directory": (Path.mkdir, "train.bin: it is a directory"),
     "device": (lambda p: p.symlink_to("/dev/zero"), "train.bin: it is a device"),
@@ -155,7 +155,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "link to itself": (lambda p: p.symlink_to(p.name), "cannot read .*train.bin"),
     "numbered as well": (
         lambda p: [p.write_bytes(bytes(90)), p.with_name("train_0.bin").write_bytes(b"")],
-        "holds both",
+        "contains both",
     ),
     "gap": (lambda p: [p.with_name(f"train_{n}.bin").write_bytes(b"") for n in (1, 2, 4)], "number 3 is missing"),
 }
@@ -176,7 +176,7 @@ def test_ids_of_the_wrong_width_are_explained(tmp_path: Path) -> None:
     splits = {"train": {"shards": [{"file": "train.bin", "tokens": 2500}]}}
     folder = write_data(tmp_path, tokenizer=None, dtype="uint32", splits=splits)
     IDS.astype("<u2").tofile(folder / "train.bin")
-    assert "read as uint16 those around it fit; convert the file to little-endian uint32" in refused(folder)
+    assert "the ids near it are valid as uint16; convert the file to little-endian uint32" in refused(folder)
 
 
 def test_what_only_looks_odd_is_read(tmp_path: Path) -> None:

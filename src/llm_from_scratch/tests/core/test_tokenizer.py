@@ -333,10 +333,10 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
     with pytest.raises(TimeoutError):
-        vocabulary.within(0.05, threading.Event().wait)
-    assert vocabulary.within(5, lambda: 3) == 3
+        vocabulary.call_with_timeout(0.05, threading.Event().wait)
+    assert vocabulary.call_with_timeout(5, lambda: 3) == 3
     with pytest.raises(KeyError):
-        vocabulary.within(5, lambda: os.environ["no such variable"])
+        vocabulary.call_with_timeout(5, lambda: os.environ["no such variable"])
 
 
 # nanoGPT's meta.pkl

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import hashlib
 import http.server
 import inspect
@@ -226,7 +227,7 @@ def test_parquet(here: Path) -> None:
     write_jsonl(here / "j.jsonl", texts)
     folder, other = prepare(["p.parquet"], text_key="body"), prepare(["j.jsonl"])
     assert tokens(folder, "train") == tokens(other, "train") and tokens(folder, "val") == tokens(other, "val")
-    for key, message in (("text", "no column 'text'.*'body', 'n'"), ("n", "holds int64, not text")):
+    for key, message in (("text", "no column 'text'.*'body', 'n'"), ("n", "contains int64, not text")):
         with pytest.raises(UserError, match=message):
             prepare(["p.parquet"], text_key=key)
     (here / "broken.parquet").write_bytes(b"PAR1xxxx")
@@ -425,15 +426,15 @@ def test_nothing_half_written_is_left(
     here: Path, small: None, monkeypatch: pytest.MonkeyPatch, error: Any, workers: int
 ) -> None:
     write_jsonl(here / "d.jsonl", stories(100))
-    append, calls = encode.Shards.append, []
+    append, calls = encode.ShardWriter.append, []
 
-    def failing(shards: encode.Shards, ids: np.ndarray) -> None:
+    def failing(shards: encode.ShardWriter, ids: np.ndarray) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise error
         append(shards, ids)
 
-    monkeypatch.setattr(encode.Shards, "append", failing)
+    monkeypatch.setattr(encode.ShardWriter, "append", failing)
     with pytest.raises(UserError if isinstance(error, OSError) else error):
         prepare(["d.jsonl"], workers=workers)
     assert left_behind(here) == [] and list((here / "data/processed").iterdir()) == []
@@ -467,9 +468,9 @@ def test_the_byte_offset_is_right(here: Path, monkeypatch: pytest.MonkeyPatch, o
     "content, message",
     [
         ('{"text": "a"}\n{"text": ', "d.jsonl, line 2 is not JSON"),
-        ('{"text": "a"}\n\n{"body": "a"}', "line 3 has no text under 'text'.*'body'.*--text_key"),
-        ('["a"]', "line 1 has no text under 'text' .no object"),
-        ('{"text": 5}', "line 1 has no text"),
+        ('{"text": "a"}\n\n{"body": "a"}', "line 3 does not have the text field 'text'.*'body'.*--text_key"),
+        ('["a"]', "line 1 does not have the text field 'text' .not an object"),
+        ('{"text": 5}', "line 1 does not have the text"),
         ("[" * 100_000, "line 1 is not JSON"),
         ("\n\n", "d.jsonl is empty"),
         ('{"text": ""}', "d.jsonl is empty"),
@@ -494,10 +495,10 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
         ([], {}, "no source"),
         (["nothing.txt"], {}, "no text 'nothing.txt'"),
         (["shakespeer"], {}, "did you mean shakespeare"),
-        (["empty"], {}, "holds no .txt"),
+        (["empty"], {}, "contains no .txt"),
         (["*.md"], {}, "no text"),
         (["none.txt"], {}, "none.txt is empty"),
-        (["one.txt"], {}, "too short to be split"),
+        (["one.txt"], {}, "too short to split"),
         (["a.txt"], {"tokenizer": "gtp2"}, "did you mean gpt2"),
         (["a.txt"], {"val_fraction": 1.5}, "val_fraction=1.5"),
         (["a.txt"], {"val_fraction": float("nan")}, "val_fraction"),
@@ -509,10 +510,10 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
         (["a.txt"], {"out_dir": "a.txt"}, "is a file"),
         (["a.txt"], {"out_dir": "a.txt/b"}, "cannot write"),
         (["a.txt"], {"cache_dir": "a.txt"}, "cannot write"),
-        (["a.txt"], {"train_files": ("a.txt",)}, "in one place"),
-        (["a.txt"], {"val_files": ("./a.txt",)}, "among both"),
+        (["a.txt"], {"train_files": ("a.txt",)}, "use only one of them"),
+        (["a.txt"], {"val_files": ("./a.txt",)}, "both a training and a validation file"),
         (["a.txt"], {"val_files": ("none.txt",)}, "none.txt is empty"),
-        (["shakespeare", "a.txt"], {}, "by itself"),
+        (["shakespeare", "a.txt"], {}, "cannot be combined"),
     ],
 )  # fmt: skip
 def test_user_errors(here: Path, arguments: list[str], settings: dict[str, Any], message: str) -> None:
@@ -539,7 +540,7 @@ def test_a_folder_with_something_of_the_users_is_not_replaced(here: Path) -> Non
     (here / "a.txt").write_text("hello world " * 50)
     folder = prepare(["a.txt"])
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds notes.txt"):
+    with pytest.raises(UserError, match="contains notes.txt"):
         prepare(["a.txt"], tokenizer="byte")
     assert (folder / "notes.txt").read_text() == "mine" and tokens(folder, "val")
 
@@ -549,7 +550,7 @@ def test_an_empty_file_among_others_is_left_out(here: Path) -> None:
         (here / name).write_text(text)
     told = Told()
     folder = prepare(["a.txt", "b.txt", "c.txt"], report=told)
-    assert "b.txt is empty and left out" in told and len(tokens(folder, "train") + tokens(folder, "val")) == 4
+    assert "b.txt is empty and ignored" in told and len(tokens(folder, "train") + tokens(folder, "val")) == 4
 
 
 def test_the_next_command_names_the_folder_where_the_name_is_taken(here: Path) -> None:
@@ -701,7 +702,7 @@ def fake_datasets(texts: list[str], count: int | None) -> types.ModuleType:
 def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, stated: int | None) -> None:
     texts = [f"document {i} " + "word " * (i % 9) for i in range(3000)]
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(texts, stated))
-    monkeypatch.setattr(sources, "answers", lambda url: None)
+    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
     (here / "prepare.py").touch()
     nanogpt.prepare_openwebtext(here, workers=1 if stated == 3000 else 0)
     assert {path.name for path in here.iterdir()} == {"prepare.py", "train.bin", "val.bin"}
@@ -717,7 +718,7 @@ def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, s
 
 def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(["some text"] * 4000, 4000))
-    monkeypatch.setattr(sources, "answers", lambda url: None)
+    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
     told = Told()
     folder = prepare(["openwebtext"], workers=0, report=told)
     assert tokens(folder, "val").count(EOT) == 2  # a share of 0.0005
@@ -739,10 +740,10 @@ def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPa
     def unreachable(url: str) -> None:
         raise OSError("no route")
 
-    monkeypatch.setattr(sources, "answers", unreachable)
+    monkeypatch.setattr(sources, "check_reachable", unreachable)
     with pytest.raises(UserError, match="no route"):
         nanogpt.prepare_openwebtext(here)
-    monkeypatch.setattr(sources, "answers", lambda url: None)
+    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
     with pytest.raises(UserError, match="reading Skylion007/openwebtext failed .reset by peer"):
         nanogpt.prepare_openwebtext(here)
     assert left_behind(here) == []
@@ -757,3 +758,41 @@ def test_the_command_has_the_functions_settings() -> None:
     for field in dataclasses.fields(PrepareOptions):
         assert parameters[field.name].default == field.default, field.name
     assert {*parameters} - {f.name for f in dataclasses.fields(PrepareOptions)} == {"sources", "root", "report"}
+
+
+# a new source: one table entry and one function
+
+
+def test_a_new_file_format_is_one_reader(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A .csv reader: its documents are those of the same texts as JSON lines, also from a folder."""
+
+    def read_csv(source: sources.FileSource) -> Iterator[str]:
+        with source.path.open(encoding="utf-8", newline="") as file:
+            yield from (row[source.text_key] for row in csv.DictReader(file))
+
+    monkeypatch.setitem(sources.READERS, ".csv", sources.Reader(read_csv))
+    texts = [f"story {k}\nof {k} words" for k in range(20)]
+    with (here / "table.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["n", "text"], *enumerate(texts)])
+    (here / "folder").mkdir()
+    (here / "folder/TABLE.CSV").write_bytes((here / "table.csv").read_bytes())
+    write_jsonl(here / "lines.jsonl", texts)
+    expected = prepare(["lines.jsonl"], tokenizer="byte")
+    for source in ("table.csv", "folder"):
+        folder = prepare([source], tokenizer="byte")
+        for split in ("train", "val"):
+            assert tokens(folder, split) == tokens(expected, split)
+
+
+def test_a_new_known_text_is_one_entry(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_counting(root: Path, text_key: str, report: Any) -> sources.Source:
+        (root / "counting.txt").write_text(" ".join(map(str, range(500))))
+        return sources.FileSource(root / "counting.txt", text_key)
+
+    monkeypatch.setitem(sources.KNOWN_TEXTS, "counting", sources.KnownText(open_counting, "char", val_fraction=0.5))
+    folder = prepare(["counting"])
+    train, val = tokens(folder, "train"), tokens(folder, "val")
+    assert Tokenizer.load(folder).decode(train + val) == " ".join(map(str, range(500)))
+    assert folder.name == "counting" and abs(len(train) - len(val)) <= 1
+    with pytest.raises(UserError, match="did you mean counting"):
+        prepare(["countin"])
