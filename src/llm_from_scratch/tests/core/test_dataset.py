@@ -373,4 +373,4 @@ def test_tokens_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     told: list[str] = []
     assert load_on_device(torch.device("cuda"), ascending(1000), 1000, "auto", told.append) is None
-    assert told == ["data: no room for the training tokens on cuda; they are read from the files"]
+    assert told == ["data: no room for the training tokens on cuda; reading them from the files"]

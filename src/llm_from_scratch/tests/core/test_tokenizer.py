@@ -282,7 +282,7 @@ def test_bytes_of_half_a_character(gpt2: Tokenizer) -> None:
         ("nowhere/tokenizer.json", "no tokenizer in"),
         ("src/nowhere", "no tokenizer in"),
         ("", "unknown tokenizer"),
-        ("char", "learns its vocabulary"),
+        ("char", "needs a text"),
     ],
 )
 def test_wrong_names(spec: str, message: str) -> None:
