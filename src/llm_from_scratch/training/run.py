@@ -110,7 +110,9 @@ class Run:
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
             self.runtime.world_size, vocab_size,
-            load_on_device(self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say),
+            load_on_device(
+                self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say
+            ),
         )  # fmt: skip
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
