@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import GPTConfig, OptimizerConfig
+from ..config import GPTConfig
 from ..errors import UserError
 from .model import GPT
 from .ngrams import NGramEmbedding
@@ -102,28 +102,17 @@ def _linears(module: nn.Module) -> Iterator[nn.Linear]:
     return (part for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def optimizer_bytes(config: GPTConfig, optimizer: OptimizerConfig | None = None) -> int:
-    """Memory of the moments: AdamW keeps two numbers a parameter, Muon one for those of its matrices (the linear layers
-    in the blocks), row-wise Adagrad one for each row of the n-gram tables. None: AdamW in float32."""
-    optimizer, model = optimizer or OptimizerConfig(), meta_model(config)
-    tables = [module.weight for module in model.modules() if isinstance(module, NGramEmbedding)]
-    numbers = 2 * (count_params(config) - sum(table.numel() for table in tables))
-    if optimizer.optimizer_type == "muon":
-        head = model.lm_head.weight
-        matrices = {id(part.weight): part.weight.numel() for part in _linears(model) if part.weight is not head}
-        numbers -= sum(matrices.values())
-    size = 2 if optimizer.optimizer_dtype == "bfloat16" else 4
-    return size * numbers + 4 * sum(table.size(0) for table in tables)
-
-
 def sizes(
     config: GPTConfig,
     batch_size: int,
     element_size: int = 4,
     gradient_checkpointing: bool = False,
-    optimizer: OptimizerConfig | None = None,
 ) -> Sizes:
-    """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation."""
+    """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation.
+
+    The optimizer's are those of AdamW in float32; training/optimizer.py counts what another one keeps.
+    """
+    model = meta_model(config)
     params, embedding = count_params(config), embedding_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
@@ -131,10 +120,11 @@ def sizes(
     tokens = batch_size * T
     # a block saves what its linear layers read and write, and what its two norms write
     blocks = [
-        2 * C + sum(part.in_features + part.out_features for part in _linears(block))
-        for block in meta_model(config).transformer.h
+        2 * C + sum(part.in_features + part.out_features for part in _linears(block)) for block in model.transformer.h
     ]
     saved = 2 * C * L + max(blocks, default=0) if gradient_checkpointing else sum(blocks)
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
     activations = tokens * (saved + 2 * C) * element_size + logits
-    return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer_bytes(config, optimizer), activations)
+    tables = [part.weight for part in model.modules() if isinstance(part, NGramEmbedding)]  # one number a row
+    moments = 8 * (params - sum(table.numel() for table in tables)) + 4 * sum(table.size(0) for table in tables)
+    return Sizes(params, embedding, flops, 4 * params, 4 * params, moments, activations)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import json
 import os
 import re
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError
-from ..machine.files import open_file, parse_json, read_file
+from ..machine.files import open_file, open_whole, parse_json, read_file, to_json
 
 BLOCK = 1 << 20  # ids per read of a scan
 SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
@@ -309,13 +308,9 @@ def _remembered(shard: TokenFile) -> int | None:
 def _remember(shard: TokenFile, largest: int) -> None:
     path = shard.path.with_name(CHECKED)
     content = _checked(path.parent) | {shard.path.name: _facts(shard) | {"largest": largest}}
-    temporary = path.with_name(f"{CHECKED}.{os.getpid()}")
     with contextlib.suppress(OSError):  # the data of a read-only folder is scanned each time
-        try:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open_whole(path, f"{CHECKED}.{os.getpid()}", durable=False) as file:
+            file.write(to_json(content))
 
 
 def _facts(shard: TokenFile) -> dict[str, Any]:

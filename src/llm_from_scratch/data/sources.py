@@ -29,7 +29,7 @@ from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError
 from ..machine.extras import missing
-from ..machine.files import open_file
+from ..machine.files import open_file, open_whole
 
 PIECE = 1 << 20  # maximum characters per piece
 RAW = Path("data/raw")
@@ -373,11 +373,7 @@ KNOWN_TEXTS = {
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes the whole file or nothing: to a temporary file, which is renamed."""
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_whole(path, f".{path.name}.{os.getpid()}", durable=False) as file:
+        file.write(data)

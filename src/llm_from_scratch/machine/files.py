@@ -86,23 +86,35 @@ def open_synced(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def open_whole(path: Path, temporary: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write that replaces `path` when the block ends, and vanishes if the block fails.
+
+    temporary: the name until then; processes that may write at the same time need different ones. durable=False: not
+    synced, for what can be computed or downloaded again.
+    """
+    tmp = path.with_name(temporary or f".tmp-{path.name}")
+    try:
+        with open_synced(tmp) if durable else open(tmp, "wb") as file:
+            yield file
+        os.replace(tmp, path)
+        if durable:
+            sync_folder(path.parent)
+    finally:
+        _unlink(tmp)
+
+
 def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Writes one file whole or not at all, replacing one that is there. Raises SaveError."""
-    tmp = path.with_name(f".tmp-{path.name}")
     try:
         make_folder(path.parent)
-        with open_synced(tmp) as f:
+        with open_whole(path) as f:
             write(f)
-        os.replace(tmp, path)
-        sync_folder(path.parent)
     except OSError as error:
-        _unlink(tmp)  # before the free bytes are counted
         needed = _Counter()
         with contextlib.suppress(OSError):
             write(needed)
         raise SaveError(f"cannot write {path}: {error}; {space_for(path.parent, needed.size)}") from error
-    finally:
-        _unlink(tmp)
 
 
 def make_folder(path: Path) -> None:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ..config import Config, flatten
 from ..errors import UserError
 from ..machine.extras import require
+from ..machine.files import open_whole
 from ..machine.terminal import READER_GONE, Lenient
 from .progress import Remaining, clock_time, in_words
 
@@ -94,12 +95,8 @@ def _forget_from(path: Path, step: int, evaluated: bool) -> None:
         # an evaluation that the checkpoint knows was made before it, an update of that number after it
         if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
             kept.append(json.dumps(entry))
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())  # a power cut must not leave the new name with nothing in it
-    os.replace(beside, path)
+    with open_whole(path, path.name + ".tmp") as file:
+        file.writelines((line + "\n").encode() for line in kept)
 
 
 class TensorBoard:

@@ -10,8 +10,8 @@ import torch
 
 from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.sizes import count_params, optimizer_bytes, sizes
-from llm_from_scratch.training.optimizer import make_optimizer, optimizer_state
+from llm_from_scratch.core.sizes import count_params, meta_model, sizes
+from llm_from_scratch.training.optimizer import make_optimizer, optimizer_bytes, optimizer_state
 
 from .test_model import BASE, OPTIONS
 
@@ -65,4 +65,6 @@ def test_the_optimizers_memory_is_that_of_its_state(option: str, kind: Any, dtyp
     optimizer.step()
     slots = [value for slots in optimizer_state(optimizer)["state"].values() for value in slots.values()]
     held = sum(value.nbytes for value in slots if isinstance(value, torch.Tensor) and value.dim())
-    assert optimizer_bytes(config, settings) == sizes(config, 1, optimizer=settings).optimizer == held
+    assert optimizer_bytes(meta_model(config), settings) == held
+    if (kind, dtype) == ("adamw", "float32"):
+        assert sizes(config, 1).optimizer == held
