@@ -41,3 +41,7 @@ class EngineError(RuntimeError):
 
 class OutputError(RuntimeError):
     """Standard output cannot be written. `__cause__` is the OSError."""
+
+
+class CannotRecord(RuntimeError):
+    """A model's decode step cannot be recorded, or a record differs from the model. The model's own forward runs."""

@@ -139,9 +139,9 @@ def _main(argv: list[str]) -> int:
 
 
 def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> torch.nn.Module:
-    from ..generation.decode_step import Scorer, packed_forward
+    from ..kernels.int8 import Scorer
 
-    return Scorer(model.config, packed_forward(model.to(device), quantize)[0])
+    return Scorer(model.to(device), quantize)
 
 
 def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:

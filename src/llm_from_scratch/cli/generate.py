@@ -130,7 +130,7 @@ def load_generator(
     import torch
 
     from ..core.weights import build_model
-    from ..generation.generator import Generator
+    from ..generation.generator import Decoder, Generator
     from ..generation.speculative import DraftModel, Lookup
     from ..machine.device import resolve_device, resolve_dtype
 
@@ -150,8 +150,8 @@ def load_generator(
         small = load(speed.draft, None, dataset, weights_only=True)
         assert small.tokenizer is not None
         draft = build_model(small.model_config, small.model).to(device=device, dtype=dtype)
-        generator.draft = DraftModel(draft, small.tokenizer.fingerprint(), found.tokenizer.fingerprint())
-    generator.forward  # noqa: B018  packs the model: reports a failure before there is text
+        generator.draft = DraftModel(Decoder(draft), small.tokenizer.fingerprint(), found.tokenizer.fingerprint())
+    generator.decoder  # noqa: B018  a model that cannot decode so is refused before there is text
     return generator, found.path
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class KVCache:
         self.ragged = False  # whether rows differ in length
         self.positions: Tensor | None = None
         self.mask: Tensor | None = None
+        self.window: Any = None  # of generation/window.py, which keeps its views here
 
     @property
     def lengths(self) -> Tensor:
@@ -92,6 +94,7 @@ class KVCache:
         """A cache of the named rows, (N,), in that order; a row may be named more than once."""
         new = object.__new__(KVCache)
         new.__dict__.update(self.__dict__)
+        new.window = None
         new.kv, new.tokens = self.kv.index_select(2, rows), self.tokens.index_select(0, rows)
         new.rows = new.room = len(rows)
         new._lengths = self._lengths.index_select(0, rows)

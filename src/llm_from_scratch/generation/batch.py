@@ -1,13 +1,13 @@
 """Token ids from a model, many rows at once: prefill, then decode with a key/value cache.
 
-A prompt is read once (prefill), however many rows begin with it; then all rows grow together by one token a step
+A prompt is read once (prefill), even if many rows begin with it; then all rows grow together by one token per step
 (decode). Rows may join and leave at any step. The cache changes the time only: the logits are those of the naive way,
-which runs the whole context anew for every token (GPT.generate, or use_cache=False here). A context of block_size
-tokens is full, and the next token moves the window. What then:
+which runs the whole context again for every token (use_cache=False). A context of block_size tokens is full; the next
+token moves the window:
 
-    overflow="recompute"   the last block_size tokens are run anew for every token: exact, what nanoGPT does
-    overflow="drop_half"   the older half is dropped, the newer half is run once, and the cache goes on: much faster,
-                           but the model then sees block_size / 2 to block_size tokens, so the text is another one
+    overflow="recompute"   run the last block_size tokens again for every token: exact, what nanoGPT does
+    overflow="drop_half"   drop the older half, run the newer half once, keep using the cache: much faster, but the
+                           model then sees block_size / 2 to block_size tokens, so the text differs
 
 Shapes in comments: B rows, T tokens, V vocabulary.
 """
@@ -15,56 +15,60 @@ Shapes in comments: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import GPTConfig
 from ..core.cache import KVCache
-from ..core.model import GPT
 from ..errors import UserError
-from .decode_step import Forward, packed_forward
 
+if TYPE_CHECKING:
+    from .generator import Decoder
+
+CACHE_BYTES = 1 << 30  # rows whose caches need more than this are decoded in groups; the result is the same
 Overflow = Literal["recompute", "drop_half"]
 Prompts = Sequence[Sequence[int]]
 
 
 class Prefill:
-    """Prompts that are being read, a part at a time, so that others need not wait for a long one.
+    """Prompts that are being read, in parts, so that other rows do not wait for a long one.
 
-    prompts: token ids, at least one each, at most block_size. Equal ones are read once. observe: is given the place of
-    each part and its logits, (T, V); for one prompt.
+    prompts: token ids, 1 to block_size each. Equal ones are read once. observe: is given the place of each part and its
+    logits, (T, V); for one prompt.
     """
 
     def __init__(
         self,
-        model: GPT,
-        forward: Forward,
+        decoder: Decoder,
         prompts: Prompts,
         room: int = 0,
         observe: Callable[[int, Tensor], None] | None = None,
     ):
-        device = model.lm_head.weight.device
+        device = decoder.device
         places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        self.forward, self.lengths = forward, [len(prompt) for prompt in places]
+        self.decoder, self.lengths = decoder, [len(prompt) for prompt in places]
         self.place = [places[tuple(prompt)] for prompt in prompts]
         self.ids = _padded(list(places), device)  # (N, T)
         longest = self.ids.size(1)
-        self.cache = KVCache(model.config, len(places), max(room, longest), device, _cache_dtype(model, forward))
+        self.cache = KVCache(decoder.model.config, len(places), max(room, longest), device, decoder.dtype)
         self.logits: Tensor | None = None  # (N, V), of each prompt's last token
         self.read, self.observe = 0, observe
 
     @torch.inference_mode()
     def step(self, tokens: int | None = None) -> bool:
-        """Reads so many more tokens of each prompt (None: all). Returns whether all are read."""
+        """Reads the next tokens of each prompt (None: all). Returns whether all are read."""
+        if not self.decoder.cacheable:
+            return self._read_whole()
         begin, end = self.read, min(self.ids.size(1), self.read + (tokens or self.ids.size(1)))
         counts = [min(end, n) - min(begin, n) for n in self.lengths]
         at = torch.tensor([max(0, count - 1) for count in counts], device=self.ids.device)
         if self.observe is None:
-            logits = self.forward(self.ids[:, begin:end], cache=self.cache, logits_at=at)[:, 0]
+            logits = self.decoder.read(self.ids[:, begin:end], self.cache, at)[:, 0]
         else:
-            every = self.forward(self.ids[:, begin:end], cache=self.cache)
+            every = self.decoder.read(self.ids[:, begin:end], self.cache)
             self.observe(begin, every[0])
             logits = every[:, -1]
         self.cache.advance(counts)
@@ -73,29 +77,40 @@ class Prefill:
         self.read = end
         return end == self.ids.size(1)
 
+    def _read_whole(self) -> bool:
+        """For a model that must see whole sequences: one by one, without padding. The cache is not used."""
+        config, last = self.decoder.model.config, []
+        for ids, n in zip(self.ids, self.lengths, strict=True):
+            fresh = KVCache(config, 1, n, ids.device, self.decoder.dtype)  # with one, all logits are returned
+            every = self.decoder.read(ids[None, :n], fresh)[0]
+            if self.observe is not None:
+                self.observe(0, every)
+            last.append(every[-1])
+        self.logits, self.read = torch.stack(last), self.ids.size(1)
+        return True
+
 
 class Batch:
     """Rows that are decoded together: logits(), then append() of one token each, again and again.
 
-    prompts: token ids of each row, at least one; only the last block_size are read. max_new_tokens: how many are to be
-    appended to each, for the cache's size. forward: of this model; None packs it.
+    prompts: token ids of each row, at least one; only the last block_size are read. max_new_tokens: how many will be
+    appended to each row, for the cache's size.
     """
 
     def __init__(
         self,
-        model: GPT,
+        decoder: Decoder,
         prompts: Prompts,
         max_new_tokens: int,
         use_cache: bool = True,
         overflow: Overflow = "recompute",
-        forward: Forward | None = None,
     ):
         if overflow not in get_args(Overflow):
             raise UserError(f"overflow={overflow!r} is not one of {', '.join(get_args(Overflow))}")
-        self.model, self.block, self.use_cache = model, model.config.block_size, use_cache
-        self.forward = packed_forward(model)[0] if forward is None else forward
+        self.decoder, self.config = decoder, decoder.model.config
+        self.block, self.use_cache = self.config.block_size, use_cache and decoder.cacheable
         self.window = self.block if overflow == "recompute" else (self.block + 1) // 2  # what a full row keeps
-        self.device = model.lm_head.weight.device
+        self.device = decoder.device
         self.lengths: list[int] = []  # on the host: no device sync to read them
         self.dropped: list[int] = []  # tokens at the start of a row that its window has left behind
         self.tokens = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (B, longest); grows on the right
@@ -116,7 +131,7 @@ class Batch:
 
     @torch.inference_mode()
     def join(self, prompts: Prompts, max_new_tokens: int, prefill: Prefill | None = None) -> Tensor | None:
-        """Adds rows at the end. Returns their logits, (n, V); None without a cache, whose logits() has all.
+        """Adds rows at the end. Returns their logits, (n, V); None without a cache: logits() returns those of all rows.
 
         prefill: these prompts, as crop() leaves them, read already.
         """
@@ -134,10 +149,12 @@ class Batch:
         rows = list(range(first, first + n))
         if not self.use_cache:
             self.uncached += rows
-            return None
+            if prefill is None or prefill.logits is None:
+                return None
+            return prefill.logits[torch.tensor(prefill.place, device=self.device)]
         room = min(self.block, longest + max_new_tokens)
         if prefill is None:
-            prefill = Prefill(self.model, self.forward, cropped, room if self.cache is None else 0)
+            prefill = Prefill(self.decoder, cropped, room if self.cache is None else 0)
             prefill.step()
         assert prefill.logits is not None
         places = torch.tensor(prefill.place, device=self.device)
@@ -145,7 +162,7 @@ class Batch:
             self.cache = prefill.cache  # nobody else needs it
         else:
             if self.cache is None:
-                self.cache = KVCache(self.model.config, 0, 1, self.device, prefill.cache.kv.dtype)
+                self.cache = KVCache(self.config, 0, 1, self.device, prefill.cache.kv.dtype)
             self.cache.join(prefill.cache, prefill.place, self._grown(first + n), room)
         self.cached += rows
         self._ordered()
@@ -166,7 +183,7 @@ class Batch:
         groups: dict[int, list[int]] = {}  # by context length, so that no row needs padding
         for row in self.uncached:
             groups.setdefault(self.lengths[row] - self.dropped[row], []).append(row)
-        parts = [self.forward(self._last(rows, n))[:, -1] for n, rows in groups.items()]
+        parts = [self.decoder.read(self._last(rows, n))[:, -1] for n, rows in groups.items()]
         order = [row for rows in groups.values() for row in rows]
         if self.cached:
             parts, order = [*parts, self._decode()], order + self.cached
@@ -218,7 +235,7 @@ class Batch:
         """Logits of the rows in the cache, in its order, from their newest tokens."""
         assert self.cache is not None
         newest = self.newest if self.order is None else self.newest[self.order]
-        logits = self.forward(newest[:, None], cache=self.cache)[:, -1]
+        logits = self.decoder.step(newest, self.cache)
         self.cache.advance(1)
         return logits
 
@@ -247,9 +264,9 @@ class Batch:
         places = [self.cached.index(row) for row in full]
         n = self.window - 1  # the newest token is left to the decode step
         if n:
-            fresh = KVCache(self.model.config, len(full), n, self.device, self.cache.kv.dtype)
+            fresh = KVCache(self.config, len(full), n, self.device, self.cache.kv.dtype)
             at = torch.full((len(full),), n - 1, device=self.device)  # no logits are wanted: as few as can be
-            self.forward(self._last(full, self.window)[:, :-1], cache=fresh, logits_at=at)
+            self.decoder.read(self._last(full, self.window)[:, :-1], fresh, at)
             fresh.advance(n)
             self.cache.put(places, fresh, range(len(full)))
         else:
@@ -274,8 +291,12 @@ class Batch:
         return rows if not self.cache.room or rows <= self.cache.room else max(rows, 2 * self.cache.room)
 
 
-def _cache_dtype(model: GPT, forward: Forward) -> torch.dtype:
-    return getattr(forward, "dtype", None) or model.compute_dtype or model.lm_head.weight.dtype
+def rows_at_once(config: GPTConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of this many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
+    heads = (config.n_kv_head or config.n_head) / config.n_head
+    row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
+    return max(1, int(free / row))
 
 
 def _padded(rows: Prompts, device: torch.device) -> Tensor:

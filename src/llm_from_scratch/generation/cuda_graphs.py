@@ -18,8 +18,8 @@ MOST = 256  # graphs; one more takes the place of the oldest
 class Recorded:
     """One graph. step: on tensors alone, no host sync in it; inputs: as it will be called."""
 
-    def __init__(self, step: Callable[..., Tensor], inputs: list[Tensor], rest: tuple[Any, ...], pool: Any):
-        self.inputs = [t.clone() for t in inputs]
+    def __init__(self, step: Callable[..., Tensor], inputs: tuple[Any, ...], rest: tuple[Any, ...], pool: Any):
+        self.inputs = [None if t is None else t.clone() for t in inputs]
         with torch.cuda.device(inputs[0].device):
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
@@ -30,40 +30,34 @@ class Recorded:
             with torch.cuda.graph(self.graph, pool=pool):
                 self.output = step(*self.inputs, *rest)
 
-    def __call__(self, inputs: list[Tensor]) -> Tensor:
+    def __call__(self, inputs: tuple[Any, ...]) -> Tensor:
         for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+            if mine is not None:
+                mine.copy_(given)
         self.graph.replay()
         return self.output.clone()
 
 
 class GraphedStep:
-    """Packed.step, recorded where the rows are a power of two: with as many graphs as numbers of rows, recording
-    would never end while requests come and go. Where recording fails, the step runs as it is."""
+    """Decode steps as graphs, if the rows are a power of two: with a graph for every number of rows, recording would
+    never end while requests come and go. If recording fails, the step runs as it is."""
 
-    def __init__(self, step: Callable[..., Tensor], record: Callable[..., Any] = Recorded, pool: Any = None):
-        self.step, self.record, self.pool = step, record, pool
+    def __init__(self, record: Callable[..., Any] = Recorded):
+        self.record, self.pool = record, torch.cuda.graph_pool_handle() if record is Recorded else None
         self.graphs: dict[tuple[Any, ...], Any] = {}
         self.failure: str | None = None
 
-    def __call__(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        where: Tensor,
-        mask: Tensor,
-        memory: list[Tensor],
-        keys: list[Tensor],
-        values: list[Tensor],
-    ) -> Tensor:
-        inputs, rest = [x, positions, where, mask], (memory, keys, values)
-        key = (len(x), mask.shape, keys[0].shape, keys[0].stride(), memory[0].shape, memory[0].data_ptr())
+    def __call__(self, step: Callable[..., Tensor], inputs: tuple[Any, ...], rest: tuple[Any, ...]) -> Tensor:
+        """step(*inputs, *rest). inputs: ids, (B,), and more that changes from token to token; rest: tokens, a list of
+        the memory of each layer, and more that stays."""
+        rows, memory = len(inputs[0]), rest[1]
+        key = (step, rows, memory[0].shape, memory[0].data_ptr())
         graph = self.graphs.get(key)
-        if graph is None and self.failure is None and len(x) & (len(x) - 1) == 0:
+        if graph is None and self.failure is None and rows & (rows - 1) == 0:
             if len(self.graphs) >= MOST:
                 self.graphs.pop(next(iter(self.graphs)))
             try:
-                graph = self.graphs[key] = self.record(self.step, inputs, rest, self.pool)
+                graph = self.graphs[key] = self.record(step, inputs, rest, self.pool)
             except RuntimeError as error:
                 self.failure = str(error)
-        return self.step(*inputs, *rest) if graph is None else graph(inputs)
+        return step(*inputs, *rest) if graph is None else graph(inputs)

@@ -279,7 +279,7 @@ class Engine:
         self._prompt_tokens += sum(len(handle.request.prompt) for handle in handles)
         told: list[Token] = []
         observe = self._observer(handles[0].request, told) if handles[0].request.prompt_logprobs else None
-        return _Reading(Prefill(model, self.generator.forward, prompts, observe=observe), handles, told)
+        return _Reading(Prefill(self.generator.decoder, prompts, observe=observe), handles, told)
 
     def _observer(self, request: Request, told: list[Token]) -> Callable[[int, Tensor], None]:
         """Adds the log-probabilities of a prompt while it is read: of what lies in the context, save its first."""
@@ -307,7 +307,7 @@ class Engine:
         prefill.place = place
         first = len(self._samples)
         if self._batch is None:
-            self._batch = Batch(generator.model, [], 0, overflow=self.overflow, forward=generator.forward)
+            self._batch = Batch(generator.decoder, [], 0, overflow=self.overflow)
         longest = max(handle.request.params.max_new_tokens for handle in reading.handles)
         logits = self._batch.join(prompts, longest, prefill)
         assert logits is not None

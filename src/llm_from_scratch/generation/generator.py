@@ -1,6 +1,10 @@
 """Text from a model: prompts in, samples out, whole or streamed.
 
-decoding.py makes the logits, sampler.py draws from them, text.py turns what is drawn into text; here they meet.
+A prompt is read in one pass (Decoder.read), then each step computes the logits of one token per row (Decoder.step),
+draws the next token of each row (Generator.next_tokens) and adds it to its text. sampling.py has the filters and the
+draw, batch.py knows which rows are in the cache, text_stream.py turns tokens into text.
+
+Shapes in comments: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,37 +12,67 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.load import load, load_hf
 from ..config import GenerationConfig
+from ..core.cache import KVCache
 from ..core.model import GPT
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
 from ..errors import UserError
+from ..kernels.int8 import Linears, Quantize
 from ..machine.device import resolve_device, resolve_dtype
-from .batch import Batch, Overflow
-from .decode_step import Forward, Quantize, packed_forward
+from .batch import Batch, Overflow, rows_at_once
+from .decode_step import DecodeStep, works_with_cache
 from .row_sampler import Sampler, check_bias
+from .speculative import Draft, SpeculativeBatch
 from .text_stream import TextStream, unused_ids
-
-if TYPE_CHECKING:
-    from .speculative import Draft
-
-CACHE_BYTES = 1 << 30  # samples whose caches take more than this are decoded in groups; the result is the same
 
 NOT_FINITE = "the model's outputs are not finite: its weights are damaged, or its training diverged"
 
 
+class Decoder:
+    """A model that decodes: read() for prompts and whole sequences, step() for one new token per row.
+
+    quantize="int8": linear layers multiply 8-bit integers, on a CPU. compiled: the step by torch.compile; graphed: else,
+    on CUDA, as CUDA graphs. say: is given a line if the model cannot decode the fast way. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        quantize: Quantize = "none",
+        compiled: bool = False,
+        graphed: bool = True,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ):
+        self.model, self.linears = model, Linears(model, quantize)
+        self.device, self.dtype = self.linears.device, self.linears.dtype  # dtype: of activations and the cache
+        self.step = DecodeStep(model, self.linears, compiled, graphed, say)
+        self.cacheable = works_with_cache(model, self.linears)
+        if not self.cacheable:
+            say("decoding without a cache: with one, this model's forward gives other logits")
+
+    @torch.inference_mode()
+    def read(self, idx: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
+        """The model's own forward. idx: (B, T). Logits of the last position, (B, 1, V); with a cache of all, (B, T, V);
+        with logits_at, (B,), of one position per row, (B, 1, V)."""
+        with self.linears.computing():
+            logits, _ = self.model(idx, cache=cache, logits_at=logits_at)
+        return logits
+
+
 @dataclass
 class Completion:
-    """One sample. text is what follows the prompt, up to a stop text; tokens is all that was drawn for it."""
+    """One sample. text: what follows the prompt, up to a stop text; tokens: all that were drawn for it."""
 
     text: str
     tokens: list[int]
@@ -50,9 +84,8 @@ class Completion:
 class Generator:
     """A model and its tokenizer, ready to write.
 
-    device, dtype: where the model is moved and what its weights become; None leaves it as it is. quantize="int8":
-    products of 8-bit integers, for a CPU (packed.py). Raises UserError where the tokenizer has more tokens than the
-    model.
+    device, dtype: where the model is moved and what its weights become; None leaves them as they are. quantize: see
+    Decoder. Raises UserError if the tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -70,9 +103,10 @@ class Generator:
                 "the one that the model was trained with; name the model's data with --dataset"
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
-        self.draft: Draft | None = None  # what proposes tokens where one sample is decoded alone
-        self.compiled, self.graphed = False, True  # the decode step: by torch.compile; else, on CUDA, as graphs
-        self._packed: tuple[list[tuple[int, int]], Forward, str] | None = None
+        self.draft: Draft | None = None  # proposes tokens when one sample is decoded alone
+        self.compiled, self.graphed = False, True  # see Decoder
+        self._decoder: tuple[list[tuple[int, int]], Decoder] | None = None
+        self._said: set[str] = set()
         self.gaps = frozenset(unused_ids(tokenizer))
         self.unused = torch.tensor(sorted(self.gaps), dtype=torch.long, device=model.lm_head.weight.device)
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
@@ -109,13 +143,18 @@ class Generator:
         return cls(model, loaded.tokenizer, where, resolve_dtype(dtype, where), quantize)
 
     @property
-    def forward(self) -> Forward:
-        """The model's forward pass for decoding, made anew where its weights have changed, save by way of .data, of
-        which a tensor does not tell. Raises UserError."""
-        weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self.model.parameters()]
-        if self._packed is None or self._packed[0] != weights:
-            self._packed = (weights, *packed_forward(self.model, self.quantize, self.compiled, self.graphed))
-        return self._packed[1]
+    def decoder(self) -> Decoder:
+        """Rebuilt when a parameter or buffer changes (edits through `.data` are not detected). Raises UserError."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        weights = [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+        if self._decoder is None or self._decoder[0] != weights:
+            self._decoder = weights, Decoder(self.model, self.quantize, self.compiled, self.graphed, self._say)
+        return self._decoder[1]
+
+    def _say(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            print(line, file=sys.stderr)
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""
@@ -154,7 +193,8 @@ class Generator:
         self.check(params)
         encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]
-        size = self._rows_at_once(max(map(len, encoded), default=0) + params.max_new_tokens)
+        longest = max(map(len, encoded), default=0) + params.max_new_tokens
+        size = rows_at_once(self.model.config, longest, self.decoder.dtype, self.decoder.device)
         done: list[Completion] = []
         for at in range(0, len(rows), size):
             ids, seeds = (list(column) for column in zip(*rows[at : at + size], strict=True))
@@ -196,23 +236,21 @@ class Generator:
         yield from filter(None, [text.finish()])
 
     def _batch(self, prompts: Sequence[Sequence[int]], steps: int, use_cache: bool, overflow: Overflow) -> Batch:
-        if self.draft is None or not use_cache or len(prompts) > 1:
-            return Batch(self.model, prompts, steps, use_cache, overflow, self.forward)
-        from .speculative import SpeculativeBatch  # a leaf: decoding stands without it
-
-        known = self.tokenizer.vocab_size
-        return SpeculativeBatch(self.model, prompts[0], steps, self.draft, known, overflow, self.forward)
+        decoder = self.decoder
+        if self.draft is None or not (use_cache and decoder.cacheable) or len(prompts) > 1:
+            return Batch(decoder, prompts, steps, use_cache, overflow)
+        return SpeculativeBatch(decoder, prompts[0], steps, self.draft, self.tokenizer.vocab_size, overflow)
 
     def _run(
         self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
     ) -> Iterator[list[str]]:
-        """Decodes until every row has its tokens or its stop text, and yields what the rows' texts have gained.
+        """Decodes until every row has its tokens or its stop text; yields the new text of each row.
 
-        watch: read the tokens after every step, not all at the end, which spares a wait for the device.
+        watch: look at the tokens after every step; without, only at the end, so that nothing waits for the device.
         """
         live, drawn = list(range(len(texts))), []
         for step in range(1, steps + 1):
-            drawn.append(self._step(batch, sampler, check=watch or step in (1, steps)))
+            drawn.append(self.next_tokens(batch, sampler, check=watch or step in (1, steps)))
             if not watch and step < steps:
                 continue
             yield [
@@ -229,14 +267,15 @@ class Generator:
                 sampler = sampler.select(torch.tensor(stay))
 
     @torch.inference_mode()
-    def _step(self, batch: Batch, sampler: Sampler, check: bool) -> Tensor:
-        """Draws and appends one token a row; returns them, (B,)."""
-        ids = sampler(self.choosable(batch.logits(), check))
+    def next_tokens(self, batch: Batch, sampler: Sampler, check: bool) -> Tensor:
+        """Draws and appends one token per row; returns them, (B,)."""
+        logits = batch.logits()  # (B, V): by Decoder.read for a prompt, then by Decoder.step
+        ids = sampler(self.choosable(logits, check))  # penalties, temperature, filters, one draw per row
         batch.append(ids)
         return ids
 
     def choosable(self, logits: Tensor, check: bool) -> Tensor:
-        """The logits, (B, V), of what is a token: neither padding nor a gap. check: raises UserError for nan."""
+        """The logits, (B, V), of real tokens: no padding, no gaps. check: raise UserError if they are not finite."""
         if logits.size(1) > self.tokenizer.vocab_size:
             logits = logits[:, : self.tokenizer.vocab_size]
         if check and not logits.isfinite().all():
@@ -250,19 +289,10 @@ class Generator:
         # with the token before it: some tokenizers write a space between two tokens that neither of them holds
         return self.tokenizer.decode_bytes([before, token])[len(self.tokenizer.decode_bytes([before])) :]
 
-    def _rows_at_once(self, length: int) -> int:
-        """How many rows of so many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
-        config, weight = self.model.config, self.model.lm_head.weight
-        size = getattr(self.forward, "dtype", weight.dtype).itemsize  # of the cache's numbers
-        heads = (config.n_kv_head or config.n_head) / config.n_head
-        row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * size
-        free = torch.cuda.mem_get_info(weight.device)[0] // 4 if weight.device.type == "cuda" else CACHE_BYTES
-        return max(1, int(free / row))
-
 
 @contextlib.contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """No dropout within; the model's mode is given back after."""
+    """No dropout inside; the model's mode is restored afterwards."""
     training = model.training
     model.eval()
     try:

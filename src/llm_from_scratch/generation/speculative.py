@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.cache import KVCache
-from ..core.model import GPT
 from ..errors import UserError
 from .batch import Batch, Overflow
-from .decode_step import Forward, packed_forward
+
+if TYPE_CHECKING:
+    from .generator import Decoder
 
 FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
 LONGEST_REST = 64  # tokens without proposals after a pass that did not pay: twice as many each time
@@ -69,10 +70,12 @@ class Lookup:
 class DraftModel:
     """The greedy continuation of a smaller model. Raises UserError where its vocabulary is not the model's."""
 
-    def __init__(self, model: GPT, fingerprint: str, expected: str):
+    def __init__(self, decoder: Decoder, fingerprint: str, expected: str):
         if fingerprint != expected:
             raise UserError("the draft model has another tokenizer than the model: it must share its vocabulary")
-        self.model, self.forward = model.eval(), packed_forward(model)[0]
+        if not decoder.cacheable:
+            raise UserError("the draft model decodes only without a cache, which makes it slower than the model")
+        self.decoder, self.block = decoder, decoder.model.eval().config.block_size
         self.cache: KVCache | None = None
         self.tokens: list[int] = []  # what the cache holds
 
@@ -84,13 +87,12 @@ class DraftModel:
 
     @torch.inference_mode()
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
-        n = min(n, self.model.config.block_size - len(tokens))
+        n = min(n, self.block - len(tokens))
         if n < 1:
             return []
-        device = self.model.lm_head.weight.device
+        device = self.decoder.device
         if self.cache is None:
-            dtype = getattr(self.forward, "dtype", self.model.lm_head.weight.dtype)
-            self.cache = KVCache(self.model.config, 1, None, device, dtype)
+            self.cache = KVCache(self.decoder.model.config, 1, None, device, self.decoder.dtype)
         same = 0
         for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
             if ours != theirs:
@@ -100,7 +102,9 @@ class DraftModel:
         self.tokens, proposed = list(tokens[:same]), list[int]()
         fresh = list(tokens[same:])
         while True:
-            logits = self.forward(torch.tensor([fresh], device=device), cache=self.cache)[0, -1]
+            new = torch.tensor([fresh], device=device)
+            one = len(fresh) == 1
+            logits = self.decoder.step(new[0], self.cache)[0] if one else self.decoder.read(new, self.cache)[0, -1]
             self.cache.advance(len(fresh))
             self.tokens += fresh
             proposed.append(int(logits.argmax()))
@@ -114,15 +118,14 @@ class SpeculativeBatch(Batch):
 
     def __init__(
         self,
-        model: GPT,
+        decoder: Decoder,
         prompt: Sequence[int],
         max_new_tokens: int,
         draft: Draft,
         known: int,
         overflow: Overflow = "recompute",
-        forward: Forward | None = None,
     ):
-        super().__init__(model, [prompt], max_new_tokens + MOST, True, overflow, forward)
+        super().__init__(decoder, [prompt], max_new_tokens + MOST, True, overflow)
         self.draft, self.known, self.number = draft, known, 2 * FEWEST
         draft.begin()
         self.history = list(self.crop(prompt))
@@ -149,7 +152,7 @@ class SpeculativeBatch(Batch):
     def _read(self, proposed: list[int]) -> Tensor:
         assert self.cache is not None
         ids = torch.tensor([[self.history[-1], *proposed]], device=self.device)
-        logits = self.forward(ids, cache=self.cache)[0]
+        logits = self.decoder.read(ids, self.cache)[0]
         self.cache.advance(ids.size(1))
         self.passes += 1
         self.proposed, self.ahead, self.hits = deque(proposed), deque(logits.split(1)), 0

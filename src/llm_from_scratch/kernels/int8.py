@@ -1,14 +1,23 @@
-"""How a linear layer multiplies when a model decodes: in the weights' type, from float16, or in int8."""
+"""How linear layers multiply when a model decodes: in the weights' dtype, from float16, or in int8."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from ..core.model import GPT
+from ..errors import UserError
+from ..machine.device import cpu_has_native_bf16
+
+Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix from which on a few rows are multiplied faster from its other side
 FEW = 64  # rows up to which that holds
 
@@ -34,8 +43,12 @@ class Dense:
             weight = weight.t().contiguous().t()
         self.weight, self.transposed, self.bias = weight, weight.t(), bias
 
+    def is_wide(self, rows: int) -> bool:
+        """Whether so many rows are multiplied from the other side."""
+        return self.wide and 1 < rows <= FEW and torch.get_num_threads() > 1
+
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if self.wide and 1 < len(x) <= FEW and torch.get_num_threads() > 1:
+        if self.is_wide(len(x)):
             y = torch.mm(self.weight, x.t()).t()
             y = y if self.bias is None else y + self.bias
             return y if add is None else add + y
@@ -89,3 +102,85 @@ class Int8:
         y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range).mul_(largest)
         y = y if self.bias is None else y.add_(self.bias)
         return y if add is None else y.add_(add)
+
+
+class Linears:
+    """The linear layers of a model that decodes: a product for each weight, made once.
+
+    quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Else float16 weights on
+    a CPU that is slow in the model's half precision, else the weights as they are. Raises UserError if the device has no
+    int8 products.
+    """
+
+    def __init__(self, model: GPT, quantize: Quantize = "none"):
+        device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+        if quantize == "int8" and not (device.type == "cpu" and has_int8()):
+            raise UserError(f"quantize=int8 needs a CPU with fbgemm or qnnpack, not {device}: leave it out")
+        half = dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_native_bf16())
+        self.model, self.device, self.dtype = model, device, dtype
+        self.kind: Any = Dense
+        if quantize == "int8":
+            self.kind, self.dtype = Int8, torch.float32
+        elif device.type == "cpu" and half and has_half():
+            self.kind, self.dtype = Half, torch.float32
+        self.products: dict[Any, Any] = {}
+        self.packed: dict[int, Any] = {}  # by the identity of the weight: products that approximate
+        self.kept: list[Any] = []  # so that identities stay unique
+        for module in model.modules() if self.kind is not Dense else ():
+            if isinstance(module, torch.nn.Linear):
+                self.packed[id(module.weight)] = self.kind(module.weight.detach(), _detached(module.bias))
+                self.kept += [module.weight, module.bias]
+
+    def product(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
+        """(x, add=None) -> x @ weight.T + bias (+ add), for x of this dtype."""
+        if id(weight) in self.packed:
+            return self.packed[id(weight)]
+        key = id(weight), id(bias), dtype
+        if key not in self.products:
+            head = weight.size(0) == self.model.config.vocab_size
+            weights = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+            self.products[key] = Dense(*weights, head)
+            self.kept += [weight, bias]
+        return self.products[key]
+
+    @contextlib.contextmanager
+    def computing(self, exact: bool = False) -> Iterator[None]:
+        """The model's forward inside computes as this decodes; exact: without approximation."""
+        before, self.model.compute_dtype = self.model.compute_dtype, self.dtype
+        try:
+            with _Packed(self.packed, self.kept) if self.packed and not exact else contextlib.nullcontext():
+                yield
+        finally:
+            self.model.compute_dtype = before
+
+
+def _detached(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+class _Packed(TorchFunctionMode):
+    """Products of packed weights in the place of F.linear. Their conversions to another dtype are skipped."""
+
+    def __init__(self, packed: dict[int, Any], kept: list[Any]):
+        super().__init__()
+        self.packed, self.kept = packed, {id(t) for t in kept}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and id(args[1]) in self.packed:
+            x = args[0].float()
+            return self.packed[id(args[1])](x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        if func is Tensor.to and id(args[0]) in self.kept:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class Scorer(torch.nn.Module):
+    """A model that computes losses with the linear layers that it decodes with. Called as the model is."""
+
+    def __init__(self, model: GPT, quantize: Quantize):
+        super().__init__()
+        self.model, self.config, self.linears = model, model.config, Linears(model, quantize)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+        with self.linears.computing():
+            return self.model(idx, targets)

@@ -1,4 +1,5 @@
-"""generation/decode_step.py: the packed forward against the model's own, in every form that its matrices take."""
+"""generation/decode_step.py and recorder.py: recorded steps against the model's own forward, in every form of its
+linear layers. Edited models are in test_edited_models.py."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.cache import KVCache
-from llm_from_scratch.core.model import GPT, Attention
+from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.generation import decode_step as packing
-from llm_from_scratch.generation.decode_step import Dense, Half, Int8, Window, packed_forward, plain_forward
-from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation import decode_step, window
+from llm_from_scratch.generation.generator import Decoder, Generator
+from llm_from_scratch.generation.window import Window
+from llm_from_scratch.kernels import int8
+from llm_from_scratch.kernels.int8 import Dense, Half, Int8, Scorer
 from llm_from_scratch.machine.device import cpu_has_native_bf16
 
 from ..memorised import BLOCK, OPTIONS, TEXT, TOKENIZER, memorised, ragged_prompts
@@ -43,92 +46,96 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def own(model: GPT, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    return model(idx, cache=cache)[0]
+
+
 @pytest.mark.parametrize("option", VARIANTS)
-def test_every_pass_is_the_models_own(option: str) -> None:
-    """Whole windows, ragged prompts, single tokens, several at once, with and without logits_at."""
+def test_every_step_is_the_models_own(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row, rows of one length, ragged rows; the cache holds the same afterwards."""
     model = model_of(option)
-    forward, what = packed_forward(model)
-    assert what == "packed"
-    plain, idx, lengths = plain_forward(model), ids(3, BLOCK), [1, 9, 5]
-    at = torch.tensor([0, 11, BLOCK - 1])
-    with torch.no_grad():
-        close(forward(idx), plain(idx))
-        close(forward(idx, logits_at=at), plain(idx, logits_at=at))
-        caches = [KVCache(model.config, 3) for _ in range(2)]
-        runs = (forward, plain)
-        a, b = (run(idx[:, :9], cache=cache) for run, cache in zip(runs, caches, strict=True))
-        for row, n in enumerate(lengths):
-            close(a[row, :n], b[row, :n])
+    decoder = Decoder(model)
+    for rows, lengths in ((1, [9]), (3, [9, 9, 9]), (3, [1, 9, 5])):
+        caches, idx = [KVCache(model.config, rows) for _ in range(2)], ids(rows, 9)
         for cache in caches:
+            own(model, idx, cache)
             cache.advance(lengths)
-        for T, start in ((1, 0), (1, 1), (4, 2), (1, 6), (2, 7)):
-            new = ids(3, T, seed=start)
-            where = torch.tensor([0, T - 1, T // 2])
-            a, b = (run(new, cache=cache) for run, cache in zip(runs, caches, strict=True))
-            close(a, b)
-            a, b = (run(new, cache=cache, logits_at=where) for run, cache in zip(runs, caches, strict=True))
-            close(a, b)
+        for start in range(4):
+            new = ids(rows, 1, seed=start)
+            close(decoder.step(new[:, 0], caches[0]), own(model, new, caches[1])[:, 0])
             for cache in caches:
-                cache.advance(T)
-        assert caches[0].counts == [n + 9 for n in lengths]
+                cache.advance(1)
+        for row, n in enumerate(lengths):
+            close(caches[0].kv[:, :, row, :, : n + 4], caches[1].kv[:, :, row, :, : n + 4])
+    assert decoder.step.failure is None and len(decoder.step.records) == 3
+    assert capsys.readouterr().err == ""
 
 
 def test_rows_of_one_length_and_a_window_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of the cache are made anew when the longest row outgrows them, and when rows come or go."""
-    monkeypatch.setattr(packing, "BUCKET", 4)
+    """There is a new record when the longest row outgrows the window, and when rows come or go."""
+    monkeypatch.setattr(window, "BUCKET", 4)
     model = model_of("modern")
-    forward, idx = packed_forward(model)[0], ids(4, BLOCK)
-    whole = [model(idx[:, : n + 1])[0] for n in range(BLOCK)]
+    decoder, idx = Decoder(model), ids(4, BLOCK)
+    whole = [own(model, idx[:, : n + 1])[:, 0] for n in range(BLOCK)]
     cache, rows = KVCache(model.config, 4), [0, 1, 2, 3]
-    with torch.no_grad():
-        forward(idx[:, :2], cache=cache)
-        cache.advance(2)
-        sizes = set()
-        for n in range(2, BLOCK):
-            close(forward(idx[rows, n : n + 1], cache=cache), whole[n][rows])
+    own(model, idx[:, :2], cache)
+    cache.advance(2)
+    sizes = set()
+    for n in range(2, BLOCK):
+        close(decoder.step(idx[rows, n], cache), whole[n][rows])
+        cache.advance(1)
+        sizes.add(Window.of(cache).size if cache.end < BLOCK else None)
+        if n == 8:  # the last row takes the place of the one that goes
+            cache.drop(1)
+            rows = [0, 3, 2]
+        if n == 12:  # what was read ahead is taken back
+            cache.advance(-1)
+            close(decoder.step(idx[rows, n], cache), whole[n][rows])
             cache.advance(1)
-            sizes.add(Window.of(cache).size if cache.end < BLOCK else None)
-            if n == 8:  # the last row takes the place of the one that goes
-                cache.drop(1)
-                rows = [0, 3, 2]
-            if n == 12:  # what was read ahead is taken back
-                cache.advance(-1)
-                close(forward(idx[rows, n : n + 1], cache=cache), whole[n][rows])
-                cache.advance(1)
-    assert len(sizes) > 4
+    assert len(sizes) > 4 and len(decoder.step.records) > 4 and decoder.step.failure is None
 
 
 def test_caches_join() -> None:
     """Rows that come from another cache, more than there was memory for."""
     model = model_of("gqa")
-    forward, idx = packed_forward(model)[0], ids(6, 12)
+    decoder, idx = Decoder(model), ids(6, 12)
     caches = []
-    with torch.no_grad():
-        for part, n in ((idx[:2], 5), (idx[2:], 8)):
-            cache = KVCache(model.config, len(part), n)
-            forward(part[:, :n], cache=cache)
-            cache.advance(n)
-            caches.append(cache)
-        first, second = caches
-        first.join(second, [3, 0, 0], max_len=12)
-        rows, lengths = [0, 1, 5, 2, 2], [5, 5, 8, 8, 8]
-        assert first.counts == lengths and first.rows == 5
-        new = torch.stack([idx[row, n] for row, n in zip(rows, lengths, strict=True)])[:, None]
-        logits = forward(new, cache=first)
-        for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
-            close(logits[i], model(idx[row, None, : n + 1])[0][0])
+    for part, n in ((idx[:2], 5), (idx[2:], 8)):
+        cache = KVCache(model.config, len(part), n)
+        own(model, part[:, :n], cache)
+        cache.advance(n)
+        caches.append(cache)
+    first, second = caches
+    first.join(second, [3, 0, 0], max_len=12)
+    rows, lengths = [0, 1, 5, 2, 2], [5, 5, 8, 8, 8]
+    assert first.counts == lengths and first.rows == 5
+    new = torch.stack([idx[row, n] for row, n in zip(rows, lengths, strict=True)])
+    logits = decoder.step(new, first)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        close(logits[i], own(model, idx[row, None, : n + 1])[0, 0])
 
 
-def test_ngrams_are_read() -> None:
+@pytest.mark.parametrize("lengths", [[5], [5, 5], [5, 3]])
+def test_ngrams_are_read(lengths: list[int]) -> None:
     torch.manual_seed(0)
     sizes = {"block_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 7, "pos_embedding": "rope"}
     model = GPT(GPTConfig(**sizes, max_ngram=4, ngram_rows=64)).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         model.transformer.ngrams.weight.normal_()
-    forward, what = packed_forward(model)
-    idx = torch.randint(7, (2, 12))
-    assert what == "packed"
-    close(forward(idx), model(idx)[0].detach())
+    decoder, idx = Decoder(model), torch.randint(7, (2, 12))[: len(lengths)]
+    cache = KVCache(model.config, len(lengths))
+    own(model, idx[:, :5], cache)
+    cache.advance(lengths)
+    texts = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
+    for step in range(6):
+        new = torch.tensor([(step * 3 + row) % 7 for row in range(len(lengths))])
+        logits = decoder.step(new, cache)
+        cache.advance(1)
+        for text, token, found in zip(texts, new.tolist(), logits, strict=True):
+            text.append(token)
+            close(found, own(model, torch.tensor([text]))[0, 0])
+    assert decoder.step.failure is None and decoder.step.records
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
@@ -182,20 +189,23 @@ def test_bfloat16_weights_are_exact_as_float16() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_near(dtype: torch.dtype) -> None:
+def test_half_precision_is_near(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     model = copy.deepcopy(memorised("modern")).to(dtype)
-    forward, what = packed_forward(model)
+    decoder = Decoder(model)
     native = dtype == torch.bfloat16 and cpu_has_native_bf16()
-    assert what == ("packed" if native else "packed, products from float16")
-    exact = copy.deepcopy(model).float()
-    idx = ids(2, BLOCK)
+    assert decoder.linears.kind is (Dense if native else Half)
+    exact, idx = copy.deepcopy(model).float(), ids(2, BLOCK)
     allowed = 0.03 if native else 1e-3
-    assert (forward(idx).float() - exact(idx)[0]).norm() < allowed * exact(idx)[0].norm()
-    cache = KVCache(model.config, 2, dtype=getattr(forward, "dtype", dtype))  # and the decode step
-    forward(idx[:, :-1], cache=cache)
-    cache.advance(BLOCK - 1)
-    decoded = forward(idx[:, -1:], cache=cache).float()
-    assert (decoded - exact(idx)[0]).norm() < allowed * exact(idx)[0].norm()
+    expected = own(exact, idx)
+    assert (decoder.read(idx).float() - expected).norm() < allowed * expected.norm()
+    cache = KVCache(model.config, 2, dtype=decoder.dtype)  # and the decode step
+    decoder.read(idx[:, :-2], cache)
+    cache.advance(BLOCK - 2)
+    for n in (2, 1):
+        decoded = decoder.step(idx[:, -n], cache).float()
+        cache.advance(1)
+    assert (decoded - expected[:, 0]).norm() < allowed * expected.norm()
+    assert decoder.step.records and capsys.readouterr().err == "" and model.compute_dtype is None
 
 
 def test_int8_writes_nearly_what_float32_writes() -> None:
@@ -206,69 +216,113 @@ def test_int8_writes_nearly_what_float32_writes() -> None:
         model = memorised(option)
         exact, rounded = Generator(model, TOKENIZER), Generator(model, TOKENIZER, quantize="int8")
         assert rounded.generate([prompt], params)[0].tokens == exact.generate([prompt], params)[0].tokens
-        idx = ids(4, BLOCK)
-        a, b = (g.forward(idx)[:, 0, :V].log_softmax(-1) for g in (exact, rounded))
-        assert 0 < (a - b).norm() / a.norm() < 0.05
+        assert rounded.decoder.step.records and rounded.decoder.step.failure is None
+        idx, losses = ids(4, BLOCK), []
+        for cached in (False, True):  # a whole sequence, and a step
+            found = []
+            for decoder in (exact.decoder, rounded.decoder):
+                cache = KVCache(model.config, 4)
+                if cached:
+                    decoder.read(idx[:, :-1], cache)
+                    cache.advance(BLOCK - 1)
+                logits = decoder.step(idx[:, -1], cache) if cached else decoder.read(idx)[:, 0]
+                found.append(logits[:, :V].log_softmax(-1))
+            assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.05
+        for scorer in (model, Scorer(model, "int8")):
+            with torch.no_grad():
+                losses.append(float(scorer(idx[:, :-1], idx[:, 1:])[1]))
+        assert 0 < abs(losses[0] - losses[1]) < 0.05 * losses[0]
 
 
-def test_a_model_that_computes_otherwise_decodes_by_its_own_forward() -> None:
-    """Somebody changed the model in one place: what is packed here does not know of it, and notices."""
+def test_an_edited_model_decodes_in_int8_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the edit in its tokens: int8 is nothing that only the unedited model knows."""
 
-    class Doubled(nn.Module):
+    class Scaled(nn.Module):
         def __init__(self, inner: nn.Module):
             super().__init__()
-            self.inner, self.weight, self.bias, self.eps = inner, inner.weight, inner.bias, inner.eps
+            self.inner, self.scale = inner, nn.Parameter(torch.tensor(0.5))
 
         def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.inner(x)
+            return self.scale * self.inner(x).tanh()
 
-    unknown = copy.deepcopy(memorised())
-    unknown.transformer.ln_f = Doubled(unknown.transformer.ln_f)
-    other = copy.deepcopy(memorised())
-    other.transformer.h[1].forward = lambda x, rope=None, cache=None: x  # no layer there
-    third = copy.deepcopy(memorised())
-    third.transformer.h[0].attn = nn.Identity()
-    third.transformer.h[0].forward = lambda x, rope=None, cache=None: x + x.tanh()
-    near = copy.deepcopy(memorised())
-
-    class Unknown(Attention):  # might be anything
-        pass
-
-    near.transformer.h[0].attn.attend = Unknown(0.0)
-    for model in (unknown, other, third, near):
-        forward, what = packed_forward(model)
-        assert what == "its own forward"
-        assert torch.equal(forward(ids(1, 9)), model(ids(1, 9))[0])
-        with pytest.raises(UserError, match="computes otherwise"):
-            packed_forward(model, "int8")
+    model = copy.deepcopy(memorised())
+    model.transformer.ln_f = Scaled(model.transformer.ln_f)
+    decoder, plain = Decoder(model, "int8"), Decoder(memorised(), "int8")
+    logits = []
+    for d in (decoder, plain):
+        cache, idx = KVCache(model.config, 1), ids(1, 10)
+        d.read(idx[:, :9], cache)
+        cache.advance(9)
+        logits.append(d.step(idx[:, 9], cache))
+    expected = own(model, ids(1, 10))[:, 0]
+    assert 0 < (logits[0] - expected).norm() < 0.05 * expected.norm()
+    assert (logits[1] - expected).norm() > 0.2 * expected.norm()
+    assert decoder.step.records and capsys.readouterr().err == ""
 
 
-def test_changed_weights_are_packed_anew() -> None:
+def test_changed_weights_are_recorded_again() -> None:
     generator = Generator(copy.deepcopy(memorised()), TOKENIZER, quantize="int8")
     params = GenerationConfig(num_samples=1, max_new_tokens=5, temperature=0.0)
-    before, packed = generator.generate([[1, 2, 3]], params), generator.forward
-    assert generator.forward is packed
+    before, decoder = generator.generate([[1, 2, 3]], params), generator.decoder
+    assert generator.decoder is decoder
     with torch.no_grad():
         generator.model.transformer.wte.weight.copy_(generator.model.transformer.wte.weight.flip(0))
-    assert generator.forward is not packed
+    assert generator.decoder is not decoder
     assert generator.generate([[1, 2, 3]], params) != before
 
 
-def test_int8_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "has_int8", lambda: False)
-    with pytest.raises(UserError, match="quantize=int8 is for a CPU"):
-        packed_forward(memorised(), "int8")
+def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recorder with a bug: the comparison sees it, the model's own forward decodes, and one line says so."""
+    real_record = decode_step.record
+
+    def wrong(*arguments):
+        record = real_record(*arguments)
+        step = record.step
+        record.step = record.exact = lambda *inputs: step(*inputs) * 1.01
+        return record
+
+    monkeypatch.setattr(decode_step, "record", wrong)
+    generator = Generator(memorised("gpt2"), TOKENIZER)
+    params = GenerationConfig(num_samples=2, max_new_tokens=BLOCK, temperature=1.0)
+    found = generator.generate(TEXT[:3], params)
+    assert capsys.readouterr().err == "decoding with the model's own forward: a record of it gives other logits\n"
+    monkeypatch.undo()
+    assert found == Generator(memorised("gpt2"), TOKENIZER).generate(TEXT[:3], params)
+    assert generator.decoder.step.records == {}
+
+
+def test_a_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch.compile, for which there is one window: the whole cache."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step: compiled.append(step) or step)
+    monkeypatch.setattr(window, "BUCKET", 4)
+    generator = Generator(memorised("modern"), TOKENIZER)
+    expected = generator.generate(TEXT[:3], PARAMS)
+    assert not compiled
+    generator = Generator(memorised("modern"), TOKENIZER)
+    generator.compiled = True
+    assert generator.generate(TEXT[:3], PARAMS) == expected
+    assert len(compiled) == len(generator.decoder.step.records) == 1
+
+
+PARAMS = GenerationConfig(num_samples=2, max_new_tokens=BLOCK - 3, temperature=1.0)
+
+
+def test_int8_is_refused_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "has_int8", lambda: False)
+    with pytest.raises(UserError, match="quantize=int8 needs a CPU"):
+        Decoder(memorised(), "int8")
 
 
 def test_a_full_cache_is_not_written_beyond() -> None:
     model = memorised()
-    forward, cache = packed_forward(model)[0], KVCache(model.config, 2, 4)
-    forward(ids(2, 4), cache=cache)
+    decoder, cache = Decoder(model), KVCache(model.config, 2, 4)
+    decoder.read(ids(2, 4), cache)
     cache.advance(4)
     with pytest.raises(ValueError, match="max_len=4"):
-        forward(ids(2, 1), cache=cache)
+        decoder.step(ids(2, 1)[:, 0], cache)
 
 
 def test_a_sequence_beyond_the_context_is_refused() -> None:
     with pytest.raises(UserError, match=f"block_size={BLOCK}"):
-        packed_forward(memorised())[0](ids(1, BLOCK + 1))
+        Decoder(memorised()).read(ids(1, BLOCK + 1))

@@ -16,11 +16,13 @@ import torch
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, TiktokenTokenizer
+from llm_from_scratch.core.cache import KVCache
 from llm_from_scratch.errors import EngineError, UserError
 from llm_from_scratch.generation import engine as batcher
 from llm_from_scratch.generation.batch import Batch, Prefill
 from llm_from_scratch.generation.engine import Engine, Handle, Request, Token, Update
-from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.decode_step import DecodeStep
+from llm_from_scratch.generation.generator import Decoder, Generator
 
 from ..memorised import BLOCK, OPTIONS, TEXT, TOKENIZER, memorised, ragged_prompts
 
@@ -132,18 +134,23 @@ def test_a_seed_gives_the_same_beside_other_company(engine: Engine) -> None:
 
 def test_samples_of_one_prompt_share_its_prefill(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    forward = writer.forward
+    read, step = Decoder.read, DecodeStep.__call__
 
-    def watched(idx: torch.Tensor, **options: Any) -> torch.Tensor:
+    def reads(self: Decoder, idx: torch.Tensor, *arguments: Any) -> torch.Tensor:
         seen.append(tuple(idx.shape))
-        return forward(idx, **options)
+        return read(self, idx, *arguments)
 
-    monkeypatch.setattr(Generator, "forward", property(lambda self: watched))
+    def steps(self: DecodeStep, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        seen.append(tuple(ids.shape))
+        return step(self, ids, cache)
+
+    monkeypatch.setattr(Decoder, "read", reads)
+    monkeypatch.setattr(DecodeStep, "__call__", steps)
     engine = Engine(writer)
     params = dataclasses.replace(WILD, num_samples=5, max_new_tokens=3)
     Call(engine, Request([1, 2, 3, 4, 5, 6, 7], params)).wait()
     engine.close()
-    assert seen == [(1, 7), (5, 1), (5, 1)]
+    assert seen == [(1, 7), (5,), (5,)]
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,15 +312,15 @@ def test_a_receiver_that_fails_loses_its_own_request_alone(engine: Engine, capsy
     assert "ConnectionError: gone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["forward", "keep"])
+@pytest.mark.parametrize("where", ["decoder", "keep"])
 def test_whatever_fails_everyone_is_told(where: str, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that are just being taken from the queue, and those that end in the step that fails."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    if where == "forward":
-        monkeypatch.setattr(Generator, "forward", property(fail))
+    if where == "decoder":
+        monkeypatch.setattr(Generator, "decoder", property(fail))
     else:
         monkeypatch.setattr(Batch, "keep", fail)
     engine = Engine(writer)

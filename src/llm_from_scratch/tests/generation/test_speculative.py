@@ -10,7 +10,7 @@ import pytest
 
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.generator import Decoder, Generator
 from llm_from_scratch.generation.speculative import Draft, DraftModel, Lookup, SpeculativeBatch
 
 from ..memorised import BLOCK, TEXT, TOKENIZER, memorised, ragged_prompts
@@ -49,8 +49,8 @@ def drafts() -> dict[str, Draft]:
     name = TOKENIZER.fingerprint()
     return {
         "lookup": Lookup(3, 1),
-        "the model itself": DraftModel(memorised("gpt2"), name, name),
-        "another model": DraftModel(memorised("rope"), name, name),
+        "the model itself": DraftModel(Decoder(memorised("gpt2")), name, name),
+        "another model": DraftModel(Decoder(memorised("rope")), name, name),
         "nonsense": Nonsense(),
     }
 
@@ -80,7 +80,7 @@ def test_right_proposals_save_passes_and_wrong_ones_are_forgotten(wrong_every: i
     params = dataclasses.replace(PARAMS, max_new_tokens=steps, temperature=0.0, frequency_penalty=0.0)
     (sample,) = Generator(model, TOKENIZER).generate([prompt], params)
     draft = Oracle(prompt + sample.tokens, wrong_every)
-    batch = SpeculativeBatch(model, prompt, steps, draft, TOKENIZER.vocab_size)
+    batch = SpeculativeBatch(Decoder(model), prompt, steps, draft, TOKENIZER.vocab_size)
     drawn = []
     for _ in range(steps):
         ids = batch.logits()[:, : TOKENIZER.vocab_size].argmax(-1)
@@ -100,7 +100,7 @@ def test_a_text_that_proposals_do_not_fit_is_left_alone() -> None:
     params = dataclasses.replace(PARAMS, max_new_tokens=steps, temperature=0.0, frequency_penalty=0.0)
     (sample,) = Generator(model, TOKENIZER).generate([prompt], params)
     whole = [(token + 1) % TOKENIZER.vocab_size for token in prompt + sample.tokens]  # never right
-    batch = SpeculativeBatch(model, prompt, steps, Oracle(whole), TOKENIZER.vocab_size)
+    batch = SpeculativeBatch(Decoder(model), prompt, steps, Oracle(whole), TOKENIZER.vocab_size)
     for _ in range(steps):
         batch.append(batch.logits()[:, : TOKENIZER.vocab_size].argmax(-1))
     assert batch.history == prompt + sample.tokens
@@ -127,4 +127,4 @@ def test_several_samples_do_without() -> None:
 
 def test_a_draft_of_another_tokenizer_is_refused() -> None:
     with pytest.raises(UserError, match="another tokenizer"):
-        DraftModel(memorised("gpt2"), "one", "two")
+        DraftModel(Decoder(memorised("gpt2")), "one", "two")

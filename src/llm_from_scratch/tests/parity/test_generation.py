@@ -13,7 +13,7 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.generation import sampling
 from llm_from_scratch.generation.batch import Batch
 from llm_from_scratch.generation.engine import Engine, Request
-from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.generator import Decoder, Generator
 from llm_from_scratch.generation.nanogpt_sampler import NanoGPTSampler, random_stream
 
 from ..memorised import BLOCK, OPTIONS, TOKENIZER, memorised, ragged_prompts
@@ -39,7 +39,7 @@ def test_cached_greedy_equals_the_naive_loop_past_block_size(option, rows):
     steps = 2 * BLOCK
     expected = [naive(model, prompt, steps) for prompt in prompts]
     assert min(len(set(tokens)) for tokens, _ in expected) >= 20, "the model is not trained: the test proves nothing"
-    batch = Batch(model, prompts, steps)
+    batch = Batch(Decoder(model), prompts, steps)
     crossed_apart = False
     for step in range(steps):
         logits = batch.logits()[:, : TOKENIZER.vocab_size]
@@ -98,7 +98,9 @@ def test_greedy_equals_the_models_own_generate(option, rows):
 def test_dropping_half_of_the_window_is_the_same_with_and_without_a_cache(option):
     model = memorised(option)
     prompts = ragged_prompts(8, 2 * BLOCK, seed=3)
-    cached, plain = Batch(model, prompts, 100, overflow="drop_half"), Batch(model, prompts, 100, False, "drop_half")
+    cached, plain = Batch(Decoder(model), prompts, 100, overflow="drop_half"), Batch(
+        Decoder(model), prompts, 100, False, "drop_half"
+    )
     drops = set()
     for _ in range(100):
         logits = cached.logits()

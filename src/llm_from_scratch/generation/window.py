@@ -1,0 +1,122 @@
+"""The part of a KV cache that a decode step reads: 64 keys, 128, ... as the longest row grows.
+
+A step recorded for one Window serves until the longest row outgrows it, and every other cache of the same sizes. What
+lies beyond a row's length is hidden by a mask. A StandIn takes the cache's place while a step is recorded.
+
+Shapes: B rows, Hkv key heads, D their width, S keys in the window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.cache import KVCache
+from ..errors import CannotRecord
+
+BUCKET = 64  # keys by which a window grows
+
+
+class Window:
+    """Views of a cache's memory, and the inputs of a decode step."""
+
+    def __init__(self, cache: KVCache, whole: bool = False):
+        L, _, room, heads, max_len, width = cache.kv.shape
+        size = max_len if whole else min(max_len, BUCKET * (cache.end // BUCKET + 1))
+        self.kv, self.rows, self.size = cache.kv, cache.rows, size
+        self.key = (cache.rows, self.size, cache.kv.shape, cache.kv.dtype)
+        self.memory = [cache.kv[i].view(-1, width) for i in range(L)]  # (2 room Hkv max_len, D): to write
+        used = cache.kv[:, :, : self.rows, :, : self.size]
+        self.keys, self.values = list(used[:, 0]), list(used[:, 1])  # (B, Hkv, S, D) each: to read
+        flat = used.flatten(2, 3)  # (L, 2, B Hkv, S, D)
+        self.turned = [flat[i, 0].transpose(1, 2) for i in range(L)]  # (B Hkv, D, S), as bmm wants them
+        self.flat = [flat[i, 1] for i in range(L)]  # (B Hkv, S, D)
+        self.tokens = cache.tokens[: self.rows, : self.size]
+        device = cache.kv.device
+        which, row, head = (torch.arange(n, device=device) for n in (2, self.rows, heads))
+        self.base = ((which[:, None, None] * room + row[:, None]) * heads + head) * max_len  # (2, B, Hkv)
+        self.heads, self.places = heads, torch.arange(self.size, device=device)
+        steps = torch.arange(2 * self.size, device=device) < self.size
+        self.steps = steps[None]  # a slice of it is the mask of every row of a given length
+        self.hidden = torch.where(steps, 0.0, -math.inf).to(cache.kv.dtype)[None, None]
+
+        # the parameters of a recorded step that stay the same from token to token
+        self.parts = (self.tokens, self.memory, self.turned, self.flat, self.keys, self.values)
+
+    @staticmethod
+    def of(cache: KVCache, whole: bool = False) -> Window:
+        """The window of the cache's next step; it is kept with the cache. whole: all that there is memory for."""
+        window: Window | None = cache.window
+        if window is None or window.kv is not cache.kv or window.rows != cache.rows or cache.end >= window.size:
+            window = cache.window = Window(cache, whole)
+        return window
+
+    def inputs(self, ids: Tensor, cache: KVCache, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
+        """The other parameters: ids, lengths, visible, mask, where. What is not among needs is None."""
+        lengths, end, ragged = cache.lengths, cache.end, cache.ragged
+        if "tokens" in needs:
+            cache.tokens[torch.arange(self.rows, device=ids.device), lengths] = ids
+        return (
+            ids,
+            lengths,
+            self.visible(lengths, end, ragged) if "visible" in needs else None,
+            self.mask(lengths, end, ragged) if "mask" in needs else None,
+            self.where(lengths) if "where" in needs else None,
+        )
+
+    def where(self, lengths: Tensor) -> Tensor:
+        """Rows of memory for the new keys, then for the new values: (2 B Hkv,). lengths: (B,), before the step."""
+        return (self.base + lengths[:, None]).view(-1)
+
+    def visible(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
+        """Which keys the new token of each row sees: bool, (B or 1, S)."""
+        if ragged:
+            return self.places <= lengths[:, None]
+        return self.steps.narrow(1, self.size - 1 - end, self.size)
+
+    def mask(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
+        """The same to be added to the scores: 0 or -inf, (B Hkv or 1, 1, S)."""
+        if ragged:
+            shown = torch.where(self.places <= lengths[:, None], 0.0, -math.inf).to(self.hidden.dtype)
+            return shown.repeat_interleave(self.heads, dim=0)[:, None]
+        return self.hidden.narrow(2, self.size - 1 - end, self.size)
+
+
+@dataclass
+class StandIn:
+    """What a model sees of a KVCache while one decode step is recorded. update: what to do with new keys and values."""
+
+    window: Window
+    positions: Tensor
+    """As KVCache.begin returns them: (B, 1) if the rows differ in length, else (1,)."""
+    mask: Tensor
+    tokens: Tensor
+    on_update: Callable[[int, Tensor, Tensor], None]
+
+    def begin(self, T: int) -> Tensor:
+        return self.positions
+
+    def seen(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tokens, self.positions
+
+    def layer(self, index: int) -> StandInLayer:
+        return StandInLayer(self, index)
+
+    def __getattr__(self, name: str) -> Any:
+        raise CannotRecord(f"the cache's {name} is read")
+
+
+@dataclass
+class StandInLayer:
+    cache: StandIn
+    index: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        cache = self.cache
+        cache.on_update(self.index, k, v)
+        return cache.window.keys[self.index], cache.window.values[self.index], cache.mask
