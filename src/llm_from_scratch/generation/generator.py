@@ -42,8 +42,8 @@ NOT_FINITE = "the model's outputs are not finite: its weights are damaged, or it
 class Decoder:
     """A model that decodes: read() for prompts and whole sequences, step() for one new token per row.
 
-    quantize="int8": linear layers multiply 8-bit integers, on a CPU. compiled: the step by torch.compile; graphed: else,
-    on CUDA, as CUDA graphs. say: is given a line if the model cannot decode the fast way. Raises UserError.
+    quantize="int8": linear layers multiply 8-bit integers, on a CPU. compiled: torch.compile the step; graphed: else,
+    on CUDA, make CUDA graphs of it. say: is given a line if the model cannot decode the fast way. Raises UserError.
     """
 
     def __init__(

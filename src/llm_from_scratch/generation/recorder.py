@@ -399,7 +399,8 @@ class Writer:
         bias = node.args[2] if len(node.args) > 2 else None
         if id(weight) in self.values or (bias is not None and id(bias) in self.values):
             return self.plain(node)
-        product = self.make_product(*(self.origin.get(id(t), t) for t in (weight, bias)), x.dtype)
+        weights = self.origin.get(id(weight), weight), self.origin.get(id(bias), bias)
+        product = self.make_product(*weights, x.dtype)
         rows, more = self.matrix(x), None if add is None else self.matrix(add)
         if isinstance(product, Dense) and not product.is_wide(rows.tensor.size(0)):
             first = product.bias if more is None else more
@@ -418,7 +419,6 @@ class Writer:
                 y = y if more is None else more.tensor + y
             var = self.line(y, self.code(product, (rows,) if more is None else (rows, more), {}))
             if not isinstance(product, Dense):
-                weights = (self.origin.get(id(t), t) for t in (weight, bias))
                 self.exact[self.constant(product)] = functools.partial(exactly, *weights)
         self.result(node.outs[0], var)
 

@@ -107,9 +107,9 @@ class Int8:
 class Linears:
     """The linear layers of a model that decodes: a product for each weight, made once.
 
-    quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Else float16 weights on
-    a CPU that is slow in the model's half precision, else the weights as they are. Raises UserError if the device has no
-    int8 products.
+    quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Else float16 weights
+    on a CPU that is slow in the model's half precision, else the weights as they are. Raises UserError if the device
+    has no int8 products.
     """
 
     def __init__(self, model: GPT, quantize: Quantize = "none"):

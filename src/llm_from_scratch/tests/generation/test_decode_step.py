@@ -4,6 +4,7 @@ linear layers. Edited models are in test_edited_models.py."""
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -275,7 +276,7 @@ def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caps
     """A recorder with a bug: the comparison sees it, the model's own forward decodes, and one line says so."""
     real_record = decode_step.record
 
-    def wrong(*arguments):
+    def wrong(*arguments: Any) -> Any:
         record = real_record(*arguments)
         step = record.step
         record.step = record.exact = lambda *inputs: step(*inputs) * 1.01
@@ -293,8 +294,13 @@ def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caps
 
 def test_a_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch.compile, for which there is one window: the whole cache."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda step: compiled.append(step) or step)
+    compiled: list[Any] = []
+
+    def compile(step: Any) -> Any:
+        compiled.append(step)
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(window, "BUCKET", 4)
     generator = Generator(memorised("modern"), TOKENIZER)
     expected = generator.generate(TEXT[:3], PARAMS)

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from llm_from_scratch.config import GenerationConfig, GPTConfig
+from llm_from_scratch.core.cache import KVCache
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, TiktokenTokenizer
-from llm_from_scratch.core.cache import KVCache
 from llm_from_scratch.errors import EngineError, UserError
 from llm_from_scratch.generation import engine as batcher
 from llm_from_scratch.generation.batch import Batch, Prefill
-from llm_from_scratch.generation.engine import Engine, Handle, Request, Token, Update
 from llm_from_scratch.generation.decode_step import DecodeStep
+from llm_from_scratch.generation.engine import Engine, Handle, Request, Token, Update
 from llm_from_scratch.generation.generator import Decoder, Generator
 
 from ..memorised import BLOCK, OPTIONS, TEXT, TOKENIZER, memorised, ragged_prompts
