@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over the generation engine, and a page."""
+"""The HTTP server: OpenAI's API for the generation engine, and the playground."""

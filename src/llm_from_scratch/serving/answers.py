@@ -1,4 +1,4 @@
-"""Answers of the generating routes: a whole one or a stream, ended with its client, its deadline or its engine."""
+"""Responses of the generating routes: one body or a stream. They end with the client, the deadline or the engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from starlette.types import Receive, Scope, Send
 
 from .completions import Gain, Plan
 from .errors import ApiError, json_response
-from .jobs import Desk, Job
+from .jobs import Job, JobQueue
 from .metrics import Metrics
 
-LARGE = 1024  # tokens with log-probabilities, of which the JSON is made in a thread
+LARGE = 1024  # tokens with log-probabilities, from which the JSON is built in a thread
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -22,15 +22,15 @@ EVENT_STREAM = [
 
 
 class Answer(Response):
-    """Submits the plan when it is sent, so that what it holds is given back however that ends."""
+    """Submits the request when it is sent, and frees its resources in every case."""
 
-    def __init__(self, plan: Plan, desk: Desk, metrics: Metrics, began: float):
+    def __init__(self, plan: Plan, queue: JobQueue, metrics: Metrics, began: float):
         super().__init__()
-        self.plan, self.desk, self.metrics, self.began = plan, desk, metrics, began
+        self.plan, self.queue, self.metrics, self.began = plan, queue, metrics, began
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises ApiError where nothing was sent yet."""
-        job = self.desk.submit(self.plan.requests, self.began)
+        """Raises ApiError if nothing was sent yet."""
+        job = self.queue.submit(self.plan.requests, self.began)
         job.connection = scope.get("state", {}).get("connection")
         watcher = asyncio.create_task(_leave_with_client(receive, job))
         try:
@@ -44,7 +44,7 @@ class Answer(Response):
             watcher.cancel()
 
     async def _gains(self, job: Job) -> list[Gain]:
-        """The next gains; empty where nothing follows. Raises ApiError where the engine failed."""
+        """The next gains; empty at the end. Raises ApiError if the engine failed."""
         while not job.gone:
             batch = await job.next()
             if any(update.error is not None for _, update in batch):
@@ -52,7 +52,7 @@ class Answer(Response):
             if not batch:
                 gains = self.plan.cut() if job.over else []
                 if gains and not any(self.plan.begun):
-                    raise ApiError(503, "the request was not begun within its time: the server is busy", retry_after=5)
+                    raise ApiError(503, "the request did not start in time: the server is busy", retry_after=5)
                 return gains
             if gains := self.plan.gains(batch):
                 return gains
@@ -60,8 +60,8 @@ class Answer(Response):
 
     def _failed(self, job: Job) -> ApiError:
         if not job.engine.alive:
-            return self.desk.supervisor.unavailable()
-        return ApiError(500, "the engine could not go on with this request", code="generation_failed")
+            return self.queue.supervisor.unavailable()
+        return ApiError(500, "the engine failed on this request", code="generation_failed")
 
     async def _whole(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         choices = [Gain(index) for index in range(self.plan.count)]
@@ -78,13 +78,13 @@ class Answer(Response):
                 choice.reason = gain.reason or choice.reason
         if not job.gone:
             if not job.over:
-                self.desk.supervisor.completed()
+                self.queue.supervisor.completed()
             large = self.plan.logprobs and sum(len(choice.tokens) for choice in choices) > LARGE
             body = await asyncio.to_thread(self.plan.whole, choices) if large else self.plan.whole(choices)
             await json_response(body)(scope, receive, send)
 
     async def _stream(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        gains = await self._gains(job)  # before the status is sent: what fails until here has one of its own
+        gains = await self._gains(job)  # before the status is sent, so that errors have their own status
         if job.gone:
             return
         self.metrics.first_token.observe(time.monotonic() - self.began)
@@ -101,12 +101,12 @@ class Answer(Response):
         else:
             text += self.plan.closing()
             if not job.over:
-                self.desk.supervisor.completed()
+                self.queue.supervisor.completed()
         if not job.gone:
             await self._send(job, send, text, more=False)
 
     async def _send(self, job: Job, send: Send, text: str, more: bool = True) -> None:
-        """Waits for a client that reads slowly; job.sending tells since when."""
+        """Sends; waits for slow clients. job.sending is the start of the wait."""
         job.sending = time.monotonic()
         await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
         job.sending = None

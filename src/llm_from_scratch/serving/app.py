@@ -1,4 +1,4 @@
-"""The routes."""
+"""The application: its routes and the files of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from . import protocol
 from .answers import Answer
 from .errors import ApiError, json_response
 from .guard import LOCAL_NAMES, Bodies, Guard
-from .jobs import Desk
+from .jobs import JobQueue
 from .options import is_loopback
 from .service import Service
 
@@ -41,22 +41,22 @@ ROUTES = (
     "/", "/health", "/metrics", "/v1/models", "/v1/info", "/v1/completions", "/v1/chat/completions", "/tokenize",
     "/detokenize", "/v1/watch", "/v1/watch/metrics", "/v1/watch/samples",
 )  # fmt: skip
-STALLED = 30.0  # seconds in which a client has to take what was sent, before it is cut off
-SHORT, WORKERS = 2048, 2  # bytes of a body that is understood at once; threads for longer ones
+STALLED = 30.0  # seconds after which a client that does not read is disconnected
+SHORT, WORKERS = 2048, 2  # bytes of a body that is parsed in the event loop; threads for longer ones
 T = TypeVar("T", bound=BaseModel)
 U = TypeVar("U")
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application; its lifespan keeps the engine running, and closes it."""
+    """The application. Its lifespan runs and closes the engine."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.supervisor.watch()), asyncio.create_task(_cut_off_stalled(service.desk))]
+        tasks = [asyncio.create_task(service.supervisor.watch()), asyncio.create_task(_cut_off_stalled(service.queue))]
         yield
         for task in tasks:
             task.cancel()
-        service.desk.end_all()
+        service.queue.end_all()
         await asyncio.to_thread(service.supervisor.engine.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -84,15 +84,15 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        said = {404: "no such route", 405: f"{request.method} is not for this route"}
-        response = ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response()
+        messages = {404: "no such route", 405: f"this route does not support {request.method}"}
+        response = ApiError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
         response.headers.update(error.headers or {})
         return response
 
     bodies, workers = Bodies(options.max_body_bytes), CapacityLimiter(WORKERS)
 
     async def understood(request: Request, kind: type[T], use: Callable[[T], U]) -> U:
-        """What `use` makes of a request's body; where that is long, in a thread, for its tokens take time."""
+        """Parses a request's body and calls `use` on it, in a thread if it is long, because encoding takes time."""
         raw = await bodies.read(request)
         asked = protocol.read(kind, raw)
         return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
@@ -117,16 +117,16 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         began = time.monotonic()
-        service.desk.check()  # before the body is read: to refuse must cost little
+        service.queue.check()  # before reading the body: refusing must be cheap
         plan = await understood(request, protocol.CompletionRequest, service.completion)
-        return Answer(plan, service.desk, service.metrics, began)
+        return Answer(plan, service.queue, service.metrics, began)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         began = time.monotonic()
-        service.desk.check()
+        service.queue.check()
         plan = await understood(request, protocol.ChatRequest, service.chat)
-        return Answer(plan, service.desk, service.metrics, began)
+        return Answer(plan, service.queue, service.metrics, began)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -160,10 +160,10 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _names(service: Service) -> set[str] | None:
-    """The names under which the server answers; None for any."""
+    """The host names that the server accepts; None for any."""
     options = service.options
     if "*" in options.allowed_hosts or (not options.allowed_hosts and not is_loopback(options.host)):
-        return None  # there it has a key, which a page elsewhere does not
+        return None  # such a server has a key, which other web pages do not know
     own = f"[{options.host}]" if ":" in options.host else options.host
     return {*LOCAL_NAMES, own.lower(), *(name.lower() for name in options.allowed_hosts)}
 
@@ -178,28 +178,28 @@ def _static(name: str) -> Response:
     if kind is not None and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) and (PAGE / name).is_file():
         return Response((PAGE / name).read_bytes(), headers=headers, media_type=kind)
     if name == "index.html":
-        return PlainTextResponse("The page's files are missing; the API is at /v1.\n", 404, headers)
+        return PlainTextResponse("The files of the page are missing. The API is at /v1.\n", 404, headers)
     raise ApiError(404, "no such file")
 
 
 def _watched(service: Service) -> Any:
     if service.watch is None:
-        raise ApiError(404, "no run is watched: start the server with --watch=FOLDER")
+        raise ApiError(404, "there is no run to show: start the server with --watch=FOLDER")
     return service.watch
 
 
 def _place(request: Request) -> int:
     text = request.query_params.get("after", "0")
     if not (text.isascii() and text.isdigit() and len(text) < 17):
-        raise ApiError(400, "after must be a place that an answer has named as next", "after")
+        raise ApiError(400, "after must be the value of next in an earlier response", "after")
     return int(text)
 
 
-async def _cut_off_stalled(desk: Desk) -> None:
-    """Until cancelled: lets go of clients that do not take what is sent to them."""
+async def _cut_off_stalled(queue: JobQueue) -> None:
+    """Disconnects clients that do not read, until cancelled."""
     while True:
         await asyncio.sleep(min(1.0, STALLED / 4))
         now = time.monotonic()
-        for job in list(desk.jobs):
+        for job in list(queue.jobs):
             if job.sending is not None and now - job.sending > STALLED:
                 job.abort()

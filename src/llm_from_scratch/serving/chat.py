@@ -1,7 +1,7 @@
-"""/v1/chat/completions: a model's chat template, in a sandbox, and OpenAI's JSON for chats.
+"""Chats: the model's chat template, rendered in a sandbox, and OpenAI's JSON for /v1/chat/completions.
 
-A template has what transformers gives it: messages, add_generation_prompt, bos_token, eos_token, raise_exception,
-strftime_now, tojson without escapes for HTML, and Jinja's loop controls.
+Templates have the same variables and functions as in transformers: messages, add_generation_prompt, bos_token,
+eos_token, raise_exception, strftime_now, tojson without HTML escapes, and Jinja's loop controls.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class ChatTemplate:
             raise UserError(f"the chat template cannot be read: {error}") from None
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt of a conversation. Raises ApiError where the template refuses it."""
+        """The prompt of a conversation. Raises ApiError if the template rejects it."""
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=True, tools=None, **self.tokens)
-        except Exception as error:  # whatever a template does that is none of ours
-            raise ApiError(400, f"the chat template refuses these messages: {str(error)[:300]}", "messages") from None
+        except Exception as error:  # any error of the template
+            raise ApiError(400, f"the chat template rejects these messages: {str(error)[:300]}", "messages") from None
 
 
 def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatTemplate | None:
-    """The template of --chat_template, else of a model's folder; None where there is none. eot: the text of the token
-    that ends a text, for a model that says nothing else. Raises UserError for one that cannot be read."""
+    """The template of --chat_template, else of the model's folder, else None. eot: the end-of-text token, if the folder
+    does not name one. Raises UserError if the template cannot be read."""
     config: dict[str, Any] = {}
     try:
         path = folder / "tokenizer_config.json" if folder is not None else None
@@ -75,7 +75,7 @@ def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatT
 
 
 def end_ids(folder: Path | None, vocab_size: int) -> frozenset[int]:
-    """The ids that end a text by a folder's generation_config.json."""
+    """The end-of-text ids in a folder's generation_config.json."""
     path = folder / "generation_config.json" if folder is not None else None
     if path is None or not path.is_file():
         return frozenset()
@@ -101,7 +101,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 class ChatPlan(Plan):
-    """The same work, told as a chat."""
+    """A Plan with OpenAI's JSON for chats."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -121,11 +121,11 @@ class ChatPlan(Plan):
         return f'{{"index":{gain.index},"message":{message},"logprobs":{logprobs},"finish_reason":"{gain.reason}"}}'
 
     def _logprobs(self, gain: Gain) -> str:
-        told = []
+        entries = []
         for token in gain.tokens:
             top = ",".join(alternative(*item) for item in token.top)
-            told.append(
+            entries.append(
                 f'{{"token":{token_json(token.bytes)},"logprob":{number(token.logprob)},'
                 f'"bytes":{bytes_json(token.bytes)},"top_logprobs":[{top}]}}'
             )
-        return f'{{"content":[{",".join(told)}],"refusal":null}}'
+        return f'{{"content":[{",".join(entries)}],"refusal":null}}'

@@ -1,6 +1,6 @@
-"""/v1/completions: a checked request to the engine's, and the engine's updates to OpenAI's JSON.
+"""Completions: a checked request becomes engine requests, and the engine's updates become OpenAI's JSON.
 
-Chunks are put together as text: at thousands of tokens a second, models of each chunk would cost more than the model.
+Chunks are assembled as text, because objects for each chunk would be slower than the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .protocol import finite
 
 @dataclass
 class Gain:
-    """What one choice has gained since the last look. before: how many of the tokens are the prompt's."""
+    """The new text and tokens of one choice. before: how many of the tokens belong to the prompt."""
 
     index: int
     text: str = ""
@@ -30,7 +30,7 @@ class Gain:
 
 @functools.lru_cache(1 << 15)
 def token_json(raw: bytes) -> str:
-    """A token as text, in JSON: what is no whole UTF-8 is shown as OpenAI does, "bytes:\\xe2\\x82"."""
+    """A token as a JSON string. Incomplete UTF-8 is written as OpenAI does: "bytes:\\xe2\\x82"."""
     return json.dumps(token_text(raw))
 
 
@@ -47,16 +47,16 @@ def bytes_json(raw: bytes) -> str:
 
 
 def number(value: float | None) -> str:
-    """A log-probability in JSON, which has no infinities."""
+    """A log-probability in JSON; null if it is infinite."""
     known = finite(value)
     return "null" if known is None else f"{known:.6g}"
 
 
 class Plan:
-    """What a request asks of the engine, and how its answer looks.
+    """The engine requests of a client's request, and the format of the response.
 
-    requests: one for each prompt. echo: the prompts' texts where they are to be repeated. keep: whether what is drawn
-    is told (max_tokens=0 scores a prompt; one token is drawn and dropped).
+    requests: one per prompt. echo: the texts of the prompts, if they are to be repeated. keep: whether to return the
+    generated tokens (max_tokens=0 scores the prompt and drops one token).
     """
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
@@ -87,7 +87,7 @@ class Plan:
     # the engine's updates
 
     def gains(self, batch: Iterable[tuple[int, Update]]) -> list[Gain]:
-        """What the choices have gained by some updates, a choice at most once."""
+        """The gains from some updates, at most one per choice."""
         found: dict[int, Gain] = {}
         for prompt, update in batch:
             first = prompt * self.samples
@@ -109,7 +109,7 @@ class Plan:
         return list(found.values())
 
     def cut(self) -> list[Gain]:
-        """The ends of the choices that have none, where time is over."""
+        """Finishes the open choices after a timeout."""
         left = [index for index, reason in enumerate(self.reasons) if reason is None]
         for index in left:
             self.reasons[index] = "length"
@@ -129,7 +129,7 @@ class Plan:
         return ""
 
     def chunk(self, gain: Gain) -> str:
-        """One event; none where there is nothing to tell."""
+        """One event, or "" if there is nothing new."""
         if not gain.text and gain.reason is None and not (self.logprobs and gain.tokens):
             return ""
         return f'{self.chunk_head}"choices":[{self._choice(gain, "text")}]{self.tail}'
@@ -140,7 +140,7 @@ class Plan:
         return usage + "data: [DONE]\n\n"
 
     def whole(self, gains: Iterable[Gain]) -> str:
-        """The answer that is no stream. gains: the choices in their order, each once."""
+        """The body without streaming. gains: one per choice, in order."""
         choices = ",".join(self._whole_choice(gain) for gain in gains)
         return f'{self.head}"choices":[{choices}],{self.usage_json()}}}'
 
@@ -163,7 +163,7 @@ class Plan:
                 continue
             likely: dict[str, str] = {}
             for _, raw, logprob in token.top:
-                likely.setdefault(token_json(raw), number(logprob))  # of two that look alike, the likelier
+                likely.setdefault(token_json(raw), number(logprob))  # of equal texts, the most likely
             likely.setdefault(token_json(token.bytes), number(token.logprob))
             tops.append("{" + ",".join(f"{name}:{value}" for name, value in likely.items()) + "}")
             full.append("[" + ",".join(alternative(*item) for item in token.top) + "]")
@@ -185,7 +185,7 @@ def alternative(token: int, raw: bytes, logprob: float) -> str:
 
 
 class _Offsets:
-    """Where tokens begin in a text, in characters."""
+    """The character offsets of tokens in a text."""
 
     def __init__(self) -> None:
         self.utf8, self.length = codecs.getincrementaldecoder("utf-8")("replace"), 0

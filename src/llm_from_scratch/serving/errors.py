@@ -1,4 +1,4 @@
-"""What goes wrong, in the shape of OpenAI's API."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error. param: the field that is meant; retry_after: seconds."""
+    """An error response. param: the wrong field. retry_after: seconds."""
 
     def __init__(
         self,

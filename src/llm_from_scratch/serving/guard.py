@@ -1,8 +1,8 @@
-"""What stands before every route: who may ask, from where, and how much they may send.
+"""Access checks before every route: host name, origin, API key, content type and size.
 
-A browser lets any web page send requests to a server on its own machine. So a server without a key answers only under
-its own names (a page elsewhere can let its name point here, but not change what the browser says it asked for), takes
-no writes that a page of another origin sends, and no body that such a page could send without asking first.
+A browser lets any web page send requests to a server on the same machine. So a server without a key accepts only its
+own host names (against DNS rebinding), refuses POST requests from other origins, and refuses content types that a page
+could send without a preflight request.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError, overloaded
 from .metrics import Metrics
 
-BODY_SECONDS = 20.0  # a body has to arrive within this
-BODIES = 64 << 20  # bytes of bodies that are being read
-OPEN_PATHS = re.compile(r"/|/static/[^/]*")  # the page's own files: they hold nothing of the model
+BODY_SECONDS = 20.0  # timeout of a body
+BODIES = 64 << 20  # total bytes of the bodies being read
+OPEN_PATHS = re.compile(r"/|/static/[^/]*")  # files of the page, which need no key
 READING = ("GET", "HEAD", "OPTIONS")
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -34,7 +34,7 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Guard:
-    """ASGI middleware. names: hosts that requests may be addressed to, None for any; key: what clients must send."""
+    """ASGI middleware. names: accepted host names, None for any. key: the API key that clients must send."""
 
     def __init__(
         self,
@@ -69,27 +69,27 @@ class Guard:
             await error.response()(scope, receive, watched)
         except ClientDisconnect:
             pass
-        except Exception as error:  # a defect of ours: said without what the request held
+        except Exception as error:  # our own bug, reported without the request's content
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
             print(f"llm-serve: internal error: {type(error).__name__} at {place}", file=sys.stderr, flush=True)
             if status:
                 raise ConnectionAbortedError from None
-            await ApiError(500, "internal error; the server's log says where").response()(scope, receive, watched)
+            await ApiError(500, "internal error; see the server's log").response()(scope, receive, watched)
         finally:
             path = scope["path"]
             route = path if path in self.routes else "static" if path.startswith("/static/") else "other"
-            self.metrics.requests.labels(route, str(status or 499)).inc()  # 499: the client left before an answer
+            self.metrics.requests.labels(route, str(status or 499)).inc()  # 499: the client disconnected first
 
     def check(self, scope: Scope) -> None:
-        """Raises ApiError where the request is not let in."""
+        """Raises ApiError if the request is not allowed."""
         path, method = scope["path"], scope["method"]
         if path == "/health":
             return
         host = self._one(scope, b"host")
         if self.names is not None and host_name(host) not in self.names:
             raise ApiError(
-                403, "the server does not answer under this name; start it with --allowed_hosts", code="unknown_host"
+                403, "the server does not accept this host name; start it with --allowed_hosts", code="unknown_host"
             )
         if method not in READING:
             self._check_origin(scope, host)
@@ -112,10 +112,10 @@ class Guard:
                 return
         elif self._one(scope, b"sec-fetch-site") in (b"", b"same-origin", b"none"):
             return
-        raise ApiError(403, "web pages of other origins are not let in; start the server with --cors_origins")
+        raise ApiError(403, "web pages of other origins are not allowed; start the server with --cors_origins")
 
     def _named(self, origin: str) -> bool:
-        """Whether an origin is one of the names that were allowed by hand; the local ones have other servers, too."""
+        """Whether an origin is in --allowed_hosts. Local names do not count, because other servers use them too."""
         name = host_name(self._netloc(origin).encode("latin-1"))
         return self.names is not None and name in self.names and name not in LOCAL_NAMES
 
@@ -130,7 +130,7 @@ class Guard:
 
     @staticmethod
     def _one(scope: Scope, name: bytes) -> bytes:
-        """A header's value, b"" where it is missing. Raises ApiError where it is sent twice."""
+        """The value of a header, b"" if missing. Raises ApiError if it is sent twice."""
         values = [value for key, value in scope["headers"] if key == name]
         if len(values) > 1:
             raise ApiError(400, f"the header {name.decode()} is sent more than once")
@@ -143,13 +143,13 @@ def host_name(host: bytes) -> str:
 
 
 class Bodies:
-    """Reads bodies of at most `limit` bytes, and of BODIES bytes together."""
+    """Reads bodies with at most `limit` bytes each and BODIES bytes in total."""
 
     def __init__(self, limit: int):
         self.limit, self.together, self.held = limit, max(BODIES, 4 * limit), 0
 
     async def read(self, request: Request) -> bytes:
-        """A body, whatever its headers say. Raises ApiError."""
+        """Reads a body without trusting its headers. Raises ApiError."""
         length = request.headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self.limit):
             raise self._too_large()
@@ -174,4 +174,4 @@ class Bodies:
                 raise overloaded(2)
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than the {self.limit} bytes that are read", code="body_too_large")
+        return ApiError(413, f"the body is larger than the limit of {self.limit} bytes", code="body_too_large")

@@ -1,4 +1,4 @@
-"""A request's work in the engine: admitted, fed back to the event loop, and ended in time, whatever the client does."""
+"""The queue of client requests: admission, updates from the engine to the event loop, timeouts and cancellation."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .supervisor import Supervisor
 MAX_PENDING = 1 << 16  # tokens and alternatives of one request that wait for a client to read
 
 
-class Post:
-    """Updates from the engine's thread to the event loop: one wake-up of the loop, however many there are."""
+class UpdateQueue:
+    """The queue of updates from the engine's thread to the event loop. Many updates need only one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop, self.signalled = loop, False
-        self.letters: deque[tuple[Job, int, Update]] = deque()
+        self.items: deque[tuple[Job, int, Update]] = deque()
 
     def put(self, job: Job, index: int, update: Update) -> None:
         """From any thread."""
-        self.letters.append((job, index, update))
+        self.items.append((job, index, update))
         if not self.signalled:
             self.signalled = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is there to read
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self.loop.call_soon_threadsafe(self._open)
 
     def _open(self) -> None:
-        self.signalled = False  # first: what comes from here on signals anew
-        while self.letters:
-            job, index, update = self.letters.popleft()
+        self.signalled = False  # first, so that later updates signal again
+        while self.items:
+            job, index, update = self.items.popleft()
             job.take(index, update)
 
 
 class Rate:
-    """Events a second, of the last few seconds."""
+    """Events per second over the last few seconds."""
 
     span = 3.0
 
@@ -55,40 +55,40 @@ class Rate:
         self.sum, self.at = self.value() * self.span + 1, time.monotonic()
 
 
-class Desk:
-    """Admits jobs up to so many samples, and knows those that run."""
+class JobQueue:
+    """The admitted jobs, up to a limit of samples."""
 
     def __init__(self, supervisor: Supervisor, limit: int, seconds: float):
         self.supervisor, self.limit, self.seconds = supervisor, limit, seconds
         self.samples = 0
         self.jobs: set[Job] = set()
         self.draining = False
-        self.post: Post | None = None
+        self.updates: UpdateQueue | None = None
         self.ended, self.refused = Rate(), Rate()
 
     def check(self, samples: int = 1) -> None:
-        """Raises ApiError where so many samples are not taken now: 429, or 503 while draining."""
+        """Raises ApiError if there is no room for this many samples (429) or the server shuts down (503)."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=10)
         if not self.supervisor.alive:
             raise self.supervisor.unavailable()
         if self.samples + samples > self.limit:
             self.refused.count()
-            # those who are told so now come back one after the other, as fast as the engine serves
+            # spread the retries, at the rate at which the engine finishes jobs
             raise overloaded(max(1, min(60, round(self.refused.value() / max(0.5, self.ended.value())))))
 
     def full(self) -> bool:
-        """Whether no request is taken now."""
+        """Whether no request is accepted now."""
         return self.draining or self.samples >= self.limit
 
     def submit(self, requests: Sequence[Request], began: float) -> Job:
         """Raises ApiError."""
         samples = sum(request.params.num_samples for request in requests)
         if samples > self.limit:
-            raise ApiError(400, f"the request asks for {samples} samples; at most {self.limit} are taken at once", "n")
+            raise ApiError(400, f"the request needs {samples} samples; the limit is {self.limit}", "n")
         self.check(samples)
-        if self.post is None:
-            self.post = Post(asyncio.get_running_loop())
+        if self.updates is None:
+            self.updates = UpdateQueue(asyncio.get_running_loop())
         job = Job(self, samples, began)
         try:
             for index, request in enumerate(requests):
@@ -102,34 +102,34 @@ class Desk:
         return job
 
     def _deliver(self, job: Job, index: int) -> Callable[[Update], None]:
-        post = self.post
-        assert post is not None
-        return lambda update: post.put(job, index, update)
+        updates = self.updates
+        assert updates is not None
+        return lambda update: updates.put(job, index, update)
 
     def end_all(self) -> None:
-        """Every job ends with what it has."""
+        """Ends every job with the text so far."""
         for job in list(self.jobs):
             job.end()
 
 
 class Job:
-    """The engine's requests that belong to one request of a client."""
+    """The engine requests of one client request."""
 
-    def __init__(self, desk: Desk, samples: int, began: float):
-        self.desk, self.samples, self.began = desk, samples, began
+    def __init__(self, queue: JobQueue, samples: int, began: float):
+        self.queue, self.samples, self.began = queue, samples, began
         self.handles: list[Handle] = []
         self.pending: list[tuple[int, Update]] = []
         self.weight = 0
         self.gone = self.over = self.closed = False
         self.wake = asyncio.Event()
         self.done = 0
-        self.engine = desk.supervisor.engine
-        self.connection: Any = None  # the server's, which can be cut
-        self.sending: float | None = None  # since when the client is to take what was sent
-        desk.samples += samples
-        desk.jobs.add(self)
+        self.engine = queue.supervisor.engine
+        self.connection: Any = None  # can be aborted
+        self.sending: float | None = None  # start of the current send
+        queue.samples += samples
+        queue.jobs.add(self)
         loop = asyncio.get_running_loop()
-        rest = max(0.0, began + desk.seconds - time.monotonic())
+        rest = max(0.0, began + queue.seconds - time.monotonic())
         self.timer = loop.call_later(rest, self.end)
 
     def take(self, index: int, update: Update) -> None:
@@ -140,11 +140,11 @@ class Job:
             for token in delta.tokens:
                 self.weight += 1 + len(token.top)
         if self.weight > MAX_PENDING:
-            self.abort()  # a client that does not read
+            self.abort()  # the client does not read
         self.wake.set()
 
     async def next(self) -> list[tuple[int, Update]]:
-        """What has come since the last call, at least one update; empty where nothing follows: see gone and over."""
+        """Waits for updates. Empty at the end (see gone and over)."""
         while True:
             if self.pending:
                 batch, self.pending, self.weight = self.pending, [], 0
@@ -156,17 +156,17 @@ class Job:
             await self.wake.wait()
 
     def end(self) -> None:
-        """Nothing more is drawn; what there is counts."""
+        """Stops generating and keeps the text so far."""
         self.over = True
         self._cancel()
 
     def leave(self) -> None:
-        """The client has gone."""
+        """Stops, because the client has disconnected."""
         self.gone, self.pending = True, []
         self._cancel()
 
     def abort(self) -> None:
-        """Ends the connection, too: a client that does not read would hold it open."""
+        """Stops and closes the connection, which a client that does not read would keep open."""
         self.leave()
         if self.connection is not None:
             self.connection.abort()
@@ -177,13 +177,13 @@ class Job:
         self.wake.set()
 
     def close(self) -> None:
-        """Gives back what the job holds. Has to be called, however the job ends."""
+        """Frees the job's resources. Must always be called."""
         if self.closed:
             return
         self.closed = True
         self.timer.cancel()
         if self.done < len(self.handles):
             self._cancel()
-        self.desk.samples -= self.samples
-        self.desk.jobs.discard(self)
-        self.desk.ended.count()
+        self.queue.samples -= self.samples
+        self.queue.jobs.discard(self)
+        self.queue.ended.count()

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, in a registry of their own."""
+"""Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 
 
 class Metrics:
-    """stats: what the engines say of themselves; up: whether one runs."""
+    """stats: the engine's statistics. up: whether an engine runs."""
 
     def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
         self.registry = registry = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    """What is read when it is asked for."""
+    """Metrics that are read on request."""
 
     def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
         self.stats, self.up = stats, up

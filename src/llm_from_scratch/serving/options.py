@@ -1,4 +1,4 @@
-"""The server's settings. Imports neither torch nor FastAPI: `--help` must answer at once."""
+"""The server's settings. Imports neither torch nor FastAPI, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ KEY_VARIABLE = "LLM_API_KEY"
 
 @dataclass
 class ServeOptions:
-    """The server, and what one client may ask of it."""
+    """The server and its limits."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. Any other than this machine's own (127.0.0.1, localhost, ::1) needs an API key."""
+    """Address to listen on. Any address that other machines can reach needs an API key."""
     port: int = 8000
-    """Port; 0 takes a free one and says which."""
+    """Port. 0: any free port, which is printed."""
     api_key: str | None = None
-    """Key that clients must send. None reads the variable LLM_API_KEY, which does not show in the process list."""
+    """API key for clients. None: from the environment variable LLM_API_KEY, which the process list does not show."""
     model_name: str | None = None
-    """What the model is called in the API. None: the name of its folder."""
+    """Name of the model in the API. None: the name of its folder."""
     chat_template: str | None = None
-    """File with a chat template (Jinja). None: the one in the model's folder, where there is one."""
+    """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
     watch: str | None = None
-    """Folder of the run whose curves and samples the page shows. None: the run that the model is from."""
+    """Folder of the run to show on the page (curves and samples). None: the run of the model."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further names under which clients reach the server (Host header): one, or '["a.org", "b.org"]'; * allows all."""
+    """More host names of the server (Host header). One, or a list such as '["a.org", "b.org"]'. *: any."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages of these origins may use the server, for example https://app.example.org; none by default."""
+    """Origins of web pages that may use the server, for example https://app.example.org. Default: none."""
     max_concurrent: int = 32
-    """Samples decoded at once."""
+    """Maximum number of samples decoded in parallel."""
     max_queued: int = 128
-    """Samples that wait for their turn; beyond them the answer is 429."""
+    """Maximum number of waiting samples. Beyond it, requests get status 429."""
     max_tokens: int = 4096
-    """Tokens that one request may ask for, per sample."""
+    """Maximum number of generated tokens per sample."""
     max_prompt_tokens: int | None = None
-    """Tokens of a prompt, of which the model sees the last block_size. None: 8192, or four times block_size."""
+    """Maximum number of prompt tokens; the model sees the last block_size. None: 8192 or 4 * block_size."""
     max_body_bytes: int = 1 << 20
-    """Size that a request's body may have."""
+    """Maximum size of a request body in bytes."""
     max_seconds: float = 300.0
-    """Time that a request may take, waiting included; it then ends with what there is."""
+    """Maximum time per request, including waiting. The answer then ends with the text so far."""
     drain_seconds: float = 30.0
-    """Time that running requests get to end after SIGTERM or Ctrl-C."""
+    """Time for running requests to finish after SIGTERM or Ctrl-C."""
 
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:
@@ -63,21 +63,23 @@ class ServeOptions:
         if not 0 <= self.drain_seconds < float("inf"):
             raise UserError(f"drain_seconds={self.drain_seconds} is out of range: expected 0 or more")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
-            raise UserError("api_key must be visible ASCII characters without spaces, at least one")
+            raise UserError("api_key must have at least one character, only visible ASCII and no spaces")
         if self.model_name is not None and not re.fullmatch(r"[\w./:@+-]{1,200}", self.model_name):
-            raise UserError(f"model_name={self.model_name!r} holds other characters than letters, digits and ./:@+-_")
+            raise UserError(f"model_name={self.model_name!r} may only contain letters, digits and ./:@+-_")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise UserError(f"cors_origins: {origin!r} is no origin; expected one such as https://app.example.org")
+                raise UserError(
+                    f"cors_origins: {origin!r} is not an origin; expected for example https://app.example.org"
+                )
         if self.api_key is None:
             if not is_loopback(self.host):
                 raise UserError(
-                    f"--host={self.host} lets other machines in, and without a key whoever reaches it may use the "
-                    f"model: set the environment variable {KEY_VARIABLE} (or --api_key), or leave out --host"
+                    f"--host={self.host} is open to other machines, so it needs an API key: set the environment "
+                    f"variable {KEY_VARIABLE} (or --api_key), or remove --host"
                 )
             if "*" in self.cors_origins:
                 raise UserError(
-                    "--cors_origins=* lets every web page use a server without a key: name the origins, or set "
+                    "--cors_origins=* lets every web page use a server without an API key: list the origins or set "
                     f"{KEY_VARIABLE}"
                 )
         if self.watch is not None and not Path(self.watch).is_dir():
@@ -85,17 +87,17 @@ class ServeOptions:
 
 
 def addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
-    """Where to listen for a host's name, IPv4 first. Raises UserError."""
+    """The socket addresses of a host name, IPv4 first. Raises UserError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--host={host} is no address of this machine ({reason})") from None
+        raise UserError(f"--host={host} is not an address of this machine ({reason})") from None
     return sorted(((family, address) for family, _, _, _, address in found), key=lambda pair: pair[0].name != "AF_INET")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at that host. Raises UserError for a name that is none."""
+    """Whether only this machine can reach a server at that host. Raises UserError for an unknown name."""
     return bool(host) and all(
         ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in addresses(host, 0)
     )

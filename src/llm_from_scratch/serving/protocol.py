@@ -1,6 +1,6 @@
-"""What clients may send, checked: JSON of bounded size and depth, OpenAI's fields and ours, each in its range.
+"""Request bodies: JSON of bounded size and depth with OpenAI's fields and ours, each checked.
 
-A field that is not known is refused, with the nearest that is: nothing is read and then ignored.
+Unknown fields are refused with a suggestion. No field is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import ApiError
 
 MAX_VALUES = 1 << 18  # commas and brackets of a body: ids of a long prompt, at most a few MB of memory
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_MESSAGES, MAX_LOGPROBS = 16, 256, 1024, 4096, 20
-# OpenAI's fields for which there is nothing here, so that the answer can say so
+# OpenAI's fields that this server does not support
 UNSUPPORTED = {
     "audio", "function_call", "functions", "include_obfuscation", "metadata", "modalities", "parallel_tool_calls",
     "prediction", "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "service_tier",
@@ -37,7 +37,7 @@ class StreamOptions(Strict):
 
 
 class Sampling(Strict):
-    """What completions and chat share. None is the same as left out."""
+    """The common fields of completions and chats. null is the same as a missing field."""
 
     model: str | None = None
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
@@ -84,7 +84,7 @@ class Sampling(Strict):
             _refuse(f"expected an object with at most {MAX_BIASES} token ids")
         for key, bias in biases.items():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                _refuse(f"{key[:20]!r} is no token id")
+                _refuse(f"{key[:20]!r} is not a token id")
             if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
                 _refuse(f"the bias of token {key} must be a number from -100 to 100")
         return {int(key): float(bias) for key, bias in biases.items()}
@@ -103,7 +103,7 @@ class CompletionRequest(Sampling):
     @field_validator("prompt")
     @classmethod
     def _prompts(cls, value: Any) -> list[str] | list[list[int]]:
-        """As a list of prompts, whichever of OpenAI's four forms was sent."""
+        """A list of prompts from any of OpenAI's four forms."""
         if isinstance(value, str):
             return [value]
         if isinstance(value, list) and value:
@@ -172,16 +172,16 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_json(raw: bytes) -> Any:
     """A body's JSON. Raises ApiError: 400."""
     if sum(raw.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
-        # text may hold as many: what counts is what is left when the strings are gone, but that is dear to find out
+        # count again without the strings, which is slower
         outside = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
         if sum(outside.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
-            raise ApiError(400, f"the body holds too many values: at most {MAX_VALUES} are read")
+            raise ApiError(400, f"the body has too many values; the limit is {MAX_VALUES}")
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_constant)
     except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ def parse_json(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
     except ValueError as error:  # NaN, or a number of thousands of digits
-        raise ApiError(400, f"the body is not JSON that can be read: {str(error)[:100]}") from None
+        raise ApiError(400, f"the body is not valid JSON: {str(error)[:100]}") from None
 
 
 def read(kind: type[T], raw: bytes) -> T:
@@ -206,7 +206,7 @@ def read(kind: type[T], raw: bytes) -> T:
 
 
 def _as_sentence(kind: type[BaseModel], error: ValidationError) -> ApiError:
-    """The first thing that is wrong."""
+    """The first error as one sentence."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     name = ".".join(str(part)[:64] for part in place) or None
@@ -225,5 +225,5 @@ def _as_sentence(kind: type[BaseModel], error: ValidationError) -> ApiError:
 
 
 def finite(value: float | None) -> float | None:
-    """A number as JSON has it."""
+    """The number, or None if it is not finite (JSON has no infinities)."""
     return value if value is not None and math.isfinite(value) else None

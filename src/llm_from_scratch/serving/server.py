@@ -1,5 +1,6 @@
-"""uvicorn, with what it lacks: time limits on headers, a limit on connections, errors in OpenAI's shape, and an end
-that waits for running requests, exits with 0, and comes at once when it is asked for twice."""
+"""uvicorn with time limits for headers, a limit of connections, errors in OpenAI's format and a graceful shutdown.
+
+The shutdown waits for running requests and exits with 0. A second signal stops immediately."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import UserError
 from .errors import ApiError
-from .jobs import Desk
+from .jobs import JobQueue
 from .options import ServeOptions, addresses
 from .service import Service
 
@@ -35,14 +36,14 @@ GENERATING = (b"POST /v1/completions ", b"POST /v1/chat/completions ")
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9})\r", re.IGNORECASE)
 MAX_AHEAD = 1 << 16  # bytes of further requests while one is answered
 MAX_CONNECTIONS = 2000
-CLOSING = 2.0  # seconds for the last words after drain_seconds
+CLOSING = 2.0  # seconds to send the last events after drain_seconds
 
 
 class Connection(H11Protocol):
-    """One connection. The application finds it in scope["state"], to cut it off where a client does not read."""
+    """One connection. The application finds it in scope["state"] and can abort it if the client does not read."""
 
     limit = MAX_CONNECTIONS
-    refusal: Callable[[], bytes | None] = staticmethod(lambda: None)  # the answer, where no request is taken now
+    refusal: Callable[[], bytes | None] = staticmethod(lambda: None)  # the response while the server is full
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -52,7 +53,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limit:
-            self._say(ApiError(503, "too many connections", code="overloaded", retry_after=2))
+            self._send_error(ApiError(503, "too many connections", code="overloaded", retry_after=2))
             return
         self._time()
 
@@ -61,7 +62,7 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         if self.flow.read_paused and self._busy() and not self.cycle.more_body:
-            # bytes of a next request: uvicorn would read no further, and so not notice that the client leaves
+            # bytes of the next request: uvicorn would stop reading and not notice a disconnect
             if len(self.conn.trailing_data[0]) > MAX_AHEAD:
                 self.abort()
             else:
@@ -81,7 +82,7 @@ class Connection(H11Protocol):
         self.transport.abort()
 
     def _shed(self, data: bytes) -> bool:
-        """Refuses a whole request without reading it: in overload, what is refused must cost next to nothing."""
+        """Refuses a complete request without parsing it, because refusing must be cheap under overload."""
         refusal = self.refusal()
         if refusal is None or self.conn.trailing_data[0]:
             return False
@@ -92,7 +93,7 @@ class Connection(H11Protocol):
         return True
 
     def _time(self) -> None:
-        """The clock runs while headers are incomplete, or a body comes that nobody reads any more."""
+        """Starts the timeout for incomplete headers and for the rest of a refused body."""
         if self._busy():
             self._stop_timer()
         elif self.timer is None and not self.transport.is_closing():
@@ -107,34 +108,34 @@ class Connection(H11Protocol):
             self.timer = None
 
     def send_400_response(self, msg: str) -> None:
-        """h11 found no HTTP; or headers that are larger than MAX_HEADERS."""
-        self._say(ApiError(400, "this is no HTTP/1.1 request that can be read"))
+        """The request is not HTTP, or its headers are larger than MAX_HEADERS."""
+        self._send_error(ApiError(400, "this is not a valid HTTP/1.1 request"))
 
-    def _say(self, error: ApiError) -> None:
+    def _send_error(self, error: ApiError) -> None:
         body = error.body().encode()
         self.transport.write(_head(error, len(body)) + b"Connection: close\r\n\r\n" + body)
         self.transport.close()
 
 
 class Refusal:
-    """The answer to requests that are not taken now, made anew now and then, for there may be very many."""
+    """The cached response to requests while the server is full."""
 
     def __init__(self, service: Service):
         self.service, self.bytes, self.until = service, b"", 0.0
 
     def __call__(self) -> bytes | None:
-        if not self.service.desk.full():
+        if not self.service.queue.full():
             return None
         if (now := time.monotonic()) > self.until:
             try:
-                self.service.desk.check()
+                self.service.queue.check()
                 return None
             except ApiError as error:
                 content = error.body().encode()
                 self.bytes, self.until = _head(error, len(content)) + b"\r\n" + content, now + 0.1
                 self.counter = self.service.metrics.requests.labels("refused", str(error.status))
         else:
-            self.service.desk.refused.count()
+            self.service.queue.refused.count()
         self.counter.inc()
         return self.bytes
 
@@ -147,17 +148,17 @@ def _head(error: ApiError, length: int) -> bytes:
 
 
 class Server(uvicorn.Server):
-    """First SIGTERM or Ctrl-C: no new requests, and drain_seconds for those that run, which then end with what they
-    have. Second: the process ends."""
+    """On the first SIGTERM or Ctrl-C, refuses new requests and gives running ones drain_seconds; then they end with the
+    text so far. On the second, the process exits."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk, drain_seconds: float):
+    def __init__(self, config: uvicorn.Config, queue: JobQueue, drain_seconds: float):
         super().__init__(config)
-        self.desk, self.drain_seconds = desk, drain_seconds
+        self.queue, self.drain_seconds = queue, drain_seconds
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         self.loop = asyncio.get_running_loop()
-        in_main = threading.current_thread() is threading.main_thread()  # elsewhere signals cannot be had
+        in_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
         signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         before = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
@@ -173,19 +174,20 @@ class Server(uvicorn.Server):
         self.loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self.desk.draining = True
-        if self.desk.jobs:
+        self.queue.draining = True
+        if self.queue.jobs:
             print(
-                f"llm-serve: ending; {len(self.desk.jobs)} requests have {self.drain_seconds:g} s (again: at once)",
+                f"llm-serve: stopping; {len(self.queue.jobs)} requests have {self.drain_seconds:g} s to finish "
+                "(press again to stop immediately)",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-        self.loop.call_later(self.drain_seconds, self.desk.end_all)
+        self.loop.call_later(self.drain_seconds, self.queue.end_all)
 
 
 def listen(options: ServeOptions) -> socket.socket:
-    """A socket at the address, which takes no connections yet. Raises UserError where that is taken."""
+    """A socket bound to the address. Raises UserError if the address is in use."""
     family, address = addresses(options.host, options.port)[0]
-    # named as TCP: asyncio sends small pieces at once (TCP_NODELAY) only on such sockets
+    # asyncio sets TCP_NODELAY only if the protocol is given
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":
@@ -196,8 +198,8 @@ def listen(options: ServeOptions) -> socket.socket:
         bound.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"port {options.port} on {options.host} is in use by another program: stop it, or take another with "
-                "--port (0 takes a free one)"
+                f"port {options.port} on {options.host} is in use by another program: stop it or choose another --port "
+                "(0: any free port)"
             ) from None
         raise UserError(f"cannot listen on {options.host} port {options.port}: {error.strerror or error}") from None
     return bound
@@ -209,11 +211,11 @@ def url(options: ServeOptions, bound: socket.socket) -> str:
 
 
 def make_server(app: FastAPI, service: Service) -> Server:
-    options, desk = service.options, service.desk
+    options, queue = service.options, service.queue
 
     class Ours(Connection):
         limit = _connections()
-        # a page of another origin could not read such an answer, so where there may be one, each takes the long way
+        # this response has no CORS headers, so it is not used for pages of other origins
         refusal = staticmethod(Refusal(service) if not options.cors_origins else lambda: None)
 
     config = uvicorn.Config(
@@ -222,7 +224,7 @@ def make_server(app: FastAPI, service: Service) -> Server:
         ws="none",
         loop="asyncio",
         lifespan="on",
-        log_level="critical",  # what can go wrong is said by the application, without what requests held
+        log_level="critical",  # the application reports errors, without the content of requests
         access_log=False,
         server_header=False,
         proxy_headers=False,
@@ -231,11 +233,11 @@ def make_server(app: FastAPI, service: Service) -> Server:
         h11_max_incomplete_event_size=MAX_HEADERS,
         backlog=1024,
     )
-    return Server(config, desk, options.drain_seconds)
+    return Server(config, queue, options.drain_seconds)
 
 
 def _connections() -> int:
-    """How many connections there may be, so that files can still be opened."""
+    """The limit of connections, below the limit of open files."""
     try:
         import resource
     except ImportError:  # Windows

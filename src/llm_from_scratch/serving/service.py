@@ -1,4 +1,4 @@
-"""What a server serves: a model and its engine, how requests become the engine's, and what it says of itself."""
+"""The service: a model with its engine, client requests as engine requests, and status reports."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..generation.generator import Generator
 from .chat import ChatPlan, ChatTemplate
 from .completions import Plan, token_text
 from .errors import ApiError
-from .jobs import Desk
+from .jobs import JobQueue
 from .metrics import Metrics
 from .options import ServeOptions
 from .protocol import MAX_LOGPROBS, ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from .supervisor import Supervisor
 from .watch import Watch
 
-MAX_TOLD = 1 << 17  # log-probabilities in one answer
+MAX_LOGPROBS_TOTAL = 1 << 17  # log-probabilities per response
 
 
 class Service:
-    """make_engine: builds the engine, and a new one where it has died. ends: ids that end a text. seed: of the seeds
-    that requests do not name; None draws them at random."""
+    """make_engine: builds an engine, also after a failure. ends: the end-of-text ids. seed: for requests
+    without a seed; None: random."""
 
     def __init__(
         self,
@@ -48,15 +48,15 @@ class Service:
         self.max_prompt = options.max_prompt_tokens or max(8192, 4 * self.block_size)
         self.supervisor = Supervisor(make_engine, lambda: self.metrics.restarts.inc())
         self.metrics = Metrics(self.supervisor.stats, lambda: self.supervisor.alive)
-        self.desk = Desk(self.supervisor, options.max_concurrent + options.max_queued, options.max_seconds)
+        self.queue = JobQueue(self.supervisor, options.max_concurrent + options.max_queued, options.max_seconds)
         self.watch = Watch(watch) if watch is not None else None
         self.seeds = random.Random(seed)
         self.created = int(time.time())
 
-    # what it says of itself
+    # status and model
 
     def health(self) -> str:
-        if self.desk.draining:
+        if self.queue.draining:
             return "the server is shutting down"
         return "ok" if self.supervisor.alive else self.supervisor.problem or "the engine failed and is being restarted"
 
@@ -71,7 +71,7 @@ class Service:
             "max_prompt_tokens": self.max_prompt,
             "max_n": self.options.max_concurrent,
             "max_logprobs": MAX_LOGPROBS,
-            "max_told": MAX_TOLD,
+            "max_told": MAX_LOGPROBS_TOTAL,
             "max_seconds": self.options.max_seconds,
         }
         defaults = asdict(GenerationConfig())
@@ -100,17 +100,17 @@ class Service:
                 404, f"no model {name[:100]!r} here: this server has {self.name}", "model", "model_not_found"
             )
 
-    # requests; these take as long as the tokenizer does, so they are called in a thread
+    # requests: encoding takes time, so these run in a thread
 
     def completion(self, asked: CompletionRequest) -> Plan:
         """Raises ApiError."""
         self.check_model(asked.model)
         prompts = [self.encode(prompt, "prompt") for prompt in asked.prompt]
         if asked.best_of is not None and asked.best_of != asked.samples:
-            raise ApiError(400, "best_of must be n: all samples are returned, none are chosen among", "best_of")
+            raise ApiError(400, "best_of must equal n: all samples are returned", "best_of")
         length = 16 if asked.max_tokens is None else asked.max_tokens
         if not length and not asked.echo:
-            raise ApiError(400, "max_tokens=0 asks for nothing unless echo is true", "max_tokens")
+            raise ApiError(400, "max_tokens=0 needs echo: true", "max_tokens")
         score = bool(asked.echo) and asked.logprobs is not None
         requests = self._requests(asked, prompts, max(1, length), asked.logprobs, score)
         echo = None
@@ -143,7 +143,7 @@ class Service:
         return ChatPlan(self.name, requests, bool(asked.stream), self._usage(asked))
 
     def encode(self, prompt: str | list[int], param: str, special: bool = False) -> list[int]:
-        """Token ids. Raises ApiError for what the model cannot read, or too much of it."""
+        """Token ids. Raises ApiError if the model cannot read the prompt or it is too long."""
         try:
             ids = self.generator.encode(prompt, allow_special=special)
         except UserError as error:
@@ -153,7 +153,7 @@ class Service:
 
     def _fits(self, length: int, param: str) -> None:
         if length > self.max_prompt:
-            message = f"the prompt has {length} tokens; at most {self.max_prompt} are read"
+            message = f"the prompt has {length} tokens; the limit is {self.max_prompt}"
             raise ApiError(400, message, param, "context_length_exceeded")
 
     def _requests(
@@ -184,12 +184,12 @@ class Service:
             stop=asked.stop or (),
             **{"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None},
         )
-        told = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
-        if logprobs is not None and told > MAX_TOLD:
+        count = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
+        if logprobs is not None and count > MAX_LOGPROBS_TOTAL:
             raise ApiError(
                 400,
-                f"the answer would hold {told} log-probabilities (tokens, times samples, times alternatives); "
-                f"at most {MAX_TOLD} are told in one",
+                f"the response would have {count} log-probabilities (tokens x samples x alternatives); "
+                f"the limit is {MAX_LOGPROBS_TOTAL}",
                 "logprobs",
             )
         seed = asked.seed if asked.seed is not None else self.seeds.getrandbits(62)
@@ -207,7 +207,7 @@ class Service:
         return bool(asked.stream_options and asked.stream_options.include_usage)
 
     def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
-        """Raises ApiError. The tokenizers here add no tokens of their own: add_special_tokens is as it is without."""
+        """Raises ApiError. add_special_tokens has no effect, because our tokenizers never add special tokens."""
         self.check_model(asked.model)
         ids = self.encode(asked.prompt, "prompt", bool(asked.allow_special)) if asked.prompt else []
         pieces = [self.generator.bytes_of(*pair) for pair in zip(ids, ids[1:], strict=False)] if ids else []

@@ -1,4 +1,4 @@
-"""Keeps an engine running: one that dies is replaced, with pauses that grow, and not for ever."""
+"""The supervisor of the engine: replaces a failed one, with growing pauses and a limit of failures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..errors import EngineError
 from ..generation.engine import Engine, Handle, Request, Stats, Update
 from .errors import ApiError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before an engine is built anew
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a new engine is built
 MAX_FAILURES = 6  # in a row, after which it stays down
-SETTLED = 60.0  # seconds of life after which an engine's death is no longer one in a row
+SETTLED = 60.0  # seconds; a failure after a longer life starts a new count
 LOOK_EVERY = 0.05
 
 
@@ -32,7 +32,7 @@ class Supervisor:
         return self.problem is None and self.engine.alive
 
     def submit(self, request: Request, deliver: Callable[[Update], None]) -> Handle:
-        """Raises ApiError: 503 where no engine runs; UserError as the engine does."""
+        """Raises ApiError (503) if no engine runs, and UserError as the engine does."""
         try:
             if self.problem is None:
                 return self.engine.submit(request, deliver)
@@ -45,18 +45,18 @@ class Supervisor:
         return ApiError(503, problem, code="engine_unavailable", retry_after=30 if "stays down" in problem else 2)
 
     def stats(self) -> Stats:
-        """Of all engines so far."""
+        """The sums over all engines so far."""
         now = self.engine.stats()
         sums = [a + b for a, b in zip(self.before, (now.prompt_tokens, now.generated_tokens, now.steps), strict=True)]
         running, waiting = (now.running, now.waiting) if self.engine.alive else (0, 0)
         return Stats(running, waiting, now.slots, *sums)
 
     def completed(self) -> None:
-        """A request was served to its end: the engine works."""
+        """Resets the failures, because a request was completed."""
         self.failures = 0
 
     async def watch(self) -> None:
-        """Until cancelled: replaces engines that died."""
+        """Replaces failed engines, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY)
             if not self.engine.alive:

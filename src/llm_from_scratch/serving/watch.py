@@ -1,4 +1,4 @@
-"""What a run writes while it learns, for the page: its metrics.jsonl and samples.jsonl from a place on."""
+"""The progress of a run for the page: its metrics.jsonl and samples.jsonl from a given position."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from ..errors import UserError
 from ..machine.files import open_file, read_file
 
-AT_ONCE = 1 << 18  # bytes of a file that one answer is made of, unless a line is longer
-LONGEST = 1 << 22  # of a line; a longer one is left out
-GENERATION = 1 << 40  # places are counted from here anew when a file is replaced by another
-RECENT = 20.0  # seconds since the last line, for which a run counts as live where locks cannot be seen
+AT_ONCE = 1 << 18  # bytes per response, unless a line is longer
+LONGEST = 1 << 22  # bytes of a line; longer lines are skipped
+GENERATION = 1 << 40  # added to positions each time a file is replaced
+RECENT = 20.0  # seconds since the last line; if locks are not visible, such a run counts as live
 
 
 class Watch:
-    """A run's folder; the files in it may appear, grow, be replaced or go at any time."""
+    """A run's folder. Its files may appear, grow, be replaced or deleted at any time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -49,7 +49,7 @@ class Watch:
         return {"samples": samples, "next": following, "reset": reset}
 
     def _lines(self, name: str, after: int) -> tuple[list[dict[str, Any]], int, bool]:
-        """The objects from a place on, the next place, and whether the file is another than the one it was in."""
+        """The objects from a position, the next position, and whether the file was replaced."""
         try:
             with os.fdopen(open_file(self.folder / name), "rb") as file:
                 info = os.fstat(file.fileno())
@@ -67,7 +67,7 @@ class Watch:
             return [], 0, after > 0
         end = data.rfind(b"\n") + 1
         if not end and len(data) == LONGEST:
-            end = len(data)  # what is left of that line will be no object
+            end = len(data)  # skip the rest of a line that is too long
         return _objects(data[:end]), count * GENERATION + at + end, reset
 
     def _last_step(self) -> int | None:
@@ -79,7 +79,7 @@ class Watch:
         return None
 
     def _max_iters(self) -> int | None:
-        """As the newest checkpoint has it."""
+        """From the newest checkpoint."""
         newest = max((path.name for path in self.folder.glob("step-*") if path.name[5:].isdigit()), default="")
         if newest != self._planned[0]:
             planned = None
@@ -89,7 +89,7 @@ class Watch:
         return self._planned[1]
 
     def _live(self) -> bool:
-        """Whether a trainer holds the folder's lock; looked at from outside, so that none is kept from it."""
+        """Whether a trainer holds the folder's lock. Does not take the lock, which would block a trainer."""
         try:
             lock = os.stat(self.folder / ".lock")
             major, minor = os.major(lock.st_dev), os.minor(lock.st_dev)
@@ -105,7 +105,7 @@ class Watch:
 
 
 def _objects(lines: bytes) -> list[dict[str, Any]]:
-    """The JSON objects among some lines, without what JSON has no form for."""
+    """The JSON objects among some lines. NaN and infinities become null."""
     found = []
     for line in lines.splitlines():
         with contextlib.suppress(ValueError, RecursionError):

@@ -70,8 +70,8 @@ class Served:
 
     def idle(self) -> bool:
         """Whether nothing runs, waits or is held for a request."""
-        stats, desk = self.service.supervisor.stats(), self.service.desk
-        return not (stats.running or stats.waiting or desk.samples or desk.jobs)
+        stats, queue = self.service.supervisor.stats(), self.service.queue
+        return not (stats.running or stats.waiting or queue.samples or queue.jobs)
 
 
 def http(path: str, body: Any = None, method: str | None = None, raw: bytes | None = None, **headers: Any) -> bytes:
@@ -141,6 +141,6 @@ def served(
             yield Served(service, bound.getsockname()[1], server.config.http_protocol_class)
         finally:
             server.should_exit = True
-            service.desk.end_all()
+            service.queue.end_all()
             thread.join(30)
             assert not thread.is_alive(), "the server did not end"

@@ -138,7 +138,7 @@ def test_a_second_signal_ends_it_at_once(out_dir):
         with asking(url, 100_000) as seen:
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert until(lambda: "ending" in process.stderr.readline())
+            assert until(lambda: "stopping" in process.stderr.readline())
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 128 + signal.SIGTERM
         assert "Error" in seen[-1]
@@ -222,7 +222,7 @@ def test_health_says_that_it_ends(out_dir):
             assert until(lambda: _open_connections(url) >= 2)
             process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
-            assert until(lambda: "ending" in process.stderr.readline())
+            assert until(lambda: "stopping" in process.stderr.readline())
             late.sendall(request[-3:])
             status, headers, _ = answer(late)
             assert status == 503 and headers["retry-after"]

@@ -80,7 +80,7 @@ def test_a_template_gives_what_transformers_gives(tmp_path):
     ],
 )
 def test_a_template_cannot_leave_its_sandbox(attack):
-    with pytest.raises(ApiError, match="refuses"):
+    with pytest.raises(ApiError, match="rejects"):
         ChatTemplate(attack).render([{"role": "user", "content": "{a.__class__}"}])
 
 
@@ -178,7 +178,7 @@ def test_a_conversation_streamed(client):
         ({"messages": [{"content": "x"}]}, "messages.0.role", "missing"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "expected a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.type", "text"),
-        ({"messages": [{"role": "user", "content": "\u4e2d"}]}, "messages", "not among"),
+        ({"messages": [{"role": "user", "content": "\u4e2d"}]}, "messages", "never saw the character"),
         ({"top_logprobs": 1}, "top_logprobs", "needs logprobs"),
         ({"max_completion_tokens": 3}, "max_tokens", "the same"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),

@@ -293,7 +293,7 @@ def test_a_defect_of_ours_is_said_without_what_was_asked(open_server, monkeypatc
     reply = ask(open_server, "/tokenize", {"prompt": "a private text"})
     assert reply[0] == 500 and error(reply)["type"] == "server_error"
     said = capfd.readouterr()
-    assert "KeyError at test_serving_guard.py" in said.err and "private" not in said.err + said.out
+    assert "KeyError at test_guard.py" in said.err and "private" not in said.err + said.out
 
 
 @pytest.mark.parametrize(
@@ -302,13 +302,13 @@ def test_a_defect_of_ours_is_said_without_what_was_asked(open_server, monkeypatc
         ({"host": "0.0.0.0"}, "LLM_API_KEY"),
         ({"host": "::"}, "LLM_API_KEY"),
         ({"host": ""}, "LLM_API_KEY"),
-        ({"cors_origins": ("*",)}, "without a key"),
-        ({"cors_origins": ("example.org",)}, "no origin"),
+        ({"cors_origins": ("*",)}, "without an API key"),
+        ({"cors_origins": ("example.org",)}, "not an origin"),
         ({"api_key": ""}, "visible"),
         ({"api_key": "a b"}, "visible"),
         ({"api_key": "é"}, "visible"),
-        ({"host": "no.such.name.invalid"}, "no address"),
-        ({"host": "\ud800"}, "no address"),
+        ({"host": "no.such.name.invalid"}, "not an address"),
+        ({"host": "\ud800"}, "not an address"),
         ({"port": 65536}, "65535"),
         ({"max_concurrent": 0}, "max_concurrent"),
         ({"max_queued": -1}, "max_queued"),

@@ -40,7 +40,7 @@ def test_a_client_that_leaves_frees_its_place():
             begun = gate.tokens
             assert until(lambda begun=begun: gate.tokens > begun + 3)
             queued = server.connect(http("/v1/completions", waiting))
-            assert until(lambda: server.service.desk.samples == 4)
+            assert until(lambda: server.service.queue.samples == 4)
             queued.close()
             running.close()
             assert until(server.idle, 5), "long before 4000 tokens are drawn"
@@ -82,7 +82,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
         slow = server.connect()
         slow.setsockopt(1, 8, 4096)  # SOL_SOCKET, SO_RCVBUF
         slow.sendall(http("/v1/completions", asked))
-        assert until(lambda: server.service.desk.samples == 1)
+        assert until(lambda: server.service.queue.samples == 1)
         other = server.client().completions.create(model=NAME, prompt="abc", max_tokens=5)
         assert other.usage.completion_tokens == 5, "it does not hold up another"
         assert until(server.idle)
@@ -96,12 +96,12 @@ def test_what_waits_for_a_client_is_bounded(monkeypatch):
         slow = server.connect()
         slow.setsockopt(1, 8, 4096)
         slow.sendall(http("/v1/completions", {**LONG, "max_tokens": 5000, "logprobs": 20, "stream": True}))
-        assert until(lambda: server.service.desk.samples == 1)
+        assert until(lambda: server.service.queue.samples == 1)
         largest = 0
 
         def over() -> bool:
             nonlocal largest
-            largest = max([largest, *(job.weight for job in list(server.service.desk.jobs))])
+            largest = max([largest, *(job.weight for job in list(server.service.queue.jobs))])
             return server.idle()
 
         assert until(over) and largest <= 500 + 21 * 16
@@ -118,7 +118,7 @@ def test_a_deadline_gives_what_there_is():
         ends = [c.choices[0] for c in chunks if c.choices[0].finish_reason]
         assert sorted((c.index, c.finish_reason) for c in ends) == [(0, "length"), (1, "length")]
         gate.open.clear()
-        with pytest.raises(openai.InternalServerError, match="not begun") as refused:
+        with pytest.raises(openai.InternalServerError, match="did not start") as refused:
             server.client().completions.create(model=NAME, **LONG)
         assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"]
         gate.open.set()
@@ -133,7 +133,7 @@ def test_beyond_the_queue_the_answer_is_429():
             server.client().completions.create(**{**asked, "prompt": ["a"] * 6})
         gate.open.clear()
         held = [pool.submit(server.client().completions.create, **asked) for _ in range(5)]
-        assert until(lambda: server.service.desk.samples == 5)
+        assert until(lambda: server.service.queue.samples == 5)
         for fields in ({}, {"stream": True}):
             with pytest.raises(openai.RateLimitError) as refused:
                 server.client().completions.create(**asked, **fields)
@@ -152,7 +152,7 @@ def test_an_engine_that_dies_is_replaced(monkeypatch, capfd):
     with served(model) as server, ThreadPoolExecutor(2) as pool:
         whole = pool.submit(server.client().completions.create, model=NAME, **LONG)
         stream = server.connect(http("/v1/completions", {**LONG, "stream": True}))
-        assert until(lambda: gate.tokens > 5 and len(server.service.desk.jobs) == 2)
+        assert until(lambda: gate.tokens > 5 and len(server.service.queue.jobs) == 2)
         gate.broken = 1
         with pytest.raises(openai.InternalServerError) as refused:
             whole.result(20)
