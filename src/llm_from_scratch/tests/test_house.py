@@ -30,7 +30,10 @@ OPTIONAL = {
 }
 SLOW = {"torch", "numpy"}
 # Modules that commands read before they load torch; there, torch and modules of ours that import it may wait.
-BEFORE_TORCH = ("", "cli.", "checkpoint.", "core.dataset", "core.tokenfile", "interop.nanogpt", "training.setup")
+BEFORE_TORCH = (
+    *("", "cli.", "checkpoint.", "core.dataset", "core.resident", "core.tokenfile", "interop.", "machine.processes"),
+    "training.setup",
+)
 # nanoGPT's API has these methods on the model, and they reach upward.
 UPWARD = {("core.model", "interop.hf"), ("core.model", "training.optimizer")}
 
@@ -310,7 +313,7 @@ RULES = {
 
 
 # The rules that the whole code keeps. `python -m llm_from_scratch.tests.test_house` lists what breaks the others.
-HELD: tuple[str, ...] = ()
+HELD: tuple[str, ...] = ("patches_of_torch",)
 
 # --- on this code ---
 
