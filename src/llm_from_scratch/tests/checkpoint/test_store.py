@@ -32,7 +32,7 @@ from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.sizes import meta_model, meta_tensors, tied_names
-from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import files
 from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw, optimizer_state
@@ -878,3 +878,33 @@ def test_a_file_is_written_without_a_copy_of_its_tensors() -> None:
     assert len(content) == 4000 and (len(header) - 8) % 8 == 0
     weight += 1
     assert bytes(content[:4]) == bytes(weight[:1].numpy())  # the tensor's own memory
+
+
+# of each file as version 1 of the format has it, the beginning of its sha256
+VERSION_1 = {
+    "config.json": "85c0ba1aedf10cb5",
+    "model.json": None,  # new settings of the model are added to it
+    "model.safetensors": "e99341141ef54cb2",
+    "optimizer.json": "a81d7a69768701e3",
+    "optimizer.safetensors": "9a56842f6224a81c",
+    "rng.safetensors": "599fa9cdad72a6cf",
+    "tokenizer.meta.json": "2015da01b0a24cf9",
+    "trainer.json": "cca343bf61f6b58f",
+}
+
+
+def test_the_bytes_of_a_checkpoint_have_not_changed(tmp_path: Path) -> None:
+    config = GPTConfig(block_size=4, vocab_size=6, n_layer=1, n_head=1, n_embd=4)
+    model = {name: torch.arange(t.numel()).reshape(t.shape) / 8 for name, t in GPT(config).state_dict().items()}
+    model["lm_head.weight"] = model["transformer.wte.weight"]
+    names = [name for name in model if name != "lm_head.weight"]
+    moments = {name: {"step": torch.tensor(3.0), "exp_avg": model[name] * 2} for name in names}
+    path = cp.save_checkpoint(
+        tmp_path, step=3, model_config=config, model=model, run_id="a",
+        optimizer={"state": moments, "param_groups": [{"names": names, "lr": 0.1, "betas": (0.9, 0.95)}]},
+        trainer={"best_val_loss": 2.5}, rng={"cpu.0": torch.arange(16, dtype=torch.uint8)},
+        config={"training": {"max_iters": 9}}, tokenizer=CharTokenizer("abcdef"), val_loss=2.0,
+    )  # fmt: skip
+    files = json.loads((path / "MANIFEST.json").read_text())["files"]
+    assert files.keys() == VERSION_1.keys()
+    assert {n: e["sha256"][:16] for n, e in files.items() if VERSION_1[n]} == {n: d for n, d in VERSION_1.items() if d}
