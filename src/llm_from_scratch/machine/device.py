@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from ..config import SystemConfig
 from ..errors import UserError
 from .memory import keep_freed_memory
 from .processes import distributed_env, start_processes, stop_processes
-
-if TYPE_CHECKING:
-    from ..core.model import GPT
 
 LARGE = 1 << 26  # parameters from which on a CPU's memory is what runs short
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,7 +62,7 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
 
-    def place(self, model: GPT) -> None:
+    def place(self, model: Any) -> None:
         """Moves a model to the device, and has it compute there in the dtype; its weights stay float32."""
         model.to(self.device)
         model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None

@@ -218,6 +218,42 @@ def test_the_one_hour_path_keeps_its_budget() -> None:
     assert sum(lengths.values()) <= 2000, lengths
 
 
+# What a reader of the path must see called there, so that the budget cannot be kept by moving it elsewhere.
+SEEN = {
+    "training.trainer": {
+        "train_step": (
+            "run.models.train", "backward", "clip_gradients", "run.guard.judge", "learning_rate_at", "step_unless",
+        ),
+        "train": ("run.evaluate", "run.save", "run.write_sample", "train_step", "run.roll_back", "run.finish"),
+    },
+}  # fmt: skip
+
+
+def not_called(source: str, function: str, wanted: tuple[str, ...]) -> list[str]:
+    """The names that a function of a module does not call; a method's name stands for any object."""
+    calls = [ast.unparse(node.func) for node in ast.walk(body_of(source, function)) if isinstance(node, ast.Call)]
+    return [name for name in wanted if not any(call == name or call.endswith("." + name) for call in calls)]
+
+
+def test_the_one_hour_path_shows_a_whole_step() -> None:
+    for module, functions in SEEN.items():
+        for function, wanted in functions.items():
+            assert not_called(sources()[module], function, wanted) == [], f"{module}.{function}"
+    assert not_called("def f(run):\n    run.step()\n    a.b.backward()", "f", ("backward", "save")) == ["save"]
+
+
+def test_nothing_derives_from_the_trainer_or_patches_torch() -> None:
+    for module, source in sources().items():
+        if module.startswith(("training", "machine")):
+            tree = ast.parse(source)
+            bases = [ast.unparse(b) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for b in node.bases]
+            assert not {"Run", "Trainer"} & set(bases), module
+            targets = [ast.unparse(t) for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
+            calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            assert not [t for t in targets if t.startswith("torch.") and not t.startswith("torch.backends.")], module
+            assert not [call for call in calls if call.startswith("setattr(torch")], module
+
+
 def test_forward_stays_the_equation() -> None:
     """Variants are chosen when the model is built: attention has at most 30 lines and 3 branches, the block none."""
     source = sources()["core.model"]

@@ -213,14 +213,14 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     """
     ids: dict[str, int] = {}
     current = optimizer.state_dict()
-    saved_rules = {name: group.get("rule") for group in saved["param_groups"] for name in group["names"]}
+    rules = _saved_rules(saved)
     for group, packed in zip(optimizer.param_groups, current["param_groups"], strict=True):
         for name, p, index in zip(group["names"], group["params"], packed["params"], strict=True):
             entry = saved["state"].get(name)
             if saved["state"] and entry is None:
                 raise UserError(f"the saved optimizer state lacks {name}: it belongs to another model")
             if entry and isinstance(optimizer, Optimizer):
-                _check_entry(optimizer, group, name, p, entry, saved_rules.get(name))
+                _check_entry(optimizer, group, name, p, entry, rules)
             ids[name] = index
     # load_state_dict moves each tensor to its parameter's device and keeps the step counters where torch wants them
     current["state"] = {ids[name]: entry for name, entry in saved["state"].items() if name in ids}
@@ -228,20 +228,27 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 
 
 def _check_entry(
-    optimizer: Optimizer, group: dict[str, Any], name: str, p: Tensor, entry: dict[str, Any], saved_rule: Any
+    optimizer: Optimizer, group: dict[str, Any], name: str, p: Tensor, entry: dict[str, Any], saved: dict[str, str]
 ) -> None:
-    """Raises UserError unless a parameter's saved state is what its rule declares."""
-    rule, slots = group["rule"], optimizer.slots(group, p)
+    """Raises UserError unless a parameter's saved state is what its rule declares. saved: rules by parameter name."""
+    slots = optimizer.slots(group, p)
     found = {key for key, value in entry.items() if key in slots or (isinstance(value, Tensor) and value.dim())}
-    if saved_rule is None:  # older checkpoints do not name it
-        meta = torch.empty(p.shape, device="meta")
-        kinds = ((kind, _rule(kind)(torch.float32, Dither(0))) for kind in (*OPTIMIZERS, SPARSE))
-        saved_rule = next((kind for kind, made in kinds if set(made.slots(meta)) == found), "unknown")
-    if saved_rule != rule or found != set(slots):
+    if saved[name] != group["rule"] or found != set(slots):
+        special = sorted(set(saved.values()) - {"adamw", SPARSE})  # a run whose other groups AdamW steps
         raise UserError(
-            f"the saved optimizer state of {name} is {saved_rule}'s, not {rule}'s: resume with --optimizer_type="
-            f"{saved_rule}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
+            f"the saved optimizer state of {name} is {saved[name]}'s, not {group['rule']}'s: resume with "
+            f"--optimizer_type={special[0] if special else 'adamw'}, or start a new run from the weights "
+            "(--init_from=FOLDER, another --out_dir)"
         )
     for key, (shape, _) in slots.items():
         if tuple(entry[key].shape) != shape:
             raise UserError(f"the saved {key} of {name} has shape {tuple(entry[key].shape)}, not {shape}")
+
+
+def _saved_rules(saved: dict[str, Any]) -> dict[str, str]:
+    """{parameter name: the rule that stepped it}; checkpoints that do not name it are known by their slots."""
+    rules = {name: str(group["rule"]) for group in saved["param_groups"] if "rule" in group for name in group["names"]}
+    older = {"exp_avg": "adamw", "momentum_buffer": "muon", "sum": SPARSE}
+    for name, entry in saved["state"].items():
+        rules.setdefault(name, next((rule for slot, rule in older.items() if slot in entry), "unknown"))
+    return rules
