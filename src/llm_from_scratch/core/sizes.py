@@ -107,12 +107,12 @@ def sizes(
     batch_size: int,
     element_size: int = 4,
     gradient_checkpointing: bool = False,
+    optimizer: int = 0,
 ) -> Sizes:
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation.
 
-    The optimizer's are those of AdamW in float32; training/optimizer.py counts what another one keeps.
+    optimizer: bytes of its moments, which it declares itself (training.optimizer.optimizer_bytes).
     """
-    model = meta_model(config)
     params, embedding = count_params(config), embedding_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
@@ -125,6 +125,4 @@ def sizes(
     saved = 2 * C * L + max(blocks, default=0) if gradient_checkpointing else sum(blocks)
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
     activations = tokens * (saved + 2 * C) * element_size + logits
-    tables = [part.weight for part in model.modules() if isinstance(part, NGramEmbedding)]  # one number a row
-    moments = 8 * (params - sum(table.numel() for table in tables)) + 4 * sum(table.size(0) for table in tables)
-    return Sizes(params, embedding, flops, 4 * params, 4 * params, moments, activations)
+    return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer, activations)

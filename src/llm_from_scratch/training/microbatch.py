@@ -11,10 +11,11 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..core.sizes import sizes
+from ..core.sizes import meta_model, sizes
 from ..errors import MemoryShortError, TrainingError
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
+from .optimizer import optimizer_bytes
 from .plan import Plan
 from .wrap import loss_is_chunked
 
@@ -33,17 +34,18 @@ def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> i
         most = min(local_batch, ENOUGH_ON_CPU // config.model.block_size)
     else:
         most = min(local_batch, max(1, ENOUGH_ON_GPU // config.model.block_size))
+    moments = optimizer_bytes(meta_model(config.model), config.optimizer)
     for size in range(most, 1, -1):
-        if local_batch % size == 0 and (free is None or _needed(config, runtime, size) <= SHARE * free):
+        if local_batch % size == 0 and (free is None or _needed(config, runtime, size, moments) <= SHARE * free):
             return size
     return 1
 
 
-def _needed(config: Config, runtime: Runtime, micro_batch: int) -> int:
+def _needed(config: Config, runtime: Runtime, micro_batch: int, moments: int) -> int:
     """Bytes, an estimate."""
     model = config.model
     rest = (micro_batch, runtime.dtype.itemsize, config.training.gradient_checkpointing)
-    whole = sizes(model, *rest)
+    whole = sizes(model, *rest, moments)
     if not loss_is_chunked(config, micro_batch):
         return whole.memory
     blocks = sizes(dataclasses.replace(model, vocab_size=1), *rest).activations

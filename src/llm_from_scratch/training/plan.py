@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..checkpoint.store import Checkpoint
 from ..config import Config
 from ..core.dataset import SampleOrder, TokenData
-from ..core.model import GPT
-from ..core.sizes import Sizes, sizes
+from ..core.sizes import Sizes, meta_model, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
 from ..machine.device import Runtime
@@ -71,10 +68,8 @@ class Plan:
     def sizes(self) -> Sizes:
         """Parameters, FLOPs and bytes, with the micro-batch of the start."""
         config, element = self.config, self.runtime.dtype.itemsize
-        with torch.device("meta"):
-            model = GPT(config.model)
-        found = sizes(config.model, self.micro_batch, element, config.training.gradient_checkpointing)
-        return dataclasses.replace(found, optimizer=optimizer_bytes(model, config.optimizer))
+        moments = optimizer_bytes(meta_model(config.model), config.optimizer)
+        return sizes(config.model, self.micro_batch, element, config.training.gradient_checkpointing, moments)
 
     @property
     def train_hash(self) -> str:
