@@ -337,9 +337,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_does_not_block(tiny_data: Pa
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for init_from in ("scratch", "resume"):
-            with pytest.raises(
-                UserError, match="another process trains in run: wait until it ends, stop it, or choose"
-            ):
+            with pytest.raises(UserError, match="another process trains in run: wait until it ends, stop it, or"):
                 train(tiny_config(tiny_data, out_dir="run", init_from=init_from))
         train(tiny_config(tiny_data, out_dir="run", init_from="resume", eval_only=True))  # reads only
         train(tiny_config(tiny_data, out_dir="elsewhere"))
