@@ -120,7 +120,8 @@ def sizes(
     tokens = batch_size * T
     # a block saves what its linear layers read and write, and what its two norms write
     blocks = [
-        2 * C + sum(part.in_features + part.out_features for part in _linears(block)) for block in model.transformer.h
+        2 * C + sum(part.in_features + part.out_features for part in _linears(block))
+        for block in meta_model(config).transformer.h
     ]
     saved = 2 * C * L + max(blocks, default=0) if gradient_checkpointing else sum(blocks)
     logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
