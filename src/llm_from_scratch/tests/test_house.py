@@ -39,6 +39,10 @@ UPWARD = {("core.model", "interop.hf"), ("core.model", "training.optimizer")}
 
 
 @functools.cache
+def line_of(node: ast.AST) -> int:
+    return getattr(node, "lineno", 0)
+
+
 def tree_of(source: str) -> ast.Module:
     return ast.parse(source)
 
@@ -63,10 +67,10 @@ def attribute_targets(tree: ast.AST) -> Iterator[tuple[int, ast.expr, str]]:
         for target in targets:
             for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
                 if isinstance(part, ast.Attribute):
-                    yield getattr(node, "lineno", 0), part.value, part.attr
+                    yield line_of(node), part.value, part.attr
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "object.__setattr__"):
             name = node.args[1]
-            yield getattr(node, "lineno", 0), node.args[0], str(name.value) if isinstance(name, ast.Constant) else ""
+            yield line_of(node), node.args[0], str(name.value) if isinstance(name, ast.Constant) else ""
 
 
 # --- the rules ---
@@ -156,7 +160,7 @@ def hidden_imports(texts: dict[str, str]) -> list[str]:
                     names = [node.module or ""]
                 for name in {name.split(".")[0] for name in names} - {NAME}:
                     if name not in OPTIONAL and not (name in SLOW and early):
-                        found.append(f"{module}:{getattr(node, "lineno", 0)} imports {name} in {function.name}")
+                        found.append(f"{module}:{line_of(node)} imports {name} in {function.name}")
     return list(dict.fromkeys(found))
 
 
@@ -189,7 +193,7 @@ def changed_namespaces(texts: dict[str, str]) -> list[str]:
             else:
                 bad = False
             if bad:
-                found.append(f"{module}:{getattr(node, "lineno", 0)} {ast.unparse(node)}")
+                found.append(f"{module}:{line_of(node)} {ast.unparse(node)}")
     return found
 
 
@@ -243,7 +247,7 @@ def foreign_private_names(texts: dict[str, str]) -> list[str]:
                 text = node.args[1] if isinstance(node.args[1], ast.Constant) else node.args[0]
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
                     names = [name for name in [text.value.rpartition(".")[2]] if name in foreign]
-            found += [f"{module}:{getattr(node, "lineno", 0)} uses {name}" for name in names]
+            found += [f"{module}:{line_of(node)} uses {name}" for name in names]
     return found
 
 
@@ -263,7 +267,7 @@ def is_exception(node: ast.ClassDef) -> bool:
 def stray_exceptions(texts: dict[str, str]) -> list[str]:
     """Exception classes outside errors.py."""
     return [
-        f"{module}:{getattr(node, "lineno", 0)} class {node.name}"
+        f"{module}:{line_of(node)} class {node.name}"
         for module, source in texts.items()
         if module != "errors"
         for node in ast.walk(tree_of(source))
