@@ -1,0 +1,165 @@
+"""A toy of each kind is added to a copy, in as few files as promised, and goes through the commands of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..edited import Edit, EditedCopy
+from ..tiny import QUICK, write_data
+
+MODEL, CONFIG = "core/model.py", "config.py"
+PARTS: dict[str, tuple[int, list[Edit]]] = {
+    "activation": (
+        2,
+        [
+            Edit(MODEL, '    "relu2": ReLUSquared,\n', '    "relu2": ReLUSquared,\n    "mish": nn.Mish,\n'),
+            Edit(CONFIG, '"relu2", "swiglu"]', '"relu2", "mish", "geglu", "swiglu"]'),
+        ],
+    ),
+    "gated activation": (
+        2,
+        [
+            Edit(
+                MODEL,
+                "ACTIVATIONS: dict[str, Any] = {\n",
+                "class GeGLU(nn.Module):\n"
+                "    def forward(self, gate: Tensor, x: Tensor) -> Tensor:\n"
+                "        return F.gelu(gate) * x\n\n\n"
+                'ACTIVATIONS: dict[str, Any] = {\n    "geglu": GeGLU,\n',
+            ),
+            Edit(CONFIG, 'GATED_ACTIVATIONS = ("swiglu",)', 'GATED_ACTIVATIONS = ("swiglu", "geglu")'),
+        ],
+    ),
+    "ALiBi": (
+        2,
+        [
+            Edit(
+                MODEL,
+                "POSITIONS: dict[str, type[LearnedPositions]] = {",
+                "class AlibiPositions(LearnedPositions):\n"
+                "    has_table = False\n\n"
+                "    def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:\n"
+                "        return (pos,)\n\n"
+                "    def forward(self, q: Tensor, k: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:\n"
+                "        return q, k\n\n"
+                "    def bias(self, q: Tensor, k: Tensor, pos: Tensor) -> Tensor:\n"
+                "        H, keys = q.size(1), torch.arange(k.size(2), device=q.device)\n"
+                "        slopes = 2.0 ** (-8 * torch.arange(1, H + 1, device=q.device) / H)\n"
+                "        distance = (keys - pos[..., None]).unsqueeze(-3)\n"
+                "        bias = slopes[:, None, None] * distance\n"
+                "        return bias.masked_fill(distance > 0, -math.inf).to(q.dtype)\n\n\n"
+                'POSITIONS: dict[str, type[LearnedPositions]] = {\n    "alibi": AlibiPositions,\n   ',
+            ),
+            Edit(
+                MODEL,
+                "        y = self.attend(q, k, v, mask, causal)",
+                "        if isinstance(self.positions, AlibiPositions):\n"
+                "            mask, causal = self.positions.bias(q, k, *where), False\n"
+                "        y = self.attend(q, k, v, mask, causal)",
+            ),
+            Edit(CONFIG, 'Literal["learned", "rope"]', 'Literal["learned", "rope", "alibi"]'),
+        ],
+    ),
+    "optimizer": (
+        3,
+        [
+            Edit(
+                "training/lion.py",
+                "",
+                "from .rule import Rule, with_gradients\n\n\n"
+                "class Lion(Rule):\n"
+                "    def slots(self, p):\n"
+                '        return {"momentum": (tuple(p.shape), self.dtype)}\n\n'
+                "    def step(self, group, state, found_inf=None):\n"
+                "        for _, p in with_gradients(group):\n"
+                "            if not state[p]:\n"
+                "                state[p] = self.new_state(p)\n"
+                '            m = state[p]["momentum"]\n'
+                "            p.mul_(1 - group['lr'] * group['weight_decay'])\n"
+                "            p.add_(m.lerp(p.grad, 0.1).sign(), alpha=-group['lr'])\n"
+                "            m.lerp_(p.grad, 0.01)\n",
+            ),
+            Edit(
+                "training/optimizer.py",
+                'OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW,',
+                'from .lion import Lion\n\nOPTIMIZERS: dict[str, type[Rule]] = {"lion": Lion, "adamw": AdamW,',
+            ),
+            Edit(CONFIG, 'Literal["adamw", "muon"]', 'Literal["adamw", "muon", "lion"]'),
+        ],
+    ),
+    "schedule": (
+        2,
+        [
+            Edit("training/scheduler.py", '    "cosine": cosine,\n', '    "cosine": cosine,\n    "root": root,\n'),
+            Edit(
+                "training/scheduler.py",
+                "def constant(",
+                "def root(step: int, peak: float, config: SchedulerConfig, end: int) -> float:\n"
+                "    return peak / (1 + step) ** 0.5\n\n\ndef constant(",
+            ),
+            Edit(CONFIG, 'Literal["cosine", ', 'Literal["root", "cosine", '),
+        ],
+    ),
+}
+# with the cache as without it, alone and in an engine; int8 gives some text
+DECODE = """
+import queue
+from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.generation.engine import Engine, Request
+from llm_from_scratch.generation.generator import Generator
+
+params = GenerationConfig(num_samples=1, max_new_tokens=12, temperature=0.0)
+prompts = ["abc", "a", "hijklm"]
+generator = Generator.from_checkpoint("whole", device="cpu")
+texts = [[c.tokens for c in generator.generate(prompts, params, use_cache=cached)] for cached in (True, False)]
+assert texts[0] == texts[1], texts
+engine, updates = Engine(generator, slots=4), queue.Queue()
+for prompt in prompts:
+    engine.submit(Request(generator.encode(prompt), params), lambda update, prompt=prompt: updates.put((prompt, update)))
+served, done = {prompt: [] for prompt in prompts}, 0
+while done < len(prompts):
+    prompt, update = updates.get(timeout=60)
+    assert update.error is None, update.error
+    served[prompt] += [token.id for delta in update.deltas for token in delta.tokens]
+    done += update.done
+engine.close()
+assert list(served.values()) == texts[1], (served, texts)
+assert len(Generator.from_checkpoint("whole", device="cpu", quantize="int8").generate("abc", params)[0].tokens) == 12
+"""
+SETTINGS = {**QUICK, "activation": "geglu", "pos_embedding": "alibi", "optimizer_type": "lion", "schedule": "root"}
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_a_part_is_added_in_few_files(part: str) -> None:
+    files, edits = PARTS[part]
+    assert len({edit.file for edit in edits}) == files
+
+
+def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_path: Path) -> None:
+    copy = EditedCopy(tmp_path, [edit for _, edits in PARTS.values() for edit in edits])
+    write_data(tmp_path / "data" / "text")
+    words = [f"--{name}={value}" for name, value in SETTINGS.items()] + ["--dataset=data/text"]
+    copy.run("cli.train", *words, "--out_dir=whole", "--sample_interval=4", "--start=a", "--max_new_tokens=4")
+    copy.run("cli.train", *words, "--out_dir=parts", "--max_iters=4", "--lr_decay_iters=8")
+    copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=data/text", "--max_iters=8")
+    whole, parts = (load_file(tmp_path / run / "step-00000008" / "model.safetensors") for run in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    moments = load_file(tmp_path / "whole" / "step-00000008" / "optimizer.safetensors")
+    assert {name.rpartition("/")[2] for name in moments} <= {"momentum", "step"} and len(moments) >= len(whole)
+    rates = [json.loads(line).get("lr") for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-2 / 8**0.5 == pytest.approx(min(rate for rate in rates if rate))
+
+    assert "memory" in copy.run("cli.plan", *words)
+    assert "val" in copy.run("cli.evaluate", "--out_dir=whole", "--dataset=data/text")
+    (tmp_path / "decode.py").write_text(DECODE)
+    assert "own forward" not in copy.run("decode.py")
+    refused = copy.run("cli.export", "--out_dir=whole", "--format=hf", "--output=exported", code=2)
+    assert "alibi" in refused or "geglu" in refused
+    other = copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=data/text", "--max_iters=9",
+                     "--optimizer_type=adamw", code=2)  # fmt: skip
+    assert "lion" in other and len(other.strip().splitlines()[-1]) < 400
