@@ -120,7 +120,8 @@ texts = [[c.tokens for c in generator.generate(prompts, params, use_cache=cached
 assert texts[0] == texts[1], texts
 engine, updates = Engine(generator, slots=4), queue.Queue()
 for prompt in prompts:
-    engine.submit(Request(generator.encode(prompt), params), lambda update, prompt=prompt: updates.put((prompt, update)))
+    request = Request(generator.encode(prompt), params)
+    engine.submit(request, lambda update, prompt=prompt: updates.put((prompt, update)))
 served, done = {prompt: [] for prompt in prompts}, 0
 while done < len(prompts):
     prompt, update = updates.get(timeout=60)
@@ -152,14 +153,14 @@ def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_
     moments = load_file(tmp_path / "whole" / "step-00000008" / "optimizer.safetensors")
     assert {name.rpartition("/")[2] for name in moments} <= {"momentum", "step"} and len(moments) >= len(whole)
     rates = [json.loads(line).get("lr") for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert 1e-2 / 8**0.5 == pytest.approx(min(rate for rate in rates if rate))
+    assert any(rate == pytest.approx(1e-2 / 8**0.5) for rate in rates if rate)  # that of step 7
 
     assert "memory" in copy.run("cli.plan", *words)
     assert "val" in copy.run("cli.evaluate", "--out_dir=whole", "--dataset=data/text")
     (tmp_path / "decode.py").write_text(DECODE)
     assert "own forward" not in copy.run("decode.py")
     refused = copy.run("cli.export", "--out_dir=whole", "--format=hf", "--output=exported", code=2)
-    assert "alibi" in refused or "geglu" in refused
+    assert "has no name in" in refused and "c_gate" in refused
     other = copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=data/text", "--max_iters=9",
                      "--optimizer_type=adamw", code=2)  # fmt: skip
     assert "lion" in other and len(other.strip().splitlines()[-1]) < 400
