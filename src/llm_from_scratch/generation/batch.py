@@ -15,7 +15,7 @@ Shapes in comments: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -25,12 +25,22 @@ from ..config import GPTConfig
 from ..core.cache import KVCache
 from ..errors import UserError
 
-if TYPE_CHECKING:
-    from .generator import Decoder
-
 CACHE_BYTES = 1 << 30  # rows whose caches need more than this are decoded in groups; the result is the same
 Overflow = Literal["recompute", "drop_half"]
 Prompts = Sequence[Sequence[int]]
+
+
+class Decodes(Protocol):
+    """A model as rows need it: generator.py's Decoder."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    cacheable: bool
+
+    def read(self, idx: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor: ...
+
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor: ...
 
 
 class Prefill:
@@ -42,7 +52,7 @@ class Prefill:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decodes,
         prompts: Prompts,
         room: int = 0,
         observe: Callable[[int, Tensor], None] | None = None,
@@ -99,7 +109,7 @@ class Batch:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decodes,
         prompts: Prompts,
         max_new_tokens: int,
         use_cache: bool = True,

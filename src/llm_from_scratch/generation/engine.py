@@ -342,7 +342,7 @@ class Engine:
         samples = self._samples[first:]
         sound = logits[:, : self.generator.tokenizer.vocab_size].isfinite().all(dim=1)
         logits = self.generator.choosable(logits, check=False)
-        ids = sampler(logits)
+        ids = sampler.draw(logits)
         self._batch.append(ids, first)
         drawn = ids.tolist()
         for sample, good in zip(samples, sound.tolist(), strict=True):

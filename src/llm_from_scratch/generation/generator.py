@@ -56,7 +56,7 @@ class Decoder:
     ):
         self.model, self.linears = model, Linears(model, quantize)
         self.device, self.dtype = self.linears.device, self.linears.dtype  # dtype: of activations and the cache
-        self.step = DecodeStep(model, self.linears, compiled, graphed, say)
+        self.recorded = DecodeStep(model, self.linears, compiled, graphed, say)
         self.cacheable = works_with_cache(model, self.linears)
         if not self.cacheable:
             say("decoding without a cache: with one, this model's forward gives other logits")
@@ -68,6 +68,10 @@ class Decoder:
         with self.linears.computing():
             logits, _ = self.model(idx, cache=cache, logits_at=logits_at)
         return logits
+
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """One new token per row, (B,), to logits, (B, V): the same forward, recorded for one token and replayed."""
+        return self.recorded(ids, cache)
 
 
 @dataclass
@@ -270,7 +274,7 @@ class Generator:
     def next_tokens(self, batch: Batch, sampler: Sampler, check: bool) -> Tensor:
         """Draws and appends one token per row; returns them, (B,)."""
         logits = batch.logits()  # (B, V): by Decoder.read for a prompt, then by Decoder.step
-        ids = sampler(self.choosable(logits, check))  # penalties, temperature, filters, one draw per row
+        ids = sampler.draw(self.choosable(logits, check))  # penalties, temperature, filters, a random number per row
         batch.append(ids)
         return ids
 

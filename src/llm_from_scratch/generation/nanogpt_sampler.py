@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..config import GenerationConfig, GPTConfig
 from ..core.model import GPT
 from .row_sampler import Sampler
+from .sampling import FILTERS, top_k, top_p
 
 
 def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> torch.Generator:
@@ -33,7 +34,11 @@ class NanoGPTSampler(Sampler):
     tokenizer's; model_rows: the model's, padding included, over which nanoGPT draws.
     """
 
-    keep_ties = True
+    filters = {
+        **FILTERS,
+        "top_k": lambda logits, p: top_k(logits, p.top_k, keep_ties=True),
+        "top_p": lambda logits, p: top_p(logits, p.top_p),
+    }
 
     def __init__(self, params: GenerationConfig, stream: torch.Generator, vocab_size: int, model_rows: int):
         super().__init__(params, [()] * params.num_samples, [0] * params.num_samples, vocab_size, stream.device)

@@ -560,7 +560,7 @@ def record(model: GPT, cache: KVCache, make_product: MakeProduct) -> Record:
     # not the values of the step that follows: what Python code reads out of them shows in the comparison
     ids, lengths = torch.zeros_like(cache.lengths), (cache.lengths - 1).clamp_(min=0)
     end = int(lengths.max())
-    visible, mask = window.visible(lengths, end, ragged), window.mask(lengths, end, ragged)
+    visible, mask = window.visible(lengths, ragged), window.mask(lengths, end, ragged)
     where = window.where(lengths)
     idx, shown = ids[:, None], visible[:, None, None]
     positions = lengths[:, None] if ragged else lengths[:1]

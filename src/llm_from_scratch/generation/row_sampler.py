@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..config import GenerationConfig
 from ..errors import UserError
-from .sampling import GREEDY_BELOW, draw, keep_likely, presence_frequency_penalty, repetition_penalty
+from .sampling import (
+    FILTERS,
+    GREEDY_BELOW,
+    draw,
+    keep_likely,
+    presence_frequency_penalty,
+    repetition_penalty,
+)
 
 Prompts = Sequence[Sequence[int]]
 
@@ -29,7 +36,7 @@ class Sampler:
     params: for all rows, or one a row. Raises UserError where logit_bias names what is no token.
     """
 
-    keep_ties = False  # see top_k
+    filters = FILTERS
     CHUNK = 256  # random numbers drawn at once per row; the streams do not depend on it
 
     def __init__(
@@ -60,8 +67,8 @@ class Sampler:
         """What follows from the rows' settings."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for row, p in enumerate(self.params):
-            filters = (p.temperature, p.top_k, p.top_p, p.min_p)
-            groups.setdefault(() if p.temperature < GREEDY_BELOW else filters, []).append(row)
+            settings = tuple(getattr(p, name) for name in self.filters)
+            groups.setdefault(() if p.temperature < GREEDY_BELOW else settings, []).append(row)
         self.groups = [
             (self.params[rows[0]], None if len(groups) == 1 else torch.tensor(rows, device=self.device))
             for rows in groups.values()
@@ -77,7 +84,7 @@ class Sampler:
                 for token, value in p.logit_bias.items():
                     self.bias[row, token] = value
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def draw(self, logits: Tensor) -> Tensor:
         """The next token of every row, (B,) int64, from the model's logits, (B, V)."""
         logits = logits.float()
         if self.bias is not None:
@@ -105,11 +112,16 @@ class Sampler:
         if params.temperature < GREEDY_BELOW:
             return logits.argmax(dim=-1)
         k, among = params.top_k, None
-        if k and k <= logits.size(-1) // 4 and not self.keep_ties:
-            # the few that the filters can leave, in the order of their ids, so that the same is drawn
+        if (
+            k
+            and k <= logits.size(-1) // 4
+            and self.filters is FILTERS
+            and list(FILTERS)[:2] == ["temperature", "top_k"]
+        ):
+            # only the k tokens that the filters can leave, in the order of their ids, so that the same one is drawn
             among = logits.topk(k).indices.sort(dim=-1).values
             logits = logits.gather(-1, among)
-        probs = keep_likely(logits, params, self.keep_ties).softmax(dim=-1)
+        probs = keep_likely(logits, params, self.filters).softmax(dim=-1)
         ids = self.pick(probs) if numbers is None else draw(probs, numbers)
         return ids if among is None else among.gather(-1, ids[:, None]).squeeze(-1)
 

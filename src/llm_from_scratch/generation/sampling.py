@@ -4,17 +4,18 @@
     2. repetition_penalty                     (tokens of the prompt and of the text so far)
     3. presence_penalty, frequency_penalty    (tokens of the text so far)
     4. temperature                            (0 ends here: the most likely token)
-    5. top_k, then top_p, then min_p          (each on what the one before has left)
-    6. softmax, and one draw a row
+    5. top_k, then top_p, then min_p          (each on what the previous one left; FILTERS)
+    6. softmax, and one draw per row
 
-What is removed gets the logit -inf. The order is that of transformers' generate. Of logits that are equal at the k-th
-place, top_k keeps any. sampler.py gives every row a random stream of its own, so its tokens do not depend on what else
-is in the batch.
+A removed token gets the logit -inf. The order is that of transformers' generate. If logits are equal at the k-th
+place, top_k keeps any of them. row_sampler.py gives every row a random stream of its own, so its tokens do not depend
+on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def temperature(logits: Tensor, value: float) -> Tensor:
 def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
     """Keeps exactly the k largest logits; None, 0 or k >= V keeps all.
 
-    keep_ties keeps more than k where further logits equal the k-th, as nanoGPT does.
+    keep_ties keeps more than k if further logits equal the k-th, as nanoGPT does.
     """
     if not k or k >= logits.size(-1):
         return logits
@@ -59,7 +60,7 @@ def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
 def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
     """Keeps the fewest most likely tokens whose probabilities add up to p or more (arXiv 1904.09751); 1 keeps all.
 
-    among: where no more than so many tokens are left, sorting only those is far cheaper than sorting V.
+    among: at most this many tokens are left; sorting only those is far cheaper than sorting V.
     """
     if p >= 1:
         return logits
@@ -79,11 +80,22 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
 
 
-def keep_likely(logits: Tensor, params: GenerationConfig, keep_ties: bool = False) -> Tensor:
-    """Temperature, top-k, top-p and min-p in their order. (B, V) to (B, V)."""
-    logits = top_k(temperature(logits, params.temperature), params.top_k, keep_ties)
-    logits = top_p(logits, params.top_p, among=None if keep_ties else params.top_k)
-    return min_p(logits, params.min_p)
+Filter = Callable[[Tensor, GenerationConfig], Tensor]
+# In the order in which they are applied, by the names of their settings. A new filter is a line here, a function above
+# and a setting in GenerationConfig.
+FILTERS: dict[str, Filter] = {
+    "temperature": lambda logits, params: temperature(logits, params.temperature),
+    "top_k": lambda logits, params: top_k(logits, params.top_k),
+    "top_p": lambda logits, params: top_p(logits, params.top_p, among=params.top_k),
+    "min_p": lambda logits, params: min_p(logits, params.min_p),
+}
+
+
+def keep_likely(logits: Tensor, params: GenerationConfig, filters: Mapping[str, Filter] = FILTERS) -> Tensor:
+    """All filters in their order. (B, V) to (B, V)."""
+    for function in filters.values():
+        logits = function(logits, params)
+    return logits
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -15,17 +15,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.cache import KVCache
 from ..errors import UserError
-from .batch import Batch, Overflow
-
-if TYPE_CHECKING:
-    from .generator import Decoder
+from .batch import Batch, Decodes, Overflow
 
 FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
 LONGEST_REST = 64  # tokens without proposals after a pass that did not pay: twice as many each time
@@ -70,7 +67,7 @@ class Lookup:
 class DraftModel:
     """The greedy continuation of a smaller model. Raises UserError where its vocabulary is not the model's."""
 
-    def __init__(self, decoder: Decoder, fingerprint: str, expected: str):
+    def __init__(self, decoder: Decodes, fingerprint: str, expected: str):
         if fingerprint != expected:
             raise UserError("the draft model has another tokenizer than the model: it must share its vocabulary")
         if not decoder.cacheable:
@@ -118,7 +115,7 @@ class SpeculativeBatch(Batch):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decodes,
         prompt: Sequence[int],
         max_new_tokens: int,
         draft: Draft,

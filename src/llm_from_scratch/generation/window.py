@@ -41,9 +41,9 @@ class Window:
         which, row, head = (torch.arange(n, device=device) for n in (2, self.rows, heads))
         self.base = ((which[:, None, None] * room + row[:, None]) * heads + head) * max_len  # (2, B, Hkv)
         self.heads, self.places = heads, torch.arange(self.size, device=device)
-        steps = torch.arange(2 * self.size, device=device) < self.size
-        self.steps = steps[None]  # a slice of it is the mask of every row of a given length
-        self.hidden = torch.where(steps, 0.0, -math.inf).to(cache.kv.dtype)[None, None]
+        # a slice of it is the mask of rows of a given length
+        self.hidden = torch.zeros(1, 1, 2 * self.size, device=device, dtype=cache.kv.dtype)
+        self.hidden[..., self.size :] = -math.inf
 
         # the parameters of a recorded step that stay the same from token to token
         self.parts = (self.tokens, self.memory, self.turned, self.flat, self.keys, self.values)
@@ -57,14 +57,17 @@ class Window:
         return window
 
     def inputs(self, ids: Tensor, cache: KVCache, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
-        """The other parameters: ids, lengths, visible, mask, where. What is not among needs is None."""
+        """The other parameters: ids, lengths, visible, mask, where. What is not among needs is None.
+
+        All but mask start at the beginning of their memory, as the views that a record takes of them must.
+        """
         lengths, end, ragged = cache.lengths, cache.end, cache.ragged
         if "tokens" in needs:
             cache.tokens[torch.arange(self.rows, device=ids.device), lengths] = ids
         return (
-            ids,
+            ids if ids.is_contiguous() and not ids.storage_offset() else ids.clone(),
             lengths,
-            self.visible(lengths, end, ragged) if "visible" in needs else None,
+            self.visible(lengths, ragged) if "visible" in needs else None,
             self.mask(lengths, end, ragged) if "mask" in needs else None,
             self.where(lengths) if "where" in needs else None,
         )
@@ -73,11 +76,9 @@ class Window:
         """Rows of memory for the new keys, then for the new values: (2 B Hkv,). lengths: (B,), before the step."""
         return (self.base + lengths[:, None]).view(-1)
 
-    def visible(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
+    def visible(self, lengths: Tensor, ragged: bool) -> Tensor:
         """Which keys the new token of each row sees: bool, (B or 1, S)."""
-        if ragged:
-            return self.places <= lengths[:, None]
-        return self.steps.narrow(1, self.size - 1 - end, self.size)
+        return self.places <= (lengths if ragged else lengths[:1])[:, None]
 
     def mask(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
         """The same to be added to the scores: 0 or -inf, (B Hkv or 1, 1, S)."""

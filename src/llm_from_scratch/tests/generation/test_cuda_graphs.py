@@ -42,7 +42,7 @@ def test_recorded_steps_give_the_same_tokens(option: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(window, "BUCKET", 8)
     prompts = ragged_prompts(8, 9, seed=1)
     plain, recorded = (Generator(memorised(option), TOKENIZER) for _ in range(2))
-    step = recorded.decoder.step.graphs = GraphedStep(Tape)
+    step = recorded.decoder.recorded.graphs = GraphedStep(Tape)
     free = plain.generate(prompts, PARAMS)
     stops = tuple(sample.text[at : at + 2] for sample, at in zip(free[:3], (3, 9, 14), strict=True))
     params = GenerationConfig(num_samples=1, max_new_tokens=BLOCK, temperature=0.0, stop=stops)
@@ -83,6 +83,6 @@ def test_cuda_graphs_give_the_tokens_of_the_cpu(option: str) -> None:
     expected = Generator(memorised(option), TOKENIZER).generate(prompts, PARAMS)
     generator = Generator(copy.deepcopy(memorised(option)), TOKENIZER, "cuda")
     assert generator.generate(prompts, PARAMS) == expected
-    step = generator.decoder.step
+    step = generator.decoder.recorded
     assert step.failure is None and step.graphs is not None
     assert step.graphs.failure is None and step.graphs.graphs

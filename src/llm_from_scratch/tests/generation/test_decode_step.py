@@ -69,7 +69,7 @@ def test_every_step_is_the_models_own(option: str, capsys: pytest.CaptureFixture
                 cache.advance(1)
         for row, n in enumerate(lengths):
             close(caches[0].kv[:, :, row, :, : n + 4], caches[1].kv[:, :, row, :, : n + 4])
-    assert decoder.step.failure is None and len(decoder.step.records) == 3
+    assert decoder.recorded.failure is None and len(decoder.recorded.records) == 3
     assert capsys.readouterr().err == ""
 
 
@@ -94,7 +94,7 @@ def test_rows_of_one_length_and_a_window_that_grows(monkeypatch: pytest.MonkeyPa
             cache.advance(-1)
             close(decoder.step(idx[rows, n], cache), whole[n][rows])
             cache.advance(1)
-    assert len(sizes) > 4 and len(decoder.step.records) > 4 and decoder.step.failure is None
+    assert len(sizes) > 4 and len(decoder.recorded.records) > 4 and decoder.recorded.failure is None
 
 
 def test_caches_join() -> None:
@@ -136,7 +136,7 @@ def test_ngrams_are_read(lengths: list[int]) -> None:
         for text, token, found in zip(texts, new.tolist(), logits, strict=True):
             text.append(token)
             close(found, own(model, torch.tensor([text]))[0, 0])
-    assert decoder.step.failure is None and decoder.step.records
+    assert decoder.recorded.failure is None and decoder.recorded.records
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
@@ -206,7 +206,7 @@ def test_half_precision_is_near(dtype: torch.dtype, capsys: pytest.CaptureFixtur
         decoded = decoder.step(idx[:, -n], cache).float()
         cache.advance(1)
     assert (decoded - expected[:, 0]).norm() < allowed * expected.norm()
-    assert decoder.step.records and capsys.readouterr().err == "" and model.compute_dtype is None
+    assert decoder.recorded.records and capsys.readouterr().err == "" and model.compute_dtype is None
 
 
 def test_int8_writes_nearly_what_float32_writes() -> None:
@@ -217,7 +217,7 @@ def test_int8_writes_nearly_what_float32_writes() -> None:
         model = memorised(option)
         exact, rounded = Generator(model, TOKENIZER), Generator(model, TOKENIZER, quantize="int8")
         assert rounded.generate([prompt], params)[0].tokens == exact.generate([prompt], params)[0].tokens
-        assert rounded.decoder.step.records and rounded.decoder.step.failure is None
+        assert rounded.decoder.recorded.records and rounded.decoder.recorded.failure is None
         idx, losses = ids(4, BLOCK), []
         for cached in (False, True):  # a whole sequence, and a step
             found = []
@@ -258,7 +258,7 @@ def test_an_edited_model_decodes_in_int8_too(capsys: pytest.CaptureFixture[str])
     expected = own(model, ids(1, 10))[:, 0]
     assert 0 < (logits[0] - expected).norm() < 0.05 * expected.norm()
     assert (logits[1] - expected).norm() > 0.2 * expected.norm()
-    assert decoder.step.records and capsys.readouterr().err == ""
+    assert decoder.recorded.records and capsys.readouterr().err == ""
 
 
 def test_changed_weights_are_recorded_again() -> None:
@@ -289,7 +289,7 @@ def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "decoding with the model's own forward: a record of it gives other logits\n"
     monkeypatch.undo()
     assert found == Generator(memorised("gpt2"), TOKENIZER).generate(TEXT[:3], params)
-    assert generator.decoder.step.records == {}
+    assert generator.decoder.recorded.records == {}
 
 
 def test_a_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_a_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = Generator(memorised("modern"), TOKENIZER)
     generator.compiled = True
     assert generator.generate(TEXT[:3], PARAMS) == expected
-    assert len(compiled) == len(generator.decoder.step.records) == 1
+    assert len(compiled) == len(generator.decoder.recorded.records) == 1
 
 
 PARAMS = GenerationConfig(num_samples=2, max_new_tokens=BLOCK - 3, temperature=1.0)

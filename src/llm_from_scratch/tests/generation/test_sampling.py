@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -114,11 +115,11 @@ def test_draws_follow_the_probabilities():
 def test_greedy_takes_the_first_of_equals():
     params = GenerationConfig(temperature=0.0)
     sampler = Sampler(params, [[0], [0]], [1, 2], 4, CPU)
-    assert sampler(torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 3.0]])).tolist() == [1, 0]
+    assert sampler.draw(torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 0.0, 0.0, 3.0]])).tolist() == [1, 0]
 
 
 def run(sampler: Sampler, logits: torch.Tensor, steps: int) -> list[list[int]]:
-    return torch.stack([sampler(logits) for _ in range(steps)], dim=1).tolist()
+    return torch.stack([sampler.draw(logits) for _ in range(steps)], dim=1).tolist()
 
 
 def test_a_row_draws_the_same_alone_and_in_any_batch(monkeypatch):
@@ -145,7 +146,8 @@ def test_select_carries_streams_and_counts_along():
 def test_penalties_see_the_prompt_only_where_they_should():
     logits = torch.tensor([[1.0, 0.9, 0.0]])
     # repetition: token 0 stands in the prompt, so 1 / 2 < 0.9
-    assert Sampler(GenerationConfig(temperature=0.0, repetition_penalty=2.0), [[0]], [0], 3, CPU)(logits).item() == 1
+    params = GenerationConfig(temperature=0.0, repetition_penalty=2.0)
+    assert Sampler(params, [[0]], [0], 3, CPU).draw(logits).item() == 1
     # and what was generated counts as well: 1, 0.9, then 1 / 2 against 0.9 / 2
     sampler = Sampler(GenerationConfig(temperature=0.0, repetition_penalty=2.0), [[2]], [0], 3, CPU)
     assert run(sampler, logits, 4) == [[0, 1, 0, 0]]
@@ -175,9 +177,9 @@ def test_a_logit_bias_is_added_before_all_else():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     # 1 + 3 is the largest; then the repetition penalty divides what the prompt holds: 4 / 2.5 against 2
     params = GenerationConfig(temperature=0.0, logit_bias={1: 3.0})
-    assert Sampler(params, [[0]], [0], 3, CPU)(logits).item() == 1
+    assert Sampler(params, [[0]], [0], 3, CPU).draw(logits).item() == 1
     penalised = GenerationConfig(temperature=0.0, logit_bias={1: 3.0}, repetition_penalty=2.5)
-    assert Sampler(penalised, [[1]], [0], 3, CPU)(logits).item() == 0
+    assert Sampler(penalised, [[1]], [0], 3, CPU).draw(logits).item() == 0
     with pytest.raises(UserError, match="token 3"):
         Sampler(GenerationConfig(logit_bias={3: 1.0}), [[0]], [0], 3, CPU)
 
@@ -242,3 +244,20 @@ def test_log_probabilities_by_hand():
     assert own.exp().tolist() == pytest.approx([0.25])
     assert ids.tolist() == [[2, 1]] and top.exp().tolist()[0] == pytest.approx([0.625, 0.25])
     assert sampling.log_probabilities(logits, torch.tensor([1]), 9)[1].shape == (1, 3)
+
+
+def test_a_new_filter_is_a_line_of_the_table_and_a_setting(monkeypatch):
+    """Rows that differ in the new setting alone are filtered apart."""
+
+    @dataclasses.dataclass
+    class Settings(GenerationConfig):
+        only_below: int = 100
+
+    def only_below(logits, params):
+        return logits.masked_fill(torch.arange(logits.size(-1)) >= params.only_below, -torch.inf)
+
+    monkeypatch.setitem(sampling.FILTERS, "only_below", only_below)
+    params = [Settings(temperature=9.0, only_below=n) for n in (1, 3, 1, 3)]
+    sampler = Sampler(params, [[]] * 4, range(4), 8, CPU)
+    drawn = torch.stack([sampler.draw(torch.zeros(4, 8)) for _ in range(60)])
+    assert drawn.amax(0).tolist() == [0, 2, 0, 2]
