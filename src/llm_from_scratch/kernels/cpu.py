@@ -37,7 +37,7 @@ def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dic
     if not compiled:
         found[RotaryPositions] = CPURotaryPositions
     if in_bfloat16 or dropout:
-        found[Attention] = EagerCPUAttention if compiled else CPUAttention
+        found[Attention] = eager_attention() if compiled else CPUAttention
     if compiled and not dropout and model.config.block_size <= SHORT:
         found[Attention] = WrittenAttention
     return found, [*in_blocks]
@@ -81,10 +81,14 @@ class LeanCPUAttention(CPUAttention):
     keeps_weights = False
 
 
-class EagerCPUAttention(CPUAttention):
-    """CPUAttention in blocks that are compiled."""
+@functools.cache
+def eager_attention() -> type[CPUAttention]:
+    """CPUAttention in blocks that are compiled. Made on demand: to exclude it imports the compiler, which is slow."""
 
-    forward = torch.compiler.disable(CPUAttention.forward)
+    class EagerCPUAttention(CPUAttention):
+        forward = torch.compiler.disable(CPUAttention.forward)
+
+    return EagerCPUAttention
 
 
 class WrittenAttention(Attention):

@@ -38,11 +38,11 @@ BEFORE_TORCH = (
 UPWARD = {("core.model", "interop.hf"), ("core.model", "training.optimizer")}
 
 
-@functools.cache
 def line_of(node: ast.AST) -> int:
     return getattr(node, "lineno", 0)
 
 
+@functools.cache
 def tree_of(source: str) -> ast.Module:
     return ast.parse(source)
 

@@ -1,8 +1,7 @@
-"""What a run would take: seconds, memory, when it ends. Measured on a rehearsal of a few updates, and extrapolated.
+"""Estimates the time, memory and finish time of a run, from a rehearsal of a few updates.
 
-The rehearsal is the trainer itself, on the run's own data, with as many layers and sequences as fit into a few seconds.
-What is between the input of its first block and the output of its last one grows with the number of layers, the rest
-does not; both grow with the number of sequences. It writes nothing.
+The rehearsal is a run on the same data, with as many layers and sequences as fit in a few seconds. The cost of the
+blocks grows with the number of layers, the rest does not; both grow with the number of sequences. It writes nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from .trainer import train_step
 from .wrap import loss_is_chunked
 
 BUDGET = 3.0  # seconds
-LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, and enough if they took so many seconds
-HEAP = 1 << 25  # bytes: larger blocks go back to the system when they are freed (glibc's M_MMAP_THRESHOLD_MAX)
-FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run has: below, they take longer each
+LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, at most, and enough after this many seconds
+HEAP = 1 << 25  # bytes: larger blocks return to the system when freed (glibc's M_MMAP_THRESHOLD_MAX)
+FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run; with fewer tokens, each takes longer
 
 
 @dataclass(frozen=True)
@@ -44,23 +43,23 @@ class Forecast:
     training: float
     """All updates."""
     evaluations: float
-    """All evaluations of the training, and that of the whole validation split at its end."""
+    """All evaluations during training, and the one of the whole validation split at the end."""
     saves: float
     startup: float
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """With all that a step needs for a moment."""
+    """With temporary memory."""
     copies: int
-    """Of weights and moments, from which a checkpoint is written."""
+    """Copies of weights and moments, from which a checkpoint is written."""
     base: int
-    """The process without a model: Python, torch, the data that is read."""
+    """The process without a model: Python, torch, data."""
     available: int | None
     """Memory of the machine, or of the device."""
     calibration: float
     measured: str
-    """What was rehearsed."""
+    """The size of the rehearsal."""
 
     @property
     def total(self) -> float:
@@ -68,13 +67,13 @@ class Forecast:
 
     @property
     def memory(self) -> int:
-        """At its peak."""
+        """Peak memory."""
         return self.base + self.weights + self.gradients + self.optimizer + self.activations + self.copies
 
 
 @dataclass(frozen=True)
 class _Split:
-    """An amount, of the stack of blocks and of the rest of the model."""
+    """An amount for the stack of blocks, and for the rest of the model."""
 
     stack: float
     rest: float
@@ -84,7 +83,7 @@ class _Split:
         return self.stack + self.rest
 
     def deeper(self, factor: float) -> float:
-        """That of a model with so many times the layers."""
+        """The amount for a model with `factor` times the layers."""
         return self.stack * factor + self.rest
 
 
@@ -179,7 +178,7 @@ class Rehearsal:
         self.run.model.zero_grad(set_to_none=True)
 
     def saved(self) -> _Split:
-        """Bytes that a forward pass keeps for the backward pass."""
+        """Bytes that a forward pass stores for the backward pass."""
         own = {p.untyped_storage().data_ptr() for p in self.run.model.parameters()}
         found: dict[int, tuple[bool, int]] = {}
 
@@ -207,7 +206,7 @@ class Rehearsal:
         return _Split(weights[True], weights[False]), _Split(moments[True], moments[False])
 
     def evaluated(self, windows: int) -> _Split:
-        """Seconds of evaluating so many windows at once."""
+        """Seconds to evaluate `windows` windows at once."""
         plan, begin = self.plan, self._now()
         block_size, run = plan.config.model.block_size, self.run
         estimate_loss(run.models.compiled, plan.val_data, block_size, windows, run.runtime, windows)
@@ -216,9 +215,9 @@ class Rehearsal:
 
 
 def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
-    """Rehearses the run for about so many seconds, more where a single update takes longer, or is to be compiled.
+    """Rehearses the run for about `budget` seconds; longer if one update takes longer, or compiles.
 
-    Raises UserError where not even the rehearsal fits into memory.
+    Raises UserError if not even one layer and one sequence fit in memory.
     """
     begin, ran = time.perf_counter(), time.process_time()
     runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
@@ -241,11 +240,11 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
 
 
 def _extent(plan: Plan, budget: float) -> tuple[int, int]:
-    """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each, or as few as may be."""
+    """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each."""
     model, rows = plan.config.model, plan.micro_batch
     if plan.runtime.device.type == "cuda" or plan.runtime.compile:
-        return model.n_layer, rows  # a GPU takes a moment; and what has been compiled once need not be a second time
-    rate = _products_per_second() / 2  # of which a step reaches about a half
+        return model.n_layer, rows  # a GPU is fast; and the run reuses what was compiled
+    rate = _products_per_second() / 2  # a step reaches about half of it
 
     def seconds(layers: int, rows: int) -> float:
         flops = sizes(dataclasses.replace(model, n_layer=layers), rows).flops_per_token
@@ -260,7 +259,7 @@ def _extent(plan: Plan, budget: float) -> tuple[int, int]:
 
 
 def _products_per_second(size: int = 512) -> float:
-    """FLOP/s of matrix products, by five of them."""
+    """FLOP/s of matrix products, measured on five."""
     a, took = torch.ones(size, size), []
     for _ in range(6):
         begin = time.perf_counter()
@@ -270,9 +269,9 @@ def _products_per_second(size: int = 512) -> float:
 
 
 def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
-    """A plan of one process, some layers, and one micro-batch of so many sequences an update."""
+    """A plan for one process, `layers` layers, and one micro-batch of `rows` sequences per update."""
     model, training = plan.config.model, dataclasses.replace(plan.config.training)
-    training.chunked_loss = loss_is_chunked(plan.config, plan.micro_batch)  # as the whole run has it
+    training.chunked_loss = loss_is_chunked(plan.config, plan.micro_batch)  # as in the whole run
     if isinstance(training.activation_budget, float):
         training.activation_budget *= layers / model.n_layer * rows / plan.micro_batch
     config = dataclasses.replace(plan.config, model=dataclasses.replace(model, n_layer=layers), training=training)
@@ -286,7 +285,7 @@ def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
 def _measured(
     plan: Plan, rehearsal: Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
 ) -> Forecast:
-    """Extrapolates from a part of the layers and of the sequences to all."""
+    """Extrapolates from some layers and sequences to all."""
     built, small, model = _since(begin), rehearsal.plan, plan.config.model
     deep, wide = model.n_layer / small.config.model.n_layer, plan.micro_batch / small.micro_batch
     at_first = 0
@@ -315,23 +314,23 @@ def _measured(
     saved = rehearsal.saved()
     W, M = weights.deeper(deep), moments.deeper(deep)
     before = base + weights.whole + moments.whole
-    # what lives for a moment only, and what does not grow with the sequences
+    # temporary memory, and the part that does not grow with the sequences
     moment = max(0.0, trained - before - max(saved.whole, weights.whole))
     fixed = max(0.0, at_first - base - weights.whole - max(saved.whole / small.micro_batch, weights.whole))
     fixed = min(fixed, moment)
     moment = wide * (moment - fixed) + fixed
     activations = wide * saved.deeper(deep) + moment
-    if plan.micro_steps == 1:  # gradients come as activations go
+    if plan.micro_steps == 1:  # gradients are made while activations are freed
         activations = max(activations - W, moment)
     if looked > trained:  # an evaluation needs more than a step
         activations = max(activations, (looked - before) * at_once / tried - W)
     saves = Calendar.of(plan).saves(plan.start_step)
     copies = 0.0
-    if plan.runtime.device.type == "cpu":  # else they are in another memory
+    if plan.runtime.device.type == "cpu":  # otherwise they are in another memory
         copies = W + M
         if free is not None and 2 * copies > free - copies - max(W, activations):
-            copies = 0.0  # memory is short: a save waits instead
-        if not saves:  # the last one comes when the step's memory is free again, as far as the allocator gives it back
+            copies = 0.0  # if memory is short, a save makes no copy
+        if not saves:  # the last one is made after the step's memory was freed, if the allocator returned it
             large: float = sum(p.nbytes for p in rehearsal.run.model.parameters() if p.nbytes > HEAP)
             logits = 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0)
             if logits > HEAP and not small.config.training.chunked_loss:
@@ -353,7 +352,7 @@ def _measured(
 
 
 def _windows(plan: Plan, rehearsal: Rehearsal) -> tuple[int, int]:
-    """(windows of an evaluation that are computed at once, windows a split)."""
+    """(windows that an evaluation computes at once, windows per split)."""
     windows = plan.config.training.eval_iters * plan.config.data.batch_size
     at_once = rehearsal.run.eval_batch or min(
         windows, windows_at_once(rehearsal.run.model, plan.config.model.block_size)
@@ -366,7 +365,7 @@ def _since(begin: float) -> float:
 
 
 def lines(plan: Plan, found: Forecast) -> list[str]:
-    """The forecast as --dry_run prints it."""
+    """The lines that --dry_run prints."""
     gib = 1 << 30
     parts = [
         ("weights", found.weights), ("gradients", found.gradients), ("optimizer", found.optimizer),
@@ -376,7 +375,7 @@ def lines(plan: Plan, found: Forecast) -> list[str]:
     there = f" of {found.available / gib:.1f} GiB" if found.available else ""
     text = [
         f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({told}); arithmetic: "
-        f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP a token",
+        f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP per token",
         f"step: about {found.step * 1e3:,.1f} ms, {found.tokens_per_s:,.0f} tokens/s (from {found.measured}, in "
         f"{found.calibration:.1f} s)",
         f"time: about {in_words(found.total)}, until {clock_time(found.total)} if it began now (steps "

@@ -614,3 +614,23 @@ def test_config_is_not_changed_by_a_run(tiny_data: Path) -> None:
     copied = json.dumps(dataclasses.asdict(config))
     train(config)
     assert json.dumps(dataclasses.asdict(config)) == copied and before.model is config.model
+
+
+EAGER = """
+import sys
+from llm_from_scratch.tests.tiny import tiny_config
+from llm_from_scratch.training.trainer import train
+
+for more in ({"max_iters": 1}, {"max_iters": 2, "init_from": "resume"}):
+    train(tiny_config(sys.argv[1], optimizer_type="muon", dropout=0.1, **more))
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_run_that_does_not_compile_does_not_import_the_compiler(tiny_data: Path) -> None:
+    """Which takes more than a second, and which torch's own optimizers import at their first step."""
+    Path("eager.py").write_text(EAGER)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "eager.py", str(tiny_data)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
