@@ -71,6 +71,7 @@ class CPUAttention(Attention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         if causal and torch.is_grad_enabled():
+            q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a rotation leaves them in float32
             return CausalAttention.apply(q, k, v, self.dropout if self.training else 0.0, self.keeps_weights)
         return super().forward(q, k, v, mask, causal)
 

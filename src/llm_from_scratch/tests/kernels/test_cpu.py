@@ -139,6 +139,16 @@ def test_activations_and_their_gradients_are_the_plain_ones(case: str) -> None:
     assert torch.autograd.gradcheck(kinds[1](), leaves)
 
 
+def test_autocast_may_leave_queries_and_values_in_two_types() -> None:
+    """float16 with rotary positions and dropout: the rotation computes in float32."""
+    _, (q, k, v) = qkv(2, 2, 1, 4, 4, torch.float32)
+    attend, half = kernels.CPUAttention(0.1).train(), v.half().detach().requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        y = attend(q, k, half, None, True)
+    y.sum().backward()
+    assert y.dtype == torch.float16 and half.grad is not None and half.grad.isfinite().all()
+
+
 MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
 
 
