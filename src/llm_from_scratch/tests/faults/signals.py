@@ -22,7 +22,8 @@ from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.cli.train import main
 from llm_from_scratch.core.dataset import BatchLoader
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.training import guards, trainer
+from llm_from_scratch.training import run as runs
+from llm_from_scratch.training import signals
 
 from .rows import Report, Row
 from .runs import (
@@ -47,7 +48,7 @@ SETTINGS = {
     "dropout": 0.1, "sample_order": "shuffled",
 }  # fmt: skip
 PHASES: dict[str, tuple[Any, str]] = {
-    "an evaluation": (trainer, "estimate_loss"),
+    "an evaluation": (runs, "estimate_loss"),
     "a save": (checkpoints, "save_checkpoint"),
     "a sample": (GPT, "generate"),
     "a batch": (BatchLoader, "get"),
@@ -55,7 +56,7 @@ PHASES: dict[str, tuple[Any, str]] = {
 AT_MOST = {"an evaluation": 6, "a save": 3, "a sample": 4, "a batch": 12}  # times that the whole run comes by
 LIMIT = 2.0  # seconds from the signal to the end
 HANG = 10.0
-STOPPED = re.compile(r"^stopped at step (\d+); go on with: (.+)$", re.MULTILINE)
+STOPPED = re.compile(r"^stopped at step (\d+); resume with: (.+)$", re.MULTILINE)
 
 
 def run(count: int, seed: int, folder: Path) -> Report:
@@ -101,7 +102,7 @@ def _one(
         return
     report.check(code == 128 + signum, f"{case}: exit code {code}: {tail(output)}")
     report.check(seconds < LIMIT, f"{case}: the end came after {seconds:.1f} s")
-    if report.check(said is not None, f"{case}: no command to go on with: {tail(output)}") and said:
+    if report.check(said is not None, f"{case}: no command to resume with: {tail(output)}") and said:
         step = int(said[1])
         report.check(step == marks.last + 1, f"{case}: stopped at step {step}, the last update was {marks.last}")
         report.check(newest(out_dir) == step, f"{case}: stopped at step {step}, saved is {newest(out_dir)}")
@@ -196,7 +197,7 @@ ROW = Row(
     run=run,
     defects={
         "stop's step not saved": lambda: replaced(checkpoints, "save_checkpoint", _only_multiples()),
-        "second signal ignored": lambda: replaced(guards.StopRequest, "_on_signal", _first_only),
-        "no handler": lambda: replaced(guards, "SIGNALS", ()),
+        "second signal ignored": lambda: replaced(signals.StopRequest, "_on_signal", _first_only),
+        "no handler": lambda: replaced(signals, "SIGNALS", ()),
     },
 )
