@@ -220,5 +220,5 @@ def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path, tmp_path: 
 @pytest.mark.parametrize("changes", [{"max_ngram": 0}, {"sample_order": "random"}])
 def test_forgetting_needs_epochs_and_ngrams(changes: dict[str, Any], tiny_data: Path) -> None:
     settings: dict[str, Any] = {"max_ngram": 3, "sample_order": "shuffled", "forget_ngrams": True, **changes}
-    with pytest.raises(UserError, match="forget_ngrams belongs to"):
+    with pytest.raises(UserError, match="forget_ngrams needs --max_ngram"):
         tiny_config(tiny_data, **settings).validate()
