@@ -1,10 +1,10 @@
-// Speaks with the server: the key, errors as sentences, server-sent events.
+// Calls to the server: API key, errors as sentences, server-sent events.
 
 const STORED = "llm-key";
 
 export class ServerError extends Error {}
 
-// Sends a request; a 401 asks for the key and tries again. Throws ServerError with a sentence for a person.
+// Sends a request; a 401 asks for the key and tries again. Throws ServerError with a readable message.
 export async function call(path, { body, signal } = {}) {
   let note;
   for (;;) {
@@ -21,8 +21,8 @@ export async function call(path, { body, signal } = {}) {
     if (response.ok) return response;
     if (response.status !== 401) throw new ServerError(await sentence(response));
     if (sessionStorage.getItem(STORED) === key) {
-      note = key ? "The server did not take this key." : undefined;
-      if (!(await askForKey(note))) throw new ServerError("This server answers only with its API key.");
+      note = key ? "The server rejected this key." : undefined;
+      if (!(await askForKey(note))) throw new ServerError("This server requires an API key.");
     }
   }
 }
@@ -38,13 +38,13 @@ export async function getJson(path, options) {
 // The JSON objects of a stream of server-sent events, up to [DONE].
 export async function* events(response) {
   const reader = response.body.getReader();
-  const decoder = new TextDecoder(); // keeps a character that a chunk cuts in two
+  const decoder = new TextDecoder(); // keeps incomplete characters between chunks
   let buffer = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       buffer += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      const blocks = buffer.split(/\r\n\r\n|\n\n/); // what a chunk cuts stays in the buffer
+      const blocks = buffer.split(/\r\n\r\n|\n\n/); // an incomplete event stays in the buffer
       buffer = blocks.pop();
       for (const block of blocks) {
         const lines = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
@@ -85,7 +85,7 @@ function asSentence(text) {
 
 let asking;
 
-// One dialog, however many requests wait for it.
+// One dialog for all waiting requests.
 function askForKey(note) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key-dialog");

@@ -1,4 +1,4 @@
-// Begins: theme, tabs, what the server says of itself.
+// Start: theme, tabs, and the server's description of itself.
 
 import { getJson } from "./api.js";
 import * as chat from "./chat.js";

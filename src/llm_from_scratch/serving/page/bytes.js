@@ -1,10 +1,10 @@
-// Tokens to characters: a token may hold part of a character, or bytes that are none.
+// Tokens to characters: a token may contain part of a character, or invalid bytes.
 
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 export const hex = (bytes) => `⟨${bytes.map((b) => b.toString(16).padStart(2, "0")).join(" ")}⟩`;
 
-// How many bytes a character has that begins with this one; 0: none begins so.
+// The length in bytes of a character with this first byte; 0: invalid.
 function lengthOf(lead) {
   if (lead < 0x80) return 1;
   if (lead < 0xc2 || lead > 0xf4) return 0;
@@ -14,13 +14,13 @@ function lengthOf(lead) {
 const isControl = (byte) => (byte < 0x20 && byte !== 9 && byte !== 10) || byte === 0x7f;
 
 export class Joiner {
-  pending = []; // bytes of a character that is not complete
+  pending = []; // bytes of an incomplete character
 
-  // Takes a token's bytes. Returns its parts in order: strings, and arrays of bytes that are no text.
-  // completed: the token ended a character that earlier tokens began. The last bytes may wait in `pending`.
+  // Adds a token's bytes. Returns its parts in order: strings, and arrays of bytes that are not text.
+  // completed: the token completed a character of earlier tokens. The last bytes may wait in `pending`.
   push(bytes) {
     const parts = [];
-    let earlier = this.pending.length; // of the pending bytes, those that an earlier token shows
+    let earlier = this.pending.length; // pending bytes that belong to earlier tokens
     let completed = false;
     const text = (more) => (typeof parts.at(-1) === "string" ? (parts[parts.length - 1] += more) : parts.push(more));
     const raw = (some) => some.length && (Array.isArray(parts.at(-1)) ? parts.at(-1).push(...some) : parts.push(some));
@@ -49,7 +49,7 @@ export class Joiner {
   }
 }
 
-// A token in one line, for names and lists; pending: the bytes that wait before it.
+// A token on one line, for names and lists; pending: the bytes waiting before it.
 export function label(bytes, pending = []) {
   if (!bytes.length) return "⟨⟩";
   const joiner = new Joiner();
@@ -59,7 +59,7 @@ export function label(bytes, pending = []) {
   return completed ? `${hex(bytes)} = ${shown}` : shown;
 }
 
-// White space as signs.
+// White space as visible symbols.
 export function visible(text) {
   return text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length));
 }

@@ -2,13 +2,13 @@
 
 const PAD = { left: 46, right: 14, top: 14, bottom: 26 };
 
-// A curve: steps in order, and values; null where a loss was not finite.
+// A curve: ascending steps and their values; null for a loss that is not finite.
 export class Curve {
   steps = [];
   values = [];
 
   add(step, value) {
-    while (this.steps.length && this.steps.at(-1) >= step) { // done anew after a resume
+    while (this.steps.length && this.steps.at(-1) >= step) { // repeated after a resume
       this.steps.pop();
       this.values.pop();
     }
@@ -16,7 +16,7 @@ export class Curve {
     this.values.push(value);
   }
 
-  // Index of the point at or nearest to a step, -1 where there is none.
+  // Index of the point nearest to a step, -1 if there is none.
   nearest(step) {
     let [low, high] = [0, this.steps.length - 1];
     while (low < high) {
@@ -32,7 +32,7 @@ export class Chart {
   logX = false;
   logY = false;
   cursor = undefined; // a step
-  mark = undefined; // the step of the sample that is shown
+  mark = undefined; // the step of the shown sample
 
   // curves: {loss, train, val}
   constructor(canvas, curves) {
@@ -76,7 +76,7 @@ export class Chart {
     if (!y) {
       this.x = undefined;
       context.textAlign = "center";
-      context.fillText(steps ? "No loss that can be drawn yet." : "No points yet.", width / 2, height / 2);
+      context.fillText(steps ? "No finite loss yet." : "No points yet.", width / 2, height / 2);
       return;
     }
     const x = (this.x = scale(...spread(...steps), PAD.left, width - PAD.right, this.logX, 1));
@@ -126,7 +126,7 @@ export class Chart {
     }
   }
 
-  // Where there are more points than pixels: the mean of each column as a line, its extremes as a band behind.
+  // If there are more points than pixels: the mean of each column as a line, and a band between its extremes.
   line(context, { steps, values }, x, y, { colour, shape, dash = [] }) {
     const dense = steps.length > 2 * (x.to - x.from);
     const path = new Path2D();
@@ -199,13 +199,13 @@ const drawable = (value, log) => value !== null && value !== undefined && (!log 
 // A range that is not empty.
 const spread = (low, high) => (low < high ? [low, high] : [low - (Math.abs(low) || 1) * 0.1, high + (Math.abs(high) || 1) * 0.1]);
 
-// A custom property that may be light-dark(), as a colour that a canvas takes.
+// A custom property, possibly light-dark(), as a colour for a canvas.
 function resolve(node, name) {
   node.style.color = `var(--${name})`;
   return getComputedStyle(node).color;
 }
 
-// A function from values to pixels. shift is added before a logarithm is taken: steps begin at 0.
+// A function from values to pixels. shift is added before the logarithm, because steps begin at 0.
 function scale(low, high, from, to, log, shift) {
   const into = log ? (v) => Math.log(Math.max(v + shift, 1e-9)) : (v) => v;
   const [a, b] = [into(low), into(high)];

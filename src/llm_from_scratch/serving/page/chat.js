@@ -1,4 +1,4 @@
-// The chat view: a conversation, streamed.
+// The Chat view: a streamed conversation.
 
 import { call, events } from "./api.js";
 import { calm, complain, element, say } from "./say.js";
@@ -32,7 +32,7 @@ function busy(yes) {
   if (focused === $("chat-stop") || focused === $("chat-again")) $("message").focus();
 }
 
-// Asks for the answer to the conversation as it stands; what was answered before stays until the new answer begins.
+// Requests an answer to the conversation. The old answer stays until the new one begins.
 async function answer() {
   running?.abort();
   const mine = (running = new AbortController());
@@ -55,9 +55,9 @@ async function answer() {
       const box = $("messages");
       const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
       text.append(more);
-      if (atEnd) box.scrollTop = box.scrollHeight; // not where the reader has scrolled back
+      if (atEnd) box.scrollTop = box.scrollHeight; // unless the reader has scrolled back
     }
-    say(`The model: ${reply.content}`);
+    say(`Model: ${reply.content}`);
   } catch (error) {
     if (messages.at(-1)?.content === "") messages.pop(); // an answer that never began
     draw();

@@ -1,4 +1,4 @@
-// The view that completes a prompt: runs, samples side by side, going on from an alternative.
+// The Complete view: requests, samples side by side, continuing from an alternative.
 
 import { call, events, getJson } from "./api.js";
 import { inspect } from "./inspect.js";
@@ -8,7 +8,7 @@ import { LEVELS, TokenText } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
 const TAIL = 300; // characters of the prompt that a sample shows before it
-const ENDS = { stop: "ended by a stop text or token", length: "ended at max tokens" };
+const ENDS = { stop: "ended by a stop text or token", length: "reached max tokens" };
 
 let info;
 let last; // the prompt that was completed last: {text, ids}
@@ -22,9 +22,9 @@ export function start(given) {
 class Card {
   constructor(number, prompt, echo) {
     this.number = number;
-    this.promptIds = echo ? [] : prompt.ids; // of what stands before the tokens that are shown
+    this.promptIds = echo ? [] : prompt.ids; // before the shown tokens
     this.promptText = echo ? "" : prompt.text;
-    this.awaited = echo ? prompt.ids.length : 0; // tokens of the prompt that are still to come
+    this.awaited = echo ? prompt.ids.length : 0; // prompt tokens still to arrive
     this.history = [];
     this.stats = element("p", "note stats");
     const body = element("div", "text");
@@ -34,12 +34,12 @@ class Card {
     body.setAttribute("aria-labelledby", name.id);
     this.text = new TokenText(body, (this.promptText.length > TAIL ? "…" : "") + this.promptText.slice(-TAIL));
     this.text.card = this;
-    this.onward = button("Go on", () => this.goOn());
+    this.more = button("Continue", () => this.proceed());
     this.undo = button("Undo", () => this.back());
-    this.onward.title = "Write more, from the end";
-    this.undo.title = "Back to what stood here before";
-    const copy = button("Copy", () => copyText(this.plain(), "The sample was copied."));
-    const actions = element("div", "actions small", this.onward, this.undo, copy);
+    this.more.title = "Add tokens at the end";
+    this.undo.title = "Restore the previous text";
+    const copy = button("Copy", () => copyText(this.plain(), "Sample copied."));
+    const actions = element("div", "actions small", this.more, this.undo, copy);
     this.node = element("article", "card", element("header", "", name, actions), body, this.stats);
     this.begin(undefined);
   }
@@ -74,12 +74,12 @@ class Card {
     const rate = (this.text.tokens.length - this.from) / ((performance.now() - this.began) / 1000);
     if (!this.end) this.rate = rate;
     const facts = [`${drawn} token${drawn === 1 ? "" : "s"}`];
-    if (drawn && this.rate) facts.push(`${Math.round(this.rate).toLocaleString()} a second`);
+    if (drawn && this.rate) facts.push(`${Math.round(this.rate).toLocaleString()} tokens/s`);
     if (drawn) facts.push(`perplexity ${Math.exp(-logprob / drawn).toFixed(2)}`);
     if (this.seed !== undefined) facts.push(`seed ${this.seed}`);
-    facts.push(this.end ?? (drawn ? "writing" : "waiting"));
+    facts.push(this.end ?? (drawn ? "generating" : "waiting"));
     this.stats.textContent = facts.join(" · ");
-    this.onward.disabled = !this.end || !this.text.tokens.length;
+    this.more.disabled = !this.end || !this.text.tokens.length;
     this.undo.disabled = !this.history.length;
   }
 
@@ -92,8 +92,8 @@ class Card {
     return [...this.promptIds, ...this.text.tokens.slice(0, count).map((token) => token.id)];
   }
 
-  // Goes on after the first `count` tokens and, where one was chosen, after that.
-  async goOn(count = this.text.tokens.length, chosen = undefined) {
+  // Continues after the first `count` tokens, and after the chosen one if there is one.
+  async proceed(count = this.text.tokens.length, chosen = undefined) {
     const prompt = [...this.ids(count), ...(chosen ? [chosen.id] : [])];
     const settings = { ...sampling(), n: 1 };
     await run(() => ({ ...settings, prompt: [prompt] }), () => {
@@ -112,14 +112,14 @@ class Card {
   back() {
     running?.abort();
     this.text.reset(this.text.before, this.history.pop());
-    Object.assign(this, { end: "brought back", seed: undefined, rate: undefined });
+    Object.assign(this, { end: "restored", seed: undefined, rate: undefined });
     this.from = this.text.tokens.length;
     this.show();
   }
 }
 
-// One request at a time. body(signal) makes it; begin() is called when the server has taken it, and returns the cards
-// that it fills: until then all stays as it is.
+// One request at a time. body(signal) makes it. begin() is called when the server has accepted it, and returns the cards
+// to fill. Until then the page does not change.
 async function run(body, begin) {
   running?.abort();
   const mine = (running = new AbortController());
@@ -132,7 +132,7 @@ async function run(body, begin) {
     request.logprobs = alternatives(request);
     const response = await call("v1/completions", { body: request, signal: mine.signal });
     filled = begin();
-    say("Writing.");
+    say("Generating.");
     for await (const event of events(response)) for (const choice of event.choices) filled[choice.index]?.take(choice);
     filled.forEach((card) => card.finish("ended"));
     const tokens = filled.reduce((sum, card) => sum + card.text.tokens.length - card.from, 0);
@@ -146,11 +146,11 @@ async function run(body, begin) {
   }
 }
 
-// How many alternatives to ask for: fewer where the answer would hold more log-probabilities than the server tells.
+// Alternatives to request: fewer if the response would exceed the server's limit of log-probabilities.
 function alternatives({ prompt, echo, max_tokens, n }) {
   const tokens = n * (max_tokens + (echo ? prompt[0].length : 0));
-  const told = info.limits.max_told ?? 1 << 17;
-  return Math.max(0, Math.min(8, info.limits.max_logprobs, Math.floor(told / tokens) - 1));
+  const limit = info.limits.max_told ?? 1 << 17;
+  return Math.max(0, Math.min(8, info.limits.max_logprobs, Math.floor(limit / tokens) - 1));
 }
 
 function busy(yes) {
@@ -170,7 +170,7 @@ async function generate(prompt) {
   let taken;
   const body = async (signal) => {
     taken = await prompt(signal);
-    // ids, not text: going on later continues exactly what was continued here
+    // ids, not text: continuing later uses exactly these tokens
     return { ...settings, prompt: taken.ids.length ? [taken.ids] : "", echo };
   };
   await run(body, () => {
@@ -191,7 +191,7 @@ function submit(event) {
 
 let counting;
 
-// Says how many tokens the prompt has.
+// Shows the number of tokens of the prompt.
 async function count() {
   counting?.abort();
   const mine = (counting = new AbortController());
@@ -201,7 +201,7 @@ async function count() {
     const beyond = found > info.block_size ? `; the model sees the last ${info.block_size}` : "";
     $("count").textContent = `${found.toLocaleString()} token${found === 1 ? "" : "s"}${beyond}`;
   } catch {
-    if (!mine.signal.aborted) $("count").textContent = "\u00a0"; // the request that matters will say what is wrong
+    if (!mine.signal.aborted) $("count").textContent = "\u00a0"; // the request itself will report the error
   }
 }
 
@@ -211,14 +211,14 @@ export async function copyText(text, done) {
     say(done);
     return true;
   } catch {
-    say("This browser does not let the page copy.");
+    say("This browser does not allow copying.");
     return false;
   }
 }
 
 async function copyLink() {
-  const copied = await copyText(link(), "The link was copied.");
-  $("link").textContent = copied ? "Copied" : "It is in the address bar";
+  const copied = await copyText(link(), "Link copied.");
+  $("link").textContent = copied ? "Copied" : "See the address bar";
   setTimeout(() => ($("link").textContent = "Copy link"), 2000);
 }
 
@@ -232,7 +232,7 @@ $("prompt-form").addEventListener("submit", submit);
 $("stop").addEventListener("click", () => running?.abort());
 $("regenerate").addEventListener("click", () => generate(() => last));
 $("link").addEventListener("click", copyLink);
-inspect($("samples"), (text, index, alternative) => text.card.goOn(index, alternative));
+inspect($("samples"), (text, index, alternative) => text.card.proceed(index, alternative));
 
 $("bounded").checked = stored.get("llm-bounded") ?? false;
 const showBounds = () => $("samples").classList.toggle("bounded", $("bounded").checked);

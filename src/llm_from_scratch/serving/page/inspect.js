@@ -1,4 +1,4 @@
-// A token looked at: its probability on hover and focus, its alternatives on click and Enter.
+// Inspecting a token: its probability on hover and focus, its alternatives on click and Enter.
 
 import { hex, label } from "./bytes.js";
 import { button, element } from "./say.js";
@@ -8,7 +8,7 @@ const tip = document.getElementById("tip");
 const popover = document.getElementById("alternatives");
 let opener; // the token whose alternatives are shown
 
-// choose(tokenText, index, alternative) is called when one was chosen.
+// choose(tokenText, index, alternative) is called with the user's choice.
 export function inspect(root, choose) {
   const found = (event) => event.target.closest?.(".t");
   for (const type of ["pointerover", "focusin"]) {
@@ -38,7 +38,7 @@ function hideTip() {
   tip.hidden = true;
 }
 
-// Below the token, or above it where there is no room; inside the window.
+// Below the token, or above it if there is no room; inside the window.
 function place(box, span) {
   const at = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const [width, height] = [box.offsetWidth, box.offsetHeight];
@@ -59,8 +59,8 @@ function open(span, choose) {
   const top = token.top ?? [];
   const rank = top.findIndex((other) => other.id === token.id) + 1;
   const facts = [
-    token.logprob === null ? "no probability: nothing stands before it" : percent(token.logprob),
-    rank ? `choice ${rank} of the model` : top.length ? `not among its first ${top.length}` : "",
+    token.logprob === null ? "no probability: the first token" : percent(token.logprob),
+    rank ? `rank ${rank}` : top.length ? `not in the top ${top.length}` : "",
     `id ${token.id}`,
     `bytes ${hex(token.bytes).slice(1, -1)}`,
     token.chosen ? "chosen by you" : "",
@@ -80,8 +80,8 @@ function open(span, choose) {
     list.append(element("li", "", pick));
   }
   const rest = 1 - top.reduce((sum, other) => sum + Math.exp(other.logprob), 0);
-  const all = token.logprob === null ? "" : "The server tells no alternatives in so long an answer.";
-  const hint = top.length ? `Choose one to go on from it. All others: ${percent(Math.log(Math.max(rest, 1e-9)))}` : all;
+  const all = token.logprob === null ? "" : "No alternatives: the text is too long for the server to list them.";
+  const hint = top.length ? `Choose one to continue from it. All others: ${percent(Math.log(Math.max(rest, 1e-9)))}` : all;
   popover.replaceChildren(title, element("p", "note", facts.filter(Boolean).join(" · ")), list, element("p", "note", hint));
   popover.append(button("Close", () => popover.hidePopover()));
   popover.showPopover();

@@ -1,9 +1,9 @@
-// What the page tells: errors in a box that stays, progress to those who listen.
+// Messages of the page: errors in a box until dismissed, progress for screen readers.
 
 const box = document.getElementById("error");
 const status = document.getElementById("status");
 
-// again: what a button "Try again" does.
+// again: the action of the button "Try again".
 export function complain(error, again) {
   if (error.name === "AbortError") return;
   console.debug(error);
@@ -37,7 +37,7 @@ export function element(name, className = "", ...children) {
   return made;
 }
 
-// Storage that a browser may refuse to give.
+// Local storage, which a browser may refuse.
 export const stored = {
   get(name) {
     try {
@@ -50,7 +50,7 @@ export const stored = {
     try {
       localStorage.setItem(name, JSON.stringify(value));
     } catch {
-      // the page works without
+      // the page works without it
     }
   },
 };

@@ -1,4 +1,4 @@
-// The settings of sampling: their controls, and where they are kept (this browser, and a link).
+// Sampling settings: their controls and their storage (this browser, and a link).
 
 import { button, element, stored } from "./say.js";
 
@@ -7,20 +7,20 @@ const form = document.getElementById("settings-form");
 const prompt = document.getElementById("prompt");
 let fields = [];
 
-// off: the value that changes nothing, which is not sent.
+// off: the value without effect, which is not sent.
 function fieldsFor({ limits, vocab_size: ids, defaults }) {
   const list = [
     { name: "max_tokens", label: "Max tokens", min: 1, max: limits.max_tokens, step: 1, value: 200 },
-    { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8, hint: "0 always takes the likeliest token" },
+    { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8, hint: "0: always the most likely token" },
     { name: "n", label: "Samples", min: 1, max: limits.max_n, slide: Math.min(limits.max_n, 8), step: 1, value: 1, only: "complete" },
-    { name: "seed", label: "Seed", kind: "seed", value: "", hint: "empty: another one each time" },
-    { name: "top_k", label: "Top k", min: 0, max: ids, slide: Math.min(ids, 200), step: 1, value: 0, off: 0, more: true, hint: "0 keeps all" },
+    { name: "seed", label: "Seed", kind: "seed", value: "", hint: "empty: a new one each time" },
+    { name: "top_k", label: "Top k", min: 0, max: ids, slide: Math.min(ids, 200), step: 1, value: 0, off: 0, more: true, hint: "0: all tokens" },
     { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, value: 1, off: 1, more: true },
     { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, value: 0, off: 0, more: true },
     { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, off: 1, more: true },
     { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, value: 0, off: 0, more: true },
     { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, off: 0, more: true },
-    { name: "stop", label: "Stop texts", kind: "lines", value: "", more: true, hint: "one a line; \\n is a line break" },
+    { name: "stop", label: "Stop texts", kind: "lines", value: "", more: true, hint: "one per line; \\n is a line break" },
   ];
   for (const field of list) {
     field.value = allowed(field, defaults?.[field.name] ?? field.value);
@@ -40,7 +40,7 @@ function allowed(field, value) {
 
 export function build(info) {
   fields = fieldsFor(info);
-  const more = element("details", "", element("summary", "", "More ways to sample"));
+  const more = element("details", "", element("summary", "", "More settings"));
   form.replaceChildren(...fields.filter((f) => !f.more).map(control), more);
   more.append(...fields.filter((f) => f.more).map(control));
   form.append(button("Reset", () => fill(Object.fromEntries(fields.map((f) => [f.name, f.value])))));
@@ -81,7 +81,7 @@ function control(field) {
   return row;
 }
 
-// Shows values, each brought into its range; names that are none of ours are left out.
+// Shows values, clamped to their ranges. Unknown names are ignored.
 function fill(values) {
   for (const field of fields) {
     const box = form.elements[field.name];
@@ -101,7 +101,7 @@ function keep() {
   stored.set(STORED, { ...read(), prompt: prompt.value.slice(0, 100_000) });
 }
 
-// What a request says of sampling.
+// The sampling fields of a request.
 export function sampling() {
   const values = read();
   const body = {};
@@ -112,7 +112,7 @@ export function sampling() {
   return body;
 }
 
-// The address of this page with the prompt and the settings that are not as they were at first.
+// The address of this page with the prompt and the changed settings.
 export function link() {
   const values = read();
   const changed = fields.filter((f) => String(values[f.name]) !== String(f.value)).map((f) => [f.name, values[f.name]]);

@@ -1,4 +1,4 @@
-// The tokens of one sample as text: coloured by likelihood, appended as they come, one tab stop for all of them.
+// The tokens of one sample as text: coloured by likelihood, appended as they arrive, with one tab stop.
 
 import { Joiner, hex, label } from "./bytes.js";
 import { element } from "./say.js";
@@ -11,16 +11,16 @@ export function percent(logprob) {
   return p > 99.9 ? "> 99.9 %" : `${p.toFixed(p < 10 || p > 99.4 ? 1 : 0)} %`;
 }
 
-// A token: {id, bytes, logprob, top: [{id, bytes, logprob}], prompt, chosen, beyond}. logprob, top: null where unknown.
-// The last three are marks: of the prompt, chosen by the reader, beyond the sample's end.
+// A token: {id, bytes, logprob, top: [{id, bytes, logprob}], prompt, chosen, beyond}. logprob, top: null if unknown.
+// The last three are flags: part of the prompt, chosen by the reader, beyond the sample's end.
 export class TokenText {
   tokens = [];
   spans = []; // may lag behind tokens until the next frame
   current = -1; // the tab stop
-  drawn = 0; // tokens beside the prompt's, and the sum of their log-probabilities
+  drawn = 0; // tokens without the prompt's, and the sum of their log-probabilities
   logprob = 0;
 
-  // before: text that stands before the first token
+  // before: the text before the first token
   constructor(root, before = "") {
     this.root = root;
     root.tokens = this;
@@ -72,19 +72,19 @@ export class TokenText {
     for (const [name, holds] of Object.entries(marks)) span.classList.toggle(name, Boolean(holds));
     span.dataset.id = token.id;
     span.index = this.spans.length;
-    // a line is a block of its own, so that a long text is not laid out anew for each token
+    // each line is a block, so that a long text is not laid out again for each token
     if (this.spans.at(-1)?.textContent.endsWith("\n")) this.root.append((this.line = element("div", "line")));
     this.line.append(span);
     this.spans.push(span);
   }
 
-  // Whether the bytes with which the last tokens end have become a character.
+  // Whether the pending bytes of the last tokens have become a character.
   markParts(done) {
     for (let i = this.spans.length - 1; i >= 0; i--) {
       const rest = this.spans[i].querySelector(".rest");
       if (!rest || rest.classList.contains("done") === done) return;
       rest.classList.toggle("done", done);
-      if (this.spans[i].textContent !== rest.textContent) return; // the character began here
+      if (this.spans[i].textContent !== rest.textContent) return; // the first token of the character
     }
   }
 
@@ -104,7 +104,7 @@ export class TokenText {
     if (count) this.select(Math.min(Math.max(this.current, 0), count - 1));
   }
 
-  // Makes one token the tab stop, and a button with a name for those who listen.
+  // Makes one token the tab stop, and a button with a name for screen readers.
   select(index, focus = false) {
     const old = this.spans[this.current];
     for (const name of ["tabindex", "role", "aria-label", "aria-haspopup"]) old?.removeAttribute(name);
@@ -122,7 +122,7 @@ export class TokenText {
     return `${label(bytes, pending)}, ${logprob === null ? "no probability" : percent(logprob)}`;
   }
 
-  // Marks the tokens beyond what counts as the sample's text (a stop text); from: the first that may be.
+  // Marks the tokens after the end of the sample's text (a stop text); from: the first candidate.
   markCut(text, from) {
     this.render();
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
@@ -134,11 +134,11 @@ export class TokenText {
   }
 
   markBeyond(index, beyond) {
-    this.tokens[index] = { ...this.tokens[index], beyond }; // a new one: the old may be kept for an undo
+    this.tokens[index] = { ...this.tokens[index], beyond }; // a copy: an undo may need the old one
     this.spans[index].classList.toggle("beyond", beyond);
   }
 
-  // Moves the tab stop by a key; says whether the key meant that.
+  // Moves the tab stop by a key. Returns whether the key did that.
   move(key) {
     const last = this.spans.length - 1;
     const to = {
@@ -154,7 +154,7 @@ export class TokenText {
     return true;
   }
 
-  // The token of the next row, above or below, that is nearest.
+  // The nearest token in the next row, above or below.
   vertical(step) {
     const box = (i) => this.spans[i].getBoundingClientRect();
     const middle = (b) => (b.left + b.right) / 2;

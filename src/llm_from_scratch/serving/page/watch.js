@@ -1,18 +1,18 @@
-// The view that watches a run: its curves and samples, fetched as they are written.
+// The Watch view: curves and samples of a run, fetched as they are written.
 
 import { getJson } from "./api.js";
 import { Chart, Curve } from "./chart.js";
 import { element } from "./say.js";
 
 const $ = (id) => document.getElementById(id);
-const EVERY = { live: 1000, ended: 5000, failed: 5000 }; // milliseconds between two looks
+const EVERY = { live: 1000, ended: 5000, failed: 5000 }; // milliseconds between two requests
 
 const curves = { loss: new Curve(), train: new Curve(), val: new Curve() };
 const chart = new Chart($("chart").firstElementChild, curves);
-const rates = []; // the newest points that tell of speed
+const rates = []; // the newest points with a speed
 let samples = []; // {step, text}
-let at = { metrics: 0, samples: 0 }; // bytes that were read
-let run; // what /v1/watch says
+let at = { metrics: 0, samples: 0 }; // bytes read so far
+let run; // the answer of /v1/watch
 let finals = {};
 let wanted = false; // the view is shown
 let served = false;
@@ -21,7 +21,7 @@ let looking = false;
 
 export function start(info) {
   served = info.watch;
-  if (!served) $("watch-note").textContent = "This server watches no run: start it with --watch=FOLDER to see one here.";
+  if (!served) $("watch-note").textContent = "No run to show. Start the server with --watch=FOLDER.";
   look(wanted);
 }
 
@@ -50,7 +50,7 @@ async function poll() {
   if (wanted && !document.hidden) timer = setTimeout(poll, next);
 }
 
-// What was written since the last look; an answer holds only so much.
+// The lines written since the last request; one response is limited in size.
 async function fetchAll(what, list, startOver, take) {
   for (;;) {
     const answer = await getJson(`v1/watch/${what}?after=${at[what]}`);
@@ -79,7 +79,7 @@ function takePoint(point) {
 }
 
 function takeSample(sample) {
-  while (samples.length && samples.at(-1).step >= sample.step) samples.pop(); // done anew after a resume
+  while (samples.length && samples.at(-1).step >= sample.step) samples.pop(); // repeated after a resume
   samples.push(sample);
 }
 
@@ -107,7 +107,7 @@ function figures() {
   const facts = [
     ["train loss", curves.loss.steps.length ? figure(loss) : "–"],
     [`best validation loss${best === undefined ? "" : `, step ${curves.val.steps[curves.val.values.indexOf(best)]}`}`, best === undefined ? "–" : figure(best)],
-    ["tokens a second", speed ? Math.round(speed).toLocaleString() : "–"],
+    ["tokens/s", speed ? Math.round(speed).toLocaleString() : "–"],
   ];
   if (finals.val_loss_full) facts.push(["whole validation split", figure(finals.val_loss_full)]);
   $("figures").replaceChildren(...facts.map(([name, value]) => element("div", "", element("dt", "", name), element("dd", "", value))));

@@ -46,7 +46,7 @@ def test_what_is_typed_is_completed_in_every_sample(browser, site):
     expected = site.greedy(TOKENIZER.encode(START).tolist(), 12)
     assert [tokens(browser, card) for card in (1, 2, 3)] == [expected] * 3
     assert browser.text(".card .text") == START + TOKENIZER.decode(expected)
-    assert "12 tokens" in browser.text(".stats") and "ended at max tokens" in browser.text(".stats")
+    assert "12 tokens" in browser.text(".stats") and "reached max tokens" in browser.text(".stats")
     assert browser.text("#status") == "Done: 36 tokens in 3 samples."
 
 
@@ -152,10 +152,10 @@ def test_an_alternative_is_chosen_by_keyboard_and_continued_from(browser, site):
     browser.wait(lambda: tokens(browser) == first)
 
 
-def test_go_on_writes_more(browser, site):
+def test_continue_adds_tokens(browser, site):
     visit(browser, link(site))
     generate(browser)
-    browser.js("[...document.querySelectorAll('.card button')].find(b => b.textContent === 'Go on').click()")
+    browser.js("[...document.querySelectorAll('.card button')].find(b => b.textContent === 'Continue').click()")
     browser.wait(lambda: len(tokens(browser)) == 24)
     assert tokens(browser) == site.greedy(TOKENIZER.encode(START).tolist(), 24)
 
