@@ -187,6 +187,18 @@ def compiled() -> dict[str, Run]:
     return {"ours": ours(fast, [[0]], 500, **sampling), "ours, eager": ours(plain, [[0]], 500, **sampling)}
 
 
+def edited(name: str) -> dict[str, Run]:
+    """Prints why, if the model cannot be recorded."""
+    from llm_from_scratch.tests.generation import test_edited_models as models
+
+    models.SIZES = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    models.SCALE = 0.0
+    model = models.RECORDED[name]() if name in models.RECORDED else models.OWN[name][0]()
+    fast, own = (generator_of(model, models.V) for _ in range(2))
+    own.decoder.recorded.failure = "switched off"
+    return {"ours": ours(fast, [[0]], 300, **GREEDY), "its own forward": ours(own, [[0]], 300, **GREEDY)}
+
+
 def int8(options: argparse.Namespace) -> dict[str, Run]:
     model, _ = gpt2()
     tokens = 64
@@ -312,8 +324,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {}
     print(f"{'case':<14} {'contender':<20} {'per second':>11} {'from':>10} {'to':>10} {'ours is':>9}")
-    for label in options.cases.split(","):
-        runs = cases[label](options)
+    labels = options.cases.split(",")
+    if "edited" in labels:
+        from llm_from_scratch.tests.generation.test_edited_models import OWN, RECORDED
+
+        labels = [label for label in labels if label != "edited"] + [f"edited-{name}" for name in (*RECORDED, *OWN)]
+    for label in labels:
+        runs = edited(label.removeprefix("edited-")) if label.startswith("edited-") else cases[label](options)
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for run in runs.values():
             run()  # packs, compiles, fills caches

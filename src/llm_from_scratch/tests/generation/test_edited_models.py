@@ -22,11 +22,13 @@ from llm_from_scratch.generation.generator import Decoder, Generator
 from ..memorised import BLOCK, TEXT, TOKENIZER
 
 V = TOKENIZER.vocab_size
+SIZES: dict[str, Any] = {"block_size": BLOCK, "n_layer": 2, "n_head": 4, "n_embd": 64}  # benchmarks/ has others
+SCALE = 1.0
 
 
 def model_of(**options: Any) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=4, n_embd=64, **options)).eval()
+    return GPT(GPTConfig(vocab_size=V, **SIZES, **options)).eval()
 
 
 def vivid(model: GPT) -> GPT:
@@ -34,13 +36,13 @@ def vivid(model: GPT) -> GPT:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_((0.2 if p.ndim > 1 else 0.3) * torch.randn(p.shape, generator=generator))
+            p.add_(SCALE * (0.2 if p.ndim > 1 else 0.3) * torch.randn(p.shape, generator=generator))
     return model
 
 
 def with_blocks(kind: type[Block], **options: Any) -> GPT:
     model = model_of(**options)
-    model.transformer.h = nn.ModuleList([kind(model.config) for _ in range(2)])
+    model.transformer.h = nn.ModuleList([kind(model.config) for _ in range(model.config.n_layer)])
     return vivid(model.eval())
 
 
