@@ -46,8 +46,8 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
 
     def waited(self: snapshot.Writer, *args: object, **kwargs: object) -> None:
         start(self, *args, **kwargs)  # type: ignore[arg-type]
-        assert self._thread is not None
-        self._thread.join()
+        assert self.thread is not None
+        self.thread.join()
 
     every = STEPS * 10 if way == "none" else STEPS // SAVES
     words = [

@@ -45,3 +45,7 @@ class OutputError(RuntimeError):
 
 class CannotRecord(RuntimeError):
     """A model's decode step cannot be recorded, or a record differs from the model. The model's own forward runs."""
+
+
+class StopForward(Exception):
+    """A forward pass has gone as far as it is needed."""

@@ -162,10 +162,10 @@ def _split(
 
 def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:
     """The value of `--key value`, or True for a bare `--flag`."""
-    kinds = _members(hint)
+    kinds = union_members(hint)
     following = rest[0] if rest else None
     if bool in kinds:
-        if following is not None and (following.lower() in ("true", "false") or following in _literals(kinds)):
+        if following is not None and (following.lower() in ("true", "false") or following in literal_values(kinds)):
             return rest.pop(0)
         return "True"
     if following is None or following.startswith("--"):
@@ -173,17 +173,17 @@ def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def union_members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _literals(kinds: tuple[Any, ...]) -> set[str]:
+def literal_values(kinds: tuple[Any, ...]) -> set[str]:
     return {v for kind in kinds if typing.get_origin(kind) is typing.Literal for v in typing.get_args(kind)}
 
 
 def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None = None) -> str:
     """A value from a file or the command line, as text for the parser."""
-    kinds = _members(leaves[key])
+    kinds = union_members(leaves[key])
     if any(typing.get_origin(kind) is tuple for kind in kinds):
         return repr(tuple(_as_list(key, value)))
     if any(typing.get_origin(kind) is dict for kind in kinds):

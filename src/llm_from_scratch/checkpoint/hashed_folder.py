@@ -44,12 +44,12 @@ def write_folder(
         remove_tree(tmp)
         os.mkdir(tmp)
         for name, make in parts.items():
-            files[name] = _write_synced(tmp / name, make())
+            files[name] = write_synced(tmp / name, make())
         if write_more is not None:
             write_more(tmp)
             for path in sorted(path for path in tmp.iterdir() if path.name not in files):
-                files[path.name] = _write_synced(path, [path.read_bytes()])
-        _write_synced(tmp / MANIFEST, [_with_own_hash({**fields, "files": files})])
+                files[path.name] = write_synced(path, [path.read_bytes()])
+        write_synced(tmp / MANIFEST, [with_own_hash({**fields, "files": files})])
         sync_folder(tmp)
         if os.path.lexists(final):
             _make_way(final, old)
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raw = f.read(MAX_JSON + 1)
     body = from_json(raw, folder / MANIFEST)
     own = body.pop("sha256", None)
-    if own != _sha256(to_json(body)) or to_json({**body, "sha256": own}) != raw:
+    if own != sha256_of(to_json(body)) or to_json({**body, "sha256": own}) != raw:
         raise DamagedError(f"{folder / MANIFEST} does not match its own sha256")
     files = body.get("files")
     for name, entry in files.items() if isinstance(files, dict) else [("", None)]:
@@ -113,7 +113,7 @@ def read_member(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
         raise DamagedError(f"{folder} has no {name}")
     with _open_checked(folder / name, entry["size"], exact=True) as f:
         data = f.read(entry["size"] + 1)
-    if len(data) != entry["size"] or _sha256(data) != entry["sha256"]:
+    if len(data) != entry["size"] or sha256_of(data) != entry["sha256"]:
         raise DamagedError(f"{folder / name} does not match its sha256")
     return data
 
@@ -175,15 +175,15 @@ def from_json(raw: bytes, where: Path) -> dict[str, Any]:
     return data
 
 
-def _with_own_hash(body: dict[str, Any]) -> bytes:
-    return to_json({**body, "sha256": _sha256(to_json(body))})
+def with_own_hash(body: dict[str, Any]) -> bytes:
+    return to_json({**body, "sha256": sha256_of(to_json(body))})
 
 
-def _sha256(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write_synced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
+def write_synced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     with open_synced(path) as f:
         for piece in pieces:

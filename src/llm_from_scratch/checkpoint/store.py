@@ -80,7 +80,7 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int | None = None) ->
     Removes nothing (DamagedError) unless the newest one verifies. Returns the paths that it removed.
     """
     try:
-        entries = _scan(Path(out_dir))
+        entries = find_entries(Path(out_dir))
         if not entries:
             return []
         verify_checkpoint(entries[0].path)
@@ -91,7 +91,7 @@ def prune(out_dir: str | Path, keep_last: int, keep_every: int | None = None) ->
 
 def _prune(out: Path, keep_last: int, keep_every: int | None, verified: Path) -> list[Path]:
     # an unreadable one is set aside at the next start, never removed
-    entries = [e for e in _scan(out, skip_foreign=True) if e.manifest is not None]
+    entries = [e for e in find_entries(out, skip_foreign=True) if e.manifest is not None]
     kept = {e.step for e in [*entries[: max(1, keep_last)], *_by_val_loss(entries)[:1]]}
     kept |= {e.step for e in entries if e.path == verified or (keep_every and e.step % keep_every == 0)}
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]
@@ -130,7 +130,7 @@ def archive_previous(out_dir: str | Path) -> Path | None:
     out = Path(out_dir)
     target = out
     try:
-        entries = _scan(out)
+        entries = find_entries(out)
         aside = sorted(p for p in out.iterdir() if p.name.startswith("damaged-step-")) if out.is_dir() else []
         exported = [out / "ckpt.pt"] if is_ours(out / "ckpt.pt") else []
         if not (entries or aside or exported or (out / "metrics.jsonl").exists()):
@@ -156,7 +156,7 @@ def archive_previous(out_dir: str | Path) -> Path | None:
 
 def list_checkpoints(out_dir: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in out_dir, oldest first, by their manifests; unreadable ones are left out."""
-    return [(e.step, e.path) for e in reversed(_scan(Path(out_dir))) if e.manifest is not None]
+    return [(e.step, e.path) for e in reversed(find_entries(Path(out_dir))) if e.manifest is not None]
 
 
 def find_checkpoint(
@@ -198,8 +198,8 @@ def locate(
             return read_pt(location)
         if not location.is_dir():
             raise UserError(f"no checkpoint {location}: there is no such folder or file; train first, or name another")
-        if entries := _scan(location):
-            return _first_good(location, entries, which, set_aside, read)
+        if entries := find_entries(location):
+            return first_good(location, entries, which, set_aside, read)
         if (location / "ckpt.pt").is_file():
             return read_pt(location / "ckpt.pt")
     except OSError as error:  # a folder that may not be entered, a name that is too long
@@ -207,7 +207,7 @@ def locate(
     raise UserError(f"no checkpoint in {location}: expected step-* folders or a ckpt.pt; train first, or name another")
 
 
-def _first_good(
+def first_good(
     out: Path, entries: list[_Entry], which: str | int | None, set_aside: bool, read: Callable[[Path], T]
 ) -> T:
     if isinstance(which, int):
@@ -249,7 +249,7 @@ def _saved_only_the_best(entries: list[_Entry]) -> bool:
     return False
 
 
-def _scan(out: Path, skip_foreign: bool = False) -> list[_Entry]:
+def find_entries(out: Path, skip_foreign: bool = False) -> list[_Entry]:
     """The step directories in out, newest first. One that may be whole but cannot be read (another version of the
     format, no permission) raises UserError, or is skipped with skip_foreign."""
     entries = []

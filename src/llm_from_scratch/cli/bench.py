@@ -14,6 +14,7 @@ from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, flatten, 
 from ..errors import UserError
 from ..presets import Parsed, parse
 from .common import run
+from .profiling import read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,8 +182,6 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     """Profiles five steps after ten warm-up steps. Returns the seconds per step."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
-
-    from .profiling import read
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     folder = Path("bench_log")

@@ -13,7 +13,7 @@ from ..checkpoint import store as checkpoints
 from ..checkpoint.store import resolved_init
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
-from ..machine.terminal import drop_lost_output, note
+from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import run
 
@@ -62,7 +62,6 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
 
     if flags["dry_run"]:
         return _dry_run(parsed)
-    from ..training.loggers import announce
     from ..training.trainer import train
 
     try:

@@ -5,6 +5,7 @@ An argument of the model's forward, never an attribute: the training model canno
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -92,8 +93,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> KVCache:
         """A cache of the named rows, (N,), in that order; a row may be named more than once."""
-        new = object.__new__(KVCache)
-        new.__dict__.update(self.__dict__)
+        new = copy.copy(self)
         new.window = None
         new.kv, new.tokens = self.kv.index_select(2, rows), self.tokens.index_select(0, rows)
         new.rows = new.room = len(rows)

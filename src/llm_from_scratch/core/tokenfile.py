@@ -270,9 +270,9 @@ class BackgroundScan:
     def __init__(self, shards: Shards, name: str, vocab_size: int, remember: bool = True):
         self._stopped, self._errors = threading.Event(), list[UserError]()
         arguments = (shards, name, vocab_size, remember, self._stopped, self._errors)
-        self._thread = threading.Thread(target=_scan_into, args=arguments, name="scan", daemon=True)
+        self.thread = threading.Thread(target=_scan_into, args=arguments, name="scan", daemon=True)
         weakref.finalize(self, self._stopped.set)
-        self._thread.start()
+        self.thread.start()
 
     def raise_if_bad(self) -> None:
         """Raises the DataError that the scan has found. Cheap."""
@@ -281,11 +281,11 @@ class BackgroundScan:
 
     @property
     def finished(self) -> bool:
-        return not self._thread.is_alive()
+        return not self.thread.is_alive()
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        self.thread.join()
 
 
 def _scan_into(

@@ -59,7 +59,7 @@ class Tokenizer:
             # Long runs of the same kind of character overflow the stack of the regular expression engine.
             if len(text) < 2:
                 raise UserError(f"the {self.name} tokenizer fails on {text!r}: {error}") from None
-            return np.concatenate([self.encode(part, allow_special) for part in self._divide(text)])
+            return np.concatenate([self.encode(part, allow_special) for part in self.divide(text)])
 
     def decode(self, ids: Any) -> str:
         """The text of token ids (list, array or tensor). Invalid UTF-8 becomes U+FFFD."""
@@ -97,7 +97,7 @@ class Tokenizer:
             meta = parse_json(read_file(path, MAX_DEFINITION))
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
                 raise UserError(f"{path} has the format {meta['format']} {meta['version']}; this version reads 1")
-            tokenizer = _load(Path(folder), meta)
+            tokenizer = build_tokenizer(Path(folder), meta)
             if tokenizer.fingerprint() != meta["fingerprint"]:
                 raise ValueError("its fingerprint differs")
             return tokenizer
@@ -153,7 +153,7 @@ class Tokenizer:
         """Writes more files. Returns more fields for the meta file."""
         return {}
 
-    def _divide(self, text: str) -> Iterator[str]:
+    def divide(self, text: str) -> Iterator[str]:
         """Parts of a text that is too hard to encode whole: cut where the pattern would cut, else in half."""
         cuts = set()
         for run in re.finditer(r"\s{1000,}", text):
@@ -245,7 +245,7 @@ class TiktokenTokenizer(Tokenizer):
         if any(type(i) is not int or not 0 <= i < 2 * len(ids) + 1024 for i in ids):  # some have gaps
             raise ValueError(f"the {name} vocabulary has an id that is out of range")
         self.name, self._pattern, self._special = name, pattern, special
-        self._ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self._bpe.n_vocab
         self.eot_id = special.get(EOT)
@@ -262,11 +262,11 @@ class TiktokenTokenizer(Tokenizer):
 
     def _definition(self) -> bytes:
         # Without the pattern, because tiktoken's releases spell the same pattern differently.
-        ranks = b"".join(b"%d %s\n" % (rank, token.hex().encode()) for token, rank in self._ranks.items())
+        ranks = b"".join(b"%d %s\n" % (rank, token.hex().encode()) for token, rank in self.ranks.items())
         return f"{self.name}\0{json.dumps(self._special, sort_keys=True)}\0".encode() + ranks
 
     def _save(self, folder: Path) -> dict[str, Any]:
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks.items())
+        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
         (folder / RANKS_FILE).write_bytes(b"".join(lines))
         return {"pattern": self._pattern, "special": self._special}
 
@@ -275,7 +275,7 @@ class HFTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library: from a tokenizer.json, or trained here (name "bpe")."""
 
     def __init__(self, definition: str, name: str = "hf", eot_id: int | None = None) -> None:
-        self.name, self.eot_id, self._json = name, eot_id, definition
+        self.name, self.eot_id, self.json_text = name, eot_id, definition
         try:
             body = parse_json(definition.encode("utf-8"))
             kind, growth = json.dumps(body.get("decoder")), _growth(body)
@@ -283,7 +283,7 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
         if growth > MAX_GROWTH:
             raise UserError("not a tokenizer.json that can be used: its replacements make texts too long")
-        self._plain = self._build(special_is_text=True)
+        self._plain = self.backend(special_is_text=True)
         self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
@@ -294,11 +294,11 @@ class HFTokenizer(Tokenizer):
         self._byte_level, self._sentence_pieces = '"ByteLevel"' in kind, "ByteFallback" in kind or "Metaspace" in kind
         self._to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
 
-    def _build(self, special_is_text: bool) -> Any:
+    def backend(self, special_is_text: bool) -> Any:
         from tokenizers import Tokenizer as Backend
 
         try:
-            backend = Backend.from_str(self._json)
+            backend = Backend.from_str(self.json_text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic is not an Exception
@@ -340,7 +340,7 @@ class HFTokenizer(Tokenizer):
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         if allow_special and self._with_special is None:
-            self._with_special = self._build(special_is_text=False)
+            self._with_special = self.backend(special_is_text=False)
         backend = self._with_special if allow_special else self._plain
         text.encode("utf-8")  # raises UnicodeEncodeError for a lone surrogate; the backend raises TypeError
         return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)
@@ -365,10 +365,10 @@ class HFTokenizer(Tokenizer):
         return token.replace("\u2581", " ").encode("utf-8")
 
     def _definition(self) -> bytes:
-        return f"{self.name}\0{self.eot_id}\0{json.dumps(json.loads(self._json), sort_keys=True)}".encode()
+        return f"{self.name}\0{self.eot_id}\0{json.dumps(json.loads(self.json_text), sort_keys=True)}".encode()
 
     def _save(self, folder: Path) -> dict[str, Any]:
-        (folder / HF_FILE).write_text(self._json, encoding="utf-8")
+        (folder / HF_FILE).write_text(self.json_text, encoding="utf-8")
         return {}
 
 
@@ -413,7 +413,7 @@ def _growth(part: Any) -> float:
     return factor
 
 
-def _load(folder: Path, meta: dict[str, Any]) -> Tokenizer:
+def build_tokenizer(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     name = meta["name"]
     if name == "char":
         return CharTokenizer(meta["chars"])

@@ -42,18 +42,18 @@ def byte_to_char() -> list[str]:
 def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
     """Ranks, pattern and special tokens of an encoding. gpt2: from local files if there are any. Otherwise from
     tiktoken's cache or server. Raises UserError."""
-    if name == "gpt2" and (encoder := _gpt2_encoder_json()) is not None:
+    if name == "gpt2" and (encoder := gpt2_encoder_json()) is not None:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
         eot = "<|endoftext|>"
         ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != eot}
         return ranks, r50k_pat_str, {eot: encoder[eot]}
-    bpe = _tiktoken_encoding(name)
+    bpe = tiktoken_encoding(name)
     return bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens
 
 
-def _gpt2_encoder_json() -> dict[str, int] | None:
+def gpt2_encoder_json() -> dict[str, int] | None:
     """GPT-2's vocabulary from the folder in LLM_GPT2_DIR, else from the extra `offline`, else None."""
     if given := os.environ.get(GPT2_DIR_VARIABLE):
         for file, digest in GPT2_SHA256.items():
@@ -73,7 +73,7 @@ def _gpt2_encoder_json() -> dict[str, int] | None:
     return None
 
 
-def _tiktoken_encoding(name: str) -> Any:
+def tiktoken_encoding(name: str) -> Any:
     """The encoding from tiktoken's cache or the network. Raises UserError within seconds if neither has it."""
     import tiktoken
 
@@ -127,7 +127,7 @@ def call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
     return box["result"]
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
     """Refuses every class and every external object, so the result is built-in plain data."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -156,7 +156,7 @@ def read_meta_pkl(path: Path) -> str:
             opened += opcode.name in ("MARK", "EMPTY_DICT")
             if opened > MAX_OPENED:
                 raise ValueError("it opens too many dicts")
-        meta = _PlainUnpickler(io.BytesIO(data)).load()
+        meta = PlainUnpickler(io.BytesIO(data)).load()
         stoi, itos, size = meta["stoi"], meta["itos"], meta["vocab_size"]
         if type(stoi) is not dict or type(itos) is not dict or not len(stoi) == len(itos) == size > 0:
             raise ValueError("stoi, itos and vocab_size differ in length")

@@ -169,7 +169,7 @@ def encode_units(
         shield_children()
         # spawn: forking a process with threads may hang, and not every system can fork
         context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (str(saved),))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (str(saved),))
     waiting: deque[tuple[Unit, int, str, Any]] = deque()
 
     def finish() -> tuple[Unit, int, np.ndarray]:
@@ -213,7 +213,7 @@ def encode_units(
 _WORKER_TOKENIZER: list[Tokenizer] = []
 
 
-def _start_worker(saved: str) -> None:
+def start_worker(saved: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER_TOKENIZER[:] = [Tokenizer.load(saved)]

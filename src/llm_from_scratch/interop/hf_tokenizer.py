@@ -78,7 +78,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     elif tokenizer.name == "byte":
         backend = _byte_level({char: byte for byte, char in enumerate(byte_to_char())}, [], {}, pattern="")
     elif isinstance(tokenizer, TiktokenTokenizer):
-        ranks, chars = tokenizer._ranks, byte_to_char()
+        ranks, chars = tokenizer.ranks, byte_to_char()
         vocab = {"".join(chars[b] for b in token): rank for token, rank in ranks.items()}
         pairs = [tuple("".join(chars[b] for b in part) for part in pair) for pair in merges(ranks)]
         pattern = None if tokenizer.name == "gpt2" else meta["pattern"]

@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w, valid = weight.to(x.dtype), targets >= 0
         # a row without a target is kept out of all three results here, which spares a pass over its logits
         ids, seen = targets.clamp(min=0), x * valid[:, None] if for_w else x
-        kernel = _OnCPU if x.device.type == "cpu" and not torch.compiler.is_compiling() else _Compilable
+        kernel = CPULogitPasses if x.device.type == "cpu" and not torch.compiler.is_compiling() else LogitPasses
         rows = kernel(w, piece, softcap, for_x or for_w)
         losses, dx, dw = [], [], None
         for at in range(0, len(x), piece):
@@ -85,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dw, None, None, None, None, None
 
 
-class _Compilable:
+class LogitPasses:
     """The passes over a piece's logits, written for a compiler to fuse; and for a GPU without one."""
 
     def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
@@ -113,7 +113,7 @@ class _Compilable:
         return product if total is None else total + product
 
 
-class _OnCPU(_Compilable):
+class CPULogitPasses(LogitPasses):
     """The same with one buffer for the logits of every piece, and the passes over them on a few rows that stay in the
     processor's cache: they cost a tenth of the products."""
 

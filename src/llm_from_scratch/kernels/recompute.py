@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
 from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
-from ..errors import UserError
+from ..errors import StopForward, UserError
 from ..machine.device import Runtime, forked_random
 from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
 from .swap import swap, unswap
@@ -133,10 +133,10 @@ def lean(plain: Any) -> type:
 
 
 class _Made:
-    """How one output is made again: by forward(*args), as long as nobody changes the arguments in place."""
+    """How one output is made again: by make(*args), as long as nobody changes the arguments in place."""
 
-    def __init__(self, out: Tensor, forward: Callable[..., Tensor], args: tuple[Any, ...]):
-        self.out, self.version, self.forward = out, out._version, forward
+    def __init__(self, out: Tensor, make: Callable[..., Tensor], args: tuple[Any, ...]):
+        self.out, self.version, self.make = out, out._version, make
         self.args = [(a.detach(), a._version) if isinstance(a, Tensor) else (a, None) for a in args]
         self.autocast = torch.is_autocast_enabled(out.device.type)
 
@@ -144,7 +144,7 @@ class _Made:
         kind = self.args[0][0].device.type
         args = [_unchanged(*a) for a in self.args]
         with torch.no_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=self.autocast):
-            return self.forward(*args)
+            return self.make(*args)
 
 
 def _unchanged(value: Any, version: int | None) -> Any:
@@ -162,9 +162,9 @@ class _Outputs:
         self.made: dict[tuple[int, int], _Made] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def note(self, out: Tensor, forward: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
+    def note(self, out: Tensor, make: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         if out.requires_grad and out.is_contiguous() and isinstance(args[0], Tensor):
-            self.made[out.data_ptr(), out.numel()] = _Made(out, forward, args)
+            self.made[out.data_ptr(), out.numel()] = _Made(out, make, args)
 
     def pack(self, tensor: Tensor) -> Any:
         made = self.made.get((tensor.data_ptr(), tensor.numel()))
@@ -203,7 +203,7 @@ def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int
 
 
 def _kept(model: GPT, runtime: Runtime, sequences: int) -> tuple[int, int]:
-    block, made = model.transformer.h[0], _Allocated()
+    block, made = model.transformer.h[0], Allocated()
     tokens = torch.zeros((sequences, model.config.block_size), dtype=torch.long, device=runtime.device)
     with runtime.autocast():
         args, kwargs = _arguments(model, block, tokens)
@@ -214,29 +214,25 @@ def _kept(model: GPT, runtime: Runtime, sequences: int) -> tuple[int, int]:
     return made.alive(known), out.untyped_storage().nbytes()
 
 
-class _Reached(Exception):
-    """The forward pass has come to the block."""
-
-
 def _arguments(model: GPT, block: nn.Module, tokens: Tensor) -> tuple[tuple, dict]:
     """What the model calls the block with."""
     met: list[tuple[tuple, dict]] = []
 
     def stop(_block: nn.Module, args: tuple, kwargs: dict) -> None:
         met.append((args, kwargs))
-        raise _Reached
+        raise StopForward
 
     hook = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(tokens)
-    except _Reached:
+    except StopForward:
         pass
     finally:
         hook.remove()
     return met[0]
 
 
-class _Allocated(TorchDispatchMode):
+class Allocated(TorchDispatchMode):
     """Remembers the memory that operations give out, without holding on to it."""
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.model import GPT
+from ..errors import StopForward
 from ..machine.device import forked_random
 
 TOLERANCE = 1e-5  # of a difference, relative to what the plain module gives; float32 rounds to about 1e-7
@@ -71,10 +72,6 @@ def _kind(module: nn.Module) -> Any:
     return type(module), tuple(p.shape for p in module.parameters())
 
 
-class _AllSeen(Exception):
-    """The forward pass has called a module of every kind."""
-
-
 def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
     """What the model calls a module of each kind with, for a few tokens, in the precision of its weights."""
     found: dict[Any, tuple[Any, dict[str, Any]]] = {}
@@ -84,7 +81,7 @@ def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[s
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.setdefault(_kind(module), (args, kwargs))
         if len(found) == len(kinds):
-            raise _AllSeen
+            raise StopForward
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
     device, config, training = model.lm_head.weight.device, model.config, model.training
@@ -96,7 +93,7 @@ def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[s
     dtype, model.compute_dtype = model.compute_dtype, None
     try:
         # with gradients, to see which inputs want one; without the blocks behind the last kind
-        with contextlib.suppress(_AllSeen), torch.enable_grad(), forked_random(device):
+        with contextlib.suppress(StopForward), torch.enable_grad(), forked_random(device):
             model.eval()(ids[:, :-1], ids[:, 1:])
     finally:
         model.compute_dtype = dtype

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 READER_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # `| head`, a closed terminal
@@ -33,6 +34,20 @@ def note(line: str) -> None:
     """Prints a line on standard error, if it can be written."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+
+
+def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
+    """Prints a line. Returns whether somebody may still read: a full disk costs lines, not the run."""
+    write = write or (lambda text: print(text, flush=True))
+    try:
+        try:
+            write(line)
+        except UnicodeEncodeError:
+            encoding = sys.stdout.encoding or "ascii"
+            write(line.encode(encoding, "replace").decode(encoding))
+    except OSError as error:
+        return error.errno not in (*READER_GONE, None)
+    return True
 
 
 def is_lost(stream: TextIO) -> bool:

@@ -107,7 +107,7 @@ def _sum_of_losses(
                     part = mine[i : i + size]
                     x, y = _windows(data, part, block_size, size, runtime.device)
                     count = int((y >= 0).sum())
-                    nats += _loss(model, x, y, runtime) * count
+                    nats += loss_of(model, x, y, runtime) * count
                     tokens += count
             return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
         except Exception as error:
@@ -161,7 +161,7 @@ def _windows(
     return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
 
-def _loss(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> float:
+def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> float:
     with runtime.autocast():
         _, loss = model(x, y)
     return float(loss)

@@ -72,7 +72,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """An amount for the stack of blocks, and for the rest of the model."""
 
     stack: float
@@ -177,7 +177,7 @@ class Rehearsal:
         loss.backward()
         self.run.model.zero_grad(set_to_none=True)
 
-    def saved(self) -> _Split:
+    def saved(self) -> Split:
         """Bytes that a forward pass stores for the backward pass."""
         own = {p.untyped_storage().data_ptr() for p in self.run.model.parameters()}
         found: dict[int, tuple[bool, int]] = {}
@@ -194,24 +194,24 @@ class Rehearsal:
         del loss
         stack = sum(size for inside, size in found.values() if inside)
         rest = sum(size for inside, size in found.values() if not inside)
-        return _Split(stack, rest)
+        return Split(stack, rest)
 
-    def held(self) -> tuple[_Split, _Split]:
+    def held(self) -> tuple[Split, Split]:
         """Bytes of the weights, and of the optimizer's moments."""
         weights, moments = {True: 0, False: 0}, {True: 0, False: 0}
         for p in self.run.model.parameters():
             weights[p in self.of_stack] += p.nbytes
             state = self.run.optimizer.state.get(p, {})
             moments[p in self.of_stack] += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
-        return _Split(weights[True], weights[False]), _Split(moments[True], moments[False])
+        return Split(weights[True], weights[False]), Split(moments[True], moments[False])
 
-    def evaluated(self, windows: int) -> _Split:
+    def evaluated(self, windows: int) -> Split:
         """Seconds to evaluate `windows` windows at once."""
         plan, begin = self.plan, self._now()
         block_size, run = plan.config.model.block_size, self.run
         estimate_loss(run.models.compiled, plan.val_data, block_size, windows, run.runtime, windows)
         stack = self.spans.get("forward ends", 0.0) - self.spans.get("forward begins", 0.0)
-        return _Split(stack, self._now() - begin - stack)
+        return Split(stack, self._now() - begin - stack)
 
 
 def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
@@ -222,13 +222,13 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     begin, ran = time.perf_counter(), time.process_time()
     runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
     device = plan.runtime.device
-    layers, rows = _extent(plan, budget)
+    layers, rows = rehearsal_size(plan, budget)
     while True:
         base, free = peak_memory(device), free_memory(torch.device("cpu"))
         try:
-            rehearsal = Rehearsal(_reduced(plan, layers, rows))
+            rehearsal = Rehearsal(reduced_plan(plan, layers, rows))
             try:
-                return _measured(plan, rehearsal, base, free, budget, begin, ran)
+                return extrapolate(plan, rehearsal, base, free, budget, begin, ran)
             finally:
                 rehearsal.close()
         except Exception as error:
@@ -239,12 +239,12 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
         layers, rows = (max(1, layers // 2), rows) if layers > 1 else (1, rows // 2)
 
 
-def _extent(plan: Plan, budget: float) -> tuple[int, int]:
+def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
     """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each."""
     model, rows = plan.config.model, plan.micro_batch
     if plan.runtime.device.type == "cuda" or plan.runtime.compile:
         return model.n_layer, rows  # a GPU is fast; and the run reuses what was compiled
-    rate = _products_per_second() / 2  # a step reaches about half of it
+    rate = products_per_second() / 2  # a step reaches about half of it
 
     def seconds(layers: int, rows: int) -> float:
         flops = sizes(dataclasses.replace(model, n_layer=layers), rows).flops_per_token
@@ -258,7 +258,7 @@ def _extent(plan: Plan, budget: float) -> tuple[int, int]:
     return layers, rows
 
 
-def _products_per_second(size: int = 512) -> float:
+def products_per_second(size: int = 512) -> float:
     """FLOP/s of matrix products, measured on five."""
     a, took = torch.ones(size, size), []
     for _ in range(6):
@@ -268,7 +268,7 @@ def _products_per_second(size: int = 512) -> float:
     return 2 * size**3 / statistics.median(took[1:])
 
 
-def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
+def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
     """A plan for one process, `layers` layers, and one micro-batch of `rows` sequences per update."""
     model, training = plan.config.model, dataclasses.replace(plan.config.training)
     training.chunked_loss = loss_is_chunked(plan.config, plan.micro_batch)  # as in the whole run
@@ -282,7 +282,7 @@ def _reduced(plan: Plan, layers: int, rows: int) -> Plan:
     )  # fmt: skip
 
 
-def _measured(
+def extrapolate(
     plan: Plan, rehearsal: Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
 ) -> Forecast:
     """Extrapolates from some layers and sequences to all."""

@@ -23,7 +23,7 @@ from ..config import Config, flatten
 from ..errors import UserError
 from ..machine.extras import require
 from ..machine.files import open_whole
-from ..machine.terminal import READER_GONE, Lenient
+from ..machine.terminal import Lenient, announce
 from .progress import Remaining, clock_time, in_words
 
 if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
@@ -192,20 +192,6 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
-
-
-def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
-    """Prints a line. Returns whether somebody may still read: a full disk costs lines, not the run."""
-    write = write or (lambda text: print(text, flush=True))
-    try:
-        try:
-            write(line)
-        except UnicodeEncodeError:
-            encoding = sys.stdout.encoding or "ascii"
-            write(line.encode(encoding, "replace").decode(encoding))
-    except OSError as error:
-        return error.errno not in (*READER_GONE, None)
-    return True
 
 
 def teller(is_master: bool) -> Callable[[str], None]:

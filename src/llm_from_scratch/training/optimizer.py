@@ -184,9 +184,10 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """
     on_device = getattr(optimizer, "skips_on_device", optimizer.defaults.get("fused"))
     if skip.device.type == "cuda" and on_device:
-        vars(optimizer).update(grad_scale=None, found_inf=skip.float())
+        flagged: Any = optimizer
+        flagged.grad_scale, flagged.found_inf = None, skip.float()
         optimizer.step()
-        del vars(optimizer)["grad_scale"], vars(optimizer)["found_inf"]
+        del flagged.grad_scale, flagged.found_inf
     elif not skip:
         optimizer.step()
 

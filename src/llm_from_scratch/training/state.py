@@ -82,7 +82,7 @@ class Writer:
     """Saves in a thread, one checkpoint at a time. A process that must stop at once does not wait for it."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._saved = Saved(-1)
         self._bug: BaseException | None = None
 
@@ -94,7 +94,7 @@ class Writer:
         first: called before the checkpoint is written; export: also write out_dir/ckpt.pt for nanoGPT;
         of_the_run: the other arguments of save_checkpoint().
         """
-        assert self._thread is None
+        assert self.thread is None
         saved = self._saved = Saved(contents["step"])
         waits = not _room_for_a_copy(contents)
         try:
@@ -123,17 +123,17 @@ class Writer:
                 else:
                     self._bug = error
 
-        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self.thread.start()
         if waits:
-            self._thread.join()
+            self.thread.join()
 
     def finished(self, wait: bool) -> Saved | None:
         """The result of the save, once. None if there is none, or it is still running."""
-        if self._thread is None or (not wait and self._thread.is_alive()):
+        if self.thread is None or (not wait and self.thread.is_alive()):
             return None
-        self._thread.join()
-        self._thread = None
+        self.thread.join()
+        self.thread = None
         if self._bug is not None:
             raise self._bug
         return self._saved

@@ -113,7 +113,7 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
 
 
-def _records(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
+def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
     """Whether the compiled model's kernels are recorded and launched as one (CUDA graphs). auto: where a GPU would wait
     for their launches, and a pass is a whole update. Raises UserError where it is asked for and cannot be."""
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
@@ -129,7 +129,7 @@ def _compile(
     model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]
 ) -> tuple[nn.Module | None, bool]:
     """The compiled model, None where that fails; and whether its kernels are recorded."""
-    recorded = _records(model, config, runtime, micro_batch)
+    recorded = records_kernels(model, config, runtime, micro_batch)
     say("compiling the model (about a minute)")
     if recorded:
         try:

@@ -484,7 +484,7 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
     with pytest.raises(cp.DamagedError):
         cp.prune(tmp_path, keep_last=1)
     assert steps(tmp_path) == [1, 2, 3]
-    write = sealed._write_synced
+    write = sealed.write_synced
 
     def rotten(path: Path, data: bytes) -> dict[str, Any]:
         entry = write(path, data)
@@ -492,7 +492,7 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
             damage(path)
         return entry
 
-    monkeypatch.setattr(sealed, "_write_synced", rotten)
+    monkeypatch.setattr(sealed, "write_synced", rotten)
     with pytest.raises(cp.SaveError, match="other bytes"):
         save(tmp_path, 4, keep_last=1)
     assert steps(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-step-00000004").is_dir()
@@ -508,7 +508,7 @@ def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatc
     def unreadable(out: Path, skip_foreign: bool = False) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(cp, "_scan", unreadable)
+    monkeypatch.setattr(cp, "find_entries", unreadable)
     assert save(tmp_path, 5, keep_last=1).exists()
 
 

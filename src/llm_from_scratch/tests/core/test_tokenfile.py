@@ -310,14 +310,14 @@ def test_a_scan_in_the_background_finds_the_last_id(tmp_path: Path, monkeypatch:
     folder = write_data(tmp_path, train=np.append(IDS, 20), tokenizer=None)
     scan = TokenData.open(folder, "train").check(8, 20)
     assert scan is not None
-    scan._thread.join()
+    scan.thread.join()
     assert scan.finished
     with pytest.raises(DataError, match="train.bin: token 5000 has id 20"):
         scan.raise_if_bad()
     scan.close()
     good = TokenData.open(folder, "train").check(8, 21)
     assert good is not None
-    good._thread.join()
+    good.thread.join()
     good.raise_if_bad()
     good.close()
 
@@ -336,7 +336,7 @@ def test_a_scan_ends_when_it_is_not_wanted(tmp_path: Path, monkeypatch: pytest.M
 
     IDS.astype("<u2").tofile(tmp_path / "a.bin")
     scan = tokenfile.BackgroundScan([Endless(tmp_path / "a.bin", "<u2")], "endless", 20)
-    thread = scan._thread
+    thread = scan.thread
     if how == "close":
         scan.close()
     else:

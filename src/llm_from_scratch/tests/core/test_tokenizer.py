@@ -111,19 +111,21 @@ def test_long_runs_of_one_character(gpt2: Tokenizer, run: str) -> None:
 
 def test_divided_runs_give_the_tokens_of_the_whole(gpt2: Tokenizer) -> None:
     for run in (" " * 3000 + "x", "!" + "\n" * 2997 + " b", "a" + " " * 1500 + "\n" + " " * 1500, "\t" * 1200 + "b c"):
-        parts = list(gpt2._divide(run))
+        parts = list(gpt2.divide(run))
         assert len(parts) > 1 and "".join(parts) == run
         assert np.concatenate([gpt2.encode(part) for part in parts]).tolist() == gpt2.encode(run).tolist()
 
 
 def test_a_backend_that_always_fails_is_a_user_error(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiktoken
+
     class Panic(BaseException):
         pass
 
-    def fail(*_: object) -> np.ndarray:
+    def fail(*_: object, **__: object) -> np.ndarray:
         raise Panic("stack")
 
-    monkeypatch.setattr(gpt2, "_encode", fail)
+    monkeypatch.setattr(tiktoken.Encoding, "encode_to_numpy", fail)
     with pytest.raises(UserError, match="gpt2 tokenizer fails"):
         gpt2.encode("some text")
 
@@ -144,13 +146,13 @@ def test_cuts_change_no_tokens(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch)
     from tiktoken_ext import openai_public
 
     assert isinstance(gpt2, TiktokenTokenizer)
-    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: gpt2._ranks)
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: gpt2.ranks)
     patterns = [openai_public.r50k_pat_str]
     patterns += [openai_public.cl100k_base()["pat_str"], openai_public.o200k_base()["pat_str"]]
     rng, compared = random.Random(0), 0
     alphabet = [*"aBé7²_  \n\r\t's!/\u0301東\u2028", "ll"]
     for pattern in patterns:
-        reference = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=gpt2._ranks, special_tokens={})
+        reference = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=gpt2.ranks, special_tokens={})
         for _ in range(400):
             sample = "".join(rng.choices(alphabet, k=60)) + "a b"
             parts = list(cut_text(sample, 40))
@@ -173,7 +175,7 @@ def test_bpe_is_trained_on_the_text(text: str) -> None:
     assert len(ids) < 0.6 * len(text)
     assert tokenizer.decode(tokenizer.encode(ODD)) == ODD  # all bytes are in it
     assert isinstance(tokenizer, HFTokenizer)
-    assert Backend.from_str(tokenizer._json).encode(text[:999]).ids == tokenizer.encode(text[:999]).tolist()
+    assert Backend.from_str(tokenizer.json_text).encode(text[:999]).ids == tokenizer.encode(text[:999]).tolist()
     again = Tokenizer.from_name("bpe:1000", [text[:100_000], text[100_000:]])
     assert again.fingerprint() == tokenizer.fingerprint()
     assert Tokenizer.from_name("bpe:5000", "too little text").vocab_size < 300
@@ -218,7 +220,7 @@ def test_saved_and_loaded(tmp_path: Path, gpt2: Tokenizer, text: str, monkeypatc
         Tokenizer.from_name("char", text),
         Tokenizer.from_name("bpe:400", text),
     ]
-    samples.append(HFTokenizer(samples[-1]._json, "hf", 7))  # type: ignore[attr-defined]
+    samples.append(HFTokenizer(samples[-1].json_text, "hf", 7))  # type: ignore[attr-defined]
     for number, tokenizer in enumerate(samples):
         folder = tmp_path / str(number)
         assert not Tokenizer.exists(folder) and tokenizer_of(folder) is None
@@ -231,7 +233,7 @@ def test_saved_and_loaded(tmp_path: Path, gpt2: Tokenizer, text: str, monkeypatc
         assert loaded.fingerprint() == tokenizer.fingerprint()
         assert loaded.encode(text[:2000]).tolist() == tokenizer.encode(text[:2000]).tolist()
     # complete in itself: no vocabulary of GPT-2 is looked for
-    monkeypatch.setattr(vocabulary, "_gpt2_encoder_json", lambda: pytest.fail("looked outside"))
+    monkeypatch.setattr(vocabulary, "gpt2_encoder_json", lambda: pytest.fail("looked outside"))
     assert Tokenizer.load(tmp_path / "0").encode("hello world").tolist() == [31373, 995]
     assert len({tokenizer.fingerprint() for tokenizer in samples}) == len(samples)
 
@@ -307,7 +309,7 @@ def test_gpt2_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Tokenizer.from_name("gpt2")
     for file in ("vocab.bpe", "encoder.json"):
         (tmp_path / file).write_bytes((source / file).read_bytes())
-    monkeypatch.setattr(vocabulary, "_tiktoken_encoding", lambda name: pytest.fail("went to the network"))
+    monkeypatch.setattr(vocabulary, "tiktoken_encoding", lambda name: pytest.fail("went to the network"))
     assert Tokenizer.from_name("gpt2").encode("hello world").tolist() == [31373, 995]
     (tmp_path / "vocab.bpe").write_bytes((source / "vocab.bpe").read_bytes() + b"\n")
     with pytest.raises(UserError, match="sha256"):
@@ -413,7 +415,7 @@ def test_the_unpickler_itself_refuses() -> None:
     """The second wall, should an opcode slip through the first."""
     for kind in ("code", "old code", "outside object"):
         with pytest.raises(pickle.UnpicklingError):
-            vocabulary._PlainUnpickler(io.BytesIO(BAD_METAS[kind]())).load()
+            vocabulary.PlainUnpickler(io.BytesIO(BAD_METAS[kind]())).load()
 
 
 def test_no_torch_is_imported() -> None:

@@ -274,7 +274,7 @@ def test_workers_that_die_are_done_without(
 ) -> None:
     write_jsonl(here / "d.jsonl", stories(200))
     alone = prepare(["d.jsonl"], out_dir="alone", cache_dir=None)
-    monkeypatch.setattr(encode, "_start_worker", os._exit)
+    monkeypatch.setattr(encode, "start_worker", os._exit)
     helped = prepare(["d.jsonl"], out_dir="helped", workers=2, cache_dir=None)
     assert (alone / "train.bin").read_bytes() == (helped / "train.bin").read_bytes()
     assert "without them" in capsys.readouterr().out

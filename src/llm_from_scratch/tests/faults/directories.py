@@ -19,7 +19,7 @@ from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.errors import UserError
 
-from .flips import _reseal
+from .flips import reseal
 from .rows import Report, Row
 from .saves import contents, load, quiet, replaced, same, save, tag_of
 
@@ -49,7 +49,7 @@ def _not_finite(path: Path, rng: random.Random) -> None:
     data = bytearray((path / "model.safetensors").read_bytes())
     data[-4:] = b"\0\0\xc0\x7f"
     (path / "model.safetensors").write_bytes(data)
-    (path / cp.MANIFEST).write_bytes(_reseal({p.name: p.read_bytes() for p in path.iterdir()}))
+    (path / cp.MANIFEST).write_bytes(reseal({p.name: p.read_bytes() for p in path.iterdir()}))
 
 
 def _replace(make: Callable[[Path], Any]) -> Harm:
@@ -267,18 +267,18 @@ def run(count: int, seed: int, folder: Path) -> Report:
 
 
 def _by(key: Callable[[Any], Any]) -> Callable[..., Any]:
-    real = cp._scan
+    real = cp.find_entries
     return lambda out, **more: sorted(real(out, **more), key=key, reverse=True)
 
 
 def _silent() -> contextlib.AbstractContextManager[Any]:
-    real = cp._first_good
+    real = cp.first_good
 
     def first_good(*args: Any) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
             return real(*args)
 
-    return mock.patch.object(cp, "_first_good", first_good)
+    return mock.patch.object(cp, "first_good", first_good)
 
 
 def _remove(folder: Path) -> Path:
@@ -287,7 +287,7 @@ def _remove(folder: Path) -> Path:
 
 
 def _as_if_new() -> contextlib.AbstractContextManager[Any]:
-    real = cp._first_good
+    real = cp.first_good
 
     def first_good(*args: Any) -> Any:
         try:
@@ -295,7 +295,7 @@ def _as_if_new() -> contextlib.AbstractContextManager[Any]:
         except cp.DamagedError as error:
             raise UserError("no checkpoint: a new run starts") from error
 
-    return mock.patch.object(cp, "_first_good", first_good)
+    return mock.patch.object(cp, "first_good", first_good)
 
 
 ROW = Row(
@@ -305,8 +305,8 @@ ROW = Row(
     prove=40,
     run=run,
     defects={
-        "order by the clock": replaced(cp, "_scan", _by(lambda entry: entry.path.stat().st_mtime)),
-        "order by the name": replaced(cp, "_scan", _by(lambda entry: entry.path.name)),
+        "order by the clock": replaced(cp, "find_entries", _by(lambda entry: entry.path.stat().st_mtime)),
+        "order by the name": replaced(cp, "find_entries", _by(lambda entry: entry.path.name)),
         "damaged ones left in place": replaced(sealed, "set_aside", lambda folder: folder),
         "damaged ones removed": replaced(sealed, "set_aside", _remove),
         "no word of a fallback": _silent,

@@ -162,7 +162,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
             mutation(files, rng, older)
         changed = next(name for name in newer if files.get(name) != newer[name])
         if sealed_anew:
-            files[cp.MANIFEST] = _reseal(files)
+            files[cp.MANIFEST] = reseal(files)
         label = f"case {number}, {mutation.__name__.strip('_')} of {changed}{', sealed anew' * sealed_anew}"
         _write(path, files, newer)
         report.done += 1
@@ -192,7 +192,7 @@ def _write(path: Path, files: Files, there: Files) -> None:
             (path / name).write_bytes(files[name])
 
 
-def _reseal(files: Files) -> bytes:
+def reseal(files: Files) -> bytes:
     """A manifest for the present files, as a liar writes it."""
     body = json.loads(files[cp.MANIFEST])
     body.pop("sha256")

@@ -153,7 +153,7 @@ def kinds() -> dict[str, Kind]:
         "tokenizer.json": Kind(
             "model/tokenizer.json",
             poison_texts.tokenizers(),
-            lambda p: p.write_text(poison_texts._trained()),
+            lambda p: p.write_text(poison_texts.trained()),
             of_a_tokenizer,
         ),
         "YAML": Kind("x.yaml", poison_texts.presets(), lambda p: p.write_text("start: a\nseed: 1\n"), of_a_preset),
@@ -235,7 +235,7 @@ def _any_pickle() -> Iterator[None]:
     codes = {opcode.name for opcode in __import__("pickletools").opcodes}
     with (
         mock.patch.object(vocabulary, "_PLAIN_OPCODES", codes),
-        mock.patch.object(vocabulary, "_PlainUnpickler", pickle.Unpickler),
+        mock.patch.object(vocabulary, "PlainUnpickler", pickle.Unpickler),
     ):
         yield
 

@@ -70,7 +70,7 @@ class Checkpoints:
         name = mutant.choice(self.members)
         if self.also_manifest and mutant.random() < 0.3:
             manifest = mutant.value(manifest) if valid else manifest
-            raw = sealed._with_own_hash(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
+            raw = sealed.with_own_hash(manifest) if isinstance(manifest, dict) else json.dumps(manifest).encode()
         else:
             if name.endswith(".json"):
                 files[name] = mutant.json(files[name]) if valid else mutant.bytes(files[name])
@@ -79,7 +79,7 @@ class Checkpoints:
             if name in manifest["files"]:
                 digest = hashlib.sha256(files[name]).hexdigest()
                 manifest["files"][name] = {"size": len(files[name]), "sha256": digest}
-            raw = sealed._with_own_hash(manifest)
+            raw = sealed.with_own_hash(manifest)
         if self.also_manifest and not valid and mutant.random() < 0.3:
             raw = mutant.bytes(raw)
         write(folder, {**files, "MANIFEST.json": raw}, self.present)

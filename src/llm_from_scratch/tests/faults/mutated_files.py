@@ -17,7 +17,7 @@ from llm_from_scratch.cli.sample import SampleSettings
 from llm_from_scratch.config import Config, flatten, validate
 from llm_from_scratch.core import tokenfile
 from llm_from_scratch.core.dataset import TokenData
-from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, _load
+from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, build_tokenizer
 from llm_from_scratch.training.loggers import read_metrics
 
 from .mutants import NASTY, Mutant, expect, write
@@ -84,7 +84,7 @@ class SavedTokenizer:
         if valid:
             with contextlib.suppress(BaseException):
                 meta = json.loads(files["tokenizer.meta.json"])
-                meta["fingerprint"] = _load(folder, meta).fingerprint()
+                meta["fingerprint"] = build_tokenizer(folder, meta).fingerprint()
                 write(folder, {**files, "tokenizer.meta.json": json.dumps(meta).encode()}, self.present)
         return valid
 
@@ -196,9 +196,9 @@ class Yaml:
 def check_settings(tree: Any) -> None:
     kinds = presets.leaf_types(type(tree))
     for name, value in flatten(tree).items():
-        options = presets._members(kinds[name])
+        options = presets.union_members(kinds[name])
         plain = {option for option in options if isinstance(option, type)}
-        literal = presets._literals(options)
+        literal = presets.literal_values(options)
         if isinstance(value, dict):
             good = all(type(key) is int and type(number) is float for key, number in value.items())
         else:

@@ -348,12 +348,12 @@ def _write_in_place(final: Path, parts: Any, fields: Any, write_more: Any = None
     try:
         sealed.remove_tree(final)
         sealed.make_folder(final)
-        files = {name: sealed._write_synced(final / name, make()) for name, make in parts.items()}
+        files = {name: sealed.write_synced(final / name, make()) for name, make in parts.items()}
         if write_more is not None:
             write_more(final)
             for path in sorted(path for path in final.iterdir() if path.name not in files):
-                files[path.name] = sealed._write_synced(path, path.read_bytes())
-        sealed._write_synced(final / cp.MANIFEST, sealed._with_own_hash({**fields, "files": files}))
+                files[path.name] = sealed.write_synced(path, [path.read_bytes()])
+        sealed.write_synced(final / cp.MANIFEST, [sealed.with_own_hash({**fields, "files": files})])
     except OSError as error:
         raise cp.SaveError(f"{error}; it needs 1 bytes, 1 bytes are free there") from error
 

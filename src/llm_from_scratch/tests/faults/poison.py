@@ -241,7 +241,7 @@ def step(change: Callable[[dict[str, bytes]], Any] | None = None, after: Maker |
         path.mkdir(parents=True)
         for name, data in files.items():
             (path / name).write_bytes(data)
-        (path / "MANIFEST.json").write_bytes(sealed._with_own_hash(manifest))
+        (path / "MANIFEST.json").write_bytes(sealed.with_own_hash(manifest))
         if after is not None:
             after(path)
 

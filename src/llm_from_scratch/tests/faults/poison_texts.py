@@ -128,7 +128,7 @@ def tokenizers() -> dict[str, Maker]:
 
     def changed(change: Callable[[dict[str, Any]], Any]) -> Maker:
         def make(path: Path) -> None:
-            body = json.loads(_trained())
+            body = json.loads(trained())
             change(body)
             path.write_text(json.dumps(body))
 
@@ -156,12 +156,12 @@ def tokenizers() -> dict[str, Maker]:
 
 
 def right_tokenizer(path: Path) -> None:
-    path.write_text(_trained())
+    path.write_text(trained())
 
 
 @functools.cache
-def _trained() -> str:
-    return HFTokenizer.train([babble(3000)], 270)._json
+def trained() -> str:
+    return HFTokenizer.train([babble(3000)], 270).json_text
 
 
 # --- presets and texts ---

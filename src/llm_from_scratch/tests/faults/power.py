@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -359,9 +359,10 @@ def run(count: int, seed: int, folder: Path) -> Report:
 # ------------------------------------------------------------------------------------------------------------- defects
 
 
-def _write_unsynced(path: Path, data: bytes) -> dict[str, Any]:
+def _write_unsynced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
+    data = b"".join(pieces)
     path.write_bytes(data)
-    return {"size": len(data), "sha256": sealed._sha256(data)}
+    return {"size": len(data), "sha256": sealed.sha256_of(data)}
 
 
 def _sync_only(wanted: Callable[[Path], bool]) -> Callable[[Path], None]:
@@ -382,7 +383,7 @@ ROW = Row(
     prove=200,
     run=run,
     defects={
-        "files not synced": replaced(sealed, "_write_synced", _write_unsynced),
+        "files not synced": replaced(sealed, "write_synced", _write_unsynced),
         "the new folder not synced": replaced(
             sealed, "sync_folder", _sync_only(lambda path: not path.name.startswith(".tmp-"))
         ),

@@ -46,7 +46,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(losses, "IN_CACHE", 3 * V)
     monkeypatch.setattr(losses, "SLICE", 7 * C)
     if request.param == "compilable":
-        monkeypatch.setattr(losses, "_OnCPU", losses._Compilable)
+        monkeypatch.setattr(losses, "CPULogitPasses", losses.LogitPasses)
 
 
 @pytest.mark.usefixtures("kernel")

@@ -153,7 +153,7 @@ def test_as_few_blocks_as_the_budget_needs() -> None:
         ours = [isinstance(b, activations.RecomputedBlock) for b in model.transformer.h]
         assert ours == [True] * blocks + [False] * (4 - blocks)
         assert f"{blocks} of 4 blocks" in said[0] or not blocks
-        with activations._Allocated() as made:
+        with activations.Allocated() as made:
             loss = model(torch.zeros((BATCH, 16), dtype=torch.long))[0].sum()
         alive = made.alive({p.untyped_storage()._cdata for p in model.parameters()})
         # beside the blocks: position numbers, two embeddings' sum, the last norm, its part at the end, the logits

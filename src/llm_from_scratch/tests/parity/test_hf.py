@@ -553,7 +553,7 @@ def test_without_transformers_it_says_so(
 
 def tiny_tiktoken(pattern: str | None = None, name: str = "gpt2") -> TiktokenTokenizer:
     """A vocabulary of tiktoken's kind, learned here: 256 bytes in GPT-2's order, merges, a gap, and end of text."""
-    trained = json.loads(Tokenizer.from_name("bpe:700", TEXT * 3)._json)["model"]["vocab"]  # type: ignore[attr-defined]
+    trained = json.loads(Tokenizer.from_name("bpe:700", TEXT * 3).json_text)["model"]["vocab"]  # type: ignore[attr-defined]
     to_byte = {char: byte for byte, char in enumerate(hf_tokenizer.byte_to_char())}
     tokens = [bytes(to_byte[char] for char in token) for token in trained if token != EOT]
     tokens.sort(key=lambda token: len(token) > 1)  # stable: single bytes first, merges in their order
@@ -603,7 +603,7 @@ def test_a_tokenizer_json_that_cuts_and_adds(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import processors
 
-    backend = Backend.from_str(Tokenizer.from_name("bpe:400", TEXT * 3)._json)  # type: ignore[attr-defined]
+    backend = Backend.from_str(Tokenizer.from_name("bpe:400", TEXT * 3).json_text)  # type: ignore[attr-defined]
     backend.add_special_tokens(["<s>", "</s>"])
     backend.enable_truncation(5)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 401)])
@@ -659,7 +659,7 @@ def test_merges_are_those_that_made_the_vocabulary() -> None:
     """The trainer's own list of merges is the reference."""
     trained = Tokenizer.from_name("bpe:600", TEXT * 3)
     assert isinstance(trained, HFTokenizer)
-    definition = json.loads(trained._json)["model"]
+    definition = json.loads(trained.json_text)["model"]
     to_byte = {char: byte for byte, char in enumerate(hf_tokenizer.byte_to_char())}
 
     def as_bytes(token: str) -> bytes:
@@ -684,7 +684,7 @@ def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     tokenizer = Tokenizer.from_name("gpt2")
     lines = (source / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     chars = hf_tokenizer.byte_to_char()
-    found = hf_tokenizer.merges(tokenizer._ranks)  # type: ignore[attr-defined]
+    found = hf_tokenizer.merges(tokenizer.ranks)  # type: ignore[attr-defined]
     assert [" ".join("".join(chars[b] for b in part) for part in pair) for pair in found] == lines
     export_hf(*parts(checkpoint(tokenizer, padding=47, n_layer=1, n_embd=8)), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -708,7 +708,7 @@ def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_other_vocabularies_are_not_taken_for_gpt2s(tmp_path: Path) -> None:
     trained = Tokenizer.from_name("bpe:400", TEXT * 3)
-    definition = json.loads(trained._json)["model"]  # type: ignore[attr-defined]
+    definition = json.loads(trained.json_text)["model"]  # type: ignore[attr-defined]
     (tmp_path / "vocab.json").write_text(json.dumps(definition["vocab"]))
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in definition["merges"]]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")

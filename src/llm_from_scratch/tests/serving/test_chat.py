@@ -50,7 +50,7 @@ CONVERSATIONS = [
 
 def test_a_template_gives_what_transformers_gives(tmp_path):
     transformers = pytest.importorskip("transformers")
-    backend = HFTokenizer.train(["hello there " * 50], 300)._build(special_is_text=False)
+    backend = HFTokenizer.train(["hello there " * 50], 300).backend(special_is_text=False)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     theirs.chat_template = TEMPLATE
     theirs.save_pretrained(tmp_path)

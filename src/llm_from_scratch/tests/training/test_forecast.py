@@ -12,7 +12,7 @@ import torch
 from llm_from_scratch.cli import plan as command
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import forecast as forecasts
-from llm_from_scratch.training.forecast import Rehearsal, _extent, _measured, _reduced, _Split, forecast
+from llm_from_scratch.training.forecast import Rehearsal, Split, extrapolate, forecast, reduced_plan, rehearsal_size
 from llm_from_scratch.training.plan import Plan
 from llm_from_scratch.training.progress import SAVE_AWAITED, SAVE_BESIDE
 from llm_from_scratch.training.setup import make_plan
@@ -47,7 +47,7 @@ def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: 
     plan = planned(tiny_data, **settings)
     found = []
     for layers in (2, 6):
-        rehearsal = Rehearsal(_reduced(plan, layers, plan.micro_batch))
+        rehearsal = Rehearsal(reduced_plan(plan, layers, plan.micro_batch))
         times = rehearsal.timed()
         assert 0 < times["stack"] < times["gradients"] and times["update"] > 0
         found.append((*rehearsal.held(), rehearsal.saved()))
@@ -68,7 +68,7 @@ def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path, optimizer: str) -> None:
-    rehearsal = Rehearsal(_reduced(planned(tiny_data, optimizer_type=optimizer), 1, 4))
+    rehearsal = Rehearsal(reduced_plan(planned(tiny_data, optimizer_type=optimizer), 1, 4))
     rehearsal.timed()
     before = {name: p.detach().clone() for name, p in rehearsal.run.model.named_parameters()}
     assert rehearsal.update_of_stack() > 0 and not rehearsal.only_stack
@@ -81,12 +81,12 @@ def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path,
 def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 of 6 layers and 2 of 4 sequences, where all that is measured is known."""
     plan = planned(tiny_data, gradient_accumulation_steps=3)
-    rehearsal = Rehearsal(_reduced(plan, 2, 2))
+    rehearsal = Rehearsal(reduced_plan(plan, 2, 2))
     # a sequence takes 1 s for each layer and 3 s for the rest; an update 0.5 s for each layer and 2 s for the rest
     monkeypatch.setattr(rehearsal, "timed", lambda: {"gradients": 10.0, "stack": 4.0, "update": 3.0})
     monkeypatch.setattr(rehearsal, "update_of_stack", lambda: 1.0)
-    monkeypatch.setattr(rehearsal, "evaluated", lambda windows: _Split(2.0 * windows, 1.0 * windows))
-    found = _measured(plan, rehearsal, 0, None, 3.0, 0.0, 7.0)
+    monkeypatch.setattr(rehearsal, "evaluated", lambda windows: Split(2.0 * windows, 1.0 * windows))
+    found = extrapolate(plan, rehearsal, 0, None, 3.0, 0.0, 7.0)
     assert found.step == pytest.approx(3 * 4 * (6 + 3) + 6 * 0.5 + 2)
     assert found.training == 20 * found.step and found.tokens_per_s == plan.tokens_per_step / found.step
     # evaluations at 0, 8, 16 and 20: 2 * 8 windows of 6 + 1 s
@@ -103,34 +103,37 @@ def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """2 of 6 layers: what was resident, less what is known of it, is what lives for a moment."""
     plan = planned(tiny_data, gradient_accumulation_steps=accumulation)
-    rehearsal = Rehearsal(_reduced(plan, 2, 2))
-    monkeypatch.setattr(rehearsal, "held", lambda: (_Split(20, 5), _Split(40, 10)))
-    monkeypatch.setattr(rehearsal, "saved", lambda: _Split(200, 30))
+    rehearsal = Rehearsal(reduced_plan(plan, 2, 2))
+    monkeypatch.setattr(rehearsal, "held", lambda: (Split(20, 5), Split(40, 10)))
+    monkeypatch.setattr(rehearsal, "saved", lambda: Split(200, 30))
     base, fixed, moment = 1000, 10, 60
     peaks = [base + (20 + 5) + 230 // 2 + fixed]  # after one sequence of two; from then on all there is
     known = base + (20 + 5) + (40 + 10) + 230
     monkeypatch.setattr(forecasts, "peak_memory", lambda device: peaks.pop() if peaks else known + moment + fixed)
-    found = _measured(plan, rehearsal, base, None, 3.0, 0.0, 0.0)
+    found = extrapolate(plan, rehearsal, base, None, 3.0, 0.0, 0.0)
     assert (found.weights, found.gradients, found.optimizer, found.base) == (65, 65, 130, base)
     at_once = 2 * (3 * 200 + 30 + moment) + fixed  # twice the sequences
     assert found.gradients + found.activations == (at_once if accumulation == 1 else at_once + 65)
     assert found.memory == base + 65 + 130 + found.gradients + found.activations + found.copies
     assert found.copies == 65 + 130
-    assert _measured(plan, rehearsal, base, 100, 3.0, 0.0, 0.0).copies == 0  # too little is free
+    assert extrapolate(plan, rehearsal, base, 100, 3.0, 0.0, 0.0).copies == 0  # too little is free
     rehearsal.close()
 
 
 def test_a_rehearsal_is_as_large_as_time_allows(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(tiny_data, batch_size=600)
-    assert _extent(plan, 3.0) == (6, 600)
+    assert rehearsal_size(plan, 3.0) == (6, 600)
     flops = plan.sizes.flops_per_token * 600 * 8
-    monkeypatch.setattr(forecasts, "_products_per_second", lambda: flops)  # an update takes 2 s, a fourth of 3 is less
-    layers, rows = _extent(plan, 3.0)
+    monkeypatch.setattr(forecasts, "products_per_second", lambda: flops)  # an update takes 2 s, a fourth of 3 is less
+    layers, rows = rehearsal_size(plan, 3.0)
     assert 1 <= layers < 6 and rows == 600
-    monkeypatch.setattr(forecasts, "_products_per_second", lambda: 1.0)
-    assert _extent(plan, 3.0) == (1, 150)  # 300 sequences of 8 tokens are 2,400 tokens: halved once more, no further
+    monkeypatch.setattr(forecasts, "products_per_second", lambda: 1.0)
+    assert rehearsal_size(plan, 3.0) == (
+        1,
+        150,
+    )  # 300 sequences are 2,400 tokens: halved once more, no further
     compiled = dataclasses.replace(plan, runtime=dataclasses.replace(plan.runtime, compile=True))
-    assert _extent(compiled, 3.0) == (6, 600)
+    assert rehearsal_size(compiled, 3.0) == (6, 600)
 
 
 @pytest.mark.usefixtures("no_time")

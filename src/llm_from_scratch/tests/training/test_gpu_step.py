@@ -91,7 +91,7 @@ MODERN = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "q
 def test_no_update_needs_a_number_from_the_device(
     settings: Any, tiny_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_OnCPU", loss._Compilable)
+    monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)
     monkeypatch.setattr(trainer, "step_unless", as_on_a_gpu)
     monkeypatch.setattr(setup, "refuse_unfit", lambda *_: None)
     monkeypatch.setattr(Runtime, "place", lambda runtime, model: setattr(model, "compute_dtype", torch.bfloat16))
@@ -160,7 +160,7 @@ def test_when_kernels_are_recorded(
     config: Config, runtime: Runtime, records: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "LAUNCH_BOUND", 10_000)
-    assert parallel._records(GPT(config.model), config, runtime, 2) is records
+    assert parallel.records_kernels(GPT(config.model), config, runtime, 2) is records
 
 
 def test_what_cannot_be_recorded_says_so() -> None:
@@ -169,7 +169,7 @@ def test_what_cannot_be_recorded_says_so() -> None:
     config = settings(cuda_graphs=True)
     config.model.max_ngram = 2
     with pytest.raises(UserError, match="does not go with max_ngram"):
-        parallel._records(GPT(config.model), config, machine("cuda"), 2)
+        parallel.records_kernels(GPT(config.model), config, machine("cuda"), 2)
 
 
 class Compiled(torch.nn.Module):
@@ -214,7 +214,7 @@ def test_recording_is_tried_and_given_up(
 
     monkeypatch.setattr(torch, "compile", compiling)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("mark"))
-    monkeypatch.setattr(parallel, "_records", lambda *_: True)
+    monkeypatch.setattr(parallel, "records_kernels", lambda *_: True)
     with torch.device("meta"):
         model = GPT(settings().model)
     models = parallel.wrap(model, settings(), machine(compile_may_fail=True), 2, lines.append)
@@ -229,7 +229,7 @@ def test_recording_is_tried_and_given_up(
 @pytest.mark.parametrize("modern", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_whole_pass_is_one_graph(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss in pieces and float8 included: where the compiler breaks off, kernels are not fused, and not recorded."""
-    monkeypatch.setattr(loss, "_OnCPU", loss._Compilable)
+    monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)
     x, found = torch.randint(64, (4, 16)), []
     for compile_it in (False, True):
         torch.manual_seed(0)

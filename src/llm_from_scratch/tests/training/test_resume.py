@@ -264,9 +264,9 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 signal.raise_signal(signal.SIGTERM)
             return loss(*args)
 
-        monkeypatch.setattr(evaluate, "_loss", counted)
+        monkeypatch.setattr(evaluate, "loss_of", counted)
 
-    original = evaluate._loss
+    original = evaluate.loss_of
     monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 2)
     return arrange
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +52,6 @@ SETTINGS: dict[str, Any] = {"optimizer_type": "lion", "schedule": "sawtooth", "l
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "lion", Lion)
     monkeypatch.setitem(SCHEDULES, "sawtooth", sawtooth)
-
-
-def test_the_tables_are_the_choices_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    for settings, name, table in (
-        (OptimizerConfig, "optimizer_type", OPTIMIZERS),
-        (SchedulerConfig, "schedule", SCHEDULES),
-    ):
-        assert set(typing.get_args(typing.get_type_hints(settings)[name])) == set(table)
 
 
 def test_a_run_trains_saves_and_resumes_bit_for_bit(tiny_data: Path) -> None:
