@@ -95,7 +95,7 @@ class TokenData:
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:
         """Tokens starts[i] to starts[i] + length - 1 in row i: (len(starts), length) int64.
 
-        Raises DataError if a file fails or has become shorter, or if an id is outside the vocabulary.
+        Raises DataError if a file fails or is truncated, or if an id is outside the vocabulary.
         """
         starts = np.asarray(starts, dtype=np.int64)
         out = tokenfile.rows(self.shards[0], starts, length) if len(self.shards) == 1 else self._across(starts, length)
@@ -249,7 +249,7 @@ def load_on_device(
         if not is_out_of_memory(error):
             raise
         if not requested:
-            say(f"data: no room for the training tokens on {device}; reading them from the files")
+            say(f"data: the training tokens do not fit on {device}; reading them from the files")
             return None
         raise UserError(
             f"--data_on_device=True: the {size / (1 << 30):.1f} GiB of the training tokens do not fit on {device}; "

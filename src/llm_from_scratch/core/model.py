@@ -390,7 +390,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Shortens the context, for example of pretrained weights. Raises UserError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
-            raise UserError(f"block_size={block_size} must lie from 1 to the model's {self.config.block_size}")
+            raise UserError(f"block_size={block_size} must be between 1 and the model's {self.config.block_size}")
         self.config.block_size = block_size
         if "wpe" in self.transformer:
             wpe = self.transformer.wpe
@@ -407,7 +407,7 @@ class GPT(nn.Module):
         from ..interop.hf import load_pretrained
 
         if set(override_args or {}) - {"dropout"}:
-            raise UserError(f"override_args may set dropout only, got {sorted(override_args or {})}")
+            raise UserError(f"override_args may only set dropout, got {sorted(override_args or {})}")
         config, state, tokenizer = load_pretrained(model_type)
         model = cls(dataclasses.replace(config, **(override_args or {})))
         model.load_state_dict(state)

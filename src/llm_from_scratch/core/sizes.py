@@ -71,7 +71,7 @@ class Sizes:
 
     params: int
     embedding_params: int
-    """Parameters that are looked up and multiply nothing."""
+    """Parameters that are only looked up, not multiplied."""
     flops_per_token: int
     """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L C T."""
     weights: int

@@ -49,7 +49,7 @@ class TokenFile:
             raise DataError(f"{self.path} is {kind}: expected raw {self.dtype} ids without a header")
         if self.nbytes % self.dtype.itemsize:
             raise DataError(
-                f"{self.path} has {self.nbytes} bytes, no multiple of {self.dtype.itemsize}: not a file of "
+                f"{self.path} has {self.nbytes} bytes, not a multiple of {self.dtype.itemsize}: not a file of "
                 f"{self.dtype} ids"
             )
 
@@ -57,7 +57,7 @@ class TokenFile:
         return self.nbytes // self.dtype.itemsize
 
     def __getitem__(self, part: slice | int) -> np.ndarray:
-        """The ids begin:end, or one id. Raises DataError if the file has become shorter."""
+        """The ids begin:end, or one id. Raises DataError if the file was truncated."""
         if isinstance(part, int):
             return self[part : part + 1][0]
         begin, end, _ = part.indices(len(self))
@@ -86,7 +86,7 @@ class TokenFile:
             ) from None
         if len(data) < size:
             raise DataError(
-                f"{self.path} has become shorter during the run: it had {self.nbytes} bytes, now "
+                f"{self.path} was truncated during the run: it had {self.nbytes} bytes, now "
                 f"{os.fstat(self._handle).st_size}; restore it and resume with --init_from=resume"
             )
         return data

@@ -282,12 +282,12 @@ class HFTokenizer(Tokenizer):
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
         if growth > MAX_GROWTH:
-            raise UserError("not a tokenizer.json that can be used: its replacements make texts too long")
+            raise UserError("unusable tokenizer.json: its replacements make texts too long")
         self._plain = self.backend(special_is_text=True)
         self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
-            raise UserError(f"not a tokenizer.json that can be used: it has {self.vocab_size} ids")
+            raise UserError(f"unusable tokenizer.json: it has {self.vocab_size} ids")
         if eot_id is not None and not (type(eot_id) is int and 0 <= eot_id < self.vocab_size):
             raise UserError(f"the end-of-text id {str(eot_id)[:40]} is not in the vocabulary")
         self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}

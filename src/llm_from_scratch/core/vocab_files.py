@@ -168,5 +168,5 @@ def read_meta_pkl(path: Path) -> str:
         "".join(chars).encode("utf-8")
     except Exception as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is not a nanoGPT meta.pkl that can be used: {what}") from None
+        raise UserError(f"{path} is not a usable nanoGPT meta.pkl: {what}") from None
     return "".join(chars)

@@ -49,7 +49,7 @@ def fits(value: Any, hint: Any) -> bool:
 def expected_tensors(config: GPTConfig, held: int, where: str) -> dict[str, Tensor]:
     """meta_tensors(config) for a file of `held` tensors, which bounds the model that is built. Raises DamagedError."""
     if config.n_layer > max(held, FREE_LAYERS):
-        raise DamagedError(f"{where} claims n_layer={config.n_layer} and holds {held} tensors")
+        raise DamagedError(f"{where} has n_layer={config.n_layer} but only {held} tensors")
     try:
         return meta_tensors(config)
     except UserError as error:

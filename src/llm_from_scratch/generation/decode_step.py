@@ -90,7 +90,7 @@ class DecodeStep:
         if not expected.isfinite().all():  # the model's mistake, which the caller reports
             return None
         if not near(logits, expected):
-            self._fail("a record of it gives other logits")
+            self._fail("its record gives different logits")
             return None
         # in a window without a hidden key, code that takes its size for the length would pass
         found.checked = cache.end + 1 < window.size

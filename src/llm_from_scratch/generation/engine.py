@@ -107,7 +107,7 @@ class Handle:
             self.deliver(update)
         except Exception as error:
             self.cancelled = True
-            print(f"a request is dropped: its receiver failed ({type(error).__name__}: {error})", file=sys.stderr)
+            print(f"request dropped: its receiver failed ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Decoder:
         self.recorded = DecodeStep(model, self.linears, compiled, graphed, say)
         self.cacheable = works_with_cache(model, self.linears)
         if not self.cacheable:
-            say("decoding without a cache: with one, this model's forward gives other logits")
+            say("decoding without a cache: with one, this model's forward gives different logits")
 
     @torch.inference_mode()
     def read(self, idx: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
@@ -103,8 +103,8 @@ class Generator:
         rows = model.lm_head.weight.size(0)
         if tokenizer.vocab_size > rows:
             raise UserError(
-                f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: it is not "
-                "the one that the model was trained with; name the model's data with --dataset"
+                f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: the "
+                "model was trained with another one; name its data with --dataset"
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
         self.draft: Draft | None = None  # proposes tokens when one sample is decoded alone

@@ -69,9 +69,9 @@ class DraftModel:
 
     def __init__(self, decoder: Decodes, fingerprint: str, expected: str):
         if fingerprint != expected:
-            raise UserError("the draft model has another tokenizer than the model: it must share its vocabulary")
+            raise UserError("the draft model must have the same vocabulary as the model")
         if not decoder.cacheable:
-            raise UserError("the draft model decodes only without a cache, which makes it slower than the model")
+            raise UserError("the draft model cannot use a cache, so it is slower than the model")
         self.decoder, self.block = decoder, decoder.model.eval().config.block_size
         self.cache: KVCache | None = None
         self.tokens: list[int] = []  # what the cache holds

@@ -94,7 +94,7 @@ class StandIn:
 
     window: Window
     positions: Tensor
-    """As KVCache.begin returns them: (B, 1) if the rows differ in length, else (1,)."""
+    """As returned by KVCache.begin: (B, 1) if the rows differ in length, else (1,)."""
     mask: Tensor
     tokens: Tensor
     on_update: Callable[[int, Tensor, Tensor], None]

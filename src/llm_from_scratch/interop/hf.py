@@ -182,7 +182,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     rows = int(config.vocab_size or 0)
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they are of different runs"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they come from different runs"
         )
     described = write_config(family, config)
     eot = None if tokenizer is None else tokenizer.eot_id
@@ -223,7 +223,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
     theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
     family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
-        raise UserError(f"{where}: model_type={short(theirs.get('model_type'))} is not among {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type={short(theirs.get('model_type'))} is not one of {', '.join(FAMILIES)}")
     values = dict(family.ours)
     for ours, (name, default) in family.fields.items():
         values[ours] = default if theirs.get(name) is None else theirs[name]
@@ -253,7 +253,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
     head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
     if not family.gpt2 and head_dim * config.n_head != config.n_embd:
         raise UserError(
-            f"{where}: head_dim={short(head_dim)} is not supported: our heads share n_embd, expected hidden_size / "
+            f"{where}: head_dim={short(head_dim)} is not supported: expected hidden_size / "
             f"num_attention_heads = {config.n_embd // config.n_head}"
         )
     return family, config
@@ -292,8 +292,8 @@ def family_of(config: GPTConfig) -> Family:
     }
     if found := [what for what, present in obstacles.items() if present]:
         raise UserError(
-            f"the model cannot be exported: {found[0]} has no name in transformers, whose GPT-2 has learned positions, "
-            "LayerNorm and a plain MLP, and whose Llama and Qwen3 have RoPE, RMSNorm and SwiGLU"
+            f"the model cannot be exported: transformers does not support {found[0]}. Its GPT-2 has learned positions, "
+            "LayerNorm and a plain MLP; its Llama and Qwen3 have RoPE, RMSNorm and SwiGLU"
         )
     return FAMILIES["gpt2" if not rope else "qwen3" if config.qk_norm else "llama"]
 

@@ -27,6 +27,7 @@ from .torch_file import load_plain
 
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+OFFLINE = "Hugging Face could not be reached"
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants in old files
 
 
@@ -59,17 +60,17 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise _not_fetched(name, error) from None
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{name!r} has no safetensors on the hub (or offline, in the cache), and other weights are not downloaded"
+            f"{name!r} has no safetensors weights on Hugging Face (offline: in its cache). Other formats are not "
+            "downloaded."
         )
     return folder
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:
     reason = short((str(error).strip().splitlines() or [""])[0])  # what follows is advice on the client's settings
-    return UserError(
-        f"cannot load {name!r}: no such folder, and downloading it failed ({type(error).__name__}: {reason}); check "
-        "the name and the network, or name a folder that holds it"
-    )
+    kind = type(error).__name__
+    why = "no such model on Hugging Face" if "NotFoundError" in kind and "Entry" not in kind else OFFLINE
+    return UserError(f"Cannot load {name!r}: no such folder, and {why} ({kind}: {reason}).")
 
 
 class Weights:

@@ -84,7 +84,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
         pattern = None if tokenizer.name == "gpt2" else meta["pattern"]
         backend = _byte_level(vocab, pairs, meta["special"], pattern)
     else:
-        raise UserError(f"the {tokenizer.name} tokenizer has no form in Hugging Face's format")
+        raise UserError(f"the {tokenizer.name} tokenizer cannot be written in Hugging Face's format")
     if tokenizer.name not in ("bpe", "hf"):
         (folder / HF_FILE).write_text(backend.to_str(), encoding="utf-8")
     eot = None if tokenizer.eot_id is None else backend.id_to_token(tokenizer.eot_id)

@@ -79,7 +79,7 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpo
         raise UserError(f"{path} is not a nanoGPT checkpoint: it has no dict {' and no dict '.join(missing)}")
     args, model = dict(content["model_args"]), content["model"]
     if unknown := sorted(str(key)[:40] for key in args if key not in MODEL_ARGS):
-        raise UserError(f"{path} has another architecture than nanoGPT: model_args has {', '.join(unknown[:5])}")
+        raise UserError(f"{path} does not have nanoGPT's architecture: model_args has {', '.join(unknown[:5])}")
     if lacking := [key for key in MODEL_ARGS[:6] if key not in args and key != "bias"]:
         raise UserError(f"{path} is not a nanoGPT checkpoint: model_args lacks {', '.join(lacking)}")
     config = checked_model_config(args, str(path))
@@ -116,15 +116,15 @@ def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, 
     if wants:
         hint = "use --format=hf"
         if wants == ["activation=gelu_tanh"]:
-            hint = "--accept_erf_gelu=True writes it anyway; nanoGPT then uses the exact GELU, a little differently"
+            hint = "--accept_erf_gelu=True exports it anyway; nanoGPT uses the exact GELU, so results differ slightly"
         raise UserError(f"nanoGPT's model has no {', '.join(wants)}: {hint}")
     _check_parameters(config)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file such as {path / 'ckpt.pt'}")
     if path.exists() and not overwrite and not is_ours(path):
         raise UserError(
-            f"{path} is not a file that this program wrote, and is kept: move it away or name another "
-            "(llm-export overwrites it with --overwrite=True)"
+            f"{path} was not written by this program and is not replaced: move it, or choose another name "
+            "(llm-export replaces it with --overwrite=True)"
         )
 
 
@@ -159,10 +159,10 @@ def _check_parameters(config: GPTConfig) -> None:
     ours |= {name: tuple(b.shape) for name, b in model.named_buffers() if name in lasting}
     for name in [*ours, *theirs]:
         if name not in theirs:
-            raise UserError(f"{name} has no name in nanoGPT's format: the model in core/model.py cannot be written so")
+            raise UserError(f"the model in core/model.py cannot be exported: nanoGPT's format has no {name}")
         if ours.get(name) != theirs[name]:
             found = f"has the shape {ours[name]}" if name in ours else "is missing"
-            raise UserError(f"{name} {found}, nanoGPT's format needs {theirs[name]}: the model cannot be written so")
+            raise UserError(f"the model cannot be exported: {name} {found}, nanoGPT's format needs {theirs[name]}")
 
 
 def write_nanogpt(

@@ -28,11 +28,11 @@ def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where fp8 is asked for and cannot be had."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(
-            f"--fp8=True needs a CUDA device of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or above (Ada, "
-            f"Hopper), and the device is {device}; leave it out"
+            f"--fp8=True needs a CUDA device of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or higher (Ada, "
+            f"Hopper), but the device is {device}; remove --fp8"
         )
     if dtype != torch.bfloat16:
-        raise UserError(f"--fp8=True goes with --dtype=bfloat16, not {str(dtype).removeprefix('torch.')}")
+        raise UserError(f"--fp8=True needs --dtype=bfloat16, got {str(dtype).removeprefix('torch.')}")
 
 
 def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
@@ -41,7 +41,7 @@ def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
     blocks = [m for m in model.transformer.h.modules() if type(m) is Linear]
     fit = {m for m in blocks if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)}
     if not fit:
-        raise UserError(f"--fp8=True: no layer's sides are multiples of {MULTIPLE}; choose such an --n_embd")
+        raise UserError(f"--fp8=True: no layer has dimensions divisible by {MULTIPLE}; choose an --n_embd that is")
     return {Linear: Float8Linear}, [m for m in model.modules() if type(m) is Linear and m not in fit]
 
 

@@ -40,7 +40,7 @@ def recompute(model: GPT, config: Config, runtime: Runtime, micro_batch: int, sa
     elif budget == "auto":
         size = micro_batch * config.model.block_size * config.model.n_embd * runtime.dtype.itemsize
         if size >= WORTH_IT and not runtime.compile:  # a compiler does this by itself
-            say("activations: norms and activation functions are recomputed (--activation_budget=None keeps all)")
+            say("activations: norms and activation functions are recomputed (--activation_budget=None stores them)")
             recompute_cheap(model, say)
     elif budget is not None:
         _keep_within(model, config, runtime, micro_batch, budget, say)
@@ -63,9 +63,9 @@ def _keep_within(
     least = (len(blocks) - 1) * out + one
     if least > limit:
         raise UserError(
-            f"activation_budget={budget:g} GiB cannot be kept: with all blocks recomputed, a micro-batch of "
-            f"{micro_batch} sequences still needs {math.ceil(least / GIB * 1000) / 1000:g} GiB; raise it to that, or "
-            "lower --micro_batch"
+            f"activation_budget={budget:g} GiB is too small: even with all blocks recomputed, a micro-batch of "
+            f"{micro_batch} sequences needs {math.ceil(least / GIB * 1000) / 1000:g} GiB. Raise the budget, or lower "
+            "--micro_batch"
         )
     count = next(k for k in range(len(blocks)) if k * out + (len(blocks) - k) * one <= limit)
     # the first blocks, since they are recomputed when the others' activations are gone
@@ -74,8 +74,8 @@ def _keep_within(
     kept = count * out + (len(blocks) - count) * one
     what = "norms and activation functions" if one < everything else ""
     if count:
-        what = f"{count} of {len(blocks)} blocks{', and in the others ' * bool(what)}{what}"
-    say(f"activations: recomputing {what}: {kept / GIB:.2f} GiB kept of a micro-batch instead of {whole / GIB:.2f}")
+        what = f"{count} of {len(blocks)} blocks{' and in the others ' * bool(what)}{what}"
+    say(f"activations: recomputing {what}: {kept / GIB:.2f} GiB stored per micro-batch instead of {whole / GIB:.2f}")
 
 
 def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[str], None]) -> None:

@@ -51,7 +51,7 @@ def swap(
         if kind not in verdicts:
             verdict = _difference(module, replacement, *inputs[kind])
             if verdict is not None and verdict not in verdicts.values():
-                say(f"{plain.__name__}: {replacement.__name__} {verdict}; the one of core/model.py is used")
+                say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[kind] = verdict
         if verdicts[kind] is None:
             _plain[replacement] = plain
@@ -123,11 +123,11 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
         module.train(training)
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape:
-            return "gives another shape"
+            return "returns another shape"
         a, b = a.detach(), b.detach()
         apart = float((a - b).norm() / a.norm().clamp(min=1e-30))
         if not apart <= TOLERANCE:
-            return f"gives another result (relative difference {apart:.0e})"
+            return f"returns a different result (relative difference {apart:.0e})"
     return None
 
 

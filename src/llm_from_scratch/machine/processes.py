@@ -24,15 +24,15 @@ def distributed_env() -> tuple[int, int, int]:
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"the distributed environment is half set: {', '.join(missing)} missing; start through torchrun, "
+            f"the distributed environment is incomplete: {', '.join(missing)} missing; start with torchrun, "
             "or unset RANK and WORLD_SIZE"
         )
     try:
         rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
     except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; start through torchrun") from None
+        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; start with torchrun") from None
     if not 0 <= rank < world or local_rank < 0:
-        raise UserError(f"RANK={rank} must lie from 0 to WORLD_SIZE - 1 = {world - 1}")
+        raise UserError(f"RANK={rank} must be between 0 and WORLD_SIZE - 1 = {world - 1}")
     return rank, local_rank, world
 
 
@@ -40,7 +40,7 @@ def check_writable(out_dir: Path) -> None:
     """Raises UserError where the run's folder cannot be written. Leaves nothing behind."""
     try:
         if out_dir.exists() and not out_dir.is_dir():
-            raise UserError(f"out_dir={out_dir} is a file; name a folder with --out_dir")
+            raise UserError(f"out_dir={out_dir} is a file; choose a folder with --out_dir")
         parent = out_dir
         while not parent.exists():
             parent = parent.parent
@@ -50,7 +50,7 @@ def check_writable(out_dir: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); name another with --out_dir") from None
+        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); choose another with --out_dir") from None
 
 
 def start_processes(backend: str, world_size: int) -> None:

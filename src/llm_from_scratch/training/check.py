@@ -64,8 +64,8 @@ def share_batch(config: Config, world_size: int) -> int:
     global_batch = batch_size * config.training.gradient_accumulation_steps
     if global_batch % world_size:
         raise UserError(
-            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be shared "
-            f"by {world_size} processes; choose a multiple of {world_size}"
+            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
+            f"divided among {world_size} processes; choose a multiple of {world_size}"
         )
     share = global_batch // world_size
     if isinstance(micro_batch, int) and share % micro_batch:

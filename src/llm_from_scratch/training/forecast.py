@@ -378,14 +378,14 @@ def lines(plan: Plan, found: Forecast) -> list[str]:
         f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP per token",
         f"step: about {found.step * 1e3:,.1f} ms, {found.tokens_per_s:,.0f} tokens/s (from {found.measured}, in "
         f"{found.calibration:.1f} s)",
-        f"time: about {in_words(found.total)}, until {clock_time(found.total)} if it began now (steps "
+        f"time: about {in_words(found.total)}, until {clock_time(found.total)} if started now (steps "
         f"{in_words(found.training)}, evaluations {in_words(found.evaluations)}, checkpoints {in_words(found.saves)}, "
         f"start {in_words(found.startup)})",
     ]
     if found.available is not None and found.memory > found.available:
         text.append(
-            f"warning: the run does not fit into the {found.available / gib:.1f} GiB of {plan.runtime.device}. To need "
-            "less, lower --batch_size and raise --gradient_accumulation_steps, shorten --block_size, or set "
+            f"warning: the run does not fit into the {found.available / gib:.1f} GiB of {plan.runtime.device}. To save "
+            "memory, lower --batch_size and raise --gradient_accumulation_steps, shorten --block_size, or set "
             "--gradient_checkpointing=True"
         )
     return text

@@ -97,6 +97,6 @@ def _message(plan: Plan, when: str, reason: str, smaller: str) -> str:
     has = f"{total / (1 << 30):.1f} GiB" if total else "less"
     return (
         f"out of memory {when}: the run needs about {plan.sizes.memory / (1 << 30):.1f} GiB, {device} has {has} "
-        f"({' '.join(reason.split())[:200]}). To need less, {smaller}shorten --block_size, use a smaller model "
+        f"({' '.join(reason.split())[:200]}). To save memory, {smaller}shorten --block_size, use a smaller model "
         "(--n_layer, --n_embd), or set --gradient_checkpointing=True"
     )

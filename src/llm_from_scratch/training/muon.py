@@ -138,8 +138,8 @@ class Muon(Rule):
         for name, p in ((name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)):
             if distributed is not None and isinstance(p, distributed.DTensor):
                 raise UserError(
-                    f"optimizer_type=muon needs whole matrices, and {name} is sharded among processes (FSDP): "
-                    "use --optimizer_type=adamw, or data parallelism without shards"
+                    f"optimizer_type=muon needs whole matrices, but {name} is sharded among processes (FSDP): "
+                    "use --optimizer_type=adamw, or DDP without sharding"
                 )
         return groups
 

@@ -29,7 +29,7 @@ class Calendar:
     eval_interval: int
     save_interval: int | None
     evaluates_last: bool
-    """Whether the run evaluates after its last update, as nanoGPT's count of the steps does not."""
+    """Whether the run evaluates after its last update. nanoGPT's count of steps does not."""
     final_eval: bool
     step_tokens: int
     """Tokens of an update."""
@@ -86,7 +86,7 @@ class StepTimer:
         self.updates = 0
         self.recent: collections.deque[float] = collections.deque(maxlen=self.RECENT)
         self.on_pause: Callable[[int, float], None] | None = None
-        """Is told of what is between two updates, such as an evaluation: (updates before it, seconds)."""
+        """Called after a pause between two updates, such as an evaluation: (updates before it, seconds)."""
         self._begin: float | None = None
         self._end = clock()
 

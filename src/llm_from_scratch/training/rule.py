@@ -21,7 +21,7 @@ class Rule:
     """
 
     skips_on_device = False
-    """Whether step() changes nothing if found_inf is 1, so that the host need not wait for the verdict."""
+    """Whether step() changes nothing if found_inf is 1, so that the host does not wait for the check."""
 
     def __init__(self, dtype: torch.dtype, dither: Dither):
         self.dtype, self.dither = dtype, dither

@@ -191,7 +191,7 @@ class Run:
     def _count_skipped(self, found: Finding) -> None:
         state = self.state
         if found.spike:
-            self.say(f"warning: {found}, a spike far above the last losses{', skipped' * found.skipped}")
+            self.say(f"warning: {found}, a spike far above the recent losses{', skipped' * found.skipped}")
         if found.is_finite:
             state.skipped_in_a_row = 0
         elif not math.isfinite(found.loss) or not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
@@ -310,7 +310,7 @@ class Run:
         state.saved_at = -1  # the checkpoint does not contain the roll-back
         self.guard.pending.clear()
         self.log.forget_from(saved.step, state.evaluated_at == saved.step)
-        done = f"back to {saved.path}, with other batches from there on (roll-back {rollbacks}/{limit})"
+        done = f"returned to {saved.path}, continuing with other batches (roll-back {rollbacks}/{limit})"
         self.say(f"warning: {error}; {done}")
 
     # --- the end ---

@@ -102,7 +102,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if resumed is not None:
         micro_batch = same_micro_batch(config, resumed, share, micro_batch)
     if config.data.micro_batch == "auto":
-        how = "the largest that fits and is faster" if resumed is None else "as at the start of the run, if possible"
+        how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     _set_length(config, order, global_batch)
     last_step = training.max_iters + (1 if training.inclusive_max_iters else 0)
@@ -135,11 +135,11 @@ def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[
     changed = "validation" if train == train_hash else "training or validation" if train is None else "training"
     if not config.training.allow_new_data:
         raise UserError(
-            f"the {changed} tokens in {inputs.folder} are not those that the run began with; name its data with "
-            "--dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
+            f"the {changed} tokens in {inputs.folder} have changed since the run started; select the original data "
+            "with --dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
             f"--init_from={config.training.out_dir} and another --out_dir"
         )
-    notes.append(f"{inputs.folder} holds other {changed} tokens than at the run's start, as allowed")
+    notes.append(f"{inputs.folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
 
 
 def _foreign_ids(inputs: Inputs) -> list[str]:
@@ -158,19 +158,19 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
     if config.training.sample_interval is None:
         return []
     if tokenizer is None:
-        raise UserError("--sample_interval needs the tokenizer of the data, which is not known; leave it out")
+        raise UserError("--sample_interval needs the tokenizer of the data, which is unknown; leave it out")
     plain, generation = GenerationConfig(), config.generation
     free = {"start", "max_new_tokens", "temperature", "top_k", "num_samples"}
     for item in dataclasses.fields(GenerationConfig):
         if item.name not in free and getattr(generation, item.name) != getattr(plain, item.name):
             raise UserError(
-                f"{item.name} has no effect on the samples of --sample_interval, which know start, max_new_tokens, "
-                "temperature and top_k; leave it out"
+                f"{item.name} has no effect on the samples of --sample_interval, which use start, max_new_tokens, "
+                "temperature and top_k only; leave it out"
             )
     try:
         return tokenizer.encode(read_start(config.generation.start)).tolist()
     except UserError as error:
-        raise UserError(f"--start, which the samples of --sample_interval continue: {error}") from None
+        raise UserError(f"--start (for --sample_interval): {error}") from None
 
 
 def _copy(config: Config) -> Config:
@@ -183,7 +183,7 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
     if tokenizer is None and inputs.vocab_size is not None:
         return None, inputs.vocab_size
     if tokenizer is None:
-        notes.append(f"{inputs.folder} names no tokenizer: assuming GPT-2's, vocabulary padded to {GPT2_PADDED}")
+        notes.append(f"{inputs.folder} does not name a tokenizer: assuming GPT-2's, vocabulary padded to {GPT2_PADDED}")
         try:
             tokenizer = Tokenizer.from_name("gpt2")
         except UserError:
@@ -218,14 +218,14 @@ def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list
         replaced.append(f"{item.name}={has}")
     config.model = dataclasses.replace(loaded, dropout=config.model.dropout)
     if replaced:
-        notes.append(f"the loaded weights decide: {', '.join(replaced)}")
+        notes.append(f"set by the loaded weights: {', '.join(replaced)}")
 
 
 def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Path, whose: str) -> None:
     if theirs is not None and ours is not None and theirs.fingerprint() != ours.fingerprint():
         raise UserError(
             f"{folder} was made with the tokenizer {ours.name} ({ours.vocab_size} ids), {whose} with another, "
-            f"{theirs.name} ({theirs.vocab_size} ids): the ids would mean other tokens; prepare the text with that one"
+            f"{theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with {theirs.name}"
         )
 
 

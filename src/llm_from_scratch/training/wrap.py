@@ -38,12 +38,12 @@ class Wrapped:
     raw: GPT
     """The bare model: state, sampling."""
     compiled: nn.Module
-    """For evaluation: compiled where the run compiles."""
+    """For evaluation; compiled if the run compiles."""
     train: nn.Module
-    """For training: with gradients averaged over the processes."""
+    """For training; averages gradients over the processes."""
     is_compiled: bool
     is_recorded: bool = False
-    """Whether a pass replays a CUDA graph: what it leaves, gradients too, lies in memory that the next pass uses."""
+    """Whether a pass replays a CUDA graph. Its results, gradients included, are in memory that the next pass reuses."""
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
@@ -108,7 +108,7 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     if minutes < REPAYS_COMPILING:
         return runtime
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    reason = f"a run of about {minutes:,.0f} min repays it" if compiler else "no C++ compiler here (CXX)"
+    reason = f"pays off in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler here (CXX)"
     reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
 
@@ -118,7 +118,7 @@ def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: i
     for their launches, and a pass is a whole update. Raises UserError where it is asked for and cannot be."""
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
     if config.model.max_ngram and wanted is True:
-        raise UserError("--cuda_graphs=True does not go with max_ngram, whose gradients are sparse; leave it at auto")
+        raise UserError("--cuda_graphs=True does not support max_ngram (sparse gradients); leave it at auto")
     if wanted != "auto":
         return wanted
     small = sum(p.numel() for p in model.parameters()) <= LAUNCH_BOUND and not config.model.max_ngram
@@ -134,7 +134,7 @@ def _compile(
     if recorded:
         try:
             compiled = _tried(model, config, runtime, micro_batch, recorded)
-            say("CUDA graphs: the model's kernels are recorded once, and launched as one (--cuda_graphs)")
+            say("CUDA graphs: the model's kernels are recorded once and launched together (--cuda_graphs)")
             return compiled, True
         except Exception as error:
             reason = " ".join(str(error).split())[:200]

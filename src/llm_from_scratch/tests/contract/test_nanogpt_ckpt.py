@@ -271,8 +271,8 @@ CONTENT_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "bias a number": (args(bias=1), "bias"),
     "bias claimed": (args(bias=True), "lacks tensor"),
     "dropout not a number": (args(dropout=float("nan")), "dropout"),
-    "an architecture of someone's own": (args(n_experts=8), "another architecture.*n_experts"),
-    "our own options": (args(norm="rmsnorm"), "another architecture.*norm"),
+    "an architecture of someone's own": (args(n_experts=8), "does not have nanoGPT's architecture.*n_experts"),
+    "our own options": (args(norm="rmsnorm"), "does not have nanoGPT's architecture.*norm"),
     "a tensor missing": (drop("model", WPE), "lacks tensor transformer.wpe"),
     "a tensor too many": (tensor("evil", torch.ones(1)), "unexpected tensor evil"),
     "a number as tensor": (tensor(WPE, 3), "not a plain tensor"),
@@ -444,10 +444,10 @@ def test_a_ckpt_pt_of_the_users_is_never_overwritten_unasked(tmp_path: Path) -> 
     path = write(tmp_path, nanogpt_dict())
     theirs = path.read_bytes()
     got = load_any(path, need_tokenizer=False)
-    with pytest.raises(UserError, match="not a file that this program wrote.*--overwrite"):
+    with pytest.raises(UserError, match="not written by this program.*--overwrite"):
         cp.write_nanogpt(path, got)
     path.write_bytes(b"something else altogether")
-    with pytest.raises(UserError, match="not a file that this program wrote"):
+    with pytest.raises(UserError, match="not written by this program"):
         nanogpt_ckpt.check_nanogpt(path, got.model_config)
     path.write_bytes(theirs)
     assert path.read_bytes() == theirs and not nanogpt_ckpt.is_ours(path)
@@ -459,7 +459,7 @@ def test_a_ckpt_pt_of_the_users_is_never_overwritten_unasked(tmp_path: Path) -> 
     # nanoGPT goes on from it and saves: now it is the user's
     content = torch.load(path)
     write(tmp_path, {key: content[key] for key in nanogpt_dict()})
-    with pytest.raises(UserError, match="not a file that this program wrote"):
+    with pytest.raises(UserError, match="not written by this program"):
         cp.write_nanogpt(path, got)
     with pytest.raises(UserError, match="is a folder"):
         cp.write_nanogpt(tmp_path, got)
@@ -531,8 +531,8 @@ def test_llm_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (("--out_dir=out", "--which=30", "--output=x"), "no checkpoint of step 30"),
         (("--out_dir=out", "--format=gguf", "--output=x"), "format='gguf' is not valid"),
         (("--out_dir=out", "--output=x", "more"), "unexpected 'more'"),
-        (("--out_dir=out", "--format=nanogpt", "--output=theirs"), "not a file that this program wrote"),
-        (("--out_dir=out", "--format=nanogpt", "--output=out/step-00000010/model.json"), "not a file that this"),
+        (("--out_dir=out", "--format=nanogpt", "--output=theirs"), "not written by this program"),
+        (("--out_dir=out", "--format=nanogpt", "--output=out/step-00000010/model.json"), "not written by this program"),
     ):
         assert run_export(monkeypatch, *arguments) == 2
         captured = capsys.readouterr()

@@ -371,11 +371,11 @@ def test_the_key_is_asked_for(browser, site):
         browser.open(link(own))
         browser.wait(lambda: browser.find("#key-dialog").is_displayed())
         browser.press("w", "r", "o", "n", "g", "ENTER")
-        browser.wait(lambda: "did not take" in browser.text("#key-note"))
+        browser.wait(lambda: "rejected" in browser.text("#key-note"))
         browser.wait(lambda: browser.find("#key-dialog").is_displayed())
         browser.press("ESCAPE")
         browser.wait(lambda: browser.text("#error"))
-        assert "only with its API key" in browser.text("#error p")
+        assert "requires an API key" in browser.text("#error p")
         browser.click("#error button")  # Try again
         browser.wait(lambda: browser.find("#key-dialog").is_displayed())
         browser.press(*"sesame", "ENTER")

@@ -85,7 +85,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "train.bin is empty: the train split has no tokens" in refused(empty)
     odd = write_data(tmp_path / "odd", tokenizer=None)
     (odd / "train.bin").write_bytes(b"abc")
-    assert "has 3 bytes, no multiple of 2" in refused(odd)
+    assert "has 3 bytes, not a multiple of 2" in refused(odd)
     (odd / "val.bin").unlink()
     assert "val.bin is missing: the dataset does not have its val split" in refused(odd, "val")
     shards = [{"file": "train.bin", "tokens": 5}]
@@ -373,4 +373,4 @@ def test_tokens_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     told: list[str] = []
     assert load_on_device(torch.device("cuda"), ascending(1000), 1000, "auto", told.append) is None
-    assert told == ["data: no room for the training tokens on cuda; reading them from the files"]
+    assert told == ["data: the training tokens do not fit on cuda; reading them from the files"]

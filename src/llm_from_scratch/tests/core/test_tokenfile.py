@@ -73,7 +73,7 @@ def test_a_file_that_is_cut_under_a_reader_is_named(tmp_path: Path, reading: Non
     before = data.windows(np.array([0, 4000]), 9)
     os.truncate(folder / "train.bin", 4096)
     assert data.windows(np.array([0]), 9).tolist() == before[:1].tolist()
-    with pytest.raises(DataError, match=r"train.bin has become shorter .* 10000 bytes, now 4096; .*init_from=resume"):
+    with pytest.raises(DataError, match=r"train.bin was truncated during .* 10000 bytes, now 4096; .*init_from=resume"):
         data.windows(np.array([0, 4000]), 9)
     os.truncate(folder / "train.bin", 0)
     with pytest.raises(DataError, match="now 0"):
@@ -145,7 +145,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "float64": (lambda p: IDS.astype("<f8").tofile(p), "the ids near it are valid as float64"),
     "one id in the last token": (lambda p: np.append(IDS, 20).astype("<u2").tofile(p), "token 5000 has id 20"),
     "one negative": (lambda p: np.append(IDS, -1).astype("<i2").tofile(p), "token 5000 has id 65535"),
-    "odd": (lambda p: p.write_bytes(IDS.astype("<u2").tobytes()[:-1]), "9999 bytes, no multiple of 2"),
+    "odd": (lambda p: p.write_bytes(IDS.astype("<u2").tobytes()[:-1]), "9999 bytes, not a multiple of 2"),
     "empty": (lambda p: p.write_bytes(b""), "is empty: the train split"),
     "short": (lambda p: p.write_bytes(bytes(16)), r"has 8 tokens, but a window needs block_size \+ 1 = 9"),
     "FIFO": (os.mkfifo, "train.bin: it is a FIFO, not a regular file"),

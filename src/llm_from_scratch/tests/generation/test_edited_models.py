@@ -372,7 +372,7 @@ def test_a_model_that_needs_whole_sequences_decodes_without_a_cache(
 ) -> None:
     generator = assert_equal_to_the_naive_path(with_blocks(ShiftedBlock), monkeypatch)
     err = capsys.readouterr().err
-    assert err == "decoding without a cache: with one, this model's forward gives other logits\n"
+    assert err == "decoding without a cache: with one, this model's forward gives different logits\n"
     assert not generator.decoder.cacheable
 
 
@@ -390,7 +390,7 @@ def test_a_record_that_takes_the_window_for_the_text_is_not_used(capsys: pytest.
         with torch.no_grad():
             expected = model(idx[:, 5, None], cache=cache)[0][:, 0]
         torch.testing.assert_close(decoder.step(idx[:, 5], cache), expected)
-        assert decoder.recorded.failure == "a record of it gives other logits" and found.isfinite().all()
+        assert decoder.recorded.failure == "its record gives different logits" and found.isfinite().all()
 
 
 def test_inputs_may_lie_anywhere_in_memory() -> None:

@@ -126,5 +126,5 @@ def test_several_samples_do_without() -> None:
 
 
 def test_a_draft_of_another_tokenizer_is_refused() -> None:
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="must have the same vocabulary"):
         DraftModel(Decoder(memorised("gpt2")), "one", "two")

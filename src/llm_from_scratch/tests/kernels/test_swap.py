@@ -80,8 +80,8 @@ def test_an_edited_module_is_used_and_one_line_says_so(edit: str, monkeypatch: p
     assert apart > 0.03, "the edit must show"
     for ours, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
-    lines = [line for line in said if "core/model.py is used" in line]
-    assert len(lines) == 1 and "gives another result (relative difference" in lines[0]
+    lines = [line for line in said if "; using core/model.py's " in line]
+    assert len(lines) == 1 and "returns a different result (relative difference" in lines[0]
 
 
 def test_without_an_edit_everything_is_exchanged_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_replacement_that_raises_is_left_out() -> None:
 
     one, said = model(), list[str]()
     assert swap(one, {models.RMSNorm: Broken}, said.append) == 0
-    assert said == ["RMSNorm: Broken fails (RuntimeError: no kernel); the one of core/model.py is used"]
+    assert said == ["RMSNorm: Broken fails (RuntimeError: no kernel); using core/model.py's RMSNorm"]
 
 
 def test_dropout_and_attention_are_chosen_by_dtype_and_dropout() -> None:

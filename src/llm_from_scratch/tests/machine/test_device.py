@@ -114,7 +114,7 @@ def test_a_half_set_environment_is_refused(missing: str, monkeypatch: pytest.Mon
     env(monkeypatch, **TORCHRUN)
     for unset in ("", None):
         monkeypatch.setenv(missing, "") if unset == "" else monkeypatch.delenv(missing)
-        with pytest.raises(UserError, match=f"half set: {missing} missing; start through torchrun"):
+        with pytest.raises(UserError, match=f"is incomplete: {missing} missing; start with torchrun"):
             distributed_env()
 
 

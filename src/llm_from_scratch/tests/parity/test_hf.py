@@ -169,7 +169,7 @@ REFUSED = [
     (gpt2, {"activation_function": "relu"}, "activation_function=relu"),
     (gpt2, {"activation_function": ["gelu"]}, "activation_function"),
     (gpt2, {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
-    (gpt2, {"model_type": "gpt_neox"}, "model_type=gpt_neox is not among gpt2, llama, qwen3"),
+    (gpt2, {"model_type": "gpt_neox"}, "model_type=gpt_neox is not one of gpt2, llama, qwen3"),
     (gpt2, {"model_type": None}, "model_type=None"),
     (gpt2, {"n_head": 5}, "not divisible"),
     (gpt2, {"n_head": 0}, "n_head=0"),
@@ -406,7 +406,7 @@ def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> Non
         [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     width, error = done.stdout.splitlines()
-    assert width == "32" and "cannot load 'gpt2-medium'" in error
+    assert width == "32" and "Cannot load 'gpt2-medium': no such folder, and Hugging Face could not be reached" in error
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -531,7 +531,7 @@ def test_weights_that_do_not_fit_their_settings(tmp_path: Path) -> None:
         ck.model_config = dataclasses.replace(ck.model_config, **change)
         with pytest.raises(UserError, match="the checkpoint"):
             export_hf(*parts(ck), tmp_path / "out")
-    with pytest.raises(UserError, match="of different runs"):
+    with pytest.raises(UserError, match="come from different runs"):
         export_hf(*parts(checkpoint(CharTokenizer("abc"), padding=-1)), tmp_path / "out")
 
 

@@ -136,14 +136,12 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
-    assert "= 4 sequences cannot be shared by 3 processes; choose a multiple of 3" in capsys.readouterr().err
+    assert "= 4 sequences cannot be divided among 3 processes; choose a multiple of 3" in capsys.readouterr().err
     assert main(arguments(dataset=tiny_data, batch_size=3, max_ngram=2)) == 2
     assert "max_ngram trains in one process" in capsys.readouterr().err
     monkeypatch.delenv("MASTER_ADDR")
     assert main(arguments(dataset=tiny_data)) == 2
     told = capsys.readouterr().err
-    assert told.startswith(
-        "error: the distributed environment is half set: MASTER_ADDR missing; start through torchrun"
-    )
+    assert told.startswith("error: the distributed environment is incomplete: MASTER_ADDR missing; start with torchrun")
     assert told.count("\n") == 1
     assert list(here.iterdir()) == []

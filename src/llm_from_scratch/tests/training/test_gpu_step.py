@@ -168,7 +168,7 @@ def test_what_cannot_be_recorded_says_so() -> None:
         resolve(SystemConfig(device="cpu", compile=True, cuda_graphs=True))
     config = settings(cuda_graphs=True)
     config.model.max_ngram = 2
-    with pytest.raises(UserError, match="does not go with max_ngram"):
+    with pytest.raises(UserError, match="does not support max_ngram"):
         parallel.records_kernels(GPT(config.model), config, machine("cuda"), 2)
 
 

@@ -220,7 +220,7 @@ def test_resuming_with_another_shape_is_refused_on_the_command_line_and_announce
     with pytest.raises(UserError, match="--n_layer=2 contradicts the loaded weights, which have 1; leave it out"):
         make_plan(changed, {"n_layer": "command line"})
     plan = make_plan(changed, {"n_layer": "some.yaml"})
-    assert plan.config.model.n_layer == 1 and "the loaded weights decide: n_layer=1" in plan.notes
+    assert plan.config.model.n_layer == 1 and "set by the loaded weights: n_layer=1" in plan.notes
     assert changed.model.n_layer == 2  # the caller's settings are the caller's
 
 
@@ -412,7 +412,7 @@ def test_other_training_tokens_are_refused_unless_allowed(tiny_data: Path, tmp_p
     train(tiny_config(tiny_data, out_dir="run"))
     other = write_data(tmp_path / "other", train=[5, 6, 7] * 300, val=[5, 6, 7] * 30)
     more = {"out_dir": "run", "init_from": "resume", "max_iters": 9}
-    with pytest.raises(UserError, match="not those that the run began with"):
+    with pytest.raises(UserError, match="have changed since the run started"):
         train(tiny_config(other, **more))
     assert steps_kept("run") == [4, 8]
     assert train(tiny_config(other, **more, allow_new_data=True)).step == 9
