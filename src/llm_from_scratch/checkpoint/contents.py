@@ -44,7 +44,7 @@ STORED |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 
 @dataclass
 class Checkpoint:
-    """The state of a run after `step` updates. Tensors lie on the CPU.
+    """The state of a run after `step` updates. Tensors are on the CPU.
 
     model: state dict with both names of a tied head. optimizer: {"state": {parameter name: {slot: tensor or number}},
     "param_groups": [{"names": [...], "lr": ..., ...}]}, or None. trainer: plain data. config: {section: {leaf: value}}.
@@ -113,10 +113,10 @@ def write_checkpoint(
 
 
 def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
-    """Reads a step directory; every file is checked against the manifest before a byte of it is used.
+    """Reads a step directory. Every file is checked against the manifest before its content is used.
 
-    weights_only leaves the optimizer and the random states out (neither read nor checked). Raises DamagedError where
-    the checkpoint is not the one that was written, UserError where it cannot be read.
+    weights_only skips the optimizer and the random states (neither read nor checked). Raises DamagedError if the
+    checkpoint differs from what was written, UserError if it cannot be read.
     """
     from safetensors.torch import load
 
@@ -167,7 +167,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
 
 
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that load_checkpoint would take: every hash fits, the tensors are the model's and
+    """The manifest of a checkpoint that load_checkpoint would accept: all hashes match, the tensors are the model's and
     finite. Raises what load_checkpoint raises."""
     return load_checkpoint(path).manifest
 
@@ -226,16 +226,16 @@ def weights_to_save(model: dict[str, Tensor], config: GPTConfig) -> dict[str, Te
 
 
 def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as a file takes them: dense, on the CPU."""
+    """Tensors in the form needed for a file: dense, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """A safetensors file of dense tensors on the CPU, in chunks; safetensors' own writer holds all twice.
+    """A safetensors file of dense tensors on the CPU, in chunks. safetensors' own writer needs twice the memory.
 
-    The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little end first; the header, JSON
-    with what each tensor is and where, filled up with blanks to a multiple of 8; the tensors' bytes. Those of wide
-    numbers come first, so that each begins at a multiple of its size.
+    The format (github.com/huggingface/safetensors): the length of the header, 8 bytes, little-endian; the header, JSON
+    with type, shape and position of each tensor, padded with blanks to a multiple of 8; the bytes of the tensors.
+    Tensors with wide elements come first, so that each starts at a multiple of its element size.
     """
     import torch
 
@@ -272,7 +272,7 @@ def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor]
 def join_optimizer(
     tensors: dict[str, Tensor], plain: dict[str, Any], model: dict[str, Tensor], where: str
 ) -> dict[str, Any] | None:
-    """What split_optimizer took apart. Raises DamagedError if it does not fit the model."""
+    """Rejoins the parts from split_optimizer. Raises DamagedError if they do not fit the model."""
     from ..core.weights import not_finite
 
     if not plain and not tensors:
@@ -296,5 +296,5 @@ def join_optimizer(
 
 
 def _fits_slot(slot: Tensor, parameter: Tensor) -> bool:
-    """Whether an optimizer may keep this for a parameter: as many numbers, or one for each row."""
+    """Whether an optimizer may store this tensor for a parameter: of the same size, or one number per row."""
     return slot.shape == parameter.shape or slot.shape == (*parameter.shape[:1], *[1] * (parameter.dim() - 1))

@@ -75,7 +75,7 @@ def write_folder(
 
 
 def _make_way(final: Path, old: Path) -> None:
-    """Renames the folder that is about to be replaced. It stays complete under a name that readers know."""
+    """Renames the folder that will be replaced. It stays complete under a name that readers know."""
     if not final.is_dir():  # somebody else's file
         set_aside(final)
         return
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_member(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """A file of a hashed folder, if it is the one that was written. Raises DamagedError."""
+    """A file of a hashed folder, verified. Raises DamagedError."""
     entry = manifest["files"].get(name)
     if entry is None:
         raise DamagedError(f"{folder} has no {name}")

@@ -1,6 +1,7 @@
-"""Keys and values of the tokens that a model has seen, so that the next one costs a pass over itself alone.
+"""The key/value cache: with it, the next token needs a pass over that token alone.
 
-An argument of the model's forward, never an attribute: the training model cannot see it. Shapes as in model.py.
+The cache is an argument of the model's forward, never an attribute, so the training model cannot see it. Shapes as in
+model.py.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from ..config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for a batch of rows of different length.
+    """Keys and values of the tokens seen so far, for a batch of rows of different lengths.
 
-    Rows are filled from the left. A forward pass over (B, T) writes row b at positions lengths[b] ...
-    lengths[b] + T - 1; the caller then says by advance() how many of them count. Prompts of different length are
-    padded on the right: what lies beyond a row's length is masked, and overwritten by the row's next tokens.
-
-    The memory may have room for more rows and longer ones than there are: rows come by join(), go by drop().
+    Rows are filled from the left. A forward pass over (B, T) writes row b at positions lengths[b] ... lengths[b] + T -
+    1. Then the caller calls advance() with the number of valid tokens. Prompts of different lengths are padded on the
+    right: positions beyond a row's length are masked, and overwritten by the row's next tokens. The memory may have
+    room for more and longer rows than there are. join() adds rows, drop() removes one.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class KVCache:
         return self.kv.device
 
     def begin(self, T: int) -> Tensor:
-        """Readies the cache for a pass over T new tokens a row. Returns their positions, (B, T) or (T,)."""
+        """Prepares the cache for a pass over T new tokens per row. Returns their positions, (B, T) or (T,)."""
         if self.end + T > self.max_len:
             raise ValueError(f"{self.end} cached + {T} new tokens exceed the cache's max_len={self.max_len}")
         steps = torch.arange(T, device=self.device)
@@ -82,7 +82,7 @@ class KVCache:
         return LayerCache(self, index)
 
     def advance(self, n: int | Sequence[int] | Tensor) -> None:
-        """Counts n more tokens as valid (fewer, where it is negative): one number for all rows, or one a row, (B,)."""
+        """Counts n more tokens as valid (negative: fewer). n: one number for all rows, or one per row, (B,)."""
         if isinstance(n, int):
             self.counts = [count + n for count in self.counts]
             self.end += n
@@ -92,7 +92,7 @@ class KVCache:
             self._set([count + more for count, more in zip(self.counts, each, strict=True)])
 
     def select(self, rows: Tensor) -> KVCache:
-        """A cache of the named rows, (N,), in that order; a row may be named more than once."""
+        """A cache of the given rows, (N,), in that order. A row may be repeated."""
         new = copy.copy(self)
         new.window = None
         new.kv, new.tokens = self.kv.index_select(2, rows), self.tokens.index_select(0, rows)
@@ -102,7 +102,7 @@ class KVCache:
         return new
 
     def join(self, other: KVCache, of: Sequence[int], room: int = 0, max_len: int = 0) -> None:
-        """Adds the rows `of` another cache at the end. There is then memory for `room` rows of max_len at least."""
+        """Appends the rows `of` another cache. Afterwards there is memory for at least `room` rows of max_len."""
         first, n = self.rows, len(of)
         self._reserve(max(room, first + n), max(max_len, other.end))
         self.rows += n
@@ -111,7 +111,7 @@ class KVCache:
         self.put(range(first, self.rows), other, of)
 
     def put(self, rows: Sequence[int], other: KVCache, of: Sequence[int]) -> None:
-        """Overwrites rows by the rows `of` another cache."""
+        """Overwrites rows with the rows `of` another cache."""
         to, source = (torch.tensor(list(which), device=self.device) for which in (rows, of))
         self.kv[:, :, to, :, : other.end] = other.kv[:, :, source, :, : other.end]
         self.tokens[to, : other.end] = other.tokens[source, : other.end]
@@ -139,7 +139,7 @@ class KVCache:
         self._lengths[: self.rows] = torch.tensor(counts, device=self.device)
 
     def _reserve(self, room: int, max_len: int) -> None:
-        """Makes the memory larger, where it is too small for so many rows of that length."""
+        """Enlarges the memory if it is too small for this many rows of this length."""
         if room <= self.room and max_len <= self.max_len:
             return
         before, tokens, lengths = self.kv, self.tokens, self._lengths

@@ -30,10 +30,10 @@ from .ngrams import NGramEmbedding
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input; its weights may be stored in a wider one.
+    """A linear layer that computes in the dtype of its input; its weights may be stored in a wider dtype.
 
-    stacked: heights of the matrices that the weight holds one above the other (queries, keys and values are three);
-    an optimizer that steps matrices, such as Muon, takes them apart.
+    stacked: heights of the matrices that are stacked in the weight (queries, keys and values are three). Optimizers
+    that update matrices, such as Muon, separate them.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, stacked: tuple[int, ...] | None = None):
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm whose bias is optional."""
+    """LayerNorm with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool, eps: float = 1e-5):
         super().__init__()
@@ -71,7 +71,7 @@ class RMSNorm(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """A learned table, transformer.wpe, which GPT adds to the token embeddings; attention has nothing to do."""
+    """A learned table, transformer.wpe, which GPT adds to the token embeddings. Attention does not use positions."""
 
     has_table = True
 
@@ -79,11 +79,11 @@ class LearnedPositions(nn.Module):
         super().__init__()
 
     def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What every layer needs of the positions, (T,) or (B, T), computed once per forward pass."""
+        """What every layer needs for the positions, (T,) or (B, T). Computed once per forward pass."""
         return ()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys with their positions in them. q: (B, H, T, D); k: (B, Hkv, T, D)."""
+        """Applies positions to queries and keys. q: (B, H, T, D); k: (B, Hkv, T, D)."""
         return q, k
 
 
@@ -121,10 +121,10 @@ POSITIONS: dict[str, type[LearnedPositions]] = {"learned": LearnedPositions, "ro
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v, by torch's fused kernels. Without parameters, so that another kernel can replace it.
+    """softmax(q k^T / sqrt(D)) v, by torch's fused kernels. No parameters, so that another kernel can replace it.
 
-    q: (B, H, T, D); k, v: (B, Hkv, S, D) with Hkv dividing H; mask: bool, broadcastable to (B, H, T, S), True where a
-    query may look. causal: a query sees the keys up to its own (S = T). Returns (B, H, T, D).
+    q: (B, H, T, D); k, v: (B, Hkv, S, D) with Hkv dividing H; mask: bool, broadcastable to (B, H, T, S), True if a
+    query may attend to a key. causal: a query attends to the keys up to its own (S = T). Returns (B, H, T, D).
     """
 
     def __init__(self, dropout: float):
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head (or grouped-query) attention; a token sees itself and the tokens before it."""
+    """Multi-head (or grouped-query) attention; a token attends to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -180,7 +180,7 @@ class ReLUSquared(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * x (arXiv 2002.05202). A gated activation has two inputs; config.py names them too."""
+    """silu(gate) * x (arXiv 2002.05202). A gated activation has two inputs; config.py lists its name too."""
 
     def forward(self, gate: Tensor, x: Tensor) -> Tensor:
         return F.silu(gate) * x
@@ -255,10 +255,10 @@ class Head(Linear):
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross-entropy (nats) over the targets that are not -1. Without parameters, so that it can be exchanged."""
+    """Mean cross-entropy (nats) over the targets that are not -1. No parameters, so another kernel can replace it."""
 
     def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[Tensor | None, Tensor]:
-        """x: (B, T, C), normalised activations; targets: (B, T). Returns (logits, or None if never made; loss)."""
+        """x: (B, T, C), normalised activations; targets: (B, T). Returns (logits or None, loss)."""
         logits = head(x)
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
 
@@ -318,7 +318,7 @@ class GPT(nn.Module):
             self.init_projections_zero()
 
     def init_projections_zero(self) -> None:
-        """Blocks that at first add nothing to the residual stream, and a head of zeros (modded-nanogpt, train_gpt.py).
+        """Zero output projections: at first, blocks add nothing to the residual stream (modded-nanogpt, train_gpt.py).
 
         | tensor                                  | distribution                    |
         |-----------------------------------------|---------------------------------|
@@ -338,13 +338,13 @@ class GPT(nn.Module):
 
     @staticmethod
     def modules_children_first(root: nn.Module) -> list[nn.Module]:
-        """All modules in the order in which nn.Module.apply visits them; a tied weight is drawn twice, as there."""
+        """All modules in the order of nn.Module.apply. A tied weight is drawn twice, as in nanoGPT."""
         visited: list[nn.Module] = []
         root.apply(visited.append)
         return visited
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; non_embedding leaves out positions and n-grams (the token table is the head's)."""
+        """Number of parameters; non_embedding excludes positions and n-grams (the token table belongs to the head)."""
         n = sum(p.numel() for p in self.parameters())
         for table in ("wpe", "ngrams") if non_embedding else ():
             n -= self.transformer[table].weight.numel() if table in self.transformer else 0
@@ -433,10 +433,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """Samples max_new_tokens tokens after idx, (B, T); returns (B, T + max_new_tokens).
+        """Samples max_new_tokens tokens after idx, (B, T). Returns (B, T + max_new_tokens).
 
-        Reads the last block_size tokens; keys and values are cached until the first token leaves the context.
-        Draws from torch's global generator; ties at the k-th logit are all kept. Call eval() first.
+        Uses the last block_size tokens. Keys and values are cached until the text exceeds the context. Draws from
+        torch's global generator and keeps all ties at the k-th logit. Call eval() first.
         """
         block_size, weight = self.config.block_size, self.lm_head.weight
         room = min(block_size, idx.size(1) + max_new_tokens)

@@ -1,9 +1,11 @@
-"""Learned embeddings of the last n tokens, in tables of a fixed number of rows that hashing fills.
+"""Learned embeddings of the last n tokens, in hash tables with a fixed number of rows.
 
-A small model on little data spends its first minutes on learning what follows which few characters. Here each run of n
-tokens has a vector of its own from the start, zero until its row is trained, that is added to the token's embedding.
-Only the rows that a batch names take part in an update. In the manner of hash embeddings (arXiv 1709.03933) and of the
-hashed n-grams of character models (CANINE, arXiv 2103.06874; BLT, arXiv 2412.09871).
+A small model on little data spends its first minutes learning which characters follow which few characters. Here every
+n-gram has its own vector from the start. It is zero until its row is trained, and is added to the token's embedding. An
+update changes only the rows that a batch uses.
+
+Similar to hash embeddings (arXiv 1709.03933) and the hashed n-grams of character models (CANINE, arXiv 2103.06874; BLT,
+arXiv 2412.09871).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ FACTOR, MODULUS = 1_000_003, 4_294_967_291  # primes; a remainder times the fact
 
 
 class NGramEmbedding(nn.Module):
-    """A table of ngram_rows rows for each n from 2 to max_ngram. Runs of tokens that hash to the same row share it."""
+    """A table of ngram_rows rows for each n from 2 to max_ngram. N-grams with the same hash share a row."""
 
     sparse = True  # the weight's gradient, of which an optimizer steps only the rows it names
 
@@ -31,10 +33,10 @@ class NGramEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros((self.longest - 1) * self.rows, config.n_embd))
 
     def forward(self, idx: Tensor, seen: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-        """idx: (B, T). Returns (B, T, C), the sum over n. Its gradient for the table is sparse.
+        """idx: (B, T). Returns (B, T, C), the sum over n. The gradient of the table is sparse.
 
-        With a cache: seen, (B, S), are the tokens so far, those of idx among them, and positions, (B, T) or (T,), say
-        where these stand.
+        With a cache: seen, (B, S), are all tokens so far, including idx, and positions, (B, T) or (T,), are the
+        positions of idx in seen.
         """
         places = self.places(idx if seen is None else seen)  # (B, S, max_ngram - 1)
         if positions is not None:
@@ -43,9 +45,9 @@ class NGramEmbedding(nn.Module):
         return found.view(*idx.shape, -1)
 
     def places(self, idx: Tensor) -> Tensor:
-        """The row of each n's table for the n tokens that end at each position: (B, S) to (B, S, max_ngram - 1).
+        """The row in each n's table for the n tokens that end at each position: (B, S) to (B, S, max_ngram - 1).
 
-        Before the first token stands none, which counts as one more id. Small enough tables need no hashing.
+        Positions before the first token count as one extra id. Tables that are small enough need no hashing.
         """
         ids, code, found = idx + 1, idx + 1, []
         for n in range(2, self.longest + 1):

@@ -1,4 +1,4 @@
-"""A model's weights as they come from files: configuration and state dict checked against GPT(config), and built in."""
+"""A model's weights from files: configuration and state dict, checked against GPT(config)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def expected_tensors(config: GPTConfig, held: int, where: str) -> dict[str, Tensor]:
-    """meta_tensors(config) for a file of `held` tensors, which bounds the model that is built. Raises DamagedError."""
+    """meta_tensors(config) for a file with `held` tensors; this number limits the size of the model. Raises
+    DamagedError."""
     if config.n_layer > max(held, FREE_LAYERS):
         raise DamagedError(f"{where} has n_layer={config.n_layer} but only {held} tensors")
     try:
@@ -115,7 +116,7 @@ def plain_names(model: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
-    """A model that takes these tensors over as its own. Raises UserError if they do not fit."""
+    """A model that uses these tensors as its own. Raises UserError if they do not fit."""
     with NoInit():
         model = GPT(config)
     try:

@@ -1,13 +1,14 @@
-"""Token ids from a model, many rows at once: prefill, then decode with a key/value cache.
+"""Token ids from a model for many rows at once: prefill, then decode with a key/value cache.
 
-A prompt is read once (prefill), even if many rows begin with it; then all rows grow together by one token per step
-(decode). Rows may join and leave at any step. The cache changes the time only: the logits are those of the naive way,
-which runs the whole context again for every token (use_cache=False). A context of block_size tokens is full; the next
-token moves the window:
+A prompt is read once (prefill), even if many rows begin with it. Then all rows grow together by one token per step
+(decode). Rows may join and leave at any step. The cache changes only the speed: the logits equal those of running the
+whole context again for every token (use_cache=False).
 
-    overflow="recompute"   run the last block_size tokens again for every token: exact, what nanoGPT does
-    overflow="drop_half"   drop the older half, run the newer half once, keep using the cache: much faster, but the
-                           model then sees block_size / 2 to block_size tokens, so the text differs
+A context of block_size tokens is full; the next token moves the window:
+
+    overflow="recompute"  run the last block_size tokens again for every token: exact, as in nanoGPT
+    overflow="drop_half"  drop the older half, run the newer half once, keep using the cache: much faster, but the
+                          model then sees block_size / 2 to block_size tokens, so the text differs
 
 Shapes in comments: B rows, T tokens, V vocabulary.
 """
@@ -31,7 +32,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Decodes(Protocol):
-    """A model as rows need it: generator.py's Decoder."""
+    """The interface of a model for decoding: Decoder in generator.py."""
 
     model: Any
     device: torch.device
@@ -44,10 +45,10 @@ class Decodes(Protocol):
 
 
 class Prefill:
-    """Prompts that are being read, in parts, so that other rows do not wait for a long one.
+    """Prompts that are read in parts, so that other rows do not wait for a long one.
 
-    prompts: token ids, 1 to block_size each. Equal ones are read once. observe: is given the place of each part and its
-    logits, (T, V); for one prompt.
+    prompts: token ids, 1 to block_size each. Equal prompts are read once. observe: called with the position of each
+    part and its logits, (T, V); for a single prompt.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Prefill:
 
     @torch.inference_mode()
     def step(self, tokens: int | None = None) -> bool:
-        """Reads the next tokens of each prompt (None: all). Returns whether all are read."""
+        """Reads the next tokens of each prompt (None: all). Returns whether all prompts are complete."""
         if not self.decoder.cacheable:
             return self._read_whole()
         begin, end = self.read, min(self.ids.size(1), self.read + (tokens or self.ids.size(1)))
@@ -88,7 +89,7 @@ class Prefill:
         return end == self.ids.size(1)
 
     def _read_whole(self) -> bool:
-        """For a model that must see whole sequences: one by one, without padding. The cache is not used."""
+        """For models that need whole sequences: one prompt at a time, without padding and without the cache."""
         config, last = self.decoder.model.config, []
         for ids, n in zip(self.ids, self.lengths, strict=True):
             fresh = KVCache(config, 1, n, ids.device, self.decoder.dtype)  # with one, all logits are returned
@@ -101,10 +102,10 @@ class Prefill:
 
 
 class Batch:
-    """Rows that are decoded together: logits(), then append() of one token each, again and again.
+    """Rows that are decoded together: logits(), then append() of one token each, repeatedly.
 
     prompts: token ids of each row, at least one; only the last block_size are read. max_new_tokens: how many will be
-    appended to each row, for the cache's size.
+    appended to each row, for the size of the cache.
     """
 
     def __init__(
@@ -136,14 +137,14 @@ class Batch:
             self.ready = self.join(prompts, max_new_tokens)
 
     def crop(self, prompt: Sequence[int]) -> Sequence[int]:
-        """What of a prompt is read."""
+        """The part of a prompt that is read."""
         return prompt[-self.block :]
 
     @torch.inference_mode()
     def join(self, prompts: Prompts, max_new_tokens: int, prefill: Prefill | None = None) -> Tensor | None:
-        """Adds rows at the end. Returns their logits, (n, V); None without a cache: logits() returns those of all rows.
+        """Appends rows. Returns their logits, (n, V); None without a cache: call logits() for all rows.
 
-        prefill: these prompts, as crop() leaves them, read already.
+        prefill: these prompts after crop(), if they have been read already.
         """
         self._write_down()
         cropped = [self.crop(prompt) for prompt in prompts]
@@ -212,14 +213,15 @@ class Batch:
         self.lengths = [n + (row >= first) for row, n in enumerate(self.lengths)]
 
     def _write_down(self) -> None:
-        """Puts what was appended where windows are read from: seldom, as a cached row needs its newest token alone."""
+        """Copies appended tokens to the rows that windows are read from. This is rarely needed, because a cached row
+        needs only its newest token."""
         if self.unwritten:
             ids = torch.stack(self.unwritten, dim=1)
             self.unwritten = []
             self._write(ids, 0, max(self.lengths))
 
     def _write(self, ids: Tensor, first: int, longest: int) -> None:
-        """Tokens, (B - first, n), to the ends of the rows from the first on, of which none is then longer than that."""
+        """Appends tokens, (B - first, n), to the rows from `first` on. longest: of these rows afterwards."""
         if longest > self.tokens.size(1):
             self.tokens = F.pad(self.tokens, (0, longest - self.tokens.size(1) + self.block))
         n = ids.size(1)
@@ -228,7 +230,7 @@ class Batch:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Leaves only the named rows, in that order."""
+        """Keeps only the given rows, in that order."""
         self._write_down()
         index = torch.tensor(rows, device=self.device, dtype=torch.long)
         place = {old: new for new, old in enumerate(rows)}
@@ -242,7 +244,7 @@ class Batch:
         self._ordered()
 
     def _decode(self) -> Tensor:
-        """Logits of the rows in the cache, in its order, from their newest tokens."""
+        """Logits of the rows in the cache, in cache order, from their newest tokens."""
         assert self.cache is not None
         newest = self.newest if self.order is None else self.newest[self.order]
         logits = self.decoder.step(newest, self.cache)
@@ -250,7 +252,7 @@ class Batch:
         return logits
 
     def _last(self, rows: list[int], n: int) -> Tensor:
-        """The last n tokens of the named rows, (len(rows), n)."""
+        """The last n tokens of the given rows, (len(rows), n)."""
         self._write_down()
         tokens, ends = self.tokens, self.ends
         if rows != list(range(len(self.lengths))):
@@ -259,7 +261,7 @@ class Batch:
         return tokens.gather(1, ends[:, None] + torch.arange(-n, 0, device=self.device))
 
     def _move_windows(self, full: list[int]) -> None:
-        """Shortens the context of full rows. Learned and rotary positions begin anew, so their cache is void."""
+        """Shortens the context of full rows. Positions start again from 0, so their cache is discarded."""
         for row in full:
             self.dropped[row] = self.lengths[row] - self.window
         full = [row for row in self.cached if row in set(full)]
@@ -296,13 +298,13 @@ class Batch:
         self.order = None if straight else torch.tensor(self.cached, device=self.device)
 
     def _grown(self, rows: int) -> int:
-        """Rows to have memory for: twice as many where more come than there is memory for."""
+        """Rows to allocate: twice as many if more rows arrive than fit."""
         assert self.cache is not None
         return rows if not self.cache.room or rows <= self.cache.room else max(rows, 2 * self.cache.room)
 
 
 def rows_at_once(config: GPTConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of this many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
+    """How many rows with this many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
     heads = (config.n_kv_head or config.n_head) / config.n_head
     row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
@@ -310,6 +312,6 @@ def rows_at_once(config: GPTConfig, length: int, dtype: torch.dtype, device: tor
 
 
 def _padded(rows: Prompts, device: torch.device) -> Tensor:
-    """Rows of different length as one tensor (len(rows), longest), with zeros on the right."""
+    """Rows of different lengths as one tensor (len(rows), longest), padded with zeros on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device, dtype=torch.long)

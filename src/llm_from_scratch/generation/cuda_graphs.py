@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs: a token of a small model is some hundred kernels of microseconds, launched as one.
+"""Decode steps as CUDA graphs: the hundreds of short kernels of one token are launched together.
 
-A graph repeats the very kernels that it recorded, on the same memory: so there is one for each number of rows, size of
-the window and cache. Inputs are copied into the memory that it reads, its output is copied out.
+A graph replays its recorded kernels on the same memory, so there is one for each number of rows, window size and cache.
+Inputs are copied into its memory, and its output is copied out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MOST = 256  # graphs; one more takes the place of the oldest
 
 
 class Recorded:
-    """One graph. step: on tensors alone, no host sync in it; inputs: as it will be called."""
+    """One graph. step: works on tensors only, without host synchronization; inputs: as in later calls."""
 
     def __init__(self, step: Callable[..., Tensor], inputs: tuple[Any, ...], rest: tuple[Any, ...], pool: Any):
         self.inputs = [None if t is None else t.clone() for t in inputs]
@@ -39,8 +39,8 @@ class Recorded:
 
 
 class GraphedStep:
-    """Decode steps as graphs, if the rows are a power of two: with a graph for every number of rows, recording would
-    never end while requests come and go. If recording fails, the step runs as it is."""
+    """Decode steps as graphs, if the number of rows is a power of two. With a graph for every number of rows, a server
+    would record all the time. If recording fails, the step runs without a graph."""
 
     def __init__(self, record: Callable[..., Any] = Recorded):
         self.record, self.pool = record, torch.cuda.graph_pool_handle() if record is Recorded else None

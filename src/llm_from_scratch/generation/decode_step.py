@@ -29,7 +29,7 @@ TRIAL = 24  # tokens
 
 
 class DecodeStep:
-    """The decode step of a model. compiled: by torch.compile; graphed: else, on CUDA, as CUDA graphs."""
+    """The decode step of a model. compiled: use torch.compile; graphed: otherwise, use CUDA graphs on CUDA."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class DecodeStep:
         return found.step(*inputs, *window.parts)
 
     def own(self, ids: Tensor, cache: KVCache, exact: bool = False) -> Tensor:
-        """The same by the model's own forward."""
+        """The same step by the model's own forward."""
         with self.linears.computing(exact):
             return self.model(ids[:, None], cache=cache)[0][:, -1]
 
@@ -109,7 +109,7 @@ def near(found: Tensor, expected: Tensor) -> bool:
 
 @torch.inference_mode()
 def works_with_cache(model: GPT, linears: Linears) -> bool:
-    """Whether the model's own forward gives the same with a cache as over the whole sequence, on a few tokens.
+    """Whether the model's own forward gives the same logits with a cache as over the whole sequence, for a few tokens.
 
     It does not if, for example, a layer mixes tokens outside attention.
     """

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave while others run.
 
-An Engine owns a model and a thread. submit() hands it a request from any thread; what the request gains is delivered
-from the engine's thread, once a step.
+An Engine owns a model and a thread. submit() accepts a request from any thread. New text and tokens of the request are
+delivered from the engine's thread, once per step.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ Alternative = tuple[int, bytes, float]  # id, what it would add to the text, log
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be continued.
+    """A prompt to continue.
 
-    params: the samplers; num_samples samples are drawn, sample k with the seed seed + k. start is not read.
+    params: sampling settings. num_samples samples are drawn; sample k uses the seed seed + k. start is ignored.
     stop_tokens: ids that end a sample; they are not part of its text. logit_bias: added to the logits of these ids.
-    logprobs: None, or how many alternatives are told for each token beside its own log-probability (0 or more).
-    prompt_logprobs: tell them for the prompt's tokens too.
+    logprobs: None, or the number of alternatives to return for each token in addition to its own log-probability (0 or
+    more). prompt_logprobs: return them for the tokens of the prompt too.
     """
 
     prompt: Sequence[int]
@@ -52,8 +52,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """A token as it was drawn. logprob and top (id, bytes, logprob; likeliest first) are the model's own, before
-    temperature, penalties and filters; natural logarithms; None where they were not asked for."""
+    """A drawn token. logprob and top (id, bytes, logprob; most likely first) are the model's own, before temperature,
+    penalties and filters, as natural logarithms; None if not requested."""
 
     id: int
     bytes: bytes
@@ -63,8 +63,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one sample has gained: text that is certain (no half characters, nothing that may begin a stop text), and
-    the tokens that were drawn. text may be empty while tokens are not, and the last delta may have text alone."""
+    """The progress of one sample: final text (no partial characters, nothing that may begin a stop text), and the drawn
+    tokens. The text may be empty although there are tokens, and the last delta may have only text."""
 
     sample: int
     text: str
@@ -74,10 +74,10 @@ class Delta:
 
 @dataclass(frozen=True)
 class Update:
-    """What a request has gained in one step of the engine.
+    """The progress of a request in one step of the engine.
 
-    prompt: in the first update only: the prompt's tokens where prompt_logprobs was asked for (the first token has no
-    log-probability). error: the request has failed, and nothing follows. done: nothing follows.
+    prompt: in the first update only, if prompt_logprobs is set: the tokens of the prompt (the first one has no
+    log-probability). error: the request has failed; this is the last update. done: this is the last update.
     """
 
     deltas: tuple[Delta, ...] = ()
@@ -87,19 +87,19 @@ class Update:
 
 
 class Handle:
-    """A request that was submitted."""
+    """A submitted request."""
 
     def __init__(self, request: Request, deliver: Callable[[Update], None]):
         self.request, self.deliver = request, deliver
         self.cancelled = self.done = False
 
     def cancel(self) -> None:
-        """Ends the request within a step of the engine; after one update at most, which may be on its way, nothing more
-        is delivered. From any thread."""
+        """Ends the request within one step of the engine. At most one more update is delivered. Callable from any
+        thread."""
         self.cancelled = True
 
     def give(self, update: Update) -> None:
-        """Delivers, unless cancelled or done. One whose deliver() raises is cancelled by it."""
+        """Delivers an update, unless the request is cancelled or done. If deliver() raises, it cancels the request."""
         if self.cancelled or self.done:
             return
         self.done = update.done
@@ -112,7 +112,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Stats:
-    """running, waiting: requests. prompt_tokens, generated_tokens, steps: since the engine began."""
+    """running, waiting: number of requests. prompt_tokens, generated_tokens, steps: since the engine started."""
 
     running: int
     waiting: int
@@ -124,7 +124,10 @@ class Stats:
 
 @dataclass
 class _Reading:
-    """Prompts that are being read. told: of one whose log-probabilities are asked for."""
+    """Prompts that are being read.
+
+    told: log-probabilities of a prompt, if requested.
+    """
 
     prefill: Prefill
     handles: list[Handle]
@@ -144,10 +147,10 @@ class _Sample:
 
 
 class Engine:
-    """Decodes many requests together, up to `slots` samples at a time; the others wait in their order.
+    """Decodes many requests together, up to `slots` samples at a time. The others wait in order of arrival.
 
-    A long prompt is read in parts, between which the others go on. overflow: decoding.py. Raises nothing by itself:
-    where a step fails, every request is told so (Update.error), and alive becomes False.
+    A long prompt is read in parts, and other requests continue in between. overflow: see batch.py. If a step fails,
+    every request gets the error (Update.error), and alive becomes False.
     """
 
     def __init__(self, generator: Generator, slots: int = 64, overflow: Overflow = "recompute"):
@@ -172,8 +175,8 @@ class Engine:
     def submit(self, request: Request, deliver: Callable[[Update], None]) -> Handle:
         """Queues a request. deliver(update) is called on the engine's thread and must neither block nor raise.
 
-        Raises UserError for what cannot be continued (an empty prompt, an unknown id, a setting out of range, more
-        samples than slots), EngineError where the engine does not run.
+        Raises UserError for an invalid request (an empty prompt, an unknown id, a setting out of range, more samples
+        than slots), and EngineError if the engine is not running.
         """
         prompt = self.generator.encode(request.prompt)
         params = dataclasses.replace(request.params, logit_bias={**request.params.logit_bias, **request.logit_bias})
@@ -205,7 +208,7 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Ends the thread; requests that are left are told so. Drain before by waiting for them."""
+        """Ends the thread. Unfinished requests get an error. To finish them, wait for them first."""
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -235,7 +238,7 @@ class Engine:
             handle.give(Update(error=self.failure or "the engine was closed", done=True))
 
     def _read(self) -> None:
-        """Reads a part of the prompts that are next, and lets them join the batch when they are read."""
+        """Reads the next part of the prompts. Completed prompts join the batch."""
         if self._reading is None:
             self._reading = self._next()
         if self._reading is None:
@@ -253,8 +256,8 @@ class Engine:
                 handle.give(Update(error=str(error), done=True))
 
     def _next(self) -> _Reading | None:
-        """Prompts to read together: as many of the waiting ones as there are slots for, of no more than CHUNK tokens
-        with the padding, or a single one."""
+        """The prompts to read together: as many waiting ones as there are free slots, with at most CHUNK tokens
+        including padding, or a single longer one."""
         model, longest = self.generator.model, 0
         handles: list[Handle] = []
         prompts: list[Sequence[int]] = []
@@ -282,7 +285,7 @@ class Engine:
         return _Reading(Prefill(self.generator.decoder, prompts, observe=observe), handles, told)
 
     def _observer(self, request: Request, told: list[Token]) -> Callable[[int, Tensor], None]:
-        """Adds the log-probabilities of a prompt while it is read: of what lies in the context, save its first."""
+        """Collects the log-probabilities of a prompt while it is read: of all tokens in its context but the first."""
         ids, block = list(request.prompt), self.generator.model.config.block_size
         first = max(0, len(ids) - block)  # what lies before it is not read
         before = [ids[0], *ids]
@@ -299,7 +302,7 @@ class Engine:
         return observe
 
     def _join(self, reading: _Reading) -> None:
-        """Makes rows of the prompts that were read, and draws their first tokens."""
+        """Creates rows for the prompts that were read, and draws their first tokens."""
         generator, prefill = self.generator, reading.prefill
         rows = [(handle, k) for handle in reading.handles for k in range(handle.request.params.num_samples)]
         place = [prefill.place[reading.handles.index(handle)] for handle, _ in rows]
@@ -333,9 +336,9 @@ class Engine:
         self._leave()
 
     def _draw(self, logits: Tensor, sampler: Sampler, first: int, told: tuple[Token, ...] = ()) -> None:
-        """Draws a token for each row from the first on, and tells their requests what they have gained.
+        """Draws a token for each row from `first` on, and delivers the progress to the requests.
 
-        logits: (n, V) as the model gives them. A request of which one row's are not finite has failed.
+        logits: (n, V), from the model. A request fails if the logits of one of its rows are not finite.
         """
         assert self._batch is not None
         self._steps += 1
@@ -374,7 +377,8 @@ class Engine:
         return Delta(sample.index, piece, (token,), reason)  # type: ignore[arg-type]
 
     def _tokens(self, logits: Tensor, ids: list[int], before: list[int], asked: Sequence[int | None]) -> list[Token]:
-        """What is told of drawn tokens. logits: (n, V); asked: alternatives of each, None for no log-probability."""
+        """Tokens with log-probabilities. logits: (n, V); asked: number of alternatives per row, None for no
+        log-probability."""
         bytes_of = self.generator.bytes_of
         rows = [i for i, k in enumerate(asked) if k is not None]
         if not rows:
@@ -397,7 +401,7 @@ class Engine:
         return tokens
 
     def _leave(self) -> None:
-        """Rows whose samples have ended, and those of cancelled requests, go."""
+        """Removes finished samples and samples of cancelled requests."""
         stay = [i for i, s in enumerate(self._samples) if not (s.ended or s.handle.cancelled or s.handle.done)]
         if len(stay) == len(self._samples):
             return

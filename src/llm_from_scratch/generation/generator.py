@@ -63,20 +63,23 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, idx: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
-        """The model's own forward. idx: (B, T). Logits of the last position, (B, 1, V); with a cache of all, (B, T, V);
-        with logits_at, (B,), of one position per row, (B, 1, V)."""
+        """The model's own forward. idx: (B, T).
+
+        Returns the logits of the last position, (B, 1, V). With a cache: of all positions, (B, T, V), or with
+        logits_at, (B,), of one position per row, (B, 1, V).
+        """
         with self.linears.computing():
             logits, _ = self.model(idx, cache=cache, logits_at=logits_at)
         return logits
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """One new token per row, (B,), to logits, (B, V): the same forward, recorded for one token and replayed."""
+        """Logits, (B, V), for one new token per row, (B,): the same forward, recorded for one token and replayed."""
         return self.recorded(ids, cache)
 
 
 @dataclass
 class Completion:
-    """One sample. text: what follows the prompt, up to a stop text; tokens: all that were drawn for it."""
+    """One sample. text: the continuation of the prompt, up to a stop text; tokens: all tokens drawn for it."""
 
     text: str
     tokens: list[int]
@@ -86,10 +89,10 @@ class Completion:
 
 
 class Generator:
-    """A model and its tokenizer, ready to write.
+    """A model and its tokenizer, ready to generate.
 
-    device, dtype: where the model is moved and what its weights become; None leaves them as they are. quantize: see
-    Decoder. Raises UserError if the tokenizer has more tokens than the model.
+    device, dtype: the model is converted to them; None leaves it unchanged. quantize: see Decoder. Raises UserError if
+    the tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class Generator:
             print(line, file=sys.stderr)
 
     def encode(self, prompt: str | Sequence[int], allow_special: bool = False) -> list[int]:
-        """Token ids of a prompt, which may be ids already. Raises UserError for an empty one or unknown ids."""
+        """Token ids of a prompt, which may already be ids. Raises UserError for an empty prompt or unknown ids."""
         ids = self.tokenizer.encode(prompt, allow_special) if isinstance(prompt, str) else prompt
         if not len(ids):
             raise UserError("the prompt is empty: a model continues a text, so give it at least one character")
@@ -172,7 +175,7 @@ class Generator:
         return known
 
     def check(self, params: GenerationConfig) -> None:
-        """Raises UserError for settings out of range, and for a logit_bias of what is no token."""
+        """Raises UserError for settings out of range, and for a logit_bias on an id that is not a token."""
         params.validate()
         check_bias(params, self.tokenizer.vocab_size)
 
@@ -187,11 +190,11 @@ class Generator:
         allow_special: bool = False,
         sampler: Sampler | None = None,
     ) -> list[Completion]:
-        """params.num_samples samples of every prompt (texts or token ids), prompt by prompt.
+        """params.num_samples samples for every prompt (texts or token ids), in the order of the prompts.
 
-        Sample k of a prompt has the seed seed + k: it comes out the same alone (that seed, num_samples=1) and in any
-        batch. allow_special: a special token written out in a prompt is that token. sampler: another way to draw, a
-        row a sample. Raises UserError for an empty prompt or one that the vocabulary cannot express.
+        Sample k of a prompt uses the seed seed + k. It is the same alone (that seed, num_samples=1) and in any batch.
+        allow_special: parse special tokens in the prompts. sampler: another sampler, with one row per sample. Raises
+        UserError for an empty prompt or one that the vocabulary cannot express.
         """
         params = params or GenerationConfig()
         self.check(params)
@@ -225,7 +228,7 @@ class Generator:
         overflow: Overflow = "recompute",
         allow_special: bool = False,
     ) -> Iterator[str]:
-        """The text of one sample in pieces, as it is drawn: together they are generate()'s text for that seed."""
+        """The text of one sample in pieces, as it is generated. Joined, they equal generate()'s text for that seed."""
         params = params or GenerationConfig()
         self.check(params)
         return self._stream(self.encode(prompt, allow_special), params, seed % 2**63, overflow)
@@ -248,9 +251,10 @@ class Generator:
     def _run(
         self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
     ) -> Iterator[list[str]]:
-        """Decodes until every row has its tokens or its stop text; yields the new text of each row.
+        """Decodes until every row has all its tokens or a stop text. Yields the new text of each row.
 
-        watch: look at the tokens after every step; without, only at the end, so that nothing waits for the device.
+        watch: check for stop texts after every step; otherwise only at the end, so that the host does not wait for the
+        device.
         """
         live, drawn = list(range(len(texts))), []
         for step in range(1, steps + 1):
@@ -279,7 +283,8 @@ class Generator:
         return ids
 
     def choosable(self, logits: Tensor, check: bool) -> Tensor:
-        """The logits, (B, V), of real tokens: no padding, no gaps. check: raise UserError if they are not finite."""
+        """The logits, (B, V), restricted to real tokens (no padding, no gaps). check: raise UserError if they are not
+        finite."""
         if logits.size(1) > self.tokenizer.vocab_size:
             logits = logits[:, : self.tokenizer.vocab_size]
         if check and not logits.isfinite().all():
@@ -296,7 +301,7 @@ class Generator:
 
 @contextlib.contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """No dropout inside; the model's mode is restored afterwards."""
+    """The model in eval mode (no dropout); its previous mode is restored afterwards."""
     training = model.training
     model.eval()
     try:

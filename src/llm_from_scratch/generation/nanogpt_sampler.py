@@ -1,4 +1,4 @@
-"""nanoGPT's way of drawing samples, for sample.py: the same seed gives the same text."""
+"""nanoGPT's sampling for sample.py: the same seed gives the same text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> t
 
 
 class NanoGPTSampler(Sampler):
-    """One random stream for all samples, one sample after the other, and ties at the k-th logit kept.
+    """One random stream for all samples in sequence; all ties at the k-th logit are kept.
 
-    Each sample starts where the one before it leaves the stream, so they can be decoded together and still be the
-    samples that nanoGPT draws in turn. Each must draw exactly params.max_new_tokens times. vocab_size: the
-    tokenizer's; model_rows: the model's, padding included, over which nanoGPT draws.
+    Each sample starts at the position of the stream where the previous one ended, so they can be decoded together and
+    still equal nanoGPT's, which are drawn in turn. Each sample must draw exactly params.max_new_tokens times.
+    vocab_size: of the tokenizer; model_rows: of the model, including padding, as nanoGPT samples from all rows.
     """
 
     filters = {

@@ -12,7 +12,7 @@ MAX_PROMPT = 16 << 20  # bytes
 
 
 def read_start(start: str) -> str:
-    """The prompt that --start means: FILE:path, - for standard input, or itself. Raises UserError."""
+    """The prompt given by --start: FILE:path, - for standard input, or the text itself. Raises UserError."""
     name = "standard input" if start == "-" else start.removeprefix("FILE:")
     if start == "-":
         if sys.stdin.isatty():

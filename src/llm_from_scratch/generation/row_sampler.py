@@ -1,4 +1,4 @@
-"""The state of sampling: each row's settings, random stream, and what it has drawn. sampling.py has the functions."""
+"""The state of sampling: the settings, random stream and drawn tokens of each row. The functions are in sampling.py."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Prompts = Sequence[Sequence[int]]
 
 
 def check_bias(params: GenerationConfig, vocab_size: int) -> None:
-    """Raises UserError where logit_bias names what is no token."""
+    """Raises UserError if logit_bias has an id that is not a token."""
     if strange := [token for token in params.logit_bias if not 0 <= token < vocab_size]:
         raise UserError(f"logit_bias names token {strange[0]}, which is outside the vocabulary: 0 to {vocab_size - 1}")
 
 
 class Sampler:
-    """Draws the next tokens of a batch; holds each row's random stream and, for the penalties, what it has seen.
+    """Draws the next tokens of a batch. Holds each row's random stream, and its token counts for the penalties.
 
-    Rows that are filtered alike are filtered together, so that none depends on how its neighbours are.
-    params: for all rows, or one a row. Raises UserError where logit_bias names what is no token.
+    Rows with the same filters are filtered together; a row does not depend on its neighbours. params: for all rows, or
+    one per row. Raises UserError if logit_bias has an id that is not a token.
     """
 
     filters = FILTERS
@@ -64,7 +64,7 @@ class Sampler:
             self.seen[row, torch.as_tensor(prompt, dtype=torch.long, device=device)] = True
 
     def _configure(self) -> None:
-        """What follows from the rows' settings."""
+        """Tensors derived from the rows' settings."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for row, p in enumerate(self.params):
             settings = tuple(getattr(p, name) for name in self.filters)
@@ -107,8 +107,8 @@ class Sampler:
     def choose(
         self, logits: Tensor, params: GenerationConfig, rows: Tensor | None, numbers: Tensor | None = None
     ) -> Tensor:
-        """One token for each of some rows that are filtered alike. rows: which; None is all. numbers: of their random
-        streams, where they were drawn already."""
+        """One token for each of some rows with the same filters. rows: which; None: all. numbers: from their random
+        streams, if already drawn."""
         if params.temperature < GREEDY_BELOW:
             return logits.argmax(dim=-1)
         k, among = params.top_k, None
@@ -126,13 +126,13 @@ class Sampler:
         return ids if among is None else among.gather(-1, ids[:, None]).squeeze(-1)
 
     def note(self, ids: Tensor) -> None:
-        """Counts what was drawn, (B,), for the penalties."""
+        """Counts the drawn tokens, (B,), for the penalties."""
         if self.penalised:
             self.counts.scatter_add_(1, ids[:, None], self.counts.new_ones(len(ids), 1))
             self.seen.scatter_(1, ids[:, None], True)
 
     def pick(self, probs: Tensor) -> Tensor:
-        """One token a row, (B,), by the next number of the row's stream."""
+        """One token per row, (B,), using the next number of the row's stream."""
         return draw(probs, self.next_uniforms())
 
     def next_uniforms(self) -> Tensor:
@@ -151,7 +151,7 @@ class Sampler:
         return numbers
 
     def select(self, rows: Tensor) -> Sampler:
-        """A sampler of the named rows only, (N,), in that order."""
+        """A sampler of the given rows only, (N,), in that order."""
         new, index = copy.copy(self), rows.tolist()
         new.params, new.used = [self.params[row] for row in index], [self.used[row] for row in index]
         new.generators = [self.generators[row] for row in index]
@@ -160,7 +160,7 @@ class Sampler:
         return new
 
     def join(self, other: Sampler) -> Sampler:
-        """A sampler of these rows and then the other's."""
+        """A sampler of these rows followed by the other's."""
         new = copy.copy(self)
         new.params, new.used = self.params + other.params, self.used + other.used
         new.generators = self.generators + other.generators
@@ -173,5 +173,5 @@ class Sampler:
 
 
 def _widened(t: Tensor, width: int) -> Tensor:
-    """A tensor (B, 0) as zeros (B, width): rows without penalties have counted nothing, and need not."""
+    """A tensor (B, 0) as zeros (B, width). Rows without penalties have no counts."""
     return t if t.size(1) == width else t.new_zeros(t.size(0), width)

@@ -1,14 +1,12 @@
-"""Speculative decoding: something cheap proposes the next tokens, the model reads them all in one pass.
+"""Speculative decoding: a cheap method proposes the next tokens, and the model reads them all in one pass.
 
-A pass over a few tokens takes little longer than one over a single token, as both read all weights. After it the
-logits of every proposed position are there; the sampler draws from them one after the other, as ever, and as long as
-it draws what was proposed, its next logits are there already. So the text is the one that this seed gives without
-proposals, with every sampler, as exactly as it is the same in another batch: only the time differs. (In distribution
-that is speculative sampling, arXiv 2211.17192, with proposals that are certain: one is kept with the probability that
-the model gives it.)
+A pass over a few tokens takes little longer than over one, because both read all weights. It gives the logits of every
+proposed position. The sampler draws from them one after the other, as usual. As long as it draws the proposed tokens,
+the next logits are already available. So the text is the same as without proposals for every sampler and seed, up to
+rounding as in another batch. (This equals speculative sampling, arXiv 2211.17192, with deterministic proposals.)
 
-Proposals come from the text itself (prompt look-up: what followed the same few tokens before), which helps where
-texts repeat themselves, or from a smaller model of the same vocabulary.
+Proposals come from the text itself (prompt lookup: the tokens that followed the same few tokens earlier), which helps
+if the text repeats itself, or from a smaller model with the same vocabulary.
 """
 
 from __future__ import annotations
@@ -29,19 +27,19 @@ LONGEST_REST = 64  # tokens without proposals after a pass that did not pay: twi
 
 
 class Draft(Protocol):
-    """Proposes how a text goes on."""
+    """Proposes the next tokens of a text."""
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
-        """At most n tokens; none where there is nothing to say. tokens: all so far, at least one."""
+        """At most n tokens; none without a proposal. tokens: all tokens so far, at least one."""
         ...
 
     def begin(self) -> None:
-        """Another text follows."""
+        """Starts a new text."""
         ...
 
 
 class Lookup:
-    """What followed the last few tokens when they stood in the text before: the longest match, the latest place."""
+    """The tokens that followed the last few tokens earlier in the text: the longest match, the latest position."""
 
     def __init__(self, longest: int = 4, shortest: int = 2):
         self.lengths = range(longest, shortest - 1, -1)
@@ -65,7 +63,7 @@ class Lookup:
 
 
 class DraftModel:
-    """The greedy continuation of a smaller model. Raises UserError where its vocabulary is not the model's."""
+    """The greedy continuation of a smaller model. Raises UserError if its vocabulary differs from the model's."""
 
     def __init__(self, decoder: Decodes, fingerprint: str, expected: str):
         if fingerprint != expected:
@@ -111,7 +109,7 @@ class DraftModel:
 
 
 class SpeculativeBatch(Batch):
-    """A Batch of one row that reads ahead. known: ids from here on are padding, and are not proposed."""
+    """A Batch of one row that reads ahead. known: ids from here on are padding and never proposed."""
 
     def __init__(
         self,
@@ -178,8 +176,8 @@ class SpeculativeBatch(Batch):
         self._judge(read)
 
     def _judge(self, read: int) -> None:
-        """Rests after a pass that did not pay: one over 3, 5, 9, 17 tokens of GPT-2 124M takes about 2.2, 2.4, 3.1, 3.7
-        times as long on a CPU as one over a single token."""
+        """Pauses proposals after a pass that was not worth its time. On a CPU, a pass of GPT-2 124M over 3, 5, 9, 17
+        tokens takes about 2.2, 2.4, 3.1, 3.7 times as long as over a single token."""
         paid = self.hits >= 2 + read // 8
         self.rest = 0 if paid else min(LONGEST_REST, max(FEWEST, 2 * self.rest))
         self.resting = self.rest

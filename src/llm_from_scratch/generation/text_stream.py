@@ -1,4 +1,4 @@
-"""Text out of tokens while they are drawn: whole characters, and stop texts."""
+"""Tokens to text during generation: whole characters, and stop texts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..errors import UserError
 
 
 class TextStream:
-    """Tokens to text as they come: whole characters only, and nothing that is or may become part of a stop text.
+    """Tokens to text as they arrive: whole characters only, without any part of a possible stop text.
 
-    bytes_of(before, token): the bytes that a token adds after the token before it.
+    bytes_of(before, token): the bytes that a token adds after the previous token.
     """
 
     def __init__(self, bytes_of: Callable[[int, int], bytes], before: int, stop: str | Sequence[str] = ()):
@@ -25,14 +25,14 @@ class TextStream:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Takes the next token; returns the text that has become certain."""
+        """Adds a token. Returns the text that has become final."""
         self.tokens.append(token)
         text = self.utf8.decode(self.bytes_of(self.before, token))
         self.before = token
         return self._give(text)
 
     def finish(self) -> str:
-        """Returns what was held back; half a character becomes U+FFFD."""
+        """Returns the held-back text; an incomplete character becomes U+FFFD."""
         return self._give(self.utf8.decode(b"", final=True), final=True)
 
     def _give(self, text: str, final: bool = False) -> str:
@@ -44,13 +44,13 @@ class TextStream:
         return held[:sure]
 
     def _begun(self, held: str) -> int:
-        """Length of the longest end of the text with which a stop text begins."""
+        """Length of the longest suffix of the text that is a prefix of a stop text."""
         longest = min(max(map(len, self.stop), default=1) - 1, len(held))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(held[-n:]) for s in self.stop)), 0)
 
 
 def unused_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that stand for nothing: the vocabularies after GPT-2's have gaps."""
+    """Ids without a token: the vocabularies after GPT-2's have gaps."""
 
     def stands_for_nothing(ids: Sequence[int]) -> bool:
         try:

@@ -81,7 +81,7 @@ class Window:
         return self.places <= (lengths if ragged else lengths[:1])[:, None]
 
     def mask(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
-        """The same to be added to the scores: 0 or -inf, (B Hkv or 1, 1, S)."""
+        """The same as a mask to add to the scores: 0 or -inf, (B Hkv or 1, 1, S)."""
         if ragged:
             shown = torch.where(self.places <= lengths[:, None], 0.0, -math.inf).to(self.hidden.dtype)
             return shown.repeat_interleave(self.heads, dim=0)[:, None]
@@ -90,7 +90,7 @@ class Window:
 
 @dataclass
 class StandIn:
-    """What a model sees of a KVCache while one decode step is recorded. update: what to do with new keys and values."""
+    """What a model sees of a KVCache while a decode step is recorded. update: called with new keys and values."""
 
     window: Window
     positions: Tensor

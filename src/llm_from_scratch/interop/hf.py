@@ -1,8 +1,9 @@
-"""Hugging Face's format, both ways: GPT-2-, Llama- and Qwen3-shaped models.
+"""Hugging Face's format, read and written: GPT-2-, Llama- and Qwen3-shaped models.
 
-One table names the modules, one the settings; reading and writing use the same tables. The names are checked against
-the model in core/model.py. A folder in this format is read without transformers. What has no name in the other format
-is refused by name, never approximated.
+One table lists the modules, one the settings; reading and writing use the same tables. The names are checked against
+the model in core/model.py. A folder in this format is read without transformers. A model that the other format cannot
+represent is refused with an error that names the difference.
+
 Source: config.json and the state-dict names of transformers' models gpt2, llama and qwen3.
 """
 
@@ -80,7 +81,7 @@ LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
 
 @dataclass(frozen=True)
 class Family:
-    """A model type of transformers that our model can be."""
+    """A model type of transformers that our model can represent."""
 
     model_type: str
     architecture: str
@@ -96,7 +97,7 @@ class Family:
         return self.model_type == "gpt2"
 
     def names(self, key: str) -> list[str]:
-        """Their names of one tensor of our state dict: several if ours holds them stacked. Raises UserError."""
+        """Their names of one tensor of our state dict: several if ours is stacked. Raises UserError."""
         module, _, kind = key.rpartition(".")
         layer = next(iter(re.findall(r"\.h\.(\d+)\.", module)), "")
         general = module.replace(f".h.{layer}.", ".h.N.")
@@ -113,7 +114,7 @@ class Family:
         return {ours: theirs for ours, theirs in LLAMA_MODULES.items() if not ours.endswith(qk)}
 
     def expected(self, config: GPTConfig) -> list[str]:
-        """Every tensor that their model of this configuration has, by our name."""
+        """Every tensor of their model with this configuration, by our name."""
         found = []
         for name in every_layer(self.modules, config.n_layer):
             plain = self.gpt2 and not name.endswith(("wte", "wpe", "lm_head"))
@@ -219,7 +220,7 @@ def check_names(family: Family, config: GPTConfig) -> None:
 
 
 def read_config(folder: Path) -> tuple[Family, GPTConfig]:
-    """The model that a folder's config.json describes. Raises UserError if ours cannot be that."""
+    """The GPTConfig for a folder's config.json. Raises UserError if our model does not support it."""
     theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
     family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
@@ -260,7 +261,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
 
 
 def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
-    """The config.json of a model of ours."""
+    """The config.json for one of our models."""
     theirs: dict[str, Any] = {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
     theirs[family.fields["norm_eps"][0]] = float(config.norm_eps)  # transformers refuses a whole number
     theirs |= {"architectures": [family.architecture], "model_type": family.model_type}

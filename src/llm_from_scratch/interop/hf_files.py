@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's format, as files: fetched from the hub, read tensor by tensor, written whole or not at all.
+"""Folders in Hugging Face's format as files: downloaded, read tensor by tensor, written atomically.
 
 Reading runs no code from the folder: safetensors, JSON, and pickled tensors whose opcodes are inspected first.
 """
@@ -32,10 +32,10 @@ BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # 
 
 
 def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path:
-    """A local folder, or a hub repository's folder in Hugging Face's cache, downloaded if needed.
+    """A local folder, or a model's folder in Hugging Face's cache, downloaded if needed.
 
-    check: called with a folder that may hold config.json only, before gigabytes are downloaded for nothing. Raises
-    UserError if there is no such folder and it cannot be downloaded.
+    check: called with a folder that may contain only config.json, before gigabytes are downloaded. Raises UserError if
+    there is no such folder and it cannot be downloaded.
     """
     folder, name = Path(name_or_folder).expanduser(), str(name_or_folder)
     if (folder / "config.json").is_file():
@@ -133,7 +133,7 @@ def damage_is_a_user_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it gets the name `folder` when the block ends and is removed if the block fails."""
+    """A folder to write into. It is renamed to `folder` when the block ends, and removed if the block fails."""
     folder = folder.absolute()
     made = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     made.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""Tokenizers in Hugging Face's format, both ways.
+"""Tokenizers in Hugging Face's format, read and written.
 
-What is written is a tokenizer.json that the `tokenizers` library runs, whatever kind ours is, beside our own files: so
-a folder of ours comes back as the very tokenizer that it was, and transformers reads it as any other.
+Every kind of tokenizer is written as a tokenizer.json for the `tokenizers` library, next to our own files. So
+transformers can read the folder, and we read back exactly the same tokenizer.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "W
 
 
 def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
-    """The tokenizer of a folder in Hugging Face's format; None where it has none that we can run.
+    """The tokenizer of a folder in Hugging Face's format; None if it has no supported tokenizer.
 
-    gpt2: whether the model is GPT-2-shaped, so that vocab.json and merges.txt are cut into words as GPT-2 does.
-    GPT-2's own vocabulary comes back as our gpt2 tokenizer, which is the same and faster. Raises UserError for a
-    damaged file.
+    gpt2: whether the model is GPT-2-shaped, so that vocab.json and merges.txt split words as GPT-2 does. GPT-2's own
+    vocabulary becomes our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a damaged file.
     """
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
@@ -63,7 +62,7 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
     """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
 
-    Returns what transformers will run. Raises UserError where it would give other ids than ours.
+    Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours.
     """
     tokenizer.save(folder)
     meta = json.loads((folder / "tokenizer.meta.json").read_text(encoding="utf-8"))
@@ -100,7 +99,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
 
 
 def probes(tokenizer: Tokenizer) -> list[str]:
-    """Texts on which tokenizers that differ give different ids: a char tokenizer's characters, PROBE for the others."""
+    """Texts that reveal differences between tokenizers: the characters of a char tokenizer, PROBE for the others."""
     if tokenizer.name != "char":
         return [PROBE]
     every = tokenizer.decode(np.arange(tokenizer.vocab_size))
@@ -108,12 +107,12 @@ def probes(tokenizer: Tokenizer) -> list[str]:
 
 
 def unused_ids(backend: Backend | None, rows: int) -> list[int]:
-    """Rows of the embedding that no token has: padding, and gaps in the vocabulary."""
+    """Rows of the embedding without a token: padding, and gaps in the vocabulary."""
     return sorted(set(range(rows)) - set(backend.get_vocab(with_added_tokens=True).values())) if backend else []
 
 
 def gpt2_tokenizer(vocab: dict[str, int]) -> TiktokenTokenizer:
-    """Our gpt2 tokenizer from the vocabulary itself (vocab.json, OpenAI's encoder.json): no download."""
+    """Our gpt2 tokenizer from the vocabulary itself (vocab.json, OpenAI's encoder.json), without a download."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
     to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
@@ -123,7 +122,7 @@ def gpt2_tokenizer(vocab: dict[str, int]) -> TiktokenTokenizer:
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge rules, in order, of a vocabulary whose ids are the merge order: the last step that makes each token."""
+    """The merge rules, in order, of a vocabulary with ids in merge order: the last merge that makes each token."""
     found = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -141,7 +140,7 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def _byte_level(
     vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None
 ) -> Backend:
-    """Byte-level BPE. pattern: tiktoken's, which cuts the words; None is GPT-2's own, "" cuts nothing."""
+    """Byte-level BPE. pattern: tiktoken's, which splits words; None: GPT-2's own; "": no splitting."""
     model = models.BPE(vocab=vocab | special, merges=pairs)
     model.ignore_merges = bool(pattern)  # as tiktoken: a word that is a token is that token
     backend = Backend(model)
@@ -157,7 +156,7 @@ def _byte_level(
 
 
 def _is_gpt2(definition: dict[str, Any]) -> bool:
-    """Whether a parsed tokenizer.json is GPT-2's, by the hashes of OpenAI's two files, put together again from it."""
+    """Whether a parsed tokenizer.json is GPT-2's. Rebuilds OpenAI's two files from it and compares their hashes."""
     model, words = definition.get("model") or {}, definition.get("pre_tokenizer") or {}
     vocab, pairs = model.get("vocab"), model.get("merges")
     if not isinstance(vocab, dict) or len(vocab) != 50257 or not isinstance(pairs, list):

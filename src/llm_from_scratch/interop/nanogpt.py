@@ -100,7 +100,8 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpo
 
 
 def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, accept_erf_gelu: bool = False) -> None:
-    """Raises UserError if write_nanogpt would: nanoGPT lacks what the model needs, or the file is somebody else's."""
+    """Raises UserError if write_nanogpt would: nanoGPT lacks a part of the model, or the file was not written by this
+    program."""
     path = Path(path)
     plain = GPTConfig(activation="gelu")
     wants = []
@@ -142,7 +143,7 @@ def _nanogpt_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def every_layer(modules: dict[str, str], layers: int) -> dict[str, str]:
-    """A table of modules with the number of each layer in place of N, one layer after the other."""
+    """A table of modules with N replaced by each layer's number, one layer after the other."""
     items = list(modules.items())
     inner = [i for i, (name, _) in enumerate(items) if ".N." in name]
     before, block, after = items[: inner[0]], items[inner[0] : inner[-1] + 1], items[inner[-1] + 1 :]
@@ -225,7 +226,7 @@ def _numbered(config: GPTConfig) -> tuple[list[str], list[str]]:
 
 
 def _by_name(optimizer: Any, config: GPTConfig, path: Path) -> dict[str, Any]:
-    """nanoGPT's optimizer state, by parameter name. Raises UserError where it is not that of this model."""
+    """nanoGPT's optimizer state, by parameter name. Raises UserError if it does not belong to this model."""
     groups, shapes = _numbered(config), _nanogpt_shapes(config)
     names = [*groups[0], *groups[1]]
     hint = f"only its weights can be used: --init_from={path} starts a new run from them"

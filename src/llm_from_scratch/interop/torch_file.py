@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, read without running their pickle.
+"""Files of torch.save, read without running their pickle.
 
 Such a file is a zip archive with one pickle and the bytes of the tensors. The pickle's opcodes are inspected before
 torch reads it (weights_only). Torch is imported when tensors are needed.
@@ -32,9 +32,9 @@ _OPCODES = re.compile(
 
 
 def load_plain(path: Path) -> dict[Any, Any]:
-    """The dict that torch.save wrote into a file, if it holds only plain values and tensors.
+    """The dict in a file of torch.save, if it contains only plain values and tensors.
 
-    Needs about as much memory as the file has bytes, whatever sizes it claims. Raises UserError, DamagedError.
+    Needs about as much memory as the file has bytes, even if it claims larger sizes. Raises UserError, DamagedError.
     """
     import torch
 
@@ -69,7 +69,7 @@ def load_plain(path: Path) -> dict[Any, Any]:
 
 
 def _check_list_of_members(path: Path) -> None:
-    """Bounds the list of members at the end of a zip archive, which is read whole."""
+    """Limits the list of members at the end of a zip archive, which zipfile reads into memory."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - (1 << 16) - 22))
@@ -118,7 +118,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether write_nanogpt wrote this ckpt.pt, and nobody since. False if there is no file."""
+    """Whether write_nanogpt wrote this ckpt.pt and nothing has changed it. False if there is no file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return MARK.encode() in archive.read(_pickle_member(archive, path))

@@ -1,8 +1,8 @@
-"""Modules as a CPU runs them fastest, each equal to the one of core/model.py that it replaces but for rounding.
+"""Modules that are faster on a CPU. Each equals the module of core/model.py that it replaces, except for rounding.
 
-In eager mode a small model's time goes into many small kernels and into autograd's bookkeeping for them; and torch's
-fused attention is slow backwards in bfloat16 on a CPU, and has no dropout there. Each operation here is one node of
-autograd, with its gradient written out. kernels/swap.py puts them in place. Shapes in comments as in core/model.py.
+In eager mode a small model spends its time in many small kernels and in autograd's bookkeeping for them. torch's fused
+attention has a slow backward pass in bfloat16 on a CPU, and no dropout. Here each operation is one autograd node with a
+written-out gradient. kernels/swap.py inserts them. Shapes in comments as in core/model.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the proc
 
 
 def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dict[type, type], list[nn.Module]]:
-    """What kernels.swap exchanges on a CPU, {class: replacement}, and the modules that it leaves alone.
+    """The replacements for kernels.swap on a CPU, {class: replacement}, and the modules that stay unchanged.
 
-    compiled: the blocks are compiled, which fuses everything but attention as well or better; and attention too where
-    it is short.
+    compiled: the blocks are compiled. The compiler fuses everything except attention as well or better, and short
+    attention too.
     """
     found: dict[type, type] = {RMSNorm: CPURMSNorm, nn.Dropout: CPUDropout}
     dropout = model.config.dropout > 0
@@ -44,28 +44,29 @@ def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dic
 
 
 class CPURMSNorm(RMSNorm):
-    """RMSNorm with its gradient written out."""
+    """RMSNorm with a written-out gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         return RMSNormalize.apply(x, self.weight, self.eps)
 
 
 class CPUDropout(nn.Dropout):
-    """nn.Dropout with masks that are drawn several times as fast; p is rounded to a multiple of 1 / 65,536."""
+    """nn.Dropout with a mask generator that is several times as fast; p is rounded to a multiple of 1 / 65,536."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and self.p else x
 
 
 class CPURotaryPositions(RotaryPositions):
-    """RotaryPositions with its gradient written out."""
+    """RotaryPositions with a written-out gradient."""
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
 
 
 class CPUAttention(Attention):
-    """Attention with its gradient written out, in training; torch's kernel without gradients or with a mask."""
+    """Attention with a written-out gradient for training. Falls back to torch's kernel without gradients or with a
+    mask."""
 
     keeps_weights = True
 
@@ -77,14 +78,15 @@ class CPUAttention(Attention):
 
 
 class LeanCPUAttention(CPUAttention):
-    """CPUAttention that recomputes the attention weights, which are large for a long context, in the backward pass."""
+    """CPUAttention that recomputes the attention weights in backward; they are large for a long context."""
 
     keeps_weights = False
 
 
 @functools.cache
 def eager_attention() -> type[CPUAttention]:
-    """CPUAttention in blocks that are compiled. Made on demand: to exclude it imports the compiler, which is slow."""
+    """CPUAttention for compiled blocks, excluded from the compiler. Created on demand, because importing the compiler
+    is slow."""
 
     class EagerCPUAttention(CPUAttention):
         forward = torch.compiler.disable(CPUAttention.forward)
@@ -93,14 +95,14 @@ def eager_attention() -> type[CPUAttention]:
 
 
 class WrittenAttention(Attention):
-    """Attention written out, for a compiler to fuse."""
+    """Attention as plain operations, for a compiler to fuse."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         return plain_attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool) -> Tensor:
-    """Attention written out: the reference for the fused kernels. Arguments as in core/model.py's Attention."""
+    """Attention as plain operations: the reference for the fused kernels. Arguments as in core/model.py's Attention."""
     k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     if causal:
@@ -111,14 +113,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropou
 
 
 class CPUSwiGLU(SwiGLU):
-    """SwiGLU that keeps nothing but its inputs for the backward pass."""
+    """SwiGLU that stores only its inputs for the backward pass."""
 
     def forward(self, gate: Tensor, x: Tensor) -> Tensor:
         return GatedSiLU.apply(gate, x)
 
 
 class CPUReLUSquared(ReLUSquared):
-    """ReLUSquared that keeps nothing but its input for the backward pass."""
+    """ReLUSquared that stores only its input for the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return SquaredReLU.apply(x)
@@ -131,10 +133,10 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(ones, with zeros in a share p of the places; the factor that keeps the mean of what is masked).
+    """(mask of ones, with zeros at a fraction p of the places; the factor that preserves the mean).
 
-    p is rounded to a multiple of 1 / 65,536. torch draws masks on one core, a number for each place; here its
-    generator seeds numpy's SFC64, of whose numbers each serves four places.
+    p is rounded to a multiple of 1 / 65,536. torch draws masks on one core, one number per place. Here torch's
+    generator seeds numpy's SFC64, and each of its numbers is used for four places.
     """
     count = math.prod(shape)
     seed = int(torch.randint(1 << 62, ()))
@@ -147,13 +149,12 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v; a token sees itself and the tokens before it.
+    """softmax(q k^T / sqrt(D)) v; a token attends to itself and the tokens before it.
 
-    q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H.
-
-    Goes over a few sequences at a time, and in them over blocks of queries with the keys that one of them sees. The
-    attention weights are kept for the backward pass in q's dtype (keep, which dropout implies) or computed again there.
-    A weight that dropout removes is kept with its sign turned, so that weight and mask are one tensor.
+    q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H. Processes a few sequences at a time, and in them blocks
+    of queries with the keys that any of them attends to. keep: store the attention weights in q's dtype instead of
+    recomputing them in backward (dropout implies it). A dropped weight is stored with its sign flipped, so that weight
+    and mask are one tensor.
     """
 
     @staticmethod
@@ -207,7 +208,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _weights(q: Tensor, k: Tensor, at: int, end: int) -> Tensor:
-    """Attention weights of the queries at to end: (b H, T, D) each to (b H, end - at, end)."""
+    """Attention weights of queries at ... end: (b H, T, D) each to (b H, end - at, end)."""
     scores = torch.bmm(q[:, at:end], k[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(q.size(-1)))
     scores[:, :, at:].add_(_future(end - at, scores.dtype))
     return scores.softmax(dim=-1)
@@ -224,14 +225,14 @@ def _blocks(T: int) -> Iterator[tuple[int, int]]:
 
 
 def _heads(t: Tensor, H: int | None = None) -> Tensor:
-    """(b, h, T, D) to (b H, T, D), contiguous; fewer key heads are repeated."""
+    """(b, h, T, D) to (b H, T, D), contiguous; key heads are repeated if there are fewer of them."""
     if H is not None and t.size(1) < H:
         t = t.repeat_interleave(H // t.size(1), dim=1)
     return t.reshape(-1, t.size(2), t.size(3))
 
 
 def _summed(t: Tensor, h: int, H: int) -> Tensor:
-    """The gradient of what _heads() repeated: (b H, T, D) to (b, h, T, D)."""
+    """The gradient of the tensor that _heads() repeated: (b H, T, D) to (b, h, T, D)."""
     t = t.view(-1, h, H // h, t.size(1), t.size(2))
     return t.sum(2) if h < H else t.squeeze(2)
 

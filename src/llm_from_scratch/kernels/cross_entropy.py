@@ -1,9 +1,9 @@
-"""Head and cross-entropy in one, a piece of the rows at a time: the logits of a whole batch never exist.
+"""Head and cross-entropy in chunks of rows, so the full logits are never in memory.
 
-The gradient of the logits is worked out as soon as they are there, and turned at once into those of the activations
-and of the head: what waits for the backward pass is as large as these two, whatever the vocabulary times the batch.
-The three matrix products are those of the plain way. The idea: Liger Kernel (arXiv 2410.10989, section 3.2) and Cut
-Cross-Entropy (arXiv 2411.09009).
+The gradient of a chunk's logits is computed immediately and turned into the gradients of the activations and the head.
+The memory held for the backward pass does not depend on vocabulary times batch. The three matrix products are those of
+the plain loss. The idea: Liger Kernel (arXiv 2410.10989, section 3.2) and Cut Cross-Entropy (arXiv 2411.09009).
+
 Shapes: N rows, C width, V vocabulary.
 """
 
@@ -24,7 +24,7 @@ SLICE = 1 << 22  # of the head's gradient
 
 
 class ChunkedLoss(NextTokenLoss):
-    """NextTokenLoss that never makes all logits."""
+    """NextTokenLoss that never computes all logits at once."""
 
     def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[None, Tensor]:
         x = x.reshape(-1, x.size(-1))
@@ -36,10 +36,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy (nats) of the logits x @ weight.T over the rows whose target is not -1.
 
-    x: (N, C); weight: (V, C); targets: (N,) int64; softcap: a logit z counts as softcap * tanh(z / softcap), 0 is off;
-    piece: rows at a time, None is what suits the device. The products are in x's precision, under autocast in
-    autocast's; sums over the vocabulary, over rows and over pieces in float32 or better. Where no row has a target
-    the loss is NaN, as torch's, and the gradients are 0.
+    x: (N, C); weight: (V, C); targets: (N,) int64; softcap: a logit z becomes softcap * tanh(z / softcap), 0 is off;
+    piece: rows per chunk, None: chosen for the device. The products use x's precision, or autocast's under autocast.
+    Sums over the vocabulary, rows and chunks use float32 or better. If no row has a target, the loss is NaN, as in
+    torch, and the gradients are 0.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -86,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class LogitPasses:
-    """The passes over a piece's logits, written for a compiler to fuse; and for a GPU without one."""
+    """The passes over the logits of a chunk, written for a compiler to fuse, and for a GPU without a compiler."""
 
     def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
         self.w, self.softcap, self.with_gradient = w, softcap, with_gradient
@@ -94,7 +94,7 @@ class LogitPasses:
         self.vocabulary = torch.arange(len(w), device=w.device)
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        """The rows' losses, and the gradient of their logits where it is wanted."""
+        """The losses of the rows, and the gradient of their logits if requested."""
         z, slope = (x @ self.w.t()).to(self.high), None
         if self.softcap:
             z = torch.tanh(z / self.softcap)
@@ -114,8 +114,8 @@ class LogitPasses:
 
 
 class CPULogitPasses(LogitPasses):
-    """The same with one buffer for the logits of every piece, and the passes over them on a few rows that stay in the
-    processor's cache: they cost a tenth of the products."""
+    """The same with one buffer for the logits of every chunk. The passes process a few rows that fit in the processor's
+    cache, and cost a tenth of the products."""
 
     def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
         super().__init__(w, piece, softcap, with_gradient)
@@ -134,7 +134,7 @@ class CPULogitPasses(LogitPasses):
         return torch.cat(losses), logits
 
     def _few(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """The losses of a few rows, whose logits give way to their gradient."""
+        """The losses of a few rows. Their logits are overwritten by their gradient."""
         z, p, at = self.z[: len(ids)].copy_(logits), self.p[: len(ids)], ids[:, None]
         if self.softcap:
             p = torch.tanh(z.div_(self.softcap), out=p)

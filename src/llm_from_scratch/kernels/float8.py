@@ -1,10 +1,11 @@
-"""Linear layers that multiply in float8 while they train; their weights stay as they are, mostly float32.
+"""Linear layers with float8 matrix products in training. The weights keep their dtype, usually float32.
 
-Each operand of a product is divided by a scale of its own that brings its largest element to the largest number of the
-format: e4m3 (4 bits of exponent, 3 of mantissa, up to 448) for activations and weights, e5m2 (up to 57,344) for the
-gradients of the outputs, whose range is wider (FP8 formats, arXiv 2209.05433). The scale is found anew at each product
-("tensorwise, dynamic"), so nothing is kept from step to step. Sums are those of torch._scaled_mm: float32.
-What waits for the backward pass is in float8 too: half the bytes of bfloat16.
+Each operand of a product is divided by its own scale, which maps its largest element to the largest number of the
+format: e4m3 (4 exponent bits, 3 mantissa bits, up to 448) for activations and weights, e5m2 (up to 57,344) for the
+output gradients, which have a wider range (FP8 formats, arXiv 2209.05433). The scale is computed for each product
+("tensorwise, dynamic"), so there is no state between steps. torch._scaled_mm sums in float32. Tensors stored for the
+backward pass are float8 too: half the bytes of bfloat16.
+
 Shapes: N rows, I inputs, O outputs.
 """
 
@@ -25,7 +26,7 @@ LEAST = 1e-12  # of a largest element: zeros have a scale too
 
 
 def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where fp8 is asked for and cannot be had."""
+    """Raises UserError if fp8 was requested and the machine or dtype does not support it."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(
             f"--fp8=True needs a CUDA device of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or higher (Ada, "
@@ -36,8 +37,8 @@ def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
-    """What kernels.swap exchanges, {class: replacement}, and the linear layers that it leaves alone: those outside the
-    blocks, and those whose sides do not fit. Raises UserError if no layer's do."""
+    """The replacements for kernels.swap, {class: replacement}, and the linear layers that stay unchanged: those outside
+    the blocks, and those with unsupported dimensions. Raises UserError if no layer is supported."""
     blocks = [m for m in model.transformer.h.modules() if type(m) is Linear]
     fit = {m for m in blocks if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)}
     if not fit:
@@ -46,10 +47,8 @@ def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
 
 
 class Float8Linear(Linear):
-    """A linear layer that multiplies in float8 while it trains.
-
-    Without gradients (evaluation, samples) it computes as before: what is measured is the model that is saved.
-    """
+    """A linear layer with float8 products in training. Without gradients (evaluation, samples) it computes in its usual
+    precision, so evaluation measures the saved model."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1))  # (N, I)
@@ -58,7 +57,7 @@ class Float8Linear(Linear):
         return self._finish(Float8Product.apply(rows, self.weight), x)
 
     def exact(self, x: Tensor) -> Tensor:
-        """forward without rounding to float8, which kernels.swap compares with the plain layer."""
+        """forward without rounding to float8, for the comparison in kernels.swap."""
         return self._finish(x.reshape(-1, x.size(-1)) @ self.weight.to(x.dtype).t(), x)
 
     def _finish(self, rows: Tensor, x: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class Float8Linear(Linear):
 
 
 class Float8Product(torch.autograd.Function):
-    """x @ weight.T in float8, and so are the two products of its gradient. x: (N, I); weight: (O, I). In x's dtype."""
+    """x @ weight.T in float8, and both products of its gradient too. x: (N, I); weight: (O, I). Returns x's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class Float8Product(torch.autograd.Function):
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale in a float8 dtype, and the scale (0-dim, float32). Where x is not all finite, products are NaN."""
+    """x / scale in a float8 dtype, and the scale (0-dim, float32). If x is not finite, the products are NaN."""
     top = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=LEAST) / top
     # the division may lead a rounding error beyond the largest number, to which it is then rounded
@@ -97,5 +96,5 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False) -> Tensor:
-    """a @ b times both scales. fast: with sums of fewer bits on some devices, as is usual forwards only."""
+    """a @ b times both scales. fast: sums with fewer bits on some devices, usual for the forward pass only."""
     return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)

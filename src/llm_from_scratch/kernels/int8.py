@@ -1,4 +1,4 @@
-"""How linear layers multiply when a model decodes: in the weights' dtype, from float16, or in int8."""
+"""Linear layers for decoding: in the dtype of the weights, in float16, or in int8."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Dense:
         self.weight, self.transposed, self.bias = weight, weight.t(), bias
 
     def is_wide(self, rows: int) -> bool:
-        """Whether so many rows are multiplied from the other side."""
+        """Whether this many rows are multiplied from the other side."""
         return self.wide and 1 < rows <= FEW and torch.get_num_threads() > 1
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -59,10 +59,8 @@ class Dense:
 
 
 class Half:
-    """Dense with float16 weights and float32 sums, by fbgemm: half the memory to read, on any x86 CPU.
-
-    bfloat16 weights above 6e-5 are float16 numbers exactly, smaller ones are rounded by 3e-8 at most.
-    """
+    """Dense with float16 weights and float32 sums, by fbgemm: half the memory traffic, on any x86 CPU. bfloat16 weights
+    above 6e-5 are exact in float16; smaller ones are rounded by at most 3e-8."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
         bias = None if bias is None else bias.float()
@@ -74,11 +72,11 @@ class Half:
 
 
 class Int8:
-    """Dense with int8 weights, one scale an output, and activations in 7 bits (8 where the CPU has VNNI), one scale a
-    row: a row does not depend on its neighbours.
+    """Dense with int8 weights, one scale per output, and 7-bit activations (8-bit with VNNI), one scale per row. A row
+    does not depend on its neighbours.
 
-    fbgemm finds one scale for all rows: so each row is divided by its largest number, and two more inputs, 1 and -1
-    with weights of 0, make the range that of every batch.
+    fbgemm computes one scale for all rows. So each row is divided by its largest number, and two more inputs, 1 and -1
+    with zero weights, give every batch the same range.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
@@ -105,11 +103,11 @@ class Int8:
 
 
 class Linears:
-    """The linear layers of a model that decodes: a product for each weight, made once.
+    """The linear layers for decoding: one product per weight, built once.
 
-    quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Else float16 weights
-    on a CPU that is slow in the model's half precision, else the weights as they are. Raises UserError if the device
-    has no int8 products.
+    quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Otherwise float16
+    weights on a CPU with slow products in the model's half precision, else the weights unchanged. Raises UserError if
+    the device has no int8 products.
     """
 
     def __init__(self, model: GPT, quantize: Quantize = "none"):
@@ -145,7 +143,7 @@ class Linears:
 
     @contextlib.contextmanager
     def computing(self, exact: bool = False) -> Iterator[None]:
-        """The model's forward inside computes as this decodes; exact: without approximation."""
+        """A context in which the model's forward uses these products. exact: without approximation."""
         before, self.model.compute_dtype = self.model.compute_dtype, self.dtype
         try:
             with _Packed(self.packed, self.kept) if self.packed and not exact else contextlib.nullcontext():
@@ -159,7 +157,7 @@ def _detached(bias: Tensor | None) -> Tensor | None:
 
 
 class _Packed(TorchFunctionMode):
-    """Products of packed weights in the place of F.linear. Their conversions to another dtype are skipped."""
+    """Replaces F.linear by products of packed weights. Conversions of these weights to another dtype are skipped."""
 
     def __init__(self, packed: dict[int, Any], kept: list[Any]):
         super().__init__()
@@ -175,7 +173,7 @@ class _Packed(TorchFunctionMode):
 
 
 class Scorer(torch.nn.Module):
-    """A model that computes losses with the linear layers that it decodes with. Called as the model is."""
+    """A model that computes losses with the linear layers used for decoding. Called like the model."""
 
     def __init__(self, model: GPT, quantize: Quantize):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Which activations are kept for the backward pass, and which are computed again there.
+"""Which activations are stored for the backward pass, and which are recomputed in it.
 
-Three ways, per block: keep all; recompute what is cheap, the outputs of norms and activation functions, of which only
-the inputs are kept (no product with weights is done twice); recompute the block from its input (arXiv 1604.06174).
-All are forms of core/model.py's own modules: an edited block, norm or activation recomputes its own forward.
+Three ways per block: store everything; recompute only the outputs of norms and activation functions (no matrix product
+is computed twice); or recompute the whole block from its input (arXiv 1604.06174). All are subclasses of
+core/model.py's own modules: an edited block, norm or activation recomputes its own forward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch, below which the 
 
 
 def recompute(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
-    """Makes the blocks recompute what the settings ask for. Raises UserError if their budget cannot be kept."""
+    """Makes the blocks recompute according to the settings. Raises UserError if the budget is too small."""
     training, blocks = config.training, list(model.transformer.h)
     budget = training.activation_budget
     if training.gradient_checkpointing:
@@ -84,7 +84,7 @@ def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[st
 
 
 class RecomputedBlock(Block):
-    """A block of which only the input is kept; its forward runs once more in the backward pass."""
+    """A block that stores only its input. Its forward runs again in the backward pass."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -94,8 +94,8 @@ class RecomputedBlock(Block):
 
 
 def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
-    """Keeps no outputs of norms and activation functions in the blocks, but recomputes them when the backward pass asks
-    for them; attention on a CPU keeps no weights. The arithmetic is the same."""
+    """Recomputes the outputs of norms and activation functions in the blocks instead of storing them. On a CPU,
+    attention does not store its weights either. The arithmetic is the same."""
     lighter: dict[type, type] = {CPUAttention: LeanCPUAttention}
     if model.lm_head.weight.device.type == "cpu":
         lighter |= {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared}
@@ -108,7 +108,7 @@ def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
 
 
 class LeanBlock(Block):
-    """A block whose Lean modules recompute their outputs in the backward pass instead of keeping them."""
+    """A block whose Lean modules recompute their outputs in the backward pass instead of storing them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -119,7 +119,7 @@ class LeanBlock(Block):
 
 @functools.cache
 def lean(plain: Any) -> type:
-    """A subclass of a norm's or an activation's class that tells the block around it how its output is made again."""
+    """A subclass of a norm or activation class that registers with its block how to recompute its output."""
 
     class Lean(plain):
         def forward(self, *args: Any) -> Tensor:
@@ -133,7 +133,7 @@ def lean(plain: Any) -> type:
 
 
 class _Made:
-    """How one output is made again: by make(*args), as long as nobody changes the arguments in place."""
+    """How to recompute one output: make(*args), as long as the arguments are not changed in place."""
 
     def __init__(self, out: Tensor, make: Callable[..., Tensor], args: tuple[Any, ...]):
         self.out, self.version, self.make = out, out._version, make
@@ -154,7 +154,7 @@ def _unchanged(value: Any, version: int | None) -> Any:
 
 
 class _Outputs:
-    """While it is open, autograd keeps, in place of an output that was noted, how it is made again."""
+    """While active, autograd stores the recipe of a registered output instead of the output."""
 
     open: list[_Outputs] = []
 
@@ -190,10 +190,11 @@ class _Outputs:
 
 
 def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int, int]:
-    """Bytes that a block keeps of a micro-batch for the backward pass, its output included, and those of its output.
+    """Bytes that a block stores for the backward pass of a micro-batch, including its output, and the bytes of its
+    output.
 
-    Measured on the first block with one sequence and with two: what is kept once, such as weights in the products'
-    precision, is told from what grows with the batch.
+    Measured on the first block with one sequence and with two. The difference separates what grows with the batch from
+    what is stored once, such as weights in the products' precision.
     """
     with forked_random(runtime.device):
         _kept(model, runtime, 1)  # makes what then stays for all batches, such as a mask
@@ -215,7 +216,7 @@ def _kept(model: GPT, runtime: Runtime, sequences: int) -> tuple[int, int]:
 
 
 def _arguments(model: GPT, block: nn.Module, tokens: Tensor) -> tuple[tuple, dict]:
-    """What the model calls the block with."""
+    """The arguments with which the model calls the block."""
     met: list[tuple[tuple, dict]] = []
 
     def stop(_block: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -233,7 +234,7 @@ def _arguments(model: GPT, block: nn.Module, tokens: Tensor) -> tuple[tuple, dic
 
 
 class Allocated(TorchDispatchMode):
-    """Remembers the memory that operations give out, without holding on to it."""
+    """Tracks the memory that operations allocate, without keeping it alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The one way a module is exchanged for a faster one: its class becomes a subclass with the same parameters and names.
+"""Exchanges modules for faster ones: a module's class becomes a subclass with the same parameters and names.
 
-core/model.py stays the model. Before a replacement is used, it is compared with the module that it replaces, on what
-the model feeds it for a few tokens: outputs and gradients in float32. If they differ, as they do after an edit of
-core/model.py that the replacement does not know, the plain module stays and one line says so.
+core/model.py remains the model. Before a replacement is used, its outputs and gradients are compared with those of the
+original module in float32, on the model's own inputs for a few tokens. If they differ, for example after an edit of
+core/model.py, the original module stays and one line reports it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def swap(
     say: Callable[[str], None],
     keep: Collection[nn.Module] = (),
 ) -> int:
-    """Exchanges every module whose class is a key for the class of its value. Returns how many were exchanged.
+    """Replaces the class of every module whose class is a key. Returns the number of replaced modules.
 
-    A replacement is a subclass of its key without parameters of its own. One that approximates by design, such as
-    float8, has a method `exact` with the arguments of forward, which is compared in its place. keep: modules that are
-    left alone. Raises nothing for a replacement that differs or fails: say is told, and the plain module stays.
+    A replacement is a subclass of its key without parameters of its own. A deliberate approximation, such as float8,
+    has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged. If
+    a replacement differs or fails, say reports it and the original module stays.
     """
     left = set(keep)
     chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
@@ -61,7 +61,7 @@ def swap(
 
 
 def unswap(model: nn.Module, *classes: type) -> None:
-    """Gives modules back the classes that they had before swap(). classes: undo only these replacements."""
+    """Restores the classes from before swap(). classes: undo only these replacements."""
     for module in model.modules():
         while type(module) in _plain and (not classes or isinstance(module, classes)):
             module.__class__ = _plain[type(module)]
@@ -73,7 +73,8 @@ def _kind(module: nn.Module) -> Any:
 
 
 def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
-    """What the model calls a module of each kind with, for a few tokens, in the precision of its weights."""
+    """The arguments with which the model calls a module of each kind, for a few tokens, in the precision of its
+    weights."""
     found: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
     kinds = {_kind(m) for m in modules}
@@ -104,7 +105,7 @@ def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[s
 
 
 def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
-    """How the replacement differs from the module's present class on these arguments; None if it does not."""
+    """How the replacement differs from the module's present class on these arguments; None if it does not differ."""
     plain, training = type(module), module.training
     passes = []
     module.eval()  # without dropout
@@ -154,7 +155,7 @@ class _Pass:
         return leaf
 
     def gradients(self, outputs: list[int]) -> list[Tensor]:
-        """Of a weighted sum of these outputs; zeros for what it does not depend on."""
+        """Gradients of a weighted sum of these outputs; zeros for inputs that do not affect it."""
         total: Any = 0
         for t in (self.outputs[i] for i in outputs):
             if t.requires_grad:

@@ -1,4 +1,4 @@
-"""Device, precision, processes and seeds: resolved once, announced once."""
+"""Device, precision, processes and seeds: resolved and printed once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PEAKS = [
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the run uses of the machine."""
+    """The device, precision and processes of the run."""
 
     device: torch.device
     dtype: torch.dtype
@@ -56,28 +56,28 @@ class Runtime:
 
     @property
     def peak_flops(self) -> float | None:
-        """The device's dense peak in FLOP/s at this precision; None where it is not known (every CPU)."""
+        """The device's dense peak in FLOP/s at this precision; None if unknown (every CPU)."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
         return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
 
     def place(self, model: Any) -> None:
-        """Moves a model to the device, and has it compute there in the dtype; its weights stay float32."""
+        """Moves a model to the device and sets its compute dtype. The weights stay float32."""
         model.to(self.device)
         model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         if self.device.type == "cpu":
             keep_freed_memory(model.get_num_params() < LARGE)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """For float16, whose range is too small for some operations; bfloat16 needs none (see place)."""
+        """Autocast for float16, which has too small a range for some operations. bfloat16 needs none (see place)."""
         if self.dtype != torch.float16:
             return contextlib.nullcontext()
         return torch.autocast(device_type=self.device.type, dtype=self.dtype)
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for a missing device."""
     mps = getattr(torch.backends, "mps", None)
     has_mps = mps is not None and mps.is_available()
     if name == "auto":
@@ -95,7 +95,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """For weights that only generate. auto: bfloat16 on CUDA where it has it, else float16; float32 elsewhere."""
+    """The dtype of weights for generation. auto: bfloat16 on CUDA if supported, else float16; float32 elsewhere."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -104,7 +104,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """resolve_dtype, but that auto takes bfloat16 on a CPU that multiplies it, which is there faster than float32."""
+    """As resolve_dtype, but auto selects bfloat16 on a CPU with bfloat16 products, which are faster than float32."""
     if name == "auto" and device.type == "cpu" and cpu_has_native_bf16():
         return torch.bfloat16
     return resolve_dtype(name, device)
@@ -122,7 +122,7 @@ def has_triton() -> bool:
 
 @contextlib.contextmanager
 def forked_random(device: torch.device) -> Iterator[None]:
-    """What is drawn within leaves the generators of the CPU and of this device as they were."""
+    """Restores the random generators of the CPU and of this device afterwards."""
     before = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
@@ -131,7 +131,7 @@ def forked_random(device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something failed for want of memory: CUDA's own error, or the one of torch's CPU allocator."""
+    """Whether an error means out of memory: CUDA's own error, or that of torch's CPU allocator."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )

@@ -1,4 +1,4 @@
-"""Packages that may not be installed: a missing one is a single line that names what to install."""
+"""Optional packages: if one is missing, one line names what to install."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def is_installed(package: str) -> bool:
 
 
 def stop_without_required() -> None:
-    """Ends the program with one line if a required package is missing: a script of a checkout runs without installing
-    the project, which would bring them."""
+    """Ends the program with one line if a required package is missing. This happens if a script runs from a checkout
+    without installing the project."""
     if lacking := [package for module, package in REQUIRED.items() if not is_installed(module)]:
         print(f"error: packages are missing; install them with: pip install {' '.join(lacking)}", file=sys.stderr)
         sys.exit(2)

@@ -118,7 +118,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and its missing parents, and makes their names durable, whoever made them."""
+    """Creates a folder and its missing parents, and makes their names durable."""
     changed = {p.parent for p in (path, *path.parents) if not p.exists()}
     path.mkdir(parents=True, exist_ok=True)
     for parent in path.parents:

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 
 def distributed_env() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it.
-
-    Raises UserError where it is half set.
-    """
+    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it. Raises UserError if it is
+    incomplete."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
@@ -37,7 +35,7 @@ def distributed_env() -> tuple[int, int, int]:
 
 
 def check_writable(out_dir: Path) -> None:
-    """Raises UserError where the run's folder cannot be written. Leaves nothing behind."""
+    """Raises UserError if the run's folder cannot be written. Leaves no files behind."""
     try:
         if out_dir.exists() and not out_dir.is_dir():
             raise UserError(f"out_dir={out_dir} is a file; choose a folder with --out_dir")

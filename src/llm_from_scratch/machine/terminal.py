@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, on a full disk, or on a terminal that is gone."""
+"""Standard output and error that may be closed, on a full disk, or on a terminal that no longer exists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
 
 
 def is_lost(stream: TextIO) -> bool:
-    """Whether what was printed last could not be written."""
+    """Whether the last output could not be written."""
     try:
         stream.flush()
     except OSError:
@@ -62,7 +62,7 @@ def is_lost(stream: TextIO) -> bool:
 
 
 def drop_lost_output() -> None:
-    """Discards what could not be written, so that the interpreter's last flush does not fail."""
+    """Discards unwritten output, so that the interpreter's last flush does not fail."""
     for stream in (sys.stdout, sys.stderr):
         if is_lost(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,4 +1,4 @@
-"""Row-wise Adagrad, for tables of which a batch uses few rows."""
+"""Row-wise Adagrad, for tables of which a batch uses only a few rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard, Weights & Biases, and loss.png."""
+"""Logging and progress output: the terminal, metrics.jsonl, TensorBoard, Weights & Biases, and loss.png."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_extras(config: Config) -> None:
 
 
 class Sink(Protocol):
-    """One destination of the numbers."""
+    """One destination of the metrics."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -57,9 +57,9 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line, each with its step; NaN and infinities as null.
+    """metrics.jsonl: one object per line with its step; NaN and infinities become null.
 
-    evaluated: whether the checkpoint of resume_at knows the evaluation of its step, which is else made anew.
+    evaluated: whether the checkpoint of resume_at includes the evaluation of its step; otherwise it is repeated.
     """
 
     def __init__(self, path: Path, resume_at: int | None, evaluated: bool = True):
@@ -89,7 +89,7 @@ class JsonLines:
 
 
 def _forget_from(path: Path, step: int, evaluated: bool) -> None:
-    """Drops what a resumed run is about to do again: a killed run logs past its last checkpoint."""
+    """Drops the lines that a resumed run will repeat: a killed run logs past its last checkpoint."""
     kept = []
     for entry in read_metrics(path):
         # an evaluation that the checkpoint knows was made before it, an update of that number after it
@@ -100,9 +100,10 @@ def _forget_from(path: Path, step: int, evaluated: bool) -> None:
 
 
 class TensorBoard:
-    """An event file in out_dir/tensorboard: the settings, all numbers, and the samples of the run.
+    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run.
 
-    Written here record by record: TensorBoard's own writer prints tracebacks from its thread if the disk is full.
+    Records are written directly, because TensorBoard's own writer prints tracebacks from its thread if the disk is
+    full.
     """
 
     def __init__(self, folder: Path, config: Config, run_id: str | None):
@@ -205,7 +206,7 @@ def teller(is_master: bool) -> Callable[[str], None]:
 
 
 class RunLog:
-    """All of a run's reporting. Only the master process has sinks and speaks."""
+    """All reporting of a run. Only the master process logs and prints."""
 
     def __init__(
         self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True,
@@ -242,7 +243,7 @@ class RunLog:
             self.bar.start()
 
     def say(self, line: str) -> None:
-        """One line on the terminal, above the bar."""
+        """Prints one line, above the progress bar."""
         if self.silent:
             return
         if not announce(line, self._print_above_bar if self.bar is not None else None):
@@ -256,7 +257,7 @@ class RunLog:
             raise self.terminal.error
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
-        """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu where the device's peak is known."""
+        """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""
         self._log(step, metrics)
         mfu = metrics.get("mfu", UNKNOWN_MFU)
         if self.bar is not None:
@@ -269,12 +270,12 @@ class RunLog:
             self._tell_left(step + 1)
 
     def _left(self, done: int) -> str:
-        """The time to the end of the run, with so many updates done; nothing where it is not known yet."""
+        """The time to the end of the run after this many updates; empty if unknown."""
         seconds = self.remaining.seconds(done) if self.remaining is not None else None
         return "" if seconds is None else f"{in_words(seconds)} left"
 
     def _tell_left(self, done: int) -> None:
-        """A line of it, now and then, where there is no bar and the run is not about to end."""
+        """Prints the remaining time now and then, if there is no bar and the run does not end soon."""
         if self.remaining is None or self.remaining.timer.updates < TELL_AFTER:
             return
         now = time.monotonic()
@@ -285,12 +286,12 @@ class RunLog:
         self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """metrics: train_loss, val_loss, lr, and mfu where it is known."""
+        """metrics: train_loss, val_loss, lr, and mfu if known."""
         self._log(step, metrics)
         self.say(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
 
     def final(self, step: int, found: Evaluation) -> None:
-        """The whole validation split's loss at the end of the run."""
+        """The loss of the whole validation split at the end of the run."""
         metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
         text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), "
         text += f"perplexity {found.perplexity:.2f}"
@@ -301,7 +302,7 @@ class RunLog:
         self.say(text)
 
     def sample(self, step: int, text: str) -> None:
-        """What the model wrote while it trained."""
+        """A text sample written during training."""
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         with self._writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
@@ -316,13 +317,13 @@ class RunLog:
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
     def sync(self) -> None:
-        """Makes metrics.jsonl durable: a checkpoint must not outlive the lines of its own steps."""
+        """Makes metrics.jsonl durable. The lines of a checkpoint's steps must be on disk before the checkpoint."""
         for sink in self.sinks:
             if isinstance(sink, JsonLines):
                 sink.sync()
 
     def forget_from(self, step: int, evaluated: bool) -> None:
-        """The steps from here on are done anew; the destinations that can, let go of them."""
+        """Drops the steps from here on, which will be repeated, from the destinations that support it."""
         for sink in self.sinks:
             if isinstance(sink, JsonLines):
                 with self._writing("JsonLines"):
@@ -335,7 +336,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """A logger that fails, such as on a full disk, costs numbers and one warning, not the run."""
+        """If a logger fails, for example on a full disk, the run loses metrics and prints one warning but continues."""
         try:
             yield
         except Exception as error:  # those of TensorBoard and W&B are of any class
@@ -347,7 +348,7 @@ class RunLog:
             self.failing.discard(what)
 
     def close(self, step: int | None = None) -> None:
-        """Ends the bar, at this step where it is given, and all destinations."""
+        """Closes the bar, at this step if given, and all destinations."""
         if self.bar is not None:
             took = in_words(time.monotonic() - self.begin)
             self.bar.update(self.task, completed=step, left=f"in {took}")
@@ -362,7 +363,7 @@ def _is_live(console: Console) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; what is none, such as a line that a kill cut short, is left out."""
+    """The objects of a metrics.jsonl. Invalid lines, such as one cut short by a kill, are skipped."""
     entries = []
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError, RecursionError):

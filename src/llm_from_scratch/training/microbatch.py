@@ -54,7 +54,7 @@ def _needed(config: Config, runtime: Runtime, micro_batch: int, moments: int) ->
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:
-    """attempt(); each time that memory runs out, shrink(the allocator's message) and attempt() again."""
+    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again."""
     while True:
         try:
             return attempt()

@@ -1,4 +1,4 @@
-"""What of a run is still ahead, and how long it takes: updates, evaluations, checkpoints, the last evaluation."""
+"""The remaining work of a run, and its duration: updates, evaluations, checkpoints, the last evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAVE_BESIDE, SAVE_AWAITED = 3.1e-9, 6.8e-9
 
 @dataclass(frozen=True)
 class Calendar:
-    """When a run evaluates and saves. It is assumed that every evaluation that may save does."""
+    """When a run evaluates and saves. Assumes that every evaluation that may save does save."""
 
     last: int
     """Updates after which the run ends."""
@@ -50,12 +50,12 @@ class Calendar:
         )  # fmt: skip
 
     def evaluations(self, step: int) -> int:
-        """Evaluations of the steps from this one to the end, that after the last update included."""
+        """Evaluations from this step to the end, including the one after the last update."""
         last = int(self.evaluates_last and self.last > 0)
         return _multiples(self.eval_interval, step, self.last) + last
 
     def saves(self, step: int) -> int:
-        """Checkpoints that are written beside the loop from this step on: the last one of the run left out."""
+        """Checkpoints written in the background from this step on, without the last one of the run."""
         return _multiples(self.save_interval or self.eval_interval, max(1, step), self.last)
 
     def evaluates(self, step: int) -> bool:
@@ -65,7 +65,7 @@ class Calendar:
         return step > 0 and step % (self.save_interval or self.eval_interval) == 0
 
     def final_seconds(self, rate: float, trained: float) -> float:
-        """Of the last evaluation, at so many tokens/s after so many seconds of updates; 0 where it is left out."""
+        """Duration of the last evaluation, given tokens/s and the seconds of updates so far; 0 if it is skipped."""
         seconds = self.final_tokens / rate if rate and self.final_eval else 0.0
         return seconds if seconds <= max(LONG_FINAL_EVALUATION, trained) else 0.0
 
@@ -76,7 +76,7 @@ def _multiples(interval: int, begin: int, end: int) -> int:
 
 
 class StepTimer:
-    """Seconds per update since the last log line, evaluations and checkpoints left out; and what is between updates."""
+    """Seconds per update since the last log line, without evaluations and checkpoints; and pauses between updates."""
 
     RECENT = 256  # updates by which the next ones are judged
 
@@ -115,17 +115,17 @@ class StepTimer:
 
 
 class Remaining:
-    """Seconds to the end of a run, from what its updates, evaluations and checkpoints have taken so far."""
+    """Seconds to the end of a run, from the durations of its updates, evaluations and checkpoints so far."""
 
     def __init__(self, calendar: Calendar, timer: StepTimer, first: int):
-        """first: updates that were done before the timer began."""
+        """first: updates before the timer started."""
         self.calendar, self.timer, self.first = calendar, timer, first
         self.seen: dict[tuple[bool, bool], tuple[int, float]] = {}
         """(whether with an evaluation, with a checkpoint) -> (pauses between updates, their seconds)."""
         timer.on_pause = self._paused
 
     def seconds(self, step: int) -> float | None:
-        """With `step` updates done; None before the second one of this process."""
+        """After `step` updates; None before the second update of this process."""
         calendar, timer = self.calendar, self.timer
         if not timer.recent:
             return None
@@ -143,7 +143,7 @@ class Remaining:
         self.seen[kind] = (count + 1, total + seconds)
 
     def _pauses(self, update: float) -> tuple[float, float, float]:
-        """Seconds between two updates, of an evaluation and of a checkpoint, as seen or else as expected."""
+        """Seconds between two updates for an evaluation and for a checkpoint, as measured, else as expected."""
         mean = {kind: seconds / count for kind, (count, seconds) in self.seen.items()}
         plain, both = mean.get((False, False), 0.0), mean.get((True, True))
         save = mean.get((False, True), self.calendar.save_bytes * SAVE_BESIDE)
@@ -156,7 +156,7 @@ class Remaining:
 
 
 def in_words(seconds: float) -> str:
-    """A length of time, to two places."""
+    """A duration, with two significant units."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -169,7 +169,7 @@ def in_words(seconds: float) -> str:
 
 
 def clock_time(seconds: float, now: datetime.datetime | None = None) -> str:
-    """When so many seconds are over: the time of day, with the date where it is not today."""
+    """The time of day in this many seconds, with the date if it is not today."""
     begin = now or datetime.datetime.now()
     end = begin + datetime.timedelta(seconds=seconds)
     return end.strftime("%H:%M" if end.date() == begin.date() else "%Y-%m-%d %H:%M")

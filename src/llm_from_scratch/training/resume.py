@@ -26,7 +26,7 @@ NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}
 def machine_of(
     runtime: Runtime, optimizer: torch.optim.Optimizer, is_compiled: bool, micro_batch: int
 ) -> dict[str, Any]:
-    """Everything about the machine that the last bits of a run depend on, as the checkpoint keeps it."""
+    """Everything about the machine that affects the last bits of a run, as stored in the checkpoint."""
     on_gpu = runtime.device.type == "cuda"
     return {
         "device": runtime.device.type,
@@ -42,7 +42,7 @@ def machine_of(
 
 
 def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
-    """The notice that the machine, or a choice made for it, has changed since the checkpoint."""
+    """The notice that the machine, or a setting chosen for it, has changed since the checkpoint."""
     before = resumed.trainer.get("machine")
     if not isinstance(before, dict):
         return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
@@ -51,7 +51,7 @@ def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
 
 
 def differences(config: Config, resumed: Checkpoint) -> list[str]:
-    """Each setting that is not the one that the checkpoint was saved with."""
+    """Each setting that differs from the checkpoint's."""
     saved = {
         leaf: value
         for section in resumed.config.values()
@@ -67,7 +67,7 @@ def differences(config: Config, resumed: Checkpoint) -> list[str]:
 
 
 def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
-    """For settings that are open: what was chosen for the run on this kind of device."""
+    """For automatic settings: the values chosen for the run on this kind of device."""
     before = resumed.trainer.get("machine")
     if not isinstance(before, dict) or before.get("device") != runtime.device.type:
         return runtime
@@ -90,10 +90,8 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
 
 
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
-    """The checkpoint's micro-batch, which was chosen for the machine or has shrunk because memory ran out.
-
-    Unless the user changes the settings of the batch.
-    """
+    """The checkpoint's micro-batch, which was chosen for the machine or reduced because memory ran out, unless the user
+    changes the settings of the batch."""
     before, flat = resumed.trainer.get("machine"), flatten(config)
     for section in resumed.config.values():
         for name in ("batch_size", "gradient_accumulation_steps", "micro_batch"):
@@ -106,7 +104,7 @@ def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chos
 
 
 def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
-    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns where that is now.
+    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns its new folder.
 
     Raises UserError if another process trains there.
     """

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, by which moments keep changes that are small against them."""
+"""Stochastic rounding to bfloat16, so that moments keep small changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Dither:
         self.tables: dict[torch.device, Tensor] = {}
 
     def key(self, name: str, count: int, index: int) -> int:
-        """16 random bits for one rounding of the piece of a tensor from element `index` on."""
+        """16 random bits for one rounding of part of a tensor, from element `index` on."""
         return _mixed(self.seed, zlib.crc32(name.encode()), count, index) & 0xFFFF
 
     def round(self, target: Tensor, values: Tensor, key: int, row: int = 0) -> None:
@@ -45,7 +45,7 @@ class Dither:
         target.view(torch.int16).copy_(raw)
 
     def round_all(self, target: Tensor, values: Tensor, name: str, count: int, index: int) -> None:
-        """As round(), for contiguous tensors of any shape; index: of the first element in the tensor named."""
+        """As round(), for contiguous tensors of any shape; index: of the first element in the named tensor."""
         target, values, piece = target.view(-1), values.view(-1), piece_of(values.device)
         for begin in range(0, values.numel(), piece):
             part = slice(begin, begin + piece)

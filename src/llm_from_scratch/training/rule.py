@@ -1,4 +1,4 @@
-"""What every optimizer has in common: the state that it keeps for a parameter, and the step of a group."""
+"""The common interface of optimizers: the state of a parameter, and the step of a group."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ class Run:
             self.saver.save(self.model, self.optimizer, self.scaler, self._machine())
 
     def save_alone(self) -> None:
-        """Saves before an error ends the run. Not with several processes: the others would not take part."""
+        """Saves before an error ends the run. Not with several processes, because the others would not participate."""
         if self.state.step and self.runtime.world_size == 1:
             self.save()
 

@@ -126,7 +126,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
 
 
 def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[str]) -> None:
-    """Raises UserError if the tokens are not those of the run's start, unless that is allowed."""
+    """Raises UserError if the tokens have changed since the start of the run, unless that is allowed."""
     before = resumed.manifest.get("dataset_sha256")
     train_hash, both = dataset_hashes(inputs.train_data, inputs.val_data)
     if before is None or before == both:
@@ -204,7 +204,7 @@ def _load_weights(init_from: str, folder: Path) -> Checkpoint:
 
 
 def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:
-    """Gives the model the shape of the loaded weights; dropout stays free, the context may be shortened."""
+    """Gives the model the shape of the loaded weights. Dropout may differ, and the context may be shortened."""
     replaced = []
     for item in dataclasses.fields(GPTConfig):
         wanted, has = getattr(config.model, item.name), getattr(loaded, item.name)

@@ -191,7 +191,7 @@ def restore(
 ) -> list[str]:
     """Restores optimizer, scaler, counters and random states. Returns what cannot be restored, one line each.
 
-    Raises UserError if the checkpoint holds something else under their names.
+    Raises UserError if the checkpoint's entries do not belong to a run.
     """
     with _state_checked(saved.path):
         notes = []

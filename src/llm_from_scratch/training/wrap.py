@@ -1,4 +1,4 @@
-"""What is put around the model, in this order: activation checkpointing, compilation, data parallelism."""
+"""Everything applied around the model, in this order: kernels, recomputation, compilation, data parallelism."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is taken to wait for t
 
 @dataclass
 class Wrapped:
-    """One model in the forms that the loop needs; all share their parameters."""
+    """One model in the forms that the training loop needs; all share their parameters."""
 
     raw: GPT
     """The bare model: state, sampling."""
@@ -47,9 +47,10 @@ class Wrapped:
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
-    """Swaps kernels in, then recomputation, compilation, data parallelism. The optimizer is built after it.
+    """Swaps kernels in, then applies recomputation, compilation and data parallelism. The optimizer is built
+    afterwards.
 
-    Raises UserError if compile=True is asked for and fails; with auto a failure falls back to eager.
+    Raises UserError if compile=True is set and compilation fails; with auto, training continues in eager mode.
     """
     exchange(model, config, runtime, micro_batch, say)
     compiled, is_recorded = None, False
@@ -66,7 +67,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
-    """Every module that a kernel replaces, and what is recomputed."""
+    """Swaps in all kernels and applies recomputation."""
     again = any(isinstance(m, Float8Linear) for m in model.modules())
     unswap(model)  # of an attempt with another micro-batch or a compiler
     replacements: dict[type, type] = {}
@@ -88,7 +89,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
 
 
 def loss_is_chunked(config: Config, micro_batch: int) -> bool:
-    """Whether head and loss go over a piece of the tokens at a time."""
+    """Whether head and loss are computed in chunks."""
     if isinstance(config.training.chunked_loss, bool):
         return config.training.chunked_loss
     vocab_size = config.model.vocab_size or 0
@@ -96,9 +97,12 @@ def loss_is_chunked(config: Config, micro_batch: int) -> bool:
 
 
 def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
-    """compile=auto on a CPU, for a run of so many floating-point operations: compiling takes a minute at first (later
-    runs find it on disk) and saves a tenth of the time or more where a model is narrow, so that its time goes into
-    small operations; not with dropout, whose masks this program makes faster than the compiler does."""
+    """compile=auto on a CPU, for a run of this many floating-point operations.
+
+    Compiling takes a minute the first time (later runs use the cache on disk). It saves at least a tenth of the time
+    for a narrow model, which spends its time in small operations. It does not help with dropout, because the compiler's
+    masks are slower than ours.
+    """
     if config.system.compile != "auto" or runtime.device.type != "cpu" or runtime.compile:
         return runtime
     if config.model.n_embd > NARROW or config.model.dropout > 0:
@@ -114,8 +118,11 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
 
 
 def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
-    """Whether the compiled model's kernels are recorded and launched as one (CUDA graphs). auto: where a GPU would wait
-    for their launches, and a pass is a whole update. Raises UserError where it is asked for and cannot be."""
+    """Whether the compiled model's kernels are recorded and launched together (CUDA graphs).
+
+    auto: if a GPU would wait for launches, and a pass is a whole update. Raises UserError if requested but not
+    supported.
+    """
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
     if config.model.max_ngram and wanted is True:
         raise UserError("--cuda_graphs=True does not support max_ngram (sparse gradients); leave it at auto")
@@ -128,7 +135,7 @@ def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: i
 def _compile(
     model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]
 ) -> tuple[nn.Module | None, bool]:
-    """The compiled model, None where that fails; and whether its kernels are recorded."""
+    """The compiled model, or None if compilation fails; and whether its kernels are recorded."""
     recorded = records_kernels(model, config, runtime, micro_batch)
     say("compiling the model (about a minute)")
     if recorded:
@@ -160,7 +167,7 @@ def _compile(
 
 
 def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recorded: bool) -> nn.Module:
-    """The compiled model, tried on a batch of the run's shape, so that a failure shows before step 0."""
+    """The compiled model, tested on a batch of the run's shape, so that it fails before step 0 if at all."""
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
     in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
