@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .generation.generator import Generator
     from .training.trainer import train
 
-# Loaded on first use: importing torch takes seconds, and `--help` needs none of it.
+# Loaded on first use: importing torch takes seconds, and `--help` does not need it.
 _HOME = {
     "GPT": ".core.model",
     "Config": ".config",

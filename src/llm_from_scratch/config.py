@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from .errors import UserError
 
-GATED_ACTIVATIONS = ("swiglu",)  # those with two inputs, and so with a third matrix in the MLP
+GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
 
 @dataclass

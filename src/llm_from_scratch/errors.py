@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake the user can fix. The message says what was wrong, what was expected and what to do."""
+    """A mistake the user can fix. The message states what was wrong, what was expected and what to do."""
 
 
 class DamagedError(UserError):
@@ -16,11 +16,11 @@ class SaveError(UserError):
 
 
 class DataError(UserError):
-    """Token data that is not, or is no longer, in the expected form."""
+    """Token data that does not have the expected form, or no longer has it."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot continue. The message says at which step, why, and what to try."""
+    """The run cannot continue. The message states the step, the reason and what to try."""
 
 
 class NotFiniteError(TrainingError):

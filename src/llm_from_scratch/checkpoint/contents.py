@@ -134,7 +134,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
             if int.from_bytes(data[:8], "little") > MAX_HEADER:
                 raise ValueError(f"its header is larger than {MAX_HEADER} bytes")
             return load(data)
-        except Exception as error:  # the library's own errors, and what it meets in a header that lies
+        except Exception as error:  # the library's own errors, and those of a wrong header
             raise DamagedError(f"{path / name}: {error}") from None
 
     model_config = weights.checked_model_config(plain("model.json"), str(path))

@@ -68,7 +68,7 @@ def write_folder(
             for name, make in parts.items()
         )
         raise SaveError(f"cannot write {final}: {error}; {space_for(out, needed)}") from error
-    except UserError as error:  # out of memory or file handles, for example: what was written is unknown
+    except UserError as error:  # out of memory or file handles, for example: the state of the file is unknown
         raise SaveError(f"cannot read back {final}: {error}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

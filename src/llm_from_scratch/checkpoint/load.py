@@ -30,11 +30,12 @@ def load(
     need_tokenizer: bool = True,
     set_aside: bool = False,
 ) -> Checkpoint:
-    """Weights, configuration and tokenizer of anything that holds a model; of a run, see find_checkpoint for `which`.
+    """Weights, configuration and tokenizer from any kind of model source. For runs, `which` is as in find_checkpoint.
 
-    dataset: a name or folder whose tokenizer is used if there is none with the weights. A ckpt.pt names its dataset,
-    which is looked up in data/; without it, a vocabulary of GPT-2's size is GPT-2's. weights_only leaves the optimizer
-    and the random states out. Raises UserError if nothing is found, or no tokenizer and need_tokenizer is set.
+    dataset: a name or folder whose tokenizer to use if the weights have none. A ckpt.pt names its dataset, which is
+    looked up in data/. Without a dataset, a vocabulary of GPT-2's size is taken as GPT-2's. weights_only skips the
+    optimizer and the random states. Raises UserError if nothing is found, or if need_tokenizer is set and there is no
+    tokenizer.
     """
     if is_pretrained(where):
         return load_hf(where, dataset, need_tokenizer)

@@ -151,7 +151,7 @@ def load_generator(
         assert small.tokenizer is not None
         draft = build_model(small.model_config, small.model).to(device=device, dtype=dtype)
         generator.draft = DraftModel(Decoder(draft), small.tokenizer.fingerprint(), found.tokenizer.fingerprint())
-    generator.decoder  # noqa: B018  a model that cannot decode so is refused before there is text
+    generator.decoder  # noqa: B018  refuses an unsupported model before any text is printed
     return generator, found.path
 
 

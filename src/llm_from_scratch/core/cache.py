@@ -36,8 +36,8 @@ class KVCache:
     ):
         heads, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
         self.max_len = max_len or config.block_size
-        self.rows, self.room = batch_size, batch_size  # rows in use, rows that there is memory for
-        self.n_gram = bool(config.max_ngram)  # whose embeddings read the tokens, too
+        self.rows, self.room = batch_size, batch_size  # rows in use, rows allocated
+        self.n_gram = bool(config.max_ngram)  # its embeddings read the tokens too
         self.kv = torch.zeros(
             config.n_layer, 2, batch_size, heads, self.max_len, width, device=device, dtype=dtype
         )  # keys are kv[:, 0], values kv[:, 1]

@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, ndim: int, bias: bool = False, eps: float = 1e-5):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))  # bias: it has none
+        self.weight = nn.Parameter(torch.ones(ndim))  # bias: unused
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

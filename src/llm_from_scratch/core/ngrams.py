@@ -23,13 +23,13 @@ FACTOR, MODULUS = 1_000_003, 4_294_967_291  # primes; a remainder times the fact
 class NGramEmbedding(nn.Module):
     """A table of ngram_rows rows for each n from 2 to max_ngram. N-grams with the same hash share a row."""
 
-    sparse = True  # the weight's gradient, of which an optimizer steps only the rows it names
+    sparse = True  # the weight's gradient; an optimizer updates only its rows
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.vocab_size is not None
         self.longest, self.rows, self.vocab_size = config.max_ngram, config.ngram_rows, config.vocab_size
-        self.forget_from = self.rows  # --forget_ngrams forgets the rows from here on: those of n > 2
+        self.forget_from = self.rows  # --forget_ngrams resets the rows from here on (n > 2)
         self.weight = nn.Parameter(torch.zeros((self.longest - 1) * self.rows, config.n_embd))
 
     def forward(self, idx: Tensor, seen: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

@@ -29,10 +29,10 @@ class NoInit(TorchFunctionMode):
 
 
 def meta_model(config: GPTConfig) -> GPT:
-    """GPT(config) on the meta device: every name, shape and type, no memory. Cached and shared, so do not change it.
+    """GPT(config) on the meta device: every name, shape and type, without memory. Cached and shared, so do not change
+    it.
 
-    This is where the rest of the program learns which parameters a model has. Raises UserError if no such model can be
-    built.
+    The rest of the program learns from it which parameters a model has. Raises UserError if no such model can be built.
     """
     return _meta_model(dataclasses.astuple(config))
 
@@ -118,7 +118,7 @@ def sizes(
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
     flops = 6 * (params - embedding) + 12 * L * C * T
     tokens = batch_size * T
-    # a block saves what its linear layers read and write, and what its two norms write
+    # a block stores the inputs and outputs of its linear layers, and the outputs of its two norms
     blocks = [
         2 * C + sum(part.in_features + part.out_features for part in _linears(block))
         for block in meta_model(config).transformer.h

@@ -184,7 +184,7 @@ class CharTokenizer(Tokenizer):
             raise UserError("a char vocabulary needs at least one character and no duplicates")
         self.chars, self.vocab_size = chars, len(chars)
         self._codes = _code_points(chars)
-        self._table = np.full(int(self._codes.max()) + 1, -1, np.int32)  # code point -> id, -1 where unknown
+        self._table = np.full(int(self._codes.max()) + 1, -1, np.int32)  # code point -> id, -1 if unknown
         self._table[self._codes] = np.arange(len(chars), dtype=np.int32)
 
     @classmethod

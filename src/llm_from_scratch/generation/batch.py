@@ -120,19 +120,19 @@ class Batch:
             raise UserError(f"overflow={overflow!r} is not one of {', '.join(get_args(Overflow))}")
         self.decoder, self.config = decoder, decoder.model.config
         self.block, self.use_cache = self.config.block_size, use_cache and decoder.cacheable
-        self.window = self.block if overflow == "recompute" else (self.block + 1) // 2  # what a full row keeps
+        self.window = self.block if overflow == "recompute" else (self.block + 1) // 2  # tokens that a full row keeps
         self.device = decoder.device
         self.lengths: list[int] = []  # on the host: no device sync to read them
         self.dropped: list[int] = []  # tokens at the start of a row that its window has left behind
         self.tokens = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (B, longest); grows on the right
         self.ends = self.tokens.new_zeros(0)  # lengths, on the device
         self.newest = self.tokens.new_zeros(0)  # the last token of each row
-        self.unwritten: list[Tensor] = []  # tokens that every row has got and self.tokens lacks, (B,) each
+        self.unwritten: list[Tensor] = []  # tokens of every row that are not yet in self.tokens, (B,) each
         self.ready: Tensor | None = None  # logits that the prefill has computed already
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # rows in the cache, in its order
         self.uncached: list[int] = []
-        self.order: Tensor | None = None  # cached on the device, where it is not 0, 1, ...
+        self.order: Tensor | None = None  # cached on the device, if it is not 0, 1, ...
         if prompts:
             self.ready = self.join(prompts, max_new_tokens)
 
@@ -170,7 +170,7 @@ class Batch:
         assert prefill.logits is not None
         places = torch.tensor(prefill.place, device=self.device)
         if self.cache is None and prefill.cache.max_len >= room and len(set(prefill.place)) == n:
-            self.cache = prefill.cache  # nobody else needs it
+            self.cache = prefill.cache  # not needed elsewhere
         else:
             if self.cache is None:
                 self.cache = KVCache(self.config, 0, 1, self.device, prefill.cache.kv.dtype)
@@ -277,7 +277,7 @@ class Batch:
         n = self.window - 1  # the newest token is left to the decode step
         if n:
             fresh = KVCache(self.config, len(full), n, self.device, self.cache.kv.dtype)
-            at = torch.full((len(full),), n - 1, device=self.device)  # no logits are wanted: as few as can be
+            at = torch.full((len(full),), n - 1, device=self.device)  # no logits are needed: as few as possible
             self.decoder.read(self._last(full, self.window)[:, :-1], fresh, at)
             fresh.advance(n)
             self.cache.put(places, fresh, range(len(full)))

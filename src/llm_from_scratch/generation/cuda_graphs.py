@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 256  # graphs; one more takes the place of the oldest
+MOST = 256  # graphs; one more replaces the oldest
 
 
 class Recorded:
@@ -24,7 +24,7 @@ class Recorded:
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
-                step(*self.inputs, *rest)  # kernels are loaded and workspaces made outside the recording
+                step(*self.inputs, *rest)  # kernels are loaded and workspaces allocated outside the recording
             torch.cuda.current_stream().wait_stream(beside)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool=pool):

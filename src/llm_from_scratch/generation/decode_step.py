@@ -1,8 +1,8 @@
-"""One new token per row, by a record of the model's own forward (recorder.py) if there can be one.
+"""One new token per row, by a record of the model's own forward (recorder.py) if possible.
 
 Every record is compared with the model's own forward before it is used. If they differ, or if the forward cannot be
-recorded, the own forward decodes, and one line says so. Records hold constants of the model: change a parameter, and
-make a new DecodeStep.
+recorded, the model's own forward decodes, and one line reports it. Records contain constants of the model: after a
+change of a parameter, create a new DecodeStep.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -50,7 +50,7 @@ class DecodeStep:
         """ids: (B,), the newest token of each row. Stores its keys and values; returns logits, (B, V)."""
         if cache.end >= cache.max_len:
             raise ValueError(f"{cache.end} cached + 1 new tokens exceed the cache's max_len={cache.max_len}")
-        window = Window.of(cache, whole=self.compiled)  # a window that grows would be compiled anew
+        window = Window.of(cache, whole=self.compiled)  # a growing window would be compiled again
         key = window.key, cache.ragged
         found = self.records.get(key)
         if found is None or not found.checked:
@@ -69,7 +69,7 @@ class DecodeStep:
             return self.model(ids[:, None], cache=cache)[0][:, -1]
 
     def _checked(self, found: Record | None, ids: Tensor, cache: KVCache) -> Record | None:
-        """A record that agrees with the model's own forward on these tokens; None if there is none."""
+        """A record that agrees with the model's own forward on these tokens, or None."""
         if self.failure is not None:
             return None
         try:
@@ -87,12 +87,12 @@ class DecodeStep:
             reason = str(error) if isinstance(error, CannotRecord) else f"{type(error).__name__}: {error}"
             self._fail(" ".join(reason.split())[:200])
             return None
-        if not expected.isfinite().all():  # the model's mistake, which the caller reports
+        if not expected.isfinite().all():  # an error in the model, which the caller reports
             return None
         if not near(logits, expected):
             self._fail("its record gives different logits")
             return None
-        # in a window without a hidden key, code that takes its size for the length would pass
+        # without a masked key, code that confuses the size of the window with the length would pass
         found.checked = cache.end + 1 < window.size
         return found
 

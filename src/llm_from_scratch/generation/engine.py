@@ -28,7 +28,7 @@ from .text_stream import TextStream
 
 CHUNK = 512  # tokens of a prompt that are read while the others wait
 FinishReason = Literal["length", "stop"]
-Alternative = tuple[int, bytes, float]  # id, what it would add to the text, log-probability
+Alternative = tuple[int, bytes, float]  # id, the bytes it would add to the text, log-probability
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Engine:
         self.generator, self.slots, self.overflow = generator, slots, overflow
         self.failure: str | None = None
         self._waiting: deque[Handle] = deque()
-        self._open: list[Handle] = []  # all that have been submitted and are neither done nor cancelled
+        self._open: list[Handle] = []  # submitted, neither done nor cancelled
         self._reading: _Reading | None = None
         self._samples: list[_Sample] = []  # in the order of the batch's rows
         self._batch: Batch | None = None
@@ -216,7 +216,7 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())  # which a thread of its own does not inherit everywhere
+        torch.set_num_threads(torch.get_num_threads())  # threads do not inherit it everywhere
         try:
             with evaluating(self.generator.model), torch.inference_mode():
                 while True:
@@ -250,7 +250,7 @@ class Engine:
             elif reading.prefill.step(CHUNK):
                 self._reading = None
                 self._join(reading)
-        except UserError as error:  # what they ask for cannot be had: that is no failure of the engine
+        except UserError as error:  # the request is impossible; the engine has not failed
             self._reading = None
             for handle in reading.handles:
                 handle.give(Update(error=str(error), done=True))
@@ -287,7 +287,7 @@ class Engine:
     def _observer(self, request: Request, told: list[Token]) -> Callable[[int, Tensor], None]:
         """Collects the log-probabilities of a prompt while it is read: of all tokens in its context but the first."""
         ids, block = list(request.prompt), self.generator.model.config.block_size
-        first = max(0, len(ids) - block)  # what lies before it is not read
+        first = max(0, len(ids) - block)  # earlier tokens are not read
         before = [ids[0], *ids]
         told.append(Token(ids[0], self.generator.tokenizer.decode_bytes(ids[:1])))
         told += [Token(ids[i], self.generator.bytes_of(before[i], ids[i])) for i in range(1, first + 1)]

@@ -1,10 +1,10 @@
 """Writes recorded operations as a flat Python function: no modules, no branches, no loops.
 
-Constants are folded, a chain of views becomes one `as_strided`, what computes in each row alone does so on (rows, C),
-linear layers multiply in their layout for few rows (kernels/int8.py), and a few patterns become fewer operations: see
-Writer.RULES. Every operation also runs once while it is written, which shows the strides of its result.
+Constants are folded. A chain of views becomes one `as_strided`. Row-wise operations run on (rows, C). Linear layers use
+their layout for few rows (kernels/int8.py). A few patterns become fewer operations: see Writer.RULES. Every operation
+also runs once while it is written, to find the strides of its result.
 
-Shapes: B rows, C channels, H heads, Hkv key heads, D = C / H, S keys in the window.
+Shapes: B rows, C channels, H heads, Hkv key heads, D = C / H, S keys in the window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MakeProduct = Callable[[Tensor, Tensor | None, torch.dtype], Product]
 
 @dataclass
 class Node:
-    """One operation as the model called it. varies: it depends on an input; what does not is a constant."""
+    """One operation as the model called it. varies: it depends on an input; otherwise it is a constant."""
 
     func: Any
     args: tuple[Any, ...]
@@ -61,12 +61,12 @@ def storage(t: Tensor) -> int:
 
 
 def update_cache(k: Tensor, v: Tensor, layer: int) -> None:
-    """Stands for LayerCache.update in a record."""
+    """Represents LayerCache.update in a record."""
 
 
 @dataclass(frozen=True)
 class Var:
-    """A variable of the function that is written, and a tensor of the same sizes and strides."""
+    """A variable of the written function, and a tensor with its sizes and strides."""
 
     name: str
     tensor: Tensor
@@ -74,7 +74,7 @@ class Var:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the model: a view of a variable, which is written down only if something needs it."""
+    """A tensor of the model: a view of a variable, which is written only if an operation needs it."""
 
     base: Var
     tensor: Tensor
@@ -89,7 +89,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 @functools.cache
 def quick(func: Any) -> Any:
-    """torch's own Python function for an operation: half the overhead of calling the operation itself."""
+    """torch's own Python function for an operation: half the overhead of calling the operation directly."""
     name = func._schema.name.partition("::")[2]
     for place in (torch, torch._C._nn, torch.Tensor):
         found = getattr(place, name, None)
@@ -100,7 +100,7 @@ def quick(func: Any) -> Any:
 
 @functools.cache
 def gelu_in_parts() -> bool:
-    """Whether GELU of few numbers is faster as four operations; that depends on the processor."""
+    """Whether GELU of a few numbers is faster as four operations, which depends on the processor."""
     x = torch.linspace(-3, 3, 512)[None]
     half = x * 0.5
 
@@ -117,8 +117,8 @@ def gelu_in_parts() -> bool:
 
 
 class Writer:
-    """Writes the flat function, operation by operation, and runs each once: so the strides of every variable are
-    known, and a view of one can be written as sizes and strides."""
+    """Writes the flat function, operation by operation, and runs each operation once. So the strides of every variable
+    are known, and its views can be written as sizes and strides."""
 
     def __init__(
         self,
@@ -132,12 +132,12 @@ class Writer:
         self.window, self.make_product = window, make_product
         self.lines: list[str] = []
         self.constants: dict[str, Any] = {}
-        self.exact: dict[str, Any] = {}  # constants that stand in for products that approximate
+        self.exact: dict[str, Any] = {}  # constants in the place of approximate products
         self.names: dict[int, str] = {}  # of constants, by identity
         self.kept: list[Any] = []  # so that identities stay unique
         self.values: dict[int, Value] = {}  # by the identity of the model's tensor
         self.views: dict[tuple[Any, ...], Var] = {}
-        self.later: dict[int, Node] = {}  # operations that their only user computes, by the identity of their result
+        self.later: dict[int, Node] = {}  # operations computed by their only user, by the identity of their result
         self.count = 0
         live = {id(logits)}
         self.nodes: list[Node] = []
@@ -180,7 +180,7 @@ class Writer:
         return self.views[key]
 
     def rows(self, t: Tensor) -> Any:
-        """A tensor (B, 1, C) as (B, C), others as they are."""
+        """A tensor (B, 1, C) as (B, C); others unchanged."""
         if id(t) in self.values:
             value = self.value(t)
             return self.full(Value(value.base, value.tensor.squeeze(1)) if t.ndim == 3 else value)
@@ -240,7 +240,7 @@ class Writer:
         self.lines.append(f"return {logits.name}")
 
     def is_for_later(self, index: int, node: Node) -> bool:
-        """Whether the only user is an addition that can compute this too: a linear layer's, or a product's."""
+        """Whether the only user is an addition that can be merged with this product."""
         if node.func not in (aten.linear.default, aten.mul.Tensor) or not node.outs[0].is_floating_point():
             return False
         out = node.outs[0]
@@ -261,7 +261,7 @@ class Writer:
         return id(node.args[1]) not in self.values and id(node.args[0]) in self.values
 
     def plain(self, node: Node) -> None:
-        """The operation as it is. A view is only remembered; what computes in each row alone does so on (B, C)."""
+        """The operation unchanged. Views are only tracked; row-wise operations run on (B, C)."""
         schema = node.func._schema
         given = list(tensors((node.args, tuple(node.kwargs.values()))))
         mine = {id(t): self.value(t) for t in given if id(t) in self.values or id(t) in self.later}
@@ -303,7 +303,7 @@ class Writer:
         self.lines.append(f"{', '.join(names)}{',' if several else ''} = {code}")
 
     def is_row_wise(self, node: Node, given: list[Tensor]) -> bool:
-        """Whether an operation on (B, 1, C) is the same on (B, C)."""
+        """Whether an operation on (B, 1, C) gives the same on (B, C)."""
         norm = node.func in (aten.layer_norm.default, aten.rms_norm.default) and len(node.args[1]) == 1
         if not (norm or torch.Tag.pointwise in node.func.tags) or any(o.ndim != 3 or o.size(1) != 1 for o in node.outs):
             return False
@@ -319,7 +319,7 @@ class Writer:
         )
 
     def linear(self, node: Node, add: Tensor | None = None) -> None:
-        """In the layout for few rows; add: what the product is added to."""
+        """A linear layer in the layout for few rows; add: an operand to add to the product."""
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
         if id(weight) in self.values or (bias is not None and id(bias) in self.values):
@@ -338,7 +338,7 @@ class Writer:
                     self.lines.append(self.code(Tensor.add_, (var, product.bias), {}))
         else:
             y = rows.tensor.new_empty(rows.tensor.size(0), weight.size(0))
-            if isinstance(product, Dense):  # as its product from the other side lies
+            if isinstance(product, Dense):  # the memory layout of a product from the other side
                 y = y.t().contiguous().t()
                 y = y if product.bias is None else y + product.bias
                 y = y if more is None else more.tensor + y
@@ -348,7 +348,7 @@ class Writer:
         self.result(node.outs[0], var)
 
     def add(self, node: Node) -> None:
-        """Addition or subtraction, into which a waiting product goes."""
+        """Addition or subtraction, merged with a waiting product."""
         for other, waiting in (node.args[:2], node.args[1::-1]):
             late = self.later.get(id(waiting)) if isinstance(waiting, Tensor) else None
             if late is None:
@@ -395,7 +395,7 @@ class Writer:
         return self.result(node.outs[0], var)
 
     def attention(self, node: Node) -> None:
-        """Of one query a head over the whole window: two products and a softmax."""
+        """Attention of one query per head over the whole window: two products and a softmax."""
         q, k, v, mask, dropout, causal = (*node.args, None, 0.0, False)[:6]
         window, layer = self.window, self.layers.get(id(k))
         if layer is None or v is not window.values[layer] or mask is not self.mask or dropout or causal or q.ndim != 4:
@@ -415,7 +415,7 @@ class Writer:
         return self.result(node.outs[0], self.call(torch.bmm, weights, Var(f"flat[{layer}]", window.flat[layer])))
 
     def store(self, node: Node) -> None:
-        """The new key and value into the cache's memory; one operation if they lie side by side."""
+        """Stores the new key and value in the cache; one operation if they are adjacent in memory."""
         k, v, layer = node.args
         keys, values = self.value(k), self.value(v)
         B, heads, _, D = k.shape

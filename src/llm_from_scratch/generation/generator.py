@@ -130,7 +130,8 @@ class Generator:
     ) -> Generator:
         """From an out_dir, a checkpoint directory or a nanoGPT ckpt.pt. Raises UserError.
 
-        which: best, last or a step. dataset: the data (name or folder) whose tokenizer serves where there is none.
+        which: best, last or a step. dataset: the data (name or folder) whose tokenizer to use if the checkpoint has
+        none.
         """
         where = resolve_device(device)
         checkpoint = load(location, which, dataset, weights_only=True)
@@ -295,7 +296,7 @@ class Generator:
         return Sampler(params, prompts, seeds, self.tokenizer.vocab_size, self.model.lm_head.weight.device)
 
     def _bytes_of(self, before: int, token: int) -> bytes:
-        # with the token before it: some tokenizers write a space between two tokens that neither of them holds
+        # with the previous token: some tokenizers write a space between two tokens that belongs to neither
         return self.tokenizer.decode_bytes([before, token])[len(self.tokenizer.decode_bytes([before])) :]
 
 

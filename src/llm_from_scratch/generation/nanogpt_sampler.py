@@ -47,7 +47,7 @@ class NanoGPTSampler(Sampler):
         for left in range(params.num_samples, 0, -1):
             self.generators.append(torch.Generator(stream.device).set_state(stream.get_state()))
             for _ in range(params.max_new_tokens if left > 1 else 0):
-                torch.multinomial(anything, 1, generator=stream)  # what is drawn does not change the stream
+                torch.multinomial(anything, 1, generator=stream)  # the drawn tokens do not change the stream
 
     def pick(self, probs: Tensor) -> Tensor:
         probs = F.pad(probs, (0, self.model_rows - probs.size(-1)))

@@ -1,12 +1,13 @@
-"""Records GPT.forward for one token per row, as a flat function that computes the same, faster (flat_function.py).
+"""Records GPT.forward for one token per row as a flat function with the same result, which is faster
+(flat_function.py).
 
 A decode step of a small model is bound by Python and by the dispatch of operations, not by arithmetic. So the model's
-own forward runs once under a dispatch mode that notes every operation. Nothing here knows more of the model than its
-operations, so an edited model is recorded as well as the original.
+own forward runs once under a dispatch mode that records every operation. The recorder sees only operations, so an
+edited model is recorded as well as the original.
 
-A record holds for one number of rows and one window of the cache. Python code that reads numbers out of tensors,
+A record is valid for one number of rows and one window of the cache. Python code that reads numbers from tensors,
 random numbers, and writes to the model's own tensors raise CannotRecord. The caller compares every new record with the
-model's own forward (decode_step.py): Python code may also depend on things that no operation shows.
+model's own forward (decode_step.py), because Python code may also depend on things that no operation shows.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from .window import StandIn, Window
 
 
 class Tape(TorchDispatchMode):
-    """Notes operations. Products of linear layers are skipped, their results are zeros: only shapes are needed."""
+    """Records operations. Products of linear layers are skipped and return zeros, because only shapes are needed."""
 
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.nodes: list[Node] = []
         self.kept: list[Tensor] = []  # so that identities stay unique
         self.inputs, self.varying = inputs, {id(t) for t in inputs}
-        self.origin: dict[int, Tensor] = {}  # of weights in another dtype, by the identity of what stands for them
+        self.origin: dict[int, Tensor] = {}  # weights in another dtype, by identity of the tensors in their place
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, which takes seconds
+        return False  # otherwise torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -72,7 +73,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def _converted(self, t: Tensor) -> Tensor:
-        """The weight itself in the other dtype, if t only stands for it."""
+        """The weight itself in the other dtype, if t only represents it."""
         return self.origin[id(t)].to(t.dtype) if id(t) in self.origin else t
 
     def note(self, node: Node) -> None:
@@ -81,7 +82,7 @@ class Tape(TorchDispatchMode):
             self.varying.update(map(id, node.outs))
 
     def _write(self, target: Tensor, func: Any, varies: bool) -> bool:
-        """Allows an operation to write into a tensor that was made in this step, and is made again in every replay."""
+        """Allows an operation to write into a tensor that is created in this step, and again in every replay."""
         place = storage(target)
         makers = [node for node in self.nodes if place in map(storage, node.outs)]
         if not makers or place in map(storage, tensors(makers[0].args)):
@@ -120,7 +121,7 @@ PARAMETERS = "ids, lengths, visible, mask, where, tokens, memory, turned, flat, 
 def record(model: GPT, cache: KVCache, make_product: MakeProduct) -> Record:
     """The decode step of the model for the cache's rows and window. Raises CannotRecord."""
     window, ragged = Window.of(cache), cache.ragged
-    # not the values of the step that follows: what Python code reads out of them shows in the comparison
+    # not the values of the next step: if Python code reads them, the comparison shows it
     ids, lengths = torch.zeros_like(cache.lengths), (cache.lengths - 1).clamp_(min=0)
     end = int(lengths.max())
     visible, mask = window.visible(lengths, ragged), window.mask(lengths, end, ragged)
@@ -156,7 +157,7 @@ def record(model: GPT, cache: KVCache, make_product: MakeProduct) -> Record:
     needs = frozenset(name for name in PARAMETERS.split(", ") if re.search(rf"\b{name}\b", source.partition("\n")[2]))
 
     def function(constants: dict[str, Any]) -> Callable[..., Tensor]:
-        exec(code, constants)  # source made above, of the names of operations and of numbers
+        exec(code, constants)  # source generated above from names of operations and numbers
         return constants["step"]
 
     exact = function({**writer.constants, **writer.exact})

@@ -53,7 +53,7 @@ class Sampler:
         for p in self.params:
             check_bias(p, vocab_size)
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        # float64 wherever the device has it: in float32 the rarest of 50,000 tokens would be lost to rounding
+        # float64 if the device has it: in float32 the rarest of 50,000 tokens would be lost to rounding
         real = torch.float32 if device.type == "mps" else torch.float64
         self.uniforms = torch.empty(rows, self.CHUNK, dtype=real, device=device)
         self.used = [self.CHUNK] * rows  # of each row's random numbers, on the host
@@ -118,7 +118,7 @@ class Sampler:
             and self.filters is FILTERS
             and list(FILTERS)[:2] == ["temperature", "top_k"]
         ):
-            # only the k tokens that the filters can leave, in the order of their ids, so that the same one is drawn
+            # only the k tokens that can pass the filters, in the order of their ids, so that the same one is drawn
             among = logits.topk(k).indices.sort(dim=-1).values
             logits = logits.gather(-1, among)
         probs = keep_likely(logits, params, self.filters).softmax(dim=-1)

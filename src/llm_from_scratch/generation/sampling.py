@@ -69,7 +69,7 @@ def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
     else:
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # what the more likely tokens have together
+    before = probs.cumsum(dim=-1) - probs  # total probability of the more likely tokens
     return torch.full_like(logits, -math.inf).scatter(-1, ids, ordered.masked_fill(before >= p, -math.inf))
 
 
@@ -107,7 +107,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     # below the total also after rounding, else the search would run past the last possible token
     below = uniform.clamp(max=1 - 4 * torch.finfo(uniform.dtype).eps)
     ids = torch.searchsorted(cumulated, below[:, None] * cumulated[:, -1:], right=True).squeeze(-1)
-    return ids.clamp(max=probs.size(-1) - 1)  # a nan is past every number
+    return ids.clamp(max=probs.size(-1) - 1)  # nan compares above every number
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from ..errors import UserError
 from .batch import Batch, Decodes, Overflow
 
 FEWEST, MOST = 2, 16  # proposals at a time: twice as many after all were right, half as many after one was wrong
-LONGEST_REST = 64  # tokens without proposals after a pass that did not pay: twice as many each time
+LONGEST_REST = 64  # tokens without proposals after a wasted pass: twice as many each time
 
 
 class Draft(Protocol):
@@ -46,11 +46,11 @@ class Lookup:
         self.begin()
 
     def begin(self) -> None:
-        self.places: dict[tuple[int, ...], int] = {}  # where each run of tokens last ended
+        self.places: dict[tuple[int, ...], int] = {}  # the last end position of each n-gram
         self.read = 0
 
     def propose(self, tokens: Sequence[int], n: int) -> list[int]:
-        for end in range(self.read + 1, len(tokens)):  # a run that ends with the text is not yet followed by anything
+        for end in range(self.read + 1, len(tokens)):  # an n-gram at the end of the text has no continuation yet
             for length in self.lengths:
                 if length <= end:
                     self.places[tuple(tokens[end - length : end])] = end
@@ -72,7 +72,7 @@ class DraftModel:
             raise UserError("the draft model cannot use a cache, so it is slower than the model")
         self.decoder, self.block = decoder, decoder.model.eval().config.block_size
         self.cache: KVCache | None = None
-        self.tokens: list[int] = []  # what the cache holds
+        self.tokens: list[int] = []  # tokens in the cache
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -124,10 +124,10 @@ class SpeculativeBatch(Batch):
         self.draft, self.known, self.number = draft, known, 2 * FEWEST
         draft.begin()
         self.history = list(self.crop(prompt))
-        self.ahead: deque[Tensor] = deque()  # logits of the positions that were read ahead, (1, V) each
+        self.ahead: deque[Tensor] = deque()  # logits of the positions read ahead, (1, V) each
         self.proposed: deque[int] = deque()
-        self.rest, self.resting = 0, 0  # a text that proposals do not fit is left alone for a while
-        self.hits = 0  # of the proposals that were read last
+        self.rest, self.resting = 0, 0  # if proposals fail, pause them for a while
+        self.hits = 0  # of the last proposals
         self.passes = self.right = self.wrong = 0
 
     @torch.inference_mode()
@@ -166,7 +166,7 @@ class SpeculativeBatch(Batch):
                 self.number = min(MOST, 2 * self.number)
                 self._judge(self.hits)
             return
-        assert self.cache is not None  # what was read after a wrong token is forgotten
+        assert self.cache is not None  # drop what was read after a wrong token
         read = self.hits + 1 + len(self.proposed)
         self.cache.advance(-1 - len(self.proposed))
         self.proposed.clear()

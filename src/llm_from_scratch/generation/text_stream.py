@@ -19,8 +19,8 @@ class TextStream:
         self.bytes_of, self.before = bytes_of, before
         self.stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         self.tokens: list[int] = []
-        self.text = ""  # what is certain
-        self.held = ""  # what may be the beginning of a stop text
+        self.text = ""  # final text
+        self.held = ""  # a possible beginning of a stop text
         self.stopped = False
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -1,7 +1,7 @@
 """The part of a KV cache that a decode step reads: 64 keys, 128, ... as the longest row grows.
 
-A step recorded for one Window serves until the longest row outgrows it, and every other cache of the same sizes. What
-lies beyond a row's length is hidden by a mask. A StandIn takes the cache's place while a step is recorded.
+A step recorded for one Window is valid until the longest row outgrows it, and for every other cache with the same
+sizes. Positions beyond a row's length are masked. A StandIn replaces the cache while a step is recorded.
 
 Shapes: B rows, Hkv key heads, D their width, S keys in the window.
 """
@@ -45,21 +45,21 @@ class Window:
         self.hidden = torch.zeros(1, 1, 2 * self.size, device=device, dtype=cache.kv.dtype)
         self.hidden[..., self.size :] = -math.inf
 
-        # the parameters of a recorded step that stay the same from token to token
+        # parameters of a recorded step that do not change between tokens
         self.parts = (self.tokens, self.memory, self.turned, self.flat, self.keys, self.values)
 
     @staticmethod
     def of(cache: KVCache, whole: bool = False) -> Window:
-        """The window of the cache's next step; it is kept with the cache. whole: all that there is memory for."""
+        """The window for the cache's next step, stored with the cache. whole: of all the memory."""
         window: Window | None = cache.window
         if window is None or window.kv is not cache.kv or window.rows != cache.rows or cache.end >= window.size:
             window = cache.window = Window(cache, whole)
         return window
 
     def inputs(self, ids: Tensor, cache: KVCache, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
-        """The other parameters: ids, lengths, visible, mask, where. What is not among needs is None.
+        """The other parameters: ids, lengths, visible, mask, where. Parameters not in needs are None.
 
-        All but mask start at the beginning of their memory, as the views that a record takes of them must.
+        All except mask start at the beginning of their memory, which the views in a record require.
         """
         lengths, end, ragged = cache.lengths, cache.end, cache.ragged
         if "tokens" in needs:
@@ -77,7 +77,7 @@ class Window:
         return (self.base + lengths[:, None]).view(-1)
 
     def visible(self, lengths: Tensor, ragged: bool) -> Tensor:
-        """Which keys the new token of each row sees: bool, (B or 1, S)."""
+        """Which keys the new token of each row attends to: bool, (B or 1, S)."""
         return self.places <= (lengths if ragged else lengths[:1])[:, None]
 
     def mask(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:

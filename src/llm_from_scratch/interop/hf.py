@@ -31,7 +31,7 @@ from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
 
-# Our module: Llama's and Qwen3's, N being the layer. Names joined by + are stacked in our one matrix.
+# Our module: Llama's and Qwen3's; N is the layer. Names joined by + are stacked in one matrix of ours.
 LLAMA_MODULES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h.N.ln_1": "model.layers.N.input_layernorm",
@@ -73,7 +73,7 @@ LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
     "tie_embeddings": ("tie_word_embeddings", False),
     "bias": ("attention_bias", False),
 }
-# Their activation: ours. The first name of each is the one that is written.
+# Their activation: ours. Exports use the first name of each.
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu2": "relu2"}
 GPT2_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
 LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
@@ -200,7 +200,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
             write_json(made / "config.json", described)
             file = made / "model.safetensors"
             save_file(_written_weights(state, family, config), file, metadata={"format": "pt"})
-            shutil.copymode(made / "config.json", file)  # safetensors makes its files private to their owner
+            shutil.copymode(made / "config.json", file)  # safetensors makes its files readable by their owner only
             finding = _compare(state, config, tokenizer, made)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
@@ -326,7 +326,7 @@ def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig
         if key in tied:
             continue
         names = family.names(key)
-        # GPT-2 always has biases there: zero ones change nothing
+        # GPT-2 always has biases there; zeros change nothing
         if key not in state:
             weight = state[key.removesuffix("bias") + "weight"]
         tensor = state[key] if key in state else torch.zeros(weight.size(0), dtype=weight.dtype)
@@ -370,7 +370,7 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
         return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
     except UserError:
         raise
-    except Exception as error:  # any fault that it finds in the folder
+    except Exception as error:  # any error that it finds in the folder
         raise UserError(f"the export is wrong: transformers cannot read it ({short(error)})") from None
     finally:
         logging.set_verbosity(verbosity)

@@ -67,7 +67,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:
-    reason = short((str(error).strip().splitlines() or [""])[0])  # what follows is advice on the client's settings
+    reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
     kind = type(error).__name__
     why = "no such model on Hugging Face" if "NotFoundError" in kind and "Entry" not in kind else OFFLINE
     return UserError(f"Cannot load {name!r}: no such folder, and {why} ({kind}: {reason}).")

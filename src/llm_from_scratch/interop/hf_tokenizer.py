@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..machine.files import parse_json, read_file
 from .hf_files import short
 
-# ordinary words, and what word patterns differ in: contractions, digits, runs of spaces, line ends, other scripts
+# ordinary words, and inputs on which word patterns differ: contractions, digits, spaces, line ends, other scripts
 PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "WE'LL see", isn't it?  12345 67 8,901.5%
 \tif x_1==f(y)<z>:    return {a:[b]}   # naïve\r\n\r\n   \n Ωμέγα привет 東京 مرحبا 👩‍💻😀 ½ e\u0301  \n """
 
@@ -54,7 +54,7 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
         raise
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # malformed JSON, or whatever the Rust side makes of it: a panic is no Exception
+    except BaseException as error:  # malformed JSON, or any error of the Rust side: a panic is not an Exception
         raise UserError(f"the tokenizer in {folder} cannot be read: {short(error)}") from None
     return None
 
@@ -68,7 +68,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     meta = json.loads((folder / "tokenizer.meta.json").read_text(encoding="utf-8"))
     if tokenizer.name in ("bpe", "hf"):
         backend = Backend.from_file(str(folder / HF_FILE))
-        backend.no_truncation()  # transformers, too, cuts and pads only where it is asked to
+        backend.no_truncation()  # transformers also truncates and pads only on request
         backend.no_padding()
     elif tokenizer.name == "char":
         backend = Backend(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
@@ -88,7 +88,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
         (folder / HF_FILE).write_text(backend.to_str(), encoding="utf-8")
     eot = None if tokenizer.eot_id is None else backend.id_to_token(tokenizer.eot_id)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    config |= {"clean_up_tokenization_spaces": False}  # else decoding would eat the space before a comma
+    config |= {"clean_up_tokenization_spaces": False}  # otherwise decoding would drop the space before a comma
     config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for text in probes(tokenizer):

@@ -41,7 +41,7 @@ SETTINGS = (
     "dtype", "compile",
 )  # fmt: skip
 
-# The modules of nanoGPT's model, N being the layer: the shape of the weight, in the letters of _nanogpt_shapes
+# The modules of nanoGPT's model (N: the layer) and the shapes of their weights, in the letters of _nanogpt_shapes
 MODULES = {
     "transformer.wte": "VC",
     "transformer.wpe": "TC",
@@ -68,10 +68,9 @@ class NanoGPTCheckpoint:
 
 
 def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpoint:
-    """Reads a ckpt.pt. weights_only leaves the optimizer's state out.
+    """Reads a ckpt.pt. weights_only skips the optimizer's state. Settings that this program does not have are dropped.
 
-    Of the settings, those that this program has too are kept. Raises UserError or DamagedError if the file is not what
-    nanoGPT writes.
+    Raises UserError or DamagedError if the file is not what nanoGPT writes.
     """
     path = Path(path)
     content = load_plain(path)
@@ -210,7 +209,7 @@ def _number(value: Any) -> float | None:
 
 
 def _nested(flat: Any) -> dict[str, Any]:
-    """nanoGPT's flat settings in this program's sections: those of the same name and type."""
+    """nanoGPT's flat settings in this program's sections, if they have the same name and type."""
     result: dict[str, Any] = {}
     for section, kind in typing.get_type_hints(Config).items():
         for key, hint in typing.get_type_hints(kind).items():

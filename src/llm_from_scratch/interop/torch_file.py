@@ -59,7 +59,7 @@ def load_plain(path: Path) -> dict[Any, Any]:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever a corrupt file makes torch's reader raise
+    except Exception as error:  # any error of torch's reader for a corrupt file
         raise DamagedError(
             f"{path} cannot be read: {str(error).splitlines()[0][:200] if str(error) else error!r}"
         ) from None

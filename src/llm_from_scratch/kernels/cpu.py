@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 
-QUERIES = 64  # multiplied at once with the keys up to the last of them: the rest above the diagonal is never computed
-SHORT = 128  # tokens up to which the compiler's attention is the faster one
+QUERIES = 64  # queries per product, with the keys up to the last of them; the rest above the diagonal is skipped
+SHORT = 128  # tokens up to which the compiler's attention is faster
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
@@ -160,7 +160,7 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, keep: bool) -> Tensor:
         B, H, T, D = q.shape
-        y = torch.empty(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # the next product wants the heads side by side
+        y = torch.empty(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # the next product needs the heads side by side
         weights, scale = [], 1.0
         for rows in _rows(B, H, T):
             qr, kr, vr = _heads(q[rows]), _heads(k[rows], H), _heads(v[rows], H)  # (b H, T, D)
@@ -195,7 +195,7 @@ class CausalAttention(torch.autograd.Function):
                 used = p
                 if ctx.dropout:
                     used = p.relu()
-                    dp = torch.ops.aten.threshold_backward(dp, p, 0)  # zero where the weight was removed
+                    dp = torch.ops.aten.threshold_backward(dp, p, 0)  # zero if the weight was dropped
                     p = p.abs()
                 dvr[:, :end] += torch.bmm(used.transpose(1, 2), dout)
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(1 / math.sqrt(D))

@@ -18,7 +18,7 @@ from ..core.model import Head, NextTokenLoss
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
 PIECE_ELSEWHERE = 4096
-# What a CPU works on at once, in numbers that stay in its cache
+# Elements that a CPU processes at once, few enough for its cache
 IN_CACHE = 1 << 19  # of the passes over the logits
 SLICE = 1 << 22  # of the head's gradient
 
@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, piece: int, for_x: bool, for_w: bool
     ) -> Tensor:
         w, valid = weight.to(x.dtype), targets >= 0
-        # a row without a target is kept out of all three results here, which spares a pass over its logits
+        # rows without a target are excluded from all three results here, which saves a pass over their logits
         ids, seen = targets.clamp(min=0), x * valid[:, None] if for_w else x
         kernel = CPULogitPasses if x.device.type == "cpu" and not torch.compiler.is_compiling() else LogitPasses
         rows = kernel(w, piece, softcap, for_x or for_w)
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         factor = grad / count.clamp(min=1)
-        # not in place: where the graph is kept, it may be walked again
+        # not in place: a retained graph may run backward again
         dx = None if dx is None else (dx * factor).to(dx.dtype)
         dw = None if dw is None else (dw * factor).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None, None

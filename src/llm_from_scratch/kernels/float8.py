@@ -20,9 +20,9 @@ from torch import Tensor
 from ..core.model import GPT, Linear
 from ..errors import UserError
 
-MULTIPLE = 16  # that the two sides of a product's second operand must be of
+MULTIPLE = 16  # both dimensions of a product's second operand must be divisible by it
 CAPABILITY = (8, 9)  # compute capability from which CUDA devices multiply float8: Ada, Hopper
-LEAST = 1e-12  # of a largest element: zeros have a scale too
+LEAST = 1e-12  # of the largest element, so that zeros have a scale too
 
 
 def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
@@ -81,7 +81,7 @@ class Float8Product(torch.autograd.Function):
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         g8, g_scale = quantized(grads[0], torch.float8_e5m2)
-        # the hardware wants rows of the first operand and columns of the second one after the other in memory
+        # the hardware needs contiguous rows of the first operand and contiguous columns of the second
         dx = _product(g8, w8.t().contiguous().t(), g_scale, w_scale, x_dtype)
         dw = _product(g8.t().contiguous(), x8.t().contiguous().t(), g_scale, x_scale, x_dtype)
         return dx, dw.to(w_dtype)
@@ -91,7 +91,7 @@ def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / scale in a float8 dtype, and the scale (0-dim, float32). If x is not finite, the products are NaN."""
     top = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=LEAST) / top
-    # the division may lead a rounding error beyond the largest number, to which it is then rounded
+    # rounding errors may lift the quotient above the largest number; the conversion rounds it down
     return (x.float() / scale).to(dtype).contiguous(), scale
 
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
 
 Quantize = Literal["none", "int8"]
-WIDE = 1 << 18  # elements of a matrix from which on a few rows are multiplied faster from its other side
+WIDE = 1 << 18  # elements of a matrix above which a few rows are multiplied faster from its other side
 FEW = 64  # rows up to which that holds
 
 
@@ -37,8 +37,8 @@ class Dense:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
         self.wide = weight.device.type == "cpu" and weight.numel() >= WIDE
-        # as (in, out) one row is multiplied faster where there are more outputs than inputs; but what is wide enough
-        # for the product from the left wants (out, in), save the head, which is too long for either to lie in a cache
+        # (in, out) is faster for one row if there are more outputs than inputs. But a matrix that is wide enough
+        # for the product from the left needs (out, in), except the head, which does not fit in a cache either way
         if weight.device.type == "cpu" and weight.size(0) > weight.size(1) and (head or not self.wide):
             weight = weight.t().contiguous().t()
         self.weight, self.transposed, self.bias = weight, weight.t(), bias
@@ -86,7 +86,7 @@ class Int8:
         self.range = torch.zeros(1, more)
         self.range[0, :2] = torch.tensor([1.0, -1.0])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the quantized tensor types are to go; what multiplies them is not
+            warnings.simplefilter("ignore")  # torch deprecates the quantized tensor types, not their products
             quantized = torch.quantize_per_channel(
                 F.pad(weight, (0, more)), scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
             )

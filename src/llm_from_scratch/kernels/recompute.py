@@ -28,7 +28,7 @@ from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
 from .swap import swap, unswap
 
 GIB = 1 << 30
-WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch, below which the bookkeeping takes longer than it saves
+WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch; below it, the bookkeeping costs more time than it saves
 
 
 def recompute(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
@@ -59,7 +59,7 @@ def _keep_within(
     if not runtime.compile:
         recompute_cheap(model, say)
         one, _ = kept_by_a_block(model, runtime, micro_batch)
-    # the last block's backward pass comes first: to recompute it would free nothing
+    # the last block's backward pass comes first: recomputing it would free nothing
     least = (len(blocks) - 1) * out + one
     if least > limit:
         raise UserError(
@@ -197,7 +197,7 @@ def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int
     what is stored once, such as weights in the products' precision.
     """
     with forked_random(runtime.device):
-        _kept(model, runtime, 1)  # makes what then stays for all batches, such as a mask
+        _kept(model, runtime, 1)  # allocates what all batches share, such as a mask
         one, out = _kept(model, runtime, 1)
         two = _kept(model, runtime, 2)[0] if micro_batch > 1 else one
     return one + (micro_batch - 1) * (two - one), micro_batch * out
@@ -249,5 +249,5 @@ class Allocated(TorchDispatchMode):
         return out
 
     def alive(self, known: set[int]) -> int:
-        """Bytes that are still held, but for those of the known."""
+        """Bytes still in use, without those in `known`."""
         return sum(n for key, (ref, n) in self.storages.items() if key not in known and not ref.expired())

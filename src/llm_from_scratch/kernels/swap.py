@@ -20,7 +20,7 @@ from ..core.model import GPT
 from ..errors import StopForward
 from ..machine.device import forked_random
 
-TOLERANCE = 1e-5  # of a difference, relative to what the plain module gives; float32 rounds to about 1e-7
+TOLERANCE = 1e-5  # largest relative difference from the plain module; float32 rounds to about 1e-7
 SEQUENCES, TOKENS = 2, 5  # of the comparison
 
 _plain: dict[type, type] = {}  # replacement -> the class that it replaced
@@ -93,7 +93,7 @@ def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[s
     ).to(device)
     dtype, model.compute_dtype = model.compute_dtype, None
     try:
-        # with gradients, to see which inputs want one; without the blocks behind the last kind
+        # with gradients, to see which inputs need one; without the blocks after the last kind
         with contextlib.suppress(StopForward), torch.enable_grad(), forked_random(device):
             model.eval()(ids[:, :-1], ids[:, 1:])
     finally:
@@ -113,7 +113,7 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
         for cls, forward in ((plain, _exact(plain)), (replacement, _exact(replacement))):
             module.__class__ = cls
             passes.append(_Pass(forward, module, args, kwargs))
-        # a replacement may leave out what its caller can do without, such as logits that are never made
+        # a replacement may omit outputs that its caller does not need, such as logits
         pairs = zip(passes[0].outputs, passes[1].outputs, strict=True)
         both = [i for i, pair in enumerate(pairs) if all(isinstance(t, Tensor) for t in pair)]
         expected, found = ([p.outputs[i] for i in both] + p.gradients(both) for p in passes)

@@ -15,7 +15,7 @@ from ..errors import UserError
 from .memory import keep_freed_memory
 from .processes import distributed_env, start_processes, stop_processes
 
-LARGE = 1 << 26  # parameters from which on a CPU's memory is what runs short
+LARGE = 1 << 26  # parameters above which memory is the limit on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
 PEAKS = [

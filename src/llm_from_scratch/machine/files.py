@@ -53,7 +53,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
 def parse_json(raw: bytes) -> Any:
     """JSON that takes at most about 64 MB more memory than twice its size. Raises ValueError, RecursionError."""
-    # what a value, a list and an object take at most, when their text is as short as can be
+    # the most memory of a value, a list and an object with the shortest possible text
     if 48 * raw.count(b",") + 72 * raw.count(b"[") + 240 * raw.count(b"{") > (48 << 20) + len(raw):
         raise ValueError("it holds too many values for its size")
     return json.loads(raw)
@@ -79,7 +79,7 @@ def to_json(data: Any) -> bytes:
 
 @contextlib.contextmanager
 def open_synced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, whose bytes are on the disk when the block ends."""
+    """A file to write. Its bytes are on the disk when the block ends."""
     with open(path, "wb") as file:
         yield file
         file.flush()
@@ -124,7 +124,7 @@ def make_folder(path: Path) -> None:
     for parent in path.parents:
         try:
             sync_folder(parent)
-        except OSError:  # a parent owned by others may be closed to us
+        except OSError:  # we may not be allowed to open a parent folder
             if parent in changed:
                 raise
 

@@ -44,7 +44,7 @@ def check_writable(out_dir: Path) -> None:
             parent = parent.parent
         if not parent.is_dir():
             raise NotADirectoryError(f"{parent} is a file")
-        with tempfile.TemporaryFile(dir=parent):  # permission bits say nothing where the user is root
+        with tempfile.TemporaryFile(dir=parent):  # permission bits mean nothing for root
             pass
     except OSError as error:
         reason = error.strerror or str(error)

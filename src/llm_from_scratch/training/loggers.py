@@ -26,12 +26,12 @@ from ..machine.files import open_whole
 from ..machine.terminal import Lenient, announce
 from .progress import Remaining, clock_time, in_words
 
-if TYPE_CHECKING:  # it imports torch, and a missing package is to be told at once
+if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at once
     from .evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
-TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
-UNKNOWN_MFU = -1.0  # what nanoGPT's lines show (as -100.00%) where there is no figure
+TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; remaining seconds; seconds between two lines
+UNKNOWN_MFU = -1.0  # nanoGPT's lines show this (as -100.00%) without a figure
 
 
 OPTIONAL = {  # setting: (package, extra)
@@ -196,7 +196,7 @@ class WandB:
 
 
 def teller(is_master: bool) -> Callable[[str], None]:
-    """What says a line before there is a RunLog; other processes than the first say nothing."""
+    """A function that prints a line before there is a RunLog. On other processes than the first it prints nothing."""
 
     def tell(line: str) -> None:
         if is_master:
@@ -213,7 +213,7 @@ class RunLog:
         remaining: Remaining | None = None, run_id: str | None = None,
     ):  # fmt: skip
         self.remaining, self.begin = remaining, time.monotonic()
-        self.told_at = -math.inf  # when the time that is left was said last
+        self.told_at = -math.inf  # when the remaining time was last printed
         self.sinks: list[Sink] = []
         self.bar: Progress | None = None
         self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
@@ -339,7 +339,7 @@ class RunLog:
         """If a logger fails, for example on a full disk, the run loses metrics and prints one warning but continues."""
         try:
             yield
-        except Exception as error:  # those of TensorBoard and W&B are of any class
+        except Exception as error:  # TensorBoard and W&B raise any class
             if what not in self.failing:
                 reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 self.say(f"warning: {what} cannot be written ({reason}); training continues")

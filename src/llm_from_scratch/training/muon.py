@@ -134,7 +134,7 @@ class Muon(Rule):
     def groups(cls, model: nn.Module, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See muon_groups(). Raises UserError if parameters are sharded."""
         groups = muon_groups(model, config)
-        distributed = sys.modules.get("torch.distributed.tensor")  # imported by whoever shards; it takes a while
+        distributed = sys.modules.get("torch.distributed.tensor")  # imported if tensors are sharded; the import is slow
         for name, p in ((name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)):
             if distributed is not None and isinstance(p, distributed.DTensor):
                 raise UserError(

@@ -74,7 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         return self.rules[group["rule"]].slots(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but each moment gets the declared dtype, where torch gives it the parameter's."""
+        """As in torch, but each moment gets its declared dtype instead of the parameter's."""
         state, saved = state_dict["state"], state_dict["param_groups"]
         numbered = [
             (number, p, self.slots(group, p))
@@ -223,7 +223,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
             if entry and isinstance(optimizer, Optimizer):
                 _check_entry(optimizer, group, name, p, entry, rules)
             ids[name] = index
-    # load_state_dict moves each tensor to its parameter's device and keeps the step counters where torch wants them
+    # load_state_dict moves each tensor to its parameter's device, and the step counters to where torch needs them
     current["state"] = {ids[name]: entry for name, entry in saved["state"].items() if name in ids}
     optimizer.load_state_dict(current)
 
@@ -235,7 +235,7 @@ def _check_entry(
     slots = optimizer.slots(group, p)
     found = {key for key, value in entry.items() if key in slots or (isinstance(value, Tensor) and value.dim())}
     if saved[name] != group["rule"] or found != set(slots):
-        special = sorted(set(saved.values()) - {"adamw", SPARSE})  # a run whose other groups AdamW steps
+        special = sorted(set(saved.values()) - {"adamw", SPARSE})  # AdamW updates the other groups of this run
         raise UserError(
             f"the saved optimizer state of {name} is {saved[name]}'s, not {group['rule']}'s: resume with "
             f"--optimizer_type={special[0] if special else 'adamw'}, or start a new run from the weights "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it imports torch
 
 LONG_FINAL_EVALUATION = 120.0  # seconds; a longer one is left to llm-eval, unless the run itself was longer
 FORWARD_SHARE = 1 / 3  # of an update's time: the backward pass has twice the arithmetic of the forward pass
-# A checkpoint, seconds per byte (benchmarks/RESULTS.md): written beside the loop it takes processor time from the
+# A checkpoint, seconds per byte (benchmarks/RESULTS.md): writing in the background takes processor time from the
 # steps on a CPU; the last one is waited for
 SAVE_BESIDE, SAVE_AWAITED = 3.1e-9, 6.8e-9
 
@@ -71,14 +71,14 @@ class Calendar:
 
 
 def _multiples(interval: int, begin: int, end: int) -> int:
-    """How many multiples of interval lie in range(begin, end)."""
+    """The number of multiples of interval in range(begin, end)."""
     return max(0, (end - 1) // interval - (begin - 1) // interval)
 
 
 class StepTimer:
     """Seconds per update since the last log line, without evaluations and checkpoints; and pauses between updates."""
 
-    RECENT = 256  # updates by which the next ones are judged
+    RECENT = 256  # updates used to predict the next ones
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -149,7 +149,7 @@ class Remaining:
         save = mean.get((False, True), self.calendar.save_bytes * SAVE_BESIDE)
         expected = FORWARD_SHARE * update * self.calendar.eval_tokens / self.calendar.step_tokens
         evaluation = mean.get((True, False), expected if both is None else max(0.0, both - save))
-        if both is not None:  # the first evaluation also warms up: those with a checkpoint say more
+        if both is not None:  # the first evaluation also warms up: those with a checkpoint are more accurate
             evaluation = min(evaluation, both)
             save = mean.get((False, True), both - evaluation)
         return plain, evaluation, save

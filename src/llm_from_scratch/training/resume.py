@@ -109,11 +109,11 @@ def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
     Raises UserError if another process trains there.
     """
     out_dir = Path(plan.config.training.out_dir)
-    wait_for_all(plan.runtime.world_size)  # all have read their weights: the folder may be one that is moved now
+    wait_for_all(plan.runtime.world_size)  # all processes have read their weights: the folder may be moved now
     if not plan.runtime.is_master or plan.config.training.eval_only:
         return None
     lock.acquire()
-    _ = plan.dataset_hash  # now: the data may fail later, when a checkpoint is to be saved for just that
+    _ = plan.dataset_hash  # now, because the data may fail later, and then a checkpoint is saved
     moved = checkpoints.archive_previous(out_dir) if plan.resumed is None else None
     checkpoints.clean_leftovers(out_dir)
     return moved

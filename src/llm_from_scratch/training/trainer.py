@@ -22,7 +22,7 @@ from .scheduler import learning_rate_at
 
 @dataclass(frozen=True)
 class Step:
-    """What happened in a step. The tensors have no dimensions and lie on the device: reading one waits for it."""
+    """The results of a step. The tensors have no dimensions and are on the device: reading one waits for it."""
 
     number: int
     learning_rate: float
@@ -45,7 +45,7 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> Step:
     set_learning_rates(optimizer, lr)
 
     parts = list(zip(x.split(run.micro_batch), y.split(run.micro_batch), strict=True))
-    if run.models.is_recorded and len(parts) > 1:  # else a pass would overwrite the gradients of the one before
+    if run.models.is_recorded and len(parts) > 1:  # otherwise a pass would overwrite the gradients of the previous one
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for i, (xi, yi) in enumerate(parts):
@@ -100,6 +100,6 @@ def train(config: Config, sources: dict[str, str] | None = None, command: str = 
                 return run.finish()
             except NotFiniteError as error:
                 run.roll_back(error)
-            except (UserError, MemoryShortError):  # data or memory fail during the run: what was learned is saved
+            except (UserError, MemoryShortError):  # data or memory failed during the run: save the progress
                 run.save_alone()
                 raise

@@ -22,13 +22,13 @@ from ..kernels.swap import swap, unswap
 from ..machine.children import shield_children
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 
-# Operations a second of one thread in training, and minutes of a run; roughly, as measured on one machine
+# Operations per second of one thread in training, and minutes of a run: rough values from one machine
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}
 REPAYS_COMPILING = 10
 NARROW = 256
-# Measured on a CPU: with fewer the plain loss is as fast, and what it takes does not matter
+# Measured on a CPU: with fewer, the plain loss is as fast, and its memory does not matter
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22
-LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is taken to wait for the launches of its kernels; not measured
+LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is assumed to wait for kernel launches; not measured
 
 
 @dataclass
@@ -56,7 +56,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     compiled, is_recorded = None, False
     if runtime.compile:
         compiled, is_recorded = _compile(model, config, runtime, micro_batch, say)
-        if compiled is None:  # it failed: as if it had never been tried
+        if compiled is None:  # it failed: continue as if it had not been tried
             runtime = dataclasses.replace(runtime, compile=False)
             exchange(model, config, runtime, micro_batch, say)
     train = model if compiled is None else compiled
@@ -150,7 +150,7 @@ def _compile(
                     raise
                 raise UserError(f"CUDA graphs failed ({reason}); leave --cuda_graphs out") from None
         say(f"CUDA graphs failed ({reason}); compiling without them")
-        torch._dynamo.reset()  # which also gives back their memory
+        torch._dynamo.reset()  # which also frees their memory
     try:
         return _tried(model, config, runtime, micro_batch, False), False
     except Exception as error:
@@ -174,12 +174,12 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     compiled: nn.Module = model
     shield_children()
     try:
-        if in_parts:  # one block stands for all: a fraction of the compiling; and sparse gradients stay outside
+        if in_parts:  # compile one block and reuse it: faster to compile, and sparse gradients stay outside
             for block in model.transformer.h:
                 block.compile(dynamic=False)
         elif recorded:
             compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)  # type: ignore[assignment]
-            # what a pass leaves in the graph's memory, the next one overwrites: by then nobody may need it
+            # the next pass overwrites the graph's memory, so its results must not be needed by then
             compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
         else:
             compiled = torch.compile(model)  # type: ignore[assignment]
