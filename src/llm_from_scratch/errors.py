@@ -49,3 +49,19 @@ class CannotRecord(RuntimeError):
 
 class StopForward(Exception):
     """A forward pass has gone as far as it is needed."""
+
+
+class ApiError(Exception):
+    """An error response of the server. param: the wrong field. retry_after: seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after

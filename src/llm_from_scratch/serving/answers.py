@@ -8,8 +8,9 @@ import time
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..errors import ApiError
 from .completions import Gain, Plan
-from .errors import ApiError, json_response
+from .errors import error_body, json_response
 from .jobs import Job, JobQueue
 from .metrics import Metrics
 
@@ -97,7 +98,7 @@ class Answer(Response):
                     await self._send(job, send, text)
                 text, gains = "", await self._gains(job)
         except ApiError as error:
-            text = f"data: {error.body()}\n\ndata: [DONE]\n\n"
+            text = f"data: {error_body(error)}\n\ndata: [DONE]\n\n"
         else:
             text += self.plan.closing()
             if not job.over:

@@ -19,9 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
+from ..errors import ApiError
 from . import protocol
 from .answers import Answer
-from .errors import ApiError, json_response
+from .errors import error_response, json_response
 from .guard import LOCAL_NAMES, Bodies, Guard
 from .jobs import JobQueue
 from .options import is_loopback
@@ -80,12 +81,12 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return error.response()
+        return error_response(error)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         messages = {404: "no such route", 405: f"this route does not support {request.method}"}
-        response = ApiError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
+        response = error_response(ApiError(error.status_code, messages.get(error.status_code, str(error.detail))))
         response.headers.update(error.headers or {})
         return response
 

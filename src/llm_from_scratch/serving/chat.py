@@ -15,10 +15,9 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import UserError
+from ..errors import ApiError, UserError
 from ..machine.files import parse_json, read_file
 from .completions import Gain, Plan, alternative, bytes_json, number, token_json
-from .errors import ApiError
 
 MAX_TEMPLATE, MAX_CONFIG = 1 << 20, 16 << 20  # bytes
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from starlette.responses import Response
 
+from ..errors import ApiError
+
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -18,33 +20,19 @@ TYPES = {
 }
 
 
-class ApiError(Exception):
-    """An error response. param: the wrong field. retry_after: seconds."""
+def error_body(error: ApiError) -> str:
+    kind = TYPES.get(error.status, "invalid_request_error")
+    message = " ".join(error.message.split())
+    return json.dumps({"error": {"message": message, "type": kind, "param": error.param, "code": error.code}})
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
 
-    def body(self) -> str:
-        kind = TYPES.get(self.status, "invalid_request_error")
-        message = " ".join(self.message.split())
-        return json.dumps({"error": {"message": message, "type": kind, "param": self.param, "code": self.code}})
-
-    def response(self) -> Response:
-        headers: dict[str, str] = {}
-        if self.retry_after is not None:
-            headers["Retry-After"] = str(self.retry_after)
-        if self.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return json_response(self.body(), self.status, headers)
+def error_response(error: ApiError) -> Response:
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(error_body(error), error.status, headers)
 
 
 def json_response(body: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, overloaded
+from ..errors import ApiError
+from .errors import error_response, overloaded
 from .metrics import Metrics
 
 BODY_SECONDS = 20.0  # timeout of a body
@@ -66,7 +67,7 @@ class Guard:
             self.check(scope)
             await self.app(scope, receive, watched)
         except ApiError as error:
-            await error.response()(scope, receive, watched)
+            await error_response(error)(scope, receive, watched)
         except ClientDisconnect:
             pass
         except Exception as error:  # our own bug, reported without the request's content
@@ -75,7 +76,7 @@ class Guard:
             print(f"llm-serve: internal error: {type(error).__name__} at {place}", file=sys.stderr, flush=True)
             if status:
                 raise ConnectionAbortedError from None
-            await ApiError(500, "internal error; see the server's log").response()(scope, receive, watched)
+            await error_response(ApiError(500, "internal error; see the server's log"))(scope, receive, watched)
         finally:
             path = scope["path"]
             route = path if path in self.routes else "static" if path.startswith("/static/") else "other"

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import ApiError, UserError
 from ..generation.engine import Handle, Request, Update
-from .errors import ApiError, overloaded
+from .errors import overloaded
 from .supervisor import Supervisor
 
 MAX_PENDING = 1 << 16  # tokens and alternatives of one request that wait for a client to read

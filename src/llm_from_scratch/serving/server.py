@@ -23,8 +23,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import UserError
-from .errors import ApiError
+from ..errors import ApiError, UserError
+from .errors import error_body
 from .jobs import JobQueue
 from .options import ServeOptions, addresses
 from .service import Service
@@ -112,7 +112,7 @@ class Connection(H11Protocol):
         self._send_error(ApiError(400, "this is not a valid HTTP/1.1 request"))
 
     def _send_error(self, error: ApiError) -> None:
-        body = error.body().encode()
+        body = error_body(error).encode()
         self.transport.write(_head(error, len(body)) + b"Connection: close\r\n\r\n" + body)
         self.transport.close()
 
@@ -131,7 +131,7 @@ class Refusal:
                 self.service.queue.check()
                 return None
             except ApiError as error:
-                content = error.body().encode()
+                content = error_body(error).encode()
                 self.bytes, self.until = _head(error, len(content)) + b"\r\n" + content, now + 0.1
                 self.counter = self.service.metrics.requests.labels("refused", str(error.status))
         else:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GenerationConfig
-from ..errors import UserError
+from ..errors import ApiError, UserError
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
 from .chat import ChatPlan, ChatTemplate
 from .completions import Plan, token_text
-from .errors import ApiError
 from .jobs import JobQueue
 from .metrics import Metrics
 from .options import ServeOptions

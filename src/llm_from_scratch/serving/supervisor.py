@@ -7,9 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from ..errors import EngineError
+from ..errors import ApiError, EngineError
 from ..generation.engine import Engine, Handle, Request, Stats, Update
-from .errors import ApiError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a new engine is built
 MAX_FAILURES = 6  # in a row, after which it stays down

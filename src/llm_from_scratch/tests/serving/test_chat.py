@@ -12,10 +12,9 @@ import pytest
 
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.core.tokenizer import HFTokenizer
-from llm_from_scratch.errors import UserError
+from llm_from_scratch.errors import ApiError, UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.chat import ChatTemplate, end_ids, find_template
-from llm_from_scratch.serving.errors import ApiError
 
 from ..memorised import SIGNS, TEXT, TOKENIZER, memorised
 from ..served import NAME, Served, served

@@ -129,7 +129,7 @@ def test_beyond_the_queue_the_answer_is_429():
     gate = Gate(model := generator())
     with served(model, max_concurrent=2, max_queued=3) as server, ThreadPoolExecutor(8) as pool:
         asked = {"model": NAME, "prompt": "abc", "max_tokens": 4}
-        with pytest.raises(openai.BadRequestError, match="at most 5"):
+        with pytest.raises(openai.BadRequestError, match="the limit is 5"):
             server.client().completions.create(**{**asked, "prompt": ["a"] * 6})
         gate.open.clear()
         held = [pool.submit(server.client().completions.create, **asked) for _ in range(5)]
