@@ -1,6 +1,6 @@
-"""nanoGPT's front door to the benchmark: `python bench.py [--profile=True] [--key=value ...]`.
+"""nanoGPT's benchmark script: `python bench.py [--profile=True] [--key=value ...]`.
 
-It stands for src/llm_from_scratch/cli/bench.py.
+It runs src/llm_from_scratch/cli/bench.py.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""nanoGPT's front door to sampling: `python sample.py [--out_dir=out] [--start=...] [--key=value ...]`.
+"""nanoGPT's sampling script: `python sample.py [--out_dir=out] [--start=...] [--key=value ...]`.
 
-The settings are src/llm_from_scratch/cli/sample.py, the work is src/llm_from_scratch/generation/generator.py.
+Settings: src/llm_from_scratch/cli/sample.py. Generator: src/llm_from_scratch/generation/generator.py.
 """
 
 import sys

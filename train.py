@@ -1,6 +1,6 @@
-"""nanoGPT's front door to the trainer: `python train.py [config/PRESET.py] [--key=value ...]`.
+"""nanoGPT's training script: `python train.py [config/PRESET.py] [--key=value ...]`.
 
-The settings are src/llm_from_scratch/config.py, the loop is src/llm_from_scratch/training/trainer.py.
+Settings: src/llm_from_scratch/config.py. Loop: src/llm_from_scratch/training/trainer.py.
 """
 
 import sys

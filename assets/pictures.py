@@ -1,4 +1,4 @@
-"""Makes the README's pictures from a real run of the demo: terminal.png and loss.png, beside this file.
+"""Makes the README's pictures from a real run of the demo: terminal.png and loss.png, next to this file.
 
     .venv/bin/python assets/pictures.py [settings of llm-train, such as --max_iters=100]
 
@@ -28,12 +28,12 @@ COLUMNS, ROWS = 80, 40
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
 SIZE, LINE, MARGIN = 16, 20, 14  # pixels
 CONTROL = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|\r|(\n)")
-# Where the dots of a braille character lie in its cell of 2 columns and 4 rows, by bit (Unicode chart U+2800).
+# Positions of the dots of a braille character in its cell of 2 columns and 4 rows, by bit (Unicode chart U+2800).
 DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))
 
 
 def record(command: list[str]) -> str:
-    """All that a command writes to a terminal. Raises SystemExit where it fails."""
+    """The terminal output of a command. Raises SystemExit if it fails."""
     chunks: list[bytes] = []
 
     def read(terminal: int) -> bytes:
@@ -53,7 +53,7 @@ def record(command: list[str]) -> str:
 
 
 def screen(recorded: str) -> list[str]:
-    """The lines that stand on the terminal in the end, with their colours: as much of a terminal as a bar needs."""
+    """The final lines on the terminal, with their colours. Emulates only what a progress bar needs."""
     lines, row, at = [""], 0, 0
     for match in CONTROL.finditer(recorded + "\n"):
         lines[row] += recorded[at : match.start()]
@@ -72,7 +72,7 @@ def screen(recorded: str) -> list[str]:
 
 
 def draw(lines: list[str], path: Path) -> None:
-    """Text with ANSI colours as a picture: every character in its cell, whatever fonts the viewer has."""
+    """Text with ANSI colours as a picture: every character in its cell, independent of the viewer's fonts."""
     console = Console(width=COLUMNS, file=sys.stderr, force_terminal=True, color_system="truecolor")
     rows = console.render_lines(Text.from_ansi("\n".join(lines)))
     font = ImageFont.truetype(str(FONT), SIZE)
@@ -85,7 +85,7 @@ def draw(lines: list[str], path: Path) -> None:
             colour = style.color.get_truecolor(MONOKAI) if style and style.color else MONOKAI.foreground_color
             for sign in text:
                 left, top = MARGIN + x * cell, MARGIN + y * LINE
-                if "\u2800" <= sign <= "\u28ff":  # the font has none of these
+                if "\u2800" <= sign <= "\u28ff":  # the font lacks these characters
                     for bit, (column, dot) in enumerate(DOTS):
                         if (ord(sign) - 0x2800) >> bit & 1:
                             cx, cy = left + (column + 0.5) * cell / 2, top + (dot + 0.5) * LINE / 4

@@ -41,13 +41,13 @@ class Case:
     dropout: float = 0.0
     device: str = "cpu"
     dtype: str | None = None
-    """None leaves to each what it does by itself; nanoGPT and transformers compute in float32 on a CPU."""
+    """None: the default of each contender. nanoGPT and transformers compute in float32 on a CPU."""
     compile: bool = False
-    """Of nanoGPT and transformers. Ours decides by itself."""
+    """Of nanoGPT and transformers. This project uses auto."""
     log_interval: int = 1
-    """Steps between the lines that nanoGPT prints, and at which it waits for the device."""
+    """Steps between nanoGPT's log lines. At each line it waits for the device."""
     max_iters: int = 5000
-    """The stated length of the run: by it ours decides whether compiling pays."""
+    """The length of the run, by which this project decides whether to compile."""
     beta2: float = 0.99
 
     @property
@@ -68,7 +68,7 @@ CASES = {
 
 
 class Contender:
-    """A process that trains when asked to."""
+    """A process that trains on request."""
 
     def __init__(self, name: str, case: Case, folder: Path, threads: int, nanogpt: Path | None, settings: list[str]):
         self.name, self.folder = name, folder
@@ -82,7 +82,7 @@ class Contender:
             )  # fmt: skip
 
     def ask(self, steps: int) -> dict[str, float]:
-        """Lets it make so many steps: {"seconds": all of them, "peak": bytes so far}. 0 waits until it is ready."""
+        """Runs this many steps: {"seconds": in total, "peak": bytes so far}. 0 waits until the process is ready."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             self.process.stdin.write(f"{steps}\n")
@@ -103,7 +103,7 @@ class Contender:
 
 
 def machine() -> dict[str, Any]:
-    """What a result belongs to."""
+    """The machine and versions of a result."""
     import torch
 
     found: dict[str, Any] = {"torch": torch.__version__, "cores": os.cpu_count(), "cpu": platform.processor()}
@@ -132,15 +132,15 @@ def write_tokens(folder: Path, vocab_size: int, tokens: int = 1 << 19) -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """What the scripts that pair contenders have in common."""
+    """The common options of the scripts that compare contenders."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without one it is left out")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; default: nanoGPT is skipped")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a process with so many threads, which finds this project's source and leaves no files beside it."""
+    """The environment of a process with this many threads. It finds this project's source and writes no files there."""
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     count = str(threads)
     return os.environ | {
@@ -149,7 +149,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def nanogpt_readme(data: Path, out_dir: Path) -> list[str]:
-    """The command of nanoGPT's README for a CPU, to be run in its folder; data lies elsewhere."""
+    """The command of nanoGPT's README for a CPU. It runs in nanoGPT's folder, with data in another one."""
     settings = {"device": "cpu", "compile": False, "eval_iters": 20, "log_interval": 1, "block_size": 64,
                 "batch_size": 12, "n_layer": 4, "n_head": 4, "n_embd": 128, "max_iters": 2000,
                 "lr_decay_iters": 2000, "dropout": 0.0, "dataset": data, "out_dir": out_dir}  # fmt: skip
@@ -157,11 +157,11 @@ def nanogpt_readme(data: Path, out_dir: Path) -> list[str]:
     return [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *words]
 
 
-# What follows runs in a contender's own process.
+# The rest runs in a contender's own process.
 
 
 def _serve(case: Case, step: Callable[[], None], orders: IO[str], answers: IO[str]) -> None:
-    """Makes steps as they are asked for, until the parent is gone."""
+    """Runs the requested steps until the parent ends."""
     for line in orders:
         begin = time.perf_counter()
         for _ in range(int(line)):
@@ -183,7 +183,7 @@ def _wait(case: Case) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: of the device as torch counts them, or of the process's memory that was resident at once."""
+    """Peak bytes: on a device as counted by torch, else the peak resident memory of the process."""
     if device == "cuda":
         import torch
 
@@ -191,13 +191,13 @@ def peak_memory(device: str) -> int:
     import resource
 
     status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss begins with what the parent had when it forked
+    if status.is_file():  # ru_maxrss starts with the parent's value at the fork
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
-    """The trainer's own updates, with what its loop does around each but evaluations and checkpoints."""
+    """The trainer's own updates, with everything its loop does around them except evaluations and checkpoints."""
     from llm_from_scratch import Config
     from llm_from_scratch.machine import device as runtimes
     from llm_from_scratch.machine.files import FolderLock
@@ -227,7 +227,7 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
 
 
 class _Gate(io.TextIOBase):
-    """A standard output at which nanoGPT's loop waits after the steps that it was asked for."""
+    """A standard output that pauses nanoGPT's loop after the requested steps."""
 
     def __init__(self, case: Case, orders: IO[str], answers: IO[str]):
         self.case, self.orders, self.answers = case, orders, answers
@@ -246,7 +246,7 @@ class _Gate(io.TextIOBase):
         return len(text)
 
     def _order(self) -> int:
-        while (line := self.orders.readline()) and int(line) == 0:  # ready: it stands at its first line
+        while (line := self.orders.readline()) and int(line) == 0:  # ready: it has reached its first line
             _answer(self.answers, 0.0, self.case)
         if not line:
             raise SystemExit
@@ -255,7 +255,7 @@ class _Gate(io.TextIOBase):
 
 
 def _nanogpt(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
-    """nanoGPT's train.py as it stands, with its own loop, batches, model and optimizer."""
+    """nanoGPT's train.py, unmodified: its own loop, batches, model and optimizer."""
     checkout, folder = Path(job["nanogpt"]), Path(job["folder"])
     os.chdir(checkout)  # it reads configurator.py there
     sys.path.insert(0, str(checkout))
@@ -273,7 +273,7 @@ def _nanogpt(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str])
 
 
 def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
-    """GPT2LMHeadModel with AdamW in one kernel, which is what its own Trainer takes."""
+    """GPT2LMHeadModel with fused AdamW, the default of its own Trainer."""
     import numpy as np
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -306,10 +306,10 @@ def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[
 
 def _main(job: dict[str, Any]) -> None:
     case = Case(**job["case"])
-    if hasattr(os, "sched_setaffinity"):  # a setting of ours must not take more than the others have
+    if hasattr(os, "sched_setaffinity"):  # our --threads must not give us more cores than the others
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
     answers, orders = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "r")
-    sys.stdout = sys.stderr  # what the contenders print must not mix with the answers
+    sys.stdout = sys.stderr  # the contenders' output must not mix with the answers
     {"ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers}[job["name"]](case, job, orders, answers)
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-Run = Callable[[], float]  # makes one turn; returns tokens per second, or 1 / seconds
+Run = Callable[[], float]  # runs one turn; returns tokens per second, or 1 / seconds
 
 
 def timed(work: Callable[[], Any], tokens: float) -> Run:
@@ -98,7 +98,7 @@ def char(block_size: int, samples: int, options: argparse.Namespace) -> dict[str
 
 
 def gpt2() -> Any:
-    """The 124M shape with random weights, on transformers' side and ours."""
+    """The 124M shape with random weights, as transformers' model and as ours."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -167,7 +167,7 @@ def streams(form: str) -> dict[str, Run]:
 
 
 def lookup() -> dict[str, Run]:
-    """A model whose head copies what followed: greedy text of random weights soon repeats itself."""
+    """A model whose text does not repeat itself; greedy text of random weights soon does."""
     from llm_from_scratch.generation.speculative import Lookup
 
     model, _ = gpt2()
@@ -210,7 +210,7 @@ def int8(options: argparse.Namespace) -> dict[str, Run]:
 
 
 def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: int) -> Run:
-    """In a process of its own, which stands still while it is not its turn: its threads wait by spinning."""
+    """In its own process, which is stopped between its turns, because its threads wait by spinning."""
     path = Path(tempfile.mkdtemp()) / "gpt2-q8_0.gguf"
     write_gguf(model, vocabulary, path)
     program = (
@@ -312,7 +312,7 @@ def main() -> None:
         "compile": lambda options: compiled(),
     }
     parser.add_argument("--cases", default=",".join(name for name in cases if name != "compile"))
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; without one it is left out")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; default: nanoGPT is skipped")
     parser.add_argument("--gpt2", type=Path, help="a folder with vocab.bpe and encoder.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

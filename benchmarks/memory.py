@@ -21,7 +21,7 @@ from contenders import CASES, Contender, arguments, machine, write_tokens
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--case", default="gpt2-512")
-    parser.add_argument("--steps", type=int, default=3, help="after a first one, which makes the optimizer's moments")
+    parser.add_argument("--steps", type=int, default=3, help="after a first one")
     parser.add_argument("--rounds", type=int, default=1)
     options, settings = parser.parse_known_args()
     case = CASES[options.case]

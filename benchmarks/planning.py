@@ -24,7 +24,7 @@ from typing import Any
 
 from contenders import arguments, environment, machine, peak_memory, write_tokens
 
-# settings of each shape; a vocabulary of None is 65. Short runs, with all that a long one has in it
+# settings of each shape; a vocabulary of None is 65. Short runs with every part of a long one
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "batch_size": 12, "max_iters": 150,
              "eval_interval": 50},
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def child(job: dict[str, Any], threads: int) -> dict[str, float]:
-    """What a fresh process finds."""
+    """The result of a new process."""
     words = [sys.executable, __file__, "--child", json.dumps(job)]
     done = subprocess.run(words, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
@@ -89,7 +89,7 @@ def child(job: dict[str, Any], threads: int) -> dict[str, float]:
 
 
 def work(job: dict[str, Any]) -> None:
-    """Plans or trains; what it finds is the last line."""
+    """Plans or trains. Prints the result as the last line."""
     if job["clock"] == "cpu":
         time.perf_counter = time.process_time
     from llm_from_scratch.config import Config
@@ -139,7 +139,7 @@ def trained(config: Any) -> dict[str, float]:
 
 
 def seconds_of_life() -> float:
-    """Since this process began."""
+    """Seconds since this process started."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     up = float(Path("/proc/uptime").read_text().split()[0])
     return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")

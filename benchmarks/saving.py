@@ -40,7 +40,7 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
     def timed(value: object, known: object = None) -> object:
         begin = time.perf_counter()
         result = copied(value, known)  # type: ignore[arg-type]
-        if known is None:  # it calls itself for what lies within
+        if known is None:  # it calls itself for nested values
             copies.append(time.perf_counter() - begin)
         return result
 
@@ -65,7 +65,7 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
         finish, begin = Run.finish, Run.__init__
 
         def marked(self: Run) -> TrainResult:
-            ends.append(time.perf_counter())  # the last checkpoint is awaited in all three ways
+            ends.append(time.perf_counter())  # all three variants wait for the last checkpoint
             return finish(self)
 
         def begun(self: Run, *args: Any) -> None:
@@ -95,7 +95,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for way in ways:
                 found[way].append(seconds(folder, way, settings))
-    saves = SAVES - 1  # the one at step 0 is none, the last is outside the loop
+    saves = SAVES - 1  # no checkpoint at step 0; the last one is outside the loop
     base = [run["loop"] for run in found["none"]]
     size, copy = found["waited for"][0]["bytes"], statistics.median(r["copy"] for r in found["beside the loop"])
     stall = {

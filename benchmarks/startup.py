@@ -21,7 +21,7 @@ from contenders import arguments, environment, machine, nanogpt_readme
 
 
 def seconds(command: list[str], folder: Path, threads: int) -> tuple[float, float]:
-    """(until the first evaluation is over, until the first step is over)."""
+    """(seconds to the end of the first evaluation, and to the end of the first step)."""
     evaluated = 0.0
     begin = time.perf_counter()
     process = subprocess.Popen(

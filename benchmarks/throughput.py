@@ -27,7 +27,7 @@ def measured(contenders: list[Contender], case: Case, rounds: int, turn: float) 
     """{name: tokens/s of each round}."""
     turns: dict[str, int] = {}
     for contender in contenders:
-        contender.ask(0)  # none starts while another one still imports
+        contender.ask(0)  # wait for the imports of all contenders
     for contender in contenders:
         contender.per_step(case.log_interval)  # compiles, makes the optimizer's moments
         once = contender.per_step(case.log_interval)
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--cases", default=CPU_CASES)
     parser.add_argument("--contenders", default=",".join(NAMES))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--turn", type=float, default=1.0, help="seconds a contender trains before the next one does")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of training before the next contender's turn")
     options, settings = parser.parse_known_args()
     results: dict[str, Any] = {}
     print(f"{'case':<12} {'contender':<13} {'ms/step':>9} {'tokens/s':>10} {'from':>10} {'to':>10} {'ours is':>8}")

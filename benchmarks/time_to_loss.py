@@ -27,7 +27,7 @@ WINDOW = 64
 
 
 def run(command: list[str], folder: Path, threads: int) -> float:
-    """Seconds of a command, which must succeed."""
+    """The duration of a command in seconds. The command must succeed."""
     begin = time.perf_counter()
     done = subprocess.run(command, cwd=folder, env=environment(threads), capture_output=True, text=True)
     took = time.perf_counter() - begin
@@ -37,7 +37,7 @@ def run(command: list[str], folder: Path, threads: int) -> float:
 
 
 def loss_of(kind: str, place: Path, data: Path, nanogpt: Path | None, threads: int) -> float:
-    """The loss over the whole validation split, found in a process of its own."""
+    """The loss over the whole validation split, computed in a separate process."""
     job = json.dumps({"kind": kind, "place": str(place), "data": str(data), "nanogpt": str(nanogpt)})
     done = subprocess.run([sys.executable, __file__, "--child", job], env=environment(threads), capture_output=True,
                           text=True)  # fmt: skip
@@ -65,7 +65,7 @@ def evaluated(job: dict[str, str]) -> float:
 
 
 def loaded(job: dict[str, str]) -> Any:
-    """The model that a run has left."""
+    """The final model of a run."""
     import torch
 
     if job["kind"] == "nanogpt":

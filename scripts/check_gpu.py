@@ -1,4 +1,4 @@
-"""Says which accelerator PyTorch can use here, and what to do where it misses one that is there."""
+"""Reports the accelerator that PyTorch can use, and what to do if it does not find the GPU."""
 
 from __future__ import annotations
 

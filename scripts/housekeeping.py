@@ -1,8 +1,8 @@
-"""What the justfile's recipes loc, clean, clean-all, train and tensorboard need to know about the checkout.
+"""Helpers of the justfile's recipes loc, clean, clean-all, train and tensorboard.
 
     python scripts/housekeeping.py loc | clean | clean-all [--yes] | newest [ARGS...] | logs
 
-Standard library only, so that it also runs where nothing is installed.
+Standard library only, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage", "htmlcov",
 CACHES_ANYWHERE = ("__pycache__", ".ipynb_checkpoints")
 # One of these in a folder shows that a training run wrote it.
 RUN_MARKS = ("metrics.jsonl", "ckpt.pt", "step-*", "damaged-step-*", ".tmp-step-*", "previous-*")
-# What a data script writes beside its .bin files; the text itself (input.txt) is not among them.
+# Files that a data script writes next to its .bin files, without the text itself (input.txt).
 BESIDE_BINS = (".checked.json", "manifest.json", "tokenizer.meta.json", "tokenizer.json", "ranks.tiktoken", "meta.pkl")
 
 
@@ -44,7 +44,7 @@ class Refusal(Exception):
 
 
 def loc(root: Path) -> int:
-    """Prints the lines of the one-hour path; 1 where they exceed the budget or a file is missing."""
+    """Prints the lines of the one-hour path. Returns 1 if they exceed the budget or a file is missing."""
     total, missing = 0, False
     for name in ONE_HOUR_PATH:
         path = root / "src" / "llm_from_scratch" / name
@@ -56,7 +56,7 @@ def loc(root: Path) -> int:
             missing = True
             print(f"     -  {name} (missing)")
     over = total > ONE_HOUR_BUDGET
-    print(f"{total:6d}  of {ONE_HOUR_BUDGET}{': over the budget, something must leave the path' if over else ''}")
+    print(f"{total:6d}  of {ONE_HOUR_BUDGET}{': over the budget, remove something from the path' if over else ''}")
     return int(over or missing)
 
 
@@ -100,7 +100,7 @@ def runs(root: Path) -> Iterator[Path]:
 
 
 def products(root: Path) -> Iterator[Path]:
-    """Runs and prepared data: everything that the commands make again from the raw text."""
+    """Runs and prepared data: everything that the commands can recreate from the raw text."""
     yield from runs(root)
     yield from (root / "data" / name for name in ("processed", "cache") if os.path.lexists(root / "data" / name))
     for folder in sorted(root.glob("data/*")):
@@ -112,7 +112,7 @@ def products(root: Path) -> Iterator[Path]:
 
 
 def deletable(root: Path, targets: Iterator[Path]) -> list[Path]:
-    """The targets without tracked files, data/raw, and whatever lies outside the checkout behind a link.
+    """The targets without tracked files, data/raw, and anything outside the checkout behind a link.
 
     A folder that holds a tracked file is replaced by its untracked files.
     """
@@ -133,7 +133,7 @@ def deletable(root: Path, targets: Iterator[Path]) -> list[Path]:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file or of all files below a folder; a link counts as nothing."""
+    """Bytes of a file or of all files in a folder; links do not count."""
     if path.is_symlink():
         return 0
     if path.is_file():
@@ -142,7 +142,7 @@ def size(path: Path) -> int:
 
 
 def delete(paths: list[Path]) -> int:
-    """1 where something could not be deleted. Of a link only the link goes."""
+    """Returns 1 if something could not be deleted. Of a link, only the link is deleted."""
     failed = 0
     for path in paths:
         try:
@@ -163,7 +163,7 @@ def clean(root: Path) -> int:
 
 
 def clean_all(root: Path, yes: bool) -> int:
-    """Lists runs and prepared data, asks, deletes. Raw texts and tracked files stay."""
+    """Lists runs and prepared data, asks, deletes. Keeps raw texts and tracked files."""
     paths = deletable(root, products(root))
     if paths:
         print("clean-all deletes:")
@@ -175,7 +175,7 @@ def clean_all(root: Path, yes: bool) -> int:
                 answer = input(f"Delete these {len(paths)}? [y/N] ")
             except EOFError:
                 print()
-                raise Refusal("nothing was deleted: there is nobody to ask here; pass --yes to delete") from None
+                raise Refusal("nothing was deleted: there is no terminal to ask on; to delete, pass --yes") from None
             if answer.strip().lower() not in ("y", "yes"):
                 print("nothing was deleted")
                 return 1
@@ -188,7 +188,7 @@ def clean_all(root: Path, yes: bool) -> int:
 
 
 def newest(root: Path, args: list[str]) -> str:
-    """`--dataset=NAME` of the data prepared last, announced; empty where args name a dataset, resume, or want help."""
+    """`--dataset=NAME` of the data prepared last, printed; empty if args name a dataset, resume, or ask for help."""
     named = ("--dataset", "--data.dataset", "--help", "-h")
     if any(arg.partition("=")[0] in named for arg in args) or "--init_from=resume" in args:
         return ""
@@ -197,7 +197,7 @@ def newest(root: Path, args: list[str]) -> str:
         raise Refusal("there is no prepared data in data/processed: run `./just prepare-data FILE` with a text first")
     folder = manifests[-1].parent.relative_to(root).as_posix()
     print(f"training on the data prepared last: {folder} (another: --dataset=NAME)", file=sys.stderr)
-    name = manifests[-1].parent.name  # a plain name stays with the run's checkpoints, a path does not
+    name = manifests[-1].parent.name  # checkpoints keep a plain name, but not a path
     return f"--dataset={folder if any((root / 'data' / name).glob('*.bin')) else name}"
 
 
@@ -205,7 +205,7 @@ def logs(root: Path) -> str:
     """TensorBoard's --logdir_spec over all runs: name:folder,name:folder."""
     found = [run for run in runs(root) if (run / "tensorboard").is_dir()]
     if not found:
-        raise Refusal("there is no run with a TensorBoard log yet: `./just demo` makes one")
+        raise Refusal("no run has a TensorBoard log yet: `./just demo` makes one")
     return ",".join(f"{run.relative_to(root).as_posix()}:{run / 'tensorboard'}" for run in found)
 
 

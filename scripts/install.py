@@ -1,4 +1,4 @@
-"""Installs this checkout and the extras that a recipe needs into .venv, and does nothing where that is done.
+"""Installs this checkout and the extras that a recipe needs into .venv, unless they are installed.
 
 Run by the justfile with .venv's own Python: `.venv/bin/python scripts/install.py dev`. Standard library only. On
 Linux the index's default torch is the CUDA build of several GB; without an NVIDIA GPU this looks for a CPU build of
@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 def wanted_state(root: Path, extras: list[str]) -> dict[str, Any]:
-    """What the stamp says after a successful installation of these extras."""
+    """The content of the stamp after a successful installation of these extras."""
     digest = hashlib.sha256()
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((root / name).read_bytes())
@@ -52,7 +52,7 @@ def is_done(stamp: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 
 def pip_listing() -> str:
-    """What `pip config list` prints: a line `section.name='value'` for each setting of files and environment."""
+    """The output of `pip config list`: a line `section.name='value'` for each setting of files and environment."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     return subprocess.run(command, capture_output=True, text=True).stdout
 
@@ -73,7 +73,7 @@ def pip_settings(listing: str) -> dict[str, str]:
 
 
 def uv_environment(environ: dict[str, str], pip: dict[str, str]) -> dict[str, str]:
-    """The environment for uv, which reads no setting of pip's: pip separates folders by spaces, uv by commas."""
+    """The environment for uv, which does not read pip's settings. pip separates folders by spaces, uv by commas."""
     env = {k: v for k, v in environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME")}
     links = [link for link in env.get("UV_FIND_LINKS", "").split(",") if link.strip()]
     links += [link for link in pip.get("find-links", "").split() if link not in links]
@@ -117,7 +117,7 @@ class Uv:
         return subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=quiet)
 
     def local_torch(self, torch: str) -> str | None:
-        """The version of the pinned torch that the extra wheels hold for this Python, such as 2.13.0+cpu."""
+        """The version of the pinned torch in the extra wheels for this Python, such as 2.13.0+cpu."""
         if "UV_FIND_LINKS" not in self.env:
             return None
         plan = self.install("--dry-run", "--no-deps", "--no-index", torch, quiet=True)
@@ -126,7 +126,7 @@ class Uv:
 
 
 def cpu_index_has(torch: str) -> bool:
-    """Whether PyTorch's CPU index answers within a few seconds and lists the pinned version."""
+    """Whether PyTorch's CPU index responds within a few seconds and lists the pinned version."""
     version = torch.partition("==")[2]
     try:
         with urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=PROBE_SECONDS) as page:
@@ -136,7 +136,7 @@ def cpu_index_has(torch: str) -> bool:
 
 
 def install_torch(uv: Uv, torch: str) -> bool:
-    """Puts the build of torch that suits this machine into .venv, without its dependencies, which come later.
+    """Installs the right build of torch for this machine into .venv, without its dependencies, which come later.
 
     False leaves the choice to the installation of the rest, that is to the default index.
     """
@@ -155,7 +155,7 @@ def install_torch(uv: Uv, torch: str) -> bool:
     if cpu_index_has(torch) and uv.install("--no-deps", "--index", CPU_INDEX, f"{torch}+cpu").returncode == 0:
         return True
     say(
-        f"warning: no CPU build of {torch} was found in the folders of extra wheels, nor does {CPU_INDEX} answer: "
+        f"warning: no CPU build of {torch} was found in the folders of extra wheels, and {CPU_INDEX} does not respond: "
         "the default build brings NVIDIA's CUDA packages, a download of about 3 GB"
     )
     return False
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
     stamp, wanted = read_stamp(STAMP), wanted_state(ROOT, argv)
     if is_done(stamp, wanted):
         return 0
-    # What was installed before stays asked for, so that a changed pyproject.toml brings all of it up to date.
+    # Include the extras that were installed before, so that a changed pyproject.toml updates all of them.
     wanted = wanted_state(ROOT, argv + stamp.get("extras", []))
     extras = ",".join(wanted["extras"])
     say(f"installing llm-from-scratch{f' with {extras}' if extras else ''} into .venv")

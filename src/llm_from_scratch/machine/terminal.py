@@ -37,7 +37,7 @@ def note(line: str) -> None:
 
 
 def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
-    """Prints a line. Returns whether somebody may still read: a full disk costs lines, not the run."""
+    """Prints a line. Returns False if the output is closed. A full disk loses lines but does not stop the run."""
     write = write or (lambda text: print(text, flush=True))
     try:
         try:

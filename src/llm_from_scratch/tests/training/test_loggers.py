@@ -15,6 +15,7 @@ import pytest
 
 from llm_from_scratch.config import Config
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine import terminal
 from llm_from_scratch.training import loggers
 from llm_from_scratch.training.evaluate import Evaluation
 from llm_from_scratch.training.loggers import (
@@ -288,11 +289,11 @@ def test_output_that_is_lost_does_not_end_the_run(
             raise OSError(28, "No space left on device")
         told.append(line)
 
-    monkeypatch.setattr(loggers, "print", on_full_disk, raising=False)
+    monkeypatch.setattr(terminal, "print", on_full_disk, raising=False)
     for line in ("one", "bad", "two"):
         log.say(line)
     assert told == ["one", "two"] and not log.reader_is_gone
-    monkeypatch.delattr(loggers, "print")
+    monkeypatch.delattr(terminal, "print")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     log.say("Zoë")

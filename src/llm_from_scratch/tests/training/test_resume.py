@@ -20,6 +20,7 @@ from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.machine import terminal
 from llm_from_scratch.machine.files import FolderLock
 from llm_from_scratch.training import evaluate, loggers, resume, trainer
 from llm_from_scratch.training import plan as plans
@@ -309,7 +310,7 @@ def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest
         if line.startswith("iter 4:"):
             raise BrokenPipeError
 
-    monkeypatch.setattr(loggers, "print", until_four, raising=False)
+    monkeypatch.setattr(terminal, "print", until_four, raising=False)
     result = train(tiny_config(tiny_data, out_dir="run"))
     assert (result.exit_code, result.step) == (141, 5) and lines[-1].startswith("iter 4:")
     assert find_checkpoint("run", "last").name == "step-00000005"
