@@ -88,7 +88,7 @@ def write_checkpoint(
     weights, (moments, numbers) = weights_to_save(model, model_config), split_optimizer(optimizer)
     if name := not_finite(weights, buffers(model_config)) or not_finite(moments):
         raise UserError(
-            f"step {step} is not saved: {name} holds numbers that are not finite; try a lower learning_rate"
+            f"step {step} is not saved: {name} contains values that are not finite; try a lower learning_rate"
         )
     parts: dict[str, Callable[[], Iterable[Any]]] = {
         "model.safetensors": lambda: file_of(weights),
@@ -291,7 +291,7 @@ def join_optimizer(
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedError(f"{where}: the optimizer's state does not fit the model ({error!r})") from None
     if bad := not_finite(tensors):
-        raise DamagedError(f"{where}: {bad} of the optimizer holds numbers that are not finite")
+        raise DamagedError(f"{where}: {bad} of the optimizer contains values that are not finite")
     return {"state": state, "param_groups": groups}
 
 

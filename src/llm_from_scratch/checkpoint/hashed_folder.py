@@ -171,7 +171,7 @@ def from_json(raw: bytes, where: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
-        raise DamagedError(f"{where} holds a {type(data).__name__}, expected an object")
+        raise DamagedError(f"{where} contains a {type(data).__name__}, expected an object")
     return data
 
 

@@ -150,7 +150,7 @@ def read_meta_pkl(path: Path) -> str:
         data, opened = read_file(path, MAX_META_PKL), 0
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _PLAIN_OPCODES:
-                raise ValueError(f"it holds {opcode.name}, not only dicts, strings and integers")
+                raise ValueError(f"it contains {opcode.name}, not only dicts, strings and integers")
             if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= len(data):
                 raise ValueError("its memo is out of bounds")
             opened += opcode.name in ("MARK", "EMPTY_DICT")

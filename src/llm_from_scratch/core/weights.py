@@ -64,7 +64,7 @@ def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> 
     """
     state = plain_names(model)
     if len(state) != len(model):
-        raise DamagedError(f"{where} holds a tensor twice")
+        raise DamagedError(f"{where} contains a tensor twice")
     expected, tied = expected_tensors(config, len(state), where), tied_names(config)
     for name, first in tied.items():
         if name in state:
@@ -91,7 +91,7 @@ def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> 
             raise DamagedError(f"{where}: {name} and {first} differ, but the model ties them")
         state[name] = state[first]
     if bad := not_finite(state, buffers(config)):
-        raise DamagedError(f"{where}: {bad} holds numbers that are not finite")
+        raise DamagedError(f"{where}: {bad} contains values that are not finite")
     return state
 
 

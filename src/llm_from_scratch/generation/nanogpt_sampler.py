@@ -13,10 +13,10 @@ from .sampling import FILTERS, top_k, top_p
 
 
 def random_stream(seed: int, device: torch.device, built: GPTConfig | None) -> torch.Generator:
-    """The random numbers that nanoGPT's sample.py draws from.
+    """The random stream of nanoGPT's sample.py.
 
-    It seeds first and builds the model then; the initial weights, which the checkpoint's replace, use up numbers of
-    the CPU's stream. built: the model that is built so, if one is.
+    nanoGPT sets the seed and then builds the model. Drawing the initial weights, which the checkpoint replaces,
+    advances the CPU's stream. built: the model that is built this way, if any.
     """
     if device.type != "cpu" or built is None:
         return torch.Generator(device).manual_seed(seed)

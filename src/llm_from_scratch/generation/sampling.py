@@ -99,9 +99,9 @@ def keep_likely(logits: Tensor, params: GenerationConfig, filters: Mapping[str, 
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The ids, (B,), at which the cumulated probabilities, (B, V), pass the given numbers from [0, 1), (B,).
+    """The ids, (B,), at which the cumulative probabilities, (B, V), exceed the given random numbers in [0, 1), (B,).
 
-    One random number a token, whatever V is. A token of probability 0 is never drawn.
+    One random number per token, for any V. A token of probability 0 is never drawn.
     """
     cumulated = probs.cumsum(dim=-1, dtype=uniform.dtype)
     # below the total also after rounding, else the search would run past the last possible token
@@ -111,8 +111,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Natural logarithms of the model's own probabilities: of ids, (B,), and of the likeliest alternatives, (B, k),
-    with their ids. logits: (B, V), as the model gives them."""
+    """Natural logarithms of the model's own probabilities: of ids, (B,), and of the most likely alternatives, (B, k),
+    with their ids. logits: (B, V), from the model."""
     logs = logits.float().log_softmax(dim=-1)
     top = logs.topk(min(alternatives, logs.size(-1)))
     return logs.gather(-1, ids[:, None]).squeeze(-1), top.values, top.indices

@@ -313,7 +313,7 @@ def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[s
         state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
         surplus -= set(names)
     if surplus:
-        raise UserError(f"{weights.folder}: the weights hold {min(surplus)}, which the model does not have")
+        raise UserError(f"{weights.folder}: the weights contain {min(surplus)}, which the model does not have")
     return checked_weights(state, config, str(weights.folder))
 
 

@@ -117,7 +117,7 @@ def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, 
         hint = "use --format=hf"
         if wants == ["activation=gelu_tanh"]:
             hint = "--accept_erf_gelu=True exports it anyway; nanoGPT uses the exact GELU, so results differ slightly"
-        raise UserError(f"nanoGPT's model has no {', '.join(wants)}: {hint}")
+        raise UserError(f"nanoGPT's model does not support {', '.join(wants)}: {hint}")
     _check_parameters(config)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file such as {path / 'ckpt.pt'}")
@@ -246,7 +246,7 @@ def _by_name(optimizer: Any, config: GPTConfig, path: Path) -> dict[str, Any]:
                 if not good:
                     raise UserError(f"{path}: {slot} of {name} in the optimizer is not of shape {shape}; {hint}")
                 if isinstance(value, torch.Tensor) and not_finite({name: value}):
-                    raise DamagedError(f"{path}: {slot} of {name} in the optimizer holds numbers that are not finite")
+                    raise DamagedError(f"{path}: {slot} of {name} in the optimizer contains values that are not finite")
             state[name] = dict(slots)
         param_groups = [
             {"names": group, **{k: v for k, v in old.items() if k != "params" and _is_simple(v)}}

@@ -64,7 +64,7 @@ def load_plain(path: Path) -> dict[Any, Any]:
             f"{path} cannot be read: {str(error).splitlines()[0][:200] if str(error) else error!r}"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict")
+        raise UserError(f"{path} contains a {type(content).__name__}, expected a dict")
     return content
 
 
@@ -98,11 +98,11 @@ def _look_through(pickled: bytes, path: Path) -> None:
         made += opcode.name[:5] in ("EMPTY", "TUPLE", "MARK", "BUILD")
         calls += opcode.name in ("REDUCE", "BINPERSID")
         if count > MAX_OPCODES or made > MAX_MADE or calls > MAX_CALLS:
-            raise UserError(f"{path} holds more values than a checkpoint has")
+            raise UserError(f"{path} contains more values than a checkpoint")
         if not _OPCODES.fullmatch(opcode.name):
             raise UserError(f"{path} is pickled in a way that torch.save does not use ({opcode.name})")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(arg)):
-            raise UserError(f"{path} asks for {str(arg)[:80]!r}: it holds more than plain values and tensors")
+            raise UserError(f"{path} asks for {str(arg)[:80]!r}: it contains more than plain values and tensors")
 
 
 def is_plain_tensor(value: Any) -> bool:

@@ -55,7 +55,7 @@ def parse_json(raw: bytes) -> Any:
     """JSON that takes at most about 64 MB more memory than twice its size. Raises ValueError, RecursionError."""
     # the most memory of a value, a list and an object with the shortest possible text
     if 48 * raw.count(b",") + 72 * raw.count(b"[") + 240 * raw.count(b"{") > (48 << 20) + len(raw):
-        raise ValueError("it holds too many values for its size")
+        raise ValueError("it contains too many values for its size")
     return json.loads(raw)
 
 

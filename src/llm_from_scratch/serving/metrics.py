@@ -19,7 +19,9 @@ class Metrics:
     def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("llm_requests", "Requests by route and status.", ["route", "status"], registry=registry)
-        self.aborted = Counter("llm_aborted", "Generations whose client left, or read too slowly.", registry=registry)
+        self.aborted = Counter(
+            "llm_aborted", "Generations ended by a client that disconnected or read too slowly.", registry=registry
+        )
         self.restarts = Counter("llm_engine_restarts", "Engines that died and were replaced.", registry=registry)
         self.first_token = Histogram(
             "llm_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS,

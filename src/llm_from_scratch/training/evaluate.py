@@ -122,7 +122,7 @@ def _sum_of_losses(
 
 
 def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of a split's text except its first token, which nothing predicts."""
+    """UTF-8 bytes of a split's text without its first token, which is never predicted."""
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], dtype=np.int64)
     total = 0
     for shard in data.shards:

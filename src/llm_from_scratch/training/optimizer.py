@@ -208,9 +208,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores what optimizer_state() returned; the hyperparameters stay those of the present run.
+    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run.
 
-    Raises UserError if a parameter's state is missing, or is not of the shape or the optimizer that is declared.
+    Raises UserError if a parameter's state is missing, or has another shape or optimizer than declared.
     """
     ids: dict[str, int] = {}
     current = optimizer.state_dict()

@@ -131,7 +131,7 @@ class Run:
             self.config, self.runtime.is_master, first, plan.last_step, resumed, evaluated, left, self.state.run_id
         )
         if moved is not None:
-            log.say(f"{self.out_dir} held an earlier run: moved to {moved}")
+            log.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
         return log
 
     # --- one step ---

@@ -143,7 +143,7 @@ def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[
 
 
 def _foreign_ids(inputs: Inputs) -> list[str]:
-    """A warning if data that names no tokenizer holds ids that GPT-2 does not have: the padding would hide them."""
+    """A warning if data without a named tokenizer has ids that GPT-2 does not have. The padding would hide them."""
     for data in (inputs.train_data, inputs.val_data):
         if data.largest_id is not None and data.largest_id >= GPT2_IDS:
             return [
@@ -187,7 +187,7 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
         try:
             tokenizer = Tokenizer.from_name("gpt2")
         except UserError:
-            notes.append("warning: GPT-2's vocabulary is not available, so the checkpoints hold no tokenizer")
+            notes.append("warning: GPT-2's vocabulary is not available, so the checkpoints have no tokenizer")
             return None, GPT2_PADDED
     size = tokenizer.vocab_size
     return tokenizer, GPT2_PADDED if size == GPT2_IDS else size

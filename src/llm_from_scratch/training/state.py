@@ -198,7 +198,7 @@ def restore(
         if saved.optimizer is not None:
             load_optimizer_state(optimizer, saved.optimizer)
         else:
-            notes.append("the checkpoint holds no optimizer state: the moments start from zero")
+            notes.append("the checkpoint has no optimizer state: the moments start from zero")
         trainer = dict(saved.trainer)
         known = trainer.pop("scaler", None)
         if known and scaler.is_enabled():

@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
     tensors["transformer.ln_f.weight"][1] = float("nan")
     save_file(tensors, first / "model.safetensors")
     reseal(first)
-    with pytest.raises(cp.DamagedError, match="ln_f.weight holds numbers that are not finite"):
+    with pytest.raises(cp.DamagedError, match="ln_f.weight contains values that are not finite"):
         cp.load_checkpoint(first)
 
 

@@ -359,7 +359,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.pkl"):
         load_any(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match="holds a list"):
+    with pytest.raises(UserError, match="contains a list"):
         load_any(path)
     # a storage that claims more than its record
     content = io.BytesIO()

@@ -114,7 +114,7 @@ def _try(kind: str, case: int, data: Path, out_dir: Path, rng: random.Random, re
     for step, path in good_checkpoints(out_dir).items():
         for file in ("model.safetensors", "optimizer.safetensors"):
             finite = all(np.isfinite(tensor).all() for tensor in load_file(path / file).values())
-            report.check(finite, f"{what}: {file} of step {step} holds numbers that are not finite")
+            report.check(finite, f"{what}: {file} of step {step} contains values that are not finite")
 
 
 def _judge(

@@ -286,7 +286,7 @@ class Evil:
     ("how", "reason"),
     [
         ("missing", "lack transformer.h.0.mlp.c_fc.weight"),
-        ("surplus", "hold transformer.h.0.attn.q_norm.weight"),
+        ("surplus", "contain transformer.h.0.attn.q_norm.weight"),
         ("shape", "c_fc.weight"),
         ("rank", "c_fc.weight"),
         ("nan", "not finite"),
@@ -300,7 +300,7 @@ class Evil:
         ("config list", "expected a JSON object"),
         ("no config", "has no config.json"),
         ("pickle", "asks for 'posix mkdir'"),
-        ("list", "holds a list, expected a dict"),
+        ("list", "contains a list, expected a dict"),
         ("outside", "not a file in the same folder"),
         ("tokenizer", "tokenizer"),
         ("large tokenizer", "100 ids, the model only 67"),

@@ -428,7 +428,7 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_data: Path, capsys: pytest.C
     capsys.readouterr()
     train(tiny_config(tiny_data, out_dir="run", max_iters=5, seed=1))
     folder = Path("run") / f"previous-{first.manifest['run_id']}"
-    assert f"run held an earlier run: moved to {folder}" in capsys.readouterr().out
+    assert f"run contained an earlier run, moved to {folder}" in capsys.readouterr().out
     assert_same(load_checkpoint(folder / "step-00000006"), first)
     assert steps_kept("run") == [4, 5] and [step for step, _ in losses("run")] == [0, 1, 2, 3, 4]
     assert [step for step, _ in losses(folder)] == [0, 1, 2, 3, 4, 5]
