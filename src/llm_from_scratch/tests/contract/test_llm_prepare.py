@@ -44,7 +44,11 @@ def test_file_to_data(tmp_path: Path) -> None:
     made = {path.name for path in (tmp_path / "data/processed/book").iterdir()}
     assert made == {"train.bin", "val.bin", "manifest.json", "tokenizer.meta.json"}
     again = run(tmp_path, "book.txt", "--tokenizer=char")
-    assert again.returncode == 0 and "nothing to do" in again.stdout and following in again.stdout
+    assert (
+        again.returncode == 0
+        and "is up to date: sources and settings have not changed" in again.stdout
+        and following in again.stdout
+    )
 
 
 def test_standard_input(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_port_that_is_taken(capsys, out_dir):
         (["--prot=1"], "did you mean port"),
         (["--port=http"], "port"),
         (["--max_tokens=0"], "max_tokens"),
-        (["--cors_origins=*"], "without a key"),
+        (["--cors_origins=*"], "without an API key"),
         (["--chat_template=no-such"], "chat template"),
         (["--watch=no-such"], "no such folder"),
         (["--out_dir=a", "--checkpoint=b"], "each name a model"),

@@ -165,8 +165,8 @@ def test_end_of_text_in_the_prompt_is_the_token(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Prefill,
         "__init__",
-        lambda self, model, forward, prompts, *a, **k: (
-            seen.append([list(p) for p in prompts]) or prefill(self, model, forward, prompts, *a, **k)
+        lambda self, decoder, prompts, *a, **k: (
+            seen.append([list(p) for p in prompts]) or prefill(self, decoder, prompts, *a, **k)
         ),
     )
     assert call(capsys, "--start=<|endoftext|>", "--num_samples=1", "--max_new_tokens=2")[0] == 0

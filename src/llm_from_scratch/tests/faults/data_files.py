@@ -169,7 +169,7 @@ KINDS: dict[str, tuple[Spoil, str]] = {
     "missing": (lambda path, ids: None, "is missing"),
     "socket": (a_socket, "is a socket"),
     **{name: (beside(make, ""), why) for name, (make, why) in NOT_REGULAR.items()},
-    "both plain and numbered": (numbered(0, plain=True), "holds both"),
+    "both plain and numbered": (numbered(0, plain=True), "contains both"),
     "a number is missing": (numbered(0, 1, 3), "number 2 is missing"),
     "truncated": (stated(tokens=10**6), "its manifest says 1000000"),
     "longer than stated": (stated(tokens=9), "its manifest says 9"),

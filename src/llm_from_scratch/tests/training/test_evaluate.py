@@ -73,11 +73,11 @@ def test_processes_that_run_short_of_memory_still_count_every_token_once(monkeyp
     model, tokens = make(), data(161)
     expected, sums, forward = evaluate_split(model, tokens, 8, RUNTIME), [], type(model).forward
 
-    def collect(values: list[float], runtime: Any) -> list[float]:
+    def collect(values: list[float], *_: Any) -> list[float]:
         sums.append(values)
         return [1.0, 1.0]
 
-    monkeypatch.setattr(evaluate, "_sum_over_ranks", collect)
+    monkeypatch.setattr(evaluate, "sum_over_ranks", collect)
 
     def small(self: Any, idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(idx) > room:
@@ -100,11 +100,11 @@ def test_processes_together_count_every_token_once(world: int, monkeypatch: pyte
     expected_estimate = estimate_loss(model, tokens, 8, 20, RUNTIME)
     sums: list[list[float]] = []
 
-    def collect(values: list[float], runtime: Any) -> list[float]:
+    def collect(values: list[float], *_: Any) -> list[float]:
         sums.append(values)
         return [values[0], max(1, values[1])]
 
-    monkeypatch.setattr(evaluate, "_sum_over_ranks", collect)
+    monkeypatch.setattr(evaluate, "sum_over_ranks", collect)
     monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 3)
     ranks = [dataclasses.replace(RUNTIME, rank=rank, world_size=world) for rank in range(world)]
     for runtime in ranks:
