@@ -79,27 +79,24 @@ class GPTConfig:
     def validate(self) -> None:
         """Raises UserError if the sizes do not fit together."""
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            _at_least(name, getattr(self, name), 1)
-        if self.vocab_size is not None:
-            _at_least("vocab_size", self.vocab_size, 1)
+            at_least(name, getattr(self, name), 1)
+        at_least("vocab_size", self.vocab_size, 1)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
-        if self.n_kv_head is not None:
-            _at_least("n_kv_head", self.n_kv_head, 1)
-            if self.n_head % self.n_kv_head:
-                raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+        at_least("n_kv_head", self.n_kv_head, 1)
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.pos_embedding == "rope" and (self.n_embd // self.n_head) % 2:
             raise UserError(f"rope needs an even head width, got n_embd/n_head = {self.n_embd // self.n_head}")
-        if self.mlp_hidden is not None:
-            _at_least("mlp_hidden", self.mlp_hidden, 1)
-        _between("dropout", self.dropout, 0.0, 1.0, open_right=True)
-        _above("rope_theta", self.rope_theta, 0.0)
-        _above("norm_eps", self.norm_eps, 0.0)
-        _at_least("logit_softcap", self.logit_softcap, 0.0)
-        _at_least("ngram_rows", self.ngram_rows, 1)
+        at_least("mlp_hidden", self.mlp_hidden, 1)
+        between("dropout", self.dropout, 0.0, 1.0, open_right=True)
+        above("rope_theta", self.rope_theta, 0.0)
+        above("norm_eps", self.norm_eps, 0.0)
+        at_least("logit_softcap", self.logit_softcap, 0.0)
+        at_least("ngram_rows", self.ngram_rows, 1)
         if self.max_ngram and not 2 <= self.max_ngram <= 16:
             raise UserError(f"max_ngram={self.max_ngram} is out of range: expected 0, or 2 to 16 tokens")
 
@@ -121,11 +118,10 @@ class DataConfig:
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
 
     def validate(self) -> None:
-        _at_least("batch_size", self.batch_size, 1)
+        at_least("batch_size", self.batch_size, 1)
         if isinstance(self.micro_batch, int):
-            _at_least("micro_batch", self.micro_batch, 1)
-        if self.stride is not None:
-            _at_least("stride", self.stride, 1)
+            at_least("micro_batch", self.micro_batch, 1)
+        at_least("stride", self.stride, 1)
 
 
 @dataclass
@@ -185,17 +181,17 @@ class TrainingConfig:
     """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
 
     def validate(self) -> None:
-        _at_least("max_iters", self.max_iters, 0)
-        _at_least("max_rollbacks", self.max_rollbacks, 0)
+        at_least("max_iters", self.max_iters, 0)
+        at_least("max_rollbacks", self.max_rollbacks, 0)
         if self.epochs is not None:
-            _above("epochs", self.epochs, 0.0)
+            above("epochs", self.epochs, 0.0)
         for name in ("gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "max_skipped_steps"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("save_interval", "keep_every", "early_stopping_patience", "sample_interval"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         if not isinstance(self.activation_budget, (str, type(None))):
-            _above("activation_budget", self.activation_budget, 0.0)
+            above("activation_budget", self.activation_budget, 0.0)
             if self.gradient_checkpointing:
                 raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:
@@ -237,19 +233,19 @@ class OptimizerConfig:
     """Use the fused AdamW kernel. auto: on CUDA and on the CPU."""
 
     def validate(self) -> None:
-        _above("learning_rate", self.learning_rate, 0.0)
-        _at_least("weight_decay", self.weight_decay, 0.0)
-        _above("muon_learning_rate", self.muon_learning_rate, 0.0)
-        _above("ngram_learning_rate", self.ngram_learning_rate, 0.0)
-        _between("muon_momentum", self.muon_momentum, 0.0, 1.0, open_right=True)
+        above("learning_rate", self.learning_rate, 0.0)
+        at_least("weight_decay", self.weight_decay, 0.0)
+        above("muon_learning_rate", self.muon_learning_rate, 0.0)
+        above("ngram_learning_rate", self.ngram_learning_rate, 0.0)
+        between("muon_momentum", self.muon_momentum, 0.0, 1.0, open_right=True)
         for name in ("embedding_learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None:
-                _above(name, getattr(self, name), 0.0)
+                above(name, getattr(self, name), 0.0)
                 if self.optimizer_type != "muon":
                     raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
-        _between("beta1", self.beta1, 0.0, 1.0, open_right=True)
-        _between("beta2", self.beta2, 0.0, 1.0, open_right=True)
-        _at_least("grad_clip", self.grad_clip, 0.0)
+        between("beta1", self.beta1, 0.0, 1.0, open_right=True)
+        between("beta2", self.beta2, 0.0, 1.0, open_right=True)
+        at_least("grad_clip", self.grad_clip, 0.0)
 
 
 @dataclass
@@ -270,11 +266,11 @@ class SchedulerConfig:
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
 
     def validate(self) -> None:
-        _at_least("warmup_iters", self.warmup_iters, 0)
+        at_least("warmup_iters", self.warmup_iters, 0)
         if self.lr_decay_iters is not None:
-            _at_least("lr_decay_iters", self.lr_decay_iters, 0)
-        _at_least("min_lr", self.min_lr, 0.0)
-        _between("cooldown_frac", self.cooldown_frac, 0.0, 1.0)
+            at_least("lr_decay_iters", self.lr_decay_iters, 0)
+        at_least("min_lr", self.min_lr, 0.0)
+        between("cooldown_frac", self.cooldown_frac, 0.0, 1.0)
 
 
 @dataclass
@@ -308,21 +304,20 @@ class GenerationConfig:
     '["END", "\\n\\n"]'."""
 
     def validate(self) -> None:
-        _at_least("num_samples", self.num_samples, 1)
-        _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("temperature", self.temperature, 0.0)
-        _between("temperature", self.temperature, 0.0, 1e30)  # float32 ends at 3e38
-        if self.top_k is not None:
-            _at_least("top_k", self.top_k, 0)
-        _between("top_p", self.top_p, 0.0, 1.0, open_left=True)
-        _between("min_p", self.min_p, 0.0, 1.0)
-        _above("repetition_penalty", self.repetition_penalty, 0.0)
-        _between("repetition_penalty", self.repetition_penalty, 0.0, 1e30)
-        _between("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        _between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        at_least("num_samples", self.num_samples, 1)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("temperature", self.temperature, 0.0)
+        between("temperature", self.temperature, 0.0, 1e30)  # float32 ends at 3e38
+        at_least("top_k", self.top_k, 0)
+        between("top_p", self.top_p, 0.0, 1.0, open_left=True)
+        between("min_p", self.min_p, 0.0, 1.0)
+        above("repetition_penalty", self.repetition_penalty, 0.0)
+        between("repetition_penalty", self.repetition_penalty, 0.0, 1e30)
+        between("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         for token, value in self.logit_bias.items():
-            _at_least("a token id in logit_bias", token, 0)
-            _between(f"logit_bias of token {token}", value, -1000.0, 1000.0)
+            at_least("a token id in logit_bias", token, 0)
+            between(f"logit_bias of token {token}", value, -1000.0, 1000.0)
         if any(not text for text in self.stop):
             raise UserError("stop contains an empty text, which would end every sample immediately; remove it")
 
@@ -347,7 +342,7 @@ class LoggingConfig:
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 
     def validate(self) -> None:
-        _at_least("log_interval", self.log_interval, 1)
+        at_least("log_interval", self.log_interval, 1)
 
 
 @dataclass
@@ -376,9 +371,9 @@ class SystemConfig:
     """Train with float8 matrix products in the blocks (compute capability 8.9 or higher). Faster for wide layers."""
 
     def validate(self) -> None:
-        _between("seed", self.seed, 0, 2**63 - 1)
+        between("seed", self.seed, 0, 2**63 - 1)
         if self.threads is not None:
-            _at_least("threads", self.threads, 1)
+            at_least("threads", self.threads, 1)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):
@@ -429,17 +424,18 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not low <= value < float("inf"):
+def at_least(name: str, value: float | None, low: float) -> None:
+    """Raises UserError for a number below `low` or an infinite one. None is a setting that is off."""
+    if value is not None and not low <= value < float("inf"):
         raise UserError(f"{name}={value} is out of range: expected {low:g} or more")
 
 
-def _above(name: str, value: float, low: float) -> None:
+def above(name: str, value: float, low: float) -> None:
     if not low < value < float("inf"):
         raise UserError(f"{name}={value} is out of range: expected a finite number above {low:g}")
 
 
-def _between(
+def between(
     name: str, value: float, low: float, high: float, open_left: bool = False, open_right: bool = False
 ) -> None:
     ok = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)

@@ -30,6 +30,10 @@ from .errors import UserError
 PACKAGE = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
 MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
+TYRO: Any = {
+    "use_underscores": True,
+    "config": (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.UsePythonSyntaxForLiteralCollections),
+}
 T = TypeVar("T")
 
 
@@ -66,13 +70,7 @@ def parse(
     unreadable preset.
     """
     leaves = leaf_types(tree_type)
-    hints = typing.get_type_hints(tree_type)
-    sections = {
-        name: set(leaf_types(hint))
-        for name, hint in hints.items()
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
-    }
-    options, words, wants_help = _split(argv, leaves, sections)
+    options, words, wants_help = _split(argv, leaves, _sections(tree_type))
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
@@ -87,7 +85,12 @@ def parse(
         read.append(str(path))
     for key, text in options.items():
         merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
-    tree = _tyro(tree_type, merged, sources, prog, description, defaults, wants_help)
+    if wants_help:
+        tree = tree_type()
+        for name, value in (defaults or {}).items():
+            setattr(next(part for part in (tree, *vars(tree).values()) if hasattr(part, name)), name, value)
+        tyro.cli(tree_type, default=tree, args=["--help"], prog=prog, description=description, **TYRO)
+    tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, words if not presets else [], read)
 
 
@@ -96,7 +99,7 @@ def build(tree_type: type[T], values: dict[str, Any]) -> T:
     leaves = leaf_types(tree_type)
     flat = _flatten_sections(values, leaves, "the settings")
     merged = {key: _as_text(key, value, leaves) for key, value in flat.items()}
-    return _tyro(tree_type, merged, {}, "settings", "", None, False)
+    return _tyro(tree_type, merged, {}, "settings")
 
 
 def leaf_types(tree_type: type) -> dict[str, Any]:
@@ -107,6 +110,12 @@ def leaf_types(tree_type: type) -> dict[str, Any]:
         hint = hints[item.name]
         leaves.update(leaf_types(hint) if dataclasses.is_dataclass(hint) else {item.name: hint})  # type: ignore
     return leaves
+
+
+def _sections(tree_type: type) -> dict[str, set[str]]:
+    """{section: its leaf names} of a dataclass tree."""
+    hints = typing.get_type_hints(tree_type)
+    return {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}  # type: ignore
 
 
 def find_preset(name: str) -> Path:
@@ -255,7 +264,7 @@ def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
 
 def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: str) -> dict[str, Any]:
     """{section: {leaf: value}} or {leaf: value} as {leaf: value}. Refuses unknown names and wrong sections."""
-    known = _training_leaves()
+    known = leaf_types(Config)
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict) and key in _SECTIONS:
@@ -276,7 +285,7 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
 
 def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
     """Runs a Python preset as nanoGPT does, with the settings so far as its globals."""
-    known = _training_leaves()
+    known = flatten(Config())
     before = {**known, **settings}
     names: dict[str, Any] = {**before, "__file__": str(path), "__name__": "__preset__"}
     try:
@@ -300,11 +309,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
     return values
 
 
-_SECTIONS = {section: set(leaf_types(hint)) for section, hint in typing.get_type_hints(Config).items()}
-
-
-def _training_leaves() -> dict[str, Any]:
-    return flatten(Config())
+_SECTIONS = _sections(Config)
 
 
 def _misplaced(leaf: str, section: str, sections: dict[str, set[str]]) -> str:
@@ -317,41 +322,14 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else "; see --help for all settings"
 
 
-def _tyro(
-    tree_type: type[T],
-    merged: dict[str, str],
-    sources: dict[str, str],
-    prog: str,
-    description: str,
-    defaults: dict[str, Any] | None,
-    wants_help: bool,
-) -> T:
-    config = (
-        tyro.conf.FlagConversionOff,
-        tyro.conf.OmitArgPrefixes,
-        tyro.conf.UsePythonSyntaxForLiteralCollections,
-    )
-    if wants_help:
-        default = tree_type()
-        _set_leaves(default, defaults or {})
-        tyro.cli(tree_type, default=default, args=["--help"], use_underscores=True, prog=prog,
-                 description=description, config=config)  # fmt: skip
+def _tyro(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], prog: str) -> T:
     args = [f"--{key}={text}" for key, text in merged.items()]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-            return tyro.cli(tree_type, args=args, use_underscores=True, prog=prog, config=config)
+            return tyro.cli(tree_type, args=args, prog=prog, **TYRO)
     except SystemExit:
         raise UserError(_one_line(errors.getvalue(), merged, sources)) from None
-
-
-def _set_leaves(tree: Any, values: dict[str, Any]) -> None:
-    for item in dataclasses.fields(tree):
-        value = getattr(tree, item.name)
-        if dataclasses.is_dataclass(value):
-            _set_leaves(value, values)
-        elif item.name in values:
-            setattr(tree, item.name, values[item.name])
 
 
 def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
@@ -368,12 +346,8 @@ def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
     for key, value in merged.items():
         if re.search(rf"--{key}\b", text):
             expected = re.search(r"Expected one of (\(.*?\))|\bto be one of (\{.*?\})", text)
-            what = f"{key}={value!r} is not valid"
+            reason = re.sub(r"^Error parsing --\w+: ", "", text)
             where = f" (set in {sources[key]})" if sources.get(key, COMMAND_LINE) != COMMAND_LINE else ""
-            detail = f"expected one of {expected.group(1) or expected.group(2)}" if expected else _reason(text)
-            return f"{what}{where}: {detail}"
+            detail = f"expected one of {expected.group(1) or expected.group(2)}" if expected else reason
+            return f"{key}={value!r} is not valid{where}: {detail}"
     return text or "the settings could not be read"
-
-
-def _reason(text: str) -> str:
-    return re.sub(r"^Error parsing --\w+: ", "", text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, flatten, validate
+from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, at_least, flatten, validate
 from ..errors import UserError
 from ..presets import Parsed, parse
 from .common import run
@@ -47,11 +47,9 @@ class BenchOptions:
     """Also print one line of JSON at the end."""
 
     def validate(self) -> None:
-        for name in ("batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: expected 1 or more")
-        if self.burnin_steps < 0:
-            raise UserError(f"burnin_steps={self.burnin_steps} is out of range: expected 0 or more")
+        at_least("batch_size", self.batch_size, 1)
+        at_least("steps", self.steps, 1)
+        at_least("burnin_steps", self.burnin_steps, 0)
 
 
 @dataclass

@@ -5,6 +5,7 @@ A user's mistake is one line and exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -24,15 +25,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         note("error: standard output is closed: redirect it to a file or to /dev/null")
         return 2
     try:
-        return _run(main, sys.argv[1:] if argv is None else argv)
-    finally:
-        drop_lost_output()
-
-
-def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    try:
         try:
-            code = main(argv) or 0
+            code = main(sys.argv[1:] if argv is None else argv) or 0
         except SystemExit:  # --help has printed
             sys.stdout.flush()
             raise
@@ -44,21 +38,22 @@ def _run(main: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 130
-    except OutputError as failed:
-        assert isinstance(failed.__cause__, OSError)
-        return _lost(failed.__cause__)
-    except OSError as error:
-        if error.filename is not None or error.errno not in (*READER_GONE, *DISK_FULL):
+    except (OutputError, OSError) as error:
+        lost = error.__cause__ if isinstance(error, OutputError) else error
+        assert isinstance(lost, OSError)
+        if lost is error and (lost.filename is not None or lost.errno not in (*READER_GONE, *DISK_FULL)):
             raise
-        return _lost(error)
+        if lost.errno in READER_GONE:
+            return 141
+        note(f"error: cannot write the output: {lost.strerror or lost}")
+        return 1
+    finally:
+        drop_lost_output()
 
 
-def _lost(error: OSError) -> int:
-    """Reports that the output cannot be written. Returns the exit code."""
-    if error.errno in READER_GONE:
-        return 141
-    note(f"error: cannot write the output: {error.strerror or error}")
-    return 1
+def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    """The decorator of a command's entry point: it is called without arguments, or with an argv, by way of run."""
+    return functools.partial(run, main)
 
 
 def check_location(location: str, which: str | None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from .common import run
+from .common import command
 
 OUT_DIR = "out-demo"
 Points = Sequence[tuple[int, float]]
@@ -149,7 +149,8 @@ def call(command: str, *args: str) -> int:
             continue
 
 
-def demo(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     given = {name: option(argv, name) for name in ("dataset", "out_dir")}
     out_dir = Path(given["out_dir"] or OUT_DIR)
     settings = ["configs/quick.yaml", *argv]
@@ -189,10 +190,6 @@ def demo(argv: list[str]) -> int:
     print("\nNext steps:")
     print("\n".join(f"  {name:<16} {command}" for name, command in hints))
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run(demo, argv)
 
 
 if __name__ == "__main__":

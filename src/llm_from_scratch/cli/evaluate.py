@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.load import load
-from ..config import SystemConfig
+from ..config import SystemConfig, at_least
 from ..errors import UserError
 from ..machine.files import read_file
 from ..presets import parse
-from .common import check_location, run
+from .common import check_location, command
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,8 @@ class EvalOptions:
     """Print one JSON object instead of the line."""
 
     def validate(self) -> None:
-        for name in ("eval_block_size", "eval_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} is out of range: expected 1 or more")
+        at_least("eval_block_size", self.eval_block_size, 1)
+        at_least("eval_batch_size", self.eval_batch_size, 1)
         if self.split not in ("train", "val"):
             raise UserError(f"split={self.split!r} is not one of train, val")
 
@@ -75,11 +73,8 @@ class EvalCommand:
     machine: EvalMachine = field(default_factory=EvalMachine)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     parsed = parse(EvalCommand, argv, prog="llm-eval [TEXT_FILE]", description=HELP, presets=False)
     options, machine = parsed.tree.options, parsed.tree.machine
     system = SystemConfig(device=machine.device, dtype=machine.dtype, threads=machine.threads, compile=False)
@@ -108,10 +103,14 @@ def _main(argv: list[str]) -> int:
 
     runtime = runtimes.resolve(system)
     runtimes.start(runtime, system)
-    if options.quantize == "none":
-        runtime.place(model)
+    scored: torch.nn.Module = model
     try:
-        scored = model if options.quantize == "none" else _quantized(model, runtime.device, options.quantize)
+        if options.quantize == "none":
+            runtime.place(model)
+        else:
+            from ..kernels.int8 import Scorer
+
+            scored = Scorer(model.to(runtime.device), options.quantize)
         result = evaluate_split(scored, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
     finally:
         runtimes.stop()
@@ -136,12 +135,6 @@ def _main(argv: list[str]) -> int:
             f"{result.tokens:,} tokens in windows of {block_size}, {name}"
         )
     return 0
-
-
-def _quantized(model: GPT, device: torch.device, quantize: Literal["int8"]) -> torch.nn.Module:
-    from ..kernels.int8 import Scorer
-
-    return Scorer(model.to(device), quantize)
 
 
 def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:

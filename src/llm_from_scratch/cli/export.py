@@ -11,7 +11,7 @@ from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
 from ..errors import UserError
 from ..presets import parse
-from .common import run
+from .common import command
 
 
 @dataclass
@@ -60,23 +60,13 @@ def export(options: Export) -> Path:
     return output
 
 
-def _main(argv: list[str]) -> int:
-    parsed = parse(
-        Export,
-        argv,
-        prog="llm-export",
-        description="Writes a checkpoint for nanoGPT or for transformers.",
-        presets=False,
-    )
+@command
+def main(argv: list[str]) -> None:
+    description = "Writes a checkpoint for nanoGPT or for transformers."
+    parsed = parse(Export, argv, prog="llm-export", description=description, presets=False)
     if parsed.positionals:
         raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are written as --key=value; see --help")
     export(parsed.tree)
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code."""
-    return run(_main, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ..generation.prompt import read_start
 from ..machine.children import shield_children
 from ..machine.terminal import note
 from ..presets import Parsed, parse
-from .common import check_location, run
+from .common import check_location, command
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -79,32 +79,29 @@ class GenerateCommand:
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     parsed = parse(
         GenerateCommand, argv, prog="llm-generate [PRESET ...]", description=HELP, defaults={"num_samples": 1}
     )
-    command = parsed.tree
-    validate(command)
-    output, location = command.output, location_of(parsed)
+    tree = parsed.tree
+    validate(tree)
+    output, location = tree.output, location_of(parsed)
     if output.jsonl and output.stream is True:
         raise UserError("--jsonl and --stream cannot be combined: a JSON object needs the complete sample")
     if output.interactive and parsed.on_command_line("start"):
         raise UserError("--interactive reads prompts from the terminal: remove --start or --interactive")
-    prompt = None if output.interactive else read_start(command.generation.start)
-    source = command.source
-    generator, found = load_generator(location, source.which, source.dataset, command.system, command.speed)
+    prompt = None if output.interactive else read_start(tree.generation.start)
+    source = tree.source
+    generator, found = load_generator(location, source.which, source.dataset, tree.system, tree.speed)
     if prompt is not None:
         generator.encode(prompt, output.allow_special)  # report a bad prompt before printing anything
-    generator.check(command.generation)
+    generator.check(tree.generation)
     announce(generator, found)
     if prompt is not None:
-        _answer(generator, command, prompt, command.system.seed)
+        _answer(generator, tree, prompt, tree.system.seed)
         return 0
-    return _converse(generator, command)
+    return _converse(generator, tree)
 
 
 def location_of(parsed: Parsed[Any]) -> str:
@@ -187,35 +184,28 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _answer(generator: Generator, command: GenerateCommand, prompt: str, seed: int) -> None:
+def _answer(generator: Generator, tree: GenerateCommand, prompt: str, seed: int) -> None:
     """Prints the samples of one prompt."""
-    params, output = command.generation, command.output
+    params, output = tree.generation, tree.output
+    how: dict[str, Any] = {"overflow": output.overflow, "allow_special": output.allow_special}
+    end = f"\n{SEPARATOR}\n" if params.num_samples > 1 else "\n"
     if output.stream is True or (output.stream == "auto" and sys.stdout.isatty() and not output.jsonl):
         for k in range(params.num_samples):
-            pieces = generator.stream(
-                prompt, params, seed + k, overflow=output.overflow, allow_special=output.allow_special
-            )
+            pieces = generator.stream(prompt, params, seed + k, **how)
             write(prompt)
             for piece in pieces:
                 write(piece)
-            _end_sample(params)
+            write(end)
         return
-    for sample in generator.generate(
-        [prompt], params, seed, overflow=output.overflow, allow_special=output.allow_special
-    ):
+    for sample in generator.generate([prompt], params, seed, **how):
         if output.jsonl:
             facts = {"prompt": prompt, "text": sample.text, "tokens": len(sample.tokens)}
             write(json.dumps(facts | {"finish_reason": sample.finish_reason, "seed": sample.seed}) + "\n")
         else:
-            write(prompt + sample.text)
-            _end_sample(params)
+            write(prompt + sample.text + end)
 
 
-def _end_sample(params: GenerationConfig) -> None:
-    write(f"\n{SEPARATOR}\n" if params.num_samples > 1 else "\n")
-
-
-def _converse(generator: Generator, command: GenerateCommand) -> int:
+def _converse(generator: Generator, tree: GenerateCommand) -> int:
     """Answers each line with a new seed until the input ends."""
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if at_terminal:
@@ -225,7 +215,7 @@ def _converse(generator: Generator, command: GenerateCommand) -> int:
         note("Type a prompt. Ctrl-C stops a sample, Ctrl-D quits.")
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8")
-    seed = command.system.seed
+    seed = tree.system.seed
     while True:
         try:
             prompt = input("> " if at_terminal else "")
@@ -237,14 +227,14 @@ def _converse(generator: Generator, command: GenerateCommand) -> int:
         if not prompt:
             continue
         try:
-            _answer(generator, command, prompt, seed)
+            _answer(generator, tree, prompt, seed)
         except UserError as error:
             note(f"error: {' '.join(str(error).split())}")
         except KeyboardInterrupt:
             if not at_terminal:
                 raise
             note("")
-        seed += command.generation.num_samples
+        seed += tree.generation.num_samples
 
 
 if __name__ == "__main__":

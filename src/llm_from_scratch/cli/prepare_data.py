@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import OutputError
 from ..presets import parse
-from .common import run
+from .common import command
 
 DESCRIPTION = """Turns texts into training data: llm-prepare SOURCE ... [--key=value ...]
 
@@ -47,12 +47,8 @@ class PrepareOptions:
     """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> None:
+@command
+def main(argv: list[str]) -> None:
     parsed = parse(PrepareOptions, argv, prog="llm-prepare", description=DESCRIPTION, presets=False)
     from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 

@@ -11,7 +11,7 @@ from ..config import GenerationConfig, SystemConfig
 from ..errors import UserError
 from ..generation.prompt import read_start
 from ..presets import parse
-from .common import run
+from .common import command
 from .generate import SEPARATOR, announce, load_generator, write
 
 HELP = "Prints samples of a model, each followed by a line of dashes. PRESETs are files with these settings."
@@ -49,11 +49,8 @@ class SampleSettings:
     """best, last or a step. None: best if the run saved only improvements, else last."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     settings = parse(SampleSettings, argv, prog="python sample.py [PRESET ...]", description=HELP).tree
     params = GenerationConfig(
         num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,

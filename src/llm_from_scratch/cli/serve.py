@@ -14,7 +14,7 @@ from ..config import SystemConfig, validate
 from ..machine.extras import require
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
-from .common import run
+from .common import command
 from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
@@ -41,24 +41,21 @@ class ServeCommand:
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
     parsed = parse(ServeCommand, argv, prog="llm-serve [PRESET ...]", description=HELP)
-    command, options = parsed.tree, parsed.tree.serving
+    tree, options = parsed.tree, parsed.tree.serving
     options.api_key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
     for package in PACKAGES:
         require(package, "serve", "llm-serve")
-    validate(command)
+    validate(tree)
     from ..serving.server import listen, url
 
     with listen(options) as bound:
         location = location_of(parsed)
-        speed = SpeedOptions(quantize=command.engine.quantize)
-        source, overflow = command.source, command.engine.overflow
-        generator, found = load_generator(location, source.which, source.dataset, command.system, speed)
+        speed = SpeedOptions(quantize=tree.engine.quantize)
+        source, overflow = tree.source, tree.engine.overflow
+        generator, found = load_generator(location, source.which, source.dataset, tree.system, speed)
         from ..generation.engine import Engine
         from ..serving.app import make_app
         from ..serving.chat import end_ids, find_template
@@ -78,7 +75,7 @@ def _main(argv: list[str]) -> int:
             template=template,
             ends=end_ids(folder, tokenizer.vocab_size),
             watch=_watched(options.watch, found),
-            seed=command.system.seed if "seed" in parsed.sources else None,
+            seed=tree.system.seed if "seed" in parsed.sources else None,
         )
         server = make_server(make_app(service), service)
         print(f"serving {service.name} at {url(options, bound)}", flush=True)

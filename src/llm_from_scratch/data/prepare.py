@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import at_least, between
 from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
@@ -95,12 +96,10 @@ def prepare(
     `llm-prepare --help` explains the settings. Paths are relative to root. If sources and settings have not changed,
     nothing is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain.
     """
-    if val_fraction is not None and not 0.0 < val_fraction < 1.0:
-        raise UserError(f"val_fraction={val_fraction} is out of range: expected a value between 0 and 1")
-    if shard_size < 1:
-        raise UserError(f"shard_size={shard_size} is out of range: expected 1 or more tokens")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers={workers} is out of range: expected 0 (no worker processes) or more")
+    if val_fraction is not None:
+        between("val_fraction", val_fraction, 0.0, 1.0, open_left=True, open_right=True)
+    at_least("shard_size", shard_size, 1)
+    at_least("workers", workers, 0)
     root = Path(root)
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
         spec = _make_spec(list(sources), train_files, val_files, text_key, root, Path(spool), report)

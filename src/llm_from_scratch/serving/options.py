@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import above, at_least
 from ..errors import UserError
 
 KEY_VARIABLE = "LLM_API_KEY"
@@ -51,17 +52,11 @@ class ServeOptions:
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port={self.port} is out of range: expected 0 to 65535")
-        for name in ("max_concurrent", "max_tokens", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: expected 1 or more")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise UserError(f"max_prompt_tokens={self.max_prompt_tokens} is out of range: expected 1 or more")
-        if self.max_queued < 0:
-            raise UserError(f"max_queued={self.max_queued} is out of range: expected 0 or more")
-        if not 0 < self.max_seconds < float("inf"):
-            raise UserError(f"max_seconds={self.max_seconds} is out of range: expected a finite number above 0")
-        if not 0 <= self.drain_seconds < float("inf"):
-            raise UserError(f"drain_seconds={self.drain_seconds} is out of range: expected 0 or more")
+        for name in ("max_concurrent", "max_tokens", "max_body_bytes", "max_prompt_tokens"):
+            at_least(name, getattr(self, name), 1)
+        at_least("max_queued", self.max_queued, 0)
+        above("max_seconds", self.max_seconds, 0)
+        at_least("drain_seconds", self.drain_seconds, 0)
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise UserError("api_key must have at least one character, only visible ASCII and no spaces")
         if self.model_name is not None and not re.fullmatch(r"[\w./:@+-]{1,200}", self.model_name):
