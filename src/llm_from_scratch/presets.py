@@ -1,9 +1,7 @@
-"""Settings for every command: defaults < preset files < command line.
-
-A preset is a YAML file (nested by section, or flat) or a Python file of flat assignments as in nanoGPT. Files and
-command line are merged as {leaf name: text} and parsed once by tyro with the types of config.py. So a value means the
-same in every place, and unknown names are refused in every place.
-"""
+"""Settings for every command: defaults < preset files < command line. A preset is a YAML file (nested by section, or
+flat) or a Python file of flat assignments as in nanoGPT. Files and command line are merged as {leaf name: text} and
+parsed once by tyro with the types of config.py. So a value means the same in every place, and unknown names are refused
+in every place."""
 
 from __future__ import annotations
 
@@ -62,13 +60,10 @@ def parse(
     presets: bool = True,
     base_preset: str | None = None,
 ) -> Parsed[T]:
-    """Reads a command line into a dataclass tree.
-
-    defaults: defaults of this command by leaf name, replacing those of the tree. presets: arguments without dashes are
-    preset files (else they are returned as positionals). base_preset: the preset to use if none is given. `--help`
-    prints the fields' docs and exits. Raises UserError: unknown name (with the nearest), wrong type, missing or
-    unreadable preset.
-    """
+    """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
+    the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
+    the preset to use if none is given. `--help` prints the fields' docs and exits. Raises UserError: unknown name (with
+    the nearest), wrong type, missing or unreadable preset."""
     leaves = leaf_types(tree_type)
     options, words, wants_help = _split(argv, leaves, _sections(tree_type))
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})

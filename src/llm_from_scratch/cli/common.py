@@ -1,7 +1,5 @@
-"""Exit codes and error messages of every command, and how a command finds its model.
-
-A user's mistake is one line and exit code 2, never a traceback.
-"""
+"""Exit codes and error messages of every command, and how a command finds its model. A user's mistake is one line and
+exit code 2, never a traceback."""
 
 from __future__ import annotations
 
@@ -16,11 +14,8 @@ from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, o
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
-    """Calls main(argv) and returns its exit code.
-
-    1 if the output cannot be written, 2 for a UserError or a closed standard output, 130 for Ctrl-C, 141 if nobody
-    reads the output any more.
-    """
+    """Calls main(argv) and returns its exit code. 1 if the output cannot be written, 2 for a UserError or a closed
+    standard output, 130 for Ctrl-C, 141 if nobody reads the output any more."""
     if not open_streams():
         note("error: standard output is closed: redirect it to a file or to /dev/null")
         return 2

@@ -1,7 +1,5 @@
-"""`./just demo`: prepare a text, train a small model, plot its loss curve and print samples, in a few minutes.
-
-Each stage runs one of the commands. Arguments are passed to llm-train.
-"""
+"""`./just demo`: prepare a text, train a small model, plot its loss curve and print samples, in a few minutes. Each
+stage runs one of the commands. Arguments are passed to llm-train."""
 
 from __future__ import annotations
 
@@ -26,11 +24,9 @@ BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
 def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, unicode: bool = True) -> str:
-    """A text plot of the losses: at most `width` columns and height + 3 lines.
-
-    train, val: (step, loss) in any order; non-finite losses are ignored. The train loss is averaged within a column
-    and drawn as a line, each val loss as one mark. unicode=False draws in ASCII. Without losses, returns "".
-    """
+    """A text plot of the losses: at most `width` columns and height + 3 lines. train, val: (step, loss) in any order;
+    non-finite losses are ignored. The train loss is averaged within a column and drawn as a line, each val loss as one
+    mark. unicode=False draws in ASCII. Without losses, returns ""."""
     train = sorted(point for point in train if math.isfinite(point[1]))
     val = sorted(point for point in val if math.isfinite(point[1]))
     if not train and not val:

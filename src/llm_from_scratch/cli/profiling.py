@@ -1,8 +1,6 @@
-"""Summary of a torch profile of training steps: time per kind of operation.
-
-On a CPU, the time of an operation excludes the operations it calls. On a GPU, it is the time of the kernels. The rest
-between the first and the last kernel is idle time: the GPU waits for the host.
-"""
+"""Summary of a torch profile of training steps: time per kind of operation. On a CPU, the time of an operation excludes
+the operations it calls. On a GPU, it is the time of the kernels. The rest between the first and the last kernel is idle
+time: the GPU waits for the host."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Token files: opening, checking and reading by position.
-
-Files are read, not memory-mapped. If a file is truncated during a run, a read raises DataError; a memory map would kill
-the process with SIGBUS.
-"""
+"""Token files: opening, checking and reading by position. Files are read, not memory-mapped. If a file is truncated
+during a run, a read raises DataError; a memory map would kill the process with SIGBUS."""
 
 from __future__ import annotations
 
@@ -19,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError
-from ..machine.files import open_file, open_whole, parse_json, read_file, to_json
+from ..machine.files import open_file, open_whole, read_json, to_json
 
 BLOCK = 1 << 20  # ids per read of a scan
 SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
 REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is saved
 CHECKED = ".checked.json"  # in the data folder: {file: size, modification times, largest id}
 HEAD = 1 << 12  # bytes read to detect the format
-MAX_MANIFEST = 16 << 20
 OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # formats that users confuse
 
 
@@ -184,7 +180,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     try:
-        manifest = parse_json(read_file(path, MAX_MANIFEST))
+        manifest = read_json(path)
         if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
@@ -195,7 +191,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             if type(shard["tokens"]) is not int or shard["tokens"] < 0:
                 raise ValueError("a file does not have a number of tokens")
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged ({why}); prepare the data again with llm-prepare") from None
 
@@ -206,10 +202,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def scan(
     shards: Shards, name: str, vocab_size: int, remember: bool = True, stopped: threading.Event | None = None
 ) -> int:
-    """Reads every id and returns the largest. Raises DataError at the first one outside the vocabulary.
-
-    The results for large files are kept next to them and used while they do not change; remember=False writes nothing.
-    """
+    """Reads every id and returns the largest. Raises DataError at the first one outside the vocabulary. The results for
+    large files are kept next to them and used while they do not change; remember=False writes nothing."""
     is_large, at, found = sum(shard.nbytes for shard in shards) >= REMEMBER_FROM, 0, 0
     for shard in shards:
         largest = _remembered(shard) if is_large and isinstance(shard, TokenFile) else None
@@ -319,7 +313,6 @@ def _facts(shard: TokenFile) -> dict[str, Any]:
 
 def _checked(folder: Path) -> dict[str, Any]:
     try:
-        content = parse_json(read_file(folder / CHECKED, MAX_MANIFEST))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / CHECKED)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}

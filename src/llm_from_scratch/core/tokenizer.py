@@ -1,9 +1,7 @@
-"""The tokenizers: text to token ids and back.
-
-Five kinds with one interface: characters (as in nanoGPT), bytes, tiktoken's GPT-2 family, any Hugging Face
-`tokenizer.json`, and byte-level BPE trained on your text. The tokenizer is saved with the data and in every checkpoint,
-so loading it needs no network. Special tokens in a text are plain text by default.
-"""
+"""The tokenizers: text to token ids and back. Five kinds with one interface: characters (as in nanoGPT), bytes,
+tiktoken's GPT-2 family, any Hugging Face `tokenizer.json`, and byte-level BPE trained on your text. The tokenizer is
+saved with the data and in every checkpoint, so loading it needs no network. Special tokens in a text are plain text by
+default."""
 
 from __future__ import annotations
 
@@ -20,12 +18,11 @@ import numpy as np
 
 from ..errors import UserError
 from ..machine.files import parse_json, read_file
-from .vocab_files import byte_to_char, read_meta_pkl, tiktoken_parts
+from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
 MAX_GROWTH = 64  # how much longer the replacements of a tokenizer.json may make a text
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
-EOT = "<|endoftext|>"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
 # tokenizer.json has no field for the end-of-text token; these are its usual names.

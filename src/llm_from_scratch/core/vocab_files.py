@@ -1,7 +1,5 @@
-"""Sources of vocabularies: GPT-2's files, tiktoken's cache or server, nanoGPT's meta.pkl.
-
-Files are checked by sha256 before use, and pickles by what they can build.
-"""
+"""Sources of vocabularies: GPT-2's files, tiktoken's cache or server, nanoGPT's meta.pkl. Files are checked by sha256
+before use, and pickles by what they can build."""
 
 from __future__ import annotations
 
@@ -23,6 +21,7 @@ from typing import Any
 from ..errors import UserError
 from ..machine.files import read_file
 
+EOT = "<|endoftext|>"
 GPT2_DIR_VARIABLE = "LLM_GPT2_DIR"
 # OpenAI's two files of GPT-2's vocabulary. The ids are in merge order, so encoder.json is enough for the ranks.
 GPT2_SHA256 = {
@@ -43,14 +42,18 @@ def tiktoken_parts(name: str) -> tuple[dict[bytes, int], str, dict[str, int]]:
     """Ranks, pattern and special tokens of an encoding. gpt2: from local files if there are any. Otherwise from
     tiktoken's cache or server. Raises UserError."""
     if name == "gpt2" and (encoder := gpt2_encoder_json()) is not None:
-        from tiktoken_ext.openai_public import r50k_pat_str
-
-        to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
-        eot = "<|endoftext|>"
-        ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != eot}
-        return ranks, r50k_pat_str, {eot: encoder[eot]}
+        return gpt2_parts(encoder)
     bpe = tiktoken_encoding(name)
     return bpe._mergeable_ranks, bpe._pat_str, bpe._special_tokens
+
+
+def gpt2_parts(encoder: dict[str, int]) -> tuple[dict[bytes, int], str, dict[str, int]]:
+    """Ranks, pattern and special tokens of GPT-2 from its vocabulary (encoder.json, or Hugging Face's vocab.json)."""
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
+    ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != EOT}
+    return ranks, r50k_pat_str, {EOT: encoder[EOT]}
 
 
 def gpt2_encoder_json() -> dict[str, int] | None:

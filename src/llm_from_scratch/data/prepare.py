@@ -1,9 +1,7 @@
-"""Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest.
-
-Memory is bounded: texts are streamed in units of about a megabyte, encoded (large inputs by worker processes) and
-appended to shards. The token cache keeps encoded units, so an interrupted run can resume. The dataset is built in a
-temporary folder, which is renamed when it is complete.
-"""
+"""Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest. Memory is bounded: texts are
+streamed in units of about a megabyte, encoded (large inputs by worker processes) and appended to shards. The token
+cache keeps encoded units, so an interrupted run can resume. The dataset is built in a temporary folder, which is
+renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -31,6 +29,7 @@ from ..config import at_least, between
 from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
+from ..machine.files import read_json
 from . import sources as src
 from .encode import ShardWriter, TokenCache, encode_units, units_of
 
@@ -91,11 +90,9 @@ def prepare(
     root: str | Path = ".",
     report: Report = print,
 ) -> Path:
-    """Prepares training data and returns its folder (default: data/processed/NAME).
-
-    `llm-prepare --help` explains the settings. Paths are relative to root. If sources and settings have not changed,
-    nothing is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain.
-    """
+    """Prepares training data and returns its folder (default: data/processed/NAME). `llm-prepare --help` explains the
+    settings. Paths are relative to root. If sources and settings have not changed, nothing is done. Raises UserError.
+    After an error or Ctrl-C, only cached tokens remain."""
     if val_fraction is not None:
         between("val_fraction", val_fraction, 0.0, 1.0, open_left=True, open_right=True)
     at_least("shard_size", shard_size, 1)
@@ -261,15 +258,10 @@ def build(
     if cache.hits:
         report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": spec.name,
-        "dtype": tokenizer.dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
-        "splits": splits,
-    } | extra
+    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": spec.name}
+    manifest |= {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
+    manifest |= {"tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()}, "splits": splits}
+    manifest |= extra
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -318,10 +310,10 @@ def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[st
 
 def _manifest(target: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if manifest["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_json(target / MANIFEST)
+    except UserError:
         return None
+    return manifest if manifest.get("format") == FORMAT else None
 
 
 def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -393,13 +385,11 @@ def _alive(pid: int) -> bool:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
+    old = target.parent / f".{target.name}.previous-{os.getpid()}"
     if target.exists():
-        old = target.parent / f".{target.name}.previous-{os.getpid()}"
         os.rename(target, old)
-        os.rename(folder, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(folder, target)
+    os.rename(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

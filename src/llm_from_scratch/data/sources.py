@@ -228,10 +228,8 @@ READERS = {
 
 def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = print) -> list[Path]:
     """The files named by files, folders, globs and "-" (standard input, copied to the folder spool), each once.
-
     Searches root, then data/raw. A folder gives its files with a suffix in READERS, sorted. Raises UserError if an
-    argument matches nothing.
-    """
+    argument matches nothing."""
     files: dict[str, Path] = {}
     for argument in arguments:
         if not argument:

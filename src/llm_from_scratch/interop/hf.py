@@ -151,14 +151,11 @@ FAMILIES = {
 
 
 def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
-    """Weights, settings and tokenizer from a folder in Hugging Face's format, or from the hub.
-
-    name_or_folder: a folder with config.json and model.safetensors (or its shards, or pytorch_model.bin), or gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl or owner/name, which is fetched into Hugging Face's cache (extra `hf`).
-    The state dict has our names, both of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the
-    folder has none that this program can run. Raises UserError if files are missing, do not fit together, or describe a
-    model that ours cannot be.
-    """
+    """Weights, settings and tokenizer from a folder in Hugging Face's format, or from the hub. name_or_folder: a folder
+    with config.json and model.safetensors (or its shards, or pytorch_model.bin), or gpt2, gpt2-medium, gpt2-large,
+    gpt2-xl or owner/name, which is fetched into Hugging Face's cache (extra `hf`). The state dict has our names, both
+    of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the folder has none that this program
+    can run. Raises UserError if files are missing, do not fit together, or describe a model that ours cannot be."""
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
     state = _read_weights(Weights(folder), family, config)
@@ -169,13 +166,11 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
 
 
 def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None, folder: str | Path) -> None:
-    """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag.
-
-    folder: new or empty; it appears complete or not at all. If transformers is installed, its logits are compared with
-    ours; the line printed at the end gives the result. A padded vocabulary stays padded: ids without a token are
-    suppressed in generation_config.json. Raises UserError for a model that transformers has no name for, and if the
-    comparison fails.
-    """
+    """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag. folder: new or
+    empty; it appears complete or not at all. If transformers is installed, its logits are compared with ours; the line
+    printed at the end gives the result. A padded vocabulary stays padded: ids without a token are suppressed in
+    generation_config.json. Raises UserError for a model that transformers has no name for, and if the comparison
+    fails."""
     folder = Path(folder)
     family = family_of(config)
     check_names(family, config)

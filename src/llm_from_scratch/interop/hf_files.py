@@ -1,7 +1,5 @@
-"""Folders in Hugging Face's format as files: downloaded, read tensor by tensor, written atomically.
-
-Reading runs no code from the folder: safetensors, JSON, and pickled tensors whose opcodes are inspected first.
-"""
+"""Folders in Hugging Face's format as files: downloaded, read tensor by tensor, written atomically. Reading runs no
+code from the folder: safetensors, JSON, and pickled tensors whose opcodes are inspected first."""
 
 from __future__ import annotations
 
@@ -32,11 +30,9 @@ BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # 
 
 
 def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path:
-    """A local folder, or a model's folder in Hugging Face's cache, downloaded if needed.
-
-    check: called with a folder that may contain only config.json, before gigabytes are downloaded. Raises UserError if
-    there is no such folder and it cannot be downloaded.
-    """
+    """A local folder, or a model's folder in Hugging Face's cache, downloaded if needed. check: called with a folder
+    that may contain only config.json, before gigabytes are downloaded. Raises UserError if there is no such folder and
+    it cannot be downloaded."""
     folder, name = Path(name_or_folder).expanduser(), str(name_or_folder)
     if (folder / "config.json").is_file():
         return folder
@@ -47,17 +43,8 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
             f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
         )
     require("huggingface_hub", "hf", f"downloading {name} from Hugging Face", "name a folder that holds it")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=FETCHED[:1]))
-    except Exception as error:  # the client raises its own errors, httpx's and OSError
-        raise _not_fetched(name, error) from None
-    check(folder)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=FETCHED))
-    except Exception as error:
-        raise _not_fetched(name, error) from None
+    check(_download(name, FETCHED[:1]))
+    folder = _download(name, FETCHED)
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{name!r} has no safetensors weights on Hugging Face (offline: in its cache). Other formats are not "
@@ -66,11 +53,16 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     return folder
 
 
-def _not_fetched(name: str, error: Exception) -> UserError:
-    reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
-    kind = type(error).__name__
-    why = "no such model on Hugging Face" if "NotFoundError" in kind and "Entry" not in kind else OFFLINE
-    return UserError(f"Cannot load {name!r}: no such folder, and {why} ({kind}: {reason}).")
+def _download(name: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the client raises its own errors, httpx's and OSError
+        reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
+        kind = type(error).__name__
+        why = "no such model on Hugging Face" if "NotFoundError" in kind and "Entry" not in kind else OFFLINE
+        raise UserError(f"Cannot load {name!r}: no such folder, and {why} ({kind}: {reason}).") from None
 
 
 class Weights:

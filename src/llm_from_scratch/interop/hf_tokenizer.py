@@ -1,8 +1,6 @@
-"""Tokenizers in Hugging Face's format, read and written.
-
-Every kind of tokenizer is written as a tokenizer.json for the `tokenizers` library, next to our own files. So
-transformers can read the folder, and we read back exactly the same tokenizer.
-"""
+"""Tokenizers in Hugging Face's format, read and written. Every kind of tokenizer is written as a tokenizer.json for the
+`tokenizers` library, next to our own files. So transformers can read the folder, and we read back exactly the same
+tokenizer."""
 
 from __future__ import annotations
 
@@ -16,8 +14,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from ..core.tokenizer import EOT, HF_FILE, MAX_DEFINITION, HFTokenizer, TiktokenTokenizer, Tokenizer
-from ..core.vocab_files import GPT2_SHA256, byte_to_char
+from ..core.tokenizer import HF_FILE, MAX_DEFINITION, META_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.vocab_files import EOT, GPT2_SHA256, byte_to_char, gpt2_parts
 from ..errors import UserError
 from ..machine.files import parse_json, read_file
 from .hf_files import short
@@ -28,31 +26,26 @@ PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "W
 
 
 def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
-    """The tokenizer of a folder in Hugging Face's format; None if it has no supported tokenizer.
-
-    gpt2: whether the model is GPT-2-shaped, so that vocab.json and merges.txt split words as GPT-2 does. GPT-2's own
-    vocabulary becomes our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a damaged file.
-    """
+    """The tokenizer of a folder in Hugging Face's format; None if it has no supported tokenizer. gpt2: whether the
+    model is GPT-2-shaped, so that vocab.json and merges.txt split words as GPT-2 does. GPT-2's own vocabulary becomes
+    our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a damaged file."""
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
     try:
         if (folder / HF_FILE).is_file():
             definition = parse_json(read_file(folder / HF_FILE, MAX_DEFINITION))
             if _is_gpt2(definition):
-                return gpt2_tokenizer(definition["model"]["vocab"])
+                return TiktokenTokenizer("gpt2", *gpt2_parts(definition["model"]["vocab"]))
             return HFTokenizer.from_file(folder / HF_FILE)
         if gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = parse_json(read_file(folder / "vocab.json", MAX_DEFINITION))
             lines = read_file(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
-            definition = json.loads(backend.to_str())
-            return (
-                gpt2_tokenizer(vocab) if _is_gpt2(definition) else HFTokenizer(backend.to_str(), "hf", vocab.get(EOT))
-            )
-    except UserError:
-        raise
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+            if _is_gpt2(json.loads(backend.to_str())):
+                return TiktokenTokenizer("gpt2", *gpt2_parts(vocab))
+            return HFTokenizer(backend.to_str(), "hf", vocab.get(EOT))
+    except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # malformed JSON, or any error of the Rust side: a panic is not an Exception
         raise UserError(f"the tokenizer in {folder} cannot be read: {short(error)}") from None
@@ -61,11 +54,9 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
     """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
-
-    Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours.
-    """
+    Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours."""
     tokenizer.save(folder)
-    meta = json.loads((folder / "tokenizer.meta.json").read_text(encoding="utf-8"))
+    meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     if tokenizer.name in ("bpe", "hf"):
         backend = Backend.from_file(str(folder / HF_FILE))
         backend.no_truncation()  # transformers also truncates and pads only on request
@@ -109,16 +100,6 @@ def probes(tokenizer: Tokenizer) -> list[str]:
 def unused_ids(backend: Backend | None, rows: int) -> list[int]:
     """Rows of the embedding without a token: padding, and gaps in the vocabulary."""
     return sorted(set(range(rows)) - set(backend.get_vocab(with_added_tokens=True).values())) if backend else []
-
-
-def gpt2_tokenizer(vocab: dict[str, int]) -> TiktokenTokenizer:
-    """Our gpt2 tokenizer from the vocabulary itself (vocab.json, OpenAI's encoder.json), without a download."""
-    from tiktoken_ext.openai_public import r50k_pat_str
-
-    to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
-    tokens = sorted((i, token) for token, i in vocab.items() if token != EOT)
-    ranks = {bytes(to_byte[char] for char in token): i for i, token in tokens}
-    return TiktokenTokenizer("gpt2", ranks, r50k_pat_str, {EOT: vocab[EOT]})
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -69,9 +69,7 @@ class NanoGPTCheckpoint:
 
 def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpoint:
     """Reads a ckpt.pt. weights_only skips the optimizer's state. Settings that this program does not have are dropped.
-
-    Raises UserError or DamagedError if the file is not what nanoGPT writes.
-    """
+    Raises UserError or DamagedError if the file is not what nanoGPT writes."""
     path = Path(path)
     content = load_plain(path)
     if missing := [key for key in ("model", "model_args") if not isinstance(content.get(key), dict)]:
@@ -168,12 +166,10 @@ def _check_parameters(config: GPTConfig) -> None:
 def write_nanogpt(
     path: str | Path, content: NanoGPTCheckpoint, overwrite: bool = False, accept_erf_gelu: bool = False
 ) -> Path:
-    """Writes a ckpt.pt that nanoGPT's train.py (--init_from=resume) and sample.py read; whole or not at all.
-
-    A file written by this program is replaced, any other only with overwrite. AdamW's state is included; another
-    optimizer's cannot be, and nanoGPT then starts with fresh moments. Raises UserError (see check_nanogpt), or
-    SaveError if the disk fails.
-    """
+    """Writes a ckpt.pt that nanoGPT's train.py (--init_from=resume) and sample.py read; whole or not at all. A file
+    written by this program is replaced, any other only with overwrite. AdamW's state is included; another optimizer's
+    cannot be, and nanoGPT then starts with fresh moments. Raises UserError (see check_nanogpt), or SaveError if the
+    disk fails."""
     path, config = Path(path), content.config
     check_nanogpt(path, config, overwrite, accept_erf_gelu)
     weights = plain_names(content.weights)

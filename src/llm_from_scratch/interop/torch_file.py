@@ -1,8 +1,6 @@
-"""Files of torch.save, read without running their pickle.
-
-Such a file is a zip archive with one pickle and the bytes of the tensors. The pickle's opcodes are inspected before
-torch reads it (weights_only). Torch is imported when tensors are needed.
-"""
+"""Files of torch.save, read without running their pickle. Such a file is a zip archive with one pickle and the bytes of
+the tensors. The pickle's opcodes are inspected before torch reads it (weights_only). Torch is imported when tensors are
+needed."""
 
 from __future__ import annotations
 
@@ -32,10 +30,8 @@ _OPCODES = re.compile(
 
 
 def load_plain(path: Path) -> dict[Any, Any]:
-    """The dict in a file of torch.save, if it contains only plain values and tensors.
-
-    Needs about as much memory as the file has bytes, even if it claims larger sizes. Raises UserError, DamagedError.
-    """
+    """The dict in a file of torch.save, if it contains only plain values and tensors. Needs about as much memory as the
+    file has bytes, even if it claims larger sizes. Raises UserError, DamagedError."""
     import torch
 
     if not path.is_file():

@@ -49,7 +49,9 @@ class Answer(Response):
         while not job.gone:
             batch = await job.next()
             if any(update.error is not None for _, update in batch):
-                raise self._failed(job)
+                if not job.engine.alive:
+                    raise self.queue.supervisor.unavailable()
+                raise ApiError(500, "the engine failed on this request", code="generation_failed")
             if not batch:
                 gains = self.plan.cut() if job.over else []
                 if gains and not any(self.plan.begun):
@@ -59,24 +61,19 @@ class Answer(Response):
                 return gains
         return []
 
-    def _failed(self, job: Job) -> ApiError:
-        if not job.engine.alive:
-            return self.queue.supervisor.unavailable()
-        return ApiError(500, "the engine failed on this request", code="generation_failed")
-
     async def _whole(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
         choices = [Gain(index) for index in range(self.plan.count)]
-        first = True
-        while gains := await self._gains(job):
-            if first:
-                self.metrics.first_token.observe(time.monotonic() - self.began)
-                first = False
+        gains = await self._gains(job)
+        if gains:
+            self.metrics.first_token.observe(time.monotonic() - self.began)
+        while gains:
             for gain in gains:
                 choice = choices[gain.index]
                 choice.text += gain.text
                 choice.tokens += gain.tokens
                 choice.before += gain.before
                 choice.reason = gain.reason or choice.reason
+            gains = await self._gains(job)
         if not job.gone:
             if not job.over:
                 self.queue.supervisor.completed()

@@ -1,8 +1,6 @@
-"""Chats: the model's chat template, rendered in a sandbox, and OpenAI's JSON for /v1/chat/completions.
-
-Templates have the same variables and functions as in transformers: messages, add_generation_prompt, bos_token,
-eos_token, raise_exception, strftime_now, tojson without HTML escapes, and Jinja's loop controls.
-"""
+"""Chats: the model's chat template, rendered in a sandbox, and OpenAI's JSON for /v1/chat/completions. Templates have
+the same variables and functions as in transformers: messages, add_generation_prompt, bos_token, eos_token,
+raise_exception, strftime_now, tojson without HTML escapes, and Jinja's loop controls."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ApiError, UserError
-from ..machine.files import parse_json, read_file
+from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 from .completions import Gain, Plan, alternative, bytes_json, number, token_json
 
-MAX_TEMPLATE, MAX_CONFIG = 1 << 20, 16 << 20  # bytes
+MAX_TEMPLATE = 1 << 20  # bytes
 
 
 class ChatTemplate:
@@ -53,7 +51,7 @@ def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatT
     try:
         path = folder / "tokenizer_config.json" if folder is not None else None
         if path is not None and path.is_file():
-            content = parse_json(read_file(path, MAX_CONFIG))
+            content = parse_json(read_file(path, MAX_JSON))
             config = content if isinstance(content, dict) else {}
         source = config.get("chat_template")
         if isinstance(source, list):  # several by name
@@ -78,10 +76,7 @@ def end_ids(folder: Path | None, vocab_size: int) -> frozenset[int]:
     path = folder / "generation_config.json" if folder is not None else None
     if path is None or not path.is_file():
         return frozenset()
-    try:
-        found = parse_json(read_file(path, MAX_CONFIG)).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    found = read_json(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [found]
     return frozenset(i for i in ids if type(i) is int and 0 <= i < vocab_size)
 
@@ -108,7 +103,7 @@ class ChatPlan(Plan):
         begin = '{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return "".join(f'{self.chunk_head}"choices":[{begin % index}]{self.tail}' for index in range(self.count))
 
-    def _choice(self, gain: Gain, name: str) -> str:
+    def _choice(self, gain: Gain) -> str:
         reason = "null" if gain.reason is None else f'"{gain.reason}"'
         logprobs = self._logprobs(gain) if self.logprobs else "null"
         delta = f'{{"content":{json.dumps(gain.text)}}}' if gain.text or gain.tokens else "{}"

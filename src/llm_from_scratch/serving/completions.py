@@ -1,7 +1,5 @@
-"""Completions: a checked request becomes engine requests, and the engine's updates become OpenAI's JSON.
-
-Chunks are assembled as text, because objects for each chunk would be slower than the model.
-"""
+"""Completions: a checked request becomes engine requests, and the engine's updates become OpenAI's JSON. Chunks are
+assembled as text, because objects for each chunk would be slower than the model."""
 
 from __future__ import annotations
 
@@ -53,11 +51,9 @@ def number(value: float | None) -> str:
 
 
 class Plan:
-    """The engine requests of a client's request, and the format of the response.
-
-    requests: one per prompt. echo: the texts of the prompts, if they are to be repeated. keep: whether to return the
-    generated tokens (max_tokens=0 scores the prompt and drops one token).
-    """
+    """The engine requests of a client's request, and the format of the response. requests: one per prompt. echo: the
+    texts of the prompts, if they are to be repeated. keep: whether to return the generated tokens (max_tokens=0 scores
+    the prompt and drops one token)."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
@@ -132,7 +128,7 @@ class Plan:
         """One event, or "" if there is nothing new."""
         if not gain.text and gain.reason is None and not (self.logprobs and gain.tokens):
             return ""
-        return f'{self.chunk_head}"choices":[{self._choice(gain, "text")}]{self.tail}'
+        return f'{self.chunk_head}"choices":[{self._choice(gain)}]{self.tail}'
 
     def closing(self) -> str:
         """Events after the last token."""
@@ -145,17 +141,16 @@ class Plan:
         return f'{self.head}"choices":[{choices}],{self.usage_json()}}}'
 
     def _whole_choice(self, gain: Gain) -> str:
-        return self._choice(gain, "text")
+        return self._choice(gain)
 
-    def _choice(self, gain: Gain, name: str) -> str:
+    def _choice(self, gain: Gain) -> str:
         reason = "null" if gain.reason is None else f'"{gain.reason}"'
         logprobs = self._logprobs(gain) if self.logprobs else "null"
         text = json.dumps(gain.text)
-        return f'{{"index":{gain.index},"{name}":{text},"logprobs":{logprobs},"finish_reason":{reason}}}'
+        return f'{{"index":{gain.index},"text":{text},"logprobs":{logprobs},"finish_reason":{reason}}}'
 
     def _logprobs(self, gain: Gain) -> str:
-        tokens, tops = gain.tokens, []
-        full = []
+        tokens, tops, full = gain.tokens, [], []
         for place, token in enumerate(tokens):
             if place < gain.before and token.logprob is None:  # a prompt's first token
                 tops.append("null")

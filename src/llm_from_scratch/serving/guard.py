@@ -1,16 +1,13 @@
-"""Access checks before every route: host name, origin, API key, content type and size.
-
-A browser lets any web page send requests to a server on the same machine. So a server without a key accepts only its
-own host names (against DNS rebinding), refuses POST requests from other origins, and refuses content types that a page
-could send without a preflight request.
-"""
+"""Access checks before every route: host name, origin, API key, content type and size. A browser lets any web page send
+requests to a server on the same machine. So a server without a key accepts only its own host names (against DNS
+rebinding), refuses POST requests from other origins, and refuses content types that a page could send without a
+preflight request."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import re
-import sys
 import traceback
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -19,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
+from ..machine.terminal import note
 from .errors import error_response, overloaded
 from .metrics import Metrics
 
@@ -73,7 +71,7 @@ class Guard:
         except Exception as error:  # our own bug, reported without the request's content
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-            print(f"llm-serve: internal error: {type(error).__name__} at {place}", file=sys.stderr, flush=True)
+            note(f"llm-serve: internal error: {type(error).__name__} at {place}")
             if status:
                 raise ConnectionAbortedError from None
             await error_response(ApiError(500, "internal error; see the server's log"))(scope, receive, watched)
@@ -108,17 +106,15 @@ class Guard:
         origin = self._one(scope, b"origin")
         if origin:
             text = origin.decode("latin-1")
-            own = self._netloc(text) == host.decode("latin-1").lower()
-            if own or text in self.origins or "*" in self.origins or self._named(text):
+            netloc = self._netloc(text)
+            # a name in --allowed_hosts; local names do not count, because other servers use them too
+            name = host_name(netloc.encode("latin-1"))
+            named = self.names is not None and name in self.names and name not in LOCAL_NAMES
+            if netloc == host.decode("latin-1").lower() or text in self.origins or "*" in self.origins or named:
                 return
         elif self._one(scope, b"sec-fetch-site") in (b"", b"same-origin", b"none"):
             return
         raise ApiError(403, "web pages of other origins are not allowed; start the server with --cors_origins")
-
-    def _named(self, origin: str) -> bool:
-        """Whether an origin is in --allowed_hosts. Local names do not count, because other servers use them too."""
-        name = host_name(self._netloc(origin).encode("latin-1"))
-        return self.names is not None and name in self.names and name not in LOCAL_NAMES
 
     @staticmethod
     def _netloc(origin: str) -> str:

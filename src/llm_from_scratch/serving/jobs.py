@@ -7,7 +7,8 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import ApiError, UserError
@@ -92,19 +93,13 @@ class JobQueue:
         job = Job(self, samples, began)
         try:
             for index, request in enumerate(requests):
-                job.handles.append(self.supervisor.submit(request, self._deliver(job, index)))
-        except UserError as error:
+                job.handles.append(self.supervisor.submit(request, partial(self.updates.put, job, index)))
+        except BaseException as error:
             job.close()
-            raise ApiError(400, str(error)) from None
-        except BaseException:
-            job.close()
+            if isinstance(error, UserError):
+                raise ApiError(400, str(error)) from None
             raise
         return job
-
-    def _deliver(self, job: Job, index: int) -> Callable[[Update], None]:
-        updates = self.updates
-        assert updates is not None
-        return lambda update: updates.put(job, index, update)
 
     def end_all(self) -> None:
         """Ends every job with the text so far."""
@@ -128,9 +123,8 @@ class Job:
         self.sending: float | None = None  # start of the current send
         queue.samples += samples
         queue.jobs.add(self)
-        loop = asyncio.get_running_loop()
         rest = max(0.0, began + queue.seconds - time.monotonic())
-        self.timer = loop.call_later(rest, self.end)
+        self.timer = asyncio.get_running_loop().call_later(rest, self.end)
 
     def take(self, index: int, update: Update) -> None:
         if self.closed or self.over or self.gone:

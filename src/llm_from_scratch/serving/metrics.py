@@ -13,10 +13,11 @@ from ..generation.engine import Stats
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
+class Metrics(Collector):
     """stats: the engine's statistics. up: whether an engine runs."""
 
     def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
+        self.stats, self.up = stats, up
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("llm_requests", "Requests by route and status.", ["route", "status"], registry=registry)
         self.aborted = Counter(
@@ -31,19 +32,13 @@ class Metrics:
             "llm_generation_seconds", "From a request's arrival to the end of its answer.", buckets=SECONDS,
             registry=registry,
         )  # fmt: skip
-        registry.register(_EngineFigures(stats, up))
+        registry.register(self)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
-
-class _EngineFigures(Collector):
-    """Metrics that are read on request."""
-
-    def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
-        self.stats, self.up = stats, up
-
     def collect(self) -> Iterator[Metric]:
+        """The engine's figures, read on request."""
         stats = self.stats()
         yield GaugeMetricFamily("llm_engine_up", "Whether an engine runs.", float(self.up()))
         yield GaugeMetricFamily("llm_requests_running", "Requests that are being decoded.", stats.running)

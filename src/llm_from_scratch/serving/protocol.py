@@ -1,7 +1,5 @@
-"""Request bodies: JSON of bounded size and depth with OpenAI's fields and ours, each checked.
-
-Unknown fields are refused with a suggestion. No field is ignored.
-"""
+"""Request bodies: JSON of bounded size and depth with OpenAI's fields and ours, each checked. Unknown fields are
+refused with a suggestion. No field is ignored."""
 
 from __future__ import annotations
 

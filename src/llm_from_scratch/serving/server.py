@@ -1,6 +1,5 @@
-"""uvicorn with time limits for headers, a limit of connections, errors in OpenAI's format and a graceful shutdown.
-
-The shutdown waits for running requests and exits with 0. A second signal stops immediately."""
+"""uvicorn with time limits for headers, a limit of connections, errors in OpenAI's format and a graceful shutdown. The
+shutdown waits for running requests and exits with 0. A second signal stops immediately."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +22,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import ApiError, UserError
+from ..machine.terminal import note
 from .errors import error_body
 from .jobs import JobQueue
 from .options import ServeOptions, addresses
@@ -176,11 +175,10 @@ class Server(uvicorn.Server):
     def _drain(self) -> None:
         self.queue.draining = True
         if self.queue.jobs:
-            print(
+            note(
                 f"llm-serve: stopping; {len(self.queue.jobs)} requests have {self.drain_seconds:g} s to finish "
-                "(press again to stop immediately)",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                "(press again to stop immediately)"
+            )
         self.loop.call_later(self.drain_seconds, self.queue.end_all)
 
 

@@ -23,6 +23,8 @@ from .supervisor import Supervisor
 from .watch import Watch
 
 MAX_LOGPROBS_TOTAL = 1 << 17  # log-probabilities per response
+# Settings of GenerationConfig that requests set by the same name
+SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Service:
@@ -74,7 +76,6 @@ class Service:
             "max_seconds": self.options.max_seconds,
         }
         defaults = asdict(GenerationConfig())
-        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
         return {
             "model": self.name,
             "tokenizer": self.tokenizer.name,
@@ -86,7 +87,7 @@ class Service:
             "chat": self.template is not None,
             "limits": limits,
             "watch": self.watch is not None,
-            "defaults": {name: defaults[name] for name in names}
+            "defaults": {name: defaults[name] for name in SAMPLING}
             | {
                 "max_tokens": min(defaults["max_new_tokens"], self.options.max_tokens),
                 "top_k": defaults["top_k"] if defaults["top_k"] < self.tokenizer.vocab_size else 0,
@@ -95,9 +96,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
-            raise ApiError(
-                404, f"no model {name[:100]!r} here: this server has {self.name}", "model", "model_not_found"
-            )
+            message = f"no model {name[:100]!r} here: this server has {self.name}"
+            raise ApiError(404, message, "model", "model_not_found")
 
     # requests: encoding takes time, so these run in a thread
 
@@ -122,11 +122,8 @@ class Service:
         """Raises ApiError."""
         self.check_model(asked.model)
         if self.template is None:
-            raise ApiError(
-                400,
-                "this model has no chat template: use /v1/completions, or start the server with --chat_template=FILE",
-                code="no_chat_template",
-            )
+            ways = "use /v1/completions, or start the server with --chat_template=FILE"
+            raise ApiError(400, f"this model has no chat template: {ways}", code="no_chat_template")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
@@ -168,14 +165,7 @@ class Service:
             if unknown := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
                 known = f"0 to {self.tokenizer.vocab_size - 1}"
                 raise ApiError(400, f"{name}: the model has the token ids {known}, not {str(unknown[0])[:20]}", name)
-        chosen: dict[str, Any] = {
-            "temperature": asked.temperature,
-            "top_p": asked.top_p,
-            "min_p": asked.min_p,
-            "repetition_penalty": asked.repetition_penalty,
-            "presence_penalty": asked.presence_penalty,
-            "frequency_penalty": asked.frequency_penalty,
-        }
+        chosen: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING}
         params = GenerationConfig(
             num_samples=asked.samples,
             max_new_tokens=length,
@@ -185,20 +175,13 @@ class Service:
         )
         count = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
         if logprobs is not None and count > MAX_LOGPROBS_TOTAL:
-            raise ApiError(
-                400,
-                f"the response would have {count} log-probabilities (tokens x samples x alternatives); "
-                f"the limit is {MAX_LOGPROBS_TOTAL}",
-                "logprobs",
-            )
+            message = f"the response would have {count} log-probabilities (tokens x samples x alternatives)"
+            raise ApiError(400, f"{message}; the limit is {MAX_LOGPROBS_TOTAL}", "logprobs")
         seed = asked.seed if asked.seed is not None else self.seeds.getrandbits(62)
         stop_tokens = (asked.stop_token_ids or frozenset()) | (frozenset() if asked.ignore_eos else self.ends)
-        return [
-            Request(
-                prompt, params, (seed + k * asked.samples) % 2**63, stop_tokens, asked.logit_bias or {}, logprobs, score
-            )
-            for k, prompt in enumerate(prompts)
-        ]
+        seeds = ((seed + k * asked.samples) % 2**63 for k in range(len(prompts)))
+        rest = stop_tokens, asked.logit_bias or {}, logprobs, score
+        return [Request(prompt, params, own, *rest) for prompt, own in zip(prompts, seeds, strict=True)]
 
     def _usage(self, asked: Sampling) -> bool:
         if asked.stream_options is not None and not asked.stream:
@@ -209,9 +192,8 @@ class Service:
         """Raises ApiError. add_special_tokens has no effect, because our tokenizers never add special tokens."""
         self.check_model(asked.model)
         ids = self.encode(asked.prompt, "prompt", bool(asked.allow_special)) if asked.prompt else []
-        pieces = [self.generator.bytes_of(*pair) for pair in zip(ids, ids[1:], strict=False)] if ids else []
-        if ids:
-            pieces.insert(0, self.tokenizer.decode_bytes(ids[:1]))
+        pieces = [self.tokenizer.decode_bytes(ids[:1])] if ids else []
+        pieces += [self.generator.bytes_of(*pair) for pair in zip(ids, ids[1:], strict=False)]
         return {
             "tokens": ids,
             "token_strs": [token_text(piece) for piece in pieces],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
 
 from ..errors import ApiError, EngineError
 from ..generation.engine import Engine, Handle, Request, Stats, Update
+from ..machine.terminal import note
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a new engine is built
 MAX_FAILURES = 6  # in a row, after which it stays down
@@ -63,18 +63,16 @@ class Supervisor:
 
     async def _replace(self) -> None:
         reason = self.engine.failure or "its thread ended"
-        now = self.engine.stats()
-        self.before = [
-            a + b for a, b in zip(self.before, (now.prompt_tokens, now.generated_tokens, now.steps), strict=True)
-        ]
+        sums = self.stats()
+        self.before = [sums.prompt_tokens, sums.generated_tokens, sums.steps]
         if time.monotonic() - self.born > SETTLED:
             self.failures = 0
         while True:
             self.failures += 1
-            print(f"llm-serve: the engine failed: {' '.join(reason.split())[:300]}", file=sys.stderr, flush=True)
+            note(f"llm-serve: the engine failed: {' '.join(reason.split())[:300]}")
             if self.failures >= MAX_FAILURES:
                 self.problem = f"the engine failed {self.failures} times in a row and stays down: restart the server"
-                print(f"llm-serve: {self.problem}", file=sys.stderr, flush=True)
+                note(f"llm-serve: {self.problem}")
                 await asyncio.Event().wait()
             self.problem = "the engine failed and is being restarted"
             await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 3 ** (self.failures - 1)))

@@ -27,12 +27,8 @@ class Watch:
         self._planned: tuple[str, int | None] = ("", None)
 
     def about(self) -> dict[str, Any]:
-        return {
-            "name": self.folder.resolve().name,
-            "live": self._live(),
-            "step": self._last_step(),
-            "max_iters": self._max_iters(),
-        }
+        facts = {"live": self._live(), "step": self._last_step(), "max_iters": self._max_iters()}
+        return {"name": self.folder.resolve().name, **facts}
 
     def metrics(self, after: int) -> dict[str, Any]:
         entries, following, reset = self._lines("metrics.jsonl", after)
