@@ -3,17 +3,17 @@ stage runs one of the commands. Arguments are passed to llm-train."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+from ..training.loggers import METRICS, read_metrics
 from .common import command
 
 OUT_DIR = "out-demo"
@@ -80,38 +80,16 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
     lines.append(corner.rjust(gutter) + floor * columns)
     left, right = f"step {first}", f"{last}"
     lines.append(" " * gutter + left + right.rjust(columns - len(left)))
-    marks = [("⠒⠒" if unicode else "**") + " train loss"] * bool(train) + [
-        ("●" if unicode else "o") + " val loss"
-    ] * bool(val)
+    line, dot = ("⠒⠒", "●") if unicode else ("**", "o")
+    marks = [f"{line} train loss"] * bool(train) + [f"{dot} val loss"] * bool(val)
     lines.append(" " * gutter + "   ".join(marks))
     return "\n".join(lines)
 
 
-@dataclass
-class Metrics:
-    """A run's losses by step. full: the val loss over the whole split at the end, or None if it was not measured."""
-
-    train: list[tuple[int, float]]
-    val: list[tuple[int, float]]
-    full: float | None
-
-
-def read_metrics(path: Path) -> Metrics:
-    """Reads a run's metrics.jsonl. The last entry of a step counts. Incomplete lines are skipped."""
-    series: dict[str, dict[int, float]] = {"loss": {}, "val_loss": {}, "val_loss_full": {}}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            for key, points in series.items():
-                if isinstance(entry.get(key), (int, float)):
-                    points[entry["step"]] = float(entry[key])
-    full = series["val_loss_full"]
-    return Metrics(
-        sorted(series["loss"].items()), sorted(series["val_loss"].items()), full[max(full)] if full else None
-    )
+def points(entries: list[dict[str, Any]], figure: str) -> Points:
+    """(step, value) of one figure of a run's metrics, by step. The last entry of a step counts."""
+    found = {entry["step"]: entry[figure] for entry in entries if isinstance(entry.get(figure), (int, float))}
+    return sorted((step, float(value)) for step, value in found.items())
 
 
 def draws_unicode() -> bool:
@@ -134,10 +112,10 @@ def option(argv: list[str], name: str) -> str | None:
     return value
 
 
-def call(command: str, *args: str) -> int:
+def call(name: str, *args: str) -> int:
     """Runs a command in a child process. Ctrl-C reaches the child too, so this waits until it ends."""
     sys.stdout.flush()
-    child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{command}", *args])
+    child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{name}", *args])
     while True:
         try:
             return child.wait()
@@ -160,13 +138,13 @@ def main(argv: list[str]) -> int:
     if code:
         return code
 
-    metrics = read_metrics(out_dir / "metrics.jsonl")
-    if metrics.full is not None:
-        print(f"\nfinal val loss over the whole validation split: {metrics.full:.4f}")
-    elif metrics.val:
-        print(f"\nfinal val loss: {metrics.val[-1][1]:.4f}")
+    entries = read_metrics(out_dir / METRICS)
+    train, val, whole = (points(entries, figure) for figure in ("loss", "val_loss", "val_loss_full"))
+    if whole or val:
+        split = " over the whole validation split" if whole else ""
+        print(f"\nfinal val loss{split}: {(whole or val)[-1][1]:.4f}")
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
-    print("\n" + loss_curve(metrics.train, metrics.val, width=width, unicode=draws_unicode()))
+    print("\n" + loss_curve(train, val, width=width, unicode=draws_unicode()))
     print("\nTwo samples:\n")
     code = call("generate", f"--out_dir={out_dir}", "--num_samples=2", "--max_new_tokens=300")
     if code:
@@ -184,7 +162,7 @@ def main(argv: list[str]) -> int:
     print("\nFiles:")
     print("\n".join(f"  {name:<16} {place}" for name, place in places if place.exists()))
     print("\nNext steps:")
-    print("\n".join(f"  {name:<16} {command}" for name, command in hints))
+    print("\n".join(f"  {name:<16} {how}" for name, how in hints))
     return 0
 
 

@@ -114,20 +114,12 @@ def main(argv: list[str]) -> int:
         result = evaluate_split(scored, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
     finally:
         runtimes.stop()
-    figures = {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.text_bytes,
-        "block_size": block_size,
-        "data": name,
-        "seconds": round(result.seconds, 3),
-    }
     if not runtime.is_master:
         return 0
     if options.json:
-        print(json.dumps(figures))
+        figures = {key: getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
+        figures |= {"bytes": result.text_bytes, "block_size": block_size, "data": name}
+        print(json.dumps(figures | {"seconds": round(result.seconds, 3)}))
     else:
         bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         print(

@@ -54,7 +54,10 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
     _choose_length(parsed)
     config.validate()
     if flags["print_config"]:
-        _print_yaml(config)
+        shown = to_dict(config)
+        if config.training.epochs is not None:
+            del shown["training"]["max_iters"]  # set by epochs; the output must be a valid preset
+        print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
         return 0
     from ..training.check import check
 
@@ -145,13 +148,6 @@ def _is_plain(name: str, value: Any) -> bool:
     if name == "dataset":
         return isinstance(value, str) and Path(value).name == value and value not in (".", "..")
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
-
-
-def _print_yaml(config: Config) -> None:
-    tree = to_dict(config)
-    if config.training.epochs is not None:
-        del tree["training"]["max_iters"]  # set by epochs; the output must be a valid preset
-    print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
 
 
 def _dry_run(parsed: Parsed[Config]) -> int:

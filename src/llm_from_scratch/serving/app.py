@@ -79,10 +79,6 @@ def make_app(service: Service) -> FastAPI:
             expose_headers=["Retry-After"],
         )
 
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        return error_response(error)
-
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         messages = {404: "no such route", 405: f"this route does not support {request.method}"}

@@ -40,6 +40,5 @@ def json_response(body: str | bytes, status: int = 200, headers: Mapping[str, st
 
 
 def overloaded(seconds: int) -> ApiError:
-    return ApiError(
-        429, "the server is busy and its queue is full; try again later", code="overloaded", retry_after=seconds
-    )
+    message = "the server is busy and its queue is full; try again later"
+    return ApiError(429, message, code="overloaded", retry_after=seconds)

@@ -87,16 +87,15 @@ class Guard:
             return
         host = self._one(scope, b"host")
         if self.names is not None and host_name(host) not in self.names:
-            raise ApiError(
-                403, "the server does not accept this host name; start it with --allowed_hosts", code="unknown_host"
-            )
+            message = "the server does not accept this host name; start it with --allowed_hosts"
+            raise ApiError(403, message, code="unknown_host")
         if method not in READING:
             self._check_origin(scope, host)
         if self.key is not None and not OPEN_PATHS.fullmatch(path):
             scheme, _, key = self._one(scope, b"authorization").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.key):
-                raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
-                               code="invalid_api_key")  # fmt: skip
+                message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+                raise ApiError(401, message, code="invalid_api_key")
         if method == "POST":
             kind = self._one(scope, b"content-type").partition(b";")[0].strip().lower()
             if kind != b"application/json":

@@ -169,10 +169,6 @@ def _refuse(reason: str) -> NoReturn:
     raise PydanticCustomError("refused", "{reason}", {"reason": reason})
 
 
-def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
 def parse_json(raw: bytes) -> Any:
     """A body's JSON. Raises ApiError: 400."""
     if sum(raw.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
@@ -181,7 +177,7 @@ def parse_json(raw: bytes) -> Any:
         if sum(outside.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
             raise ApiError(400, f"the body has too many values; the limit is {MAX_VALUES}")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"))
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 text (byte {error.start})") from None
     except RecursionError:

@@ -155,10 +155,8 @@ class Service:
     def _requests(
         self, asked: Sampling, prompts: list[list[int]], length: int, logprobs: int | None, score: bool
     ) -> list[Request]:
-        if length > self.options.max_tokens:
-            raise ApiError(
-                400, f"max_tokens={length} is more than this server's limit of {self.options.max_tokens}", "max_tokens"
-            )
+        if length > (limit := self.options.max_tokens):
+            raise ApiError(400, f"max_tokens={length} is more than this server's limit of {limit}", "max_tokens")
         if asked.samples > self.options.max_concurrent:
             raise ApiError(400, f"n={asked.samples} is more than {self.options.max_concurrent}", "n")
         for name, ids in (("logit_bias", asked.logit_bias or ()), ("stop_token_ids", asked.stop_token_ids or ())):

@@ -24,6 +24,7 @@ from llm_from_scratch.core.dataset import TokenData, resolve_dataset
 from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
 from llm_from_scratch.data import encode, nanogpt, sources
 from llm_from_scratch.data import prepare as module
+from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, val_documents
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
@@ -749,15 +750,15 @@ def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPa
     assert left_behind(here) == []
 
 
-def test_the_command_has_the_functions_settings() -> None:
-    import dataclasses
-
-    from llm_from_scratch.cli.prepare_data import PrepareOptions
-
-    parameters = inspect.signature(prepare).parameters
-    for field in dataclasses.fields(PrepareOptions):
-        assert parameters[field.name].default == field.default, field.name
-    assert {*parameters} - {f.name for f in dataclasses.fields(PrepareOptions)} == {"sources", "root", "report"}
+def test_the_function_has_the_commands_settings_and_no_others(here: Path) -> None:
+    (here / "book.txt").write_text(shakespeare()[:2000], encoding="utf-8")
+    said: list[str] = []
+    prepare(["book.txt"], tokenizer="char", report=said.append)
+    prepare(["book.txt"], **vars(PrepareOptions(tokenizer="char")), report=said.append)
+    assert any("is up to date" in line for line in said)
+    with pytest.raises(TypeError, match="tokeniser"):
+        prepare(["book.txt"], tokeniser="char")
+    assert {*inspect.signature(prepare).parameters} == {"sources", "root", "report", "settings"}
 
 
 # a new source: one table entry and one function

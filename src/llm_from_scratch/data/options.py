@@ -1,0 +1,42 @@
+"""The settings of llm-prepare. Imports no tokenizer, so that `--help` is fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import at_least, between
+
+
+@dataclass
+class PrepareOptions:
+    """Tokenizer, splits and output."""
+
+    tokenizer: str | None = None
+    """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (BPE with N ids, trained on the text), a tokenizer.json, or a
+    folder with a tokenizer (prepared data, a checkpoint). None: gpt2, or char for shakespeare_char."""
+    out_dir: str | None = None
+    """Output folder. None: data/processed/NAME."""
+    name: str | None = None
+    """Name of the dataset. None: from the first source."""
+    train_files: tuple[str, ...] = ()
+    """Training texts, instead of SOURCE. One, or a list such as '["a.txt", "b/*.md"]'."""
+    val_files: tuple[str, ...] = ()
+    """Validation texts. All sources are then used for training."""
+    val_fraction: float | None = None
+    """Fraction of the characters (one text) or documents (several) for validation. None: 0.1; openwebtext: 0.0005."""
+    seed: int = 2357
+    """Random seed for the choice of validation documents."""
+    text_key: str = "text"
+    """Field of a .jsonl line, or column of a .parquet file, with the text."""
+    shard_size: int = 1 << 30
+    """Maximum number of tokens per file. A single file is named train.bin or val.bin."""
+    workers: int | None = None
+    """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
+    cache_dir: str | None = "data/cache"
+    """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
+
+    def validate(self) -> None:
+        if self.val_fraction is not None:
+            between("val_fraction", self.val_fraction, 0.0, 1.0, open_left=True, open_right=True)
+        at_least("shard_size", self.shard_size, 1)
+        at_least("workers", self.workers, 0)
