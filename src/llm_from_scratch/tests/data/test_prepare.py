@@ -751,7 +751,7 @@ def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_function_has_the_commands_settings_and_no_others(here: Path) -> None:
-    (here / "book.txt").write_text(shakespeare()[:2000], encoding="utf-8")
+    (here / "book.txt").write_text("To be, or not to be.\n" * 100, encoding="utf-8")
     said: list[str] = []
     prepare(["book.txt"], tokenizer="char", report=said.append)
     prepare(["book.txt"], **vars(PrepareOptions(tokenizer="char")), report=said.append)
