@@ -25,7 +25,6 @@ from .torch_file import load_plain
 
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
-OFFLINE = "Hugging Face could not be reached"
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants in old files
 
 
@@ -59,10 +58,11 @@ def _download(name: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the client raises its own errors, httpx's and OSError
-        reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
         kind = type(error).__name__
-        why = "no such model on Hugging Face" if "NotFoundError" in kind and "Entry" not in kind else OFFLINE
-        raise UserError(f"Cannot load {name!r}: no such folder, and {why} ({kind}: {reason}).") from None
+        if re.search("LocalEntryNotFound|Connect|Offline|Timeout", kind):
+            raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
+        reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
+        raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 
 
 class Weights:
