@@ -6,8 +6,7 @@
         tokenizer.meta.json ...                                        what Tokenizer.save writes
         MANIFEST.json                                                  step, run id, val loss, sizes and hashes
 
-No pickle: reading a checkpoint runs no code. Torch is imported when tensors are needed, so that a missing checkpoint is
-reported at once.
+No pickle: reading a checkpoint runs no code. Torch is imported when tensors are needed: it takes seconds.
 """
 
 from __future__ import annotations
@@ -63,52 +62,43 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    out_dir: str | Path,
-    *,
-    step: int,
-    model_config: GPTConfig,
-    model: dict[str, Tensor],
-    run_id: str,
-    optimizer: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-    rng: dict[str, Tensor] | None = None,
-    config: dict[str, Any] | None = None,
-    tokenizer: Tokenizer | None = None,
-    val_loss: float | None = None,
-    dataset_hash: str | None = None,
+    out_dir: str | Path, *, run_id: str, val_loss: float | None = None, dataset_hash: str | None = None, **contents: Any
 ) -> Path:
-    """Writes out_dir/step-<step> (fields: see Checkpoint) and reads it back. A checkpoint of the same step is replaced.
+    """Writes out_dir/step-<step> and reads it back. A checkpoint of the same step is replaced.
 
-    Raises SaveError if the disk fails, UserError if a tensor is not finite; out_dir then holds what it held before.
+    contents: fields of Checkpoint, from step to tokenizer. Raises SaveError if the disk fails, UserError if a tensor is
+    not finite; out_dir then holds what it held before.
     """
     import torch
 
     from ..core.weights import buffers, not_finite
 
-    weights, (moments, numbers) = weights_to_save(model, model_config), split_optimizer(optimizer)
-    if name := not_finite(weights, buffers(model_config)) or not_finite(moments):
+    saved = Checkpoint(path=None, **contents)
+    weights = weights_to_save(saved.model, saved.model_config)
+    moments, numbers = split_optimizer(saved.optimizer)
+    if name := not_finite(weights, buffers(saved.model_config)) or not_finite(moments):
         raise UserError(
-            f"step {step} is not saved: {name} contains values that are not finite; try a lower learning_rate"
+            f"step {saved.step} is not saved: {name} contains values that are not finite; try a lower learning_rate"
         )
     parts: dict[str, Callable[[], Iterable[Any]]] = {
         "model.safetensors": lambda: file_of(weights),
         "optimizer.safetensors": lambda: file_of(moments),
-        "rng.safetensors": lambda: file_of(portable(rng or {})),
+        "rng.safetensors": lambda: file_of(portable(saved.rng)),
         "optimizer.json": lambda: [to_json(numbers)],
-        "trainer.json": lambda: [to_json(trainer or {})],
-        "config.json": lambda: [to_json(config or {})],
-        "model.json": lambda: [to_json(dataclasses.asdict(model_config))],
+        "trainer.json": lambda: [to_json(saved.trainer)],
+        "config.json": lambda: [to_json(saved.config)],
+        "model.json": lambda: [to_json(dataclasses.asdict(saved.model_config))],
     }
     fields = {
         **FORMAT,
-        "step": step,
+        "step": saved.step,
         "run_id": run_id,
         "val_loss": float(val_loss) if val_loss is not None and math.isfinite(val_loss) else None,
         "dataset_sha256": dataset_hash,
         "versions": {"llm_from_scratch": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    final = Path(out_dir) / f"step-{step:08d}"
-    hashed_folder.write_folder(final, parts, fields, tokenizer.save if tokenizer is not None else None)
+    final = Path(out_dir) / f"step-{saved.step:08d}"
+    hashed_folder.write_folder(final, parts, fields, saved.tokenizer.save if saved.tokenizer is not None else None)
     return final
 
 
@@ -139,36 +129,23 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
 
     model_config = weights.checked_model_config(plain("model.json"), str(path))
     model = weights.checked_weights(tensors("model.safetensors"), model_config, str(path))
-    optimizer: dict[str, Any] | None = None
-    rng: dict[str, Tensor] = {}
+    found = Checkpoint(path, manifest["step"], model_config, model, manifest=manifest)
     if not weights_only:
         moments, numbers = tensors("optimizer.safetensors"), plain("optimizer.json")
-        optimizer = join_optimizer(moments, numbers, model, str(path))
-        rng = tensors("rng.safetensors")
-    tokenizer = None
+        found.optimizer = join_optimizer(moments, numbers, model, str(path))
+        found.rng = tensors("rng.safetensors")
     if others := [name for name in manifest["files"] if name not in OWN_FILES]:
         from ..core.tokenizer import Tokenizer
 
         for name in others:
             read_member(path, name, manifest)
-        tokenizer = Tokenizer.load(path)
-    return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        model_config=model_config,
-        model=model,
-        optimizer=optimizer,
-        trainer=plain("trainer.json"),
-        rng=rng,
-        config=plain("config.json"),
-        tokenizer=tokenizer,
-        manifest=manifest,
-    )
+        found.tokenizer = Tokenizer.load(path)
+    found.trainer, found.config = plain("trainer.json"), plain("config.json")
+    return found
 
 
 def verify_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that load_checkpoint would accept: all hashes match, the tensors are the model's and
-    finite. Raises what load_checkpoint raises."""
+    """The manifest of a checkpoint that load_checkpoint accepts. Raises what load_checkpoint raises."""
     return load_checkpoint(path).manifest
 
 
@@ -183,11 +160,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("version") != FORMAT["version"]:
         raise UserError(f"{path} is in version {manifest.get('version')} of the format, this program reads version 1")
     step, loss = manifest.get("step"), manifest.setdefault("val_loss", None)
-    if (
-        type(step) is not int
-        or not 0 <= step < 1 << 53
-        or not (loss is None or (type(loss) is float and math.isfinite(loss)))
-    ):
+    is_loss = loss is None or (type(loss) is float and math.isfinite(loss))
+    if type(step) is not int or not 0 <= step < 1 << 53 or not is_loss:
         raise DamagedError(f"{path / MANIFEST}: step or val_loss is not a number in range")
     return manifest
 
@@ -233,9 +207,8 @@ def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
     """A safetensors file of dense tensors on the CPU, in chunks. safetensors' own writer needs twice the memory.
 
-    The format (github.com/huggingface/safetensors): the length of the header, 8 bytes, little-endian; the header, JSON
-    with type, shape and position of each tensor, padded with blanks to a multiple of 8; the bytes of the tensors.
-    Tensors with wide elements come first, so that each starts at a multiple of its element size.
+    The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little-endian; the header, JSON
+    padded with blanks to a multiple of 8; the tensors' bytes, wide numbers first, so that each is aligned.
     """
     import torch
 
@@ -259,12 +232,8 @@ def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, slots in optimizer["state"].items():
-        numbers[name] = {}
-        for slot, value in slots.items():
-            if not hasattr(value, "detach"):
-                numbers[name][slot] = value
-            else:  # step counters may share a storage, which safetensors refuses
-                tensors[f"{name}/{slot}"] = value.detach().clone() if value.dim() == 0 else value
+        numbers[name] = {slot: value for slot, value in slots.items() if not hasattr(value, "detach")}
+        tensors |= {f"{name}/{slot}": value for slot, value in slots.items() if hasattr(value, "detach")}
     groups = [{k: v.item() if hasattr(v, "item") else v for k, v in g.items()} for g in optimizer["param_groups"]]
     return portable(tensors), {"state": numbers, "param_groups": groups}
 

@@ -63,11 +63,8 @@ def write_folder(
         ) from None
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted
-        needed = sum(
-            files[name]["size"] if name in files else sum(len(piece) for piece in make())
-            for name, make in parts.items()
-        )
-        raise SaveError(f"cannot write {final}: {error}; {space_for(out, needed)}") from error
+        sizes = [files[n]["size"] if n in files else sum(len(piece) for piece in parts[n]()) for n in parts]
+        raise SaveError(f"cannot write {final}: {error}; {space_for(out, sum(sizes))}") from error
     except UserError as error:  # out of memory or file handles, for example: the state of the file is unknown
         raise SaveError(f"cannot read back {final}: {error}") from error
     finally:
@@ -145,10 +142,8 @@ def set_aside(folder: Path) -> Path:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Removes a folder so that no reader ever sees half of it, even after a power cut.
-
-    Returns whether it is gone; if the system refuses, the next start tries again.
-    """
+    """Removes a folder so that no reader ever sees half of it, even after a power cut. Returns whether it is gone; if
+    the system refuses, the next start tries again."""
     if not os.path.lexists(folder):
         return True
     tmp = folder.with_name(f".tmp-remove-{folder.name}")

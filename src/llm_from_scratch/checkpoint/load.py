@@ -1,7 +1,4 @@
-"""The one loader: a run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name to a Checkpoint.
-
-Torch is imported when tensors are needed, so that a wrong name is reported at once.
-"""
+"""The one loader: a run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name to a Checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +20,9 @@ _DATASET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def load(
-    where: str | Path,
-    which: str | int | None = None,
-    dataset: str | None = None,
-    weights_only: bool = False,
-    need_tokenizer: bool = True,
-    set_aside: bool = False,
-) -> Checkpoint:
+    where: str | Path, which: str | int | None = None, dataset: str | None = None, weights_only: bool = False,
+    need_tokenizer: bool = True, set_aside: bool = False,
+) -> Checkpoint:  # fmt: skip
     """Weights, configuration and tokenizer from any kind of model source. For runs, `which` is as in find_checkpoint.
 
     dataset: a name or folder whose tokenizer to use if the weights have none. A ckpt.pt names its dataset, which is
@@ -41,12 +34,9 @@ def load(
         return load_hf(where, dataset, need_tokenizer)
     which = valid_which(which)
     found = locate(
-        Path(where),
-        which,
-        set_aside,
-        lambda path: load_checkpoint(path, weights_only),
+        Path(where), which, set_aside, lambda path: load_checkpoint(path, weights_only),
         lambda path: _load_nanogpt(path, weights_only),
-    )
+    )  # fmt: skip
     if isinstance(which, int) and found.step != which:
         raise UserError(f"{found.path} is of step {found.step}, not {which}")
     if found.tokenizer is None:
@@ -75,16 +65,11 @@ def _load_nanogpt(path: Path, weights_only: bool) -> Checkpoint:
     from ..interop.nanogpt import read_nanogpt
 
     read = read_nanogpt(path, weights_only)
+    best = read.best_val_loss
     return Checkpoint(
-        path=path,
-        step=read.step,
-        model_config=read.config,
-        model=read.weights,
-        optimizer=read.optimizer,
-        trainer={"best_val_loss": read.best_val_loss},
-        config=read.settings,
-        manifest={"format": "nanogpt", "step": read.step, "val_loss": read.best_val_loss, "run_id": None},
-    )
+        path, read.step, read.config, read.weights, read.optimizer, trainer={"best_val_loss": best},
+        config=read.settings, manifest={"format": "nanogpt", "step": read.step, "val_loss": best, "run_id": None},
+    )  # fmt: skip
 
 
 def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -> Tokenizer | None:
@@ -98,18 +83,18 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
 
     vocab_size = ckpt.model_config.vocab_size
     found: Tokenizer | None = None
-    named = ckpt.config.get("data", {}).get("dataset")
+    named, is_gpt2 = ckpt.config.get("data", {}).get("dataset"), vocab_size in GPT2_VOCAB
     if dataset is not None:
         found = tokenizer_of(resolve_dataset(dataset))
-        if found is None and vocab_size not in GPT2_VOCAB and needed:
+        if found is None and not is_gpt2 and needed:
             raise UserError(f"dataset {dataset} has no tokenizer (tokenizer.meta.json or meta.pkl)")
     elif isinstance(named, str) and _DATASET.fullmatch(named):
         try:
             found = tokenizer_of(resolve_dataset(named))
         except UserError as error:
-            if needed and vocab_size not in GPT2_VOCAB:
+            if needed and not is_gpt2:
                 raise UserError(f"{ckpt.path} needs the tokenizer of its dataset {named!r}: {error}") from None
-    if found is None and vocab_size in GPT2_VOCAB and needed:
+    if found is None and is_gpt2 and needed:
         found = Tokenizer.from_name("gpt2")
     if found is None and needed:
         raise UserError(

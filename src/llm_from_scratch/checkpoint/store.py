@@ -1,7 +1,7 @@
 """The checkpoints of a run: last, best or a step; pruning; moving an earlier run aside.
 
 An older checkpoint is removed only after a newer one has been read back. Which one is newest is decided by the
-manifests, not by names or clocks. Nothing here imports torch before tensors are needed.
+manifests, not by names or clocks.
 """
 
 from __future__ import annotations
@@ -15,27 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import DamagedError, SaveError, UserError
+from ..errors import DamagedError, UserError
+from ..errors import SaveError as SaveError
 from ..interop.torch_file import is_ours
 from ..machine.files import make_folder, remove_tree, sync_folder
 from . import hashed_folder
-from .contents import (
-    OWN_FILES,
-    Checkpoint,
-    check_storable,
-    load_checkpoint,
-    read_manifest,
-    read_settings,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from .contents import OWN_FILES as OWN_FILES
+from .contents import Checkpoint, read_manifest, read_settings, verify_checkpoint, write_checkpoint
+from .contents import check_storable as check_storable
+from .contents import load_checkpoint as load_checkpoint
 from .hashed_folder import MANIFEST
 
-__all__ = [
-    "MANIFEST", "OWN_FILES", "Checkpoint", "DamagedError", "SaveError", "archive_previous", "check_storable",
-    "clean_leftovers", "find_checkpoint", "list_checkpoints", "load_checkpoint", "prune", "read_settings",
-    "save_checkpoint", "verify_checkpoint", "write_nanogpt",
-]  # fmt: skip
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "loss.png", "tensorboard")  # a run's files next to its checkpoints
 _STEP = re.compile(r"step-(\d{1,15})(\.old)?")
 T = TypeVar("T")
@@ -76,9 +66,7 @@ def resolved_init(init_from: str, out_dir: str) -> str:
 
 def prune(out_dir: str | Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
     """Removes all but the keep_last newest checkpoints, the one with the lowest val loss, and every keep_every-th step.
-
-    Removes nothing (DamagedError) unless the newest one verifies. Returns the paths that it removed.
-    """
+    Removes nothing (DamagedError) unless the newest one verifies. Returns the paths that it removed."""
     try:
         entries = find_entries(Path(out_dir))
         if not entries:
@@ -98,10 +86,8 @@ def _prune(out: Path, keep_last: int, keep_every: int | None, verified: Path) ->
 
 
 def clean_leftovers(out_dir: str | Path) -> list[Path]:
-    """Removes what an interrupted save or removal left behind. For the trainer that has locked out_dir, at start.
-
-    Returns the paths that it removed; if the system refuses, the next start tries again.
-    """
+    """Removes what an interrupted save or removal left behind, and returns it. Call it with out_dir locked. If the
+    system refuses, the next start tries again."""
     out, gone = Path(out_dir), []
     try:
         found = sorted(out.iterdir()) if out.is_dir() else []
@@ -124,11 +110,9 @@ def clean_leftovers(out_dir: str | Path) -> list[Path]:
 def archive_previous(out_dir: str | Path) -> Path | None:
     """Moves an earlier run's checkpoints, metrics and logs to out_dir/previous-<run id>/, so that runs never mix.
 
-    Returns that folder, or None if there was no run. A ckpt.pt is moved only if this program wrote it. Raises
-    UserError.
+    Returns that folder, or None if there was no run. Moves a ckpt.pt only if this program wrote it. Raises UserError.
     """
-    out = Path(out_dir)
-    target = out
+    out = target = Path(out_dir)
     try:
         entries = find_entries(out)
         aside = sorted(p for p in out.iterdir() if p.name.startswith("damaged-step-")) if out.is_dir() else []
@@ -211,9 +195,8 @@ def first_good(
     out: Path, entries: list[_Entry], which: str | int | None, set_aside: bool, read: Callable[[Path], T]
 ) -> T:
     if isinstance(which, int):
-        for entry in entries:
-            if entry.step == which:
-                return read(entry.path)
+        if exact := [entry.path for entry in entries if entry.step == which]:
+            return read(exact[0])
         raise UserError(f"no checkpoint of step {which} in {out}: there are {', '.join(str(e.step) for e in entries)}")
     order = entries
     if which == "best" or (which is None and _saved_only_the_best(entries)):
@@ -240,11 +223,8 @@ def first_good(
 
 def _saved_only_the_best(entries: list[_Entry]) -> bool:
     for entry in entries:
-        if entry.manifest is not None:
-            try:
-                training = read_settings(entry.path).get("training")
-            except DamagedError:
-                continue
+        with contextlib.suppress(DamagedError):
+            training = read_settings(entry.path).get("training")
             return isinstance(training, dict) and training.get("always_save_checkpoint") is False
     return False
 

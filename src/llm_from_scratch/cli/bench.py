@@ -85,25 +85,24 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     runtimes.start(runtime, tree.system)
     next_batch = _batches(tree, device)
     step, model = _training_step(tree, runtime, next_batch)
-    print(f"device {device}, {runtime.reasons['dtype']}, compile {'on' if runtime.compile else 'off'}, "
-          f"{model.get_num_params() / 1e6:.2f}M parameters, "
-          f"batch {tree.options.batch_size} x {tree.model.block_size}")  # fmt: skip
+    shape = f"{model.get_num_params() / 1e6:.2f}M parameters, batch {tree.options.batch_size} x {tree.model.block_size}"
+    print(f"device {device}, {runtime.reasons['dtype']}, compile {'on' if runtime.compile else 'off'}, {shape}")
     if tree.options.profile:
         seconds = _profile(step, device)
         print(f"{seconds * 1e3:.2f} ms per step (profiler on), {_speed(model, tree.options, seconds, runtime)}")
         return 0
     for _ in range(tree.options.burnin_steps):
         step()
-    _wait(device)
+    runtimes.wait(device)
     begin = time.perf_counter()
     losses = [step() for _ in range(tree.options.steps)]
-    _wait(device)
+    runtimes.wait(device)
     seconds = (time.perf_counter() - begin) / tree.options.steps
     for k, loss in enumerate(losses):  # after the timing: item() waits for the device
         print(f"{k}/{tree.options.steps} loss: {loss.item():.4f}")
-    tokens = tree.options.batch_size * tree.model.block_size / seconds
     print(f"time per iteration: {seconds * 1000:.4f}ms, {_speed(model, tree.options, seconds, runtime)}")
     if tree.options.json:
+        tokens = tree.options.batch_size * tree.model.block_size / seconds
         print(json.dumps({"ms_per_step": seconds * 1e3, "tokens_per_s": tokens, **flatten(tree)}, default=str))
     return 0
 
@@ -181,6 +180,8 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
+    from ..machine.device import wait
+
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     folder = Path("bench_log")
     folder.mkdir(exist_ok=True)
@@ -192,19 +193,12 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
         for k in range(10 + PROFILED):
             step()
             if k == 9 + PROFILED:
-                _wait(device)  # otherwise the last kernels are missing
+                wait(device)  # otherwise the last kernels are missing
             profiler.step()
     found = read(profiler.events() or (), PROFILED)
     print("\n".join(found.lines()))
     print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing); torch {torch.__version__}")
     return found.microseconds / PROFILED / 1e6
-
-
-def _wait(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

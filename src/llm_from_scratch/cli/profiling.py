@@ -76,22 +76,19 @@ class Profile:
         """The table: kinds, then the largest operations or kernels."""
         kinds, what = self.by_kind, "operation" if self.idle is None else "kernel"
         total = sum(kinds.values()) or 1.0
-        rows = [f"{'time by kind':<50} {'share':>7} {'ms/step':>10} {'calls':>7}"]
-        for kind, microseconds in kinds.items():
-            rows.append(f"{kind:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f}")
+
+        def row(name: str, microseconds: float) -> str:
+            short = name if len(name) <= 50 else f"{name[:47]}..."
+            return f"{short:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f}"
+
+        titles = f"{'share':>7} {'ms/step':>10} {'calls':>7}"
+        rows = [f"{'time by kind':<50} {titles}", *(row(*item) for item in kinds.items())]
         times: Counter[str] = Counter()
-        calls: Counter[str] = Counter()
         for item in self.spent:
             times[item.names[0]] += item.microseconds  # type: ignore[assignment]
-            calls[item.names[0]] += 1
-        rows += ["", f"{f'largest {what}s':<50} {'share':>7} {'ms/step':>10} {'calls':>7}"]
-        for name, microseconds in times.most_common(largest):
-            short = name if len(name) <= 50 else f"{name[:47]}..."
-            rows.append(
-                f"{short:<50} {microseconds / total:>7.1%} {microseconds / self.steps / 1e3:>10.3f} "
-                f"{calls[name] / self.steps:>7.0f}"
-            )
-        return rows
+        calls = Counter(item.names[0] for item in self.spent)
+        rows += ["", f"{f'largest {what}s':<50} {titles}"]
+        return rows + [f"{row(*item)} {calls[item[0]] / self.steps:>7.0f}" for item in times.most_common(largest)]
 
 
 def read(events: Iterable[Any], steps: int) -> Profile:

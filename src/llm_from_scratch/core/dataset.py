@@ -1,8 +1,7 @@
 """Token data, the order of samples, and the batch loader.
 
-A data folder contains train.bin and val.bin, or numbered shards of them: raw little-endian token ids without a header,
-uint16 (nanoGPT's format) or uint32 (if manifest.json has it). The windows of a step are a pure function of
-(seed, step). They do not depend on the number of processes, evaluations, logging or restarts.
+A data folder contains train.bin and val.bin, or numbered shards of them: raw little-endian token ids, uint16
+(nanoGPT's format) or uint32 (if manifest.json has it). The windows of a step are a pure function of (seed, step).
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ TOKEN_BYTES = 4  # int32, torch's smallest index type for every vocabulary
 
 
 def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
-    """The folder of a dataset, given as a folder or as a NAME in data/ or data/processed/ below root.
-
-    Raises UserError if there is none (with the command that makes it) or if both places have one.
-    """
+    """The folder of a dataset, given as a folder or as a NAME in data/ or data/processed/ below root. Raises UserError
+    if there is none (with the command that makes it) or if both places have one."""
     if not str(name):
         raise UserError("the dataset's name is empty; expected a name or a folder with train.bin and val.bin")
     places = [Path(root) / "data" / name, Path(root) / "data" / "processed" / name]
@@ -75,10 +72,8 @@ class TokenData:
         return int(self.starts[-1])
 
     def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> BackgroundScan | None:
-        """Raises UserError if the split is shorter than one window or has an id outside the vocabulary.
-
-        The ids of a very large split are checked in the background. The caller polls the returned scan.
-        """
+        """Raises UserError if the split is shorter than one window or has an id outside the vocabulary. The ids of a
+        very large split are checked in the background, by the returned scan."""
         if len(self) <= block_size:
             raise UserError(
                 f"{self.name} has {len(self)} tokens, but a window needs block_size + 1 = {block_size + 1}: "
@@ -93,10 +88,8 @@ class TokenData:
         return None
 
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:
-        """Tokens starts[i] to starts[i] + length - 1 in row i: (len(starts), length) int64.
-
-        Raises DataError if a file fails or is truncated, or if an id is outside the vocabulary.
-        """
+        """Tokens starts[i] to starts[i] + length - 1 in row i: (len(starts), length) int64. Raises DataError if a file
+        fails or is truncated, or if an id is outside the vocabulary."""
         starts = np.asarray(starts, dtype=np.int64)
         out = tokenfile.rows(self.shards[0], starts, length) if len(self.shards) == 1 else self._across(starts, length)
         bound = self.vocab_size if vocab_size is None else vocab_size
@@ -125,9 +118,8 @@ class TokenData:
 class SampleOrder:
     """The order of the windows: start positions as a pure function of (seed, index of the sample).
 
-    random: independent uniform offsets, as in nanoGPT. shuffled: the windows of `block_size` tokens every `stride`
-    tokens, each once per epoch in a new random order. Each epoch starts at another offset below the stride, so that
-    texts are not always cut at the same places.
+    random: independent uniform offsets, as in nanoGPT. shuffled: a window every `stride` tokens, each once per epoch in
+    a new random order; each epoch starts at another offset below the stride, so texts are cut at other places.
     """
 
     tokens: int
@@ -178,23 +170,18 @@ def _generator(seed: int, counter: int) -> np.random.Generator:
 
 
 class BatchLoader:
-    """The batches of one process. A background thread prepares the next batch during a step.
-
-    Row i of the global batch of a step is the same sample for any number of processes. Each process has contiguous
-    rows.
-    """
+    """The batches of one process: contiguous rows of the global batch, which is the same for any number of processes. A
+    background thread prepares the next batch during a step."""
 
     def __init__(
         self, data: TokenData, order: SampleOrder, batch: int, device: torch.device, rank: int = 0, world_size: int = 1,
         vocab_size: int | None = None, tokens: Tensor | None = None,
     ):  # fmt: skip
-        """vocab_size: get() raises DataError for an id outside it, in case a file has changed.
-
-        tokens: the tokens of data on the device (see load_on_device), read instead of the files.
-        """
+        """vocab_size: get() raises DataError for an id outside it, in case a file has changed. tokens: the tokens of
+        data on the device (see load_on_device), read instead of the files."""
         assert batch % world_size == 0
-        self.data, self.order, self.batch, self.device, self.vocab_size = data, order, batch, device, vocab_size
-        self.tokens = tokens
+        self.data, self.order, self.batch, self.device = data, order, batch, device
+        self.vocab_size, self.tokens = vocab_size, tokens
         self.rows = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: tuple[int, Future[Tensor]] | None = None
@@ -240,7 +227,7 @@ def load_on_device(
     size, requested = len(data) * TOKEN_BYTES, wanted is True
     if wanted == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        wanted = device.type == "cuda" and size <= min(MAX_ON_DEVICE, DEVICE_SHARE * free)
+        wanted = size <= min(MAX_ON_DEVICE, DEVICE_SHARE * free)
     if not wanted:
         return None
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +57,8 @@ def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:
 def tied_names(config: GPTConfig) -> dict[str, str]:
     """{name: the earlier name of the same tensor} in the state dict; a checkpoint stores the earlier one."""
     first: dict[int, str] = {}
-    found = {}
-    for name, tensor in meta_tensors(config).items():
-        if (earlier := first.setdefault(id(tensor), name)) != name:
-            found[name] = earlier
-    return found
+    earlier = {name: first.setdefault(id(tensor), name) for name, tensor in meta_tensors(config).items()}
+    return {name: other for name, other in earlier.items() if other != name}
 
 
 @dataclass(frozen=True)
@@ -98,20 +94,14 @@ def embedding_params(config: GPTConfig) -> int:
     return sum(size for table, size in tables.items() if table not in multiplied)
 
 
-def _linears(module: nn.Module) -> Iterator[nn.Linear]:
-    return (part for part in module.modules() if isinstance(part, nn.Linear))
-
-
 def sizes(
-    config: GPTConfig,
-    batch_size: int,
-    element_size: int = 4,
-    gradient_checkpointing: bool = False,
-    optimizer: int = 0,
-) -> Sizes:
+    config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False,
+    optimizer: int = 0, chunked_loss: bool = False,
+) -> Sizes:  # fmt: skip
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation.
 
-    optimizer: bytes of its moments, which it declares itself (training.optimizer.optimizer_bytes).
+    optimizer: bytes of its moments, which it declares itself (training.optimizer.optimizer_bytes); chunked_loss: never
+    all logits at once, but the head's gradient twice.
     """
     params, embedding = count_params(config), embedding_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
@@ -120,10 +110,11 @@ def sizes(
     tokens = batch_size * T
     # a block stores the inputs and outputs of its linear layers, and the outputs of its two norms
     blocks = [
-        2 * C + sum(part.in_features + part.out_features for part in _linears(block))
+        2 * C + sum(part.in_features + part.out_features for part in block.modules() if isinstance(part, nn.Linear))
         for block in meta_model(config).transformer.h
     ]
     saved = 2 * C * L + max(blocks, default=0) if gradient_checkpointing else sum(blocks)
-    logits = tokens * V * (element_size + 8)  # logits, and their float32 log-softmax and gradient
-    activations = tokens * (saved + 2 * C) * element_size + logits
+    # logits, and their float32 log-softmax and gradient; or the head's gradient, and its scaled copy
+    loss = 8 * V * C if chunked_loss else tokens * V * (element_size + 8)
+    activations = tokens * (saved + 2 * C) * element_size + loss
     return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer, activations)

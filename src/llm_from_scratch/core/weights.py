@@ -58,10 +58,8 @@ def expected_tensors(config: GPTConfig, held: int, where: str) -> dict[str, Tens
 
 
 def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> dict[str, Tensor]:
-    """The state dict under its plain names, with every name of a tied tensor.
-
-    Raises DamagedError if names, shapes or types are not those of GPT(config), or a number is not finite.
-    """
+    """The state dict under its plain names, with every name of a tied tensor. Raises DamagedError if names, shapes or
+    types are not those of GPT(config), or a number is not finite."""
     state = plain_names(model)
     if len(state) != len(model):
         raise DamagedError(f"{where} contains a tensor twice")

@@ -1,9 +1,7 @@
-"""Head and cross-entropy in chunks of rows, so the full logits are never in memory.
+"""Head and cross-entropy in one, in chunks of rows: the logits of a whole batch never exist.
 
-The gradient of a chunk's logits is computed immediately and turned into the gradients of the activations and the head.
-The memory held for the backward pass does not depend on vocabulary times batch. The three matrix products are those of
-the plain loss. The idea: Liger Kernel (arXiv 2410.10989, section 3.2) and Cut Cross-Entropy (arXiv 2411.09009).
-
+The forward pass already computes the gradients of the activations and of the head, chunk by chunk, and keeps only
+these two for the backward pass (Liger Kernel, arXiv 2410.10989, section 3.2; Cut Cross-Entropy, arXiv 2411.09009).
 Shapes: N rows, C width, V vocabulary.
 """
 
@@ -18,9 +16,7 @@ from ..core.model import Head, NextTokenLoss
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
 PIECE_ELSEWHERE = 4096
-# Elements that a CPU processes at once, few enough for its cache
-IN_CACHE = 1 << 19  # of the passes over the logits
-SLICE = 1 << 22  # of the head's gradient
+IN_CACHE, SLICE = 1 << 19, 1 << 22  # numbers that a CPU works on at once: of the logits, of the head's gradient
 
 
 class ChunkedLoss(NextTokenLoss):

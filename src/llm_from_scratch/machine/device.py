@@ -42,7 +42,6 @@ class Runtime:
     compile_may_fail: bool
     """Whether a failing compilation falls back to eager (compile=auto) or stops the run (compile=True)."""
     rank: int
-    local_rank: int
     world_size: int
     backend: str
     threads: int | None
@@ -103,13 +102,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def resolve_training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """As resolve_dtype, but auto selects bfloat16 on a CPU with bfloat16 products, which are faster than float32."""
-    if name == "auto" and device.type == "cpu" and cpu_has_native_bf16():
-        return torch.bfloat16
-    return resolve_dtype(name, device)
-
-
 def cpu_has_native_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -145,7 +137,9 @@ def resolve(config: SystemConfig) -> Runtime:
         device = resolve_device(f"cuda:{local_rank}")
     if device.type == "mps" and world > 1:
         raise UserError("several processes cannot share an Apple GPU; run without torchrun")
-    dtype = resolve_training_dtype(config.dtype, device)
+    dtype = resolve_dtype(config.dtype, device)
+    if config.dtype == "auto" and device.type == "cpu" and cpu_has_native_bf16():
+        dtype = torch.bfloat16  # faster than float32 if the CPU multiplies it
     backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
     if backend == "nccl" and device.type != "cuda" and world > 1:
         raise UserError(f"--backend=nccl needs CUDA devices, the device is {device}; use --backend=gloo")
@@ -155,21 +149,22 @@ def resolve(config: SystemConfig) -> Runtime:
             f"--cuda_graphs=True needs one process that compiles (--compile=True) for a CUDA device; the device is "
             f"{device}, compile {'on' if compiles else 'off'}, processes {world}; leave it at auto"
         )
-    auto = {
-        "device": (config.device == "auto", str(device)),
-        "dtype": (config.dtype == "auto", str(dtype).removeprefix("torch.")),
-        "compile": (config.compile == "auto", "on" if compiles else "off"),
-    }
+    found = {"device": device, "dtype": str(dtype).removeprefix("torch."), "compile": "on" if compiles else "off"}
     reasons = {
-        name: f"{value} ({'chosen for this machine' if chosen else 'as set'})" for name, (chosen, value) in auto.items()
+        name: f"{value} ({'chosen for this machine' if getattr(config, name) == 'auto' else 'as set'})"
+        for name, value in found.items()
     }
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_has_native_bf16():
         reasons["dtype"] += "; this processor emulates bfloat16, float32 is faster"
     if device.type == "cuda":
         reasons["device"] += f", {torch.cuda.get_device_name(device)}"
-    return Runtime(
-        device, dtype, compiles, config.compile == "auto", rank, local_rank, world, backend, config.threads, reasons
-    )
+    return Runtime(device, dtype, compiles, config.compile == "auto", rank, world, backend, config.threads, reasons)
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done what was asked of it."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def start(runtime: Runtime, config: SystemConfig) -> None:

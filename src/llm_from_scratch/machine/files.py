@@ -1,7 +1,6 @@
 """Files: bounded reads, JSON, writes that are whole or absent, and locks.
 
-A FIFO or a device under a file's name would block or never end, so only regular files of bounded size are read here.
-Files that must be whole are written here only.
+Only regular files of bounded size are read: a FIFO or a device would block or never end.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,10 +21,8 @@ from ..errors import SaveError, UserError
 
 LOCK = ".lock"
 MAX_JSON = 16 << 20  # bytes; parsing takes several times as much memory
-KINDS = {
-    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}  # fmt: skip
+KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
 def open_file(path: Path) -> int:
@@ -88,11 +86,8 @@ def open_synced(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def open_whole(path: Path, temporary: str | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write that replaces `path` when the block ends, and vanishes if the block fails.
-
-    temporary: the name until then; processes that may write at the same time need different ones. durable=False: not
-    synced, for what can be computed or downloaded again.
-    """
+    """A file to write that replaces `path` when the block ends, and vanishes if the block fails. temporary: the name
+    until then; processes that may write at the same time need different ones. durable: synced."""
     tmp = path.with_name(temporary or f".tmp-{path.name}")
     try:
         with open_synced(tmp) if durable else open(tmp, "wb") as file:
@@ -101,7 +96,8 @@ def open_whole(path: Path, temporary: str | None = None, durable: bool = True) -
         if durable:
             sync_folder(path.parent)
     finally:
-        _unlink(tmp)
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -151,17 +147,31 @@ def remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_writable(out_dir: Path) -> None:
+    """Raises UserError if the run's folder cannot be written. Leaves nothing behind."""
+    try:
+        if out_dir.exists() and not out_dir.is_dir():
+            raise UserError(f"out_dir={out_dir} is a file; choose a folder with --out_dir")
+        parent = next(place for place in (out_dir, *out_dir.parents) if place.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is a file")
+        with tempfile.TemporaryFile(dir=parent):  # root ignores permission bits, so try
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); choose another with --out_dir") from None
+
+
 class FolderLock:
     """One trainer at a time in a folder: held until release(), or until the process ends, however it ends.
 
-    The lock is on the open file (filelock: flock, or LockFileEx on Windows); the empty file itself stays. Between
-    machines it works if their shared file system supports such locks.
+    The lock is on the open file (flock, or LockFileEx on Windows), not the file's existence, so a dead process leaves
+    none behind. Between machines it works if their shared file system supports such locks.
     """
 
     def __init__(self, folder: Path):
         from filelock import FileLock
 
-        # no soft lock: a dead process would leave it behind and block the next run
         self.path = folder / LOCK
         self._lock = FileLock(self.path, thread_local=False, fallback_to_soft=False)
 
@@ -175,9 +185,8 @@ class FolderLock:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"out_dir={folder} cannot be created ({error.strerror}); choose another with --out_dir"
-            ) from None
+            why = f"cannot be created ({error.strerror})"
+            raise UserError(f"out_dir={folder} {why}; choose another with --out_dir") from None
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -207,11 +216,6 @@ class _Counter(io.BytesIO):
     def write(self, data: Any) -> int:
         self.size += len(data)
         return len(data)
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 def _refuse_others(path: Path, info: os.stat_result) -> None:

@@ -17,13 +17,11 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still allocate; on a CPU within its container's limit. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = []
-    if (available := _read_numbers("/proc/meminfo").get("MemAvailable:")) is not None:
-        found.append(available * 1024)
+    available = _read_numbers("/proc/meminfo").get("MemAvailable:")
     used, limit = _read_numbers(CGROUP / "memory.stat").get("anon"), _container_limit()
-    if used is not None and limit is not None:
-        found.append(max(0, limit - used))
-    return min(found, default=None)
+    machine = None if available is None else available * 1024
+    container = None if used is None or limit is None else max(0, limit - used)
+    return min((size for size in (machine, container) if size is not None), default=None)
 
 
 def total_memory(device: torch.device) -> int | None:
@@ -52,10 +50,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Whether glibc keeps freed memory for the next step or returns blocks of 2 MiB to the system at once.
-
-    Keeping it saves a sixth of a small model's step, because new pages are zeroed. Other C libraries have no mallopt.
-    """
+    """Whether glibc keeps freed memory for the next step or returns blocks of 2 MiB to the system at once. Keeping it
+    saves a sixth of a small model's step, because new pages are zeroed. Other C libraries have no mallopt."""
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)

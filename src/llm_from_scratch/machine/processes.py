@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -14,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def distributed_env() -> tuple[int, int, int]:
-    """(rank, local rank, world size) from torchrun's environment; (0, 0, 1) without it. Raises UserError if it is
-    incomplete."""
+    """(rank, local rank, world size) from torchrun; (0, 0, 1) without it. Raises UserError if it is half set."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 0, 0, 1
@@ -32,23 +29,6 @@ def distributed_env() -> tuple[int, int, int]:
     if not 0 <= rank < world or local_rank < 0:
         raise UserError(f"RANK={rank} must be between 0 and WORLD_SIZE - 1 = {world - 1}")
     return rank, local_rank, world
-
-
-def check_writable(out_dir: Path) -> None:
-    """Raises UserError if the run's folder cannot be written. Leaves no files behind."""
-    try:
-        if out_dir.exists() and not out_dir.is_dir():
-            raise UserError(f"out_dir={out_dir} is a file; choose a folder with --out_dir")
-        parent = out_dir
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is a file")
-        with tempfile.TemporaryFile(dir=parent):  # permission bits mean nothing for root
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"out_dir={out_dir} cannot be written ({reason}); choose another with --out_dir") from None
 
 
 def start_processes(backend: str, world_size: int) -> None:

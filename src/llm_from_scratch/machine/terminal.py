@@ -15,9 +15,7 @@ DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 def open_streams() -> bool:
     """Opens /dev/null for each standard stream that is closed; otherwise the next file opened would get its number.
-
-    Returns whether standard output was open.
-    """
+    Returns whether standard output was open."""
     is_open = sys.stdout is not None
     for number in range(3):
         try:

@@ -25,17 +25,11 @@ class RowAdagrad(Rule):
             step_rows(p, state[p]["sum"], group["lr"], found_inf)
 
     def begin_epoch(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
-        """Forgets rows from group["forget_from"] on.
-
-        Most n-grams of three or more tokens occur once, so a second pass over the same text would read the next token
-        from them.
-        """
-        if group["forget_from"] is None:
-            return
-        for p in group["params"]:
-            p[group["forget_from"] :] = 0
-            if "sum" in state[p]:
-                state[p]["sum"][group["forget_from"] :] = 0
+        """Forgets rows from group["forget_from"] on. Most n-grams of three or more tokens occur once, so a second pass
+        over the same text would read the next token from them."""
+        for p in group["params"] if group["forget_from"] is not None else ():
+            for tensor in (p, *state[p].values()):
+                tensor[group["forget_from"] :] = 0
 
 
 @torch.no_grad()

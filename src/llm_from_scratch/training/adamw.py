@@ -42,10 +42,8 @@ class AdamW(Rule):
         found_inf: Tensor | None,
     ) -> None:  # fmt: skip
         for batch in pieces(named):
-            flat = [
-                [t.reshape(-1)[part] for t in (p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"])]
-                for _, p, part in batch
-            ]
+            all_four = [(p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"], part) for _, p, part in batch]
+            flat = [[t.reshape(-1)[part] for t in tensors] for *tensors, part in all_four]
             params, grads, m, v = (list(column) for column in zip(*flat, strict=True))
             m32, v32 = [t.float() for t in m], [t.float() for t in v]
             steps = [state[p]["step"].clone() for _, p, _ in batch]  # a tensor may come in several pieces

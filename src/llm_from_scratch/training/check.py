@@ -11,7 +11,8 @@ from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from ..errors import UserError
-from ..machine.processes import check_writable, distributed_env
+from ..machine.files import check_writable
+from ..machine.processes import distributed_env
 from .loggers import check_extras
 
 SMALL = 1 << 26  # bytes of a split whose ids are checked at once
@@ -30,10 +31,8 @@ class Inputs:
 
 
 def check(config: Config) -> Inputs:
-    """Finds the mistakes in settings, machine and data that can be found without torch. Writes nothing.
-
-    Raises UserError.
-    """
+    """Finds the mistakes in settings, machine and data that can be found without torch. Writes nothing. Raises
+    UserError."""
     training = config.training
     init_from = resolved_init(training.init_from, training.out_dir)
     config.validate()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,6 @@ class Evaluation:
     loss: float
     """Mean cross-entropy, nats per token."""
     tokens: int
-    """Predicted tokens."""
     text_bytes: int | None
     """UTF-8 bytes of the predicted tokens; None without a tokenizer."""
     seconds: float
@@ -44,24 +44,13 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
-def _continue() -> None:
-    """The default before_batch: never ends an evaluation."""
-
-
 @torch.no_grad()
 def evaluate_split(
-    model: torch.nn.Module,
-    data: TokenData,
-    block_size: int,
-    runtime: Runtime,
-    tokenizer: Tokenizer | None = None,
-    batch_size: int | None = None,
-    before_batch: Callable[[], None] = _continue,
-) -> Evaluation:
-    """The loss over every token of a split except its first, in adjacent windows of block_size tokens.
-
-    before_batch is called before every batch, and may raise to end the evaluation.
-    """
+    model: torch.nn.Module, data: TokenData, block_size: int, runtime: Runtime, tokenizer: Tokenizer | None = None,
+    batch_size: int | None = None, before_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:  # fmt: skip
+    """The loss over every token of a split except its first, in adjacent windows of block_size tokens. before_batch is
+    called before every batch, and may raise to end the evaluation."""
     begin = time.perf_counter()
     starts = np.arange(0, len(data) - 1, block_size)
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch)
@@ -71,14 +60,9 @@ def evaluate_split(
 
 @torch.no_grad()
 def estimate_loss(
-    model: torch.nn.Module,
-    data: TokenData,
-    block_size: int,
-    windows: int,
-    runtime: Runtime,
-    batch_size: int | None = None,
-    before_batch: Callable[[], None] = _continue,
-) -> float:
+    model: torch.nn.Module, data: TokenData, block_size: int, windows: int, runtime: Runtime,
+    batch_size: int | None = None, before_batch: Callable[[], None] = lambda: None,
+) -> float:  # fmt: skip
     """Mean loss over `windows` random windows, the same ones every time. before_batch: as in evaluate_split."""
     starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
     size = batch_size or min(windows, windows_at_once(model, block_size))
@@ -87,14 +71,9 @@ def estimate_loss(
 
 
 def _sum_of_losses(
-    model: torch.nn.Module,
-    data: TokenData,
-    starts: np.ndarray,
-    block_size: int,
-    runtime: Runtime,
-    size: int | None,
+    model: torch.nn.Module, data: TokenData, starts: np.ndarray, block_size: int, runtime: Runtime, size: int | None,
     before_batch: Callable[[], None],
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out."""
     size = size or windows_at_once(model, block_size)
     mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
@@ -104,8 +83,7 @@ def _sum_of_losses(
             with _evaluating(model):
                 for i in range(0, len(mine), size):
                     before_batch()
-                    part = mine[i : i + size]
-                    x, y = _windows(data, part, block_size, size, runtime.device)
+                    x, y = _windows(data, mine[i : i + size], block_size, size, runtime.device)
                     count = int((y >= 0).sum())
                     nats += loss_of(model, x, y, runtime) * count
                     tokens += count
@@ -142,10 +120,8 @@ def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
 def _windows(
     data: TokenData, starts: np.ndarray, block_size: int, batch_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1.
-
-    Every batch has the same shape, so that a compiled model is compiled once.
-    """
+    """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1. Every
+    batch has the same shape, so that a compiled model is compiled once."""
     places = starts[:, None] + np.arange(block_size + 1)
     inside = places < len(data)
     whole = inside.all(axis=1)
@@ -167,14 +143,12 @@ def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> f
     return float(loss)
 
 
-class _evaluating:
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in eval() within the block; afterwards in its previous mode."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        self.model.train(self.was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,15 +1,16 @@
 """Estimates the time, memory and finish time of a run, from a rehearsal of a few updates.
 
-The rehearsal is a run on the same data, with as many layers and sequences as fit in a few seconds. The cost of the
-blocks grows with the number of layers, the rest does not; both grow with the number of sequences. It writes nothing.
+The rehearsal runs on the same data, with as many layers and sequences as fit in a few seconds. The cost of the blocks
+grows with the layers, that of the rest does not; both grow with the sequences. It writes nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,11 @@ class Forecast:
     """Seconds and bytes."""
 
     step: float
-    """One update."""
     tokens_per_s: float
     training: float
     """All updates."""
     evaluations: float
-    """All evaluations during training, and the one of the whole validation split at the end."""
+    """All evaluations during training, and that of the whole validation split at the end."""
     saves: float
     startup: float
     weights: int
@@ -56,10 +56,10 @@ class Forecast:
     base: int
     """The process without a model: Python, torch, data."""
     available: int | None
-    """Memory of the machine, or of the device."""
+    """Memory of the device."""
     calibration: float
+    """The rehearsal."""
     measured: str
-    """The size of the rehearsal."""
 
     @property
     def total(self) -> float:
@@ -67,7 +67,6 @@ class Forecast:
 
     @property
     def memory(self) -> int:
-        """Peak memory."""
         return self.base + self.weights + self.gradients + self.optimizer + self.activations + self.copies
 
 
@@ -85,6 +84,14 @@ class Split:
     def deeper(self, factor: float) -> float:
         """The amount for a model with `factor` times the layers."""
         return self.stack * factor + self.rest
+
+
+def _split(amounts: Iterable[tuple[bool, float]]) -> Split:
+    """The sums of (whether it is the stack's, amount)."""
+    found = {True: 0.0, False: 0.0}
+    for is_stack, amount in amounts:
+        found[is_stack] += amount
+    return Split(found[True], found[False])
 
 
 class _Scaler(torch.amp.GradScaler):
@@ -106,23 +113,17 @@ class Rehearsal:
         self.run = run = Run(plan)
         self.device, self.plan = run.runtime.device, run.plan
         self.spans: dict[str, float] = {}
-        self.only_stack = False
-        self.inside = False
+        self.only_stack = self.inside = False
         run.scaler = _Scaler(run.scaler, self.device, self._after_gradients)
         blocks = list(run.model.transformer.h)
         self.of_stack = {p for block in blocks for p in block.parameters()}
         if not run.models.is_compiled:
             blocks[0].register_forward_pre_hook(self._enter)
             blocks[-1].register_forward_hook(self._leave)
-
-    def close(self) -> None:
-        self.run.close()
+        self.close = run.close
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        runtimes.wait(self.device)
         return time.perf_counter()
 
     def _mark(self, name: str) -> None:
@@ -142,10 +143,8 @@ class Rehearsal:
             first.register_hook(lambda grad: self._mark("backward begins"))
 
     def _after_gradients(self) -> None:
-        if self.only_stack:
-            for p in self.run.model.parameters():
-                if p not in self.of_stack:
-                    p.grad = None
+        for p in set(self.run.model.parameters()) - self.of_stack if self.only_stack else ():
+            p.grad = None
         self._mark("gradients end")
 
     def timed(self, sequences: int | None = None) -> dict[str, float]:
@@ -155,22 +154,22 @@ class Rehearsal:
         x, y = self.run.next_batch()
         train_step(self.run, x[:sequences], y[:sequences])
         self.run.report_steps(wait=True)
-        end, at = self._now(), self.spans
-        forward = at.get("forward ends", 0.0) - at.get("forward begins", 0.0)
-        backward = at.get("backward ends", 0.0) - at.get("backward begins", 0.0)
-        gradients = at["gradients end"] - begin
-        return {"gradients": gradients, "stack": forward + backward, "update": end - begin - gradients}
+        end, gradients = self._now(), self.spans["gradients end"] - begin
+        stack = self._span("forward") + self._span("backward")
+        return {"gradients": gradients, "stack": stack, "update": end - begin - gradients}
+
+    def _span(self, name: str) -> float:
+        return self.spans.get(f"{name} ends", 0.0) - self.spans.get(f"{name} begins", 0.0)
 
     def update_of_stack(self) -> float:
         """Seconds of an update after the gradients, if only the blocks have any."""
         self.only_stack = True
-        try:
-            return self.timed(sequences=1)["update"]
-        finally:
-            self.only_stack = False
+        seconds = self.timed(sequences=1)["update"]
+        self.only_stack = False
+        return seconds
 
     def one_sequence(self) -> None:
-        """Forward and backward over one sequence, without an update: loads what is loaded at the first use."""
+        """Forward and backward over one sequence, without an update: loads what torch loads at the first use."""
         x, y = self.run.loader.get(0)
         with self.run.runtime.autocast():
             _, loss = self.run.models.train(x[:1], y[:1])
@@ -190,35 +189,27 @@ class Rehearsal:
 
         x, y = self.run.loader.get(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
-            _, loss = self.run.model(x, y)
-        del loss
-        stack = sum(size for inside, size in found.values() if inside)
-        rest = sum(size for inside, size in found.values() if not inside)
-        return Split(stack, rest)
+            self.run.model(x, y)
+        return _split(found.values())
 
     def held(self) -> tuple[Split, Split]:
         """Bytes of the weights, and of the optimizer's moments."""
-        weights, moments = {True: 0, False: 0}, {True: 0, False: 0}
-        for p in self.run.model.parameters():
-            weights[p in self.of_stack] += p.nbytes
-            state = self.run.optimizer.state.get(p, {})
-            moments[p in self.of_stack] += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
-        return Split(weights[True], weights[False]), Split(moments[True], moments[False])
+        parameters, state = list(self.run.model.parameters()), self.run.optimizer.state
+        moments = [(p, value) for p in parameters for value in state.get(p, {}).values() if isinstance(value, Tensor)]
+        weights = _split((p in self.of_stack, p.nbytes) for p in parameters)
+        return weights, _split((p in self.of_stack, value.nbytes) for p, value in moments)
 
     def evaluated(self, windows: int) -> Split:
         """Seconds to evaluate `windows` windows at once."""
-        plan, begin = self.plan, self._now()
-        block_size, run = plan.config.model.block_size, self.run
+        plan, run, begin = self.plan, self.run, self._now()
+        block_size = plan.config.model.block_size
         estimate_loss(run.models.compiled, plan.val_data, block_size, windows, run.runtime, windows)
-        stack = self.spans.get("forward ends", 0.0) - self.spans.get("forward begins", 0.0)
-        return Split(stack, self._now() - begin - stack)
+        return Split(self._span("forward"), self._now() - begin - self._span("forward"))
 
 
 def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
-    """Rehearses the run for about `budget` seconds; longer if one update takes longer, or compiles.
-
-    Raises UserError if not even one layer and one sequence fit in memory.
-    """
+    """Rehearses the run for about `budget` seconds; longer if one update takes longer, or compiles. Raises UserError if
+    not even one layer and one sequence fit in memory."""
     begin, ran = time.perf_counter(), time.process_time()
     runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
     device = plan.runtime.device
@@ -226,11 +217,8 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     while True:
         base, free = peak_memory(device), free_memory(torch.device("cpu"))
         try:
-            rehearsal = Rehearsal(reduced_plan(plan, layers, rows))
-            try:
+            with contextlib.closing(Rehearsal(reduced_plan(plan, layers, rows))) as rehearsal:
                 return extrapolate(plan, rehearsal, base, free, budget, begin, ran)
-            finally:
-                rehearsal.close()
         except Exception as error:
             if not runtimes.is_out_of_memory(error):
                 raise
@@ -303,7 +291,9 @@ def extrapolate(
     step = plan.micro_steps * wide * (took["gradients"] + (deep - 1) * took["stack"]) + update
     trained = peak_memory(plan.runtime.device)
 
-    at_once, windows = _windows(plan, rehearsal)
+    windows = plan.config.training.eval_iters * plan.config.data.batch_size
+    whole_batch = min(windows, windows_at_once(rehearsal.run.model, model.block_size))
+    at_once = rehearsal.run.eval_batch or whole_batch
     tried = min(at_once, max(1, int(budget / 8 / took["gradients"] * 3 * small.micro_batch)))
     rehearsal.evaluated(tried)
     per_window = rehearsal.evaluated(tried).deeper(deep) / tried
@@ -349,15 +339,6 @@ def extrapolate(
         measured=f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
         f"{small.micro_batch} of {plan.micro_batch} sequences",
     )  # fmt: skip
-
-
-def _windows(plan: Plan, rehearsal: Rehearsal) -> tuple[int, int]:
-    """(windows that an evaluation computes at once, windows per split)."""
-    windows = plan.config.training.eval_iters * plan.config.data.batch_size
-    at_once = rehearsal.run.eval_batch or min(
-        windows, windows_at_once(rehearsal.run.model, plan.config.model.block_size)
-    )
-    return at_once, windows
 
 
 def _since(begin: float) -> float:

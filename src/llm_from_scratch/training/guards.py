@@ -22,9 +22,8 @@ from .signals import SIGNALS, StopRequest
 class SpikeDetector:
     """Finds losses far above those of the last WINDOW steps.
 
-    A spike exceeds the median by more than REACH times the distance from the median to the 95th percentile. Both
-    measures ignore a few spikes in the window, follow a falling loss, and assume nothing about the noise. The loss of
-    the previous step is not used, so that the host does not wait for the device.
+    A spike exceeds the median by more than REACH times the distance from the median to the 95th percentile: a few
+    spikes in the window change neither. The previous step's loss is not used, so the host does not wait for the device.
     """
 
     WINDOW, LEAST, REACH, FLOOR = 128, 32, 8.0, 0.1
@@ -69,20 +68,16 @@ class Finding:
 
 
 class StepGuard:
-    """Judges each step on the device, and gives the results to the host once the device has computed them.
-
-    On a GPU, results of step n are read while step n + 1 runs, so the host never waits.
-    """
+    """Judges each step on the device, and gives the results to the host once the device has computed them. On a GPU,
+    results of step n are read while step n + 1 runs, so the host never waits."""
 
     def __init__(self, recent_losses: list[tuple[int, float]], skip_spikes: bool, runtime: Runtime):
         self.detector, self.skip_spikes, self.runtime = SpikeDetector(recent_losses), skip_spikes, runtime
         self.pending: collections.deque[tuple[int, float, Tensor, Any]] = collections.deque()
 
     def judge(self, step: int, learning_rate: float, loss: Tensor, norm: Tensor, stop: StopRequest) -> Tensor:
-        """Whether to skip the update: a 0-dim bool tensor on the device.
-
-        loss: of this process's share of the batch; norm: of the gradient. Both 0-dim, on the device.
-        """
+        """Whether to skip the update: a 0-dim bool tensor on the device. loss: of this process's share of the batch;
+        norm: of the gradient. Both 0-dim, on the device."""
         sent = torch.zeros(len(SIGNALS), device=loss.device)  # filled there: a copy from the host would wait
         if stop.signum is not None:
             sent[SIGNALS.index(signal.Signals(stop.signum).name)] = 1
@@ -90,9 +85,7 @@ class StepGuard:
         if self.runtime.world_size > 1:
             torch.distributed.all_reduce(shared)
         spike = shared[0] > self.detector.threshold(step)
-        skip = ~(torch.isfinite(shared[0]) & torch.isfinite(norm))
-        if self.skip_spikes:
-            skip = skip | spike
+        skip = ~(torch.isfinite(shared[0]) & torch.isfinite(norm)) | (spike & self.skip_spikes)
         row = torch.cat([shared, torch.stack([norm, skip, spike])])
         event = None
         if row.device.type == "cuda":
@@ -126,9 +119,8 @@ def not_finite_error(
     found: Finding, begins: list[int], model: torch.nn.Module, config: Config, runtime: Runtime
 ) -> NotFiniteError:
     """The error with its diagnosis. begins: positions in the training data at which the batch's sequences begin."""
-    weights = "finite" if all_finite(model) else "not finite"
+    weights, dtype = "finite" if all_finite(model) else "not finite", str(runtime.dtype).removeprefix("torch.")
     shown = ", ".join(map(str, begins[:8])) + (", ..." if len(begins) > 8 else "")
-    dtype = str(runtime.dtype).removeprefix("torch.")
     return NotFiniteError(
         f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
         f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). "

@@ -12,12 +12,12 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
 from ..config import Config, flatten
 from ..errors import UserError
@@ -30,10 +30,8 @@ if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at
     from .evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
-TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; remaining seconds; seconds between two lines
-UNKNOWN_MFU = -1.0  # nanoGPT's lines show this (as -100.00%) without a figure
-
-
+TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
+UNKNOWN_MFU = -1.0  # nanoGPT's lines show it as -100.00%
 OPTIONAL = {  # setting: (package, extra)
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb_log": ("wandb", "wandb"),
@@ -57,10 +55,8 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object per line with its step; NaN and infinities become null.
-
-    evaluated: whether the checkpoint of resume_at includes the evaluation of its step; otherwise it is repeated.
-    """
+    """metrics.jsonl: one object per line with its step; NaN and infinities become null. evaluated: whether the
+    checkpoint of resume_at includes the evaluation of its step; otherwise it is repeated."""
 
     def __init__(self, path: Path, resume_at: int | None, evaluated: bool = True):
         self.path = path
@@ -100,11 +96,10 @@ def _forget_from(path: Path, step: int, evaluated: bool) -> None:
 
 
 class TensorBoard:
-    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run.
+    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run. Records are written
+    directly, because TensorBoard's own writer prints tracebacks from its thread if the disk is full."""
 
-    Records are written directly, because TensorBoard's own writer prints tracebacks from its thread if the disk is
-    full.
-    """
+    TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
 
     def __init__(self, folder: Path, config: Config, run_id: str | None):
         from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
@@ -126,16 +121,15 @@ class TensorBoard:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         event = self.make_event(step=step)
         for name, value in metrics.items():
-            event.summary.MergeFrom(self.make_scalar(_TAGS.get(name, name), value))
+            event.summary.MergeFrom(self.make_scalar(self.TAGS.get(name, name), value))
         self._write(event)
 
     def sample(self, step: int, text: str) -> None:
         self._text(step, "sample", text)
 
     def _text(self, step: int, tag: str, text: str) -> None:
-        block = "".join(f"    {line}\n" for line in text.splitlines())  # Markdown shows it as it is
-        block = block.encode("utf-8", "replace").decode("utf-8")
-        self._write(self.make_event(step=step, summary=self.make_text(tag, block)))
+        block = "".join(f"    {line}\n" for line in text.splitlines())  # indented, Markdown leaves it as it is
+        self._write(self.make_event(step=step, summary=self.make_text(tag, block.encode("utf-8", "replace").decode())))
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
@@ -156,9 +150,6 @@ class TensorBoard:
         self.file.close()
 
 
-_TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
-
-
 class WandB:
     """Weights & Biases, with nanoGPT's keys; a resumed run continues as the same one."""
 
@@ -168,12 +159,9 @@ class WandB:
     def __init__(self, config: Config, run_id: str | None):
         import wandb
 
-        settings = config.logging
+        project, name = config.logging.wandb_project, config.logging.wandb_run_name
         try:
-            self.run = wandb.init(
-                project=settings.wandb_project, name=settings.wandb_run_name, config=flatten(config),
-                id=run_id, resume="allow",
-            )  # fmt: skip
+            self.run = wandb.init(project=project, name=name, config=flatten(config), id=run_id, resume="allow")
         except Exception as error:  # the client raises its own errors
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -195,16 +183,6 @@ class WandB:
         self.run.finish()
 
 
-def teller(is_master: bool) -> Callable[[str], None]:
-    """A function that prints a line before there is a RunLog. On other processes than the first it prints nothing."""
-
-    def tell(line: str) -> None:
-        if is_master:
-            announce(line)
-
-    return tell
-
-
 class RunLog:
     """All reporting of a run. Only the master process logs and prints."""
 
@@ -221,7 +199,7 @@ class RunLog:
         self.failing: set[str] = set()
         if not is_master:
             return
-        if not config.training.eval_only:  # which changes no file
+        if not config.training.eval_only:
             self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated))
             if config.logging.tensorboard:
                 with self._writing("TensorBoard"):
@@ -230,23 +208,18 @@ class RunLog:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
         console = Console(file=cast(TextIO, self.terminal))
-        wanted = config.logging.progress
-        if not config.training.eval_only and (wanted == "bar" or (wanted == "auto" and _is_live(console))):
+        wanted, is_live = config.logging.progress, sys.stdout.isatty() and not console.is_dumb_terminal
+        if not config.training.eval_only and (wanted == "bar" or (wanted == "auto" and is_live)):
             self.bar = Progress(
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}"),
-                TextColumn("{task.fields[left]}"),
-                console=console,
-            )
+                "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
+                "{task.fields[left]}", console=console,
+            )  # fmt: skip
             self.task = self.bar.add_task("train", total=last, completed=first, status="", left="")
             self.bar.start()
 
     def say(self, line: str) -> None:
-        """Prints one line, above the progress bar."""
-        if self.silent:
-            return
-        if not announce(line, self._print_above_bar if self.bar is not None else None):
+        """One line on the terminal, above the bar."""
+        if not self.silent and not announce(line, self._print_above_bar if self.bar else None):
             self.silent = self.reader_is_gone = True
 
     def _print_above_bar(self, line: str) -> None:
@@ -265,8 +238,7 @@ class RunLog:
             status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
             self.bar.update(self.task, completed=step + 1, status=status, left=self._left(step + 1))
         else:
-            took = metrics["time_ms"]
-            self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {took:.2f}ms, mfu {mfu * 100:.2f}%")
+            self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {metrics['time_ms']:.2f}ms, mfu {mfu * 100:.2f}%")
             self._tell_left(step + 1)
 
     def _left(self, done: int) -> str:
@@ -293,8 +265,8 @@ class RunLog:
     def final(self, step: int, found: Evaluation) -> None:
         """The loss of the whole validation split at the end of the run."""
         metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
-        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), "
-        text += f"perplexity {found.perplexity:.2f}"
+        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), perplexity "
+        text += f"{found.perplexity:.2f}"
         if (bits := found.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
@@ -358,10 +330,6 @@ class RunLog:
                 sink.close()
 
 
-def _is_live(console: Console) -> bool:
-    return sys.stdout.isatty() and not console.is_dumb_terminal
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl. Invalid lines, such as one cut short by a kill, are skipped."""
     entries = []
@@ -382,13 +350,11 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
     entries = read_metrics(metrics)
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    for key, label, style in (("loss", "train (batch)", "-"), ("val_loss", "validation", "o-")):
+    for key, label, style, width in (("loss", "train (batch)", "-", 1), ("val_loss", "validation", "o-", 2)):
         points = [(e["step"], e[key]) for e in entries if type(e.get(key)) is float]
         if points:
-            width = 1 if style == "-" else 2
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, markersize=4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -27,13 +26,12 @@ ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; more are not faster (measured)
 
 def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> int:
     """The largest divisor of a process's share of the batch that fits in free memory and is still faster."""
-    free, most = free_memory(runtime.device), local_batch
+    free = free_memory(runtime.device)
+    enough = ENOUGH_ON_GPU
     if runtime.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the memory
-        free = None if free is None else free // here
-        most = min(local_batch, ENOUGH_ON_CPU // config.model.block_size)
-    else:
-        most = min(local_batch, max(1, ENOUGH_ON_GPU // config.model.block_size))
+        free, enough = None if free is None else free // here, ENOUGH_ON_CPU
+    most = min(local_batch, enough // config.model.block_size)
     moments = optimizer_bytes(meta_model(config.model), config.optimizer)
     for size in range(most, 1, -1):
         if local_batch % size == 0 and (free is None or _needed(config, runtime, size, moments) <= SHARE * free):
@@ -43,14 +41,8 @@ def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> i
 
 def _needed(config: Config, runtime: Runtime, micro_batch: int, moments: int) -> int:
     """Bytes, an estimate."""
-    model = config.model
-    rest = (micro_batch, runtime.dtype.itemsize, config.training.gradient_checkpointing)
-    whole = sizes(model, *rest, moments)
-    if not loss_is_chunked(config, micro_batch):
-        return whole.memory
-    blocks = sizes(dataclasses.replace(model, vocab_size=1), *rest).activations
-    head = 4 * (model.vocab_size or 0) * model.n_embd
-    return whole.memory - whole.activations + blocks + 2 * head  # the gradient, and its scaled copy
+    checkpointing, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
+    return sizes(config.model, micro_batch, runtime.dtype.itemsize, checkpointing, moments, chunked).memory
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:
@@ -77,10 +69,8 @@ def no_memory_for_moments(plan: Plan) -> Iterator[None]:
 
 
 def halved(plan: Plan, micro_batch: int, reason: str) -> int:
-    """Half of the micro-batch, or the next smaller divisor of the batch. reason: the allocator's message.
-
-    Raises MemoryShortError if it cannot be smaller.
-    """
+    """Half of the micro-batch, or the next smaller divisor of the batch. reason: the allocator's message. Raises
+    MemoryShortError if it cannot be smaller."""
     runtime = plan.runtime
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,7 @@
 """Muon for the hidden matrices, AdamW for all other parameters.
 
-Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix, U S V^T, by
-approximately U V^T: a step of the same length in every direction. torch.optim.Muon steps one matrix at a time; here all
-matrices of one shape share each product.
+Muon (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix, U S V^T, by about
+U V^T: a step of the same length in every direction. Unlike in torch.optim.Muon, matrices of one shape share a product.
 """
 
 from __future__ import annotations
@@ -20,16 +19,13 @@ from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
 from .rule import Rule, Slots, with_gradients
 
-# The odd polynomials x -> a x + b x^3 + c x^5 that map [0.01, 1] to an interval around 1, one after the other. Each is
-# the best in the maximum norm on the interval that the previous ones leave (Polar Express, arXiv 2505.16932), widened
-# by 2% upwards because values above it would diverge, and bfloat16 rounds. The result is [0.984, 1.016]; smaller values
-# grow by 149. Starting from 0.003, the first would map some large singular values to 0.02, below the rounding error.
+# The odd polynomials x -> a x + b x^3 + c x^5 that map [0.01, 1] to [0.984, 1.016], one after the other; smaller values
+# grow by 149. Each is the best in the maximum norm on the interval that the previous ones leave (Polar Express, arXiv
+# 2505.16932), widened by 2% upwards because values above it would diverge, and bfloat16 rounds. Starting from 0.003,
+# the first would map some large singular values to 0.02, below the rounding error.
 COEFFICIENTS = (
-    (7.9424, -22.2873, 15.8239),
-    (3.5875, -2.5845, 0.4893),
-    (2.6604, -1.9134, 0.4194),
-    (1.9688, -1.3507, 0.3852),
-)
+    (7.9424, -22.2873, 15.8239), (3.5875, -2.5845, 0.4893), (2.6604, -1.9134, 0.4194), (1.9688, -1.3507, 0.3852)
+)  # fmt: skip
 MARGIN = 1.02  # the same 2%, for the norm
 CHUNKS = {"cuda": 1 << 26}  # elements that share a product: enough to keep a GPU busy;
 CHUNK = 1 << 22  # a CPU gains nothing above this
@@ -38,10 +34,9 @@ CHUNK = 1 << 22  # a CPU gains nothing above this
 def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = COEFFICIENTS) -> Tensor:
     """The singular values of n matrices brought near 1. x: (n, rows, cols) with rows <= cols, overwritten.
 
-    Each matrix is first divided by the 8-norm of its singular values, (sum of s^8)^(1/8), computed from the square of
-    its Gram matrix. It is above the largest singular value, but closer to it than the usual Frobenius norm, which saves
-    about one polynomial. With many columns, two polynomials are computed on the Gram matrix between two products with
-    x ("Gram Newton-Schulz"). With three, rounding makes it indefinite and the result diverges in bfloat16.
+    Each matrix is first divided by the 8-norm of its singular values, (sum of s^8)^(1/8), from the square of its Gram
+    matrix: closer to the largest than the usual Frobenius norm, which saves about one polynomial. With many columns,
+    two polynomials share a product with x ("Gram Newton-Schulz"); three would diverge in bfloat16.
     """
     at_once = 2 if x.size(2) > 2 * x.size(1) else 1
     for begin in range(0, len(coefficients), at_once):
@@ -100,10 +95,9 @@ def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any
             kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
             named[kind].append((name, p))
     rates = {
-        "matrices": config.muon_learning_rate,
-        "embeddings": config.embedding_learning_rate,
+        "matrices": config.muon_learning_rate, "embeddings": config.embedding_learning_rate,
         "head": config.head_learning_rate,
-    }
+    }  # fmt: skip
     groups = []
     for kind, members in named.items():
         rate = rates.get(kind)

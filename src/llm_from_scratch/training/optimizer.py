@@ -26,19 +26,14 @@ def _rule(name: str) -> type[Rule]:
 
 
 def _plain(name: str) -> Any:
-    """A method of torch's optimizer without the wrapper that keeps torch.compile out of it.
-
-    The wrapper imports the compiler, which takes more than a second. Nothing here compiles an optimizer.
-    """
+    """A method of torch's optimizer without the wrapper for torch.compile, which imports the compiler (a second)."""
     method = getattr(torch.optim.Optimizer, name)
     return getattr(method, "__wrapped__", method)
 
 
 class Optimizer(torch.optim.Optimizer):
-    """Several rules in one optimizer: each parameter group has its "names" and the "rule" that steps it.
-
-    A 0-dim tensor `found_inf`, set as torch.amp.GradScaler sets it, skips the step on the device if it is 1.
-    """
+    """Several rules in one optimizer: each parameter group has its "names" and the "rule" that steps it. A 0-dim tensor
+    `found_inf`, set as torch.amp.GradScaler sets it, skips the step on the device if it is 1."""
 
     found_inf: Tensor | None = None
     add_param_group, zero_grad, state_dict = _plain("add_param_group"), _plain("zero_grad"), _plain("state_dict")
@@ -55,10 +50,8 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             self.rules[group["rule"]].step(group, self.state, self.found_inf)
         return loss
@@ -81,22 +74,17 @@ class Optimizer(torch.optim.Optimizer):
             for group, packed in zip(self.param_groups, saved, strict=True)
             for number, p in zip(packed["params"], group["params"], strict=True)
         ]
-        counters = {
-            number: {key: value for key, value in state[number].items() if key not in slots}
-            for number, _, slots in numbered
-            if number in state
-        }
+        known = [(number, p, slots) for number, p, slots in numbered if number in state]
+        counters = {number: {k: v for k, v in state[number].items() if k not in slots} for number, _, slots in known}
         _plain("load_state_dict")(self, {"state": counters, "param_groups": saved})
-        for number, p, slots in numbered:
-            for slot, (_, dtype) in slots.items() if number in state else ():
+        for number, p, slots in known:
+            for slot, (_, dtype) in slots.items():
                 self.state[p][slot] = state[number][slot].to(p.device, dtype)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: tensors of two or more dimensions (products, embeddings) decay; biases and gains do not.
-
-    The order within and of the groups is nanoGPT's, by which its optimizer states are stored.
-    """
+    """Two groups: tensors of two or more dimensions (products, embeddings) decay; biases and gains do not. The order
+    within and of the groups is nanoGPT's, by which its optimizer states are stored."""
     sparse = {id(p) for module in sparse_tables(model) for p in module.parameters(recurse=False)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse]
     decay = [(name, p) for name, p in named if p.dim() >= 2]
@@ -137,10 +125,8 @@ def make_adamw(
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0) -> Optimizer:
-    """The optimizer that the settings choose. seed: of the stochastic rounding to bfloat16.
-
-    Raises UserError if fused is set and not available, or if the settings do not fit the model.
-    """
+    """The optimizer that the settings choose. seed: of the stochastic rounding to bfloat16. Raises UserError if fused
+    is set and not available, or if the settings do not fit the model."""
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
         raise UserError(f"--fused=on: torch has no fused AdamW for {device.type}; leave it at auto")
@@ -159,17 +145,15 @@ def optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets each group's learning rate to its lr_scale times lr. A group with lr_scale 0 keeps its own."""
+    """Sets each group's learning rate to lr_scale * lr. A group with lr_scale 0 keeps its own."""
     for group in optimizer.param_groups:
         if scale := group.get("lr_scale", 1.0):
             group["lr"] = lr * scale
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Scales the gradients down to this global norm; 0 leaves them as they are. Returns the norm before.
-
-    Sparse gradients do not count: the size of a step does not depend on theirs.
-    """
+    """Scales the gradients down to this global norm; 0 leaves them as they are. Returns the norm before. Sparse
+    gradients do not count: the size of a step does not depend on theirs."""
     parameters = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     with torch.profiler.record_function("clipping"):  # a name that llm-bench --profile reads
         if limit:
@@ -178,10 +162,8 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """optimizer.step() unless skip (a 0-dim bool tensor) is true; then weights and moments do not change by a bit.
-
-    On a GPU, kernels read the flag themselves, so the host does not wait (as with torch.amp.GradScaler).
-    """
+    """optimizer.step() unless skip (a 0-dim bool tensor) is true; then weights and moments do not change by a bit. On a
+    GPU, kernels read the flag themselves, so the host does not wait (as with torch.amp.GradScaler)."""
     on_device = getattr(optimizer, "skips_on_device", optimizer.defaults.get("fused"))
     if skip.device.type == "cuda" and on_device:
         flagged: Any = optimizer
@@ -193,28 +175,19 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"state": {parameter name: {moment: tensor}}, "param_groups": [{"names": [...], "lr": ...}]}.
-
-    Keyed by name, so it does not depend on the order of the parameters and can be read without the model.
-    """
-    state: dict[str, Any] = {}
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        for name, p in zip(group["names"], group["params"], strict=True):
-            if p in optimizer.state:
-                state[name] = dict(optimizer.state[p])
-        groups.append({k: v for k, v in group.items() if k != "params"})
-    return {"state": state, "param_groups": groups}
+    """{"state": {parameter name: {moment: tensor}}, "param_groups": [{"names": [...], "lr": ...}]}. Keyed by name, so
+    it does not depend on the order of the parameters and can be read without the model."""
+    groups = optimizer.param_groups
+    named = [item for group in groups for item in zip(group["names"], group["params"], strict=True)]
+    state = {name: dict(optimizer.state[p]) for name, p in named if p in optimizer.state}
+    return {"state": state, "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run.
-
-    Raises UserError if a parameter's state is missing, or has another shape or optimizer than declared.
-    """
+    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run. Raises UserError
+    if a parameter's state is missing, or has another shape or optimizer than declared."""
     ids: dict[str, int] = {}
-    current = optimizer.state_dict()
-    rules = _saved_rules(saved)
+    current, rules = optimizer.state_dict(), _saved_rules(saved)
     for group, packed in zip(optimizer.param_groups, current["param_groups"], strict=True):
         for name, p, index in zip(group["names"], group["params"], packed["params"], strict=True):
             entry = saved["state"].get(name)

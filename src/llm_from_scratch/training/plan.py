@@ -72,14 +72,9 @@ class Plan:
         return sizes(config.model, self.micro_batch, element, config.training.gradient_checkpointing, moments)
 
     @property
-    def train_hash(self) -> str:
-        """Identifies the training tokens."""
-        return dataset_hashes(self.train_data, self.val_data)[0]
-
-    @property
-    def dataset_hash(self) -> str:
-        """Identifies the tokens of both splits."""
-        return dataset_hashes(self.train_data, self.val_data)[1]
+    def hashes(self) -> tuple[str, str]:
+        """Identify the training tokens, and the tokens of both splits."""
+        return dataset_hashes(self.train_data, self.val_data)
 
 
 @functools.lru_cache(maxsize=2)

@@ -157,15 +157,11 @@ class Remaining:
 
 def in_words(seconds: float) -> str:
     """A duration, with two significant units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    hours = round(seconds / 60) // 60
-    if hours < 48:
-        return f"{hours} h {round(seconds / 60) % 60:02} min"
-    return f"{hours // 24} d {hours % 24:02} h"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24:02} h"
 
 
 def clock_time(seconds: float, now: datetime.datetime | None = None) -> str:

@@ -19,8 +19,8 @@ from ..machine.files import FolderLock
 from ..machine.processes import wait_for_all
 from .plan import Plan
 
-# settings of a call, not of the run
-NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}
+NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}  # settings of a call, not of the run
+BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
 
 
 def machine_of(
@@ -43,22 +43,26 @@ def machine_of(
 
 def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
     """The notice that the machine, or a setting chosen for it, has changed since the checkpoint."""
-    before = resumed.trainer.get("machine")
-    if not isinstance(before, dict):
+    before = _machine(resumed)
+    if not before:
         return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
 
 
+def _machine(resumed: Checkpoint) -> dict[str, Any]:
+    found = resumed.trainer.get("machine")
+    return found if isinstance(found, dict) else {}
+
+
+def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
+    sections = [section for section in resumed.config.values() if isinstance(section, dict)]
+    return {leaf: value for section in sections for leaf, value in section.items()}
+
+
 def differences(config: Config, resumed: Checkpoint) -> list[str]:
     """Each setting that differs from the checkpoint's."""
-    saved = {
-        leaf: value
-        for section in resumed.config.values()
-        if isinstance(section, dict)
-        for leaf, value in section.items()
-    }
-    lines = []
+    saved, lines = _saved_settings(resumed), []
     for name, value in flatten(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if name in saved and name not in NOT_COMPARED and saved[name] != value:
@@ -68,8 +72,8 @@ def differences(config: Config, resumed: Checkpoint) -> list[str]:
 
 def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
     """For automatic settings: the values chosen for the run on this kind of device."""
-    before = resumed.trainer.get("machine")
-    if not isinstance(before, dict) or before.get("device") != runtime.device.type:
+    before = _machine(resumed)
+    if before.get("device") != runtime.device.type:
         return runtime
     system, reasons = config.system, dict(runtime.reasons)
     changes: dict[str, Any] = {}
@@ -92,28 +96,24 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
     """The checkpoint's micro-batch, which was chosen for the machine or reduced because memory ran out, unless the user
     changes the settings of the batch."""
-    before, flat = resumed.trainer.get("machine"), flatten(config)
-    for section in resumed.config.values():
-        for name in ("batch_size", "gradient_accumulation_steps", "micro_batch"):
-            if isinstance(section, dict) and section.get(name, flat[name]) != flat[name]:
-                return chosen
-    micro = before.get("micro_batch") if isinstance(before, dict) else None
+    saved, flat = _saved_settings(resumed), flatten(config)
+    if any(saved.get(name, flat[name]) != flat[name] for name in BATCH):
+        return chosen
+    micro = _machine(resumed).get("micro_batch")
     if type(micro) is not int or micro < 1 or local_batch % micro:
         return chosen
     return micro if micro < chosen or config.data.micro_batch == "auto" else chosen
 
 
 def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
-    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns its new folder.
-
-    Raises UserError if another process trains there.
-    """
+    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns its new folder. Raises UserError if
+    another process trains there."""
     out_dir = Path(plan.config.training.out_dir)
     wait_for_all(plan.runtime.world_size)  # all processes have read their weights: the folder may be moved now
     if not plan.runtime.is_master or plan.config.training.eval_only:
         return None
     lock.acquire()
-    _ = plan.dataset_hash  # now, because the data may fail later, and then a checkpoint is saved
+    _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
     moved = checkpoints.archive_previous(out_dir) if plan.resumed is None else None
     checkpoints.clean_leftovers(out_dir)
     return moved

@@ -18,8 +18,8 @@ class Dither:
     arXiv 2010.06192). With rounding to nearest, a moment stops changing once its change is below 1/512 of it. The
     second moment at beta2 = 0.999 does.
 
-    The noise is a function of (seed, tensor's name, number of the rounding, element) and draws from none of torch's
-    generators: a table of random numbers, made once from the seed, xor-ed with a new number each time.
+    The noise, a table of random numbers xor-ed with a new number each time, is a function of (seed, tensor's name,
+    number of the rounding, element); it draws from none of torch's generators.
     """
 
     def __init__(self, seed: int):

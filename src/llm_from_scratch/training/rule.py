@@ -15,10 +15,8 @@ Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Rule:
-    """How an optimizer changes parameters. One subclass per optimizer; it declares the tensors that it keeps.
-
-    dtype: of the moments, float32 or bfloat16; dither: rounds to bfloat16.
-    """
+    """How an optimizer changes parameters. One subclass per optimizer; it declares the tensors that it keeps. dtype: of
+    the moments, float32 or bfloat16; dither: rounds to bfloat16."""
 
     skips_on_device = False
     """Whether step() changes nothing if found_inf is 1, so that the host does not wait for the check."""

@@ -25,9 +25,10 @@ from ..machine import device as runtimes
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
+from ..machine.terminal import announce
 from .evaluate import Evaluation, estimate_loss, evaluate_split
 from .guards import Finding, StepGuard, all_finite, not_finite_error
-from .loggers import RunLog, teller
+from .loggers import RunLog
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .plan import Plan, describe
@@ -58,13 +59,12 @@ class TrainResult:
 @contextlib.contextmanager
 def open_run(config: Config, sources: dict[str, str] | None, command: str) -> Iterator[Run]:
     """Plans a run, starts the machine and builds the run; closes them in the reverse order."""
-    lock = FolderLock(Path(config.training.out_dir))
+    training, lock = config.training, FolderLock(Path(config.training.out_dir))
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(lock.release)
-        training, is_first = config.training, distributed_env()[0] == 0
-        if is_first and lock.path.parent.is_dir() and training.init_from in ("resume", "auto"):
-            if not training.eval_only:
-                lock.acquire()  # now, because damaged checkpoints are renamed before the run starts
+        may_rename = distributed_env()[0] == 0 and not training.eval_only  # damaged checkpoints, while planning
+        if may_rename and lock.path.parent.is_dir() and training.init_from in ("resume", "auto"):
+            lock.acquire()
         plan = make_plan(config, sources)
         cleanup.callback(runtimes.stop)
         runtimes.start(plan.runtime, plan.config.system)
@@ -84,15 +84,17 @@ class Run:
     ):  # fmt: skip
         """lock: of the folder that the run writes to; None: a run that writes nothing, for a forecast or a benchmark.
         say: prints a line before the log is open; by default on the first process, if the run writes."""
-        self.plan = replace(plan, weights=None, resumed=None)
+        prints = plan.runtime.is_master and lock is not None
+        default: Callable[[str], Any] = announce if prints else lambda line: None
+        self.say = say or default
+        self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
         self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step)
-        self.micro_batch = plan.micro_batch
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
         self.timer = StepTimer()
-        self.say = say or teller(self.runtime.is_master and lock is not None)
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.model = GPT(self.config.model)
         if plan.weights is not None:
             self.model.load_state_dict(plan.weights)
@@ -104,15 +106,12 @@ class Run:
             lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say), self.shrink
         )
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.runtime.device, self.config.system.seed)
-        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
-        vocab_size = self.config.model.vocab_size
+        device, vocab_size = self.runtime.device, self.config.model.vocab_size
+        tokens = load_on_device(device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say)
         self.loader = BatchLoader(
-            plan.train_data, plan.order, plan.global_batch, self.runtime.device, self.runtime.rank,
-            self.runtime.world_size, vocab_size,
-            load_on_device(
-                self.runtime.device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say
-            ),
+            plan.train_data, plan.order, plan.global_batch, device, self.runtime.rank, self.runtime.world_size,
+            vocab_size, tokens,
         )  # fmt: skip
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
@@ -126,10 +125,10 @@ class Run:
             return RunLog(self.config, is_master=False, first=0, last=0, resumed=False)
         moved, first = take_folder(plan, lock), plan.start_step
         left = Remaining(Calendar.of(plan), self.timer, first)
-        evaluated, resumed = self.state.evaluated_at == first, plan.resumed is not None
         log = RunLog(
-            self.config, self.runtime.is_master, first, plan.last_step, resumed, evaluated, left, self.state.run_id
-        )
+            self.config, self.runtime.is_master, first, plan.last_step, plan.resumed is not None,
+            self.state.evaluated_at == first, left, self.state.run_id,
+        )  # fmt: skip
         if moved is not None:
             log.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
         return log
@@ -156,6 +155,8 @@ class Run:
     def shrink(self, reason: str) -> None:
         """Halves the micro-batch. reason: the allocator's message. Raises MemoryShortError if it cannot be smaller."""
         self.model.zero_grad(set_to_none=True)
+        self.scaler.scale(torch.zeros((), device=self.runtime.device))  # its scale exists from the first use on
+        self.scaler.update(self.scaler.get_scale())  # unchanged, but the gradients no longer count as unscaled
         self.micro_batch = halved(self.plan, self.micro_batch, reason)
         batch = self.plan.global_batch // self.runtime.world_size
         self.say(
@@ -164,10 +165,8 @@ class Run:
         )
 
     def report_steps(self, wait: bool = False) -> None:
-        """Logs the steps that the device has finished. wait: all steps.
-
-        Raises NotFiniteError after too many skipped steps, or if weights are not finite.
-        """
+        """Logs the steps that the device has finished. wait: all steps. Raises NotFiniteError after too many skipped
+        steps, or if weights are not finite."""
         for found in self.guard.collect(wait):
             self.stop.shared = self.stop.shared or found.signum
             self._log_step(found)
@@ -211,8 +210,7 @@ class Run:
     def evaluate(self) -> None:
         """Estimates the losses on fixed batches and tracks the best. Raises NotFiniteError, Interrupted."""
         self.report_steps(wait=True)
-        training, state = self.config.training, self.state
-        windows = training.eval_iters * self.config.data.batch_size
+        state, windows = self.state, self.config.training.eval_iters * self.config.data.batch_size
         block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
         for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
             losses[split] = estimate_loss(
@@ -236,9 +234,8 @@ class Run:
         return self.micro_batch if self.models.is_compiled else None
 
     def _learning_rate(self) -> float:
-        config = self.config
-        peak, max_iters = config.optimizer.learning_rate, config.training.max_iters
-        return learning_rate_at(self.state.step, peak, config.scheduler, max_iters)
+        peak, max_iters = self.config.optimizer.learning_rate, self.config.training.max_iters
+        return learning_rate_at(self.state.step, peak, self.config.scheduler, max_iters)
 
     def should_stop_early(self) -> bool:
         """Whether the validation loss has not improved for early_stopping_patience evaluations."""
@@ -251,9 +248,9 @@ class Run:
     @torch.no_grad()
     def write_sample(self) -> None:
         """Logs a text that the model continues. Its draws do not change training's random numbers."""
-        generation, tokenizer = self.config.generation, self.plan.tokenizer
         if not self.runtime.is_master:
             return
+        generation, tokenizer = self.config.generation, self.plan.tokenizer
         assert tokenizer is not None  # make_plan refuses samples without one
         idx = torch.tensor([self.plan.prompt], device=self.runtime.device)
         self.model.eval()
@@ -261,9 +258,8 @@ class Run:
         eager = torch.compiler.set_stance("force_eager") if self.runtime.compile else contextlib.nullcontext()
         with forked_random(self.runtime.device), self.runtime.autocast(), eager:
             torch.manual_seed(self.config.system.seed)
-            out = self.model.generate(
-                idx, generation.max_new_tokens, max(generation.temperature, 1e-5), generation.top_k or None
-            )
+            temperature = max(generation.temperature, 1e-5)
+            out = self.model.generate(idx, generation.max_new_tokens, temperature, generation.top_k or None)
         self.model.train()
         text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
         self.log.sample(self.state.step, text)
@@ -290,10 +286,8 @@ class Run:
         return notes
 
     def roll_back(self, error: NotFiniteError) -> None:
-        """Returns to the newest good checkpoint and continues with other batches.
-
-        Raises TrainingError after max_rollbacks, or without a checkpoint.
-        """
+        """Returns to the newest good checkpoint and continues with other batches. Raises TrainingError after
+        max_rollbacks, or without a checkpoint."""
         state, limit = self.state, self.config.training.max_rollbacks
         self.saver.report(wait=True)
         wait_for_all(self.runtime.world_size)
@@ -316,10 +310,8 @@ class Run:
     # --- the end ---
 
     def finish(self) -> TrainResult:
-        """The last evaluation, the final checkpoint, the plot; only the checkpoint if the run was stopped.
-
-        Raises NotFiniteError if the last step broke the weights.
-        """
+        """The last evaluation, the final checkpoint, the plot; only the checkpoint if the run was stopped. Raises
+        NotFiniteError if the last step broke the weights."""
         training, state, final = self.config.training, self.state, None
         stopped = self.stop.agreed()
         fresh = state.step > 0 and state.evaluated_at != state.step

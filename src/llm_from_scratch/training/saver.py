@@ -43,19 +43,14 @@ class Saver:
         if not plan.runtime.is_master:
             return
         best_only = not training.always_save_checkpoint  # nanoGPT's ckpt.pt then holds the best
+        rest = {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.hashes[0]}
         contents = {
-            "step": state.step,
-            "model": model.state_dict(),
-            "optimizer": optimizer_state(optimizer),
-            "trainer": vars(state)
-            | {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.train_hash},
-            "rng": rng,
-            "config": to_dict(plan.config),
-            "model_config": model.config,
+            "step": state.step, "model": model.state_dict(), "optimizer": optimizer_state(optimizer),
+            "trainer": vars(state) | rest, "rng": rng, "config": to_dict(plan.config), "model_config": model.config,
             "tokenizer": plan.tokenizer,
-        }
+        }  # fmt: skip
         self.writer.start(
-            contents, self.log.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=plan.dataset_hash,
+            contents, self.log.out_dir, self.log.sync, run_id=state.run_id, dataset_hash=plan.hashes[1],
             val_loss=state.val_loss if state.evaluated_at == state.step else None,
             keep_last=training.keep_last, keep_every=training.keep_every,
             export=training.save_nanogpt_ckpt and (state.best_step == state.step or not best_only),
@@ -67,11 +62,11 @@ class Saver:
         if saved is None:
             return
         self.failed = saved.path is None
-        if saved.path is None and self.state.saved_at == saved.step and self.plan.runtime.world_size == 1:
-            self.state.saved_at = -1  # the end of the run tries again; other processes would not know
         if saved.path is not None:
             self.saved_to = saved.path
             self.log.say(f"saved checkpoint {saved.path}")
+        elif self.state.saved_at == saved.step and self.plan.runtime.world_size == 1:
+            self.state.saved_at = -1  # the end of the run tries again; other processes would not know
         if saved.error is not None:
             what = f"step {saved.step} is not saved" if saved.path is None else "ckpt.pt is not written"
             self.log.say(f"warning: {what}: {str(saved.error).removeprefix(f'{what}: ')}")

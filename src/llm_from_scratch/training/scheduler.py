@@ -45,12 +45,8 @@ def wsd(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
 
 
 # each after the warm-up: (step, peak, config, the step at which the decay ends) -> learning rate
-SCHEDULES: dict[str, Callable[[int, float, SchedulerConfig, int], float]] = {
-    "cosine": cosine,
-    "linear": linear,
-    "constant": constant,
-    "wsd": wsd,
-}
+Schedule = Callable[[int, float, SchedulerConfig, int], float]
+SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
 
 def _done(step: int, begin: int, end: int) -> float:

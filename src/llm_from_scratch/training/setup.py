@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -17,7 +18,6 @@ from ..generation.prompt import read_start
 from ..interop.nanogpt import check_nanogpt
 from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
-from ..machine.device import Runtime
 from .check import Inputs, check, share_batch
 from .microbatch import largest_micro_batch
 from .plan import Plan, dataset_hashes
@@ -34,7 +34,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     sources: leaf name -> where it was set (see presets.parse). Loaded weights override a setting with a notice,
     except one from the command line, which is refused. Raises UserError for every mistake that can be found.
     """
-    config = _copy(config)
+    config = copy.deepcopy(config)
     training = config.training
     training.init_from = init_from = resolved_init(training.init_from, training.out_dir)
     inputs = check(config)
@@ -43,16 +43,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         refuse_unfit(runtime.device, runtime.dtype)
     folder, notes = inputs.folder, list[str]()
     tokenizer, vocab_size = _vocabulary(inputs, notes)
-    resumed, weights = None, None
-    start_step = 0
+    resumed, weights, start_step = None, None, 0
     if init_from == "resume":
-        resumed = load(
-            training.out_dir,
-            which="last",
-            dataset=str(folder),
-            need_tokenizer=False,
-            set_aside=runtime.is_master and not training.eval_only,
-        )
+        aside = runtime.is_master and not training.eval_only
+        resumed = load(training.out_dir, "last", dataset=str(folder), need_tokenizer=False, set_aside=aside)
         weights, start_step = resumed.model, resumed.step
         _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
         _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
@@ -84,24 +78,21 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if config.model.max_ngram and runtime.world_size > 1 and not training.eval_only:
         raise UserError("max_ngram trains in one process: its sparse gradients are not exchanged; run without torchrun")
     prompt = _sample_prompt(config, tokenizer)
-    scans = [
-        data.check(
-            config.model.block_size, config.model.vocab_size if runtime.is_master else None, not training.eval_only
-        )
-        for data in (inputs.train_data, inputs.val_data)
-    ]
+    ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
+    splits = (inputs.train_data, inputs.val_data)
+    scans = [data.check(config.model.block_size, ids, remember) for data in splits]
     if inputs.tokenizer is None and inputs.vocab_size is None:
         notes += _foreign_ids(inputs)
-    order = SampleOrder(
-        len(inputs.train_data), config.model.block_size, config.data.sample_order, config.data.stride,
-        config.system.seed,
-    )  # fmt: skip
+    kind, stride, seed = config.data.sample_order, config.data.stride, config.system.seed
+    order = SampleOrder(len(inputs.train_data), config.model.block_size, kind, stride, seed)
     global_batch = share_batch(config, runtime.world_size)
     share = global_batch // runtime.world_size
-    micro_batch = _micro_batch(config, runtime, share)
+    asked = config.data.micro_batch
+    auto = largest_micro_batch(config, runtime, share) if asked == "auto" else math.gcd(share, config.data.batch_size)
+    micro_batch = asked if isinstance(asked, int) else auto
     if resumed is not None:
         micro_batch = same_micro_batch(config, resumed, share, micro_batch)
-    if config.data.micro_batch == "auto":
+    if asked == "auto":
         how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     _set_length(config, order, global_batch)
@@ -116,7 +107,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             _same_data(config, inputs, resumed, notes)
         notes += differences(config, resumed)
     plan = Plan(
-        config, runtime, folder, tokenizer, inputs.train_data, inputs.val_data, order, global_batch, micro_batch,
+        config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
         last_step, start_step, weights, resumed, prompt, notes, [scan for scan in scans if scan is not None],
     )  # fmt: skip
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
@@ -173,10 +164,6 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
         raise UserError(f"--start (for --sample_interval): {error}") from None
 
 
-def _copy(config: Config) -> Config:
-    return Config(**{f.name: dataclasses.replace(getattr(config, f.name)) for f in dataclasses.fields(config)})
-
-
 def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int]:
     """The data's tokenizer, and the rows of a new model's token table."""
     tokenizer = inputs.tokenizer
@@ -227,16 +214,6 @@ def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Pa
             f"{folder} was made with the tokenizer {ours.name} ({ours.vocab_size} ids), {whose} with another, "
             f"{theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with {theirs.name}"
         )
-
-
-def _micro_batch(config: Config, runtime: Runtime, share: int) -> int:
-    """Sequences per forward pass, of a process's share of the global batch."""
-    batch_size, asked = config.data.batch_size, config.data.micro_batch
-    if asked == "auto":
-        return largest_micro_batch(config, runtime, share)
-    if asked is not None:
-        return asked
-    return math.gcd(share, batch_size) if share % batch_size else batch_size
 
 
 def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:

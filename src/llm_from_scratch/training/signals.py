@@ -13,10 +13,8 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGPIPE")  # Windows has t
 
 
 class StopRequest:
-    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP finishes the step, saves and stops. The second one stops at once.
-
-    A context manager, which restores the previous handlers at its end. Outside the main thread it does nothing.
-    """
+    """The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP finishes the step, saves and stops. The second one stops at once. A
+    context manager, which restores the previous handlers at its end. Outside the main thread it does nothing."""
 
     def __init__(self, world_size: int = 1) -> None:
         self.world_size = world_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,7 @@ class Writer:
     """Saves in a thread, one checkpoint at a time. A process that must stop at once does not wait for it."""
 
     def __init__(self) -> None:
-        self.thread: threading.Thread | None = None
-        self._saved = Saved(-1)
-        self._bug: BaseException | None = None
+        self._result: Future[Saved] | None = None
 
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
@@ -94,19 +93,19 @@ class Writer:
         first: called before the checkpoint is written; export: also write out_dir/ckpt.pt for nanoGPT;
         of_the_run: the other arguments of save_checkpoint().
         """
-        assert self.thread is None
-        saved = self._saved = Saved(contents["step"])
-        waits = not _room_for_a_copy(contents)
+        assert self._result is None
+        result = self._result = Future[Saved]()
+        saved, waits = Saved(contents["step"]), not _room_for_a_copy(contents)
         try:
             contents = contents if waits else copied(contents)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             saved.error = SaveError("out of memory")
+            result.set_result(saved)
+            return
 
         def work() -> None:
-            if saved.error is not None:
-                return
             try:
                 first()
                 saved.path = checkpoints.save_checkpoint(out_dir, **contents, **of_the_run)
@@ -117,26 +116,25 @@ class Writer:
                 saved.error = error
             except OSError as error:  # from first()
                 saved.error = SaveError(error.strerror or str(error))
-            except BaseException as error:  # raised again in the thread of the loop
-                if is_out_of_memory(error):  # for a copy for the file
-                    saved.error = SaveError("out of memory")
-                else:
-                    self._bug = error
+            except BaseException as error:
+                if not is_out_of_memory(error):  # else for a copy for the file
+                    result.set_exception(error)  # raised again in the thread of the loop
+                    return
+                saved.error = SaveError("out of memory")
+            result.set_result(saved)
 
-        self.thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        thread.start()
         if waits:
-            self.thread.join()
+            thread.join()
 
     def finished(self, wait: bool) -> Saved | None:
         """The result of the save, once. None if there is none, or it is still running."""
-        if self.thread is None or (not wait and self.thread.is_alive()):
+        result = self._result
+        if result is None or not (wait or result.done()):
             return None
-        self.thread.join()
-        self.thread = None
-        if self._bug is not None:
-            raise self._bug
-        return self._saved
+        self._result = None
+        return result.result()
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:
@@ -155,16 +153,11 @@ def random_states(runtime: Runtime) -> dict[str, Tensor]:
 
 def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
     """{kind: (get state, set state)} of the random generators that this process uses."""
-    found: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = {
-        "cpu": (torch.get_rng_state, torch.set_rng_state)
-    }
-    if runtime.device.type == "cuda":
-        device = runtime.device
-        found["cuda"] = (
-            lambda: torch.cuda.get_rng_state(device),
-            lambda state: torch.cuda.set_rng_state(state, device),
-        )
-    if runtime.device.type == "mps":
+    found: dict[str, Any] = {"cpu": (torch.get_rng_state, torch.set_rng_state)}
+    if (device := runtime.device).type == "cuda":
+        get, put = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+        found["cuda"] = (lambda: get(device), lambda state: put(state, device))
+    if device.type == "mps":
         found["mps"] = (torch.mps.get_rng_state, torch.mps.set_rng_state)
     return found
 
@@ -181,24 +174,21 @@ def _state_checked(path: Path | None) -> Iterator[None]:
         raise UserError(f"{path} does not hold the state of a run ({why}); start a new one from it") from None
 
 
-def restore(
-    saved: Checkpoint,
-    state: TrainState,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    runtime: Runtime,
-    dropout: bool,
-) -> list[str]:
-    """Restores optimizer, scaler, counters and random states. Returns what cannot be restored, one line each.
+_KINDS = {"run_id": (str,), "recent_losses": (list,), "best_val_loss": (int, float), "val_loss": (int, float)}
 
-    Raises UserError if the checkpoint's entries do not belong to a run.
-    """
+
+def restore(
+    saved: Checkpoint, state: TrainState, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    runtime: Runtime, dropout: bool,
+) -> list[str]:  # fmt: skip
+    """Restores optimizer, scaler, counters and random states. Returns what cannot be restored, one line each. Raises
+    UserError if the checkpoint's entries do not belong to a run."""
     with _state_checked(saved.path):
         notes = []
-        if saved.optimizer is not None:
-            load_optimizer_state(optimizer, saved.optimizer)
-        else:
+        if saved.optimizer is None:
             notes.append("the checkpoint has no optimizer state: the moments start from zero")
+        else:
+            load_optimizer_state(optimizer, saved.optimizer)
         trainer = dict(saved.trainer)
         known = trainer.pop("scaler", None)
         if known and scaler.is_enabled():
@@ -207,13 +197,7 @@ def restore(
             value = trainer.get(name)
             if value is None:
                 continue
-            kinds = {
-                "run_id": (str,),
-                "recent_losses": (list,),
-                "best_val_loss": (int, float),
-                "val_loss": (int, float),
-            }
-            if type(value) not in kinds.get(name, (int,)):
+            if type(value) not in _KINDS.get(name, (int,)):
                 raise ValueError(f"{name} is {str(value)[:40]!r}")
             if type(value) is int and not (0 if name in ("rollbacks", "data_shift") else -1) <= value < 1 << 53:
                 raise ValueError(f"{name} is {str(value)[:40]}")
@@ -228,10 +212,7 @@ def restore(
             for kind, (_, put) in generators.items():
                 put(saved.rng[f"{kind}.{runtime.rank}"])
         elif dropout:
-            why = (
-                "other processes or devices than the checkpoint's"
-                if saved.rng
-                else "the checkpoint has no random states"
-            )
+            others = "other processes or devices than the checkpoint's"
+            why = others if saved.rng else "the checkpoint has no random states"
             notes.append(f"{why}: dropout draws other masks, not bit-exact")
         return notes

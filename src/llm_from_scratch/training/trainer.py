@@ -35,10 +35,8 @@ class Step:
 
 
 def train_step(run: Run, x: Tensor, y: Tensor) -> Step:
-    """One update on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite.
-
-    Goes through micro-batches that fit in memory. Raises the device's error if memory runs out before the update.
-    """
+    """One update on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite. Goes
+    through micro-batches that fit in memory. Raises the device's error if memory runs out before the update."""
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     number, loss = run.state.step, torch.zeros((), device=x.device)
     lr = learning_rate_at(number, config.optimizer.learning_rate, config.scheduler, config.training.max_iters)

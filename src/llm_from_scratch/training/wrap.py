@@ -22,13 +22,11 @@ from ..kernels.swap import swap, unswap
 from ..machine.children import shield_children
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 
-# Operations per second of one thread in training, and minutes of a run: rough values from one machine
-CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}
-REPAYS_COMPILING = 10
+CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
+REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
 NARROW = 256
-# Measured on a CPU: with fewer, the plain loss is as fast, and its memory does not matter
-MANY_IDS, MANY_LOGITS = 2048, 1 << 22
-LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU is assumed to wait for kernel launches; not measured
+MANY_IDS, MANY_LOGITS = 2048, 1 << 22  # with fewer, the plain loss is as fast (measured on a CPU)
+LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU probably waits for kernel launches; not measured
 
 
 @dataclass
@@ -97,15 +95,10 @@ def loss_is_chunked(config: Config, micro_batch: int) -> bool:
 
 
 def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
-    """compile=auto on a CPU, for a run of this many floating-point operations.
-
-    Compiling takes a minute the first time (later runs use the cache on disk). It saves at least a tenth of the time
-    for a narrow model, which spends its time in small operations. It does not help with dropout, because the compiler's
-    masks are slower than ours.
-    """
-    if config.system.compile != "auto" or runtime.device.type != "cpu" or runtime.compile:
-        return runtime
-    if config.model.n_embd > NARROW or config.model.dropout > 0:
+    """compile=auto on a CPU, for a run of `flops` operations: compiling takes a minute and saves a tenth of the time or
+    more of a narrow model, whose operations are small; not with dropout, whose masks are faster without."""
+    is_open = config.system.compile == "auto" and runtime.device.type == "cpu" and not runtime.compile
+    if not is_open or config.model.n_embd > NARROW or config.model.dropout > 0:
         return runtime
     threads = runtime.threads or torch.get_num_threads()
     minutes = flops / (threads * CPU_FLOPS[runtime.dtype]) / 60
@@ -118,11 +111,8 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
 
 
 def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
-    """Whether the compiled model's kernels are recorded and launched together (CUDA graphs).
-
-    auto: if a GPU would wait for launches, and a pass is a whole update. Raises UserError if requested but not
-    supported.
-    """
+    """Whether the compiled model's kernels are recorded and launched together (CUDA graphs). auto: if a GPU would wait
+    for launches, and a pass is a whole update. Raises UserError if requested but not supported."""
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
     if config.model.max_ngram and wanted is True:
         raise UserError("--cuda_graphs=True does not support max_ngram (sparse gradients); leave it at auto")
@@ -179,7 +169,6 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
                 block.compile(dynamic=False)
         elif recorded:
             compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)  # type: ignore[assignment]
-            # the next pass overwrites the graph's memory, so its results must not be needed by then
             compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
         else:
             compiled = torch.compile(model)  # type: ignore[assignment]

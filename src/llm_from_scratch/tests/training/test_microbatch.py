@@ -19,6 +19,7 @@ from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.memory import free_memory
 from llm_from_scratch.training import microbatch as memory
 from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import trainer
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.microbatch import largest_micro_batch
 from llm_from_scratch.training.plan import Plan
@@ -167,6 +168,25 @@ def test_a_choice_is_announced(data: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr(parallel, "MANY_LOGITS", 1)
     train(tiny_config(data, out_dir="large"))
     assert "loss: computed in chunks (vocabulary 20; --chunked_loss)" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_after_unscaling_costs_no_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16: the second try unscales again."""
+    settings: dict[str, Any] = {"dtype": "float16", "device": "cpu"}
+    train(tiny_config(data, out_dir="roomy", micro_batch=2, **settings))
+    clip, calls = trainer.clip_gradients, []
+
+    def fails_once(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return clip(*args)
+
+    monkeypatch.setattr(trainer, "clip_gradients", fails_once)
+    train(tiny_config(data, out_dir="tight", **settings))
+    one, other = (load_checkpoint(Path(name) / "step-00000008") for name in ("roomy", "tight"))
+    assert one.trainer["scaler"] == other.trainer["scaler"] and one.trainer["machine"] == other.trainer["machine"]
+    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
 
 
 def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

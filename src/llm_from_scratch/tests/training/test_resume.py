@@ -258,12 +258,12 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sends SIGTERM before the n-th batch that is evaluated from now on."""
 
     def arrange(batch: int) -> None:
-        rest, loss = iter(range(1, 1000)), original
+        rest, windows = iter(range(1, 1000)), original
 
-        def counted(*args: Any) -> float:
+        def counted(*args: Any) -> Any:
             if next(rest) == batch:
                 signal.raise_signal(signal.SIGTERM)
-            return loss(*args)
+            return windows(*args)
 
         monkeypatch.setattr(evaluate, "loss_of", counted)
 
