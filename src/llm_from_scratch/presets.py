@@ -265,9 +265,8 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
         if isinstance(value, dict) and key in _SECTIONS:
             for leaf, leaf_value in value.items():
                 if leaf not in _SECTIONS[key]:
-                    raise UserError(
-                        f"unknown setting {_line(key)}.{_line(leaf)} in {where}{_misplaced(str(leaf), key, _SECTIONS)}"
-                    )
+                    hint = _misplaced(str(leaf), key, _SECTIONS)
+                    raise UserError(f"unknown setting {_line(key)}.{_line(leaf)} in {where}{hint}")
                 flat[leaf] = leaf_value
         elif key in leaves or key in known:
             flat[key] = value

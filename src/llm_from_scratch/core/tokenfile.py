@@ -263,8 +263,15 @@ class BackgroundScan:
 
     def __init__(self, shards: Shards, name: str, vocab_size: int, remember: bool = True):
         self._stopped, self._errors = threading.Event(), list[UserError]()
-        arguments = (shards, name, vocab_size, remember, self._stopped, self._errors)
-        self.thread = threading.Thread(target=_scan_into, args=arguments, name="scan", daemon=True)
+        stopped, errors = self._stopped, self._errors  # the thread must not keep self alive
+
+        def work() -> None:
+            try:
+                scan(shards, name, vocab_size, remember, stopped)
+            except UserError as error:
+                errors.append(error)
+
+        self.thread = threading.Thread(target=work, name="scan", daemon=True)
         weakref.finalize(self, self._stopped.set)
         self.thread.start()
 
@@ -280,15 +287,6 @@ class BackgroundScan:
     def close(self) -> None:
         self._stopped.set()
         self.thread.join()
-
-
-def _scan_into(
-    shards: Shards, name: str, vocab_size: int, remember: bool, stopped: threading.Event, errors: list[UserError]
-) -> None:
-    try:
-        scan(shards, name, vocab_size, remember, stopped)
-    except UserError as error:
-        errors.append(error)
 
 
 def _remembered(shard: TokenFile) -> int | None:

@@ -309,13 +309,11 @@ def _up_to_date(target: Path, request: str) -> bool:
 
 def _refuse_foreign(target: Path) -> None:
     """Raises UserError if replacing target would delete files of the user."""
-    if not target.is_dir():
-        if target.exists():
-            raise UserError(f"{target} is a file: choose another --out_dir")
-        return
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: choose another --out_dir")
     manifest = _manifest(target)
     ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
-    names = sorted(path.name for path in target.iterdir())
+    names = sorted(path.name for path in target.glob("*"))
     foreign = [name for name in names if name not in ours and not name.startswith(CHECKED)]
     if foreign:
         raise UserError(

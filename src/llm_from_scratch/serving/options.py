@@ -63,9 +63,7 @@ class ServeOptions:
             raise UserError(f"model_name={self.model_name!r} may only contain letters, digits and ./:@+-_")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise UserError(
-                    f"cors_origins: {origin!r} is not an origin; expected for example https://app.example.org"
-                )
+                raise UserError(f"cors_origins: {origin!r} is not an origin such as https://app.example.org")
         if self.api_key is None:
             if not is_loopback(self.host):
                 raise UserError(
