@@ -95,7 +95,7 @@ PARTS: dict[str, tuple[int, list[Edit]]] = {
     "schedule": (
         2,
         [
-            Edit("training/scheduler.py", '    "cosine": cosine,\n', '    "cosine": cosine,\n    "root": root,\n'),
+            Edit("training/scheduler.py", '{"cosine": cosine,', '{"root": root, "cosine": cosine,'),
             Edit(
                 "training/scheduler.py",
                 "def constant(",
@@ -141,6 +141,7 @@ def test_a_part_is_added_in_few_files(part: str) -> None:
     assert len({edit.file for edit in edits}) == files
 
 
+@pytest.mark.slow
 def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_path: Path) -> None:
     copy = EditedCopy(tmp_path, [edit for _, edits in PARTS.values() for edit in edits])
     write_data(tmp_path / "data" / "text")

@@ -127,7 +127,7 @@ def test_without_a_template_or_a_run(browser):
         browser.find("#tab-complete").click()
         browser.press("ARROW_RIGHT")  # over the hidden one
         assert browser.focused() == "tab-watch"
-        assert "watches no run" in browser.text("#watch-note")
+        assert "No run to show" in browser.text("#watch-note")
     finally:
         own.close()
 

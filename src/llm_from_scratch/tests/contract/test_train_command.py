@@ -316,7 +316,7 @@ print(json.dumps([sys.flags.optimize, ask(json.loads(sys.stdin.read()))]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
-@pytest.mark.parametrize("optimize", [False, True], ids=["python", "python -O"])
+@pytest.mark.parametrize("optimize", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["python", "python -O"])
 def test_mistakes_get_one_line_and_leave_nothing_behind(optimize: bool, here: Path, trained: Path) -> None:
     bench_of_mistakes(here, trained)
     before, of_run = files(here), files(trained)

@@ -401,7 +401,7 @@ def test_crop_block_size_shortens_the_context_only(option: str) -> None:
     with pytest.raises(UserError):
         model(tokens(1, 9))
     for wrong in (0, 9):
-        with pytest.raises(UserError, match="must lie from 1 to the model's 8"):
+        with pytest.raises(UserError, match="must be between 1 and the model's 8"):
             model.crop_block_size(wrong)
 
 

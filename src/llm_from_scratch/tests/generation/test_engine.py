@@ -90,7 +90,7 @@ def test_64_requests_at_once_get_what_each_gets_alone(option: str) -> None:
     assert min(len(set(tokens)) for tokens in alone) >= 20
 
 
-@pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
+@pytest.mark.parametrize("overflow", ["recompute", pytest.param("drop_half", marks=pytest.mark.slow)])
 def test_requests_of_every_kind_come_and_go(overflow: Any, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other lengths, samplers, seeds and numbers of samples; more of them than slots; prompts read in small parts."""
     monkeypatch.setattr(batcher, "CHUNK", 7)

@@ -247,7 +247,7 @@ def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
         mlp = model.transformer.h[0].mlp.c_fc
         mesh = init_device_mesh("cpu", (1,))
         mlp.weight = nn.Parameter(DTensor.from_local(mlp.weight.detach(), mesh, [Replicate()]))
-        with pytest.raises(UserError, match=r"whole matrices, and transformer\.h\.0\.mlp\.c_fc\.weight is sharded"):
+        with pytest.raises(UserError, match=r"whole matrices, but transformer\.h\.0\.mlp\.c_fc\.weight is sharded"):
             made(model)
     finally:
         torch.distributed.destroy_process_group()
