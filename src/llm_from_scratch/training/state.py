@@ -84,6 +84,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._result: Future[Saved] | None = None
+        self._thread: threading.Thread | None = None
 
     def start(
         self, contents: dict[str, Any], out_dir: Path, first: Callable[[], None], export: bool, **of_the_run: Any
@@ -123,17 +124,19 @@ class Writer:
                 saved.error = SaveError("out of memory")
             result.set_result(saved)
 
-        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        thread.start()
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
         if waits:
-            thread.join()
+            self._thread.join()
 
     def finished(self, wait: bool) -> Saved | None:
         """The result of the save, once. None if there is none, or it is still running."""
         result = self._result
         if result is None or not (wait or result.done()):
             return None
-        self._result = None
+        if self._thread is not None:  # a thread that still frees tensors when Python exits would abort the process
+            self._thread.join()
+        self._result = self._thread = None
         return result.result()
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.training import run as runs
-from llm_from_scratch.training import setup, trainer
+from llm_from_scratch.training import setup, state, trainer
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
@@ -634,3 +635,19 @@ def test_a_run_that_does_not_compile_does_not_import_the_compiler(tiny_data: Pat
     command = [sys.executable, "eager.py", str(tiny_data)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_finished_save_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread still frees the copy when the result is there; a process that exits then would be aborted."""
+
+    class Slow:
+        def __del__(self) -> None:
+            threading.Event().wait(0.2)
+
+    monkeypatch.setattr(state.checkpoints, "save_checkpoint", lambda *_, **__: tmp_path)
+    writer, returned = state.Writer(), threading.Event()
+    writer.start({"step": 1, "tokenizer": Slow()}, tmp_path, lambda: returned.wait() and None, export=False)
+    returned.set()  # from here on, the thread alone holds the copy
+    saved = writer.finished(wait=True)
+    assert saved is not None and saved.path == tmp_path
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
