@@ -646,7 +646,11 @@ def test_a_finished_save_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(state.checkpoints, "save_checkpoint", lambda *_, **__: tmp_path)
     writer, returned = state.Writer(), threading.Event()
-    writer.start({"step": 1, "tokenizer": Slow()}, tmp_path, lambda: returned.wait() and None, export=False)
+
+    def first() -> None:
+        returned.wait()
+
+    writer.start({"step": 1, "tokenizer": Slow()}, tmp_path, first, export=False)
     returned.set()  # from here on, the thread alone holds the copy
     saved = writer.finished(wait=True)
     assert saved is not None and saved.path == tmp_path
