@@ -41,7 +41,7 @@ demo *ARGS: (_env "tensorboard" "plots")
 # Workers share files, the longest first. Three, because tests also wait for processes that they start.
 workers := "-n 3 --dist=loadfile --no-loadscope-reorder"
 
-# Run the tests: a case of each behaviour, in about 4 minutes
+# Run the tests: a case of each behaviour, in about 5 minutes
 [no-exit-message]
 test *ARGS: (_env "dev")
     @"{{ python }}" -m pytest {{ workers }} "$@"
