@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import tyro
-import yaml
 
 from .config import Config, flatten
 from .errors import UserError
@@ -239,6 +238,8 @@ def _short(value: Any) -> str:
 
 
 def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
+    import yaml  # 20 ms that --help does not need
+
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_PRESET + 1)
