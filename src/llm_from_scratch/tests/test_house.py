@@ -417,7 +417,7 @@ def test_the_guide_to_adding_a_part_names_what_exists(tmp_path: Path) -> None:
     assert missing_parts(row, tmp_path, tmp_path) == ["gone.py", "OTHER in model.py"]
 
 
-# Tests that are about several modules of their room, or about what comes of them together.
+# Tests that cover several modules of their room together.
 ABOUT_SEVERAL = {
     "training": {"compile", "distributed", "gpu_step", "toys", "edited_models"},
     "serving": {"life"},
