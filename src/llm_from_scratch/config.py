@@ -8,6 +8,7 @@ field. `--help` prints the text under a field. This file does not import torch, 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -78,25 +79,21 @@ class GPTConfig:
 
     def validate(self) -> None:
         """Raises UserError if the sizes do not fit together."""
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            at_least(name, getattr(self, name), 1)
-        at_least("vocab_size", self.vocab_size, 1)
+        at_least(
+            self, 1, "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "n_kv_head", "mlp_hidden", "ngram_rows"
+        )
+        at_least(self, 0, "logit_softcap")
+        above(self, 0, "rope_theta", "norm_eps")
+        between(self, 0, 1, "dropout", open_right=True)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
                 f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
             )
-        at_least("n_kv_head", self.n_kv_head, 1)
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.pos_embedding == "rope" and (self.n_embd // self.n_head) % 2:
             raise UserError(f"rope needs an even head width, got n_embd/n_head = {self.n_embd // self.n_head}")
-        at_least("mlp_hidden", self.mlp_hidden, 1)
-        between("dropout", self.dropout, 0.0, 1.0, open_right=True)
-        above("rope_theta", self.rope_theta, 0.0)
-        above("norm_eps", self.norm_eps, 0.0)
-        at_least("logit_softcap", self.logit_softcap, 0.0)
-        at_least("ngram_rows", self.ngram_rows, 1)
         if self.max_ngram and not 2 <= self.max_ngram <= 16:
             raise UserError(f"max_ngram={self.max_ngram} is out of range: expected 0, or 2 to 16 tokens")
 
@@ -118,10 +115,7 @@ class DataConfig:
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
 
     def validate(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
-        if isinstance(self.micro_batch, int):
-            at_least("micro_batch", self.micro_batch, 1)
-        at_least("stride", self.stride, 1)
+        at_least(self, 1, "batch_size", "micro_batch", "stride")
 
 
 @dataclass
@@ -181,19 +175,14 @@ class TrainingConfig:
     """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
 
     def validate(self) -> None:
-        at_least("max_iters", self.max_iters, 0)
-        at_least("max_rollbacks", self.max_rollbacks, 0)
-        if self.epochs is not None:
-            above("epochs", self.epochs, 0.0)
-        for name in ("gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "max_skipped_steps"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("save_interval", "keep_every", "early_stopping_patience", "sample_interval"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        if not isinstance(self.activation_budget, (str, type(None))):
-            above("activation_budget", self.activation_budget, 0.0)
-            if self.gradient_checkpointing:
-                raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
+        at_least(self, 0, "max_iters", "max_rollbacks")
+        at_least(
+            self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "max_skipped_steps"
+        )
+        at_least(self, 1, "save_interval", "keep_every", "early_stopping_patience", "sample_interval")
+        above(self, 0, "epochs", "activation_budget")
+        if self.gradient_checkpointing and self.activation_budget not in ("auto", None):
+            raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:
             raise UserError("out_dir is empty: choose a folder for the run, for example --out_dir=out")
 
@@ -233,19 +222,13 @@ class OptimizerConfig:
     """Use the fused AdamW kernel. auto: on CUDA and on the CPU."""
 
     def validate(self) -> None:
-        above("learning_rate", self.learning_rate, 0.0)
-        at_least("weight_decay", self.weight_decay, 0.0)
-        above("muon_learning_rate", self.muon_learning_rate, 0.0)
-        above("ngram_learning_rate", self.ngram_learning_rate, 0.0)
-        between("muon_momentum", self.muon_momentum, 0.0, 1.0, open_right=True)
+        above(self, 0, "learning_rate", "muon_learning_rate", "ngram_learning_rate")
+        above(self, 0, "embedding_learning_rate", "head_learning_rate")
+        at_least(self, 0, "weight_decay", "grad_clip")
+        between(self, 0, 1, "muon_momentum", "beta1", "beta2", open_right=True)
         for name in ("embedding_learning_rate", "head_learning_rate"):
-            if getattr(self, name) is not None:
-                above(name, getattr(self, name), 0.0)
-                if self.optimizer_type != "muon":
-                    raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
-        between("beta1", self.beta1, 0.0, 1.0, open_right=True)
-        between("beta2", self.beta2, 0.0, 1.0, open_right=True)
-        at_least("grad_clip", self.grad_clip, 0.0)
+            if getattr(self, name) is not None and self.optimizer_type != "muon":
+                raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
 
 
 @dataclass
@@ -266,11 +249,8 @@ class SchedulerConfig:
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
 
     def validate(self) -> None:
-        at_least("warmup_iters", self.warmup_iters, 0)
-        if self.lr_decay_iters is not None:
-            at_least("lr_decay_iters", self.lr_decay_iters, 0)
-        at_least("min_lr", self.min_lr, 0.0)
-        between("cooldown_frac", self.cooldown_frac, 0.0, 1.0)
+        at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
+        between(self, 0, 1, "cooldown_frac")
 
 
 @dataclass
@@ -304,20 +284,15 @@ class GenerationConfig:
     '["END", "\\n\\n"]'."""
 
     def validate(self) -> None:
-        at_least("num_samples", self.num_samples, 1)
-        at_least("max_new_tokens", self.max_new_tokens, 1)
-        at_least("temperature", self.temperature, 0.0)
-        between("temperature", self.temperature, 0.0, 1e30)  # float32 ends at 3e38
-        at_least("top_k", self.top_k, 0)
-        between("top_p", self.top_p, 0.0, 1.0, open_left=True)
-        between("min_p", self.min_p, 0.0, 1.0)
-        above("repetition_penalty", self.repetition_penalty, 0.0)
-        between("repetition_penalty", self.repetition_penalty, 0.0, 1e30)
-        between("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        between("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        for token, value in self.logit_bias.items():
-            at_least("a token id in logit_bias", token, 0)
-            between(f"logit_bias of token {token}", value, -1000.0, 1000.0)
+        at_least(self, 1, "num_samples", "max_new_tokens")
+        at_least(self, 0, "temperature", "top_k")
+        above(self, 0, "repetition_penalty")
+        between(self, 0, 1e30, "temperature", "repetition_penalty")  # float32 ends at 3e38
+        between(self, 0, 1, "top_p", open_left=True)
+        between(self, 0, 1, "min_p")
+        between(self, -100, 100, "presence_penalty", "frequency_penalty")
+        at_least({"a token id in logit_bias": min(self.logit_bias, default=0)}, 0)
+        between({f"logit_bias of token {token}": value for token, value in self.logit_bias.items()}, -1000, 1000)
         if any(not text for text in self.stop):
             raise UserError("stop contains an empty text, which would end every sample immediately; remove it")
 
@@ -342,7 +317,7 @@ class LoggingConfig:
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 
     def validate(self) -> None:
-        at_least("log_interval", self.log_interval, 1)
+        at_least(self, 1, "log_interval")
 
 
 @dataclass
@@ -371,9 +346,8 @@ class SystemConfig:
     """Train with float8 matrix products in the blocks (compute capability 8.9 or higher). Faster for wide layers."""
 
     def validate(self) -> None:
-        between("seed", self.seed, 0, 2**63 - 1)
-        if self.threads is not None:
-            at_least("threads", self.threads, 1)
+        between(self, 0, 2**63 - 1, "seed")
+        at_least(self, 1, "threads")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):
@@ -424,21 +398,29 @@ def flatten(tree: Any) -> dict[str, Any]:
     return flat
 
 
-def at_least(name: str, value: float | None, low: float) -> None:
-    """Raises UserError for a number below `low` or an infinite one. None is a setting that is off."""
-    if value is not None and not low <= value < float("inf"):
-        raise UserError(f"{name}={value} is out of range: expected {low:g} or more")
+def at_least(settings: Any, low: float, *names: str) -> None:
+    """Raises UserError if one of these settings is below `low` or infinite. None and words such as auto are allowed.
+    settings: an object, or {name: value}, which is checked whole."""
+    for name, value in _numbers(settings, names):
+        if not low <= value < math.inf:
+            raise UserError(f"{name}={value} is out of range: expected {low:g} or more")
 
 
-def above(name: str, value: float, low: float) -> None:
-    if not low < value < float("inf"):
-        raise UserError(f"{name}={value} is out of range: expected a finite number above {low:g}")
+def above(settings: Any, low: float, *names: str) -> None:
+    for name, value in _numbers(settings, names):
+        if not low < value < math.inf:
+            raise UserError(f"{name}={value} is out of range: expected a finite number above {low:g}")
 
 
 def between(
-    name: str, value: float, low: float, high: float, open_left: bool = False, open_right: bool = False
+    settings: Any, low: float, high: float, *names: str, open_left: bool = False, open_right: bool = False
 ) -> None:
-    ok = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)
-    if not ok:
-        left, right = "above" if open_left else "from", "below" if open_right else "to"
-        raise UserError(f"{name}={value} is out of range: expected a value {left} {low:g} {right} {high:g}")
+    for name, value in _numbers(settings, names):
+        if not low <= value <= high or (open_left and value == low) or (open_right and value == high):
+            left, right = "above" if open_left else "from", "below" if open_right else "to"
+            raise UserError(f"{name}={value} is out of range: expected a value {left} {low:g} {right} {high:g}")
+
+
+def _numbers(settings: Any, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    found = settings if isinstance(settings, dict) else {name: getattr(settings, name) for name in names}
+    return [(name, value) for name, value in found.items() if not isinstance(value, (str, type(None)))]

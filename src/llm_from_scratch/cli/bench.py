@@ -47,9 +47,8 @@ class BenchOptions:
     """Also print one line of JSON at the end."""
 
     def validate(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
-        at_least("steps", self.steps, 1)
-        at_least("burnin_steps", self.burnin_steps, 0)
+        at_least(self, 1, "batch_size", "steps")
+        at_least(self, 0, "burnin_steps")
 
 
 @dataclass

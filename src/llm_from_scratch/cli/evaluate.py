@@ -49,8 +49,7 @@ class EvalOptions:
     """Print one JSON object instead of the line."""
 
     def validate(self) -> None:
-        at_least("eval_block_size", self.eval_block_size, 1)
-        at_least("eval_batch_size", self.eval_batch_size, 1)
+        at_least(self, 1, "eval_block_size", "eval_batch_size")
         if self.split not in ("train", "val"):
             raise UserError(f"split={self.split!r} is not one of train, val")
 

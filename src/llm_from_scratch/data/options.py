@@ -36,7 +36,6 @@ class PrepareOptions:
     """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
 
     def validate(self) -> None:
-        if self.val_fraction is not None:
-            between("val_fraction", self.val_fraction, 0.0, 1.0, open_left=True, open_right=True)
-        at_least("shard_size", self.shard_size, 1)
-        at_least("workers", self.workers, 0)
+        between(self, 0, 1, "val_fraction", open_left=True, open_right=True)
+        at_least(self, 1, "shard_size")
+        at_least(self, 0, "workers")

@@ -52,11 +52,9 @@ class ServeOptions:
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port={self.port} is out of range: expected 0 to 65535")
-        for name in ("max_concurrent", "max_tokens", "max_body_bytes", "max_prompt_tokens"):
-            at_least(name, getattr(self, name), 1)
-        at_least("max_queued", self.max_queued, 0)
-        above("max_seconds", self.max_seconds, 0)
-        at_least("drain_seconds", self.drain_seconds, 0)
+        at_least(self, 1, "max_concurrent", "max_tokens", "max_body_bytes", "max_prompt_tokens")
+        at_least(self, 0, "max_queued", "drain_seconds")
+        above(self, 0, "max_seconds")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise UserError("api_key must have at least one character, only visible ASCII and no spaces")
         if self.model_name is not None and not re.fullmatch(r"[\w./:@+-]{1,200}", self.model_name):
