@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import numpy as np
 
 from ..core.tokenizer import Tokenizer
 from ..machine.children import shield_children
-from .sources import write_atomic
+from ..machine.files import write_bytes
 
 UNIT = 1 << 20  # characters per unit
 KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space
@@ -40,16 +41,14 @@ class ShardWriter:
 
     def append(self, ids: np.ndarray) -> None:
         while len(ids):
-            room = self.size - self.tokens % self.size
             if self._file is None:
                 self._file = (self.folder / f"{self.split}_{len(self.done):06d}.bin").open("wb")
-                self._hash, self._count = hashlib.sha256(), 0
-            part = np.ascontiguousarray(ids[:room], dtype=self.dtype)
+                self._hash = hashlib.sha256()
+            part = np.ascontiguousarray(ids[: self.size - self.tokens % self.size], dtype=self.dtype)
             self._file.write(part.data)
             self._hash.update(part.data)
-            self._count += len(part)
             self.tokens += len(part)
-            ids = ids[room:]
+            ids = ids[len(part) :]
             if self.tokens % self.size == 0:
                 self._end_shard()
 
@@ -59,7 +58,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self.done.append({"file": Path(self._file.name).name, "tokens": self._count, "sha256": self._hash.hexdigest()})
+        tokens = self.tokens - self.size * len(self.done)
+        self.done.append({"file": Path(self._file.name).name, "tokens": tokens, "sha256": self._hash.hexdigest()})
         self._file = None
 
     def close(self) -> dict[str, Any]:
@@ -119,49 +119,39 @@ class TokenCache:
 
     def __init__(self, folder: Path | None, dtype: np.dtype) -> None:
         self.folder, self.dtype = folder, dtype
-        self.hits, self.misses, self.bytes = 0, 0, 0
-        self.used: list[Path] = []
+        self.hits, self.misses = 0, 0
+        self.used: dict[Path, int] = {}  # the size of each file
 
     def get(self, key: str) -> np.ndarray | None:
         if self.folder is None:
             return None
-        path = self.folder / key[:2] / f"{key}.tokens"
-        try:
+        path, data = self.folder / key[:2] / f"{key}.tokens", b""
+        with contextlib.suppress(OSError):
             data = path.read_bytes()
-        except OSError:
-            data = b""
         if len(data) < 32 or hashlib.sha256(data[32:]).digest() != data[:32]:
             self.misses += 1
             return None
         self.hits += 1
-        self._note(path, len(data))
+        self.used[path] = len(data)
         return np.frombuffer(data, self.dtype, offset=32)
 
     def put(self, key: str, ids: np.ndarray) -> None:
         if self.folder is not None:
             path, data = self.folder / key[:2] / f"{key}.tokens", ids.astype(self.dtype).tobytes()
-            write_atomic(path, hashlib.sha256(data).digest() + data)
-            self._note(path, len(data))
-
-    def _note(self, path: Path, size: int) -> None:
-        self.used.append(path)
-        self.bytes += size
+            write_bytes(path, hashlib.sha256(data).digest() + data)
+            self.used[path] = 32 + len(data)
 
     def finish(self) -> None:
         """Deletes the files of a completed run if they are large."""
-        if self.bytes > KEEP_CACHE:
+        if sum(self.used.values()) > KEEP_CACHE:
             for path in self.used:
                 path.unlink(missing_ok=True)
 
 
 def encode_units(
-    units: Iterable[Unit],
-    tokenizer: Tokenizer,
-    saved: Path,
-    cache: TokenCache,
-    workers: int,
+    units: Iterable[Unit], tokenizer: Tokenizer, saved: Path, cache: TokenCache, workers: int,
     report: Callable[[str], None],
-) -> Iterator[tuple[Unit, int, np.ndarray]]:
+) -> Iterator[tuple[Unit, int, np.ndarray]]:  # fmt: skip
     """Yields (unit, bytes of its text, ids) in order. saved: the folder from which the workers load the tokenizer.
     With 0 workers, this process encodes. About two units per worker are in memory."""
     pool = None
@@ -175,16 +165,17 @@ def encode_units(
     def finish() -> tuple[Unit, int, np.ndarray]:
         nonlocal pool
         unit, size, key, ids = waiting.popleft()
-        if isinstance(ids, concurrent.futures.Future):
-            try:
-                ids = ids.result()
-            except BrokenProcessPool:
-                if pool is not None:
-                    report("the worker processes failed; continuing without them")
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    pool = None
-                ids = unit.encode(tokenizer)
-            cache.put(key, ids)
+        if isinstance(ids, np.ndarray):
+            return unit, size, ids
+        try:
+            ids = ids.result() if ids else unit.encode(tokenizer)
+        except BrokenProcessPool:
+            if pool is not None:
+                report("the worker processes failed; continuing without them")
+                pool.shutdown(wait=False, cancel_futures=True)
+                pool = None
+            ids = unit.encode(tokenizer)
+        cache.put(key, ids)
         return unit, size, ids
 
     try:
@@ -192,14 +183,8 @@ def encode_units(
             key, size = unit.key(tokenizer)
             ids: Any = cache.get(key)
             if ids is None and pool is not None:
-                try:
+                with contextlib.suppress(BrokenProcessPool):  # a broken pool is reported when a result is read
                     ids = pool.submit(_encode_in_worker, unit)
-                except BrokenProcessPool as error:
-                    ids = concurrent.futures.Future()
-                    ids.set_exception(error)
-            elif ids is None:
-                ids = unit.encode(tokenizer)
-                cache.put(key, ids)
             waiting.append((unit, size, key, ids))
             while len(waiting) > 2 * workers:
                 yield finish()

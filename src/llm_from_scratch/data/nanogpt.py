@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
-from .prepare import DatasetSpec, Report, build, disk_errors, temporary_folder
-from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare, write_atomic
+from ..machine.files import temporary_folder, write_bytes
+from .prepare import DatasetSpec, Report, build, disk_errors
+from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
 
 def prepare_shakespeare(folder: str | Path, tokenizer_name: str, report: Report = print) -> None:
@@ -28,12 +29,12 @@ def prepare_shakespeare(folder: str | Path, tokenizer_name: str, report: Report 
         border = int(len(text) * 0.9)
         files = {"train.bin": tokenizer.encode(text[:border]), "val.bin": tokenizer.encode(text[border:])}
         for file, ids in files.items():
-            write_atomic(folder / file, ids.astype("<u2").tobytes())
+            write_bytes(folder / file, ids.astype("<u2").tobytes())
             report(f"{file}: {len(ids):,} tokens")
         if isinstance(tokenizer, CharTokenizer):
             stoi = {char: i for i, char in enumerate(tokenizer.chars)}
             meta = {"vocab_size": len(stoi), "itos": dict(enumerate(tokenizer.chars)), "stoi": stoi}
-            write_atomic(folder / "meta.pkl", pickle.dumps(meta))
+            write_bytes(folder / "meta.pkl", pickle.dumps(meta))
 
 
 def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: Report = print) -> None:
@@ -41,7 +42,7 @@ def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: 
     the order of the dataset. An interrupted run resumes from folder/cache. Raises UserError."""
     folder = Path(folder)
     with disk_errors():
-        spec = DatasetSpec("openwebtext", [HubSource.open(OPENWEBTEXT)], None, "gpt2", 0.0005, 2357)
+        spec = DatasetSpec("openwebtext", [[HubSource.open(OPENWEBTEXT)]], "gpt2", 0.0005, 2357)
         with temporary_folder(folder / "openwebtext") as built:
             manifest = build(spec, built, sys.maxsize, workers, folder / "cache", {}, report)
             for split, entry in manifest["splits"].items():

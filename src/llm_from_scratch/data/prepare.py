@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -25,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.tokenfile import CHECKED
+from ..core.tokenfile import CHECKED, read_manifest
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
-from ..machine.files import read_json
+from ..machine.files import replace_folder, temporary_folder
 from . import sources as src
 from .encode import ShardWriter, TokenCache, encode_units, units_of
 from .options import PrepareOptions
@@ -41,34 +39,39 @@ Report = Callable[[str], None]
 
 @dataclass
 class DatasetSpec:
-    """The dataset to prepare. val=None splits `train`: one document by position, several by document."""
+    """The dataset to prepare. sources: those of train and of val; or one list, which is split: one document by
+    position, several by document."""
 
     name: str
-    train: list[src.Source]
-    val: list[src.Source] | None
+    sources: list[list[src.Source]]
     tokenizer: str
     val_fraction: float
     seed: int
 
     def all(self) -> list[src.Source]:
-        return self.train + (self.val or [])
+        return [source for some in self.sources for source in some]
 
 
 @dataclass
-class Counts:
-    """Documents and characters of a list of sources, counted while texts() is read."""
+class Documents:
+    """The documents of some sources, counted while they are read. separator: added at their ends if missing."""
 
-    documents: int = 0
+    sources: list[src.Source]
+    separator: str = ""
+    count: int = 0
     characters: int = 0
 
-    def texts(self, sources: list[src.Source], separator: str, report: Report) -> Iterator[str]:
-        for source in sources:
-            before = self.documents
-            for _, text, ends in documents([source], separator):
-                self.documents += ends
+    def pieces(self, report: Report | None = None) -> Iterator[tuple[int, str, bool]]:
+        """(number of the document, text, ends) in order. report: receives the names of empty sources."""
+        self.count = self.characters = 0
+        for source in self.sources:
+            before = self.count
+            for text, ends in source.pieces():
+                text += self.separator if ends and not text.endswith(self.separator) else ""
+                yield self.count, text, ends
+                self.count += ends
                 self.characters += len(text)
-                yield text
-            if self.documents == before and len(sources) > 1:
+            if report and self.count == before and len(self.sources) > 1:
                 report(f"{source.name} is empty and ignored")
 
 
@@ -93,21 +96,12 @@ def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Repo
                 cache = root / options.cache_dir if options.cache_dir else None
                 extra = {"request": request, "sources": identities}
                 build(spec, folder, options.shard_size, options.workers, cache, extra, report)
-                _move_into_place(folder, target)
+                replace_folder(target, folder)
         _print_summary(target, root, options.out_dir is None, report)
     return target
 
 
 # documents and splits
-
-
-def documents(sources: list[src.Source], separator: str = "") -> Iterator[tuple[int, str, bool]]:
-    """(number, text, ends) pieces of all documents in order. Documents get the separator at their end if missing."""
-    number = 0
-    for source in sources:
-        for text, ends in source.pieces():
-            yield number, text + (separator if ends and not text.endswith(separator) else ""), ends
-            number += ends
 
 
 def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
@@ -119,21 +113,22 @@ def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def _split(spec: DatasetSpec, counted: Counts, separators: list[str]) -> Iterator[tuple[str, str, bool]]:
+def _split(spec: DatasetSpec, groups: list[Documents]) -> Iterator[tuple[str, str, bool]]:
     """(split, text, ends) of all pieces, each split in the order of the sources."""
-    if spec.val is not None:
-        for split, sources, separator in zip(("train", "val"), (spec.train, spec.val), separators, strict=True):
-            yield from ((split, text, ends) for _, text, ends in documents(sources, separator))
-    elif counted.documents == 1:
-        border, seen = int(counted.characters * (1 - spec.val_fraction)), 0
-        for _, text, _ in documents(spec.train, separators[0]):
+    first = groups[0]
+    if len(groups) == 2:
+        for split, group in zip(("train", "val"), groups, strict=True):
+            yield from ((split, text, ends) for _, text, ends in group.pieces())
+    elif first.count == 1:
+        border, seen = int(first.characters * (1 - spec.val_fraction)), 0
+        for _, text, _ in first.pieces():
             head = text[: max(0, border - seen)]
             yield "train", head, False
             yield "val", text[len(head) :], False
             seen += len(text)
     else:
-        mask = val_documents(counted.documents, spec.val_fraction, spec.seed)
-        for number, text, ends in documents(spec.train, separators[0]):
+        mask = val_documents(first.count, spec.val_fraction, spec.seed)
+        for number, text, ends in first.pieces():
             # a dataset may have more documents than its stated length
             yield "val" if number < len(mask) and mask[number] else "train", text, ends
 
@@ -155,17 +150,15 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         if isinstance(source, src.FileSource):
             source = dataclasses.replace(source, label=_display_path(source.path, root))
         tokenizer, fraction = options.tokenizer or text.tokenizer, options.val_fraction or text.val_fraction
-        return DatasetSpec(name, [source], None, tokenizer, fraction, options.seed)
-    files = src.find_files(given, root, spool, report)
-    val = src.find_files(options.val_files, root, spool, report) if options.val_files else None
-    if twice := {os.path.realpath(f) for f in files} & {os.path.realpath(f) for f in val or []}:
-        raise UserError(f"{sorted(twice)[0]} is both a training and a validation file")
-
-    def open_all(paths: list[Path]) -> list[src.Source]:
-        return [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths]
-
-    tokenizer, fraction = options.tokenizer or "gpt2", options.val_fraction or 0.1
-    return DatasetSpec(name, open_all(files), None if val is None else open_all(val), tokenizer, fraction, options.seed)
+        return DatasetSpec(name, [[source]], tokenizer, fraction, options.seed)
+    found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]
+    real = [{os.path.realpath(path) for path in paths} for paths in found]
+    if len(real) == 2 and (twice := real[0] & real[1]):
+        raise UserError(f"{min(twice)} is both a training and a validation file")
+    lists: list[list[src.Source]] = [
+        [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths] for paths in found
+    ]
+    return DatasetSpec(name, lists, options.tokenizer or "gpt2", options.val_fraction or 0.1, options.seed)
 
 
 def _default_name(first: str, root: Path) -> str:
@@ -181,44 +174,35 @@ def _default_name(first: str, root: Path) -> str:
 
 
 def build(
-    spec: DatasetSpec,
-    folder: Path,
-    shard_size: int,
-    workers: int | None,
-    cache_dir: Path | None,
-    extra: dict[str, Any],
-    report: Report,
-) -> dict[str, Any]:
+    spec: DatasetSpec, folder: Path, shard_size: int, workers: int | None, cache_dir: Path | None,
+    extra: dict[str, Any], report: Report,
+) -> dict[str, Any]:  # fmt: skip
     """Writes shards, tokenizer and manifest to folder. Returns the manifest."""
     learns = spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:")
-    lists = [spec.train] if spec.val is None else [spec.train, spec.val]
-    counts = [Counts() for _ in lists]
+    groups = [Documents(sources) for sources in spec.sources]
     if not learns:
         tokenizer = Tokenizer.from_name(spec.tokenizer)  # before reading, so that a wrong name fails early
     # Without an end-of-text id, documents end with a line break. A single text is not changed.
-    no_id = spec.tokenizer == "char" if learns else tokenizer.eot_id is None
-    separators = ["\n" if no_id and (len(some) > 1 or some[0].has_many) else "" for some in lists]
-    texts = (
-        text
-        for counted, some, separator in zip(counts, lists, separators, strict=True)
-        for text in counted.texts(some, separator, report)
-    )
+    if spec.tokenizer == "char" if learns else tokenizer.eot_id is None:
+        for group in groups:
+            group.separator = "\n" if len(group.sources) > 1 or group.sources[0].has_many else ""
+    texts = (text for group in groups for _, text, _ in group.pieces(report))
     if learns:
         tokenizer = Tokenizer.from_name(spec.tokenizer, texts)
-    elif isinstance(spec.train[0], src.HubSource) and spec.train[0].documents:
-        counts[0].documents = spec.train[0].documents  # from the hub, which saves a pass over the network
+    elif stated := spec.sources[0][0].documents:
+        groups[0].count = stated  # from the hub, which saves a pass over the network
     else:
         deque(texts, maxlen=0)
-    _check_counts(spec, counts)
+    _check_counts(spec, groups)
     tokenizer.save(folder)
-    stream = _split(spec, counts[0], separators)
-    mark_ends = tokenizer.eot_id is not None and max(counted.documents for counted in counts) > 1
+    mark_ends = tokenizer.eot_id is not None and max(group.count for group in groups) > 1
+    units = units_of(_split(spec, groups), mark_ends)
     if workers is None:
-        workers = 0 if _input_size(spec) < POOL_FROM or tokenizer.name in ("char", "byte") else _cores()
+        workers = 0 if tokenizer.name in ("char", "byte") else _choose_workers(spec)
     cache = TokenCache(cache_dir / "tokens" if cache_dir else None, tokenizer.dtype)
     shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
     reported = time.monotonic()
-    for unit, size, ids in encode_units(units_of(stream, mark_ends), tokenizer, folder, cache, workers, report):
+    for unit, size, ids in encode_units(units, tokenizer, folder, cache, workers, report):
         shards[unit.split].append(ids)
         shards[unit.split].text_bytes += size
         if time.monotonic() - reported > 10:
@@ -231,32 +215,35 @@ def build(
     if cache.hits:
         report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
-    manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "name": spec.name}
-    manifest |= {"dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size}
-    manifest |= {"tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()}, "splits": splits}
-    manifest |= extra
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": spec.name,
+        "dtype": tokenizer.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
+        "splits": splits,
+        **extra,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
-def _check_counts(spec: DatasetSpec, counts: list[Counts]) -> None:
-    for counted, what in zip(counts, (spec.train, spec.val or []), strict=False):
-        if not counted.documents:
-            names = ", ".join(source.name for source in what[:3])
-            raise UserError(f"{names} {'is' if len(what) == 1 else 'are'} empty: expected text to prepare")
-    if spec.val is None and counts[0].documents == 1 and int(counts[0].characters * (1 - spec.val_fraction)) == 0:
-        raise UserError(f"{spec.train[0].name} is too short to split: {counts[0].characters} characters")
+def _check_counts(spec: DatasetSpec, groups: list[Documents]) -> None:
+    for group in groups:
+        if not group.count:
+            names = ", ".join(source.name for source in group.sources[:3])
+            raise UserError(f"{names} {'is' if len(group.sources) == 1 else 'are'} empty: expected text to prepare")
+    first = groups[0]
+    if len(groups) == 1 and first.count == 1 and int(first.characters * (1 - spec.val_fraction)) == 0:
+        raise UserError(f"{first.sources[0].name} is too short to split: {first.characters} characters")
 
 
-def _input_size(spec: DatasetSpec) -> int:
-    if any(isinstance(source, src.HubSource) for source in spec.all()):
-        return sys.maxsize
-    return sum(source.path.stat().st_size for source in spec.all() if isinstance(source, src.FileSource))
-
-
-def _cores() -> int:
+def _choose_workers(spec: DatasetSpec) -> int:
+    """All cores if the input is large, else none."""
+    sizes = (s.path.stat().st_size if isinstance(s, src.FileSource) else sys.maxsize for s in spec.all())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores == 1 else cores
+    return cores if cores > 1 and sum(sizes) >= POOL_FROM else 0
 
 
 # the dataset's folder
@@ -264,13 +251,13 @@ def _cores() -> int:
 
 def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
-    identities = [[source.identity() for source in some] for some in (spec.train, spec.val or [])]
+    identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)
     own_files = [p for p in (given, *(given / file for file in (*TOKENIZER_FILES, "meta.pkl"))) if p.is_file()]
     what = {
         "version": VERSION,
-        "sources": identities,
-        "split": spec.val is not None,
+        "sources": [*identities, []][:2],
+        "split": len(identities) == 2,
         "name": spec.name,
         "tokenizer": [spec.tokenizer, *(src.FileSource(p).identity()["sha256"] for p in own_files)],
         "val_fraction": spec.val_fraction,
@@ -278,33 +265,29 @@ def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[st
         "shard_size": shard_size,
         "keys": [getattr(source, "text_key", "") for source in spec.all()],
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), identities[0] + identities[1]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), sum(identities, [])
 
 
-def _manifest(target: Path) -> dict[str, Any] | None:
-    try:
-        manifest = read_json(target / MANIFEST)
-    except UserError:
-        return None
-    return manifest if manifest.get("format") == FORMAT else None
+def _manifest(target: Path) -> dict[str, Any]:
+    """The manifest of prepared data; empty if there is none that can be read."""
+    with contextlib.suppress(UserError):
+        return read_manifest(target) or {}
+    return {}
 
 
 def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    return [shard for split in manifest.get("splits", {}).values() for shard in split["shards"]]
 
 
 def _up_to_date(target: Path, request: str) -> bool:
     """Whether target is complete and was made by the same request."""
     manifest = _manifest(target)
-    if manifest is None or manifest.get("request") != request or not Tokenizer.exists(target):
+    if manifest.get("request") != request or not Tokenizer.exists(target):
         return False
-    try:
-        return all(
-            src.FileSource(target / shard["file"]).identity()["sha256"] == shard["sha256"]
-            for shard in _shards_in(manifest)
-        )
-    except UserError:
-        return False
+    hashes = ((src.FileSource(target / shard["file"]).identity()["sha256"], shard) for shard in _shards_in(manifest))
+    with contextlib.suppress(UserError):
+        return all(digest == shard["sha256"] for digest, shard in hashes)
+    return False
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -314,53 +297,10 @@ def _refuse_foreign(target: Path) -> None:
     manifest = _manifest(target)
     ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
     names = sorted(path.name for path in target.glob("*"))
-    foreign = [name for name in names if name not in ours and not name.startswith(CHECKED)]
-    if foreign:
+    if foreign := [name for name in names if name not in ours and not name.startswith(CHECKED)]:
         raise UserError(
             f"{target} contains {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"
         )
-
-
-@contextlib.contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder next to target, deleted at the end unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # After a killed run: restore the folder that it was replacing, delete the rest.
-    for old in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
-        kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
-        if kind in ("building", "previous") and pid.isdecimal() and not _alive(int(pid)):
-            if kind == "previous" and not target.exists():
-                os.rename(old, target)
-            else:
-                shutil.rmtree(old, ignore_errors=True)
-    folder = target.parent / f".{target.name}.building-{os.getpid()}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":
-        return True  # on Windows, signal 0 would end the process
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _move_into_place(folder: Path, target: Path) -> None:
-    old = target.parent / f".{target.name}.previous-{os.getpid()}"
-    if target.exists():
-        os.rename(target, old)
-    os.rename(folder, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -385,7 +325,6 @@ def _display_path(path: Path, root: Path, spool: Path | None = None) -> str:
 def _print_summary(target: Path, root: Path, by_name: bool, report: Report) -> None:
     """Reports sizes, a decoded example and the next command."""
     manifest, tokenizer = _manifest(target), Tokenizer.load(target)
-    assert manifest is not None
     kind = "" if tokenizer.name == manifest["name"] else f"tokenizer {tokenizer.name}, "
     report(f"{_display_path(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
     for split, entry in manifest["splits"].items():

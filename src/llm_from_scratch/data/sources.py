@@ -13,7 +13,6 @@ import contextlib
 import difflib
 import glob
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError
 from ..machine.extras import missing
-from ..machine.files import open_file, open_whole
+from ..machine.files import open_file, write_bytes
 
 PIECE = 1 << 20  # maximum characters per piece
 RAW = Path("data/raw")
@@ -138,26 +137,19 @@ def split_document(text: str) -> Iterator[tuple[str, bool]]:
 
 def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
     """Pieces of one document. As in Python: UTF-8, every line break as "\\n". A byte order mark is dropped."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    text, total, started = "", 0, False
-    with source.path.open("rb") as file:
-        while True:
-            block = file.read(PIECE)
-            total += len(block)
-            try:
-                new = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source.name, total - len(error.object) + error.start, error) from None
-            text += new if started or source.keep_bom else new.removeprefix("\ufeff")
-            started = started or bool(new)
-            while len(text) > PIECE:
-                cut = safe_cut(text, PIECE)
-                yield text[:cut], False
-                text = text[cut:]
-            if not block:
-                if text:  # never empty after a cut
-                    yield text, True
-                return
+    text = ""
+    with source.path.open(encoding="utf-8" if source.keep_bom else "utf-8-sig") as file:
+        try:
+            while block := file.read(PIECE):
+                text += block
+                while len(text) > PIECE:
+                    cut = safe_cut(text, PIECE)
+                    yield text[:cut], False
+                    text = text[cut:]
+        except UnicodeDecodeError as error:
+            raise _not_utf8(source.name, file.buffer.tell() - len(error.object) + error.start, error) from None
+    if text:
+        yield text, True
 
 
 def read_json_lines(source: FileSource) -> Iterator[str]:
@@ -231,7 +223,12 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
     for argument in arguments:
         if not argument:
             raise UserError("a source is empty: expected a file, a folder, a glob, - or a known name")
-        found = [_save_stdin(spool)] if argument == "-" else _matches(root, argument)
+        if argument == "-":
+            found = [spool / "stdin.txt"]
+            with found[0].open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        else:
+            found = _matches(root, argument)
         if not found and (found := _matches(root / RAW, argument)):
             report(f"reading {argument} from {RAW.as_posix()}")
         if not found:
@@ -264,13 +261,6 @@ def _matches(base: Path, argument: str) -> list[Path]:
             names = sorted(glob.glob(str(path), recursive=True))
             return [p for name in names for p in (_matches(base, name) if os.path.isdir(name) else [Path(name)])]
     return []
-
-
-def _save_stdin(spool: Path) -> Path:
-    path = spool / "stdin.txt"
-    with path.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
 
 
 @contextlib.contextmanager
@@ -329,7 +319,7 @@ def fetch_tiny_shakespeare(path: str | Path) -> Path:
         ) from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(f"{SHAKESPEARE_URL} returned an unexpected file (its sha256 differs); nothing was written")
-    write_atomic(path, data)
+    write_bytes(path, data)
     return path
 
 
@@ -342,7 +332,7 @@ def python_docs_file(root: Path) -> Path:
     text = "\n\n".join(topics.topics[key].strip() for key in sorted(topics.topics)) + "\n"
     path = root / RAW / "python_docs.txt"
     if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
-        write_atomic(path, text.encode("utf-8"))
+        write_bytes(path, text.encode("utf-8"))
     return path
 
 
@@ -365,10 +355,3 @@ KNOWN_TEXTS = {
     "python_docs": KnownText(lambda root, key, report: FileSource(python_docs_file(root), key)),
     "demo": KnownText(lambda root, key, report: FileSource(demo_file(root, report), key), "char"),
 }
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_whole(path, f".{path.name}.{os.getpid()}", durable=False) as file:
-        file.write(data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import os
@@ -111,6 +112,56 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         with contextlib.suppress(OSError):
             write(needed)
         raise SaveError(f"cannot write {path}: {error}; {space_for(path.parent, needed.size)}") from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, not synced. Creates its folder. Several processes may write at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_whole(path, f".{path.name}.{os.getpid()}", durable=False) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder next to target, deleted at the end unless it was renamed."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # After a killed process: restore the folder that it was replacing, delete the rest.
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
+        if kind in ("building", "previous") and pid.isdecimal() and not _is_alive(int(pid)):
+            if kind == "previous" and not target.exists():
+                os.rename(old, target)
+            else:
+                shutil.rmtree(old, ignore_errors=True)
+    folder = target.with_name(f".{target.name}.building-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_folder(target: Path, folder: Path) -> None:
+    """Moves a temporary_folder to target, whose files are deleted."""
+    old = target.with_name(f".{target.name}.previous-{os.getpid()}")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether another process with this number may be running."""
+    if os.name != "posix" or pid == os.getpid():
+        return pid != os.getpid()  # on Windows, signal 0 would end the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def make_folder(path: Path) -> None:
