@@ -7,17 +7,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, at_least, flatten, validate
 from ..errors import UserError
 from ..presets import Parsed, parse
-from .common import run
+from .common import command
 from .profiling import read
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..core.dataset import TokenData
 
 # The defaults of nanoGPT's bench.py. Without CUDA, CPU_SIZES replace settings that the user did not give.
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
@@ -61,16 +64,8 @@ class BenchCommand:
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(lambda args: _main(args, "llm-bench", {}), argv)
-
-
-def main_nanogpt(argv: list[str] | None = None) -> int:
-    return run(lambda args: _main(args, "python bench.py", NANOGPT_DEFAULTS), argv)
-
-
-def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
-    parsed = parse(BenchCommand, argv, prog=command, description=HELP, defaults=defaults)
+def _main(argv: list[str], prog: str, defaults: dict[str, Any]) -> int:
+    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults)
     validate(parsed.tree)
 
     from ..machine import device as runtimes
@@ -82,8 +77,7 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any]) -> int:
     tree.model.validate()
     runtime = runtimes.resolve(tree.system)
     runtimes.start(runtime, tree.system)
-    next_batch = _batches(tree, device)
-    step, model = _training_step(tree, runtime, next_batch)
+    step, model = _training_step(tree, runtime)
     shape = f"{model.get_num_params() / 1e6:.2f}M parameters, batch {tree.options.batch_size} x {tree.model.block_size}"
     print(f"device {device}, {runtime.reasons['dtype']}, compile {'on' if runtime.compile else 'off'}, {shape}")
     if tree.options.profile:
@@ -125,35 +119,11 @@ def _shrink(parsed: Parsed[BenchCommand]) -> None:
         print(f"no CUDA device, using smaller sizes: {', '.join(changed)}")
 
 
-def _batches(tree: BenchCommand, device: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-    import torch
-
-    from ..core.dataset import BatchLoader, SampleOrder, TokenData, load_on_device, resolve_dataset
-
-    options, model = tree.options, tree.model
-    vocab = model.vocab_size or 50304
-    if options.real_data:
-        try:
-            data = TokenData.open(resolve_dataset(options.dataset), "train")
-            data.check(model.block_size, vocab)
-            order = SampleOrder(len(data), model.block_size, seed=tree.system.seed)
-            tokens = load_on_device(device, data, vocab, tree.system.data_on_device, print)
-            loader = BatchLoader(data, order, options.batch_size, device, vocab_size=vocab, tokens=tokens)
-            steps = iter(range(1 << 62))
-            return lambda: loader.get(next(steps))
-        except UserError as error:
-            print(f"using random tokens: {error}")
-    shape = (options.batch_size, model.block_size)
-    x, y = (torch.randint(vocab, shape, device=device) for _ in range(2))
-    return lambda: (x, y)
-
-
-def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tuple[Callable[[], Tensor], Any]:
+def _training_step(tree: BenchCommand, runtime: Any) -> tuple[Callable[[], Tensor], Any]:
     """The training step of llm-train, and the model."""
-    import numpy as np
     from torch.profiler import record_function
 
-    from ..core.dataset import SampleOrder, TokenData
+    from ..core.dataset import SampleOrder
     from ..training.plan import Plan
     from ..training.run import Run
     from ..training.trainer import train_step
@@ -162,16 +132,34 @@ def _training_step(tree: BenchCommand, runtime: Any, next_batch: Callable) -> tu
     config = Config(model=tree.model, optimizer=tree.optimizer, system=tree.system)
     config.data.batch_size, config.training.gradient_accumulation_steps = size, 1
     config.scheduler.decay_lr = False
-    unused = TokenData([np.zeros(block_size + 2, dtype=np.uint16)])  # next_batch has the benchmark's data
-    order = SampleOrder(len(unused), block_size)
-    run = Run(Plan(config, runtime, Path(), None, unused, unused, order, size, size, tree.options.steps), say=print)
+    data, is_real = _data(tree)
+    order = SampleOrder(len(data), block_size, seed=tree.system.seed)
+    run = Run(Plan(config, runtime, Path(), None, data, data, order, size, size, tree.options.steps), say=print)
 
     def step() -> Tensor:
         with record_function("data"):  # profiling.py reads these names
-            x, y = next_batch()
+            x, y = run.loader.get(run.state.step if is_real else 0)
         return train_step(run, x, y).loss
 
     return step, run.model
+
+
+def _data(tree: BenchCommand) -> tuple[TokenData, bool]:
+    """The prepared data, or random tokens for one batch, and whether they are real."""
+    import numpy as np
+
+    from ..core.dataset import TokenData, resolve_dataset
+
+    options, block_size, vocab_size = tree.options, tree.model.block_size, tree.model.vocab_size or 50304
+    if options.real_data:
+        try:
+            data = TokenData.open(resolve_dataset(options.dataset), "train")
+            data.check(block_size, vocab_size)
+            return data, True
+        except UserError as error:
+            print(f"using random tokens: {error}")
+    random = np.random.default_rng(tree.system.seed)
+    return TokenData([random.integers(vocab_size, size=options.batch_size * block_size + 1, dtype=np.uint32)]), False
 
 
 def _profile(step: Callable[[], Tensor], device: Any) -> float:
@@ -199,6 +187,9 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing); torch {torch.__version__}")
     return found.microseconds / PROFILED / 1e6
 
+
+main = command(partial(_main, prog="llm-bench", defaults={}))
+main_nanogpt = command(partial(_main, prog="python bench.py", defaults=NANOGPT_DEFAULTS))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,6 @@ import functools
 import sys
 from collections.abc import Callable
 
-from ..checkpoint.load import is_pretrained
-from ..checkpoint.store import find_checkpoint
 from ..errors import OutputError, UserError
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
@@ -53,6 +51,9 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
 def check_location(location: str, which: str | None) -> None:
     """Raises UserError if there is no such checkpoint. It does not import torch, so the answer is fast."""
+    from ..checkpoint.load import is_pretrained
+    from ..checkpoint.store import find_checkpoint
+
     if not is_pretrained(location):
         find_checkpoint(location, which, verify=False)
     elif which is not None:

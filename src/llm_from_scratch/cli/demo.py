@@ -3,6 +3,7 @@ stage runs one of the commands. Arguments are passed to llm-train."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..training.loggers import METRICS, read_metrics
 from .common import command
@@ -43,31 +46,19 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
         return round((high - loss) / ((high - low) or 1.0) * (cells - 1))
 
     # The line: the mean loss of each dot column, with vertical strokes between neighbours.
-    sums: dict[int, tuple[float, int]] = {}
+    losses: dict[int, list[float]] = {}
     for step, loss in train:
-        x = x_of(step, columns * across)
-        total, count = sums.get(x, (0.0, 0))
-        sums[x] = (total + loss, count + 1)
-    dots: set[tuple[int, int]] = set()
-    before: tuple[int, float] | None = None
-    for x, (total, count) in sorted(sums.items()):
-        x0, loss0 = before or (x, total / count)
-        previous = y_of(loss0, height * down)
-        for step in range(x0, x + 1):
-            part = (step - x0) / (x - x0) if x > x0 else 1.0
-            y = y_of(loss0 + part * (total / count - loss0), height * down)
-            dots.update((step, level) for level in range(min(previous, y), max(previous, y) + 1))
-            previous = y
-        before = (x, total / count)
-
+        losses.setdefault(x_of(step, columns * across), []).append(loss)
     cells = [[" "] * columns for _ in range(height)]
-    for x, y in dots:
-        row, column = y // down, x // across
-        if unicode:
-            old = ord(cells[row][column]) if cells[row][column] != " " else 0x2800
-            cells[row][column] = chr(old | BRAILLE[y % down][x % across])
-        else:
-            cells[row][column] = "*"
+    if train:
+        xs = np.arange(min(losses), max(losses) + 1)
+        line = np.interp(xs, list(losses), [sum(of_column) / len(of_column) for of_column in losses.values()])
+        ys = [y_of(loss, height * down) for loss in line]
+        for x, y, previous in zip(xs, ys, [ys[0], *ys], strict=False):
+            for dot in range(min(previous, y), max(previous, y) + 1):
+                row, column = dot // down, x // across
+                old = ord(cells[row][column]) if cells[row][column] != " " else 0x2800
+                cells[row][column] = chr(old | BRAILLE[dot % down][x % across]) if unicode else "*"
     for step, loss in val:
         cells[y_of(loss, height)][x_of(step, columns)] = "●" if unicode else "o"
 
@@ -77,12 +68,11 @@ def loss_curve(train: Points, val: Points, width: int = 80, height: int = 12, un
     for row, content in enumerate(cells):
         label = f"{labels[row]:.2f} {tick}" if row in labels else wall
         lines.append((label.rjust(gutter) + "".join(content)).rstrip())
+    of_train, of_val = ("⠒⠒", "●") if unicode else ("**", "o")
+    legend = "   ".join([f"{of_train} train loss"] * bool(train) + [f"{of_val} val loss"] * bool(val))
+    start = f"step {first}"
     lines.append(corner.rjust(gutter) + floor * columns)
-    left, right = f"step {first}", f"{last}"
-    lines.append(" " * gutter + left + right.rjust(columns - len(left)))
-    line, dot = ("⠒⠒", "●") if unicode else ("**", "o")
-    marks = [f"{line} train loss"] * bool(train) + [f"{dot} val loss"] * bool(val)
-    lines.append(" " * gutter + "   ".join(marks))
+    lines += [" " * gutter + text for text in (start + f"{last}".rjust(columns - len(start)), legend)]
     return "\n".join(lines)
 
 
@@ -117,28 +107,24 @@ def call(name: str, *args: str) -> int:
     sys.stdout.flush()
     child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{name}", *args])
     while True:
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             return child.wait()
-        except KeyboardInterrupt:
-            continue
 
 
 @command
 def main(argv: list[str]) -> int:
-    given = {name: option(argv, name) for name in ("dataset", "out_dir")}
-    out_dir = Path(given["out_dir"] or OUT_DIR)
+    dataset, out_dir = option(argv, "dataset"), option(argv, "out_dir")
     settings = ["configs/quick.yaml", *argv]
-    settings += [] if given["dataset"] else ["--dataset=demo"]
-    settings += [] if given["out_dir"] else [f"--out_dir={OUT_DIR}"]
+    settings += [] if dataset else ["--dataset=demo"]
+    settings += [] if out_dir else [f"--out_dir={OUT_DIR}"]
+    folder = Path(out_dir or OUT_DIR)
     if any(arg.partition("=")[0] in ("--help", "-h", "--print_config", "--dry_run") for arg in argv):
         return call("train", *settings)
 
-    code = 0 if given["dataset"] else call("prepare_data", "demo")
-    code = code or call("train", *settings)
-    if code:
+    if code := (not dataset and call("prepare_data", "demo")) or call("train", *settings):
         return code
 
-    entries = read_metrics(out_dir / METRICS)
+    entries = read_metrics(folder / METRICS)
     train, val, whole = (points(entries, figure) for figure in ("loss", "val_loss", "val_loss_full"))
     if whole or val:
         split = " over the whole validation split" if whole else ""
@@ -146,15 +132,15 @@ def main(argv: list[str]) -> int:
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
     print("\n" + loss_curve(train, val, width=width, unicode=draws_unicode()))
     print("\nTwo samples:\n")
-    code = call("generate", f"--out_dir={out_dir}", "--num_samples=2", "--max_new_tokens=300")
-    if code:
+    if code := call("generate", f"--out_dir={folder}", "--num_samples=2", "--max_new_tokens=300"):
         return code
 
-    checkpoints = sorted(out_dir.glob("step-*"))
-    places = [("checkpoint", checkpoints[-1] if checkpoints else out_dir)]
-    places += [("loss curve", out_dir / "loss.png"), ("TensorBoard log", out_dir / "tensorboard")]
+    checkpoint = max(folder.glob("step-*"), default=folder)
+    places = [
+        ("checkpoint", checkpoint), ("loss curve", folder / "loss.png"), ("TensorBoard log", folder / "tensorboard")
+    ]  # fmt: skip
     hints = [
-        ("generate text", f"./just generate {out_dir}"),
+        ("generate text", f"./just generate {folder}"),
         ("plot the losses", "./just tensorboard"),
         ("train longer", "./just demo --max_iters=5000"),
         ("use your text", "./just prepare-data FILE, then ./just train"),

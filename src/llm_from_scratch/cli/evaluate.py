@@ -6,9 +6,8 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint.load import load
 from ..config import SystemConfig, at_least
 from ..errors import UserError
 from ..machine.files import read_file
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..core.dataset import TokenData
-    from ..core.model import GPT
     from ..core.tokenizer import Tokenizer
 
 MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
@@ -76,7 +74,7 @@ class EvalCommand:
 def main(argv: list[str]) -> int:
     parsed = parse(EvalCommand, argv, prog="llm-eval [TEXT_FILE]", description=HELP, presets=False)
     options, machine = parsed.tree.options, parsed.tree.machine
-    system = SystemConfig(device=machine.device, dtype=machine.dtype, threads=machine.threads, compile=False)
+    system = SystemConfig(**vars(machine), compile=False)
     options.validate()
     system.validate()
     if len(parsed.positionals) > 1:
@@ -85,20 +83,22 @@ def main(argv: list[str]) -> int:
         raise UserError("give a text file or --dataset, not both")
 
     check_location(options.out_dir, options.which)
+    from ..checkpoint.load import load
+    from ..core.weights import build_model
     from ..machine import device as runtimes
+    from ..training.evaluate import evaluate_split
 
     runtimes.resolve_device(system.device)  # report a missing device before reading anything
-    model, tokenizer, trained_on = _load(options)
+    loaded = load(options.out_dir, options.which, options.dataset, weights_only=True, need_tokenizer=False)
+    model, tokenizer = build_model(loaded.model_config, loaded.model).float().eval(), loaded.tokenizer
     if parsed.positionals:
-        data, name = _text(Path(parsed.positionals[0]), tokenizer), parsed.positionals[0]
+        data = _text(parsed.positionals[0], tokenizer)
     else:
-        data, name = _split(options, trained_on, tokenizer)
+        data = _split(options.dataset or _trained_on(loaded.config), options.split, tokenizer)
     block_size = options.eval_block_size or model.config.block_size
     if block_size > model.config.block_size:
         raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
     data.check(1, model.config.vocab_size)
-
-    from ..training.evaluate import evaluate_split
 
     runtime = runtimes.resolve(system)
     runtimes.start(runtime, system)
@@ -117,35 +117,28 @@ def main(argv: list[str]) -> int:
         return 0
     if options.json:
         figures = {key: getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
-        figures |= {"bytes": result.text_bytes, "block_size": block_size, "data": name}
+        figures |= {"bytes": result.text_bytes, "block_size": block_size, "data": data.name}
         print(json.dumps(figures | {"seconds": round(result.seconds, 3)}))
     else:
         bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         print(
             f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, bits per byte {bits}, "
-            f"{result.tokens:,} tokens in windows of {block_size}, {name}"
+            f"{result.tokens:,} tokens in windows of {block_size}, {data.name}"
         )
     return 0
 
 
-def _load(options: EvalOptions) -> tuple[GPT, Tokenizer | None, str | None]:
-    """The model, its tokenizer, and the name of its training data."""
-    from ..core.weights import build_model
-
-    loaded = load(options.out_dir, options.which, options.dataset, weights_only=True, need_tokenizer=False)
-    saved = loaded.config.get("data", loaded.config)  # a ckpt.pt has no sections
+def _trained_on(config: dict[str, Any]) -> str | None:
+    """The name of the training data in a checkpoint's settings. A path from a checkpoint is never followed."""
+    saved = config.get("data", config)  # a ckpt.pt has no sections
     name = saved.get("dataset") if isinstance(saved, dict) else None
-    if not isinstance(name, str) or Path(name).name != name:
-        name = None  # never follow a path from a checkpoint
-    model = build_model(loaded.model_config, loaded.model).float()
-    return model.eval(), loaded.tokenizer, name
+    return name if isinstance(name, str) and Path(name).name == name else None
 
 
-def _split(options: EvalOptions, trained_on: str | None, tokenizer: Tokenizer | None) -> tuple[TokenData, str]:
+def _split(name: str | None, split: str, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData, resolve_dataset
     from ..core.tokenizer import tokenizer_of
 
-    name = options.dataset or trained_on
     if name is None:
         raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
     folder = resolve_dataset(name)
@@ -155,15 +148,15 @@ def _split(options: EvalOptions, trained_on: str | None, tokenizer: Tokenizer | 
             f"{folder} uses the tokenizer {theirs.name} ({theirs.vocab_size} ids), but the model uses "
             f"{tokenizer.name} ({tokenizer.vocab_size} ids); evaluate the text file instead"
         )
-    data = TokenData.open(folder, options.split)
-    return data, data.name
+    return TokenData.open(folder, split)
 
 
-def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
+def _text(name: str, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData
 
     if tokenizer is None:
         raise UserError("the checkpoint has no tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER")
+    path = Path(name)
     try:
         text = read_file(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
     except OSError as error:
@@ -173,7 +166,7 @@ def _text(path: Path, tokenizer: Tokenizer | None) -> TokenData:
     ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise UserError(f"{path} has {len(ids)} tokens; the loss needs at least 2")
-    return TokenData([ids], str(path))
+    return TokenData([ids], name)
 
 
 if __name__ == "__main__":

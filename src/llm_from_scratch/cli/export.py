@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint import store as checkpoints
-from ..checkpoint.load import load
 from ..errors import UserError
 from ..presets import parse
 from .common import command
@@ -43,6 +41,9 @@ def export(options: Export) -> Path:
     if not options.output:
         target = "FOLDER/ckpt.pt" if options.format == "nanogpt" else "FOLDER"
         raise UserError(f"--output is missing: give a path, for example --output={target}")
+    from ..checkpoint.load import load
+    from ..checkpoint.store import write_nanogpt
+
     output, to_nanogpt = Path(options.output), options.format == "nanogpt"
     location = options.checkpoint or options.out_dir or ""
     loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
@@ -53,7 +54,7 @@ def export(options: Export) -> Path:
         return output
     if output.is_dir():
         output = output / "ckpt.pt"
-    checkpoints.write_nanogpt(output, loaded, options.overwrite, options.accept_erf_gelu)
+    write_nanogpt(output, loaded, options.overwrite, options.accept_erf_gelu)
     print(f"wrote {output}: step {loaded.step} of {loaded.path}")
     if output.name == "ckpt.pt":
         print(f"next, in a checkout of nanoGPT: python sample.py --out_dir={output.parent.resolve()} --device=cpu")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoint.load import load
 from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError
 from ..generation.prompt import read_start
@@ -126,6 +125,7 @@ def load_generator(
         check_location(speed.draft, None)
     import torch
 
+    from ..checkpoint.load import load
     from ..core.weights import build_model
     from ..generation.generator import Decoder, Generator
     from ..generation.speculative import DraftModel, Lookup

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from ..checkpoint.load import is_pretrained
 from ..config import GenerationConfig, SystemConfig
 from ..errors import UserError
 from ..generation.prompt import read_start
@@ -67,6 +66,7 @@ def main(argv: list[str]) -> int:
     generator.encode(prompt, allow_special=True)  # report a bad prompt before printing anything
     announce(generator, found)
 
+    from ..checkpoint.load import is_pretrained
     from ..generation.nanogpt_sampler import NanoGPTSampler, random_stream
 
     head = generator.model.lm_head.weight

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.load import is_pretrained
 from ..config import SystemConfig, validate
 from ..machine.extras import require
 from ..presets import parse
@@ -56,6 +55,7 @@ def main(argv: list[str]) -> int:
         speed = SpeedOptions(quantize=tree.engine.quantize)
         source, overflow = tree.source, tree.engine.overflow
         generator, found = load_generator(location, source.which, source.dataset, tree.system, speed)
+        from ..checkpoint.load import is_pretrained
         from ..generation.engine import Engine
         from ..serving.app import make_app
         from ..serving.chat import end_ids, find_template

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..checkpoint import store as checkpoints
-from ..checkpoint.store import resolved_init
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
-from .common import run
+from .common import command
 
 # The defaults of nanoGPT's train.py that differ from Config's
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
@@ -28,27 +25,19 @@ line wins over all. Without a preset, llm-train uses configs/default.yaml and tr
 --print_config prints the resulting settings. --dry_run estimates time, memory and finish time. Neither trains."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run(lambda args: _main(args, "llm-train", {}, base_preset="default"), argv)
-
-
-def main_nanogpt(argv: list[str] | None = None) -> int:
-    return run(lambda args: _main(args, "python train.py", NANOGPT_DEFAULTS, base_preset=None), argv)
-
-
-def main_plan(argv: list[str] | None = None) -> int:
-    return run(lambda args: _main([*args, "--dry_run"], "llm-plan", {}, base_preset="default"), argv)
-
-
-def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: str | None) -> int:
+def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
     flags, argv = _own_flags(argv)
-    parsed = _parse(argv, command, defaults, base_preset)
+    defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else ({}, "default")
+    read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=HELP)
+    parsed: Parsed[Config] = read(defaults=defaults, base_preset=base_preset)
+    from ..checkpoint.store import resolved_init  # --help does not need it
+
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources)
         if saved is not None:
             # the settings of the run replace the defaults; this call's settings override them
-            parsed = _parse(argv, command, {**defaults, **saved}, None)
+            parsed = read(defaults={**defaults, **saved})
     config = parsed.tree
     config.training.init_from = begin
     _choose_length(parsed)
@@ -57,31 +46,29 @@ def _main(argv: list[str], command: str, defaults: dict[str, Any], base_preset: 
         shown = to_dict(config)
         if config.training.epochs is not None:
             del shown["training"]["max_iters"]  # set by epochs; the output must be a valid preset
+        import yaml  # --help does not need it
+
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
         return 0
     from ..training.check import check
 
     check(config)  # before torch is imported, which takes seconds
 
-    if flags["dry_run"]:
+    if flags["dry_run"] or dry_run:
         return _dry_run(parsed)
     from ..training.trainer import train
 
     try:
-        result = train(config, parsed.sources, command)
+        result = train(config, parsed.sources, prog)
         drop_lost_output()  # a full disk under the output costs lines, not the run
         if result.checkpoint is not None and not result.exit_code and os.environ.get("RANK", "0") == "0":
-            sampler = "python sample.py" if command.startswith("python") else "llm-generate"
+            sampler = "python sample.py" if nanogpt else "llm-generate"
             announce(f"sample from it: {sampler} --out_dir={result.out_dir}")
         return result.exit_code
     except TrainingError as error:
         drop_lost_output()
         note(f"error: {error}")
         return 1
-
-
-def _parse(argv: list[str], command: str, defaults: dict[str, Any], base: str | None) -> Parsed[Config]:
-    return parse(Config, argv, prog=f"{command} [PRESET ...]", description=HELP, defaults=defaults, base_preset=base)
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
@@ -120,6 +107,8 @@ def _choose_length(parsed: Parsed[Config]) -> None:
 
 def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
     """The settings of the run in out_dir by leaf name; None for a nanoGPT checkpoint."""
+    from ..checkpoint import store as checkpoints
+
     out_dir = Path(config.training.out_dir)
     flat: dict[str, Any] | None = None
     for _, path in reversed(checkpoints.list_checkpoints(out_dir)):
@@ -161,6 +150,10 @@ def _dry_run(parsed: Parsed[Config]) -> int:
     print("dry run: nothing was trained, nothing was written")
     return 0
 
+
+main = command(partial(_main, prog="llm-train"))
+main_nanogpt = command(partial(_main, prog="python train.py", nanogpt=True))
+main_plan = command(partial(_main, prog="llm-plan", dry_run=True))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -38,8 +38,9 @@ OPTIONAL = {
     *("safetensors", "tyro", "rich"),
     *("fcntl", "msvcrt", "pydoc_data", "readline", "resource"),
 }
-SLOW = {"torch", "numpy"}
-# Modules that commands read before they load torch; there, torch and modules of ours that import it may wait.
+# torch and numpy take seconds; these modules of Python, which checkpoints need, a twentieth of the time of --help
+SLOW = {"torch", "numpy", "hashlib", "pickletools"}
+# Modules that commands read before they load torch; there, the slow ones and modules of ours that import them may wait.
 BEFORE_TORCH = (
     *("", "cli.", "checkpoint.", "core.dataset", "core.resident", "core.tokenfile", "interop.", "machine.processes"),
     "training.setup",
@@ -116,8 +117,8 @@ def cycles(texts: dict[str, str]) -> list[str]:
     return found
 
 
-def loads_torch(module: str, texts: dict[str, str]) -> bool:
-    """Whether importing a module of ours imports torch or numpy, by itself or through others."""
+def loads_slow(module: str, texts: dict[str, str]) -> bool:
+    """Whether importing a module of ours imports a slow one, by itself or through others."""
     seen, todo = set(), [module]
     while todo:
         at = todo.pop()
@@ -158,7 +159,7 @@ def hidden_imports(texts: dict[str, str]) -> list[str]:
     for module, source in texts.items():
         early = any(module == name or (name.endswith(".") and module.startswith(name)) for name in BEFORE_TORCH)
         for entry in imports(module, source):
-            waits = early and loads_torch(entry.target, texts)
+            waits = early and loads_slow(entry.target, texts)
             if entry.function and not waits and (module, entry.target) not in UPWARD:
                 found.append(str(entry))
         for function in ast.walk(tree_of(source)):
