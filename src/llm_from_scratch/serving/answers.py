@@ -14,6 +14,7 @@ from .errors import error_body, json_response
 from .jobs import Job, JobQueue
 from .metrics import Metrics
 
+STALLED = 30.0  # seconds after which a client that does not read is disconnected
 LARGE = 1024  # tokens with log-probabilities, from which the JSON is built in a thread
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -104,10 +105,12 @@ class Answer(Response):
             await self._send(job, send, text, more=False)
 
     async def _send(self, job: Job, send: Send, text: str, more: bool = True) -> None:
-        """Sends; waits for slow clients. job.sending is the start of the wait."""
-        job.sending = time.monotonic()
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
-        job.sending = None
+        """Sends; waits for slow clients, but disconnects one that does not read."""
+        stalled = asyncio.get_running_loop().call_later(STALLED, job.abort)
+        try:
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        finally:
+            stalled.cancel()
 
 
 async def _leave_with_client(receive: Receive, job: Job) -> None:

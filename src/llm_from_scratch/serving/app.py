@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -22,11 +20,11 @@ from starlette.responses import PlainTextResponse, Response
 from ..errors import ApiError
 from . import protocol
 from .answers import Answer
+from .completions import Plan
 from .errors import error_response, json_response
-from .guard import LOCAL_NAMES, Bodies, Guard
-from .jobs import JobQueue
-from .options import is_loopback
+from .guard import Bodies, Guard
 from .service import Service
+from .watch import Watch
 
 PAGE = Path(__file__).resolve().parent / "page"
 KINDS = {
@@ -34,15 +32,8 @@ KINDS = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".woff2": "font/woff2",
 }
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
-ROUTES = (
-    "/", "/health", "/metrics", "/v1/models", "/v1/info", "/v1/completions", "/v1/chat/completions", "/tokenize",
-    "/detokenize", "/v1/watch", "/v1/watch/metrics", "/v1/watch/samples",
-)  # fmt: skip
-STALLED = 30.0  # seconds after which a client that does not read is disconnected
 SHORT, WORKERS = 2048, 2  # bytes of a body that is parsed in the event loop; threads for longer ones
 T = TypeVar("T", bound=BaseModel)
 U = TypeVar("U")
@@ -53,23 +44,15 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(service.supervisor.watch()), asyncio.create_task(_cut_off_stalled(service.queue))]
+        watching = asyncio.create_task(service.supervisor.watch())
         yield
-        for task in tasks:
-            task.cancel()
+        watching.cancel()
         service.queue.end_all()
         await asyncio.to_thread(service.supervisor.engine.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     options = service.options
-    app.add_middleware(
-        Guard,
-        metrics=service.metrics,
-        routes=ROUTES,
-        names=_names(service),
-        origins=options.cors_origins,
-        key=options.api_key,
-    )
+    app.add_middleware(Guard, metrics=service.metrics, routes=app.routes, options=options)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -94,10 +77,15 @@ def make_app(service: Service) -> FastAPI:
         asked = protocol.read(kind, raw)
         return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
 
+    async def answer(request: Request, kind: type[T], use: Callable[[T], Plan]) -> Response:
+        began = time.monotonic()
+        service.queue.check()  # before reading the body: refusing must be cheap
+        return Answer(await understood(request, kind, use), service.queue, service.metrics, began)
+
     @app.get("/health")
     async def health() -> Response:
         status = service.health()
-        return json_response(json.dumps({"status": status}), 200 if status == "ok" else 503)
+        return json_response({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -105,68 +93,51 @@ def make_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json(service.models())
+        return json_response(service.models())
 
     @app.get("/v1/info")
     async def info() -> Response:
-        return _json(service.info())
+        return json_response(service.info())
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        began = time.monotonic()
-        service.queue.check()  # before reading the body: refusing must be cheap
-        plan = await understood(request, protocol.CompletionRequest, service.completion)
-        return Answer(plan, service.queue, service.metrics, began)
+        return await answer(request, protocol.CompletionRequest, service.completion)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        began = time.monotonic()
-        service.queue.check()
-        plan = await understood(request, protocol.ChatRequest, service.chat)
-        return Answer(plan, service.queue, service.metrics, began)
+        return await answer(request, protocol.ChatRequest, service.chat)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        return _json(await understood(request, protocol.TokenizeRequest, service.tokenize))
+        return json_response(await understood(request, protocol.TokenizeRequest, service.tokenize))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        return _json(await understood(request, protocol.DetokenizeRequest, service.detokenize))
+        return json_response(await understood(request, protocol.DetokenizeRequest, service.detokenize))
+
+    # the routes below read files, so they are not async: FastAPI calls them in threads
 
     @app.get("/v1/watch")
-    async def watch() -> Response:
-        return _json(await run_in_threadpool(_watched(service).about))
+    def watch() -> Response:
+        return json_response(_watched(service).about())
 
     @app.get("/v1/watch/metrics")
-    async def watch_metrics(request: Request) -> Response:
-        return _json(await run_in_threadpool(_watched(service).metrics, _place(request)))
+    def watch_metrics(request: Request) -> Response:
+        return json_response(_watched(service).metrics(_place(request)))
 
     @app.get("/v1/watch/samples")
-    async def watch_samples(request: Request) -> Response:
-        return _json(await run_in_threadpool(_watched(service).samples, _place(request)))
+    def watch_samples(request: Request) -> Response:
+        return json_response(_watched(service).samples(_place(request)))
 
     @app.get("/")
-    async def page() -> Response:
-        return await run_in_threadpool(_static, "index.html")
+    def page() -> Response:
+        return _static("index.html")
 
     @app.get("/static/{name}")
-    async def static(name: str) -> Response:
-        return await run_in_threadpool(_static, name)
+    def static(name: str) -> Response:
+        return _static(name)
 
     return app
-
-
-def _names(service: Service) -> set[str] | None:
-    """The host names that the server accepts; None for any."""
-    options = service.options
-    if "*" in options.allowed_hosts or (not options.allowed_hosts and not is_loopback(options.host)):
-        return None  # such a server has a key, which other web pages do not know
-    own = f"[{options.host}]" if ":" in options.host else options.host
-    return {*LOCAL_NAMES, own.lower(), *(name.lower() for name in options.allowed_hosts)}
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return json_response(json.dumps(content, allow_nan=False))
 
 
 def _static(name: str) -> Response:
@@ -179,7 +150,7 @@ def _static(name: str) -> Response:
     raise ApiError(404, "no such file")
 
 
-def _watched(service: Service) -> Any:
+def _watched(service: Service) -> Watch:
     if service.watch is None:
         raise ApiError(404, "there is no run to show: start the server with --watch=FOLDER")
     return service.watch
@@ -190,13 +161,3 @@ def _place(request: Request) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 17):
         raise ApiError(400, "after must be the value of next in an earlier response", "after")
     return int(text)
-
-
-async def _cut_off_stalled(queue: JobQueue) -> None:
-    """Disconnects clients that do not read, until cancelled."""
-    while True:
-        await asyncio.sleep(min(1.0, STALLED / 4))
-        now = time.monotonic()
-        for job in list(queue.jobs):
-            if job.sending is not None and now - job.sending > STALLED:
-                job.abort()

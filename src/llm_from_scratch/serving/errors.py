@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import Response
 
@@ -27,16 +27,18 @@ def error_body(error: ApiError) -> str:
 
 
 def error_response(error: ApiError) -> Response:
-    headers: dict[str, str] = {}
+    response = json_response(error_body(error), error.status)
     if error.retry_after is not None:
-        headers["Retry-After"] = str(error.retry_after)
+        response.headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return json_response(error_body(error), error.status, headers)
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
-def json_response(body: str | bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(body, status, {"Cache-Control": "no-store", **(headers or {})}, "application/json")
+def json_response(content: str | dict[str, Any], status: int = 200) -> Response:
+    """content: JSON, or an object to write as JSON."""
+    body = content if isinstance(content, str) else json.dumps(content, allow_nan=False)
+    return Response(body, status, {"Cache-Control": "no-store"}, "application/json")
 
 
 def overloaded(seconds: int) -> ApiError:

@@ -12,13 +12,16 @@ import traceback
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ApiError
 from ..machine.terminal import note
 from .errors import error_response, overloaded
 from .metrics import Metrics
+from .options import ServeOptions, is_loopback
 
 BODY_SECONDS = 20.0  # timeout of a body
 BODIES = 64 << 20  # total bytes of the bodies being read
@@ -29,24 +32,18 @@ SAFE_HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+STANDARD_PORTS = {"http": ":80", "https": ":443"}
 
 
 class Guard:
-    """ASGI middleware. names: accepted host names, None for any. key: the API key that clients must send."""
+    """ASGI middleware. routes: those that the metrics name."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        metrics: Metrics,
-        routes: Iterable[str],
-        names: set[str] | None,
-        origins: Iterable[str],
-        key: str | None,
-    ):
-        self.app, self.metrics, self.routes, self.names = app, metrics, set(routes), names
-        self.origins = set(origins)
-        self.key = key.encode("ascii") if key is not None else None
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Iterable[BaseRoute], options: ServeOptions):
+        self.app, self.metrics, self.origins = app, metrics, set(options.cors_origins)
+        self.routes = {getattr(route, "path", "") for route in routes}
+        self.names = _accepted_names(options)
+        self.key = options.api_key.encode("ascii") if options.api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +59,7 @@ class Guard:
             await send(message)
 
         try:
-            self.check(scope)
+            self._check(scope)
             await self.app(scope, receive, watched)
         except ApiError as error:
             await error_response(error)(scope, receive, watched)
@@ -80,62 +77,62 @@ class Guard:
             route = path if path in self.routes else "static" if path.startswith("/static/") else "other"
             self.metrics.requests.labels(route, str(status or 499)).inc()  # 499: the client disconnected first
 
-    def check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> None:
         """Raises ApiError if the request is not allowed."""
         path, method = scope["path"], scope["method"]
         if path == "/health":
             return
-        host = self._one(scope, b"host")
-        if self.names is not None and host_name(host) not in self.names:
+        host = _header(scope, "host").lower()
+        if self.names is not None and _host_name(host) not in self.names:
             message = "the server does not accept this host name; start it with --allowed_hosts"
             raise ApiError(403, message, code="unknown_host")
-        if method not in READING:
-            self._check_origin(scope, host)
+        if method not in READING and not self._is_own_page(scope, host):
+            raise ApiError(403, "web pages of other origins are not allowed; start the server with --cors_origins")
         if self.key is not None and not OPEN_PATHS.fullmatch(path):
-            scheme, _, key = self._one(scope, b"authorization").partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.key):
+            scheme, _, key = _header(scope, "authorization").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.key):
                 message = "the API key is missing or wrong: send Authorization: Bearer KEY"
                 raise ApiError(401, message, code="invalid_api_key")
         if method == "POST":
-            kind = self._one(scope, b"content-type").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
+            kind = _header(scope, "content-type").partition(";")[0].strip().lower()
+            if kind != "application/json":
                 raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
 
-    def _check_origin(self, scope: Scope, host: bytes) -> None:
-        origin = self._one(scope, b"origin")
-        if origin:
-            text = origin.decode("latin-1")
-            netloc = self._netloc(text)
-            # a name in --allowed_hosts; local names do not count, because other servers use them too
-            name = host_name(netloc.encode("latin-1"))
-            named = self.names is not None and name in self.names and name not in LOCAL_NAMES
-            if netloc == host.decode("latin-1").lower() or text in self.origins or "*" in self.origins or named:
-                return
-        elif self._one(scope, b"sec-fetch-site") in (b"", b"same-origin", b"none"):
-            return
-        raise ApiError(403, "web pages of other origins are not allowed; start the server with --cors_origins")
-
-    @staticmethod
-    def _netloc(origin: str) -> str:
+    def _is_own_page(self, scope: Scope, host: str) -> bool:
+        """Whether the request comes from a page of this server or of an allowed origin, or not from a page."""
+        origin = _header(scope, "origin")
+        if not origin:
+            return _header(scope, "sec-fetch-site") in ("", "same-origin", "none")
         try:
             parts = urlsplit(origin.lower())
         except ValueError:
-            return ""
-        standard = {"http": ":80", "https": ":443"}.get(parts.scheme, "")
-        return parts.netloc.removesuffix(standard) if standard else ""
-
-    @staticmethod
-    def _one(scope: Scope, name: bytes) -> bytes:
-        """The value of a header, b"" if missing. Raises ApiError if it is sent twice."""
-        values = [value for key, value in scope["headers"] if key == name]
-        if len(values) > 1:
-            raise ApiError(400, f"the header {name.decode()} is sent more than once")
-        return values[0] if values else b""
+            parts = urlsplit("")
+        port = STANDARD_PORTS.get(parts.scheme)
+        netloc = parts.netloc.removesuffix(port) if port else ""
+        # a name in --allowed_hosts; local names do not count, because other servers use them too
+        is_named = self.names is not None and _host_name(netloc) in self.names - LOCAL_NAMES
+        return netloc == host or origin in self.origins or "*" in self.origins or is_named
 
 
-def host_name(host: bytes) -> str:
+def _accepted_names(options: ServeOptions) -> set[str] | None:
+    """The host names that the server accepts; None for any."""
+    if "*" in options.allowed_hosts or (not options.allowed_hosts and not is_loopback(options.host)):
+        return None  # such a server has a key, which other web pages do not know
+    own = f"[{options.host}]" if ":" in options.host else options.host
+    return {*LOCAL_NAMES, own.lower(), *(name.lower() for name in options.allowed_hosts)}
+
+
+def _header(scope: Scope, name: str) -> str:
+    """The value of a header, "" if missing. Raises ApiError if it is sent twice."""
+    values = Headers(scope=scope).getlist(name)
+    if len(values) > 1:
+        raise ApiError(400, f"the header {name} is sent more than once")
+    return values[0] if values else ""
+
+
+def _host_name(host: str) -> str:
     """The name in a Host header, without the port."""
-    return re.sub(r":\d*$", "", host.decode("latin-1").lower()).rstrip(".")
+    return re.sub(r":\d*$", "", host).rstrip(".")
 
 
 class Bodies:
@@ -147,7 +144,7 @@ class Bodies:
     async def read(self, request: Request) -> bytes:
         """Reads a body without trusting its headers. Raises ApiError."""
         length = request.headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and (len(length) > 15 or int(length) > self.limit):
+        if len(length) > 15 or int(length) > self.limit:  # h11 has checked that these are digits
             raise self._too_large()
         parts: list[bytes] = []
         try:

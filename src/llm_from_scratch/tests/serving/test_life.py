@@ -14,7 +14,7 @@ import pytest
 from llm_from_scratch.errors import EngineError
 from llm_from_scratch.generation.engine import Engine, Request, Update
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.serving import app, jobs, supervisor
+from llm_from_scratch.serving import answers, jobs, supervisor
 
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import NAME, Gate, Served, answer, http, served, until
@@ -76,7 +76,7 @@ def test_a_request_after_another_on_one_connection():
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
-    monkeypatch.setattr(app, "STALLED", 0.3)
+    monkeypatch.setattr(answers, "STALLED", 0.3)
     with served(max_concurrent=3, max_tokens=100_000) as server:
         asked = {**LONG, "max_tokens": 5000, "logprobs": 20, "n": 1, "stream": True}
         slow = server.connect()
