@@ -13,13 +13,14 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DamagedError, SaveError, UserError
-from ..machine.files import MAX_JSON, make_folder, open_synced, parse_json, remove_tree, space_for, sync_folder, to_json
+from ..machine.files import MAX_JSON, make_folder, open_file, open_synced, parse_json, remove_tree, space_for
+from ..machine.files import sync_folder as sync_folder
+from ..machine.files import to_json as to_json
 
 MANIFEST = "MANIFEST.json"
 LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt)")
@@ -89,17 +90,18 @@ def _make_way(final: Path, old: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a hashed folder, its own hash and its form checked. Raises DamagedError."""
-    with _open_checked(folder / MANIFEST, MAX_JSON, exact=False) as f:
+    path = folder / MANIFEST
+    with _open_checked(path, MAX_JSON, exact=False) as f:
         raw = f.read(MAX_JSON + 1)
-    body = from_json(raw, folder / MANIFEST)
-    own = body.pop("sha256", None)
-    if own != sha256_of(to_json(body)) or to_json({**body, "sha256": own}) != raw:
-        raise DamagedError(f"{folder / MANIFEST} does not match its own sha256")
+    body = from_json(raw, path)
+    body.pop("sha256", None)
+    if with_own_hash(body) != raw:
+        raise DamagedError(f"{path} does not match its own sha256")
     files = body.get("files")
     for name, entry in files.items() if isinstance(files, dict) else [("", None)]:
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if not (_PLAIN_NAME.fullmatch(name) and type(size) is int and size >= 0 and isinstance(digest, str)):
-            raise DamagedError(f"{folder / MANIFEST} has an invalid entry in its list of files")
+            raise DamagedError(f"{path} has an invalid entry in its list of files")
     return body
 
 
@@ -108,24 +110,27 @@ def read_member(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     entry = manifest["files"].get(name)
     if entry is None:
         raise DamagedError(f"{folder} has no {name}")
-    with _open_checked(folder / name, entry["size"], exact=True) as f:
-        data = f.read(entry["size"] + 1)
-    if len(data) != entry["size"] or sha256_of(data) != entry["sha256"]:
-        raise DamagedError(f"{folder / name} does not match its sha256")
-    return data
+    return b"".join(_verified(folder / name, entry, entry["size"] + 1))
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """Reads back every file of a hashed folder, in chunks. Returns its manifest; raises DamagedError."""
     manifest = read_manifest(folder)
-    for name in manifest["files"]:
-        entry, digest = manifest["files"][name], hashlib.sha256()
-        with _open_checked(folder / name, entry["size"], exact=True) as f:
-            while piece := f.read(1 << 20):
-                digest.update(piece)
-        if digest.hexdigest() != entry["sha256"]:
-            raise DamagedError(f"{folder / name} does not match its sha256")
+    for name, entry in manifest["files"].items():
+        for _ in _verified(folder / name, entry, 1 << 20):
+            pass
     return manifest
+
+
+def _verified(path: Path, entry: dict[str, Any], chunk: int) -> Iterator[bytes]:
+    """The content of a file in chunks. Raises DamagedError at its end unless it is what the manifest's entry says."""
+    digest = hashlib.sha256()
+    with _open_checked(path, entry["size"], exact=True) as f:
+        while piece := f.read(chunk):
+            digest.update(piece)
+            yield piece
+    if digest.hexdigest() != entry["sha256"]:
+        raise DamagedError(f"{path} does not match its sha256")
 
 
 def set_aside(folder: Path) -> Path:
@@ -192,13 +197,13 @@ def write_synced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
 def _open_checked(path: Path, size: int, exact: bool) -> Iterator[IO[bytes]]:
     """A regular file of at most (exact: of) `size` bytes, open for reading. Errors of the body are converted too."""
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # a FIFO would block forever
-            raise DamagedError(f"{path} is not a regular file")
-        if info.st_size > size or (exact and info.st_size != size):
-            raise DamagedError(f"{path} has {info.st_size} bytes, expected {'' if exact else 'at most '}{size}")
-        with open(path, "rb") as f:
+        with os.fdopen(open_file(path), "rb") as f:
+            found = os.fstat(f.fileno()).st_size
+            if found > size or (exact and found != size):
+                raise DamagedError(f"{path} has {found} bytes, expected {'' if exact else 'at most '}{size}")
             yield f
+    except UserError as error:  # not a regular file
+        raise DamagedError(str(error)) from None
     except OSError as error:
         # gone, or on a bad sector; other errors (permissions, too many open files) are no sign of damage
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ELOOP):

@@ -51,7 +51,7 @@ def save_checkpoint(
     final = write_checkpoint(out_dir, **contents)
     if keep_last is not None:
         with contextlib.suppress(OSError):  # it is saved; the next save removes the rest
-            _prune(final.parent, keep_last, keep_every, verified=final)
+            prune(final, keep_last, keep_every)
     return final
 
 
@@ -59,27 +59,15 @@ def resolved_init(init_from: str, out_dir: str) -> str:
     """auto is resume if out_dir holds a checkpoint, a damaged one too (never a silent fresh start), else scratch."""
     if init_from != "auto":
         return init_from
-    folder = Path(out_dir)
     kept = ("step-*", "damaged-step-*", "ckpt.pt")
-    return "resume" if any(next(folder.glob(pattern), None) is not None for pattern in kept) else "scratch"
+    return "resume" if any(True for pattern in kept for _ in Path(out_dir).glob(pattern)) else "scratch"
 
 
-def prune(out_dir: str | Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Removes all but the keep_last newest checkpoints, the one with the lowest val loss, and every keep_every-th step.
-    Removes nothing (DamagedError) unless the newest one verifies. Returns the paths that it removed."""
-    try:
-        entries = find_entries(Path(out_dir))
-        if not entries:
-            return []
-        verify_checkpoint(entries[0].path)
-        return _prune(Path(out_dir), keep_last, keep_every, verified=entries[0].path)
-    except OSError as error:
-        raise UserError(f"cannot read {out_dir}: {error}; nothing more is removed") from None
-
-
-def _prune(out: Path, keep_last: int, keep_every: int | None, verified: Path) -> list[Path]:
+def prune(verified: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+    """Removes the checkpoints next to `verified`, which has just been read back, except the keep_last newest ones, the
+    one with the lowest val loss, and every keep_every-th step. Returns the paths that it removed."""
     # an unreadable one is set aside at the next start, never removed
-    entries = [e for e in find_entries(out, skip_foreign=True) if e.manifest is not None]
+    entries = [e for e in find_entries(verified.parent, skip_foreign=True) if e.manifest is not None]
     kept = {e.step for e in [*entries[: max(1, keep_last)], *_by_val_loss(entries)[:1]]}
     kept |= {e.step for e in entries if e.path == verified or (keep_every and e.step % keep_every == 0)}
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]

@@ -466,9 +466,9 @@ def steps(out: Path) -> list[int]:
 def test_kept_are_the_last_the_best_and_every_nth(tmp_path: Path) -> None:
     for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.5), (50, None)):
         save(tmp_path, step, val_loss=loss)
-    gone = cp.prune(tmp_path, keep_last=2, keep_every=30)
+    gone = cp.prune(tmp_path / "step-00000050", keep_last=2, keep_every=30)
     assert [p.name for p in gone] == ["step-00000010"] and steps(tmp_path) == [20, 30, 40, 50]
-    cp.prune(tmp_path, keep_last=1)
+    cp.prune(tmp_path / "step-00000050", keep_last=1)
     assert steps(tmp_path) == [20, 50]
     save(tmp_path, 60, val_loss=0.5, keep_last=1)
     assert steps(tmp_path) == [60]
@@ -480,10 +480,6 @@ def test_kept_are_the_last_the_best_and_every_nth(tmp_path: Path) -> None:
 def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    damage(tmp_path / "step-00000003" / "rng.safetensors")
-    with pytest.raises(cp.DamagedError):
-        cp.prune(tmp_path, keep_last=1)
-    assert steps(tmp_path) == [1, 2, 3]
     write = sealed.write_synced
 
     def rotten(path: Path, data: bytes) -> dict[str, Any]:
@@ -496,6 +492,10 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
     with pytest.raises(cp.SaveError, match="other bytes"):
         save(tmp_path, 4, keep_last=1)
     assert steps(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-step-00000004").is_dir()
+    monkeypatch.undo()
+    damage(tmp_path / "step-00000003" / "rng.safetensors")  # nobody has noticed
+    save(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [2, 3] and load_any(tmp_path, need_tokenizer=False).step == 2
 
 
 def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,8 +548,6 @@ def test_numbers_that_are_not_finite_are_never_good(tmp_path: Path, name: str) -
     reseal(newest)
     with pytest.raises(cp.DamagedError, match="not finite"):
         cp.verify_checkpoint(newest)
-    with pytest.raises(cp.DamagedError, match="not finite"):
-        cp.prune(tmp_path, keep_last=1)
     assert cp.find_checkpoint(tmp_path, set_aside=True).name == "step-00000001"
 
 

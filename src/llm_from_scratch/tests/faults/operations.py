@@ -180,7 +180,7 @@ def _after_prune(out: Path, tag: int, done: bool) -> str | None:
     got = [tag_of(_start(out, which)) - tag for which in ("last", "best")]
     if got != [5, 2]:
         return f"last and best are {got}"
-    cp.prune(out, keep_last=2)
+    cp.prune(out / "step-00000005", keep_last=2)
     left = sorted(os.listdir(out))
     return None if left == ["step-00000002", "step-00000004", "step-00000005"] else f"there is {left}"
 
@@ -235,7 +235,7 @@ SCENES: dict[str, Scene] = {
     "a save that prunes": Scene(_two, _saving(3, keep_last=1), _after_save(3, 1)),
     "a replacement": Scene(_one, _saving(1, keep_last=1), _after_save(1, 0)),
     "a replacement after a cut one": Scene(_cut_replacement, _saving(1), _after_save(1, 0)),
-    "a prune": Scene(_five, lambda out, tag: cp.prune(out, keep_last=2), _after_prune, saves=False),
+    "a prune": Scene(_five, lambda out, tag: cp.prune(out / "step-00000005", keep_last=2), _after_prune, saves=False),
     "a cleaning": Scene(_leftovers, lambda out, tag: cp.clean_leftovers(out), _after_cleaning, saves=False),
     "a move of an earlier run": Scene(
         _earlier_run, lambda out, tag: cp.archive_previous(out), _after_moving, saves=False
