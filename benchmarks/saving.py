@@ -25,7 +25,7 @@ import torch
 from llm_from_scratch import Config, train
 from llm_from_scratch.checkpoint.store import find_checkpoint
 from llm_from_scratch.presets import parse
-from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training.run import Run, TrainResult
 
 STEPS, SAVES = 24, 3
@@ -35,19 +35,17 @@ SIZES = ["--n_layer=6", "--n_head=6", "--n_embd=384", "--block_size=128", "--bat
 def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
     """Wall time of the loop and the final save, the time spent in copies, and the bytes of a checkpoint."""
     copies: list[float] = []
-    copied, start = snapshot.copied, snapshot.Writer.start
+    copied, save = savers.copied, savers.Saver.save
 
-    def timed(value: object, known: object = None) -> object:
+    def timed(value: object) -> object:
         begin = time.perf_counter()
-        result = copied(value, known)  # type: ignore[arg-type]
-        if known is None:  # it calls itself for nested values
-            copies.append(time.perf_counter() - begin)
+        result = copied(value)
+        copies.append(time.perf_counter() - begin)
         return result
 
-    def waited(self: snapshot.Writer, *args: object, **kwargs: object) -> None:
-        start(self, *args, **kwargs)  # type: ignore[arg-type]
-        assert self.thread is not None
-        self.thread.join()
+    def waited(self: savers.Saver, *args: Any) -> None:
+        save(self, *args)
+        self.report(wait=True)
 
     every = STEPS * 10 if way == "none" else STEPS // SAVES
     words = [
@@ -58,9 +56,9 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
     config = parse(Config, words, prog="saving").tree
     with contextlib.ExitStack() as patches:
         patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        patches.enter_context(mock.patch.object(snapshot, "copied", timed))
+        patches.enter_context(mock.patch.object(savers, "copied", timed))
         if way == "waited for":
-            patches.enter_context(mock.patch.object(snapshot.Writer, "start", waited))
+            patches.enter_context(mock.patch.object(savers.Saver, "save", waited))
         ends: list[float] = []
         finish, begin = Run.finish, Run.__init__
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .rounding import pieces
-from .rule import Rule, Slots, with_gradients
+from .rule import Rule, Slots, pieces, with_gradients
 
 
 class AdamW(Rule):
@@ -49,9 +48,8 @@ class AdamW(Rule):
             steps = [state[p]["step"].clone() for _, p, _ in batch]  # a tensor may come in several pieces
             _step(group, params, grads, m32, v32, steps, found_inf)
             for i, (name, p, part) in enumerate(batch):
-                key = self.dither.key(name, state[p].get("draws", 0), part.start)
-                self.dither.round(m[i], m32[i], key, 0)
-                self.dither.round(v[i], v32[i], key, 1)
+                for row, moment, wide in ((0, m[i], m32[i]), (1, v[i], v32[i])):
+                    self.dither.round(moment, wide, name, state[p].get("draws", 0), part.start, row)
         for _, p in named:
             state[p]["draws"] = state[p].get("draws", 0) + 1
             state[p]["step"] += 1 if found_inf is None else 1 - found_inf

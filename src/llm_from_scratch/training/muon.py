@@ -71,48 +71,6 @@ def iteration_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_native_bf16() else torch.float32
 
 
-def muon_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Up to four groups that hold every trained parameter once: the weights of linear layers except the head for Muon;
-    embeddings, the head, and the rest for AdamW. A table that is tied to the head counts as the head.
-
-    "rows": the heights of the matrices that are stacked in a weight: queries, keys and values are three. Only the
-    matrices decay. Raises UserError if a rate is set for a group that the model does not have.
-    """
-    head = getattr(getattr(model, "lm_head", None), "weight", None)
-    rows: dict[Tensor, tuple[int, ...]] = {}
-    tables: set[Tensor] = set()
-    sparse: set[Tensor] = set()
-    for module in model.modules():
-        if getattr(module, "sparse", False):
-            sparse.update(module.parameters(recurse=False))
-        elif isinstance(module, nn.Embedding):
-            tables.add(module.weight)
-        elif isinstance(module, nn.Linear) and module.weight is not head:
-            rows.setdefault(module.weight, getattr(module, "stacked", (module.out_features,)))
-    named: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "head": [], "rest": []}
-    for name, p in model.named_parameters():
-        if p.requires_grad and p not in sparse:
-            kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
-            named[kind].append((name, p))
-    rates = {
-        "matrices": config.muon_learning_rate, "embeddings": config.embedding_learning_rate,
-        "head": config.head_learning_rate,
-    }  # fmt: skip
-    groups = []
-    for kind, members in named.items():
-        rate = rates.get(kind)
-        if not members and rate is not None and kind != "matrices":
-            raise UserError(f"the model has no separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out")
-        peak = config.learning_rate if rate is None else rate
-        group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}
-        group |= {"lr_scale": peak / config.learning_rate, "weight_decay": 0.0}
-        if kind == "matrices":
-            group |= {"rule": "muon", "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
-            group["rows"] = [rows[p] for _, p in members]
-        groups += [group] if members else []
-    return groups
-
-
 class Muon(Rule):
     """Muon for groups of matrices.
 
@@ -126,15 +84,51 @@ class Muon(Rule):
 
     @classmethod
     def groups(cls, model: nn.Module, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """See muon_groups(). Raises UserError if parameters are sharded."""
-        groups = muon_groups(model, config)
+        """Up to four groups that hold every trained parameter once: the weights of linear layers except the head for
+        Muon; embeddings, the head, and the rest for AdamW. A table that is tied to the head counts as the head.
+
+        "rows": the heights of the matrices that are stacked in a weight: queries, keys and values are three. Only the
+        matrices decay. Raises UserError if a rate is set for a group that the model does not have, or if parameters are
+        sharded.
+        """
+        head = getattr(getattr(model, "lm_head", None), "weight", None)
+        rows: dict[Tensor, tuple[int, ...]] = {}
+        tables: set[Tensor] = set()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                tables.add(module.weight)
+            elif isinstance(module, nn.Linear) and module.weight is not head:
+                rows.setdefault(module.weight, getattr(module, "stacked", (module.out_features,)))
+        trained = {p for group in default for p in group["params"]}
+        named: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "head": [], "rest": []}
         distributed = sys.modules.get("torch.distributed.tensor")  # imported if tensors are sharded; the import is slow
-        for name, p in ((name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)):
+        for name, p in model.named_parameters():
             if distributed is not None and isinstance(p, distributed.DTensor):
                 raise UserError(
                     f"optimizer_type=muon needs whole matrices, but {name} is sharded among processes (FSDP): "
                     "use --optimizer_type=adamw, or DDP without sharding"
                 )
+            if p in trained:
+                kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
+                named[kind].append((name, p))
+        rates = {
+            "matrices": config.muon_learning_rate, "embeddings": config.embedding_learning_rate,
+            "head": config.head_learning_rate,
+        }  # fmt: skip
+        groups = []
+        for kind, members in named.items():
+            rate = rates.get(kind)
+            if not members and rate is not None and kind != "matrices":
+                raise UserError(
+                    f"the model has no separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out"
+                )
+            peak = config.learning_rate if rate is None else rate
+            group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}
+            group |= {"lr_scale": peak / config.learning_rate, "weight_decay": 0.0}
+            if kind == "matrices":
+                group |= {"rule": "muon", "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
+                group["rows"] = [rows[p] for _, p in members]
+            groups += [group] if members else []
         return groups
 
     def slots(self, p: Tensor) -> Slots:
@@ -165,39 +159,30 @@ class Muon(Rule):
         mu, lr, decay = group["momentum"], group["lr"], group["lr"] * group["weight_decay"]
         weights = [m.of(m.p) for m in matrices]
         gradients = [m.of(m.p.grad) for m in matrices]
-        momenta = self._momenta(matrices, gradients, mu, state, found_inf)
-        torch._foreach_lerp_(gradients, momenta, mu)
-        dtype = iteration_dtype(weights[0].device)
-        x = torch.stack([m.lying(g.to(dtype)) for m, g in zip(matrices, gradients, strict=True)])
-        del momenta
-        x = orthogonalized(x)
-        if found_inf is None:
-            keep: float | Tensor = 1 - decay
+        kept = [m.of(state[m.p]["momentum_buffer"]) for m in matrices]  # they do not change if the step is skipped
+        if self.dtype == torch.float32 and found_inf is None:
+            momenta = kept
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)
         else:
+            momenta = list(torch._foreach_lerp([t.float() for t in kept], gradients, 1 - mu))
+            for m, old, new in zip(matrices, kept, momenta, strict=True):
+                value = new if found_inf is None else torch.where(found_inf.bool(), old, new)
+                if self.dtype == torch.float32:
+                    old.copy_(value)
+                else:
+                    self.dither.round(old, value.clone(), m.name, state[m.p]["draws"], m.begin * old.size(1))
+        torch._foreach_lerp_(gradients, momenta, mu)
+        del kept, momenta
+        dtype = iteration_dtype(weights[0].device)
+        x = orthogonalized(torch.stack([m.lying(g.to(dtype)) for m, g in zip(matrices, gradients, strict=True)]))
+        keep: float | Tensor = 1 - decay
+        if found_inf is not None:
             keep = 1 - decay * (1 - found_inf)
             x.masked_fill_(found_inf.bool(), 0.0)  # a skipped step may hold anything
         if decay:
             torch._foreach_mul_(weights, keep)
         for m, weight, step in zip(matrices, weights, x, strict=True):
             weight.add_(m.lying(step).contiguous(), alpha=-lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5)
-
-    def _momenta(
-        self, matrices: list[_Matrix], gradients: list[Tensor], mu: float, state: dict[Tensor, dict[str, Any]],
-        found_inf: Tensor | None,
-    ) -> list[Tensor]:  # fmt: skip
-        """The momenta with the gradients added, float32; the kept ones do not change if the step is skipped."""
-        momenta = [m.of(state[m.p]["momentum_buffer"]) for m in matrices]
-        if self.dtype == torch.float32 and found_inf is None:
-            torch._foreach_lerp_(momenta, gradients, 1 - mu)
-            return momenta
-        wide = list(torch._foreach_lerp([t.float() for t in momenta], gradients, 1 - mu))
-        for m, old, new in zip(matrices, momenta, wide, strict=True):
-            kept = new if found_inf is None else torch.where(found_inf.bool(), old, new)
-            if self.dtype == torch.float32:
-                old.copy_(kept)
-            else:
-                self.dither.round_all(old, kept.clone(), m.name, state[m.p]["draws"], m.begin * old.size(1))
-        return wide
 
 
 class _Matrix(NamedTuple):

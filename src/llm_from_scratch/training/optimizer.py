@@ -14,8 +14,7 @@ from ..errors import UserError
 from .adagrad import RowAdagrad
 from .adamw import AdamW
 from .muon import Muon
-from .rounding import Dither
-from .rule import Rule
+from .rule import Dither, Rule, Slots
 
 OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon}  # --optimizer_type
 SPARSE = "adagrad"  # the rule for tables whose gradients are sparse
@@ -36,7 +35,7 @@ class Optimizer(torch.optim.Optimizer):
     `found_inf`, set as torch.amp.GradScaler sets it, skips the step on the device if it is 1."""
 
     found_inf: Tensor | None = None
-    add_param_group, zero_grad, state_dict = _plain("add_param_group"), _plain("zero_grad"), _plain("state_dict")
+    add_param_group, zero_grad = _plain("add_param_group"), _plain("zero_grad")
 
     def __init__(
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], fused: bool,
@@ -65,21 +64,6 @@ class Optimizer(torch.optim.Optimizer):
     def slots(self, group: dict[str, Any], p: Tensor) -> Any:
         """Name, shape and dtype of the tensors that are kept for a parameter (see Rule.slots)."""
         return self.rules[group["rule"]].slots(p)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but each moment gets its declared dtype instead of the parameter's."""
-        state, saved = state_dict["state"], state_dict["param_groups"]
-        numbered = [
-            (number, p, self.slots(group, p))
-            for group, packed in zip(self.param_groups, saved, strict=True)
-            for number, p in zip(packed["params"], group["params"], strict=True)
-        ]
-        known = [(number, p, slots) for number, p, slots in numbered if number in state]
-        counters = {number: {k: v for k, v in state[number].items() if k not in slots} for number, _, slots in known}
-        _plain("load_state_dict")(self, {"state": counters, "param_groups": saved})
-        for number, p, slots in known:
-            for slot, (_, dtype) in slots.items():
-                self.state[p][slot] = state[number][slot].to(p.device, dtype)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -183,36 +167,41 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run. Raises UserError
-    if a parameter's state is missing, or has another shape or optimizer than declared."""
-    ids: dict[str, int] = {}
-    current, rules = optimizer.state_dict(), _saved_rules(saved)
-    for group, packed in zip(optimizer.param_groups, current["param_groups"], strict=True):
-        for name, p, index in zip(group["names"], group["params"], packed["params"], strict=True):
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any], kind: Any = None) -> None:
+    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run. kind: the
+    --optimizer_type that saved it, if known. Raises UserError if a parameter's state is missing, or has another shape
+    or optimizer than declared."""
+    rules, state = _saved_rules(saved), dict[Tensor, dict[str, Any]]()
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"], strict=True):
             entry = saved["state"].get(name)
             if saved["state"] and entry is None:
                 raise UserError(f"the saved optimizer state lacks {name}: it belongs to another model")
-            if entry and isinstance(optimizer, Optimizer):
-                _check_entry(optimizer, group, name, p, entry, rules)
-            ids[name] = index
-    # load_state_dict moves each tensor to its parameter's device, and the step counters to where torch needs them
-    current["state"] = {ids[name]: entry for name, entry in saved["state"].items() if name in ids}
-    optimizer.load_state_dict(current)
+            if not entry:
+                continue
+            slots: Slots = {}
+            if isinstance(optimizer, Optimizer):
+                slots = optimizer.slots(group, p)
+                _check_entry(entry, slots, group["rule"], name, rules, str(kind))
+            state[p] = dict(entry)
+            for key, value in entry.items():
+                if key == "step":  # fused kernels read it on the device
+                    device = p.device if group.get("fused") else "cpu"
+                    state[p][key] = torch.as_tensor(value, dtype=torch.float32, device=device)
+                elif isinstance(value, Tensor):
+                    state[p][key] = value.to(p.device, slots[key][1] if key in slots else p.dtype)
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
-def _check_entry(
-    optimizer: Optimizer, group: dict[str, Any], name: str, p: Tensor, entry: dict[str, Any], saved: dict[str, str]
-) -> None:
-    """Raises UserError unless a parameter's saved state is what its rule declares. saved: rules by parameter name."""
-    slots = optimizer.slots(group, p)
+def _check_entry(entry: dict[str, Any], slots: Slots, rule: str, name: str, rules: dict[str, str], kind: str) -> None:
+    """Raises UserError unless a parameter's saved state is what its rule declares."""
     found = {key for key, value in entry.items() if key in slots or (isinstance(value, Tensor) and value.dim())}
-    if saved[name] != group["rule"] or found != set(slots):
-        special = sorted(set(saved.values()) - {"adamw", SPARSE})  # AdamW updates the other groups of this run
+    if rules[name] != rule or found != set(slots):
+        known = kind if kind in OPTIMIZERS else "muon" if "muon" in rules.values() else "adamw"
         raise UserError(
-            f"the saved optimizer state of {name} is {saved[name]}'s, not {group['rule']}'s: resume with "
-            f"--optimizer_type={special[0] if special else 'adamw'}, or start a new run from the weights "
-            "(--init_from=FOLDER, another --out_dir)"
+            f"the saved optimizer state of {name} is {rules[name]}'s, not {rule}'s: resume with "
+            f"--optimizer_type={known}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"
         )
     for key, (shape, _) in slots.items():
         if tuple(entry[key].shape) != shape:

@@ -55,14 +55,14 @@ def _machine(resumed: Checkpoint) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _saved_settings(resumed: Checkpoint) -> dict[str, Any]:
+def saved_settings(resumed: Checkpoint) -> dict[str, Any]:
     sections = [section for section in resumed.config.values() if isinstance(section, dict)]
     return {leaf: value for section in sections for leaf, value in section.items()}
 
 
 def differences(config: Config, resumed: Checkpoint) -> list[str]:
     """Each setting that differs from the checkpoint's."""
-    saved, lines = _saved_settings(resumed), []
+    saved, lines = saved_settings(resumed), []
     for name, value in flatten(config).items():
         value = list(value) if isinstance(value, tuple) else value
         if name in saved and name not in NOT_COMPARED and saved[name] != value:
@@ -96,7 +96,7 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:
     """The checkpoint's micro-batch, which was chosen for the machine or reduced because memory ran out, unless the user
     changes the settings of the batch."""
-    saved, flat = _saved_settings(resumed), flatten(config)
+    saved, flat = saved_settings(resumed), flatten(config)
     if any(saved.get(name, flat[name]) != flat[name] for name in BATCH):
         return chosen
     micro = _machine(resumed).get("micro_batch")

@@ -16,7 +16,7 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, list_checkpoints,
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.machine import device as runtimes
-from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training import trainer as trainers
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.guards import SpikeDetector, StepGuard
@@ -382,16 +382,16 @@ def test_memory_that_runs_out_late_costs_no_step(tiny_data: Path, spoil: Any, mo
     with pytest.raises(TrainingError, match="out of memory for the optimizer's moments: the run needs about .* GiB"):
         train(tiny_config(tiny_data, out_dir="other"))
     monkeypatch.setattr(trainers, "step_unless", step_unless_)
-    copied, calls = snapshot.copied, []
+    copied, calls = savers.copied, []
 
-    def no_copy(value: Any, known: Any = None) -> Any:
+    def no_copy(value: Any) -> Any:
         if isinstance(value, dict) and "rng" in value:
             calls.append(value["step"])
             if len(calls) == 1:
                 no_moments()
-        return copied(value, known)
+        return copied(value)
 
-    monkeypatch.setattr(snapshot, "copied", no_copy)
+    monkeypatch.setattr(savers, "copied", no_copy)
     assert train(tiny_config(tiny_data, out_dir="third")).exit_code == 0
     assert calls == [4, 8] and find_checkpoint("third").name == "step-00000008"
 

@@ -21,9 +21,15 @@ from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import muon
-from llm_from_scratch.training.muon import COEFFICIENTS, muon_groups, orthogonalized
-from llm_from_scratch.training.optimizer import Optimizer, load_optimizer_state, make_optimizer, optimizer_state
-from llm_from_scratch.training.rounding import PIECE, Dither
+from llm_from_scratch.training.muon import COEFFICIENTS, Muon, orthogonalized
+from llm_from_scratch.training.optimizer import (
+    Optimizer,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    parameter_groups,
+)
+from llm_from_scratch.training.rule import PIECE, Dither
 from llm_from_scratch.training.trainer import train as run_training
 
 from ..stepping import same_weights as same
@@ -169,7 +175,8 @@ def test_updates_are_those_of_torch_but_for_the_polynomials(monkeypatch: pytest.
 @pytest.mark.parametrize("changes", [{}, UNTIED, {"pos_embedding": "rope", "bias": False}])
 def test_groups_hold_every_parameter_once(changes: dict[str, Any]) -> None:
     model = make(**changes)
-    groups = muon_groups(model, OptimizerConfig(optimizer_type="muon", learning_rate=1e-3, muon_learning_rate=0.03))
+    config = OptimizerConfig(optimizer_type="muon", learning_rate=1e-3, muon_learning_rate=0.03)
+    groups = Muon.groups(model, config, parameter_groups(model, config.weight_decay))
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     of = {name: group for group in groups for name in group["names"]}
@@ -429,7 +436,7 @@ def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
     target = torch.empty(1 << 8, 1 << 10, dtype=torch.bfloat16)
     found = []
     for count in range(40):
-        dither.round_all(target, torch.full(target.shape, value), "w", count, 0)
+        dither.round(target, torch.full(target.shape, value), "w", count, 0)
         assert set(target.unique().tolist()) == {1.0, 1 + 2**-7}
         found.append(target > 1)
         assert found[-1].double().mean().item() == pytest.approx(0.3, abs=0.01)
@@ -439,8 +446,9 @@ def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
     for sign in (1, -1):
         exact = sign * torch.tensor([0.0, 1.5, 3.0, 2.0**-120, float("inf")])
         result = torch.empty(5, dtype=torch.bfloat16)
-        dither.round(result, exact.clone(), 0xFFFF)
-        assert torch.equal(result.float().view(torch.int32), exact.view(torch.int32))
+        for count in range(50):
+            dither.round(result, exact.clone(), "w", count, 0)
+            assert torch.equal(result.float().view(torch.int32), exact.view(torch.int32))
 
 
 def test_small_changes_of_the_second_moment_are_not_lost() -> None:

@@ -41,6 +41,14 @@ class Lion(Rule):
             m.lerp_(p.grad.to(m.dtype), 1 - beta2)
 
 
+class Paired(Lion):
+    """Steps the matrices itself and leaves the other parameters to Lion."""
+
+    @classmethod
+    def groups(cls, model: Any, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [default[0], {**default[1], "rule": "lion"}]
+
+
 def sawtooth(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
     return peak * (1 - step % 3 / 4)
 
@@ -51,6 +59,7 @@ SETTINGS: dict[str, Any] = {"optimizer_type": "lion", "schedule": "sawtooth", "l
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "lion", Lion)
+    monkeypatch.setitem(OPTIMIZERS, "paired", Paired)
     monkeypatch.setitem(SCHEDULES, "sawtooth", sawtooth)
 
 
@@ -90,7 +99,9 @@ def test_a_plan_counts_the_bytes_that_it_declares(tiny_data: Path, dtype: str) -
     rehearsal.close()
 
 
-@pytest.mark.parametrize(("before", "after"), [("lion", "adamw"), ("adamw", "lion"), ("muon", "lion")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("lion", "adamw"), ("adamw", "lion"), ("muon", "lion"), ("paired", "adamw")]
+)
 def test_moments_of_another_optimizer_are_refused_by_name(tiny_data: Path, before: str, after: str) -> None:
     train(tiny_config(tiny_data, out_dir="run", **{**SETTINGS, "optimizer_type": before}))
     resumed = {**SETTINGS, "optimizer_type": after, "init_from": "resume", "max_iters": 9}
