@@ -28,6 +28,8 @@ class Inputs:
     """Ids of the data; None if neither a tokenizer nor a manifest gives it."""
     train_data: TokenData
     val_data: TokenData
+    global_batch: int
+    """Sequences of an update, which every process gets an equal share of."""
 
 
 def check(config: Config) -> Inputs:
@@ -37,10 +39,21 @@ def check(config: Config) -> Inputs:
     init_from = resolved_init(training.init_from, training.out_dir)
     config.validate()
     check_extras(config)
-    _, _, world_size = distributed_env()
     if not training.eval_only:
         check_writable(Path(training.out_dir))
-    share_batch(config, world_size)
+    _, _, world_size = distributed_env()
+    global_batch = config.data.batch_size * config.training.gradient_accumulation_steps
+    if global_batch % world_size:
+        raise UserError(
+            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
+            f"divided among {world_size} processes; choose a multiple of {world_size}"
+        )
+    share, micro_batch = global_batch // world_size, config.data.micro_batch
+    if isinstance(micro_batch, int) and share % micro_batch:
+        raise UserError(
+            f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
+            "divisor, or auto"
+        )
     folder = resolve_dataset(config.data.dataset)
     tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
     ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
@@ -54,22 +67,4 @@ def check(config: Config) -> Inputs:
         found.append(data)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
         find_checkpoint(init_from, verify=False)
-    return Inputs(folder, tokenizer, ids, *found)
-
-
-def share_batch(config: Config, world_size: int) -> int:
-    """The global batch, which is given; each process gets an equal share. Raises UserError if that is impossible."""
-    batch_size, micro_batch = config.data.batch_size, config.data.micro_batch
-    global_batch = batch_size * config.training.gradient_accumulation_steps
-    if global_batch % world_size:
-        raise UserError(
-            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
-            f"divided among {world_size} processes; choose a multiple of {world_size}"
-        )
-    share = global_batch // world_size
-    if isinstance(micro_batch, int) and share % micro_batch:
-        raise UserError(
-            f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
-            "divisor, or auto"
-        )
-    return global_batch
+    return Inputs(folder, tokenizer, ids, *found, global_batch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +76,17 @@ def _sum_of_losses(
     """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out."""
     size = size or windows_at_once(model, block_size)
     mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
+    was_training = model.training
     while True:
         nats, tokens = 0.0, 0
+        model.eval()
         try:
-            with _evaluating(model):
-                for i in range(0, len(mine), size):
-                    before_batch()
-                    x, y = _windows(data, mine[i : i + size], block_size, size, runtime.device)
-                    count = int((y >= 0).sum())
-                    nats += loss_of(model, x, y, runtime) * count
-                    tokens += count
+            for i in range(0, len(mine), size):
+                before_batch()
+                x, y = _windows(data, mine[i : i + size], block_size, size, runtime.device)
+                count = int((y >= 0).sum())
+                nats += loss_of(model, x, y, runtime) * count
+                tokens += count
             return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -96,6 +96,8 @@ def _sum_of_losses(
                     f"out of memory evaluating one sequence of {block_size} tokens "
                     f"({' '.join(str(error).split())[:200]}); shorten the context or use a smaller model"
                 ) from None
+        finally:
+            model.train(was_training)
         size //= 2
 
 
@@ -122,33 +124,17 @@ def _windows(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1. Every
     batch has the same shape, so that a compiled model is compiled once."""
-    places = starts[:, None] + np.arange(block_size + 1)
-    inside = places < len(data)
-    whole = inside.all(axis=1)
-    tokens = np.zeros(places.shape, dtype=np.int64)
-    tokens[whole] = data.windows(starts[whole], block_size + 1)
-    for row in np.flatnonzero(~whole):  # the last window of the split
-        tail = data.windows(starts[row : row + 1], int(inside[row].sum()))[0]
-        tokens[row, : len(tail)] = tail
-    x = np.zeros((batch_size, block_size), dtype=np.int64)
-    y = np.full((batch_size, block_size), -1, dtype=np.int64)
-    x[: len(starts)] = tokens[:, :-1]
-    y[: len(starts)] = np.where(inside[:, 1:], tokens[:, 1:], -1)
-    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+    tokens = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
+    is_whole = starts + block_size < len(data)
+    tokens[: len(starts)][is_whole] = data.windows(starts[is_whole], block_size + 1)
+    for row in np.flatnonzero(~is_whole):  # the last window of the split
+        length = len(data) - int(starts[row])
+        tokens[row, :length] = data.windows(starts[row : row + 1], length)[0]
+    ids = torch.from_numpy(tokens).to(device)
+    return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
 
 
 def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> float:
     with runtime.autocast():
         _, loss = model(x, y)
     return float(loss)
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval() within the block; afterwards in its previous mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

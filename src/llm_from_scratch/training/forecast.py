@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,46 +37,42 @@ FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run; with f
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds and bytes."""
+    """The estimated cost of a run."""
 
     step: float
+    """Seconds of an update."""
     tokens_per_s: float
-    training: float
-    """All updates."""
-    evaluations: float
-    """All evaluations during training, and that of the whole validation split at the end."""
-    saves: float
-    startup: float
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """With temporary memory."""
-    copies: int
-    """Copies of weights and moments, from which a checkpoint is written."""
-    base: int
-    """The process without a model: Python, torch, data."""
+    seconds: dict[str, float]
+    """Of steps, evaluations (with that of the whole validation split at the end), checkpoints, start."""
+    bytes: dict[str, int]
+    """At the peak. activations: with temporary memory; copies: of weights and moments, from which a checkpoint is
+    written; the program: the process without a model."""
     available: int | None
-    """Memory of the device."""
+    """Bytes of the device."""
     calibration: float
-    """The rehearsal."""
+    """Seconds of the rehearsal."""
     measured: str
 
     @property
     def total(self) -> float:
-        return self.startup + self.training + self.evaluations + self.saves
+        return sum(self.seconds.values())
 
     @property
     def memory(self) -> int:
-        return self.base + self.weights + self.gradients + self.optimizer + self.activations + self.copies
+        return sum(self.bytes.values())
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """An amount for the stack of blocks, and for the rest of the model."""
 
     stack: float
     rest: float
+
+    @classmethod
+    def of(cls, amounts: Iterable[tuple[bool, float]]) -> Split:
+        """The sums of (whether it is the stack's, amount)."""
+        known = list(amounts)
+        return cls(sum(n for is_stack, n in known if is_stack), sum(n for is_stack, n in known if not is_stack))
 
     @property
     def whole(self) -> float:
@@ -84,14 +81,6 @@ class Split:
     def deeper(self, factor: float) -> float:
         """The amount for a model with `factor` times the layers."""
         return self.stack * factor + self.rest
-
-
-def _split(amounts: Iterable[tuple[bool, float]]) -> Split:
-    """The sums of (whether it is the stack's, amount)."""
-    found = {True: 0.0, False: 0.0}
-    for is_stack, amount in amounts:
-        found[is_stack] += amount
-    return Split(found[True], found[False])
 
 
 class _Scaler(torch.amp.GradScaler):
@@ -187,23 +176,21 @@ class Rehearsal:
                 found.setdefault(storage.data_ptr(), (self.inside, storage.nbytes()))
             return tensor
 
-        x, y = self.run.loader.get(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
-            self.run.model(x, y)
-        return _split(found.values())
+            self.run.model(*self.run.loader.get(0))
+        return Split.of(found.values())
 
     def held(self) -> tuple[Split, Split]:
         """Bytes of the weights, and of the optimizer's moments."""
-        parameters, state = list(self.run.model.parameters()), self.run.optimizer.state
-        moments = [(p, value) for p in parameters for value in state.get(p, {}).values() if isinstance(value, Tensor)]
-        weights = _split((p in self.of_stack, p.nbytes) for p in parameters)
-        return weights, _split((p in self.of_stack, value.nbytes) for p, value in moments)
+        state = self.run.optimizer.state.items()
+        moments = [(p in self.of_stack, t.nbytes) for p, kept in state for t in kept.values() if isinstance(t, Tensor)]
+        weights = Split.of((p in self.of_stack, p.nbytes) for p in self.run.model.parameters())
+        return weights, Split.of(moments)
 
     def evaluated(self, windows: int) -> Split:
         """Seconds to evaluate `windows` windows at once."""
-        plan, run, begin = self.plan, self.run, self._now()
-        block_size = plan.config.model.block_size
-        estimate_loss(run.models.compiled, plan.val_data, block_size, windows, run.runtime, windows)
+        run, begin, block_size = self.run, self._now(), self.plan.config.model.block_size
+        estimate_loss(run.models.compiled, self.plan.val_data, block_size, windows, run.runtime, windows)
         return Split(self._span("forward"), self._now() - begin - self._span("forward"))
 
 
@@ -248,12 +235,10 @@ def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
 
 def products_per_second(size: int = 512) -> float:
     """FLOP/s of matrix products, measured on five."""
-    a, took = torch.ones(size, size), []
-    for _ in range(6):
-        begin = time.perf_counter()
-        a @ a
-        took.append(time.perf_counter() - begin)
-    return 2 * size**3 / statistics.median(took[1:])
+    a = torch.ones(size, size)
+    a @ a
+    took = timeit.repeat(lambda: a @ a, number=1, repeat=5)
+    return 2 * size**3 / statistics.median(took)
 
 
 def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
@@ -274,17 +259,17 @@ def extrapolate(
     plan: Plan, rehearsal: Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
 ) -> Forecast:
     """Extrapolates from some layers and sequences to all."""
-    built, small, model = _since(begin), rehearsal.plan, plan.config.model
+    built, small, model = time.perf_counter() - begin, rehearsal.plan, plan.config.model
     deep, wide = model.n_layer / small.config.model.n_layer, plan.micro_batch / small.micro_batch
     at_first = 0
     if wide > 1:
         rehearsal.one_sequence()
         at_first = peak_memory(plan.runtime.device)
     rehearsal.timed()  # makes the moments, and warms up
-    start = time.perf_counter()
-    passes: list[dict[str, float]] = []
-    while len(passes) < LEAST or (_since(start) < budget / 2 and (len(passes) < MOST or _since(start) < SETTLED)):
+    start, spent, passes = time.perf_counter(), 0.0, list[dict[str, float]]()
+    while len(passes) < LEAST or (spent < budget / 2 and (len(passes) < MOST or spent < SETTLED)):
         passes.append(rehearsal.timed())
+        spent = time.perf_counter() - start
     took = {name: statistics.median(one[name] for one in passes) for name in passes[0]}
     of_stack = statistics.median(rehearsal.update_of_stack() for _ in range(LEAST)) if deep > 1 else 0.0
     update = took["update"] + (deep - 1) * min(of_stack, took["update"])
@@ -329,39 +314,34 @@ def extrapolate(
     calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(W + M))
     steps, evaluations = max(0, plan.last_step - plan.start_step), calendar.evaluations(plan.start_step)
     final = calendar.final_seconds(model.block_size / per_window, steps * step)
+    seconds = {
+        "steps": steps * step, "evaluations": evaluations * evaluation + final,
+        "checkpoints": (saves * SAVE_BESIDE + SAVE_AWAITED) * (W + M), "start": ran + built * W / weights.whole,
+    }  # fmt: skip
+    memory = {
+        "weights": W, "gradients": W, "optimizer": M, "activations": activations, "copies for a checkpoint": copies,
+        "the program": base,
+    }  # fmt: skip
+    measured = f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
+    measured += f"{small.micro_batch} of {plan.micro_batch} sequences"
     return Forecast(
-        step=step, tokens_per_s=plan.tokens_per_step / step, training=steps * step,
-        evaluations=evaluations * evaluation + final,
-        saves=(saves * SAVE_BESIDE + SAVE_AWAITED) * (W + M), startup=ran + built * W / weights.whole,
-        weights=int(W), gradients=int(W), optimizer=int(M), activations=int(activations),
-        copies=int(copies), base=base,
-        available=total_memory(plan.runtime.device), calibration=_since(begin),
-        measured=f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
-        f"{small.micro_batch} of {plan.micro_batch} sequences",
+        step, plan.tokens_per_step / step, seconds, {name: int(size) for name, size in memory.items()},
+        total_memory(plan.runtime.device), time.perf_counter() - begin, measured,
     )  # fmt: skip
-
-
-def _since(begin: float) -> float:
-    return time.perf_counter() - begin
 
 
 def lines(plan: Plan, found: Forecast) -> list[str]:
     """The lines that --dry_run prints."""
     gib = 1 << 30
-    parts = [
-        ("weights", found.weights), ("gradients", found.gradients), ("optimizer", found.optimizer),
-        ("activations", found.activations), ("copies for a checkpoint", found.copies), ("the program", found.base),
-    ]  # fmt: skip
-    told = ", ".join(f"{name} {size / gib:.2f}" for name, size in parts if size)
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in found.bytes.items() if size)
+    times = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in found.seconds.items())
     there = f" of {found.available / gib:.1f} GiB" if found.available else ""
     text = [
-        f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({told}); arithmetic: "
+        f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({parts}); arithmetic: "
         f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP per token",
         f"step: about {found.step * 1e3:,.1f} ms, {found.tokens_per_s:,.0f} tokens/s (from {found.measured}, in "
         f"{found.calibration:.1f} s)",
-        f"time: about {in_words(found.total)}, until {clock_time(found.total)} if started now (steps "
-        f"{in_words(found.training)}, evaluations {in_words(found.evaluations)}, checkpoints {in_words(found.saves)}, "
-        f"start {in_words(found.startup)})",
+        f"time: about {in_words(found.total)}, until {clock_time(found.total)} if started now ({times})",
     ]
     if found.available is not None and found.memory > found.available:
         text.append(

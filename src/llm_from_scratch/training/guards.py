@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
-from ..errors import NotFiniteError
 from ..machine.device import Runtime
 from .signals import SIGNALS, StopRequest
 
@@ -113,17 +111,3 @@ class StepGuard:
 def all_finite(model: torch.nn.Module) -> bool:
     """Whether every parameter is finite. Waits for the device."""
     return bool(torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all())
-
-
-def not_finite_error(
-    found: Finding, begins: list[int], model: torch.nn.Module, config: Config, runtime: Runtime
-) -> NotFiniteError:
-    """The error with its diagnosis. begins: positions in the training data at which the batch's sequences begin."""
-    weights, dtype = "finite" if all_finite(model) else "not finite", str(runtime.dtype).removeprefix("torch.")
-    shown = ", ".join(map(str, begins[:8])) + (", ..." if len(begins) > 8 else "")
-    return NotFiniteError(
-        f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
-        f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). "
-        f"Try --learning_rate={config.optimizer.learning_rate / 3:.1g}, a longer --warmup_iters"
-        + (", or --dtype=float32" if dtype != "float32" else "")
-    )

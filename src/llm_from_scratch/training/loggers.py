@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
+import importlib.util
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress
@@ -46,14 +45,6 @@ def check_extras(config: Config) -> None:
             require(package, extra, f"--{setting}=True", f"turn it off with --{setting}=False")
 
 
-class Sink(Protocol):
-    """One destination of the metrics."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class JsonLines:
     """metrics.jsonl: one object per line with its step; NaN and infinities become null. evaluated: whether the
     checkpoint of resume_at includes the evaluation of its step; otherwise it is repeated."""
@@ -61,17 +52,21 @@ class JsonLines:
     def __init__(self, path: Path, resume_at: int | None, evaluated: bool = True):
         self.path = path
         try:
-            if resume_at is not None and path.exists():
-                _forget_from(path, resume_at, evaluated)
             self.file = path.open("a", encoding="utf-8")
+            if resume_at is not None:
+                self.forget_from(resume_at, evaluated)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
-    def sync(self) -> None:
-        os.fsync(self.file.fileno())
-
     def forget_from(self, step: int, evaluated: bool) -> None:
-        _forget_from(self.path, step, evaluated)
+        """Drops the lines that a resumed run will repeat: a killed run logs past its last checkpoint."""
+        kept = []
+        for entry in read_metrics(self.path):
+            # an evaluation that the checkpoint knows was made before it, an update of that number after it
+            if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
+                kept.append(json.dumps(entry))
+        with open_whole(self.path, self.path.name + ".tmp") as file:
+            file.writelines((line + "\n").encode() for line in kept)
         before, self.file = self.file, self.path.open("a", encoding="utf-8")
         before.close()
 
@@ -84,20 +79,9 @@ class JsonLines:
         self.file.close()
 
 
-def _forget_from(path: Path, step: int, evaluated: bool) -> None:
-    """Drops the lines that a resumed run will repeat: a killed run logs past its last checkpoint."""
-    kept = []
-    for entry in read_metrics(path):
-        # an evaluation that the checkpoint knows was made before it, an update of that number after it
-        if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
-            kept.append(json.dumps(entry))
-    with open_whole(path, path.name + ".tmp") as file:
-        file.writelines((line + "\n").encode() for line in kept)
-
-
 class TensorBoard:
-    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run. Records are written
-    directly, because TensorBoard's own writer prints tracebacks from its thread if the disk is full."""
+    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run. Not with
+    TensorBoard's own writer, whose thread prints tracebacks if the disk is full."""
 
     TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
 
@@ -111,7 +95,7 @@ class TensorBoard:
         self.make_event, self.make_record, self.make_scalar, self.make_text = Event, RecordWriter, scalar_pb, text_pb
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(2)}"
-        self.file = (folder / name).open("xb", buffering=0)
+        self.file = (folder / name).open("xb", buffering=1 << 20)
         self._write(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="llm_from_scratch")))
         settings = flatten(config)
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
@@ -133,18 +117,8 @@ class TensorBoard:
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        record = io.BytesIO()
-        self.make_record(record).write(event.SerializeToString())
-        data = record.getvalue()
-        begin = self.file.tell()
-        try:
-            if self.file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            with contextlib.suppress(OSError):  # an incomplete record would hide those after it
-                self.file.truncate(begin)
-                self.file.seek(begin)
-            raise
+        self.make_record(self.file).write(event.SerializeToString())
+        self.file.flush()  # what a full disk does not take stays in the buffer for the next time
 
     def close(self) -> None:
         self.file.close()
@@ -192,18 +166,26 @@ class RunLog:
     ):  # fmt: skip
         self.remaining, self.begin = remaining, time.monotonic()
         self.told_at = -math.inf  # when the remaining time was last printed
-        self.sinks: list[Sink] = []
+        self.sinks: list[JsonLines | TensorBoard | WandB] = []
+        self.metrics: JsonLines | None = None
+        self.tensorboard: TensorBoard | None = None
         self.bar: Progress | None = None
-        self.silent, self.out_dir = not is_master, Path(config.training.out_dir)
+        self.silent, self.out_dir, self.loss_plot = (
+            not is_master,
+            Path(config.training.out_dir),
+            config.logging.loss_plot,
+        )
         self.reader_is_gone = False
         self.failing: set[str] = set()
         if not is_master:
             return
         if not config.training.eval_only:
-            self.sinks.append(JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated))
+            self.metrics = JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated)
+            self.sinks.append(self.metrics)
             if config.logging.tensorboard:
                 with self._writing("TensorBoard"):
-                    self.sinks.append(TensorBoard(self.out_dir / "tensorboard", config, run_id))
+                    self.tensorboard = TensorBoard(self.out_dir / "tensorboard", config, run_id)
+                    self.sinks.append(self.tensorboard)
         if config.logging.wandb_log:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
@@ -233,29 +215,19 @@ class RunLog:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""
         self._log(step, metrics)
         mfu = metrics.get("mfu", UNKNOWN_MFU)
+        seconds = self.remaining.seconds(step + 1) if self.remaining is not None else None  # to the end of the run
         if self.bar is not None:
             share = f"{mfu * 100:.0f}%" if mfu >= 0 else "n/a"
             status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
-            self.bar.update(self.task, completed=step + 1, status=status, left=self._left(step + 1))
-        else:
-            self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {metrics['time_ms']:.2f}ms, mfu {mfu * 100:.2f}%")
-            self._tell_left(step + 1)
-
-    def _left(self, done: int) -> str:
-        """The time to the end of the run after this many updates; empty if unknown."""
-        seconds = self.remaining.seconds(done) if self.remaining is not None else None
-        return "" if seconds is None else f"{in_words(seconds)} left"
-
-    def _tell_left(self, done: int) -> None:
-        """Prints the remaining time now and then, if there is no bar and the run does not end soon."""
-        if self.remaining is None or self.remaining.timer.updates < TELL_AFTER:
+            left = "" if seconds is None else f"{in_words(seconds)} left"
+            self.bar.update(self.task, completed=step + 1, status=status, left=left)
             return
+        self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {metrics['time_ms']:.2f}ms, mfu {mfu * 100:.2f}%")
         now = time.monotonic()
-        seconds = self.remaining.seconds(done)
-        if seconds is None or seconds < TELL_ABOVE or now - self.told_at < TELL_EVERY:
-            return
-        self.told_at = now
-        self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
+        is_long = seconds is not None and seconds >= TELL_ABOVE and now - self.told_at >= TELL_EVERY
+        if is_long and self.remaining.timer.updates >= TELL_AFTER:
+            self.told_at = now
+            self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: train_loss, val_loss, lr, and mfu if known."""
@@ -265,8 +237,8 @@ class RunLog:
     def final(self, step: int, found: Evaluation) -> None:
         """The loss of the whole validation split at the end of the run."""
         metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
-        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), perplexity "
-        text += f"{found.perplexity:.2f}"
+        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), "
+        text += f"perplexity {found.perplexity:.2f}"
         if (bits := found.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
@@ -278,28 +250,28 @@ class RunLog:
         self.say(f"--- sample at step {step} ---\n{text}\n---")
         with self._writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
-        for sink in self.sinks:
-            if isinstance(sink, TensorBoard):
-                with self._writing("TensorBoard"):
-                    sink.sample(step, text)
+        if self.tensorboard is not None:
+            with self._writing("TensorBoard"):
+                self.tensorboard.sample(step, text)
 
     def plot(self) -> None:
-        """Draws loss.png."""
+        """Draws loss.png, if that is wanted or matplotlib is installed."""
+        wanted = self.loss_plot
+        if self.metrics is None or wanted is False or not (wanted or importlib.util.find_spec("matplotlib")):
+            return
         with self._writing("loss.png"):
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
     def sync(self) -> None:
         """Makes metrics.jsonl durable. The lines of a checkpoint's steps must be on disk before the checkpoint."""
-        for sink in self.sinks:
-            if isinstance(sink, JsonLines):
-                sink.sync()
+        if self.metrics is not None:
+            os.fsync(self.metrics.file.fileno())
 
     def forget_from(self, step: int, evaluated: bool) -> None:
-        """Drops the steps from here on, which will be repeated, from the destinations that support it."""
-        for sink in self.sinks:
-            if isinstance(sink, JsonLines):
-                with self._writing("JsonLines"):
-                    sink.forget_from(step, evaluated)
+        """Drops the steps from here on, which will be repeated, from metrics.jsonl."""
+        if self.metrics is not None:
+            with self._writing("JsonLines"):
+                self.metrics.forget_from(step, evaluated)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:

@@ -10,13 +10,10 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..core.sizes import meta_model, sizes
 from ..errors import MemoryShortError, TrainingError
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
-from .optimizer import optimizer_bytes
-from .plan import Plan
-from .wrap import loss_is_chunked
+from .plan import Plan, training_sizes
 
 T = TypeVar("T")
 SHARE = 0.85  # of the free memory: estimates are rough, and other programs grow
@@ -31,18 +28,11 @@ def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> i
     if runtime.device.type == "cpu":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the memory
         free, enough = None if free is None else free // here, ENOUGH_ON_CPU
-    most = min(local_batch, enough // config.model.block_size)
-    moments = optimizer_bytes(meta_model(config.model), config.optimizer)
-    for size in range(most, 1, -1):
-        if local_batch % size == 0 and (free is None or _needed(config, runtime, size, moments) <= SHARE * free):
-            return size
+    for size in range(min(local_batch, enough // config.model.block_size), 1, -1):
+        if local_batch % size == 0:
+            if free is None or training_sizes(config, runtime, size).memory <= SHARE * free:
+                return size
     return 1
-
-
-def _needed(config: Config, runtime: Runtime, micro_batch: int, moments: int) -> int:
-    """Bytes, an estimate."""
-    checkpointing, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
-    return sizes(config.model, micro_batch, runtime.dtype.itemsize, checkpointing, moments, chunked).memory
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:

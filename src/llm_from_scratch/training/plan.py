@@ -17,6 +17,7 @@ from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
 from ..machine.device import Runtime
 from .optimizer import optimizer_bytes
+from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
 PIECE = 1 << 16  # tokens
@@ -59,22 +60,22 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.config.model.block_size
 
-    @property
-    def epochs(self) -> float:
-        """Passes over the training tokens."""
-        return self.last_step * self.tokens_per_step / len(self.train_data)
-
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Parameters, FLOPs and bytes, with the micro-batch of the start."""
-        config, element = self.config, self.runtime.dtype.itemsize
-        moments = optimizer_bytes(meta_model(config.model), config.optimizer)
-        return sizes(config.model, self.micro_batch, element, config.training.gradient_checkpointing, moments)
+        return training_sizes(self.config, self.runtime, self.micro_batch)
 
     @property
     def hashes(self) -> tuple[str, str]:
         """Identify the training tokens, and the tokens of both splits."""
         return dataset_hashes(self.train_data, self.val_data)
+
+
+def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
+    """Parameters, FLOPs and bytes of training with micro-batches of this size."""
+    moments = optimizer_bytes(meta_model(config.model), config.optimizer)
+    recomputes, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
+    return sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked)
 
 
 @functools.lru_cache(maxsize=2)
@@ -94,17 +95,16 @@ def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
 
 def describe(plan: Plan) -> list[str]:
     """The lines printed at the start: what will run, on what, and what was chosen for the machine."""
-    config, s = plan.config, plan.sizes
-    lines = list(plan.notes)
-    lines += [f"{name}: {text}" for name, text in plan.runtime.reasons.items()]
-    if plan.runtime.world_size > 1:
-        lines.append(f"processes: {plan.runtime.world_size} ({plan.runtime.backend})")
-    lines += [
+    model, runtime = plan.config.model, plan.runtime
+    epochs = plan.last_step * plan.tokens_per_step / len(plan.train_data)
+    return [
+        *plan.notes,
+        *(f"{name}: {text}" for name, text in runtime.reasons.items()),
+        *([f"processes: {runtime.world_size} ({runtime.backend})"] if runtime.world_size > 1 else []),
         f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
         "tokens",
-        f"model: {s.params:,} parameters, vocabulary {config.model.vocab_size:,}, context {config.model.block_size}",
+        f"model: {plan.sizes.params:,} parameters, vocabulary {model.vocab_size:,}, context {model.block_size}",
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
-        f"{plan.runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
-        f"length: {plan.last_step:,} steps, {plan.epochs:.2f} epochs",
+        f"{runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
+        f"length: {plan.last_step:,} steps, {epochs:.2f} epochs",
     ]
-    return lines

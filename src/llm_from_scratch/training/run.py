@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import secrets
 import time
@@ -27,7 +26,7 @@ from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
 from .evaluate import Evaluation, estimate_loss, evaluate_split
-from .guards import Finding, StepGuard, all_finite, not_finite_error
+from .guards import Finding, StepGuard, all_finite
 from .loggers import RunLog
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
@@ -116,22 +115,17 @@ class Run:
         if plan.resumed is not None:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
                 self.say(line)
-        self.log = self._open_log(plan, lock)  # the first to write: all that can fail before step 0 has succeeded
-        self.say = self.log.say
-        self.saver = Saver(self.plan, self.state, self.log)
-
-    def _open_log(self, plan: Plan, lock: FolderLock | None) -> RunLog:
-        if lock is None:
-            return RunLog(self.config, is_master=False, first=0, last=0, resumed=False)
-        moved, first = take_folder(plan, lock), plan.start_step
+        # the first to write: all that can fail before step 0 has succeeded
+        moved, first = take_folder(plan, lock) if lock is not None else None, plan.start_step
         left = Remaining(Calendar.of(plan), self.timer, first)
-        log = RunLog(
-            self.config, self.runtime.is_master, first, plan.last_step, plan.resumed is not None,
-            self.state.evaluated_at == first, left, self.state.run_id,
+        self.log = RunLog(
+            self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
+            left, self.state.run_id,
         )  # fmt: skip
+        self.say = self.log.say
         if moved is not None:
-            log.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
-        return log
+            self.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
+        self.saver = Saver(self.plan, self.state, self.log)
 
     # --- one step ---
 
@@ -169,14 +163,13 @@ class Run:
         steps, or if weights are not finite."""
         for found in self.guard.collect(wait):
             self.stop.shared = self.stop.shared or found.signum
-            self._log_step(found)
+            if found.step % self.config.logging.log_interval == 0 or found.skipped or found.spike:
+                self._log_step(found)
             self._count_skipped(found)
         self.timer.pause()
         self.stop.stop_if_closed(self.log.reader_is_gone)
 
     def _log_step(self, found: Finding) -> None:
-        if found.step % self.config.logging.log_interval and not (found.skipped or found.spike):
-            return
         seconds = self.timer.seconds_per_step()
         rate = self.plan.tokens_per_step / seconds
         metrics = {"loss": found.loss, "lr": found.learning_rate, "grad_norm": found.grad_norm}
@@ -202,8 +195,17 @@ class Run:
         # else float16 searches for the largest scale of the gradients that does not overflow
 
     def _not_finite(self, found: Finding) -> NotFiniteError:
-        begins = self.plan.order.starts(found.step + self.state.data_shift, self.plan.global_batch)
-        return not_finite_error(found, begins.tolist(), self.model, self.config, self.runtime)
+        """The error with its diagnosis."""
+        begins = self.plan.order.starts(found.step + self.state.data_shift, self.plan.global_batch).tolist()
+        shown = ", ".join(map(str, begins[:8])) + (", ..." if len(begins) > 8 else "")
+        weights = "finite" if all_finite(self.model) else "not finite"
+        dtype = str(self.runtime.dtype).removeprefix("torch.")
+        return NotFiniteError(
+            f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
+            f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). "
+            f"Try --learning_rate={self.config.optimizer.learning_rate / 3:.1g}, a longer --warmup_iters"
+            + (", or --dtype=float32" if dtype != "float32" else "")
+        )
 
     # --- between steps ---
 
@@ -334,10 +336,8 @@ class Run:
                 final = self._evaluate_whole()
             except Interrupted:
                 self.say(f"the run is complete; to evaluate it: llm-eval --out_dir={self.out_dir}")
-        if self.runtime.is_master and not stopped and state.step:
-            wanted = self.config.logging.loss_plot
-            if wanted or (wanted is None and importlib.util.find_spec("matplotlib") is not None):
-                self.log.plot()
+        if not stopped and state.step:
+            self.log.plot()
         return self.result(final)
 
     def _evaluate_whole(self) -> Evaluation | None:

@@ -18,7 +18,7 @@ from ..generation.prompt import read_start
 from ..interop.nanogpt import check_nanogpt
 from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
-from .check import Inputs, check, share_batch
+from .check import Inputs, check
 from .microbatch import largest_micro_batch
 from .plan import Plan, dataset_hashes
 from .resume import differences, same_machine, same_micro_batch
@@ -43,25 +43,36 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         refuse_unfit(runtime.device, runtime.dtype)
     folder, notes = inputs.folder, list[str]()
     tokenizer, vocab_size = _vocabulary(inputs, notes)
-    resumed, weights, start_step = None, None, 0
-    if init_from == "resume":
-        aside = runtime.is_master and not training.eval_only
-        resumed = load(training.out_dir, "last", dataset=str(folder), need_tokenizer=False, set_aside=aside)
-        weights, start_step = resumed.model, resumed.step
-        _fit(config, resumed.model_config, sources or {}, notes, may_crop=False)
-        _same_tokenizer(resumed.tokenizer, tokenizer, folder, "the checkpoint")
-        notes.append(f"resuming from {resumed.path} at step {start_step}")
-        runtime = same_machine(config, runtime, resumed)
-    elif init_from != "scratch":
-        loaded = _load_weights(init_from, folder)
-        weights = loaded.model
-        _fit(config, loaded.model_config, sources or {}, notes, may_crop=True)
-        _same_tokenizer(loaded.tokenizer, tokenizer, folder, init_from)
+    resumed, weights = None, None
+    if init_from != "scratch":
+        is_resumed = init_from == "resume"
+        if not is_resumed and not is_pretrained(init_from) and not Path(init_from).exists():
+            raise UserError(
+                f"init_from={init_from!r} is neither scratch, resume, auto, a GPT-2 name (gpt2, gpt2-medium, "
+                "gpt2-large, gpt2-xl), nor an existing checkpoint or folder"
+            )
+        loaded = load(
+            training.out_dir if is_resumed else init_from, "last" if is_resumed else None, dataset=str(folder),
+            weights_only=not is_resumed, need_tokenizer=False,
+            set_aside=is_resumed and runtime.is_master and not training.eval_only,
+        )  # fmt: skip
+        weights, theirs = loaded.model, loaded.tokenizer
+        _fit(config, loaded.model_config, sources or {}, notes, may_crop=not is_resumed)
+        if theirs is not None and tokenizer is not None and theirs.fingerprint() != tokenizer.fingerprint():
+            raise UserError(
+                f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), "
+                f"{'the checkpoint' if is_resumed else init_from} with another, {theirs.name} ({theirs.vocab_size} "
+                f"ids). The ids do not match: prepare the text with {theirs.name}"
+            )
         if config.model.block_size < loaded.model_config.block_size:
             model = build_model(loaded.model_config, weights)
             model.crop_block_size(config.model.block_size)
             weights = model.state_dict()
-        notes.append(f"starting from the weights of {init_from}")
+        if is_resumed:
+            resumed, runtime = loaded, same_machine(config, runtime, loaded)
+            notes.append(f"resuming from {loaded.path} at step {loaded.step}")
+        else:
+            notes.append(f"starting from the weights of {init_from}")
     elif config.model.vocab_size is None:
         config.model.vocab_size = vocab_size
     assert config.model.vocab_size is not None
@@ -85,8 +96,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes += _foreign_ids(inputs)
     kind, stride, seed = config.data.sample_order, config.data.stride, config.system.seed
     order = SampleOrder(len(inputs.train_data), config.model.block_size, kind, stride, seed)
-    global_batch = share_batch(config, runtime.world_size)
-    share = global_batch // runtime.world_size
+    global_batch, share = inputs.global_batch, inputs.global_batch // runtime.world_size
     asked = config.data.micro_batch
     auto = largest_micro_batch(config, runtime, share) if asked == "auto" else math.gcd(share, config.data.batch_size)
     micro_batch = asked if isinstance(asked, int) else auto
@@ -95,7 +105,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if asked == "auto":
         how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
-    _set_length(config, order, global_batch)
+    if training.epochs is not None:
+        per_epoch = order.windows_per_epoch if order.order == "shuffled" else order.tokens / order.block_size
+        training.max_iters = max(1, math.ceil(training.epochs * per_epoch / global_batch))
+        training.inclusive_max_iters, training.epochs = False, None
     last_step = training.max_iters + (1 if training.inclusive_max_iters else 0)
     if config.scheduler.decay_lr and config.scheduler.warmup_iters >= last_step > 0:
         notes.append(
@@ -108,7 +121,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes += differences(config, resumed)
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
-        last_step, start_step, weights, resumed, prompt, notes, [scan for scan in scans if scan is not None],
+        last_step, resumed.step if resumed is not None else 0, weights, resumed, prompt, notes,
+        [scan for scan in scans if scan is not None],
     )  # fmt: skip
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
@@ -180,16 +194,6 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
     return tokenizer, GPT2_PADDED if size == GPT2_IDS else size
 
 
-def _load_weights(init_from: str, folder: Path) -> Checkpoint:
-    """Weights for a new run: a checkpoint, nanoGPT's ckpt.pt, a Hugging Face folder, or a GPT-2 name."""
-    if not is_pretrained(init_from) and not Path(init_from).exists():
-        raise UserError(
-            f"init_from={init_from!r} is neither scratch, resume, auto, a GPT-2 name (gpt2, gpt2-medium, gpt2-large, "
-            "gpt2-xl), nor an existing checkpoint or folder"
-        )
-    return load(init_from, dataset=str(folder), weights_only=True, need_tokenizer=False)
-
-
 def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:
     """Gives the model the shape of the loaded weights. Dropout may differ, and the context may be shortened."""
     replaced = []
@@ -206,21 +210,3 @@ def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list
     config.model = dataclasses.replace(loaded, dropout=config.model.dropout)
     if replaced:
         notes.append(f"set by the loaded weights: {', '.join(replaced)}")
-
-
-def _same_tokenizer(theirs: Tokenizer | None, ours: Tokenizer | None, folder: Path, whose: str) -> None:
-    if theirs is not None and ours is not None and theirs.fingerprint() != ours.fingerprint():
-        raise UserError(
-            f"{folder} was made with the tokenizer {ours.name} ({ours.vocab_size} ids), {whose} with another, "
-            f"{theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with {theirs.name}"
-        )
-
-
-def _set_length(config: Config, order: SampleOrder, global_batch: int) -> None:
-    """Turns epochs into max_iters."""
-    if config.training.epochs is None:
-        return
-    per_epoch = order.windows_per_epoch if order.order == "shuffled" else order.tokens / order.block_size
-    config.training.max_iters = max(1, math.ceil(config.training.epochs * per_epoch / global_batch))
-    config.training.inclusive_max_iters = False
-    config.training.epochs = None

@@ -33,8 +33,6 @@ LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU probably waits for ker
 class Wrapped:
     """One model in the forms that the training loop needs; all share their parameters."""
 
-    raw: GPT
-    """The bare model: state, sampling."""
     compiled: nn.Module
     """For evaluation; compiled if the run compiles."""
     train: nn.Module
@@ -61,7 +59,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     if runtime.world_size > 1:
         ids = [runtime.device.index] if runtime.device.type == "cuda" else None
         train = nn.parallel.DistributedDataParallel(train, device_ids=ids)
-    return Wrapped(model, model if compiled is None else compiled, train, compiled is not None, is_recorded)
+    return Wrapped(model if compiled is None else compiled, train, compiled is not None, is_recorded)
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
@@ -126,31 +124,25 @@ def _compile(
     model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]
 ) -> tuple[nn.Module | None, bool]:
     """The compiled model, or None if compilation fails; and whether its kernels are recorded."""
-    recorded = records_kernels(model, config, runtime, micro_batch)
     say("compiling the model (about a minute)")
-    if recorded:
+    for recorded in (True, False) if records_kernels(model, config, runtime, micro_batch) else (False,):
         try:
             compiled = _tried(model, config, runtime, micro_batch, recorded)
-            say("CUDA graphs: the model's kernels are recorded once and launched together (--cuda_graphs)")
-            return compiled, True
+            if recorded:
+                say("CUDA graphs: the model's kernels are recorded once and launched together (--cuda_graphs)")
+            return compiled, recorded
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            if config.system.cuda_graphs is True:
-                if is_out_of_memory(error):
-                    raise
+            is_required = config.system.cuda_graphs is True if recorded else not runtime.compile_may_fail
+            if is_out_of_memory(error) and (is_required or not recorded):
+                raise  # a smaller batch may fit
+            if is_required and recorded:
                 raise UserError(f"CUDA graphs failed ({reason}); leave --cuda_graphs out") from None
-        say(f"CUDA graphs failed ({reason}); compiling without them")
+            if is_required:
+                raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
+        failed = "CUDA graphs failed" if recorded else "torch.compile failed"
+        say(f"{failed} ({reason}); {'compiling without them' if recorded else 'training without it'}")
         torch._dynamo.reset()  # which also frees their memory
-    try:
-        return _tried(model, config, runtime, micro_batch, False), False
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise  # a smaller batch may fit
-        reason = " ".join(str(error).split())[:200]
-        if not runtime.compile_may_fail:
-            raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
-    say(f"torch.compile failed ({reason}); training without it")
-    torch._dynamo.reset()
     for block in model.transformer.h:
         block._compiled_call_impl = None
     return None, False

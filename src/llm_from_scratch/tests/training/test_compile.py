@@ -65,7 +65,7 @@ def gradients(models: parallel.Wrapped) -> list[torch.Tensor]:
     x = torch.arange(16).view(2, 8) % 11
     _, loss = models.train(x, x.roll(1))
     loss.backward()
-    return [loss.detach()] + [p.grad for p in models.raw.parameters() if p.grad is not None]
+    return [loss.detach()] + [p.grad for p in models.train.parameters() if p.grad is not None]
 
 
 def test_a_compiler_that_fails_leaves_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +97,6 @@ def test_compiled_blocks_compute_what_plain_ones_do(
         models, _ = wrapped(settings, resolve(settings.system))
         assert models.is_compiled is compile_it
         if dropout:
-            models.raw.eval()  # masks are drawn elsewhere
+            models.train.eval()  # masks are drawn elsewhere
         results.append(gradients(models))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)

@@ -88,13 +88,13 @@ def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(rehearsal, "evaluated", lambda windows: Split(2.0 * windows, 1.0 * windows))
     found = extrapolate(plan, rehearsal, 0, None, 3.0, 0.0, 7.0)
     assert found.step == pytest.approx(3 * 4 * (6 + 3) + 6 * 0.5 + 2)
-    assert found.training == 20 * found.step and found.tokens_per_s == plan.tokens_per_step / found.step
+    assert found.seconds["steps"] == 20 * found.step and found.tokens_per_s == plan.tokens_per_step / found.step
     # evaluations at 0, 8, 16 and 20: 2 * 8 windows of 6 + 1 s
-    assert found.evaluations == pytest.approx(4 * 2 * 8 * (6 + 1))
-    held = found.weights + found.optimizer
-    assert found.saves == pytest.approx((2 * SAVE_BESIDE + SAVE_AWAITED) * held)
-    assert found.copies == held
-    assert found.total == found.startup + found.training + found.evaluations + found.saves
+    assert found.seconds["evaluations"] == pytest.approx(4 * 2 * 8 * (6 + 1))
+    held = found.bytes["weights"] + found.bytes["optimizer"]
+    assert found.seconds["checkpoints"] == pytest.approx((2 * SAVE_BESIDE + SAVE_AWAITED) * held)
+    assert found.bytes["copies for a checkpoint"] == held
+    assert found.seconds["start"] > 7.0 and found.total == sum(found.seconds.values())
     rehearsal.close()
 
 
@@ -111,12 +111,13 @@ def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.
     known = base + (20 + 5) + (40 + 10) + 230
     monkeypatch.setattr(forecasts, "peak_memory", lambda device: peaks.pop() if peaks else known + moment + fixed)
     found = extrapolate(plan, rehearsal, base, None, 3.0, 0.0, 0.0)
-    assert (found.weights, found.gradients, found.optimizer, found.base) == (65, 65, 130, base)
+    size = found.bytes
+    assert (size["weights"], size["gradients"], size["optimizer"], size["the program"]) == (65, 65, 130, base)
     at_once = 2 * (3 * 200 + 30 + moment) + fixed  # twice the sequences
-    assert found.gradients + found.activations == (at_once if accumulation == 1 else at_once + 65)
-    assert found.memory == base + 65 + 130 + found.gradients + found.activations + found.copies
-    assert found.copies == 65 + 130
-    assert extrapolate(plan, rehearsal, base, 100, 3.0, 0.0, 0.0).copies == 0  # too little is free
+    assert size["gradients"] + size["activations"] == (at_once if accumulation == 1 else at_once + 65)
+    assert found.memory == base + 65 + 130 + size["gradients"] + size["activations"] + 65 + 130
+    scarce = extrapolate(plan, rehearsal, base, 100, 3.0, 0.0, 0.0)  # too little is free
+    assert scarce.bytes["copies for a checkpoint"] == 0
     rehearsal.close()
 
 
@@ -152,7 +153,7 @@ def test_a_model_that_does_not_fit_is_rehearsed_in_part(tiny_data: Path, monkeyp
     short(3)
     found = forecast(plan, budget=0.1)
     assert tried == [(6, 4), (3, 4), (1, 4), (1, 2)]
-    assert found.weights == plan.sizes.weights and "1 of 6 layers and 2 of 4 sequences" in found.measured
+    assert found.bytes["weights"] == plan.sizes.weights and "1 of 6 layers and 2 of 4 sequences" in found.measured
     tried.clear()
     short(99)
     with pytest.raises(UserError, match="one layer and one sequence"):

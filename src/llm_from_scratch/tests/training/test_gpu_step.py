@@ -220,7 +220,7 @@ def test_recording_is_tried_and_given_up(
     models = parallel.wrap(model, settings(), machine(compile_may_fail=True), 2, lines.append)
     assert seen == events and any(line.startswith(told) for line in lines)
     assert models.is_recorded is (not broken) and models.is_compiled is (None not in broken)
-    assert models.raw.training and all(p.grad is None for p in models.raw.parameters())
+    assert model.training and all(p.grad is None for p in model.parameters())
     if broken:
         with pytest.raises(UserError, match="CUDA graphs failed .*leave --cuda_graphs out"):
             parallel.wrap(model, settings(cuda_graphs=True), machine(compile_may_fail=True), 2, lines.append)

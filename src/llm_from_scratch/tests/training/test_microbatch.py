@@ -18,7 +18,7 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.memory import free_memory
 from llm_from_scratch.training import microbatch as memory
-from llm_from_scratch.training import state as snapshot
+from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training import trainer
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.microbatch import largest_micro_batch
@@ -191,12 +191,12 @@ def test_memory_that_runs_out_after_unscaling_costs_no_step(data: Path, monkeypa
 
 def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[str] = []
-    copied = snapshot.copied
-    monkeypatch.setattr(snapshot, "copied", lambda value, *known: copies.append("one") or copied(value, *known))  # type: ignore[func-returns-value]
+    copied = savers.copied
+    monkeypatch.setattr(savers, "copied", lambda value: copies.append("one") or copied(value))  # type: ignore[func-returns-value]
     train(tiny_config(data, out_dir="roomy"))
     assert copies
     copies.clear()
-    monkeypatch.setattr(snapshot, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(savers, "free_memory", lambda device: 1000)
     train(tiny_config(data, out_dir="tight"))
     assert not copies
     for step in (4, 8):

@@ -23,8 +23,10 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer
 from llm_from_scratch.errors import TrainingError, UserError
 from llm_from_scratch.training import run as runs
-from llm_from_scratch.training import setup, state, trainer
+from llm_from_scratch.training import saver as savers
+from llm_from_scratch.training import setup, trainer
 from llm_from_scratch.training import wrap as parallel
+from llm_from_scratch.training.plan import describe
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.signals import StopRequest
@@ -317,7 +319,7 @@ def test_epochs_are_passes_over_the_tokens(short_data: Path) -> None:
     config = tiny_config(short_data, epochs=2.0, sample_order="shuffled", batch_size=5)
     plan = make_plan(config)
     assert plan.order.windows_per_epoch == 36 and plan.last_step == 15 == plan.config.training.max_iters  # 72 / 5
-    assert plan.config.training.epochs is None and plan.epochs == pytest.approx(15 * 40 / 300)
+    assert plan.config.training.epochs is None and "length: 15 steps, 2.00 epochs" in describe(plan)
     assert make_plan(tiny_config(short_data, epochs=1.0, batch_size=5)).last_step == 8  # 300 / 40
     result = train(config)
     assert result.step == 15
@@ -637,21 +639,24 @@ def test_a_run_that_does_not_compile_does_not_import_the_compiler(tiny_data: Pat
     assert done.returncode == 0, done.stderr
 
 
-def test_a_finished_save_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_save_leaves_no_thread(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread still frees the copy when the result is there; a process that exits then would be aborted."""
 
     class Slow:
         def __del__(self) -> None:
             threading.Event().wait(0.2)
 
-    monkeypatch.setattr(state.checkpoints, "save_checkpoint", lambda *_, **__: tmp_path)
-    writer, returned = state.Writer(), threading.Event()
+    returned, copies = threading.Event(), savers.copied
 
-    def first() -> None:
+    def write(*_: Any, **contents: Any) -> Path:
         returned.wait()
+        return tiny_data
 
-    writer.start({"step": 1, "tokenizer": Slow()}, tmp_path, first, export=False)
+    monkeypatch.setattr(savers, "copied", lambda contents: copies(contents) | {"tokenizer": Slow()})
+    monkeypatch.setattr(checkpoints, "save_checkpoint", write)
+    run = Run(make_plan(tiny_config(tiny_data)))
+    run.save()
     returned.set()  # from here on, the thread alone holds the copy
-    saved = writer.finished(wait=True)
-    assert saved is not None and saved.path == tmp_path
+    run.saver.report(wait=True)
+    assert run.saver.saved_to == tiny_data
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
