@@ -67,4 +67,4 @@ def check(config: Config) -> Inputs:
         found.append(data)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
         find_checkpoint(init_from, verify=False)
-    return Inputs(folder, tokenizer, ids, *found, global_batch)
+    return Inputs(folder, tokenizer, ids, found[0], found[1], global_batch)

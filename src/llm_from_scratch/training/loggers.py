@@ -223,10 +223,10 @@ class RunLog:
             self.bar.update(self.task, completed=step + 1, status=status, left=left)
             return
         self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {metrics['time_ms']:.2f}ms, mfu {mfu * 100:.2f}%")
-        now = time.monotonic()
-        is_long = seconds is not None and seconds >= TELL_ABOVE and now - self.told_at >= TELL_EVERY
-        if is_long and self.remaining.timer.updates >= TELL_AFTER:
-            self.told_at = now
+        if self.remaining is None or seconds is None or self.remaining.timer.updates < TELL_AFTER:
+            return
+        if seconds >= TELL_ABOVE and time.monotonic() - self.told_at >= TELL_EVERY:
+            self.told_at = time.monotonic()
             self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:

@@ -302,14 +302,15 @@ def test_output_that_is_lost_does_not_end_the_run(
 
 def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     log = opened(config())
-    flush = log.sinks[0].file.flush  # type: ignore[attr-defined]
+    assert log.metrics is not None
+    file, flush = log.metrics.file, log.metrics.file.flush
 
     def full() -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(log.sinks[0].file, "flush", full, raising=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(file, "flush", full, raising=False)
     log.train_step(0, STEP)
-    monkeypatch.setattr(log.sinks[0].file, "flush", flush, raising=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(file, "flush", flush, raising=False)
     log.train_step(1, STEP)
     assert [entry["step"] for entry in read_metrics(Path("run/metrics.jsonl"))] == [0, 1]
 
