@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import glob
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -138,7 +139,8 @@ def split_document(text: str) -> Iterator[tuple[str, bool]]:
 def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
     """Pieces of one document. As in Python: UTF-8, every line break as "\\n". A byte order mark is dropped."""
     text = ""
-    with source.path.open(encoding="utf-8" if source.keep_bom else "utf-8-sig") as file:
+    encoding = "utf-8" if source.keep_bom else "utf-8-sig"
+    with source.path.open("rb") as raw, io.TextIOWrapper(raw, encoding) as file:
         try:
             while block := file.read(PIECE):
                 text += block
@@ -147,7 +149,7 @@ def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
                     yield text[:cut], False
                     text = text[cut:]
         except UnicodeDecodeError as error:
-            raise _not_utf8(source.name, file.buffer.tell() - len(error.object) + error.start, error) from None
+            raise _not_utf8(source.name, raw.tell() - len(error.object) + error.start, error) from None
     if text:
         yield text, True
 

@@ -25,9 +25,9 @@ from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError
 from ..machine.extras import is_installed
-from ..machine.files import read_json
-from .hf_files import Weights, appears_whole, get_folder, short, write_json
-from .hf_tokenizer import probes, read_tokenizer, unused_ids, write_tokenizer
+from ..machine.files import read_json, temporary_folder, to_json
+from .hf_files import Weights, get_folder, short
+from .hf_tokenizer import probes, read_tokenizer, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
 
@@ -187,16 +187,21 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
-        with appears_whole(folder) as made:
+        with temporary_folder(folder) as made:
             backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
-            generation: dict[str, Any] = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-            generation["suppress_tokens"] = unused_ids(backend, rows) or None
-            write_json(made / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
-            write_json(made / "config.json", described)
+            used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
+            generation = {} if eot is None else {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+            # padding, and gaps in the vocabulary
+            generation |= {"suppress_tokens": unused} if (unused := sorted(set(range(rows)) - used)) else {}
+            (made / "generation_config.json").write_bytes(to_json(generation))
+            (made / "config.json").write_bytes(to_json(described))
             file = made / "model.safetensors"
             save_file(_written_weights(state, family, config), file, metadata={"format": "pt"})
             shutil.copymode(made / "config.json", file)  # safetensors makes its files readable by their owner only
             finding = _compare(state, config, tokenizer, made)
+            if folder.is_dir():
+                folder.rmdir()  # empty; Windows cannot rename onto it
+            made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")

@@ -3,11 +3,8 @@ code from the folder: safetensors, JSON, and pickled tensors whose opcodes are i
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -121,26 +118,6 @@ def damage_is_a_user_error(path: Path) -> Iterator[None]:
         raise
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"the weights in {path} are damaged or cannot be read: {short(error)}") from None
-
-
-@contextmanager
-def appears_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into. It is renamed to `folder` when the block ends, and removed if the block fails."""
-    folder = folder.absolute()
-    made = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    made.mkdir(parents=True)
-    try:
-        yield made
-        if folder.is_dir():
-            folder.rmdir()  # empty; Windows cannot rename onto it
-        made.rename(folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def short(value: Any) -> str:

@@ -97,11 +97,6 @@ def probes(tokenizer: Tokenizer) -> list[str]:
     return [every, every[::-1]]
 
 
-def unused_ids(backend: Backend | None, rows: int) -> list[int]:
-    """Rows of the embedding without a token: padding, and gaps in the vocabulary."""
-    return sorted(set(range(rows)) - set(backend.get_vocab(with_added_tokens=True).values())) if backend else []
-
-
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The merge rules, in order, of a vocabulary with ids in merge order: the last merge that makes each token."""
     found = []

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config, GPTConfig
-from ..core.sizes import meta_model
+from ..core.sizes import meta_tensors, tied_names
 from ..core.weights import checked_model_config, checked_weights, fits, not_finite, plain_names
 from ..errors import DamagedError, UserError
 from ..machine.files import write_file
@@ -100,18 +100,15 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpo
 def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, accept_erf_gelu: bool = False) -> None:
     """Raises UserError if write_nanogpt would: nanoGPT lacks a part of the model, or the file was not written by this
     program."""
-    path = Path(path)
-    plain = GPTConfig(activation="gelu")
-    wants = []
-    names = ("pos_embedding", "norm", "norm_eps", "activation", "qk_norm", "tie_embeddings", "logit_softcap")
-    for name in (*names, "embedding_norm", "max_ngram"):
-        value = getattr(config, name)
-        if value != getattr(plain, name) and not (name == "activation" and value == "gelu_tanh" and accept_erf_gelu):
-            wants.append(f"{name}={value}")
-    if config.n_kv_head not in (None, config.n_head):
-        wants.append(f"n_kv_head={config.n_kv_head}")
-    if config.mlp_hidden not in (None, 4 * config.n_embd):
-        wants.append(f"mlp_hidden={config.mlp_hidden}")
+    path, plain = Path(path), GPTConfig()
+    theirs = {
+        "activation": ("gelu", "gelu_tanh") if accept_erf_gelu else ("gelu",),
+        "n_kv_head": (None, config.n_head),
+        "mlp_hidden": (None, 4 * config.n_embd),
+    }
+    free = (*MODEL_ARGS, "rope_theta", "zero_init", "ngram_rows")  # the last three change nothing in such a model
+    settings = {name: value for name, value in vars(config).items() if name not in free}
+    wants = [f"{name}={v}" for name, v in settings.items() if v not in theirs.get(name, (getattr(plain, name),))]
     if wants:
         hint = "use --format=hf"
         if wants == ["activation=gelu_tanh"]:
@@ -152,10 +149,8 @@ def every_layer(modules: dict[str, str], layers: int) -> dict[str, str]:
 
 def _check_parameters(config: GPTConfig) -> None:
     """Raises UserError if core/model.py has been edited so that nanoGPT's model has other parameters."""
-    theirs, model = _nanogpt_shapes(config), meta_model(config)
-    ours = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    lasting = set(model.state_dict())
-    ours |= {name: tuple(b.shape) for name, b in model.named_buffers() if name in lasting}
+    theirs, tied = _nanogpt_shapes(config), tied_names(config)
+    ours = {name: tuple(tensor.shape) for name, tensor in meta_tensors(config).items() if name not in tied}
     for name in [*ours, *theirs]:
         if name not in theirs:
             raise UserError(f"the model in core/model.py cannot be exported: nanoGPT's format has no {name}")
@@ -224,35 +219,33 @@ def _numbered(config: GPTConfig) -> tuple[list[str], list[str]]:
 def _by_name(optimizer: Any, config: GPTConfig, path: Path) -> dict[str, Any]:
     """nanoGPT's optimizer state, by parameter name. Raises UserError if it does not belong to this model."""
     groups, shapes = _numbered(config), _nanogpt_shapes(config)
-    names = [*groups[0], *groups[1]]
+    names = dict(enumerate([*groups[0], *groups[1]]))
     hint = f"only its weights can be used: --init_from={path} starts a new run from them"
     try:
         saved = optimizer["param_groups"]
-        numbers = [list(group["params"]) for group in saved]
-        if numbers != [list(range(len(groups[0]))), list(range(len(groups[0]), len(names)))]:
+        border = len(groups[0])
+        if [list(group["params"]) for group in saved] != [list(range(border)), list(range(border, len(names)))]:
             raise UserError(f"{path}: the optimizer's groups are not nanoGPT's; {hint}")
-        state: dict[str, dict[str, Any]] = {}
-        for number, slots in optimizer["state"].items():
-            name = names[number]
-            for slot, value in slots.items():
-                shape = () if slot == "step" else shapes[name]
-                if isinstance(value, torch.Tensor):
-                    good = is_plain_tensor(value) and tuple(value.shape) == shape and value.is_floating_point()
-                else:
-                    good = slot == "step" and type(value) in (int, float)
-                if not good:
-                    raise UserError(f"{path}: {slot} of {name} in the optimizer is not of shape {shape}; {hint}")
-                if isinstance(value, torch.Tensor) and not_finite({name: value}):
-                    raise DamagedError(f"{path}: {slot} of {name} in the optimizer contains values that are not finite")
-            state[name] = dict(slots)
+        state = {names[number]: dict(slots) for number, slots in optimizer["state"].items()}
         param_groups = [
             {"names": group, **{k: v for k, v in old.items() if k != "params" and _is_simple(v)}}
             for group, old in zip(groups, saved, strict=True)
         ]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: the optimizer's state is not nanoGPT's ({error!r}); {hint}") from None
+    for name, slots in state.items():
+        for slot, value in slots.items():
+            shape, is_tensor = () if slot == "step" else shapes[name], isinstance(value, torch.Tensor)
+            if is_tensor:
+                good = is_plain_tensor(value) and tuple(value.shape) == shape and value.is_floating_point()
+            else:
+                good = slot == "step" and type(value) in (int, float)
+            if not good:
+                raise UserError(f"{path}: {slot} of {name} in the optimizer is not of shape {shape}; {hint}")
+            if is_tensor and not_finite({name: value}):
+                raise DamagedError(f"{path}: {slot} of {name} in the optimizer contains values that are not finite")
     return {"state": state, "param_groups": param_groups}
 
 
@@ -265,21 +258,17 @@ def _is_simple(value: Any) -> bool:
 def _by_number(config: GPTConfig, optimizer: dict[str, Any] | None, flat: dict[str, Any]) -> dict[str, Any]:
     """The state dict of nanoGPT's AdamW; without moments if these are not AdamW's."""
     groups = _numbered(config)
-    names = [*groups[0], *groups[1]]
     saved = optimizer or {"state": {}, "param_groups": []}
     of = {name: group for group in saved["param_groups"] for name in group["names"]}
     state: dict[int, dict[str, Any]] = {}
-    slots = {"step", "exp_avg", "exp_avg_sq"}
-    if saved["state"]:
-        if all(slots <= set(saved["state"].get(name, ())) for name in names):
-            # in float32, to which torch's own AdamW would convert them
-            state = {
-                i: {slot: torch.as_tensor(saved["state"][name][slot]).float() for slot in sorted(slots)}
-                for i, name in enumerate(names)
-            }
-        else:
-            of = {}
+    slots = ("exp_avg", "exp_avg_sq", "step")
+    for number, name in enumerate([*groups[0], *groups[1]] if saved["state"] else []):
+        if not set(slots) <= set(saved["state"].get(name, ())):
+            of, state = {}, {}
             note("note: nanoGPT's AdamW cannot use this optimizer's state and will start with fresh moments")
+            break
+        # in float32, to which torch's own AdamW would convert them
+        state[number] = {slot: torch.as_tensor(saved["state"][name][slot]).float() for slot in slots}
     defaults = torch.optim.AdamW(
         [torch.nn.Parameter(torch.zeros(1))],
         lr=flat.get("learning_rate", 6e-4),
