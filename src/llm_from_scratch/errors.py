@@ -63,5 +63,4 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after

@@ -188,14 +188,16 @@ class BatchLoader:
 
     def get(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of `step`: (rows, block_size) int64 each, on the device."""
-        if self.ahead is not None and self.ahead[0] == step:
-            made = self.ahead[1].result()
-        else:
-            made = self._make(step)
+        import torch
+
+        known, ahead = self.ahead or (None, None)
+        made = ahead.result() if ahead and known == step else self._make(step)
         self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
         made = made.to(self.device, non_blocking=True)
-        x, y = made if self.tokens is None else _device_windows(self.tokens, made, self.order.block_size)
-        return x, y
+        if self.tokens is not None:
+            places = made[:, None] + torch.arange(self.order.block_size, device=self.device)  # (B, T)
+            made = self.tokens[torch.stack((places, places + 1))].long()  # (2, B, T)
+        return made[0], made[1]
 
     def _make(self, step: int) -> Tensor:
         import torch
@@ -251,11 +253,3 @@ def load_on_device(
             at += len(part)
     say(f"data: the training tokens are kept on {device} ({size / (1 << 20):,.0f} MiB; --data_on_device)")
     return tokens
-
-
-def _device_windows(tokens: Tensor, starts: Tensor, block_size: int) -> Tensor:
-    """Inputs and targets of the windows at starts, (B,) int64: (2, B, block_size) int64, contiguous."""
-    import torch
-
-    places = starts[:, None] + torch.arange(block_size, device=tokens.device)  # (B, T)
-    return tokens[torch.stack((places, places + 1))].long()

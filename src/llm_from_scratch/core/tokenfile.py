@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError
-from ..machine.files import open_file, open_whole, read_json, to_json
+from ..machine.files import open_file, read_json, to_json, write_bytes
 
 BLOCK = 1 << 20  # ids per read of a scan
 SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
@@ -280,10 +280,6 @@ class BackgroundScan:
         if self._errors:
             raise self._errors[0]
 
-    @property
-    def finished(self) -> bool:
-        return not self.thread.is_alive()
-
     def close(self) -> None:
         self._stopped.set()
         self.thread.join()
@@ -292,21 +288,18 @@ class BackgroundScan:
 def _remembered(shard: TokenFile) -> int | None:
     """The largest id of a file, if it was scanned and has not changed since."""
     entry = _checked(shard.path.parent).get(shard.path.name)
-    if not isinstance(entry, dict) or {**entry, "largest": None} != {**_facts(shard), "largest": None}:
-        return None
-    return entry["largest"] if type(entry.get("largest")) is int and entry["largest"] >= 0 else None
+    largest = entry.get("largest") if isinstance(entry, dict) else None
+    return largest if type(largest) is int and largest >= 0 and entry == _facts(shard, largest) else None
 
 
 def _remember(shard: TokenFile, largest: int) -> None:
-    path = shard.path.with_name(CHECKED)
-    content = _checked(path.parent) | {shard.path.name: _facts(shard) | {"largest": largest}}
+    content = _checked(shard.path.parent) | {shard.path.name: _facts(shard, largest)}
     with contextlib.suppress(OSError):  # the data of a read-only folder is scanned each time
-        with open_whole(path, f"{CHECKED}.{os.getpid()}", durable=False) as file:
-            file.write(to_json(content))
+        write_bytes(shard.path.with_name(CHECKED), to_json(content))
 
 
-def _facts(shard: TokenFile) -> dict[str, Any]:
-    return {**shard.identity(), "dtype": str(shard.dtype)}
+def _facts(shard: TokenFile, largest: int) -> dict[str, Any]:
+    return {**shard.identity(), "dtype": str(shard.dtype), "largest": largest}
 
 
 def _checked(folder: Path) -> dict[str, Any]:

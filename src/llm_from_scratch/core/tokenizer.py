@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -276,12 +277,13 @@ class HFTokenizer(Tokenizer):
         try:
             body = parse_json(definition.encode("utf-8"))
             kind, growth = json.dumps(body.get("decoder")), _growth(body)
-        except (ValueError, AttributeError, RecursionError) as error:
+            self._plain = self.backend(special_is_text=True)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a Rust panic is not an Exception
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
         if growth > MAX_GROWTH:
             raise UserError("unusable tokenizer.json: its replacements make texts too long")
-        self._plain = self.backend(special_is_text=True)
-        self._with_special: Any = None
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
             raise UserError(f"unusable tokenizer.json: it has {self.vocab_size} ids")
@@ -294,16 +296,15 @@ class HFTokenizer(Tokenizer):
     def backend(self, special_is_text: bool) -> Any:
         from tokenizers import Tokenizer as Backend
 
-        try:
-            backend = Backend.from_str(self.json_text)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a Rust panic is not an Exception
-            raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
+        backend = Backend.from_str(self.json_text)
         backend.no_truncation()  # some files truncate every text to the context length of their model
         backend.no_padding()
         backend.encode_special_tokens = special_is_text
         return backend
+
+    @functools.cached_property
+    def _with_special(self) -> Any:
+        return self.backend(special_is_text=False)
 
     @classmethod
     def from_file(cls, path: Path) -> HFTokenizer:
@@ -336,8 +337,6 @@ class HFTokenizer(Tokenizer):
         return cls(backend.to_str(), "bpe", backend.token_to_id(EOT))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        if allow_special and self._with_special is None:
-            self._with_special = self.backend(special_is_text=False)
         backend = self._with_special if allow_special else self._plain
         text.encode("utf-8")  # raises UnicodeEncodeError for a lone surrogate; the backend raises TypeError
         return np.array(backend.encode(text, add_special_tokens=False).ids, np.int64)

@@ -190,9 +190,9 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
         with temporary_folder(folder) as made:
             backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
             used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
-            generation = {} if eot is None else {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-            # padding, and gaps in the vocabulary
-            generation |= {"suppress_tokens": unused} if (unused := sorted(set(range(rows)) - used)) else {}
+            generation: dict[str, Any] = {f"{kind}_token_id": eot for kind in ("bos", "eos", "pad") if eot is not None}
+            if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary
+                generation["suppress_tokens"] = unused
             (made / "generation_config.json").write_bytes(to_json(generation))
             (made / "config.json").write_bytes(to_json(described))
             file = made / "model.safetensors"
@@ -209,9 +209,8 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
 
 def check_names(family: Family, config: GPTConfig) -> None:
     """Raises UserError if core/model.py has been edited so that it has other tensors than their model."""
-    ours, expected = set(meta_tensors(config)), family.expected(config)
-    for name in meta_tensors(config):
-        family.names(name)
+    ours, expected = meta_tensors(config), family.expected(config)
+    for name in ours:
         if name not in expected:
             raise UserError(f"{name} of the model in core/model.py has no name in {family.architecture}'s format")
     for name in expected:
@@ -235,24 +234,24 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
         unusual[family.fields["activation"][0]] = values["activation"]
     if family.model_type == "llama" and bool(theirs.get("mlp_bias")) != values["bias"]:
         unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} with attention_bias={values['bias']}"
-    if not family.gpt2:
-        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
-        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
-            unusual["rope_parameters"] = rope
-        values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-        if any(isinstance(value, dict) for value in rope.values()):
-            unusual["rope_parameters"] = rope  # different ones for each kind of layer
-        kinds = theirs.get("layer_types") or []
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            unusual["layer_types"] = kinds
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    scaled = (
+        rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1
+    )
+    if scaled or any(isinstance(value, dict) for value in rope.values()):  # different ones for each kind of layer
+        unusual["rope_parameters"] = rope
+    values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    kinds = theirs.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        unusual["layer_types"] = kinds
     if unusual:
         name, value = next(iter(unusual.items()))
         raise UserError(f"{where}: {name}={short(value)} is not supported by this program's model")
     config = checked_model_config(values | {"activation": family.activations[values["activation"]]}, where)
     own = 128 if family.model_type == "qwen3" else None  # Qwen3's default does not follow from its width
     head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
-    if not family.gpt2 and head_dim * config.n_head != config.n_embd:
+    if head_dim * config.n_head != config.n_embd:
         raise UserError(
             f"{where}: head_dim={short(head_dim)} is not supported: expected hidden_size / "
             f"num_attention_heads = {config.n_embd // config.n_head}"

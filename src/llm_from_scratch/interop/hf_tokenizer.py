@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from ..core.tokenizer import HF_FILE, MAX_DEFINITION, META_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, GPT2_SHA256, byte_to_char, gpt2_parts
 from ..errors import UserError
-from ..machine.files import parse_json, read_file
+from ..machine.files import parse_json, read_file, to_json
 from .hf_files import short
 
 # ordinary words, and inputs on which word patterns differ: contractions, digits, spaces, line ends, other scripts
@@ -57,10 +57,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours."""
     tokenizer.save(folder)
     meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-    if tokenizer.name in ("bpe", "hf"):
-        backend = Backend.from_file(str(folder / HF_FILE))
-        backend.no_truncation()  # transformers also truncates and pads only on request
-        backend.no_padding()
+    if isinstance(tokenizer, HFTokenizer):
+        backend = tokenizer.backend(special_is_text=False)  # transformers also truncates and pads only on request
     elif tokenizer.name == "char":
         backend = Backend(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -75,13 +73,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
         backend = _byte_level(vocab, pairs, meta["special"], pattern)
     else:
         raise UserError(f"the {tokenizer.name} tokenizer cannot be written in Hugging Face's format")
-    if tokenizer.name not in ("bpe", "hf"):
+    if not isinstance(tokenizer, HFTokenizer):
         (folder / HF_FILE).write_text(backend.to_str(), encoding="utf-8")
     eot = None if tokenizer.eot_id is None else backend.id_to_token(tokenizer.eot_id)
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
-    config |= {"clean_up_tokenization_spaces": False}  # otherwise decoding would drop the space before a comma
+    config["clean_up_tokenization_spaces"] = False  # otherwise decoding would drop the space before a comma
     config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_bytes(to_json(config))
     for text in probes(tokenizer):
         ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
         if not np.array_equal(ours, theirs):

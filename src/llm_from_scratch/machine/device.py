@@ -13,7 +13,8 @@ import torch
 from ..config import SystemConfig
 from ..errors import UserError
 from .memory import keep_freed_memory
-from .processes import distributed_env, start_processes, stop_processes
+from .processes import distributed_env
+from .processes import stop as stop
 
 LARGE = 1 << 26  # parameters above which memory is the limit on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -175,11 +176,7 @@ def start(runtime: Runtime, config: SystemConfig) -> None:
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    start_processes(runtime.backend, runtime.world_size)
+    if runtime.world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend=runtime.backend)
     # each process drops out other activations; weights are broadcast from rank 0
     torch.manual_seed(config.seed + runtime.rank)
-
-
-def stop() -> None:
-    """Leaves the process group, if there is one."""
-    stop_processes()

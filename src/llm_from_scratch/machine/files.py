@@ -117,7 +117,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, not synced. Creates its folder. Several processes may write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open_whole(path, f".{path.name}.{os.getpid()}", durable=False) as file:
+    with open_whole(path, f".{path.name.lstrip('.')}.{os.getpid()}", durable=False) as file:
         file.write(data)
 
 

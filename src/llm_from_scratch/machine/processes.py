@@ -31,16 +31,7 @@ def distributed_env() -> tuple[int, int, int]:
     return rank, local_rank, world
 
 
-def start_processes(backend: str, world_size: int) -> None:
-    """Joins the process group, if there are several processes."""
-    if world_size > 1:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            dist.init_process_group(backend=backend)
-
-
-def stop_processes() -> None:
+def stop() -> None:
     """Leaves the process group, if there is one."""
     import torch.distributed as dist
 

@@ -48,21 +48,14 @@ def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
     return True
 
 
-def is_lost(stream: TextIO) -> bool:
-    """Whether the last output could not be written."""
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    except ValueError:  # closed
-        return False
-    return False
-
-
 def drop_lost_output() -> None:
-    """Discards unwritten output, so that the interpreter's last flush does not fail."""
+    """Discards output that cannot be written, so that the interpreter's last flush does not fail."""
     for stream in (sys.stdout, sys.stderr):
-        if is_lost(stream):
+        try:
+            stream.flush()
+        except ValueError:  # closed
+            pass
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
