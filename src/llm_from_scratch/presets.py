@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import re
 import reprlib
@@ -67,33 +68,29 @@ def parse(
     options, words, wants_help = _split(argv, leaves, _sections(tree_type))
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
-    sources: dict[str, str] = {}
-    read: list[str] = []
-    files = words if presets else []
-    for name in files or ([base_preset] if base_preset and not wants_help else []):
-        path = find_preset(name)
-        values = _read_yaml(path, leaves) if path.suffix != ".py" else _read_python(path, settings, leaves)
-        for key, value in values.items():
-            merged[key], settings[key] = _as_text(key, value, leaves, path), value
-            sources[key] = str(path)
-        read.append(str(path))
-    for key, text in options.items():
-        merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
     if wants_help:
         tree = tree_type()
         for name, value in (defaults or {}).items():
             setattr(next(part for part in (tree, *vars(tree).values()) if hasattr(part, name)), name, value)
         tyro.cli(tree_type, default=tree, args=["--help"], prog=prog, description=description, **TYRO)
+    names = words if presets else []
+    files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
+    sources: dict[str, str] = {}
+    for path in files:
+        values = _read_yaml(path, leaves) if path.suffix != ".py" else _read_python(path, settings, leaves)
+        for key, value in values.items():
+            merged[key], settings[key], sources[key] = _as_text(key, value, leaves, path), value, str(path)
+    for key, text in options.items():
+        merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
     tree = _tyro(tree_type, merged, sources, prog)
-    return Parsed(tree, sources, words if not presets else [], read)
+    return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
 
 
 def build(tree_type: type[T], values: dict[str, Any]) -> T:
     """A tree with the given leaves (nested by section, or flat). Raises UserError as parse() does."""
     leaves = leaf_types(tree_type)
     flat = _flatten_sections(values, leaves, "the settings")
-    merged = {key: _as_text(key, value, leaves) for key, value in flat.items()}
-    return _tyro(tree_type, merged, {}, "settings")
+    return _tyro(tree_type, {key: _as_text(key, value, leaves) for key, value in flat.items()}, {}, "settings")
 
 
 def leaf_types(tree_type: type) -> dict[str, Any]:
@@ -137,8 +134,7 @@ def _split(
 ) -> tuple[dict[str, str], list[str], bool]:
     """Options by leaf name, the other arguments, and whether --help was given."""
     options: dict[str, str] = {}
-    words: list[str] = []
-    rest = list(argv)
+    words, rest = list[str](), list(argv)
     while rest:
         arg = rest.pop(0)
         if arg in ("-h", "--help"):
@@ -217,10 +213,8 @@ def _as_dict(key: str, value: Any) -> dict[int, float]:
 
 def _as_list(key: str, value: Any) -> list[str]:
     if isinstance(value, str) and value.startswith(("[", "(")):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # a text that starts with a bracket
             value = json.loads("[" + value[1:-1].rstrip(",") + "]" if value[0] == "(" else value)
-        except (ValueError, RecursionError):
-            pass  # a text that starts with a bracket
     if isinstance(value, str):
         return [value] if value else []
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
@@ -329,15 +323,9 @@ def _tyro(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], p
 
 def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
     """tyro's message box as one line: the setting, its value and where it was set."""
-    lines = [line.strip().strip("│|").strip() for line in box.splitlines()]
-    body: list[str] = []
-    for line in lines[1:]:  # the first line is the box's title
-        if line and set(line) <= set("╭╰╮╯─-"):
-            if body:
-                break  # a rule ends the message
-        elif line:
-            body.append(line)
-    text = " ".join(body)
+    lines = filter(None, (line.strip().strip("│|").strip() for line in box.splitlines()[1:]))  # the first is a title
+    blocks = itertools.groupby(lines, lambda line: set(line) <= set("╭╰╮╯─-"))
+    text = next((" ".join(block) for is_rule, block in blocks if not is_rule), "")
     for key, value in merged.items():
         if re.search(rf"--{key}\b", text):
             expected = re.search(r"Expected one of (\(.*?\))|\bto be one of (\{.*?\})", text)
