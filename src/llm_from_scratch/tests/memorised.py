@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import CharTokenizer
+from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 
 SIGNS = string.ascii_letters + ".,;:!?\n é€"  # the last two take two and three bytes
 TEXT = "".join("".join(random.Random(seed).sample(SIGNS, len(SIGNS))) for seed in range(4))
@@ -50,14 +51,14 @@ def memorised(option: str = "gpt2", padding: int = 3) -> GPT:
         torch.manual_seed(0)
         sizes = {"block_size": BLOCK, "n_layer": 2, "n_head": 4, "n_embd": 64}
         model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size + padding, **{**sizes, **OPTIONS[option]}))
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
+        optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.0, beta2=0.999), torch.device("cpu"))
         steps, ring = 120, torch.from_numpy(TOKENIZER.encode(TEXT * 2).astype("int64"))
         for step in range(steps):
             starts = torch.randint(len(TEXT), (16,))
             windows = ring[starts[:, None] + torch.arange(BLOCK + 1)]
             _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
             loss.backward()
-            optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps) + 1e-4
+            set_learning_rates(optimizer, 5e-3 * (1 - step / steps) + 1e-4)
             optimizer.step()
             optimizer.zero_grad()
     return model.eval()

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import GenerationConfig, GPTConfig
+from llm_from_scratch.config import GenerationConfig, GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.training.optimizer import make_optimizer
 
 from .browser import Browser, Site
 from .memorised import TEXT, TOKENIZER, memorised
@@ -35,7 +36,8 @@ def learned(tokenizer: Tokenizer, text: str) -> Generator:
         torch.manual_seed(0)
         ids = torch.tensor(tokenizer.encode(text * 3).tolist())
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, n_head=2, n_embd=48))
-        optimizer = torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.0)
+        settings = OptimizerConfig(learning_rate=5e-3, weight_decay=0.0, beta2=0.999)
+        optimizer = make_optimizer(model, settings, torch.device("cpu"))
         for _ in range(120):
             windows = ids[torch.randint(len(ids) - 25, (16,))[:, None] + torch.arange(25)]
             _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())

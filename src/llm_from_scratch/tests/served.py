@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.app import make_app
@@ -24,6 +22,7 @@ from llm_from_scratch.serving.options import ServeOptions
 from llm_from_scratch.serving.server import listen, make_server
 from llm_from_scratch.serving.service import Service
 
+from .lazy import openai
 from .memorised import TOKENIZER, memorised
 
 NAME = "memorised"
@@ -65,7 +64,7 @@ class Served:
         connection.sendall(request)
         return connection
 
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+    def client(self, key: str = "none", **options: Any) -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 30.0, **options})
 
     def idle(self) -> bool:

@@ -15,8 +15,8 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import openai
 import pytest
 
 from llm_from_scratch.checkpoint.store import save_checkpoint
@@ -24,6 +24,7 @@ from llm_from_scratch.cli import serve
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation.generator import Generator
 
+from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import answer, http, until
 
@@ -59,7 +60,7 @@ def running(*argv: str, **variables: str) -> Iterator[tuple[subprocess.Popen, st
             process.kill()
 
 
-def client(url: str, key: str = "none") -> openai.OpenAI:
+def client(url: str, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -45,14 +45,17 @@ class Nonsense:
         return [[], [10**6], [1] * n, [TOKENIZER.vocab_size, 3]][len(tokens) % 4]
 
 
-def drafts() -> dict[str, Draft]:
+def draft_model(option: str) -> DraftModel:
     name = TOKENIZER.fingerprint()
-    return {
-        "lookup": Lookup(3, 1),
-        "the model itself": DraftModel(Decoder(memorised("gpt2")), name, name),
-        "another model": DraftModel(Decoder(memorised("rope")), name, name),
-        "nonsense": Nonsense(),
-    }
+    return DraftModel(Decoder(memorised(option)), name, name)
+
+
+DRAFTS: dict[str, Callable[[], Draft]] = {
+    "lookup": lambda: Lookup(3, 1),
+    "the model itself": lambda: draft_model("gpt2"),
+    "another model": lambda: draft_model("rope"),
+    "nonsense": Nonsense,
+}
 
 
 # prompts of each case: two by default, six among the slow tests
@@ -60,12 +63,12 @@ CASES = [pytest.param(2, id="few"), pytest.param(6, id="many", marks=pytest.mark
 
 
 @pytest.mark.parametrize("prompts", CASES)
-@pytest.mark.parametrize("name", drafts())
+@pytest.mark.parametrize("name", DRAFTS)
 @pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
 def test_the_text_is_the_one_without_proposals(name: str, overflow: Any, prompts: int) -> None:
     """Greedy and drawn, with penalties, past block_size, whole and streamed, text after text with the same draft."""
     plain, fast = (Generator(memorised("gpt2"), TOKENIZER) for _ in range(2))
-    fast.draft = drafts()[name]
+    fast.draft = DRAFTS[name]()
     for prompt in ragged_prompts(prompts, BLOCK + 3, seed=3):
         for params in (PARAMS, dataclasses.replace(PARAMS, temperature=0.0, stop=(TEXT[40:42],))):
             (expected,) = plain.generate([prompt], params, seed=5, overflow=overflow)

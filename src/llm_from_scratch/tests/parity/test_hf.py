@@ -25,12 +25,18 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import hf, hf_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
 
-transformers = pytest.importorskip("transformers")
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+from ..lazy import transformers
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 
 TEXT = "First Citizen:\nBefore we proceed, hear me speak .  \r\n\tAll: Speak, speak! — déjà vu 3.14, 12345678 😀\n"
 NONE = {"bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def gpt2(**changes: Any) -> Any:

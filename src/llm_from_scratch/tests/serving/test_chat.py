@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 
 from llm_from_scratch.config import GenerationConfig
@@ -16,6 +15,7 @@ from llm_from_scratch.errors import ApiError, UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.chat import ChatTemplate, end_ids, find_template
 
+from ..lazy import openai
 from ..memorised import SIGNS, TEXT, TOKENIZER, memorised
 from ..served import NAME, Served, served
 
@@ -120,7 +120,7 @@ def server() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Served) -> openai.OpenAI:
+def client(server: Served) -> Any:
     return server.client()
 
 
@@ -130,7 +130,7 @@ MESSAGES: list[Any] = [
 ]
 
 
-def ask(client: openai.OpenAI, **fields: Any) -> Any:
+def ask(client: Any, **fields: Any) -> Any:
     given = {"model": NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 12, **fields}
     return client.chat.completions.create(**given)
 

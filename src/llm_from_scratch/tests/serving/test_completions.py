@@ -7,7 +7,6 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-import openai
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from llm_from_scratch.generation.engine import Request, Token
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.completions import Gain, Plan, token_text
 
+from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import NAME, Served, served
 
@@ -30,7 +30,7 @@ def server() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Served) -> openai.OpenAI:
+def client(server: Served) -> Any:
     return server.client()
 
 
@@ -41,7 +41,7 @@ def expected(seed: int = 0, prompt: Any = PROMPT, **params: Any) -> list[str]:
     return [sample.text for sample in generator.generate([prompt], GenerationConfig(**settings), seed)]
 
 
-def ask(client: openai.OpenAI, **fields: Any) -> Any:
+def ask(client: Any, **fields: Any) -> Any:
     return client.completions.create(**{"model": NAME, "prompt": PROMPT, "temperature": 0, "max_tokens": 16, **fields})
 
 

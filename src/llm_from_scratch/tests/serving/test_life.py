@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 
 from llm_from_scratch.errors import EngineError
@@ -16,6 +15,7 @@ from llm_from_scratch.generation.engine import Engine, Request, Update
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving import answers, jobs, supervisor
 
+from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import NAME, Gate, Served, answer, http, served, until
 
