@@ -1,15 +1,13 @@
 """Hugging Face's format, read and written: GPT-2-, Llama- and Qwen3-shaped models.
 
-One table lists the modules, one the settings; reading and writing use the same tables. The names are checked against
-the model in core/model.py. A folder in this format is read without transformers. A model that the other format cannot
-represent is refused with an error that names the difference.
+Reading and writing use the same tables of modules and settings, checked against the model in core/model.py. A folder
+in this format is read without transformers. A model that the other format cannot represent is refused by name.
 
 Source: config.json and the state-dict names of transformers' models gpt2, llama and qwen3.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +22,14 @@ from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError
-from ..machine.extras import is_installed
 from ..machine.files import read_json, temporary_folder, to_json
 from .hf_files import Weights, get_folder, short
 from .hf_tokenizer import probes, read_tokenizer, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
 
-# Our module: Llama's and Qwen3's; N is the layer. Names joined by + are stacked in one matrix of ours.
-LLAMA_MODULES = {
+# Our module: Qwen3's; N is the layer. Names joined by + are stacked in one matrix of ours.
+QWEN3_MODULES = {
     "transformer.wte": "model.embed_tokens",
     "transformer.h.N.ln_1": "model.layers.N.input_layernorm",
     "transformer.h.N.attn.c_attn": "+".join(f"model.layers.N.self_attn.{part}_proj" for part in "qkv"),
@@ -46,6 +43,7 @@ LLAMA_MODULES = {
     "transformer.ln_f": "model.norm",
     "lm_head": "lm_head",
 }
+LLAMA_MODULES = {ours: theirs for ours, theirs in QWEN3_MODULES.items() if not ours.endswith(("q_norm", "k_norm"))}
 BIASED = ("c_attn", "c_proj", "c_fc", "c_gate")  # their linear layers that may have biases
 NEEDED = object()  # no default: a config.json without it is refused
 # Our setting: (its name in config.json, the default of transformers)
@@ -85,6 +83,7 @@ class Family:
 
     model_type: str
     architecture: str
+    modules: dict[str, str]
     fields: dict[str, tuple[str, Any]]
     activations: dict[str, str]
     ours: dict[str, Any]
@@ -96,31 +95,22 @@ class Family:
     def gpt2(self) -> bool:
         return self.model_type == "gpt2"
 
-    def names(self, key: str) -> list[str]:
-        """Their names of one tensor of our state dict: several if ours is stacked. Raises UserError."""
-        module, _, kind = key.rpartition(".")
-        layer = next(iter(re.findall(r"\.h\.(\d+)\.", module)), "")
-        general = module.replace(f".h.{layer}.", ".h.N.")
-        if general not in self.modules or kind not in ("weight", "bias"):
-            raise UserError(f"{key} of the model in core/model.py has no name in {self.architecture}'s format")
-        return [f"{name.replace('.N.', f'.{layer}.')}.{kind}" for name in self.modules[general].split("+")]
-
-    @property
-    def modules(self) -> dict[str, str]:
-        """{our module: theirs}."""
-        if self.gpt2:
-            return {name: name for name in (*GPT2_MODULES, "lm_head")}
-        qk = () if self.ours.get("qk_norm") else ("q_norm", "k_norm")
-        return {ours: theirs for ours, theirs in LLAMA_MODULES.items() if not ours.endswith(qk)}
-
-    def expected(self, config: GPTConfig) -> list[str]:
-        """Every tensor of their model with this configuration, by our name."""
-        found = []
-        for name in every_layer(self.modules, config.n_layer):
-            plain = self.gpt2 and not name.endswith(("wte", "wpe", "lm_head"))
-            biased = plain or (config.bias and name.endswith(BIASED))
-            found += [f"{name}.weight", f"{name}.bias"] if biased else [f"{name}.weight"]
-        return found
+    def names(self, config: GPTConfig) -> dict[str, list[str]]:
+        """{tensor of their model with this configuration, by our name: their names}, several if ours is stacked.
+        Raises UserError if core/model.py has been edited so that it has other tensors."""
+        names: dict[str, list[str]] = {}
+        for ours, theirs in every_layer(self.modules, config.n_layer).items():
+            plain = self.gpt2 and not ours.endswith(("wte", "wpe", "lm_head"))
+            biased = plain or (config.bias and ours.endswith(BIASED))
+            for kind in ("weight", "bias") if biased else ("weight",):
+                names[f"{ours}.{kind}"] = [f"{name}.{kind}" for name in theirs.split("+")]
+        held = meta_tensors(config)
+        for name in [*held, *names]:
+            if name not in names:
+                raise UserError(f"{name} of the model in core/model.py has no name in {self.architecture}'s format")
+            if name not in held and not (self.gpt2 and name.endswith(".bias")):  # a bias of zeros changes nothing
+                raise UserError(f"the model in core/model.py has no {name}, which {self.architecture}'s format needs")
+        return names
 
     def transposed(self, key: str) -> bool:
         """Their GPT-2 stores the weights of its linear layers as (in, out)."""
@@ -133,15 +123,17 @@ FAMILIES = {
     "gpt2": Family(
         "gpt2",
         "GPT2LMHeadModel",
+        {name: name for name in (*GPT2_MODULES, "lm_head")},
         GPT2_FIELDS,
         GPT2_ACTIVATIONS,
         {"pos_embedding": "learned", "norm": "layernorm", "bias": True},
         COMMON | {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
     ),
-    "llama": Family("llama", "LlamaForCausalLM", LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
     "qwen3": Family(
         "qwen3",
         "Qwen3ForCausalLM",
+        QWEN3_MODULES,
         LLAMA_FIELDS | {"n_kv_head": ("num_key_value_heads", NEEDED)},
         LLAMA_ACTIVATIONS,
         LLAMA | {"qk_norm": True},
@@ -173,7 +165,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     fails."""
     folder = Path(folder)
     family = family_of(config)
-    check_names(family, config)
+    names = family.names(config)
     state = checked_weights(weights, config, "the checkpoint")
     rows = int(config.vocab_size or 0)
     if tokenizer is not None and tokenizer.vocab_size > rows:
@@ -196,7 +188,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
             (made / "generation_config.json").write_bytes(to_json(generation))
             (made / "config.json").write_bytes(to_json(described))
             file = made / "model.safetensors"
-            save_file(_written_weights(state, family, config), file, metadata={"format": "pt"})
+            save_file(_written_weights(state, names, family, config), file, metadata={"format": "pt"})
             shutil.copymode(made / "config.json", file)  # safetensors makes its files readable by their owner only
             finding = _compare(state, config, tokenizer, made)
             if folder.is_dir():
@@ -205,17 +197,6 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
-
-
-def check_names(family: Family, config: GPTConfig) -> None:
-    """Raises UserError if core/model.py has been edited so that it has other tensors than their model."""
-    ours, expected = meta_tensors(config), family.expected(config)
-    for name in ours:
-        if name not in expected:
-            raise UserError(f"{name} of the model in core/model.py has no name in {family.architecture}'s format")
-    for name in expected:
-        if name not in ours and not (family.gpt2 and name.endswith(".bias")):  # a bias of zeros changes nothing
-            raise UserError(f"the model in core/model.py has no {name}, which {family.architecture}'s format needs")
 
 
 def read_config(folder: Path) -> tuple[Family, GPTConfig]:
@@ -301,38 +282,40 @@ def family_of(config: GPTConfig) -> Family:
 def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[str, Tensor]:
     """Our state dict. Raises UserError for a missing, surplus or misshapen tensor."""
     state: dict[str, Tensor] = {}
-    surplus, tied = set(weights.tensors), tied_names(config) if config.n_layer <= len(weights.tensors) else {}
-    for key in expected_tensors(config, len(surplus), str(weights.folder)):
-        names = family.names(key)
-        if key in tied and names[0] not in surplus:
+    surplus, expected = set(weights.tensors), expected_tensors(config, len(weights.tensors), str(weights.folder))
+    names, tied = family.names(config), tied_names(config)
+    for key in expected:
+        if key in tied and names[key][0] not in surplus:
             continue  # stored once
-        parts = [weights[name] for name in names]
+        parts = [weights[name] for name in names[key]]
         if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:
             parts = [torch.cat(parts)]
         state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
-        surplus -= set(names)
+        surplus -= set(names[key])
     if surplus:
         raise UserError(f"{weights.folder}: the weights contain {min(surplus)}, which the model does not have")
     return checked_weights(state, config, str(weights.folder))
 
 
-def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig) -> dict[str, Tensor]:
+def _written_weights(
+    state: dict[str, Tensor], names: dict[str, list[str]], family: Family, config: GPTConfig
+) -> dict[str, Tensor]:
     """Their tensors of our state dict, each with memory of its own."""
     tensors: dict[str, Tensor] = {}
     tied, kv = tied_names(config), config.n_kv_head or config.n_head
     stacked = [config.n_embd // config.n_head * count for count in (config.n_head, kv, kv)]
-    for key in family.expected(config):
+    for key, theirs in names.items():
         if key in tied:
             continue
-        names = family.names(key)
-        # GPT-2 always has biases there; zeros change nothing
-        if key not in state:
+        if key in state:
+            tensor = state[key]
+        else:  # GPT-2 always has biases there; zeros change nothing
             weight = state[key.removesuffix("bias") + "weight"]
-        tensor = state[key] if key in state else torch.zeros(weight.size(0), dtype=weight.dtype)
-        if len(names) > 1 and tensor.size(0) != sum(stacked):
+            tensor = torch.zeros(weight.size(0), dtype=weight.dtype)
+        if len(theirs) > 1 and tensor.size(0) != sum(stacked):
             raise UserError(f"{key} has {tensor.size(0)} rows, {family.architecture}'s format needs {sum(stacked)}")
-        parts = tensor.split(stacked) if len(names) > 1 else (tensor.t() if family.transposed(key) else tensor,)
-        for name, part in zip(names, parts, strict=True):
+        parts = tensor.split(stacked) if len(theirs) > 1 else (tensor.t() if family.transposed(key) else tensor,)
+        for name, part in zip(theirs, parts, strict=True):
             tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors
 
@@ -340,13 +323,17 @@ def _written_weights(state: dict[str, Tensor], family: Family, config: GPTConfig
 @torch.no_grad()
 def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None, folder: Path) -> str:
     """The result of loading the folder with transformers, in a few words. Raises UserError if its results differ."""
-    if not is_installed("transformers"):
-        return "not verified: install transformers to check the export"
     try:
         import transformers
         from transformers.utils import logging
     except ImportError as error:
-        return f"not verified: transformers cannot be imported ({short(error)})"
+        absent = error.name == "transformers"
+        why = (
+            "install transformers to check the export"
+            if absent
+            else f"transformers cannot be imported ({short(error)})"
+        )
+        return f"not verified: {why}"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

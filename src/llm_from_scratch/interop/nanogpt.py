@@ -138,12 +138,12 @@ def _nanogpt_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def every_layer(modules: dict[str, str], layers: int) -> dict[str, str]:
-    """A table of modules with N replaced by each layer's number, one layer after the other."""
+    """A table of modules with N replaced by each layer's number, one layer after the other, in names and values."""
     items = list(modules.items())
     inner = [i for i, (name, _) in enumerate(items) if ".N." in name]
     before, block, after = items[: inner[0]], items[inner[0] : inner[-1] + 1], items[inner[-1] + 1 :]
     for layer in range(layers):
-        before += [(name.replace(".N.", f".{layer}."), value) for name, value in block]
+        before += [(name.replace(".N.", f".{layer}."), value.replace(".N.", f".{layer}.")) for name, value in block]
     return dict(before + after)
 
 

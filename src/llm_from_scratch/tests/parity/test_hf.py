@@ -556,7 +556,7 @@ def test_without_transformers_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setitem(sys.modules, "transformers", None)
         export_hf(*parts(checkpoint()), tmp_path / "out")
     assert "not verified: install transformers" in capsys.readouterr().out
     assert_same_logits(
