@@ -51,15 +51,9 @@ class Parsed(Generic[T]):
 
 
 def parse(
-    tree_type: type[T],
-    argv: list[str],
-    *,
-    prog: str,
-    description: str = "",
-    defaults: dict[str, Any] | None = None,
-    presets: bool = True,
-    base_preset: str | None = None,
-) -> Parsed[T]:
+    tree_type: type[T], argv: list[str], *, prog: str, description: str = "",
+    defaults: dict[str, Any] | None = None, presets: bool = True, base_preset: str | None = None,
+) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given. `--help` prints the fields' docs and exits. Raises UserError: unknown name (with

@@ -242,7 +242,7 @@ class TiktokenTokenizer(Tokenizer):
         ids = [*ranks.values(), *special.values()]
         if any(type(i) is not int or not 0 <= i < 2 * len(ids) + 1024 for i in ids):  # some have gaps
             raise ValueError(f"the {name} vocabulary has an id that is out of range")
-        self.name, self._pattern, self._special = name, pattern, special
+        self.name, self.pattern, self.special = name, pattern, special
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self._bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self._bpe.n_vocab
@@ -261,12 +261,12 @@ class TiktokenTokenizer(Tokenizer):
     def _definition(self) -> bytes:
         # Without the pattern, because tiktoken's releases spell the same pattern differently.
         ranks = b"".join(b"%d %s\n" % (rank, token.hex().encode()) for token, rank in self.ranks.items())
-        return f"{self.name}\0{json.dumps(self._special, sort_keys=True)}\0".encode() + ranks
+        return f"{self.name}\0{json.dumps(self.special, sort_keys=True)}\0".encode() + ranks
 
     def _save(self, folder: Path) -> dict[str, Any]:
         lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
         (folder / RANKS_FILE).write_bytes(b"".join(lines))
-        return {"pattern": self._pattern, "special": self._special}
+        return {"pattern": self.pattern, "special": self.special}
 
 
 class HFTokenizer(Tokenizer):

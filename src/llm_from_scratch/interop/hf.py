@@ -46,31 +46,22 @@ QWEN3_MODULES = {
 LLAMA_MODULES = {ours: theirs for ours, theirs in QWEN3_MODULES.items() if not ours.endswith(("q_norm", "k_norm"))}
 BIASED = ("c_attn", "c_proj", "c_fc", "c_gate")  # their linear layers that may have biases
 NEEDED = object()  # no default: a config.json without it is refused
-# Our setting: (its name in config.json, the default of transformers)
-GPT2_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", 50257),
-    "block_size": ("n_positions", 1024),
-    "n_layer": ("n_layer", 12),
-    "n_head": ("n_head", 12),
-    "n_embd": ("n_embd", 768),
-    "mlp_hidden": ("n_inner", None),
-    "norm_eps": ("layer_norm_epsilon", 1e-5),
-    "activation": ("activation_function", "gelu_new"),
-    "tie_embeddings": ("tie_word_embeddings", True),
+# Our setting: its name in GPT-2's config.json and the default of transformers; the same for Llama. None: not there
+_FIELDS: dict[str, tuple[str | None, Any, str, Any]] = {
+    "vocab_size": ("vocab_size", 50257, "vocab_size", NEEDED),
+    "block_size": ("n_positions", 1024, "max_position_embeddings", NEEDED),
+    "n_layer": ("n_layer", 12, "num_hidden_layers", NEEDED),
+    "n_head": ("n_head", 12, "num_attention_heads", NEEDED),
+    "n_kv_head": (None, None, "num_key_value_heads", None),
+    "n_embd": ("n_embd", 768, "hidden_size", NEEDED),
+    "mlp_hidden": ("n_inner", None, "intermediate_size", NEEDED),
+    "norm_eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
+    "activation": ("activation_function", "gelu_new", "hidden_act", "silu"),
+    "tie_embeddings": ("tie_word_embeddings", True, "tie_word_embeddings", False),
+    "bias": (None, None, "attention_bias", False),
 }
-LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", NEEDED),
-    "block_size": ("max_position_embeddings", NEEDED),
-    "n_layer": ("num_hidden_layers", NEEDED),
-    "n_head": ("num_attention_heads", NEEDED),
-    "n_kv_head": ("num_key_value_heads", None),
-    "n_embd": ("hidden_size", NEEDED),
-    "mlp_hidden": ("intermediate_size", NEEDED),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-    "activation": ("hidden_act", "silu"),
-    "tie_embeddings": ("tie_word_embeddings", False),
-    "bias": ("attention_bias", False),
-}
+GPT2_FIELDS = {ours: (name, default) for ours, (name, default, _, _) in _FIELDS.items() if name}
+LLAMA_FIELDS = {ours: (name, default) for ours, (_, _, name, default) in _FIELDS.items()}
 # Their activation: ours. Exports use the first name of each.
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu2": "relu2"}
 GPT2_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
@@ -217,10 +208,8 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
         unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} with attention_bias={values['bias']}"
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    scaled = (
-        rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1
-    )
-    if scaled or any(isinstance(value, dict) for value in rope.values()):  # different ones for each kind of layer
+    kind, by_layer = rope.get("rope_type", rope.get("type", "default")), any(isinstance(v, dict) for v in rope.values())
+    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1 or by_layer:
         unusual["rope_parameters"] = rope
     values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
     kinds = theirs.get("layer_types") or []
@@ -327,13 +316,9 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
         import transformers
         from transformers.utils import logging
     except ImportError as error:
-        absent = error.name == "transformers"
-        why = (
-            "install transformers to check the export"
-            if absent
-            else f"transformers cannot be imported ({short(error)})"
-        )
-        return f"not verified: {why}"
+        if error.name == "transformers":
+            return "not verified: install transformers to check the export"
+        return f"not verified: transformers cannot be imported ({short(error)})"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from ..core.tokenizer import HF_FILE, MAX_DEFINITION, META_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.tokenizer import HF_FILE, MAX_DEFINITION, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, GPT2_SHA256, byte_to_char, gpt2_parts
 from ..errors import UserError
 from ..machine.files import parse_json, read_file, to_json
@@ -56,11 +56,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
     Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours."""
     tokenizer.save(folder)
-    meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
     if isinstance(tokenizer, HFTokenizer):
         backend = tokenizer.backend(special_is_text=False)  # transformers also truncates and pads only on request
-    elif tokenizer.name == "char":
-        backend = Backend(models.WordLevel({char: i for i, char in enumerate(meta["chars"])}))
+    elif isinstance(tokenizer, CharTokenizer):
+        backend = Backend(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
     elif tokenizer.name == "byte":
@@ -69,8 +68,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
         ranks, chars = tokenizer.ranks, byte_to_char()
         vocab = {"".join(chars[b] for b in token): rank for token, rank in ranks.items()}
         pairs = [tuple("".join(chars[b] for b in part) for part in pair) for pair in merges(ranks)]
-        pattern = None if tokenizer.name == "gpt2" else meta["pattern"]
-        backend = _byte_level(vocab, pairs, meta["special"], pattern)
+        backend = _byte_level(vocab, pairs, tokenizer.special, None if tokenizer.name == "gpt2" else tokenizer.pattern)
     else:
         raise UserError(f"the {tokenizer.name} tokenizer cannot be written in Hugging Face's format")
     if not isinstance(tokenizer, HFTokenizer):

@@ -269,13 +269,9 @@ def _by_number(config: GPTConfig, optimizer: dict[str, Any] | None, flat: dict[s
             break
         # in float32, to which torch's own AdamW would convert them
         state[number] = {slot: torch.as_tensor(saved["state"][name][slot]).float() for slot in slots}
-    defaults = torch.optim.AdamW(
-        [torch.nn.Parameter(torch.zeros(1))],
-        lr=flat.get("learning_rate", 6e-4),
-        betas=(flat.get("beta1", 0.9), flat.get("beta2", 0.95)),
-    ).defaults
-    param_groups = []
-    decay = flat.get("weight_decay", 0.1)
+    lr, betas = flat.get("learning_rate", 6e-4), (flat.get("beta1", 0.9), flat.get("beta2", 0.95))
+    defaults = torch.optim.AdamW([torch.zeros(1)], lr=lr, betas=betas).defaults
+    param_groups, decay = [], flat.get("weight_decay", 0.1)
     for members, weight_decay, first in ((groups[0], decay, 0), (groups[1], 0.0, len(groups[0]))):
         own = {key: value for key, value in of.get(next(iter(members), ""), {}).items() if key in defaults}
         group = {**defaults, "weight_decay": weight_decay, **own}
