@@ -1,9 +1,6 @@
-"""Every setting of the project: name, type, default, bounds and help text.
-
-Names and defaults are nanoGPT's if nanoGPT has the setting. A leaf name is unique over all sections, so
-`--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same
-field. `--help` prints the text under a field. This file does not import torch, so that `--help` is fast.
-"""
+"""Every setting of the project: name, type, default, bounds and the text that `--help` prints. Names and defaults are
+nanoGPT's if nanoGPT has the setting. A leaf name is unique over all sections, so `--learning_rate=3e-4`,
+`--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same field."""
 
 from __future__ import annotations
 

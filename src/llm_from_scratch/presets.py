@@ -1,7 +1,6 @@
 """Settings for every command: defaults < preset files < command line. A preset is a YAML file (nested by section, or
 flat) or a Python file of flat assignments as in nanoGPT. Files and command line are merged as {leaf name: text} and
-parsed once by tyro with the types of config.py. So a value means the same in every place, and unknown names are refused
-in every place."""
+parsed once by tyro with the types of config.py, so a value means the same in every place."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError
 from ..generation.prompt import read_start
-from ..machine.children import shield_children
+from ..machine.processes import shield_children
 from ..machine.terminal import note
 from ..presets import Parsed, parse
 from .common import check_location, command

@@ -1,8 +1,5 @@
-"""Token data, the order of samples, and the batch loader.
-
-A data folder contains train.bin and val.bin, or numbered shards of them: raw little-endian token ids, uint16
-(nanoGPT's format) or uint32 (if manifest.json has it). The windows of a step are a pure function of (seed, step).
-"""
+"""Token data, the order of samples, and the batch loader. A data folder contains train.bin and val.bin, or numbered
+shards of them: raw little-endian token ids, uint16 (nanoGPT's format) or uint32 (if manifest.json has it)."""
 
 from __future__ import annotations
 
@@ -116,11 +113,9 @@ class TokenData:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The order of the windows: start positions as a pure function of (seed, index of the sample).
-
-    random: independent uniform offsets, as in nanoGPT. shuffled: a window every `stride` tokens, each once per epoch in
-    a new random order; each epoch starts at another offset below the stride, so texts are cut at other places.
-    """
+    """The order of the windows: start positions as a pure function of (seed, index of the sample). random: independent
+    uniform offsets, as in nanoGPT. shuffled: a window every `stride` tokens, each once per epoch in a new random order;
+    each epoch starts at another offset below the stride, so texts are cut at other places."""
 
     tokens: int
     block_size: int
@@ -217,11 +212,9 @@ def load_on_device(
     device: torch.device, data: TokenData, vocab_size: int | None, wanted: bool | Literal["auto"],
     say: Callable[[str], None],
 ) -> Tensor | None:  # fmt: skip
-    """All tokens of a split on the device, (N,) int32. None: read them from the files.
-
-    auto: on CUDA, if they are small compared with its free memory. Checks every id, so that batches need no check.
-    Raises UserError if they were requested and do not fit, and DataError for a bad id or file.
-    """
+    """All tokens of a split on the device, (N,) int32. None: read them from the files. auto: on CUDA, if they are small
+    compared with its free memory. Checks every id, so that batches need no check. Raises UserError if they were
+    requested and do not fit, and DataError for a bad id or file."""
     import torch
 
     from ..machine.device import is_out_of_memory

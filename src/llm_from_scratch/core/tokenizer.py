@@ -1,7 +1,6 @@
 """The tokenizers: text to token ids and back. Five kinds with one interface: characters (as in nanoGPT), bytes,
 tiktoken's GPT-2 family, any Hugging Face `tokenizer.json`, and byte-level BPE trained on your text. The tokenizer is
-saved with the data and in every checkpoint, so loading it needs no network. Special tokens in a text are plain text by
-default."""
+saved with the data and in every checkpoint, so loading it needs no network."""
 
 from __future__ import annotations
 

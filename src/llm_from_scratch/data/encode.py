@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ..core.tokenizer import Tokenizer
-from ..machine.children import shield_children
 from ..machine.files import write_bytes
+from ..machine.processes import shield_children
 
 UNIT = 1 << 20  # characters per unit
 KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space

@@ -1,7 +1,6 @@
-"""Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest. Memory is bounded: texts are
-streamed in units of about a megabyte, encoded (large inputs by worker processes) and appended to shards. The token
-cache keeps encoded units, so an interrupted run can resume. The dataset is built in a temporary folder, which is
-renamed when it is complete."""
+"""Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest. Texts are streamed in units of
+about a megabyte, so memory is bounded. The token cache keeps encoded units, so an interrupted run can resume. The
+dataset is built in a temporary folder, which is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -101,9 +100,6 @@ def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Repo
     return target
 
 
-# documents and splits
-
-
 def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
     """The mask of the validation documents, (count,) bool: the first of a seeded permutation, as in nanoGPT
     (train_test_split of the library datasets)."""
@@ -168,9 +164,6 @@ def _default_name(first: str, root: Path) -> str:
     while not path.exists() and any(sign in path.name for sign in "*?["):
         path = path.parent  # books/*.txt: the folder
     return (path.resolve().name if path.is_dir() else path.stem) or "text"
-
-
-# building the dataset
 
 
 def build(
@@ -246,9 +239,6 @@ def _choose_workers(spec: DatasetSpec) -> int:
     return cores if cores > 1 and sum(sizes) >= POOL_FROM else 0
 
 
-# the dataset's folder
-
-
 def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
     identities = [[source.identity() for source in some] for some in spec.sources]
@@ -310,9 +300,6 @@ def disk_errors() -> Iterator[None]:
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise UserError(f"cannot write{where}: {error.strerror or error}") from None
-
-
-# messages
 
 
 def _display_path(path: Path, root: Path, spool: Path | None = None) -> str:

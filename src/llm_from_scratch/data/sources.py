@@ -1,9 +1,7 @@
 """Text sources: files, folders, globs, standard input and known texts, read as a stream of documents.
 
-A source yields pieces (text, ends) of bounded size. A long document has several pieces, cut so that the tokens stay
-the same; `ends` marks its last one. No file is read into memory as a whole.
-
-To add a file format, write a reader and add it to READERS. To add a known text, add it to KNOWN_TEXTS.
+A source yields pieces (text, ends) of bounded size: a long document is cut where the tokens stay the same, and `ends`
+marks its last piece. A new file format is a reader in READERS, a new known text an entry in KNOWN_TEXTS.
 """
 
 from __future__ import annotations
@@ -133,9 +131,6 @@ def split_document(text: str) -> Iterator[tuple[str, bool]]:
     yield from ((part, i == len(parts) - 1) for i, part in enumerate(parts))
 
 
-# file formats
-
-
 def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
     """Pieces of one document. As in Python: UTF-8, every line break as "\\n". A byte order mark is dropped."""
     text = ""
@@ -214,9 +209,6 @@ READERS = {
 }
 
 
-# files and folders
-
-
 def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = print) -> list[Path]:
     """The files named by files, folders, globs and "-" (standard input, copied to the folder spool), each once.
     Searches root, then data/raw. A folder gives its files with a suffix in READERS, sorted. Raises UserError if an
@@ -277,9 +269,6 @@ def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> UserError:
     wide = offset == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     hint = "it looks like UTF-16" if wide else f"byte 0x{error.object[error.start]:02x}, {error.reason}"
     return UserError(f"{name} is not UTF-8 text: byte offset {offset} ({hint}); save it as UTF-8 and run again")
-
-
-# known texts
 
 
 def demo_file(root: Path, report: Any = print) -> Path:

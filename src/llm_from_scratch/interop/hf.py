@@ -1,9 +1,7 @@
-"""Hugging Face's format, read and written: GPT-2-, Llama- and Qwen3-shaped models.
+"""Hugging Face's format, read and written without transformers: GPT-2-, Llama- and Qwen3-shaped models.
 
-Reading and writing use the same tables of modules and settings, checked against the model in core/model.py. A folder
-in this format is read without transformers. A model that the other format cannot represent is refused by name.
-
-Source: config.json and the state-dict names of transformers' models gpt2, llama and qwen3.
+Reading and writing use the same tables of modules and settings, checked against the model in core/model.py. A model
+that the other format cannot represent is refused by name. Source: transformers' models gpt2, llama and qwen3.
 """
 
 from __future__ import annotations
@@ -134,11 +132,10 @@ FAMILIES = {
 
 
 def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer | None]:
-    """Weights, settings and tokenizer from a folder in Hugging Face's format, or from the hub. name_or_folder: a folder
-    with config.json and model.safetensors (or its shards, or pytorch_model.bin), or gpt2, gpt2-medium, gpt2-large,
-    gpt2-xl or owner/name, which is fetched into Hugging Face's cache (extra `hf`). The state dict has our names, both
-    of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the folder has none that this program
-    can run. Raises UserError if files are missing, do not fit together, or describe a model that ours cannot be."""
+    """Settings, weights and tokenizer from a folder with config.json and model.safetensors (or its shards, or
+    pytorch_model.bin), or from the hub's gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name (extra `hf`). The state
+    dict has our names, both of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the folder has
+    none that this program can run. Raises UserError if files do not fit together or our model cannot be theirs."""
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
     state = _read_weights(Weights(folder), family, config)
@@ -150,10 +147,9 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
 
 def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag. folder: new or
-    empty; it appears complete or not at all. If transformers is installed, its logits are compared with ours; the line
-    printed at the end gives the result. A padded vocabulary stays padded: ids without a token are suppressed in
-    generation_config.json. Raises UserError for a model that transformers has no name for, and if the comparison
-    fails."""
+    empty; it appears complete or not at all. If transformers is installed, its logits are compared with ours, and the
+    line printed at the end gives the result. Ids without a token (padding) are suppressed in generation_config.json.
+    Raises UserError for a model that transformers has no name for, and if the comparison fails."""
     folder = Path(folder)
     family = family_of(config)
     names = family.names(config)

@@ -1,6 +1,5 @@
-"""Tokenizers in Hugging Face's format, read and written. Every kind of tokenizer is written as a tokenizer.json for the
-`tokenizers` library, next to our own files. So transformers can read the folder, and we read back exactly the same
-tokenizer."""
+"""Tokenizers in Hugging Face's format, read and written. Every kind is written as a tokenizer.json for transformers,
+next to our own files, from which we read back exactly the same tokenizer."""
 
 from __future__ import annotations
 

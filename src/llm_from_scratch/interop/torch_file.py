@@ -1,6 +1,5 @@
 """Files of torch.save, read without running their pickle. Such a file is a zip archive with one pickle and the bytes of
-the tensors. The pickle's opcodes are inspected before torch reads it (weights_only). Torch is imported when tensors are
-needed."""
+the tensors. The pickle's opcodes are inspected before torch reads it (weights_only)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Files: bounded reads, JSON, writes that are whole or absent, and locks.
-
-Only regular files of bounded size are read: a FIFO or a device would block or never end.
-"""
+"""Files: bounded reads of regular files, JSON, writes that are whole or absent, and locks."""
 
 from __future__ import annotations
 
@@ -27,7 +24,8 @@ KINDS |= dict.fromkeys((stat.S_IFCHR, stat.S_IFBLK), "a device")
 
 
 def open_file(path: Path) -> int:
-    """A file descriptor of a regular file, to read. Raises UserError for any other file, OSError if opening fails."""
+    """A file descriptor of a regular file, to read. Raises UserError for any other (a FIFO would block, a device never
+    end), OSError if opening fails."""
     try:
         _refuse_others(path, os.stat(path))  # to open a device may change it
     except ValueError as error:  # a null character in the name
@@ -214,11 +212,8 @@ def check_writable(out_dir: Path) -> None:
 
 
 class FolderLock:
-    """One trainer at a time in a folder: held until release(), or until the process ends, however it ends.
-
-    The lock is on the open file (flock, or LockFileEx on Windows), not the file's existence, so a dead process leaves
-    none behind. Between machines it works if their shared file system supports such locks.
-    """
+    """One trainer at a time in a folder: held until release(), or until the process ends, however it ends. Between
+    machines it works if their shared file system supports locks on open files."""
 
     def __init__(self, folder: Path):
         from filelock import FileLock

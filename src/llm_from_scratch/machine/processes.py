@@ -1,8 +1,11 @@
-"""Processes: torchrun's variables, process groups, reductions over ranks. Imports torch only to communicate."""
+"""Processes: torchrun's variables, process groups, reductions over ranks, and the children that multiprocessing and
+torch.compile start. Imports torch only to communicate."""
 
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -61,3 +64,29 @@ def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -
 def any_rank(condition: bool, device: torch.device, world_size: int) -> bool:
     """Whether the condition is true in one of the processes."""
     return sum_over_ranks([float(condition)], device, world_size)[0] > 0
+
+
+def shield_children() -> None:
+    """Keeps the working directory out of the module search of child processes: `python -c` searches it first, so a
+    ctypes.py in a downloaded folder would run there. Call it before any is started. Python 3.10 has no switch for this,
+    so there it raises UserError if the directory holds a module that would shadow another."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # ours is already running: only the children read it
+    if sys.version_info < (3, 11) and (names := shadowing(Path.cwd())):
+        raise UserError(
+            f"child processes of Python 3.10 would import {names[0]} of the working directory instead of the real "
+            "module: rename it, start from another directory, or use Python 3.11"
+        )
+
+
+def shadowing(folder: Path) -> list[str]:
+    """The names of files and packages in a folder that a child would import in place of modules it needs."""
+    loaded = {name.partition(".")[0]: vars(module).get("__file__") for name, module in [*sys.modules.items()] if module}
+    own = {name for name, file in loaded.items() if file and Path(file).is_relative_to(folder)}
+    needed = sys.stdlib_module_names | loaded.keys() - own
+    return sorted(path.name for path in folder.iterdir() if path.name.partition(".")[0] in needed and _is_module(path))
+
+
+def _is_module(path: Path) -> bool:
+    if path.is_dir():  # without an __init__ it is found only if nothing else is
+        return any(path.glob("__init__.*"))
+    return path.suffix in (".py", ".pyc", ".so", ".pyd")

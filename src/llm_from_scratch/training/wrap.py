@@ -19,8 +19,8 @@ from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
-from ..machine.children import shield_children
 from ..machine.device import Runtime, forked_random, is_out_of_memory
+from ..machine.processes import shield_children
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)

@@ -1,4 +1,4 @@
-"""machine/children.py: child processes of Python never import a module of the working directory."""
+"""machine/processes.py: child processes of Python never import a module of the working directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.machine import children
+from llm_from_scratch.machine import processes
 
 from ..tiny import arguments, babble, write_data
 
@@ -30,7 +30,7 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
     """A command with the working directory kept out of its own search: what is tested is what it starts."""
     program = f"import sys; sys.path.remove(''); from {command[0]} import main; sys.exit(main(sys.argv[1:]))"
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    source = str(Path(children.__file__).parents[2])
+    source = str(Path(processes.__file__).parents[2])
     return subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(1, {source!r}); {program}", *command[1:]],
         env={**clean, **environment}, capture_output=True, text=True, timeout=900,
@@ -61,20 +61,20 @@ def test_compiling_ignores_the_working_directory(hostile: Path, tmp_path_factory
 
 def test_python_3_10_refuses_a_directory_that_shadows_modules(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONSAFEPATH", "")
-    monkeypatch.setattr(children.sys, "version_info", (3, 10, 13))
+    monkeypatch.setattr(processes.sys, "version_info", (3, 10, 13))
     for name in ("model.py", "train.py", "ctypes.txt", "notes.md"):
         (here / name).touch()
     (here / "json").mkdir()  # without an __init__.py: the real one is found
-    children.shield_children()
+    processes.shield_children()
     for hostile in ("ctypes.py", "numpy.so", "multiprocessing/__init__.py"):
         path = here / hostile
         path.parent.mkdir(exist_ok=True)
         path.touch()
         with pytest.raises(UserError, match=f"would import {hostile.split('/')[0]} of the working directory"):
-            children.shield_children()
+            processes.shield_children()
         path.unlink()
-    children.shield_children()
+    processes.shield_children()
 
 
 def test_a_package_of_ours_does_not_shadow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "llm_from_scratch" not in children.shadowing(Path(children.__file__).parents[2])
+    assert "llm_from_scratch" not in processes.shadowing(Path(processes.__file__).parents[2])
