@@ -71,14 +71,18 @@ def write_checkpoint(
     """
     import torch
 
-    from ..core.weights import buffers, not_finite
+    from ..core.weights import buffers, not_finite, plain_names, tied_names
 
     saved = Checkpoint(path=None, **contents)
-    weights = weights_to_save(saved.model, saved.model_config)
+    weights = plain_names(saved.model)
+    for name, first in tied_names(saved.model_config).items():  # a tied tensor is stored under its first name
+        if name in weights and first in weights and weights[name].data_ptr() == weights[first].data_ptr():
+            del weights[name]
+    weights = portable(weights)
     moments, numbers = split_optimizer(saved.optimizer)
-    if name := not_finite(weights, buffers(saved.model_config)) or not_finite(moments):
+    if bad := not_finite(weights, buffers(saved.model_config)) or not_finite(moments):
         raise UserError(
-            f"step {saved.step} is not saved: {name} contains values that are not finite; try a lower learning_rate"
+            f"step {saved.step} is not saved: {bad} contains values that are not finite; try a lower learning_rate"
         )
     parts: dict[str, Callable[[], Iterable[Any]]] = {
         "model.safetensors": lambda: file_of(weights),
@@ -144,9 +148,10 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
     return found
 
 
-def verify_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that load_checkpoint accepts. Raises what load_checkpoint raises."""
-    return load_checkpoint(path).manifest
+def verify_checkpoint(path: Path) -> Path:
+    """The path of a checkpoint that load_checkpoint accepts. Raises what load_checkpoint raises."""
+    load_checkpoint(path)
+    return path
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -186,17 +191,6 @@ def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:
             f"this model cannot be saved, because GPT(config) would not load it again: {error}. GPT.__init__ must "
             "create every parameter and persistent buffer from the configuration alone"
         ) from None
-
-
-def weights_to_save(model: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """A state dict on the CPU, a tied tensor only under its first name."""
-    from ..core.weights import plain_names, tied_names
-
-    state = plain_names(model)
-    for name, first in tied_names(config).items():
-        if name in state and first in state and state[name].data_ptr() == state[first].data_ptr():
-            del state[name]
-    return portable(state)
 
 
 def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +244,9 @@ def join_optimizer(
         state = {name: dict(slots) for name, slots in plain["state"].items()}
         for key, tensor in tensors.items():
             name, _, slot = key.rpartition("/")
-            if tensor.dim() and not _fits_slot(tensor, model[name]):
+            own = model[name].shape
+            one_per_row = (*own[:1], *[1] * (len(own) - 1))
+            if tensor.dim() and tensor.shape not in (own, one_per_row):
                 raise DamagedError(f"{where}: {key} of the optimizer has shape {tuple(tensor.shape)}")
             state[name][slot] = tensor
         groups = [
@@ -262,8 +258,3 @@ def join_optimizer(
     if bad := not_finite(tensors):
         raise DamagedError(f"{where}: {bad} of the optimizer contains values that are not finite")
     return {"state": state, "param_groups": groups}
-
-
-def _fits_slot(slot: Tensor, parameter: Tensor) -> bool:
-    """Whether an optimizer may store this tensor for a parameter: of the same size, or one number per row."""
-    return slot.shape == parameter.shape or slot.shape == (*parameter.shape[:1], *[1] * (parameter.dim() - 1))

@@ -73,10 +73,10 @@ def prune(verified: Path, keep_last: int, keep_every: int | None = None) -> list
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]
 
 
-def clean_leftovers(out_dir: str | Path) -> list[Path]:
-    """Removes what an interrupted save or removal left behind, and returns it. Call it with out_dir locked. If the
-    system refuses, the next start tries again."""
-    out, gone = Path(out_dir), []
+def clean_leftovers(out_dir: str | Path) -> None:
+    """Removes what an interrupted save or removal left behind. Call it with out_dir locked. If the system refuses, the
+    next start tries again."""
+    out = Path(out_dir)
     try:
         found = sorted(out.iterdir()) if out.is_dir() else []
     except OSError as error:
@@ -85,14 +85,13 @@ def clean_leftovers(out_dir: str | Path) -> list[Path]:
         with contextlib.suppress(OSError, UserError):
             if hashed_folder.LEFTOVER.fullmatch(path.name):
                 remove_tree(path)
-                gone.append(path)
             elif _STEP.fullmatch(path.name) and path.suffix == ".old":  # one that was being replaced
                 twin = path.with_suffix("")
-                if not os.path.lexists(twin):
+                if os.path.lexists(twin):
+                    verify_checkpoint(twin)
+                    hashed_folder.remove_folder(path)
+                else:
                     os.rename(path, twin)
-                elif verify_checkpoint(twin) and hashed_folder.remove_folder(path):
-                    gone.append(path)
-    return gone
 
 
 def archive_previous(out_dir: str | Path) -> Path | None:
@@ -141,13 +140,7 @@ def find_checkpoint(
     (always_save_checkpoint=False), else last. A damaged one is skipped with a warning, and with set_aside renamed to
     damaged-<name>. Raises UserError if there is no good one.
     """
-
-    def check(path: Path) -> Path:
-        if verify:
-            verify_checkpoint(path)
-        return path
-
-    return locate(Path(location), valid_which(which), set_aside, check, lambda path: path)
+    return locate(Path(location), valid_which(which), set_aside, verify_checkpoint if verify else Path, Path)
 
 
 def valid_which(which: str | int | None) -> str | int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -29,37 +30,25 @@ class AdamW(Rule):
             if not state[p]:
                 count = torch.zeros((), device=p.device if group["fused"] else "cpu")
                 state[p] = {"step": count, **self.new_state(p)}
+        beta1, beta2 = group["betas"]
+        update = functools.partial(
+            adamw, fused=group["fused"], found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
         if self.dtype == torch.float32:
             params = [p for _, p in named]
             m, v, steps = ([state[p][slot] for p in params] for slot in ("exp_avg", "exp_avg_sq", "step"))
-            _step(group, params, [p.grad for p in params], m, v, steps, found_inf)
-        else:
-            self._step_in_pieces(group, named, state, found_inf)
-
-    def _step_in_pieces(
-        self, group: dict[str, Any], named: list[tuple[str, Any]], state: dict[Tensor, dict[str, Any]],
-        found_inf: Tensor | None,
-    ) -> None:  # fmt: skip
+            update(params, [p.grad for p in params], m, v, [], steps)
+            return
         for batch in pieces(named):
             all_four = [(p, p.grad, state[p]["exp_avg"], state[p]["exp_avg_sq"], part) for _, p, part in batch]
             flat = [[t.reshape(-1)[part] for t in tensors] for *tensors, part in all_four]
             params, grads, m, v = (list(column) for column in zip(*flat, strict=True))
             m32, v32 = [t.float() for t in m], [t.float() for t in v]
-            steps = [state[p]["step"].clone() for _, p, _ in batch]  # a tensor may come in several pieces
-            _step(group, params, grads, m32, v32, steps, found_inf)
+            update(params, grads, m32, v32, [], [state[p]["step"].clone() for _, p, _ in batch])  # p may come again
             for i, (name, p, part) in enumerate(batch):
                 for row, moment, wide in ((0, m[i], m32[i]), (1, v[i], v32[i])):
                     self.dither.round(moment, wide, name, state[p].get("draws", 0), part.start, row)
         for _, p in named:
             state[p]["draws"] = state[p].get("draws", 0) + 1
             state[p]["step"] += 1 if found_inf is None else 1 - found_inf
-
-
-def _step(
-    group: dict[str, Any], params: list, grads: list, m: list, v: list, steps: list, found_inf: Tensor | None
-) -> None:
-    adamw(
-        params, grads, m, v, [], steps, fused=group["fused"], found_inf=found_inf, amsgrad=False,
-        beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-        eps=group["eps"], maximize=False,
-    )  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.load import is_pretrained
-from ..checkpoint.store import find_checkpoint, resolved_init
+from ..checkpoint.store import find_checkpoint
 from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
 from ..core.tokenizer import Tokenizer, tokenizer_of
@@ -33,14 +33,13 @@ class Inputs:
 
 
 def check(config: Config) -> Inputs:
-    """Finds the mistakes in settings, machine and data that can be found without torch. Writes nothing. Raises
-    UserError."""
-    training = config.training
-    init_from = resolved_init(training.init_from, training.out_dir)
+    """Finds the mistakes in settings, machine and data that can be found without torch. init_from=auto is resolved
+    before. Writes nothing. Raises UserError."""
+    init_from = config.training.init_from
     config.validate()
     check_extras(config)
-    if not training.eval_only:
-        check_writable(Path(training.out_dir))
+    if not config.training.eval_only:
+        check_writable(Path(config.training.out_dir))
     _, _, world_size = distributed_env()
     global_batch = config.data.batch_size * config.training.gradient_accumulation_steps
     if global_batch % world_size:

@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..machine import device as runtimes
 from ..machine.memory import free_memory, peak_memory, total_memory
 from .evaluate import estimate_loss, windows_at_once
+from .microbatch import retry_smaller
 from .plan import Plan
 from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .run import Run
@@ -201,17 +202,19 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
     device = plan.runtime.device
     layers, rows = rehearsal_size(plan, budget)
-    while True:
+
+    def rehearse() -> Forecast:
         base, free = peak_memory(device), free_memory(torch.device("cpu"))
-        try:
-            with contextlib.closing(Rehearsal(reduced_plan(plan, layers, rows))) as rehearsal:
-                return extrapolate(plan, rehearsal, base, free, budget, begin, ran)
-        except Exception as error:
-            if not runtimes.is_out_of_memory(error):
-                raise
-            if layers == rows == 1:
-                raise UserError("out of memory with one layer and one sequence: the model does not fit") from None
-        layers, rows = (max(1, layers // 2), rows) if layers > 1 else (1, rows // 2)
+        with contextlib.closing(Rehearsal(reduced_plan(plan, layers, rows))) as rehearsal:
+            return extrapolate(plan, rehearsal, base, free, budget, begin, ran)
+
+    def shrink(reason: str) -> None:
+        nonlocal layers, rows
+        if layers == rows == 1:
+            raise UserError("out of memory with one layer and one sequence: the model does not fit")
+        layers, rows = (layers // 2, rows) if layers > 1 else (1, rows // 2)
+
+    return retry_smaller(rehearse, shrink)
 
 
 def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,12 +48,9 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "fused": fused})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             self.rules[group["rule"]].step(group, self.state, self.found_inf)
-        return loss
 
     @torch.no_grad()
     def begin_epoch(self) -> None:

@@ -24,6 +24,7 @@ from llm_from_scratch.checkpoint import contents as state
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.checkpoint.load import load as load_any
+from llm_from_scratch.core import weights
 from llm_from_scratch.errors import UserError
 
 from .rows import Report, Row
@@ -271,7 +272,9 @@ ROW = Row(
             state, "read_member", lambda folder, name, manifest: (folder / name).read_bytes()
         ),
         "the manifest's own hash not compared": replaced(sealed, "read_manifest", _unsealed_manifest),
-        "finite numbers not asked for": replaced(state, "not_finite", lambda tensors: None),
-        "a damaged one taken at its word": replaced(cp, "verify_checkpoint", sealed.read_manifest),
+        "finite numbers not asked for": replaced(weights, "not_finite", lambda *tensors: None),
+        "a damaged one taken at its word": replaced(
+            cp, "verify_checkpoint", lambda path: sealed.read_manifest(path) and path
+        ),
     },
 )
