@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import ApiError
-from .completions import Gain, Plan
+from .completions import Plan
 from .errors import error_body, json_response
 from .jobs import Job, JobQueue
 from .metrics import Metrics
@@ -45,56 +45,47 @@ class Answer(Response):
             job.close()
             watcher.cancel()
 
-    async def _gains(self, job: Job) -> list[Gain]:
-        """The next gains; empty at the end. Raises ApiError if the engine failed."""
+    async def _progress(self, job: Job) -> bool:
+        """Waits until the choices have grown. False at the end. Raises ApiError if the engine failed."""
         while not job.gone:
             batch = await job.next()
             if any(update.error is not None for _, update in batch):
                 if not job.engine.alive:
                     raise self.queue.supervisor.unavailable()
                 raise ApiError(500, "the engine failed on this request", code="generation_failed")
+            if job.over and not batch and not self.plan.begun:
+                raise ApiError(503, "the request did not start in time: the server is busy", retry_after=5)
             if not batch:
-                gains = self.plan.cut() if job.over else []
-                if gains and not any(self.plan.begun):
-                    raise ApiError(503, "the request did not start in time: the server is busy", retry_after=5)
-                return gains
-            if gains := self.plan.gains(batch):
-                return gains
-        return []
+                return job.over and self.plan.cut()
+            if self.plan.add(batch):
+                return True
+        return False
 
     async def _whole(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [Gain(index) for index in range(self.plan.count)]
-        gains = await self._gains(job)
-        if gains:
+        if await self._progress(job):
             self.metrics.first_token.observe(time.monotonic() - self.began)
-        while gains:
-            for gain in gains:
-                choice = choices[gain.index]
-                choice.text += gain.text
-                choice.tokens += gain.tokens
-                choice.before += gain.before
-                choice.reason = gain.reason or choice.reason
-            gains = await self._gains(job)
+            while await self._progress(job):
+                pass
         if not job.gone:
             if not job.over:
                 self.queue.supervisor.completed()
-            large = self.plan.logprobs and sum(len(choice.tokens) for choice in choices) > LARGE
-            body = await asyncio.to_thread(self.plan.whole, choices) if large else self.plan.whole(choices)
+            large = self.plan.logprobs and sum(len(choice.tokens) for choice in self.plan.choices) > LARGE
+            body = await asyncio.to_thread(self.plan.whole) if large else self.plan.whole()
             await json_response(body)(scope, receive, send)
 
     async def _stream(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        gains = await self._gains(job)  # before the status is sent, so that errors have their own status
+        more = await self._progress(job)  # before the status is sent, so that errors have their own status
         if job.gone:
             return
         self.metrics.first_token.observe(time.monotonic() - self.began)
         await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
         text = self.plan.opening()
         try:
-            while gains and not job.gone:
-                text += "".join(map(self.plan.chunk, gains))
+            while more and not job.gone:
+                text += self.plan.chunks()
                 if text:
                     await self._send(job, send, text)
-                text, gains = "", await self._gains(job)
+                text, more = "", await self._progress(job)
         except ApiError as error:
             text = f"data: {error_body(error)}\n\ndata: [DONE]\n\n"
         else:

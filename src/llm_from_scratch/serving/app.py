@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
@@ -35,7 +34,7 @@ KINDS = {
 }
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
 SHORT, WORKERS = 2048, 2  # bytes of a body that is parsed in the event loop; threads for longer ones
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", protocol.CompletionRequest, protocol.ChatRequest, protocol.TokenizeRequest, protocol.DetokenizeRequest)
 U = TypeVar("U")
 
 
@@ -75,6 +74,7 @@ def make_app(service: Service) -> FastAPI:
         """Parses a request's body and calls `use` on it, in a thread if it is long, because encoding takes time."""
         raw = await bodies.read(request)
         asked = protocol.read(kind, raw)
+        service.check_model(asked.model)
         return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
 
     async def answer(request: Request, kind: type[T], use: Callable[[T], Plan]) -> Response:

@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ApiError, UserError
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
-from .completions import Gain, Plan, alternative, bytes_json, number, token_json
+from .completions import Choice, Plan, alternative, bytes_json, number, token_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
 
@@ -47,23 +47,23 @@ def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatT
     """The template of --chat_template, else of the model's folder, else None. eot: the end-of-text token, if the folder
     does not name one. Raises UserError if the template cannot be read."""
     config: dict[str, Any] = {}
+    path = Path(file) if file is not None else None
     try:
-        path = folder / "tokenizer_config.json" if folder is not None else None
-        if path is not None and path.is_file():
-            content = parse_json(read_file(path, MAX_JSON))
-            config = content if isinstance(content, dict) else {}
+        if folder is not None:
+            if (folder / "tokenizer_config.json").is_file():
+                content = parse_json(read_file(folder / "tokenizer_config.json", MAX_JSON))
+                config = content if isinstance(content, dict) else {}
+            if path is None and (folder / "chat_template.jinja").is_file():
+                path = folder / "chat_template.jinja"
         source = config.get("chat_template")
-        if isinstance(source, list):  # several by name
-            named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
-            source = named.get("default")
-        beside = folder / "chat_template.jinja" if folder is not None else None
-        if file is not None:
-            source = read_file(Path(file), MAX_TEMPLATE).decode("utf-8")
-        elif beside is not None and beside.is_file():
-            source = read_file(beside, MAX_TEMPLATE).decode("utf-8")
+        if path is not None:
+            source = read_file(path, MAX_TEMPLATE).decode("utf-8")
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the chat template {file or folder}: {reason}") from None
+    if isinstance(source, list):  # several by name
+        named = {item.get("name"): item.get("template") for item in source if isinstance(item, dict)}
+        source = named.get("default")
     if not isinstance(source, str):
         return None
     bos, eos = (_content(config.get(name)) for name in ("bos_token", "eos_token"))
@@ -100,22 +100,20 @@ class ChatPlan(Plan):
 
     def opening(self) -> str:
         begin = '{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        return "".join(f'{self.chunk_head}"choices":[{begin % index}]{self.tail}' for index in range(self.count))
+        events = (f'{self.chunk_head}"choices":[{begin % choice.index}]{self.tail}' for choice in self.choices)
+        return "".join(events)
 
-    def _choice(self, gain: Gain) -> str:
-        reason = "null" if gain.reason is None else f'"{gain.reason}"'
-        logprobs = self._logprobs(gain) if self.logprobs else "null"
-        delta = f'{{"content":{json.dumps(gain.text)}}}' if gain.text or gain.tokens else "{}"
-        return f'{{"index":{gain.index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{reason}}}'
+    def _choice(self, choice: Choice) -> str:
+        delta = f'{{"content":{json.dumps(choice.text)}}}' if choice.text or choice.tokens else "{}"
+        return f'{{"index":{choice.index},"delta":{delta},{self._rest(choice)}'
 
-    def _whole_choice(self, gain: Gain) -> str:
-        logprobs = self._logprobs(gain) if self.logprobs else "null"
-        message = f'{{"role":"assistant","content":{json.dumps(gain.text)},"refusal":null}}'
-        return f'{{"index":{gain.index},"message":{message},"logprobs":{logprobs},"finish_reason":"{gain.reason}"}}'
+    def _whole_choice(self, choice: Choice) -> str:
+        message = f'{{"role":"assistant","content":{json.dumps(choice.text)},"refusal":null}}'
+        return f'{{"index":{choice.index},"message":{message},{self._rest(choice)}'
 
-    def _logprobs(self, gain: Gain) -> str:
+    def _logprobs(self, choice: Choice) -> str:
         entries = []
-        for token in gain.tokens:
+        for token in choice.tokens:
             top = ",".join(alternative(*item) for item in token.top)
             entries.append(
                 f'{{"token":{token_json(token.bytes)},"logprob":{number(token.logprob)},'

@@ -6,24 +6,29 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..generation.engine import Request, Token, Update
-from .protocol import finite
 
 
 @dataclass
-class Gain:
-    """The new text and tokens of one choice. before: how many of the tokens belong to the prompt."""
+class Choice:
+    """A choice: its text and tokens, in a stream those since the last chunk. before: how many of the tokens belong to
+    the prompt. length, utf8: the characters of all tokens so far, for their offsets."""
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    reason: str | None = None
     before: int = 0
+    reason: str | None = None
+    is_ended: bool = False  # the reason was sent
+    length: int = 0
+    utf8: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
 
 @functools.lru_cache(1 << 15)
@@ -46,8 +51,7 @@ def bytes_json(raw: bytes) -> str:
 
 def number(value: float | None) -> str:
     """A log-probability in JSON; null if it is infinite."""
-    known = finite(value)
-    return "null" if known is None else f"{known:.6g}"
+    return f"{value:.6g}" if value is not None and math.isfinite(value) else "null"
 
 
 class Plan:
@@ -69,47 +73,46 @@ class Plan:
         self.requests, self.stream, self.usage, self.echo, self.keep = requests, stream, usage, echo, keep
         self.samples = requests[0].params.num_samples
         self.logprobs = requests[0].logprobs is not None
-        self.count = self.samples * len(requests)
         self.id = f"{self.prefix}-{secrets.token_hex(12)}"
         self.model = model
         about = f'{{"id":"{self.id}","object":"%s","created":{int(time.time())},"model":{json.dumps(model)},'
         self.head, self.chunk_head = about % self.kind, f"data: {about % self.chunk_kind}"
         self.tail = ',"usage":null}\n\n' if usage else "}\n\n"
-        self.begun = [False] * self.count
-        self.reasons: list[str | None] = [None] * self.count
+        self.begun: set[int] = set()  # prompts with an update
+        self.choices = [Choice(index) for index in range(self.samples * len(requests))]
         self.generated = 0
-        self.offsets = [_Offsets() for _ in range(self.count if self.logprobs else 0)]
 
     # the engine's updates
 
-    def gains(self, batch: Iterable[tuple[int, Update]]) -> list[Gain]:
-        """The gains from some updates, at most one per choice."""
-        found: dict[int, Gain] = {}
+    def add(self, batch: Iterable[tuple[int, Update]]) -> bool:
+        """Adds updates to the choices. Returns whether they hold anything new."""
+        is_new = False
         for prompt, update in batch:
             first = prompt * self.samples
-            if not self.begun[first] and (update.deltas or update.prompt):
-                for index in range(first, first + self.samples):
-                    self.begun[index] = True
-                    if self.echo is not None:
-                        found[index] = Gain(index, self.echo[prompt], list(update.prompt), None, len(update.prompt))
+            if not update.deltas and not update.prompt:
+                continue
+            is_new = True
+            if prompt not in self.begun:
+                self.begun.add(prompt)
+                for choice in self.choices[first : first + self.samples] if self.echo is not None else ():
+                    choice.text, choice.tokens = self.echo[prompt], list(update.prompt)
+                    choice.before = len(update.prompt)
             for delta in update.deltas:
-                index = first + delta.sample
-                gain = found.get(index) or found.setdefault(index, Gain(index))
+                choice = self.choices[first + delta.sample]
                 if self.keep:
-                    gain.text += delta.text
-                    gain.tokens += delta.tokens
+                    choice.text += delta.text
+                    choice.tokens += delta.tokens
                     self.generated += len(delta.tokens)
-                reason = delta.finish_reason
-                if reason is not None:
-                    gain.reason = self.reasons[index] = reason if self.keep else "length"
-        return list(found.values())
+                if delta.finish_reason is not None:
+                    choice.reason = delta.finish_reason if self.keep else "length"
+        return is_new
 
-    def cut(self) -> list[Gain]:
-        """Finishes the open choices after a timeout."""
-        left = [index for index, reason in enumerate(self.reasons) if reason is None]
-        for index in left:
-            self.reasons[index] = "length"
-        return [Gain(index, reason="length") for index in left]
+    def cut(self) -> bool:
+        """Finishes the open choices after a timeout. Returns whether there were any."""
+        still_open = [choice for choice in self.choices if choice.reason is None]
+        for choice in still_open:
+            choice.reason = "length"
+        return bool(still_open)
 
     # JSON
 
@@ -124,35 +127,44 @@ class Plan:
         """Events before the first token."""
         return ""
 
-    def chunk(self, gain: Gain) -> str:
-        """One event, or "" if there is nothing new."""
-        if not gain.text and gain.reason is None and not (self.logprobs and gain.tokens):
-            return ""
-        return f'{self.chunk_head}"choices":[{self._choice(gain)}]{self.tail}'
+    def chunks(self) -> str:
+        """The events for what is new since the last call."""
+        events = []
+        for choice in self.choices:
+            ends = choice.reason is not None and not choice.is_ended
+            if choice.text or ends or (self.logprobs and choice.tokens):
+                events.append(f'{self.chunk_head}"choices":[{self._choice(choice)}]{self.tail}')
+            choice.text, choice.tokens, choice.before, choice.is_ended = "", [], 0, choice.reason is not None
+        return "".join(events)
 
     def closing(self) -> str:
         """Events after the last token."""
         usage = f'{self.chunk_head}"choices":[],{self.usage_json()}}}\n\n' if self.usage else ""
         return usage + "data: [DONE]\n\n"
 
-    def whole(self, gains: Iterable[Gain]) -> str:
-        """The body without streaming. gains: one per choice, in order."""
-        choices = ",".join(self._whole_choice(gain) for gain in gains)
+    def whole(self) -> str:
+        """The body without streaming."""
+        choices = ",".join(map(self._whole_choice, self.choices))
         return f'{self.head}"choices":[{choices}],{self.usage_json()}}}'
 
-    def _whole_choice(self, gain: Gain) -> str:
-        return self._choice(gain)
+    def _whole_choice(self, choice: Choice) -> str:
+        return self._choice(choice)
 
-    def _choice(self, gain: Gain) -> str:
-        reason = "null" if gain.reason is None else f'"{gain.reason}"'
-        logprobs = self._logprobs(gain) if self.logprobs else "null"
-        text = json.dumps(gain.text)
-        return f'{{"index":{gain.index},"text":{text},"logprobs":{logprobs},"finish_reason":{reason}}}'
+    def _choice(self, choice: Choice) -> str:
+        return f'{{"index":{choice.index},"text":{json.dumps(choice.text)},{self._rest(choice)}'
 
-    def _logprobs(self, gain: Gain) -> str:
-        tokens, tops, full = gain.tokens, [], []
+    def _rest(self, choice: Choice) -> str:
+        """The end of a choice, which has the same fields in completions and chats."""
+        logprobs = self._logprobs(choice) if self.logprobs else "null"
+        reason = "null" if choice.reason is None else f'"{choice.reason}"'
+        return f'"logprobs":{logprobs},"finish_reason":{reason}}}'
+
+    def _logprobs(self, choice: Choice) -> str:
+        tokens, tops, full, offsets = choice.tokens, [], [], []
         for place, token in enumerate(tokens):
-            if place < gain.before and token.logprob is None:  # a prompt's first token
+            offsets.append(str(choice.length))
+            choice.length += len(choice.utf8.decode(token.bytes))
+            if place < choice.before and token.logprob is None:  # a prompt's first token
                 tops.append("null")
                 full.append("null")
                 continue
@@ -162,12 +174,11 @@ class Plan:
             likely.setdefault(token_json(token.bytes), number(token.logprob))
             tops.append("{" + ",".join(f"{name}:{value}" for name, value in likely.items()) + "}")
             full.append("[" + ",".join(alternative(*item) for item in token.top) + "]")
-        offset = self.offsets[gain.index]
         parts = {
             "tokens": (token_json(token.bytes) for token in tokens),
             "token_logprobs": (number(token.logprob) for token in tokens),
             "top_logprobs": tops,
-            "text_offset": (str(offset.of(token.bytes)) for token in tokens),
+            "text_offset": offsets,
             "token_ids": (str(token.id) for token in tokens),
             "token_bytes": (bytes_json(token.bytes) for token in tokens),
             "top": full,
@@ -177,15 +188,3 @@ class Plan:
 
 def alternative(token: int, raw: bytes, logprob: float) -> str:
     return f'{{"id":{token},"token":{token_json(raw)},"bytes":{bytes_json(raw)},"logprob":{number(logprob)}}}'
-
-
-class _Offsets:
-    """The character offsets of tokens in a text."""
-
-    def __init__(self) -> None:
-        self.utf8, self.length = codecs.getincrementaldecoder("utf-8")("replace"), 0
-
-    def of(self, raw: bytes) -> int:
-        begin = self.length
-        self.length += len(self.utf8.decode(raw))
-        return begin

@@ -19,28 +19,6 @@ from .supervisor import Supervisor
 MAX_PENDING = 1 << 16  # tokens and alternatives of one request that wait for a client to read
 
 
-class UpdateQueue:
-    """The queue of updates from the engine's thread to the event loop. Many updates need only one wake-up."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop, self.signalled = loop, False
-        self.items: deque[tuple[Job, int, Update]] = deque()
-
-    def put(self, job: Job, index: int, update: Update) -> None:
-        """From any thread."""
-        self.items.append((job, index, update))
-        if not self.signalled:
-            self.signalled = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(self._open)
-
-    def _open(self) -> None:
-        self.signalled = False  # first, so that later updates signal again
-        while self.items:
-            job, index, update = self.items.popleft()
-            job.take(index, update)
-
-
 class Rate:
     """Events per second over the last few seconds."""
 
@@ -63,8 +41,8 @@ class JobQueue:
         self.supervisor, self.limit, self.seconds = supervisor, limit, seconds
         self.samples = 0
         self.jobs: set[Job] = set()
-        self.draining = False
-        self.updates: UpdateQueue | None = None
+        self.draining = self.signalled = False
+        self.updates: deque[tuple[Job, int, Update]] = deque()  # from the engine's thread
         self.ended, self.refused = Rate(), Rate()
 
     def check(self, samples: int = 1) -> None:
@@ -78,28 +56,36 @@ class JobQueue:
             # spread the retries, at the rate at which the engine finishes jobs
             raise overloaded(max(1, min(60, round(self.refused.value() / max(0.5, self.ended.value())))))
 
-    def full(self) -> bool:
-        """Whether no request is accepted now."""
-        return self.draining or self.samples >= self.limit
-
     def submit(self, requests: Sequence[Request], began: float) -> Job:
         """Raises ApiError."""
         samples = sum(request.params.num_samples for request in requests)
         if samples > self.limit:
             raise ApiError(400, f"the request needs {samples} samples; the limit is {self.limit}", "n")
         self.check(samples)
-        if self.updates is None:
-            self.updates = UpdateQueue(asyncio.get_running_loop())
         job = Job(self, samples, began)
         try:
             for index, request in enumerate(requests):
-                job.handles.append(self.supervisor.submit(request, partial(self.updates.put, job, index)))
+                job.handles.append(self.supervisor.submit(request, partial(self._put, job, index)))
         except BaseException as error:
             job.close()
             if isinstance(error, UserError):
                 raise ApiError(400, str(error)) from None
             raise
         return job
+
+    def _put(self, job: Job, index: int, update: Update) -> None:
+        """Passes an update from any thread to the event loop. Many updates need only one wake-up."""
+        self.updates.append((job, index, update))
+        if not self.signalled:
+            self.signalled = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                job.loop.call_soon_threadsafe(self._take_all)
+
+    def _take_all(self) -> None:
+        self.signalled = False  # first, so that later updates signal again
+        while self.updates:
+            job, index, update = self.updates.popleft()
+            job.take(index, update)
 
     def end_all(self) -> None:
         """Ends every job with the text so far."""
@@ -120,19 +106,16 @@ class Job:
         self.done = 0
         self.engine = queue.supervisor.engine
         self.connection: Any = None  # can be aborted
-        self.sending: float | None = None  # start of the current send
         queue.samples += samples
         queue.jobs.add(self)
-        rest = max(0.0, began + queue.seconds - time.monotonic())
-        self.timer = asyncio.get_running_loop().call_later(rest, self.end)
+        self.loop = asyncio.get_running_loop()
+        self.timer = self.loop.call_later(max(0.0, began + queue.seconds - time.monotonic()), self.end)
 
     def take(self, index: int, update: Update) -> None:
         if self.closed or self.over or self.gone:
             return
         self.pending.append((index, update))
-        for delta in update.deltas:
-            for token in delta.tokens:
-                self.weight += 1 + len(token.top)
+        self.weight += sum(1 + len(token.top) for delta in update.deltas for token in delta.tokens)
         if self.weight > MAX_PENDING:
             self.abort()  # the client does not read
         self.wake.set()
@@ -172,8 +155,6 @@ class Job:
 
     def close(self) -> None:
         """Frees the job's resources. Must always be called."""
-        if self.closed:
-            return
         self.closed = True
         self.timer.cancel()
         if self.done < len(self.handles):

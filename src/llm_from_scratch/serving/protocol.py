@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..errors import ApiError
@@ -21,9 +20,75 @@ UNSUPPORTED = {
     "prediction", "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "service_tier",
     "store", "suffix", "tool_choice", "tools", "verbosity", "web_search_options", "moderation", "guided_json",
 }  # fmt: skip
-Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
 T = TypeVar("T", bound=BaseModel)
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    texts = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        _refuse("expected a text or a list of texts")
+    if len(texts) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
+        _refuse(f"expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+    return tuple(texts)
+
+
+def _stop_ids(value: Any) -> frozenset[int]:
+    ids = value or []
+    if not isinstance(ids, list) or len(ids) > MAX_BIASES or not all(type(i) is int for i in ids):
+        _refuse(f"expected a list of at most {MAX_BIASES} token ids")
+    return frozenset(ids)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    biases = value or {}
+    if not isinstance(biases, dict) or len(biases) > MAX_BIASES:
+        _refuse(f"expected an object with at most {MAX_BIASES} token ids")
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            _refuse(f"{key[:20]!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            _refuse(f"the bias of token {key} must be a number from -100 to 100")
+    return {int(key): float(bias) for key, bias in biases.items()}
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """A list of prompts from any of OpenAI's four forms."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        kinds = set(map(type, value))
+        if kinds == {int}:
+            return [value]
+        if kinds == {str} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+            return value
+    _refuse("expected a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def _content(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        _refuse("expected a text or a list of parts")
+    return "".join(TextPart.model_validate(part).text for part in value)
+
+
+def _text_type(value: str) -> str:
+    return value if value == "text" else _refuse("only parts of the type text are supported")
+
+
+def _tokens(value: Any) -> list[int]:
+    return value if isinstance(value, list) and set(map(type, value)) <= {int} else _refuse("expected token ids")
+
+
+Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Positive = Annotated[Int, Field(ge=1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[Real, Field(ge=-2, le=2)]
+Alternatives = Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class Strict(BaseModel):
@@ -41,51 +106,20 @@ class Sampling(Strict):
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
     temperature: Annotated[Real, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
-    n: Annotated[Int, Field(ge=1)] | None = None
+    n: Positive | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Any = None
-    presence_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Real, Field(ge=-2, le=2)] | None = None
-    logit_bias: Any = None
+    stop: Annotated[Any, AfterValidator(_stops)] = ()
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[Any, AfterValidator(_biases)] = {}
     seed: Int | None = None
     user: str | None = None
     top_k: Annotated[Int, Field(ge=-1)] | None = None
     min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Real, Field(gt=0, le=100)] | None = None
-    stop_token_ids: Any = None
+    stop_token_ids: Annotated[Any, AfterValidator(_stop_ids)] = frozenset()
     ignore_eos: bool | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _stop(cls, value: Any) -> tuple[str, ...]:
-        texts = () if value is None else (value,) if isinstance(value, str) else value
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            _refuse("expected a text or a list of texts")
-        if len(texts) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
-            _refuse(f"expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
-        return tuple(texts)
-
-    @field_validator("stop_token_ids")
-    @classmethod
-    def _ids(cls, value: Any) -> frozenset[int]:
-        ids = value or []
-        if not isinstance(ids, list) or len(ids) > MAX_BIASES or not all(type(i) is int for i in ids):
-            _refuse(f"expected a list of at most {MAX_BIASES} token ids")
-        return frozenset(ids)
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _bias(cls, value: Any) -> dict[int, float]:
-        biases = value or {}
-        if not isinstance(biases, dict) or len(biases) > MAX_BIASES:
-            _refuse(f"expected an object with at most {MAX_BIASES} token ids")
-        for key, bias in biases.items():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                _refuse(f"{key[:20]!r} is not a token id")
-            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
-                _refuse(f"the bias of token {key} must be a number from -100 to 100")
-        return {int(key): float(bias) for key, bias in biases.items()}
 
     @property
     def samples(self) -> int:
@@ -93,49 +127,21 @@ class Sampling(Strict):
 
 
 class CompletionRequest(Sampling):
-    prompt: Any
-    best_of: Annotated[Int, Field(ge=1)] | None = None
+    prompt: Annotated[Any, AfterValidator(_prompts)]
+    best_of: Positive | None = None
     echo: bool | None = None
-    logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _prompts(cls, value: Any) -> list[str] | list[list[int]]:
-        """A list of prompts from any of OpenAI's four forms."""
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, list) and value:
-            kinds = set(map(type, value))
-            if kinds == {int}:
-                return [value]
-            if kinds == {str} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
-                return value
-        _refuse("expected a text, a list of texts, a list of token ids, or a list of such lists")
+    logprobs: Alternatives | None = None
 
 
 class TextPart(Strict):
-    type: str
+    type: Annotated[str, AfterValidator(_text_type)]
     text: str
-
-    @field_validator("type")
-    @classmethod
-    def _text(cls, value: str) -> str:
-        return value if value == "text" else _refuse("only parts of the type text are supported")
 
 
 class Message(Strict):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Any = None
+    content: Annotated[Any, AfterValidator(_content)] = ""
     name: Annotated[str, Field(max_length=256)] | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _content(cls, value: Any) -> str:
-        if value is None or isinstance(value, str):
-            return value or ""
-        if not isinstance(value, list) or len(value) > MAX_MESSAGES:
-            _refuse("expected a text or a list of parts")
-        return "".join(TextPart.model_validate(part).text for part in value)
 
     def plain(self) -> dict[str, str]:
         return {"role": self.role, "content": self.content} | ({"name": self.name} if self.name else {})
@@ -143,9 +149,9 @@ class Message(Strict):
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Alternatives | None = None
 
 
 class TokenizeRequest(Strict):
@@ -157,16 +163,7 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: Any
-
-    @field_validator("tokens")
-    @classmethod
-    def _ids(cls, value: Any) -> list[int]:
-        return value if isinstance(value, list) and set(map(type, value)) <= {int} else _refuse("expected token ids")
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+    tokens: Annotated[Any, AfterValidator(_tokens)]
 
 
 def parse_json(raw: bytes) -> Any:
@@ -216,8 +213,3 @@ def _as_sentence(kind: type[BaseModel], error: ValidationError) -> ApiError:
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
     message = first["msg"][0].lower() + first["msg"][1:]
     return ApiError(400, f"{name}: {message}", name, "invalid_value")
-
-
-def finite(value: float | None) -> float | None:
-    """The number, or None if it is not finite (JSON has no infinities)."""
-    return value if value is not None and math.isfinite(value) else None

@@ -9,11 +9,7 @@ import errno
 import http
 import os
 import re
-import signal
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -39,10 +35,11 @@ CLOSING = 2.0  # seconds to send the last events after drain_seconds
 
 
 class Connection(H11Protocol):
-    """One connection. The application finds it in scope["state"] and can abort it if the client does not read."""
+    """One connection. The application finds it in scope["state"] and can abort it if the client does not read. service
+    and limit are set by make_server."""
 
+    service: Service
     limit = MAX_CONNECTIONS
-    refusal: Callable[[], bytes | None] = staticmethod(lambda: None)  # the response while the server is full
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -52,12 +49,12 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limit:
-            self._send_error(ApiError(503, "too many connections", code="overloaded", retry_after=2))
-            return
-        self._time()
+            self._close_with(ApiError(503, "too many connections", code="overloaded", retry_after=2))
+        else:
+            self._time()
 
     def data_received(self, data: bytes) -> None:
-        if data.startswith(GENERATING) and not self._busy() and self._shed(data):
+        if not self._busy() and self._is_refused(data):
             return
         super().data_received(data)
         if self.flow.read_paused and self._busy() and not self.cycle.more_body:
@@ -74,22 +71,27 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.timer is None and self.conn.trailing_data[0]:
+        if self.conn.trailing_data[0]:
             self._time()
 
     def abort(self) -> None:
         self.transport.abort()
 
-    def _shed(self, data: bytes) -> bool:
-        """Refuses a complete request without parsing it, because refusing must be cheap under overload."""
-        refusal = self.refusal()
-        if refusal is None or self.conn.trailing_data[0]:
+    def _is_refused(self, data: bytes) -> bool:
+        """Refuses a complete request without parsing it if the queue is full: refusing must be cheap under overload."""
+        # this response has no CORS headers, so it is not used for pages of other origins
+        if not data.startswith(GENERATING) or self.service.options.cors_origins or self.conn.trailing_data[0]:
             return False
         length, begin = LENGTH.search(data), data.find(b"\r\n\r\n") + 4
         if length is None or not length.end() < begin or int(length[1]) != len(data) - begin:
             return False
-        self.transport.write(refusal)
-        return True
+        try:
+            self.service.queue.check()
+            return False
+        except ApiError as error:
+            self.service.metrics.requests.labels("refused", str(error.status)).inc()
+            self.transport.write(_raw_response(error))
+            return True
 
     def _time(self) -> None:
         """Starts the timeout for incomplete headers and for the rest of a refused body."""
@@ -108,42 +110,21 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """The request is not HTTP, or its headers are larger than MAX_HEADERS."""
-        self._send_error(ApiError(400, "this is not a valid HTTP/1.1 request"))
+        self._close_with(ApiError(400, "this is not a valid HTTP/1.1 request"))
 
-    def _send_error(self, error: ApiError) -> None:
-        body = error_body(error).encode()
-        self.transport.write(_head(error, len(body)) + b"Connection: close\r\n\r\n" + body)
+    def _close_with(self, error: ApiError) -> None:
+        self.transport.write(_raw_response(error, "Connection: close\r\n"))
         self.transport.close()
 
 
-class Refusal:
-    """The cached response to requests while the server is full."""
-
-    def __init__(self, service: Service):
-        self.service, self.bytes, self.until = service, b"", 0.0
-
-    def __call__(self) -> bytes | None:
-        if not self.service.queue.full():
-            return None
-        if (now := time.monotonic()) > self.until:
-            try:
-                self.service.queue.check()
-                return None
-            except ApiError as error:
-                content = error_body(error).encode()
-                self.bytes, self.until = _head(error, len(content)) + b"\r\n" + content, now + 0.1
-                self.counter = self.service.metrics.requests.labels("refused", str(error.status))
-        else:
-            self.service.queue.refused.count()
-        self.counter.inc()
-        return self.bytes
-
-
-def _head(error: ApiError, length: int) -> bytes:
-    """Status line and headers, without the empty line."""
-    retry = f"Retry-After: {error.retry_after}\r\n" if error.retry_after is not None else ""
-    head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {length}\r\n{retry}".encode()
+def _raw_response(error: ApiError, headers: str = "") -> bytes:
+    body = error_body(error)
+    if error.retry_after is not None:
+        headers += f"Retry-After: {error.retry_after}\r\n"
+    return (
+        f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n{headers}\r\n{body}"
+    ).encode("ascii")
 
 
 class Server(uvicorn.Server):
@@ -154,23 +135,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.queue, self.drain_seconds = queue, drain_seconds
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        self.loop = asyncio.get_running_loop()
-        in_main = threading.current_thread() is threading.main_thread()  # only there signals can be handled
-        signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn would raise the signal again at the end. This server exits with 0."""
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-        self.loop.call_soon_threadsafe(self._drain)
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         self.queue.draining = True
@@ -179,7 +149,7 @@ class Server(uvicorn.Server):
                 f"llm-serve: stopping; {len(self.queue.jobs)} requests have {self.drain_seconds:g} s to finish "
                 "(press again to stop immediately)"
             )
-        self.loop.call_later(self.drain_seconds, self.queue.end_all)
+        asyncio.get_running_loop().call_later(self.drain_seconds, self.queue.end_all)
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -209,16 +179,10 @@ def url(options: ServeOptions, bound: socket.socket) -> str:
 
 
 def make_server(app: FastAPI, service: Service) -> Server:
-    options, queue = service.options, service.queue
-
-    class Ours(Connection):
-        limit = _connections()
-        # this response has no CORS headers, so it is not used for pages of other origins
-        refusal = staticmethod(Refusal(service) if not options.cors_origins else lambda: None)
-
+    options = service.options
     config = uvicorn.Config(
         app,
-        http=Ours,
+        http=type("ServedConnection", (Connection,), {"service": service, "limit": _connections()}),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -231,7 +195,7 @@ def make_server(app: FastAPI, service: Service) -> Server:
         h11_max_incomplete_event_size=MAX_HEADERS,
         backlog=1024,
     )
-    return Server(config, queue, options.drain_seconds)
+    return Server(config, service.queue, options.drain_seconds)
 
 
 def _connections() -> int:
@@ -241,10 +205,9 @@ def _connections() -> int:
     except ImportError:  # Windows
         return 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + 200
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    unlimited, wanted = resource.RLIM_INFINITY, MAX_CONNECTIONS + 200
+    if soft != unlimited and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == unlimited else min(wanted, hard), hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - 200))
+    return MAX_CONNECTIONS if soft == unlimited else max(16, min(MAX_CONNECTIONS, soft - 200))

@@ -59,7 +59,7 @@ class Service:
     def health(self) -> str:
         if self.queue.draining:
             return "the server is shutting down"
-        return "ok" if self.supervisor.alive else self.supervisor.problem or "the engine failed and is being restarted"
+        return "ok" if self.supervisor.alive else self.supervisor.unavailable().message
 
     def models(self) -> dict[str, Any]:
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm-from-scratch"}
@@ -95,32 +95,28 @@ class Service:
         }
 
     def check_model(self, name: str | None) -> None:
+        """Raises ApiError."""
         if name is not None and name != self.name:
             message = f"no model {name[:100]!r} here: this server has {self.name}"
             raise ApiError(404, message, "model", "model_not_found")
 
-    # requests: encoding takes time, so these run in a thread
+    # requests: encoding takes time, so these run in a thread; they raise ApiError
 
     def completion(self, asked: CompletionRequest) -> Plan:
-        """Raises ApiError."""
-        self.check_model(asked.model)
         prompts = [self.encode(prompt, "prompt") for prompt in asked.prompt]
         if asked.best_of is not None and asked.best_of != asked.samples:
             raise ApiError(400, "best_of must equal n: all samples are returned", "best_of")
         length = 16 if asked.max_tokens is None else asked.max_tokens
-        if not length and not asked.echo:
-            raise ApiError(400, "max_tokens=0 needs echo: true", "max_tokens")
-        score = bool(asked.echo) and asked.logprobs is not None
-        requests = self._requests(asked, prompts, max(1, length), asked.logprobs, score)
-        echo = None
-        if asked.echo:
-            texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt]
-            echo = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
-        return Plan(self.name, requests, bool(asked.stream), self._usage(asked), echo, keep=length > 0)
+        if not asked.echo:
+            if not length:
+                raise ApiError(400, "max_tokens=0 needs echo: true", "max_tokens")
+            return Plan(*self._plan(asked, prompts, length, asked.logprobs))
+        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt]
+        echo = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        parts = self._plan(asked, prompts, max(1, length), asked.logprobs, score=asked.logprobs is not None)
+        return Plan(*parts, echo, keep=length > 0)
 
     def chat(self, asked: ChatRequest) -> ChatPlan:
-        """Raises ApiError."""
-        self.check_model(asked.model)
         if self.template is None:
             ways = "use /v1/completions, or start the server with --chat_template=FILE"
             raise ApiError(400, f"this model has no chat template: {ways}", code="no_chat_template")
@@ -134,12 +130,10 @@ class Service:
             length = min(self.options.max_tokens, max(16, self.block_size - len(prompt)))
         if length < 1:
             raise ApiError(400, "max_tokens must be 1 or more", "max_tokens")
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        requests = self._requests(asked, [prompt], length, logprobs, False)
-        return ChatPlan(self.name, requests, bool(asked.stream), self._usage(asked))
+        return ChatPlan(*self._plan(asked, [prompt], length, (asked.top_logprobs or 0) if asked.logprobs else None))
 
     def encode(self, prompt: str | list[int], param: str, special: bool = False) -> list[int]:
-        """Token ids. Raises ApiError if the model cannot read the prompt or it is too long."""
+        """Token ids, if the model can read the prompt and it is not too long."""
         try:
             ids = self.generator.encode(prompt, allow_special=special)
         except UserError as error:
@@ -152,43 +146,43 @@ class Service:
             message = f"the prompt has {length} tokens; the limit is {self.max_prompt}"
             raise ApiError(400, message, param, "context_length_exceeded")
 
-    def _requests(
-        self, asked: Sampling, prompts: list[list[int]], length: int, logprobs: int | None, score: bool
-    ) -> list[Request]:
+    def _plan(
+        self, asked: Sampling, prompts: list[list[int]], length: int, logprobs: int | None, score: bool = False
+    ) -> tuple[str, list[Request], bool, bool]:
+        """What a Plan is made of: the model's name, the engine's requests, whether to stream and to send the usage."""
         if length > (limit := self.options.max_tokens):
             raise ApiError(400, f"max_tokens={length} is more than this server's limit of {limit}", "max_tokens")
         if asked.samples > self.options.max_concurrent:
             raise ApiError(400, f"n={asked.samples} is more than {self.options.max_concurrent}", "n")
-        for name, ids in (("logit_bias", asked.logit_bias or ()), ("stop_token_ids", asked.stop_token_ids or ())):
-            if unknown := [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]:
+        for name in ("logit_bias", "stop_token_ids"):
+            if unknown := [i for i in getattr(asked, name) if not 0 <= i < self.tokenizer.vocab_size]:
                 known = f"0 to {self.tokenizer.vocab_size - 1}"
                 raise ApiError(400, f"{name}: the model has the token ids {known}, not {str(unknown[0])[:20]}", name)
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options needs stream: true", "stream_options")
+        count = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
+        if logprobs is not None and count > MAX_LOGPROBS_TOTAL:
+            message = f"the response would have {count} log-probabilities (tokens x samples x alternatives)"
+            raise ApiError(400, f"{message}; the limit is {MAX_LOGPROBS_TOTAL}", "logprobs")
         chosen: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING}
         params = GenerationConfig(
             num_samples=asked.samples,
             max_new_tokens=length,
             top_k=asked.top_k if asked.top_k is not None and 0 < asked.top_k < self.tokenizer.vocab_size else None,
-            stop=asked.stop or (),
+            stop=asked.stop,
             **{"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None},
         )
-        count = sum(length + len(prompt) * score for prompt in prompts) * asked.samples * ((logprobs or 0) + 1)
-        if logprobs is not None and count > MAX_LOGPROBS_TOTAL:
-            message = f"the response would have {count} log-probabilities (tokens x samples x alternatives)"
-            raise ApiError(400, f"{message}; the limit is {MAX_LOGPROBS_TOTAL}", "logprobs")
         seed = asked.seed if asked.seed is not None else self.seeds.getrandbits(62)
-        stop_tokens = (asked.stop_token_ids or frozenset()) | (frozenset() if asked.ignore_eos else self.ends)
-        seeds = ((seed + k * asked.samples) % 2**63 for k in range(len(prompts)))
-        rest = stop_tokens, asked.logit_bias or {}, logprobs, score
-        return [Request(prompt, params, own, *rest) for prompt, own in zip(prompts, seeds, strict=True)]
-
-    def _usage(self, asked: Sampling) -> bool:
-        if asked.stream_options is not None and not asked.stream:
-            raise ApiError(400, "stream_options needs stream: true", "stream_options")
-        return bool(asked.stream_options and asked.stream_options.include_usage)
+        ends = asked.stop_token_ids | (frozenset() if asked.ignore_eos else self.ends)
+        requests = [
+            Request(prompt, params, (seed + k * asked.samples) % 2**63, ends, asked.logit_bias, logprobs, score)
+            for k, prompt in enumerate(prompts)
+        ]
+        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return self.name, requests, bool(asked.stream), usage
 
     def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
-        """Raises ApiError. add_special_tokens has no effect, because our tokenizers never add special tokens."""
-        self.check_model(asked.model)
+        """add_special_tokens has no effect, because our tokenizers never add special tokens."""
         ids = self.encode(asked.prompt, "prompt", bool(asked.allow_special)) if asked.prompt else []
         pieces = [self.tokenizer.decode_bytes(ids[:1])] if ids else []
         pieces += [self.generator.bytes_of(*pair) for pair in zip(ids, ids[1:], strict=False)]
@@ -201,8 +195,6 @@ class Service:
         }
 
     def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
-        """Raises ApiError."""
-        self.check_model(asked.model)
         self._fits(len(asked.tokens), "tokens")
         ids = self.encode(asked.tokens, "tokens") if asked.tokens else []
         try:

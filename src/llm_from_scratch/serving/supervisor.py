@@ -14,6 +14,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a new engine is built
 MAX_FAILURES = 6  # in a row, after which it stays down
 SETTLED = 60.0  # seconds; a failure after a longer life starts a new count
 LOOK_EVERY = 0.05
+RESTARTING = "the engine failed and is being restarted"
 
 
 class Supervisor:
@@ -22,7 +23,7 @@ class Supervisor:
     def __init__(self, make: Callable[[], Engine], on_restart: Callable[[], None] = lambda: None):
         self.make, self.on_restart = make, on_restart
         self.engine = make()
-        self.born, self.failures, self.served = time.monotonic(), 0, 0
+        self.born, self.failures = time.monotonic(), 0
         self.before = [0, 0, 0]  # prompt tokens, generated tokens and steps of the engines that died
         self.problem: str | None = None
 
@@ -40,8 +41,8 @@ class Supervisor:
         raise self.unavailable()
 
     def unavailable(self) -> ApiError:
-        problem = self.problem or "the engine failed and is being restarted"
-        return ApiError(503, problem, code="engine_unavailable", retry_after=30 if "stays down" in problem else 2)
+        problem = self.problem or RESTARTING
+        return ApiError(503, problem, code="engine_unavailable", retry_after=2 if problem == RESTARTING else 30)
 
     def stats(self) -> Stats:
         """The sums over all engines so far."""
@@ -74,7 +75,7 @@ class Supervisor:
                 self.problem = f"the engine failed {self.failures} times in a row and stays down: restart the server"
                 note(f"llm-serve: {self.problem}")
                 await asyncio.Event().wait()
-            self.problem = "the engine failed and is being restarted"
+            self.problem = RESTARTING
             await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 3 ** (self.failures - 1)))
             try:
                 self.engine = await asyncio.to_thread(self.make)

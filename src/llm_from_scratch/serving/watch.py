@@ -31,21 +31,16 @@ class Watch:
         return {"name": self.folder.resolve().name, **facts}
 
     def metrics(self, after: int) -> dict[str, Any]:
-        entries, following, reset = self._lines("metrics.jsonl", after)
-        points = [entry for entry in entries if type(entry.get("step")) is int]
-        return {"points": points, "next": following, "reset": reset}
+        entries, place = self._lines("metrics.jsonl", after)
+        return {"points": entries, **place}
 
     def samples(self, after: int) -> dict[str, Any]:
-        entries, following, reset = self._lines("samples.jsonl", after)
-        samples = [
-            {"step": entry["step"], "text": entry["text"]}
-            for entry in entries
-            if type(entry.get("step")) is int and isinstance(entry.get("text"), str)
-        ]
-        return {"samples": samples, "next": following, "reset": reset}
+        entries, place = self._lines("samples.jsonl", after)
+        samples = [{"step": e["step"], "text": e["text"]} for e in entries if isinstance(e.get("text"), str)]
+        return {"samples": samples, **place}
 
-    def _lines(self, name: str, after: int) -> tuple[list[dict[str, Any]], int, bool]:
-        """The objects from a position, the next position, and whether the file was replaced."""
+    def _lines(self, name: str, after: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The entries from a position, the next position, and whether the file was replaced."""
         try:
             with os.fdopen(open_file(self.folder / name), "rb") as file:
                 info = os.fstat(file.fileno())
@@ -60,18 +55,17 @@ class Watch:
                 if b"\n" not in data:
                     data += file.read(LONGEST - len(data))
         except (OSError, UserError):
-            return [], 0, after > 0
+            return [], {"next": 0, "reset": after > 0}
         end = data.rfind(b"\n") + 1
         if not end and len(data) == LONGEST:
             end = len(data)  # skip the rest of a line that is too long
-        return _objects(data[:end]), count * GENERATION + at + end, reset
+        return _entries(data[:end]), {"next": count * GENERATION + at + end, "reset": reset}
 
     def _last_step(self) -> int | None:
         with contextlib.suppress(OSError, UserError):
             with os.fdopen(open_file(self.folder / "metrics.jsonl"), "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 14)))
-                steps = [entry.get("step") for entry in _objects(file.read(1 << 14))]
-            return next((step for step in reversed(steps) if type(step) is int), None)
+                return next((entry["step"] for entry in reversed(_entries(file.read(1 << 14)))), None)
         return None
 
     def _max_iters(self) -> int | None:
@@ -86,26 +80,22 @@ class Watch:
 
     def _live(self) -> bool:
         """Whether a trainer holds the folder's lock. Does not take the lock, which would block a trainer."""
-        try:
+        with contextlib.suppress(OSError, AttributeError, ValueError):
             lock = os.stat(self.folder / ".lock")
-            major, minor = os.major(lock.st_dev), os.minor(lock.st_dev)
-            held = Path("/proc/locks").read_text(encoding="ascii")
-            if f" {major:02x}:{minor:02x}:{lock.st_ino} " in held:
+            held = f" {os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino} "
+            if held in Path("/proc/locks").read_text(encoding="ascii"):
                 return True
-        except (OSError, AttributeError, ValueError):
-            pass
-        try:
+        with contextlib.suppress(OSError):
             return time.time() - os.stat(self.folder / "metrics.jsonl").st_mtime < RECENT
-        except OSError:
-            return False
+        return False
 
 
-def _objects(lines: bytes) -> list[dict[str, Any]]:
-    """The JSON objects among some lines. NaN and infinities become null."""
+def _entries(lines: bytes) -> list[dict[str, Any]]:
+    """The JSON objects with a step among some lines. NaN and infinities become null."""
     found = []
     for line in lines.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             entry = json.loads(line, parse_constant=lambda name: None)
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
                 found.append(entry)
     return found

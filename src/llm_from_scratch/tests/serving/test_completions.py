@@ -12,9 +12,9 @@ import torch
 
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.core.tokenizer import ByteTokenizer
-from llm_from_scratch.generation.engine import Request, Token
+from llm_from_scratch.generation.engine import Delta, Request, Token, Update
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.serving.completions import Gain, Plan, token_text
+from llm_from_scratch.serving.completions import Plan, token_text
 
 from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
@@ -222,7 +222,8 @@ def test_echo_of_text_alone(client):
 def test_tokens_that_are_part_of_a_character():
     plan = Plan("m", [Request([1], GenerationConfig(num_samples=1), logprobs=0)], stream=False, usage=False)
     parts = [Token(i, bytes([byte]), -1.0) for i, byte in enumerate("a€b".encode())]
-    told = json.loads(plan.whole([Gain(0, "a€b", parts, "length")]))["choices"][0]["logprobs"]
+    assert plan.add([(0, Update((Delta(0, "a€b", tuple(parts), "length"),)))])
+    told = json.loads(plan.whole())["choices"][0]["logprobs"]
     assert told["tokens"] == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"]
     assert told["token_bytes"] == [[97], [0xE2], [0x82], [0xAC], [98]]
     assert told["text_offset"] == [0, 1, 1, 1, 2]
