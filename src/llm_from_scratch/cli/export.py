@@ -34,40 +34,34 @@ class Export:
     """Export a model with tanh GELU (OpenAI's GPT-2) to nanoGPT, which will run it with exact GELU."""
 
 
-def export(options: Export) -> Path:
-    """Writes the export and returns its path. Raises UserError."""
+@command
+def main(argv: list[str]) -> None:
+    description = "Writes a checkpoint for nanoGPT or for transformers."
+    parsed = parse(Export, argv, prog="llm-export", description=description, presets=False)
+    options, to_nanogpt = parsed.tree, parsed.tree.format == "nanogpt"
+    if parsed.positionals:
+        raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are written as --key=value; see --help")
     if (options.out_dir is None) == (options.checkpoint is None):
         raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
-        target = "FOLDER/ckpt.pt" if options.format == "nanogpt" else "FOLDER"
+        target = "FOLDER/ckpt.pt" if to_nanogpt else "FOLDER"
         raise UserError(f"--output is missing: give a path, for example --output={target}")
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt
 
-    output, to_nanogpt = Path(options.output), options.format == "nanogpt"
-    location = options.checkpoint or options.out_dir or ""
+    output, location = Path(options.output), options.checkpoint or options.out_dir or ""
     loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
     if not to_nanogpt:
         from ..interop.hf import export_hf
 
         export_hf(loaded.model_config, loaded.model, loaded.tokenizer, output)
-        return output
+        return
     if output.is_dir():
         output = output / "ckpt.pt"
     write_nanogpt(output, loaded, options.overwrite, options.accept_erf_gelu)
     print(f"wrote {output}: step {loaded.step} of {loaded.path}")
     if output.name == "ckpt.pt":
         print(f"next, in a checkout of nanoGPT: python sample.py --out_dir={output.parent.resolve()} --device=cpu")
-    return output
-
-
-@command
-def main(argv: list[str]) -> None:
-    description = "Writes a checkpoint for nanoGPT or for transformers."
-    parsed = parse(Export, argv, prog="llm-export", description=description, presets=False)
-    if parsed.positionals:
-        raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are written as --key=value; see --help")
-    export(parsed.tree)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ time: the GPU waits for the host."""
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,12 +65,8 @@ class Profile:
     @property
     def by_kind(self) -> dict[str, float]:
         """Microseconds by kind, largest first."""
-        found: Counter[str] = Counter()
-        for item in self.spent:
-            found[item.kind] += item.microseconds  # type: ignore[assignment]
-        if self.idle is not None:
-            found[IDLE] += self.idle  # type: ignore[assignment]
-        return dict(found.most_common())
+        idle = [] if self.idle is None else [(IDLE, self.idle)]
+        return _sums([(item.kind, item.microseconds) for item in self.spent] + idle)
 
     def lines(self, largest: int = 12) -> list[str]:
         """The table: kinds, then the largest operations or kernels."""
@@ -83,12 +79,18 @@ class Profile:
 
         titles = f"{'share':>7} {'ms/step':>10} {'calls':>7}"
         rows = [f"{'time by kind':<50} {titles}", *(row(*item) for item in kinds.items())]
-        times: Counter[str] = Counter()
-        for item in self.spent:
-            times[item.names[0]] += item.microseconds  # type: ignore[assignment]
+        times = list(_sums((item.names[0], item.microseconds) for item in self.spent).items())[:largest]
         calls = Counter(item.names[0] for item in self.spent)
         rows += ["", f"{f'largest {what}s':<50} {titles}"]
-        return rows + [f"{row(*item)} {calls[item[0]] / self.steps:>7.0f}" for item in times.most_common(largest)]
+        return rows + [f"{row(*item)} {calls[item[0]] / self.steps:>7.0f}" for item in times]
+
+
+def _sums(items: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The sum for each name, largest first."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for name, value in items:
+        sums[name] += value
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def read(events: Iterable[Any], steps: int) -> Profile:
@@ -104,11 +106,7 @@ def read(events: Iterable[Any], steps: int) -> Profile:
 
 
 def _names(event: Any) -> tuple[str, ...]:
-    names = []
-    while event is not None:
-        names.append(event.name)
-        event = event.cpu_parent
-    return tuple(names)
+    return (event.name, *(_names(event.cpu_parent) if event.cpu_parent is not None else ()))
 
 
 def _of_kernels(host: list[Any], kernels: list[Any]) -> list[Spent]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from dataclasses import dataclass, field
@@ -70,7 +69,7 @@ def main(argv: list[str]) -> int:
         service = Service(
             generator,
             lambda: Engine(generator, options.max_concurrent, overflow),
-            dataclasses.replace(options),
+            options,
             name=options.model_name or _name(location),
             template=template,
             ends=end_ids(folder, tokenizer.vocab_size),

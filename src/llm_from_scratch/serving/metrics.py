@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..generation.engine import Stats
+from .supervisor import Supervisor
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics(Collector):
-    """stats: the engine's statistics. up: whether an engine runs."""
-
-    def __init__(self, stats: Callable[[], Stats], up: Callable[[], bool]):
-        self.stats, self.up = stats, up
-        self.registry = registry = CollectorRegistry()
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor, self.registry = supervisor, (registry := CollectorRegistry())
         self.requests = Counter("llm_requests", "Requests by route and status.", ["route", "status"], registry=registry)
         self.aborted = Counter(
             "llm_aborted", "Generations ended by a client that disconnected or read too slowly.", registry=registry
@@ -39,8 +36,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The engine's figures, read on request."""
-        stats = self.stats()
-        yield GaugeMetricFamily("llm_engine_up", "Whether an engine runs.", float(self.up()))
+        stats = self.supervisor.stats()
+        yield GaugeMetricFamily("llm_engine_up", "Whether an engine runs.", float(self.supervisor.alive))
         yield GaugeMetricFamily("llm_requests_running", "Requests that are being decoded.", stats.running)
         yield GaugeMetricFamily("llm_requests_waiting", "Requests that wait for a slot.", stats.waiting)
         yield GaugeMetricFamily("llm_slots", "Samples that can be decoded at once.", stats.slots)

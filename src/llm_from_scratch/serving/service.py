@@ -48,7 +48,7 @@ class Service:
         self.ends = ends | ({self.tokenizer.eot_id} if self.tokenizer.eot_id is not None else set())
         self.max_prompt = options.max_prompt_tokens or max(8192, 4 * self.block_size)
         self.supervisor = Supervisor(make_engine, lambda: self.metrics.restarts.inc())
-        self.metrics = Metrics(self.supervisor.stats, lambda: self.supervisor.alive)
+        self.metrics = Metrics(self.supervisor)
         self.queue = JobQueue(self.supervisor, options.max_concurrent + options.max_queued, options.max_seconds)
         self.watch = Watch(watch) if watch is not None else None
         self.seeds = random.Random(seed)
