@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -110,15 +111,12 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
     from ..checkpoint import store as checkpoints
 
     out_dir = Path(config.training.out_dir)
-    flat: dict[str, Any] | None = None
     for _, path in reversed(checkpoints.list_checkpoints(out_dir)):
-        try:
+        with contextlib.suppress(DamagedError, AttributeError):
             content = checkpoints.read_settings(path)
             flat = {leaf: value for section in content.values() for leaf, value in section.items()}
             break
-        except (DamagedError, AttributeError):
-            continue
-    if flat is None:
+    else:
         if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good
             raise UserError(f"the checkpoints in {out_dir} are incomplete: they have no settings")
         return None

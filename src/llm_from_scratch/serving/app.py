@@ -133,10 +133,7 @@ def make_app(service: Service) -> FastAPI:
     def page() -> Response:
         return _static("index.html")
 
-    @app.get("/static/{name}")
-    def static(name: str) -> Response:
-        return _static(name)
-
+    app.get("/static/{name}")(_static)
     return app
 
 

@@ -54,32 +54,30 @@ def number(value: float | None) -> str:
     return f"{value:.6g}" if value is not None and math.isfinite(value) else "null"
 
 
+@dataclass
 class Plan:
     """The engine requests of a client's request, and the format of the response. requests: one per prompt. echo: the
     texts of the prompts, if they are to be repeated. keep: whether to return the generated tokens (max_tokens=0 scores
     the prompt and drops one token)."""
 
+    model: str
+    requests: Sequence[Request]
+    stream: bool
+    usage: bool
+    echo: Sequence[str] | None = None
+    keep: bool = True
+
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(
-        self,
-        model: str,
-        requests: Sequence[Request],
-        stream: bool,
-        usage: bool,
-        echo: Sequence[str] | None = None,
-        keep: bool = True,
-    ):
-        self.requests, self.stream, self.usage, self.echo, self.keep = requests, stream, usage, echo, keep
-        self.samples = requests[0].params.num_samples
-        self.logprobs = requests[0].logprobs is not None
-        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
-        self.model = model
-        about = f'{{"id":"{self.id}","object":"%s","created":{int(time.time())},"model":{json.dumps(model)},'
+    def __post_init__(self) -> None:
+        self.samples = self.requests[0].params.num_samples
+        self.logprobs = self.requests[0].logprobs is not None
+        own, model = f"{self.prefix}-{secrets.token_hex(12)}", json.dumps(self.model)
+        about = f'{{"id":"{own}","object":"%s","created":{int(time.time())},"model":{model},'
         self.head, self.chunk_head = about % self.kind, f"data: {about % self.chunk_kind}"
-        self.tail = ',"usage":null}\n\n' if usage else "}\n\n"
+        self.tail = ',"usage":null}\n\n' if self.usage else "}\n\n"
         self.begun: set[int] = set()  # prompts with an update
-        self.choices = [Choice(index) for index in range(self.samples * len(requests))]
+        self.choices = [Choice(index) for index in range(self.samples * len(self.requests))]
         self.generated = 0
 
     # the engine's updates
@@ -94,9 +92,10 @@ class Plan:
             is_new = True
             if prompt not in self.begun:
                 self.begun.add(prompt)
-                for choice in self.choices[first : first + self.samples] if self.echo is not None else ():
-                    choice.text, choice.tokens = self.echo[prompt], list(update.prompt)
-                    choice.before = len(update.prompt)
+                if self.echo is not None:
+                    for choice in self.choices[first : first + self.samples]:
+                        choice.text, choice.tokens = self.echo[prompt], list(update.prompt)
+                        choice.before = len(update.prompt)
             for delta in update.deltas:
                 choice = self.choices[first + delta.sample]
                 if self.keep:
