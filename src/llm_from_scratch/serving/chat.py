@@ -1,6 +1,6 @@
-"""Chats: the model's chat template, rendered in a sandbox, and OpenAI's JSON for /v1/chat/completions. Templates have
-the same variables and functions as in transformers: messages, add_generation_prompt, bos_token, eos_token,
-raise_exception, strftime_now, tojson without HTML escapes, and Jinja's loop controls."""
+"""Chat templates, rendered in a sandbox. They have the same variables and functions as in transformers: messages,
+add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now, tojson without HTML escapes, and Jinja's
+loop controls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ApiError, UserError
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
-from .completions import Choice, Plan, alternative, bytes_json, number, token_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
 
@@ -91,32 +90,3 @@ def _raise(message: str) -> None:
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **others: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **others)
-
-
-class ChatPlan(Plan):
-    """A Plan with OpenAI's JSON for chats."""
-
-    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def opening(self) -> str:
-        begin = '{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-        events = (f'{self.chunk_head}"choices":[{begin % choice.index}]{self.tail}' for choice in self.choices)
-        return "".join(events)
-
-    def _choice(self, choice: Choice) -> str:
-        delta = f'{{"content":{json.dumps(choice.text)}}}' if choice.text or choice.tokens else "{}"
-        return f'{{"index":{choice.index},"delta":{delta},{self._rest(choice)}'
-
-    def _whole_choice(self, choice: Choice) -> str:
-        message = f'{{"role":"assistant","content":{json.dumps(choice.text)},"refusal":null}}'
-        return f'{{"index":{choice.index},"message":{message},{self._rest(choice)}'
-
-    def _logprobs(self, choice: Choice) -> str:
-        entries = []
-        for token in choice.tokens:
-            top = ",".join(alternative(*item) for item in token.top)
-            entries.append(
-                f'{{"token":{token_json(token.bytes)},"logprob":{number(token.logprob)},'
-                f'"bytes":{bytes_json(token.bytes)},"top_logprobs":[{top}]}}'
-            )
-        return f'{{"content":[{",".join(entries)}],"refusal":null}}'

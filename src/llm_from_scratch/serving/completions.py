@@ -1,5 +1,5 @@
-"""Completions: a checked request becomes engine requests, and the engine's updates become OpenAI's JSON. Chunks are
-assembled as text, because objects for each chunk would be slower than the model."""
+"""Completions and chats: the engine's updates become OpenAI's JSON. Chunks are assembled as text, because objects for
+each chunk would be slower than the model."""
 
 from __future__ import annotations
 
@@ -143,20 +143,17 @@ class Plan:
 
     def whole(self) -> str:
         """The body without streaming."""
-        choices = ",".join(map(self._whole_choice, self.choices))
+        choices = ",".join(self._choice(choice, whole=True) for choice in self.choices)
         return f'{self.head}"choices":[{choices}],{self.usage_json()}}}'
 
-    def _whole_choice(self, choice: Choice) -> str:
-        return self._choice(choice)
-
-    def _choice(self, choice: Choice) -> str:
-        return f'{{"index":{choice.index},"text":{json.dumps(choice.text)},{self._rest(choice)}'
-
-    def _rest(self, choice: Choice) -> str:
-        """The end of a choice, which has the same fields in completions and chats."""
+    def _choice(self, choice: Choice, whole: bool = False) -> str:
         logprobs = self._logprobs(choice) if self.logprobs else "null"
         reason = "null" if choice.reason is None else f'"{choice.reason}"'
-        return f'"logprobs":{logprobs},"finish_reason":{reason}}}'
+        content = self._content(choice, whole)
+        return f'{{"index":{choice.index},{content},"logprobs":{logprobs},"finish_reason":{reason}}}'
+
+    def _content(self, choice: Choice, whole: bool) -> str:
+        return f'"text":{json.dumps(choice.text)}'
 
     def _logprobs(self, choice: Choice) -> str:
         tokens, tops, full, offsets = choice.tokens, [], [], []
@@ -183,6 +180,33 @@ class Plan:
             "top": full,
         }
         return "{" + ",".join(f'"{name}":[{",".join(values)}]' for name, values in parts.items()) + "}"
+
+
+class ChatPlan(Plan):
+    """A Plan with OpenAI's JSON for chats."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def opening(self) -> str:
+        begin = '{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        events = (f'{self.chunk_head}"choices":[{begin % choice.index}]{self.tail}' for choice in self.choices)
+        return "".join(events)
+
+    def _content(self, choice: Choice, whole: bool) -> str:
+        text = json.dumps(choice.text)
+        if whole:
+            return f'"message":{{"role":"assistant","content":{text},"refusal":null}}'
+        return f'"delta":{{"content":{text}}}' if choice.text or choice.tokens else '"delta":{}'
+
+    def _logprobs(self, choice: Choice) -> str:
+        entries = []
+        for token in choice.tokens:
+            top = ",".join(alternative(*item) for item in token.top)
+            entries.append(
+                f'{{"token":{token_json(token.bytes)},"logprob":{number(token.logprob)},'
+                f'"bytes":{bytes_json(token.bytes)},"top_logprobs":[{top}]}}'
+            )
+        return f'{{"content":[{",".join(entries)}],"refusal":null}}'
 
 
 def alternative(token: int, raw: bytes, logprob: float) -> str:

@@ -13,8 +13,8 @@ from ..config import GenerationConfig
 from ..errors import ApiError, UserError
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
-from .chat import ChatPlan, ChatTemplate
-from .completions import Plan, token_text
+from .chat import ChatTemplate
+from .completions import ChatPlan, Plan, token_text
 from .jobs import JobQueue
 from .metrics import Metrics
 from .options import ServeOptions
