@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ..config import SystemConfig, validate
@@ -47,53 +46,22 @@ def main(argv: list[str]) -> int:
     for package in PACKAGES:
         require(package, "serve", "llm-serve")
     validate(tree)
-    from ..serving.server import listen, url
+    from ..serving.app import make_app
+    from ..serving.server import listen, make_server, url
+    from ..serving.service import open_service
 
     with listen(options) as bound:
-        location = location_of(parsed)
+        location, source = location_of(parsed), tree.source
         speed = SpeedOptions(quantize=tree.engine.quantize)
-        source, overflow = tree.source, tree.engine.overflow
         generator, found = load_generator(location, source.which, source.dataset, tree.system, speed)
-        from ..checkpoint.load import is_pretrained
-        from ..generation.engine import Engine
-        from ..serving.app import make_app
-        from ..serving.chat import end_ids, find_template
-        from ..serving.server import make_server
-        from ..serving.service import Service
-
-        folder = Path(location) if is_pretrained(location) and Path(location).is_dir() else None
-        tokenizer = generator.tokenizer
-        eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
-        template = find_template(options.chat_template, folder, eot)
+        seed = tree.system.seed if "seed" in parsed.sources else None
+        service = open_service(generator, options, location, found, tree.engine.overflow, seed)
         announce(generator, found)
-        service = Service(
-            generator,
-            lambda: Engine(generator, options.max_concurrent, overflow),
-            options,
-            name=options.model_name or _name(location),
-            template=template,
-            ends=end_ids(folder, tokenizer.vocab_size),
-            watch=_watched(options.watch, found),
-            seed=tree.system.seed if "seed" in parsed.sources else None,
-        )
         server = make_server(make_app(service), service)
         print(f"serving {service.name} at {url(options, bound)}", flush=True)
         sys.setswitchinterval(0.0001)  # less waiting for the GIL in the engine's thread
         server.run(sockets=[bound])
     return 0
-
-
-def _name(location: str) -> str:
-    path = Path(location).resolve()
-    return location if not path.exists() else path.stem if path.is_file() else path.name
-
-
-def _watched(given: str | None, found: Path | None) -> Path | None:
-    """The run on the page: --watch, else the run of the checkpoint."""
-    if given is not None:
-        return Path(given)
-    run_folder = found.parent if found is not None else None
-    return run_folder if run_folder is not None and (run_folder / "metrics.jsonl").is_file() else None
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.load import is_pretrained
 from ..config import GenerationConfig
 from ..errors import ApiError, UserError
+from ..generation.batch import Overflow
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
-from .chat import ChatTemplate
+from .chat import ChatTemplate, end_ids, find_template
 from .completions import ChatPlan, Plan, token_text
 from .jobs import JobQueue
 from .metrics import Metrics
@@ -25,6 +27,27 @@ from .watch import Watch
 MAX_LOGPROBS_TOTAL = 1 << 17  # log-probabilities per response
 # Settings of GenerationConfig that requests set by the same name
 SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def open_service(
+    generator: Generator, options: ServeOptions, location: str, found: Path | None, overflow: Overflow, seed: int | None
+) -> Service:
+    """The service of a loaded model. found: the checkpoint at the location. Raises UserError for a bad template."""
+    path, tokenizer = Path(location), generator.tokenizer
+    folder = path if is_pretrained(location) and path.is_dir() else None
+    name = location if not path.exists() else path.resolve().stem if path.is_file() else path.resolve().name
+    eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+    run = found.parent if found is not None and (found.parent / "metrics.jsonl").is_file() else None
+    return Service(
+        generator,
+        lambda: Engine(generator, options.max_concurrent, overflow),
+        options,
+        name=options.model_name or name,
+        template=find_template(options.chat_template, folder, eot),
+        ends=end_ids(folder, tokenizer.vocab_size),
+        watch=Path(options.watch) if options.watch is not None else run,
+        seed=seed,
+    )
 
 
 class Service:
