@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # before torch is imported, and inherited by every process that a test starts
+FOLDER = "LLM_TEST_SHARED"
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # the tests say themselves when they run under torchrun
@@ -20,6 +23,13 @@ LONGEST = (
     *("contract/test_notebook.py", "contract/test_llm_prepare.py", "contract/test_train_command.py"),
     *("data/test_prepare.py", "parity/test_generation.py", "serving/test_life.py", "parity/test_hf.py"),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder that the workers share."""
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="llm-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import CharTokenizer
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 
+from .shared import weights_of
+
 SIGNS = string.ascii_letters + ".,;:!?\n é€"  # the last two take two and three bytes
 TEXT = "".join("".join(random.Random(seed).sample(SIGNS, len(SIGNS))) for seed in range(4))
 TOKENIZER = CharTokenizer.from_text([TEXT])
@@ -51,17 +53,21 @@ def memorised(option: str = "gpt2", padding: int = 3) -> GPT:
         torch.manual_seed(0)
         sizes = {"block_size": BLOCK, "n_layer": 2, "n_head": 4, "n_embd": 64}
         model = GPT(GPTConfig(vocab_size=TOKENIZER.vocab_size + padding, **{**sizes, **OPTIONS[option]}))
-        optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.0, beta2=0.999), torch.device("cpu"))
-        steps, ring = 120, torch.from_numpy(TOKENIZER.encode(TEXT * 2).astype("int64"))
-        for step in range(steps):
-            starts = torch.randint(len(TEXT), (16,))
-            windows = ring[starts[:, None] + torch.arange(BLOCK + 1)]
-            _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
-            loss.backward()
-            set_learning_rates(optimizer, 5e-3 * (1 - step / steps) + 1e-4)
-            optimizer.step()
-            optimizer.zero_grad()
+        weights_of(model, f"{option}-{padding}", lambda: learn_by_heart(model))
     return model.eval()
+
+
+def learn_by_heart(model: GPT) -> None:
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.0, beta2=0.999), torch.device("cpu"))
+    steps, ring = 120, torch.from_numpy(TOKENIZER.encode(TEXT * 2).astype("int64"))
+    for step in range(steps):
+        starts = torch.randint(len(TEXT), (16,))
+        windows = ring[starts[:, None] + torch.arange(BLOCK + 1)]
+        _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+        loss.backward()
+        set_learning_rates(optimizer, 5e-3 * (1 - step / steps) + 1e-4)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def ragged_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import urllib.parse
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from llm_from_scratch.training.optimizer import make_optimizer
 
 from .browser import Browser, Site
 from .memorised import TEXT, TOKENIZER, memorised
+from .shared import weights_of
 
 START = TEXT[:6]
 ENDLESS = 60_000  # tokens, which no test waits for
@@ -36,14 +38,18 @@ def learned(tokenizer: Tokenizer, text: str) -> Generator:
         torch.manual_seed(0)
         ids = torch.tensor(tokenizer.encode(text * 3).tolist())
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, n_head=2, n_embd=48))
-        settings = OptimizerConfig(learning_rate=5e-3, weight_decay=0.0, beta2=0.999)
-        optimizer = make_optimizer(model, settings, torch.device("cpu"))
-        for _ in range(120):
-            windows = ids[torch.randint(len(ids) - 25, (16,))[:, None] + torch.arange(25)]
-            _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+
+        def learn() -> None:
+            settings = OptimizerConfig(learning_rate=5e-3, weight_decay=0.0, beta2=0.999)
+            optimizer = make_optimizer(model, settings, torch.device("cpu"))
+            for _ in range(120):
+                windows = ids[torch.randint(len(ids) - 25, (16,))[:, None] + torch.arange(25)]
+                _, loss = model(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        weights_of(model, f"{tokenizer.fingerprint()}-{hashlib.sha256(text.encode()).hexdigest()}", learn)
     return Generator(model.eval(), tokenizer)
 
 

@@ -115,9 +115,10 @@ def served(
     watch: Path | None = None,
     ends: frozenset[int] = frozenset(),
     seed: int | None = None,
+    send_buffer: int = 0,
     **options: Any,
 ) -> Iterator[Served]:
-    """options: of ServeOptions."""
+    """options: of ServeOptions. send_buffer: bytes that the system keeps for a client that does not read."""
     generator = generator or Generator(memorised("modern"), TOKENIZER)
     settings = ServeOptions(**{"port": 0, "max_concurrent": 16, **options})
     settings.validate()
@@ -132,6 +133,8 @@ def served(
         seed=seed,
     )
     with listen(settings) as bound:
+        if send_buffer:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted connections inherit it
         server = make_server(make_app(service), service)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
         thread.start()

@@ -24,11 +24,13 @@ from llm_from_scratch.cli import serve
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation.generator import Generator
 
+from ..forked import Forked
 from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import answer, http, until
 
 KEY = "sk-of-the-test"
+SERVER = ("llm_from_scratch.serving.app", "llm_from_scratch.serving.server")
 QUICK = ["--port=0", "--device=cpu", "--dtype=float32", "--threads=1"]
 
 
@@ -43,15 +45,19 @@ def out_dir(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def running(*argv: str, **variables: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """llm-serve in a process of its own, and its address."""
-    command = [sys.executable, "-m", "llm_from_scratch.cli.serve", *QUICK, *argv]
+def running(*argv: str, real: bool = False, **variables: str) -> Iterator[tuple[Any, str]]:
+    """llm-serve in a process of its own, and its address. real: started as a user starts it, not forked."""
     environment = {**os.environ, "PYTHONPATH": str(Path(serve.__file__).resolve().parents[2]), **variables}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    ) as process:
+    process: Any
+    if real:
+        command = [sys.executable, "-m", "llm_from_scratch.cli.serve", *QUICK, *argv]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+        )  # fmt: skip
+    else:
+        process = Forked("llm_from_scratch.cli.serve", *QUICK, *argv, env=environment, imports=SERVER)
+    with process:
         try:
-            assert process.stdout is not None and process.stderr is not None
             line = process.stdout.readline()
             found = re.fullmatch(r"serving (\S+) at (http://\S+:\d+)\n", line)
             assert found, line + (process.stderr.read() if not line else "")
@@ -65,7 +71,7 @@ def client(url: str, key: str = "none") -> Any:
 
 
 def test_a_run_is_served_and_watched(out_dir):
-    with running(f"--out_dir={out_dir}") as (process, url):
+    with running(f"--out_dir={out_dir}", real=True) as (process, url):
         assert url.startswith("http://127.0.0.1:")
         told = client(url).completions.create(model="my-run", prompt=TEXT[:6], temperature=0, max_tokens=8)
         params = GenerationConfig(num_samples=1, max_new_tokens=8, temperature=0.0)
@@ -74,8 +80,8 @@ def test_a_run_is_served_and_watched(out_dir):
             assert json.load(reply)["step"] == 9
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
-        assert process.stdout is not None and process.stdout.read() == ""
-        err = process.stderr.read() if process.stderr is not None else ""
+        assert process.stdout.read() == ""
+        err = process.stderr.read()
         assert err.count("\n") == 1 and "step-00000010" in err, "one line: what serves, and on what"
 
 
@@ -131,14 +137,13 @@ def test_what_runs_too_long_ends_with_what_it_has(out_dir):
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         assert seen[-1] == "length" and 0 < len("".join(seen[:-1])) < 100_000
-        assert process.stderr is not None and "1 requests have 0.3 s" in process.stderr.read()
+        assert "1 requests have 0.3 s" in process.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once(out_dir):
     with running(f"--out_dir={out_dir}", "--max_tokens=100000") as (process, url):
         with asking(url, 100_000) as seen:
             process.send_signal(signal.SIGTERM)
-            assert process.stderr is not None
             assert until(lambda: "stopping" in process.stderr.readline())
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 128 + signal.SIGTERM
@@ -222,7 +227,6 @@ def test_health_says_that_it_ends(out_dir):
             late.sendall(request[:-3])
             assert until(lambda: _open_connections(url) >= 2)
             process.send_signal(signal.SIGTERM)
-            assert process.stderr is not None
             assert until(lambda: "stopping" in process.stderr.readline())
             late.sendall(request[-3:])
             status, headers, _ = answer(late)

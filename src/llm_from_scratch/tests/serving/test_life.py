@@ -77,7 +77,7 @@ def test_a_request_after_another_on_one_connection():
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
     monkeypatch.setattr(answers, "STALLED", 0.3)
-    with served(max_concurrent=3, max_tokens=100_000) as server:
+    with served(max_concurrent=3, max_tokens=100_000, send_buffer=4096) as server:
         asked = {**LONG, "max_tokens": 5000, "logprobs": 20, "n": 1, "stream": True}
         slow = server.connect()
         slow.setsockopt(1, 8, 4096)  # SOL_SOCKET, SO_RCVBUF
@@ -85,14 +85,14 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
         assert until(lambda: server.service.queue.samples == 1)
         other = server.client().completions.create(model=NAME, prompt="abc", max_tokens=5)
         assert other.usage.completion_tokens == 5, "it does not hold up another"
-        assert until(server.idle, 60)  # the buffers of the sockets take megabytes
+        assert until(server.idle, 60)
         assert server.service.metrics.registry.get_sample_value("llm_aborted_total") == 1
         slow.close()
 
 
 def test_what_waits_for_a_client_is_bounded(monkeypatch):
     monkeypatch.setattr(jobs, "MAX_PENDING", 500)
-    with served(max_tokens=100_000) as server:
+    with served(max_tokens=100_000, send_buffer=4096) as server:
         slow = server.connect()
         slow.setsockopt(1, 8, 4096)
         slow.sendall(http("/v1/completions", {**LONG, "max_tokens": 5000, "logprobs": 20, "stream": True}))
