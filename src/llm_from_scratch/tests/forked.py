@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from filelock import FileLock
 from .shared import FOLDER
 
 SOURCES = str(Path(__file__).resolve().parents[2])
+SERVER = ("llm_from_scratch.serving.app", "llm_from_scratch.serving.server")
 ALWAYS = ("llm_from_scratch.training.trainer", "llm_from_scratch.generation.generator")
 
 
@@ -40,15 +42,18 @@ class Forked:
     ):  # fmt: skip
         """imports: modules that the forking process imports before, once for all."""
         self.returncode: int | None = None
+        self.stdin: Any = None
         self.stdout: Any = None
         self.stderr: Any = None
         theirs: list[int] = []
         for name, given in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
             if given == subprocess.PIPE:
-                assert name != "stdin"
                 reader, writer = os.pipe()
-                setattr(self, name, open(reader, encoding="utf-8"))
-                theirs.append(writer)
+                theirs.append(reader if name == "stdin" else writer)
+                own = open(writer, "w") if name == "stdin" else open(reader, encoding="utf-8")
+                setattr(self, name, own)
+            elif given == subprocess.STDOUT:
+                theirs.append(os.dup(theirs[-1]))
             elif given == subprocess.DEVNULL:
                 theirs.append(os.open(os.devnull, os.O_RDWR))
             else:
@@ -86,9 +91,23 @@ class Forked:
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-        for stream in (self.stdout, self.stderr, self._status):
+        for stream in (self.stdin, self.stdout, self.stderr, self._status):
             if stream is not None:
                 stream.close()
+
+
+def run(module: str, *argv: str, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+    """As subprocess.run with capture_output=True, text=True. options: of Forked."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        with Forked(module, *argv, **{"stdout": out, "stderr": err, **options}) as process:
+            try:
+                code = process.wait(timeout)
+            except TimeoutError:
+                process.kill()
+                raise
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess([module, *argv], code, out.read(), err.read())
 
 
 _connections: dict[int, socket.socket] = {}

@@ -22,6 +22,7 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer
 from llm_from_scratch.generation.generator import Generator
 
+from ..forked import Forked
 from ..memorised import SIGNS, TEXT, TOKENIZER, memorised
 
 START = TEXT[:6]
@@ -351,20 +352,12 @@ def test_help_imports_no_torch():
 
 
 def test_a_pipe_neither_hangs_nor_breaks(out_dir, tmp_path):
-    """A real process: standard input stays open and unread, the output has an encoding that lacks most characters."""
-    command = [sys.executable, "-m", "llm_from_scratch.cli.generate", f"--out_dir={out_dir}", *SHORT, "--which=best"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--start=é€", "--temperature=0"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    assert process.wait(timeout=120) == 0, process.stderr.read()
-    assert process.stdout.read().startswith(b"??")
-    process.communicate()
+    """A process: standard input stays open and unread, the output has an encoding that lacks most characters."""
+    words = [f"--out_dir={out_dir}", *SHORT, "--which=best", "--start=é€", "--temperature=0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with Forked("llm_from_scratch.cli.generate", *words, stdin=subprocess.PIPE, env=environment) as process:
+        assert process.wait(120) == 0, process.stderr.read()
+        assert process.stdout.read().startswith("??")
 
 
 def test_a_byte_model_is_continued_from_any_text(capsys, tmp_path):

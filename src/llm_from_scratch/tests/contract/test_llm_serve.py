@@ -24,13 +24,12 @@ from llm_from_scratch.cli import serve
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation.generator import Generator
 
-from ..forked import Forked
+from ..forked import SERVER, Forked
 from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..served import answer, http, until
 
 KEY = "sk-of-the-test"
-SERVER = ("llm_from_scratch.serving.app", "llm_from_scratch.serving.server")
 QUICK = ["--port=0", "--device=cpu", "--dtype=float32", "--threads=1"]
 
 

@@ -8,8 +8,10 @@ place, and the weights of the hub are tiny random ones. What cannot be run at al
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import os
 import re
 import runpy
@@ -28,6 +30,8 @@ import pytest
 
 from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.presets import leaf_types, parse
+
+from ..forked import Forked
 
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
@@ -249,18 +253,37 @@ def newest(args: list[str]) -> str:
     return housekeeping["newest"](Path.cwd(), args)
 
 
-def torchrun(args: list[str]) -> int:
-    own = [word for word in args if word.startswith("--")][
-        : next(i for i, w in enumerate(args) if not w.startswith("--"))
-    ]
+def torchrun(args: list[str], forks: bool = True) -> int:
+    """forks: the processes are forked, which is faster than torchrun; its own options are left out."""
+    own = list(itertools.takewhile(lambda word: word.startswith("--"), args))
     script = args[len(own) :]
+    script += train_sizes(script[2:] if script[0] == "-m" else script[1:])
+    if forks:
+        return processes(int(own[own.index("--standalone") + 1].removeprefix("--nproc_per_node=")), script)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    sizes = train_sizes(script[2:] if script[0] == "-m" else script[1:])
-    command = [sys.executable, "-m", "torch.distributed.run", *own, *script, *sizes]
+    command = [sys.executable, "-m", "torch.distributed.run", *own, *script]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     # torchrun's own report would hide what the script said
     print(*(line for line in ended.stderr.splitlines() if "rror" in line), sep="\n")
     return ended.returncode
+
+
+def processes(count: int, script: list[str]) -> int:
+    """So many processes with the variables that torchrun sets; the first exit code that is not 0."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    with contextlib.ExitStack() as running, open("errors.txt", "w+") as errors:
+        ranks = [
+            running.enter_context(
+                Forked(*script, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                       stdout=subprocess.DEVNULL, stderr=errors, imports=("torch._dynamo",))  # which DDP imports
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        codes = [rank.wait(240) for rank in ranks]
+        errors.seek(0)
+        print(errors.read())
+    return next(filter(None, codes), 0)
 
 
 def failure_of(command: Command) -> str | None:
@@ -299,10 +322,20 @@ def test_python_blocks_run(checkout: Path, tmp_path: Path) -> None:
         runpy.run_path(str(script))
 
 
+@pytest.mark.slow
+def test_torchrun_commands_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchrun itself."""
+    monkeypatch.setattr(sys.modules[__name__], "torchrun", functools.partial(torchrun, forks=False))
+    run_words(shlex.split("python data/shakespeare_char/prepare.py"))
+    found = [command for command in ALL if command.text.startswith("torchrun") and not command.reason]
+    assert found and not [failure for command in found if (failure := failure_of(command))]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("command", [c for c in ALL if c.reason and c.reason[0] == "gpu"], ids=str)
-def test_gpu_commands_run(command: Command, checkout: Path) -> None:
+def test_gpu_commands_run(command: Command, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one GPU, and one machine of as many."""
+    monkeypatch.setattr(sys.modules[__name__], "torchrun", functools.partial(torchrun, forks=False))
     here = re.sub(r"--nnodes=\d+ --node_rank=\d+", "--nnodes=1 --node_rank=0", command.text)
     here = here.replace("--nproc_per_node=8", "--nproc_per_node=1").replace("10.0.0.1", "127.0.0.1")
     failure = failure_of(Command(command.document, command.line, here))

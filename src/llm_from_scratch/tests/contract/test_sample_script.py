@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.generation.batch import Prefill
 from llm_from_scratch.generation.generator import Generator
 
+from .. import forked
 from ..memorised import BLOCK, TEXT, TOKENIZER, memorised
 from ..parity.reference import NANOGPT_DIR, needs_nanogpt
 
@@ -224,11 +224,6 @@ def test_bad_input_gets_one_line(capsys, nanogpt_run, arguments, words):
 def test_the_script_runs_from_the_checkout(nanogpt_run):
     (nanogpt_run / "prompt.txt").write_text(START, encoding="utf-8")
     options = ["--start=FILE:prompt.txt", "--num_samples=2", "--max_new_tokens=5", "--device=cpu"]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *options],
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, "PYTHONUTF8": "1"},
-    )
+    result = forked.run(str(ROOT / "sample.py"), *options)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.decode().startswith(START) and result.stdout.decode().count(DASHES) == 2
+    assert result.stdout.startswith(START) and result.stdout.count(DASHES) == 2

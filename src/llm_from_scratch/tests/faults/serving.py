@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..forked import SERVER, Forked
 from ..served import http
 from .hostile_http import COMPLETIONS, hostile_requests
 
@@ -356,20 +357,24 @@ def make_run(folder: Path, n_layer: int, n_embd: int) -> Path:
 
 
 @contextlib.contextmanager
-def server(folder: Path, *more: str, n_layer: int = 4, n_embd: int = 128) -> Iterator[Target]:
-    """llm-serve in a process of its own; what it says on standard error is printed where it does not end well."""
+def server(folder: Path, forks: bool = False, n_layer: int = 4, n_embd: int = 128) -> Iterator[Target]:
+    """llm-serve in a process of its own; what it says on standard error is printed where it does not end well. forks:
+    in a forked process, which is there sooner."""
     template = folder / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
     out_dir = make_run(folder, n_layer, n_embd)
-    command = [sys.executable, "-m", "llm_from_scratch.cli.serve", f"--out_dir={out_dir}", "--port=0", "--device=cpu",
-               "--dtype=float32", "--threads=1", f"--max_concurrent={SLOTS}", f"--max_queued={QUEUED}",
-               f"--chat_template={template}", *more]  # fmt: skip
+    words = [f"--out_dir={out_dir}", "--port=0", "--device=cpu", "--dtype=float32", "--threads=1",
+             f"--max_concurrent={SLOTS}", f"--max_queued={QUEUED}", f"--chat_template={template}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True) as process,
-    ):
-        assert process.stdout is not None
+    command = "llm_from_scratch.cli.serve"
+    process: Any
+    with (folder / "log").open("wb") as log:
+        if forks:
+            process = Forked(command, *words, stderr=log, env=environment, imports=SERVER)
+        else:
+            start = [sys.executable, "-m", command, *words]
+            process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+    with process:
         line = process.stdout.readline()
         found = re.search(r":(\d+)$", line.strip())
         try:
@@ -385,10 +390,13 @@ def server(folder: Path, *more: str, n_layer: int = 4, n_embd: int = 128) -> Ite
 
 
 def run(
-    parts: dict[str, Callable[[Target, Findings], Coroutine[Any, Any, None]]], folder: Path, **sizes: int
-) -> Findings:
+    parts: dict[str, Callable[[Target, Findings], Coroutine[Any, Any, None]]],
+    folder: Path,
+    forks: bool = False,
+    **sizes: int,
+) -> Findings:  # fmt: skip
     findings = Findings()
-    with server(folder, **sizes) as target:
+    with server(folder, forks, **sizes) as target:
         for part in parts.values():
             asyncio.run(part(target, findings))
     said = [line for line in (folder / "log").read_text().splitlines() if "llm-serve:" in line or "rror" in line]

@@ -11,7 +11,7 @@ from . import serving
 def test_the_server_lives_through_it(tmp_path: Path) -> None:
     parts = serving.all_parts(hostiles=40, leavers=20, crawlers=12, seconds=1.0, patience=2.0)
     del parts["overload"]
-    findings = serving.run(parts, tmp_path)
+    findings = serving.run(parts, tmp_path, forks=True)
     speed = "good requests meanwhile"
     assert [line for line in findings.failures if not line.startswith(speed)] == []
     assert findings.figures[speed]["failed"] == 0

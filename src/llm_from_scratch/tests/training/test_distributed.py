@@ -16,6 +16,7 @@ import torch
 from llm_from_scratch.checkpoint.store import find_checkpoint, list_checkpoints, load_checkpoint
 from llm_from_scratch.training.trainer import train
 
+from .. import forked
 from ..tiny import arguments, read_metrics, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
@@ -53,7 +54,6 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
 
 FAULTY = """
 import math, os, signal, sys, time
-import torch._dynamo  # which DistributedDataParallel imports; here once for both processes
 from llm_from_scratch.checkpoint import store
 from llm_from_scratch.training import trainer
 from llm_from_scratch.cli.train import main
@@ -92,7 +92,7 @@ sys.exit(min(code, 1))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, tiny_data: Path) -> None:
     """Two processes are stopped, with a checkpoint that takes its time, and two resume. They are forked, not started
-    by torchrun as above: torch is imported once."""
+    by torchrun as above."""
     Path("faulty.py").write_text(FAULTY)
 
     def run(**more: Any) -> subprocess.CompletedProcess[str]:
@@ -101,10 +101,8 @@ def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, ti
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MASTER_PORT": port}
-        return subprocess.run(
-            [sys.executable, "faulty.py", *arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)],
-            capture_output=True, text=True, timeout=300, env=environment,
-        )  # fmt: skip
+        given = arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)
+        return forked.run("faulty.py", *given, env=environment, imports=("torch._dynamo",))  # which DDP imports
 
     done = run()
     assert done.returncode == 1

@@ -32,6 +32,7 @@ from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.signals import StopRequest
 from llm_from_scratch.training.trainer import train
 
+from ..forked import Forked
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
 
 Stop = Callable[[int], None]
@@ -580,21 +581,16 @@ def test_handlers_come_back_and_the_second_signal_ends_at_once() -> None:
 
 
 @pytest.fixture
-def running(tiny_data: Path) -> Iterator[subprocess.Popen[str]]:
+def running(tiny_data: Path) -> Iterator[Forked]:
     """llm-train in a process of its own, at work."""
     settings = arguments(dataset=tiny_data, out_dir="run", max_iters=20000, eval_interval=1000000)
-    command = [sys.executable, "-m", "llm_from_scratch.cli.train", *settings]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    with Forked("llm_from_scratch.cli.train", *settings, stderr=subprocess.STDOUT) as process:
         yield process
         process.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be asked to end there")
-def test_sigterm_saves_that_very_step(running: subprocess.Popen[str], tiny_data: Path) -> None:
-    assert running.stdout is not None
+def test_sigterm_saves_that_very_step(running: Forked, tiny_data: Path) -> None:
     for line in running.stdout:
         if line.startswith("iter 3:"):
             break
