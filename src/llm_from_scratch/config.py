@@ -76,9 +76,8 @@ class GPTConfig:
 
     def validate(self) -> None:
         """Raises UserError if the sizes do not fit together."""
-        at_least(
-            self, 1, "block_size", "n_layer", "n_head", "n_embd", "vocab_size", "n_kv_head", "mlp_hidden", "ngram_rows"
-        )
+        at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "vocab_size")
+        at_least(self, 1, "n_kv_head", "mlp_hidden", "ngram_rows")
         at_least(self, 0, "logit_softcap")
         above(self, 0, "rope_theta", "norm_eps")
         between(self, 0, 1, "dropout", open_right=True)
@@ -173,9 +172,8 @@ class TrainingConfig:
 
     def validate(self) -> None:
         at_least(self, 0, "max_iters", "max_rollbacks")
-        at_least(
-            self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "max_skipped_steps"
-        )
+        at_least(self, 1, "max_skipped_steps")
+        at_least(self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last")
         at_least(self, 1, "save_interval", "keep_every", "early_stopping_patience", "sample_interval")
         above(self, 0, "epochs", "activation_budget")
         if self.gradient_checkpointing and self.activation_budget not in ("auto", None):

@@ -34,8 +34,6 @@ class TokenFile:
         self.path, self.dtype = Path(path), np.dtype(dtype)
         try:
             self._handle = open_file(self.path)
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is missing; prepare the data again") from None
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
         weakref.finalize(self, os.close, self._handle)

@@ -78,8 +78,7 @@ class Runtime:
 
 def resolve_device(name: str = "auto") -> torch.device:
     """auto: CUDA, then Apple's MPS, then the CPU. Raises UserError for a missing device."""
-    mps = getattr(torch.backends, "mps", None)
-    has_mps = mps is not None and mps.is_available()
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     device = torch.device(name)
