@@ -1,6 +1,11 @@
-"""Every exception of this package."""
+"""Every exception of this package, and a text on one line for their messages."""
 
 from __future__ import annotations
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """The text of a value on one line of at most `limit` characters."""
+    return " ".join(str(value).split())[:limit]
 
 
 class UserError(ValueError):

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 import tyro
 
 from .config import Config, flatten
-from .errors import UserError
+from .errors import UserError, one_line
 
 PACKAGE = Path(__file__).resolve().parent
 COMMAND_LINE = "command line"
@@ -142,10 +142,10 @@ def _split(
         section, _, leaf = key.rpartition(".")
         if section in sections:
             if leaf not in sections[section]:
-                raise UserError(f"unknown setting --{_line(key)}{_misplaced(leaf, section, sections)}")
+                raise UserError(f"unknown setting --{one_line(key)}{_misplaced(leaf, section, sections)}")
             key = leaf
         if key not in leaves:
-            raise UserError(f"unknown setting --{_line(key)}{_nearest(key, leaves)}")
+            raise UserError(f"unknown setting --{one_line(key)}{_nearest(key, leaves)}")
         if not equals:
             text = _value_of_bare(key, leaves[key], rest)
         options[key] = text
@@ -215,11 +215,6 @@ def _as_list(key: str, value: Any) -> list[str]:
     return list(value)
 
 
-def _line(name: Any) -> str:
-    """A name on one line, for messages."""
-    return " ".join(str(name).split())
-
-
 def _short(value: Any) -> str:
     return text if len(text := reprlib.repr(value)) < 200 else f"a {type(value).__name__}"
 
@@ -237,7 +232,7 @@ def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("it uses an alias (*name); write the value instead")  # nested aliases grow to gigabytes
         content = yaml.safe_load(text)
     except Exception as error:  # YAMLError, or ValueError for an impossible date or number
-        raise UserError(f"cannot read the preset {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"cannot read the preset {path}: {one_line(error, 300)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -254,14 +249,14 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
             for leaf, leaf_value in value.items():
                 if leaf not in _SECTIONS[key]:
                     hint = _misplaced(str(leaf), key, _SECTIONS)
-                    raise UserError(f"unknown setting {_line(key)}.{_line(leaf)} in {where}{hint}")
+                    raise UserError(f"unknown setting {one_line(key)}.{one_line(leaf)} in {where}{hint}")
                 flat[leaf] = leaf_value
         elif key in leaves or key in known:
             flat[key] = value
         elif value is None and key in _SECTIONS:
             continue
         else:
-            raise UserError(f"unknown setting {_line(key)} in {where}{_nearest(str(key), leaves)}")
+            raise UserError(f"unknown setting {one_line(key)} in {where}{_nearest(str(key), leaves)}")
     return {key: value for key, value in flat.items() if key in leaves}
 
 
@@ -276,7 +271,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
         # The only place that runs code from a file, which the user named on the command line.
         exec(code, names)
     except (Exception, SystemExit) as error:
-        raise UserError(f"the preset {path} failed: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(f"the preset {path} failed: {type(error).__name__}: {one_line(error)}") from None
     assigned = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     values: dict[str, Any] = {}
     for name, value in names.items():
@@ -287,7 +282,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
         elif name not in before and not name.startswith("_"):
             near = difflib.get_close_matches(name, [*leaves, *known], n=1, cutoff=0.85)
             if near:  # a helper variable is fine, a misspelt setting is not
-                raise UserError(f"unknown setting {_line(name)} in {path}; did you mean {near[0]}?")
+                raise UserError(f"unknown setting {one_line(name)} in {path}; did you mean {near[0]}?")
     return values
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, UserError
+from ..errors import DataError, UserError, one_line
 from ..machine.files import open_file, read_json, to_json, write_bytes
 
 BLOCK = 1 << 20  # ids per read of a scan
 SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
 REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is saved
+FORMAT, MANIFEST = "llm-from-scratch-data", "manifest.json"
 CHECKED = ".checked.json"  # in the data folder: {file: size, modification times, largest id}
 HEAD = 1 << 12  # bytes read to detect the format
 OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # formats that users confuse
@@ -34,6 +35,8 @@ class TokenFile:
         self.path, self.dtype = Path(path), np.dtype(dtype)
         try:
             self._handle = open_file(self.path)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing; prepare the data again") from None
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
         weakref.finalize(self, os.close, self._handle)
@@ -151,9 +154,9 @@ def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[P
         listed = manifest["splits"][split]["shards"]
         stated = {folder / s["file"]: s["tokens"] for s in listed}
         if any(path.parent != folder or path.name in ("", "..") for path in stated):
-            raise UserError(f"{folder / 'manifest.json'} names files outside its folder; prepare the data again")
+            raise UserError(f"{folder / MANIFEST} names files outside its folder; prepare the data again")
         if len(stated) < len(listed):
-            raise UserError(f"{folder / 'manifest.json'} names a file twice; prepare the data again")
+            raise UserError(f"{folder / MANIFEST} names a file twice; prepare the data again")
         return stated
     numbered = re.compile(rf"{split}_(\d{{1,9}})\.bin")
     found = {int(match[1]): p for p in sorted(folder.glob("*.bin")) if (match := numbered.fullmatch(p.name))}
@@ -174,12 +177,12 @@ def _every_second_is_zero(shard: TokenFile) -> bool:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json of a data folder, or None (nanoGPT's folders). Raises UserError if it is damaged."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not os.path.lexists(path):
         return None
     try:
         manifest = read_json(path)
-        if manifest["format"] != "llm-from-scratch-data" or manifest["dtype"] not in ("uint16", "uint32"):
+        if manifest["format"] != FORMAT or manifest["dtype"] not in ("uint16", "uint32"):
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
             raise ValueError("vocab_size is not a number of ids")
@@ -190,8 +193,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 raise ValueError("a file does not have a number of tokens")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({why}); prepare the data again with llm-prepare") from None
+        raise UserError(f"{path} is damaged ({one_line(error)}); prepare the data again with llm-prepare") from None
 
 
 # ids outside the vocabulary

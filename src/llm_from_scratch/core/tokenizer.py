@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
 from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
 
@@ -101,8 +101,7 @@ class Tokenizer:
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a Rust panic is not an Exception
-            why = " ".join(str(error).split())[:200]
-            raise UserError(f"the tokenizer in {folder} is damaged ({why}): prepare it again") from None
+            raise UserError(f"the tokenizer in {folder} is damaged ({one_line(error)}): prepare it again") from None
 
     @staticmethod
     def from_name(spec: str, text: str | Iterable[str] | None = None) -> Tokenizer:

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core.tokenfile import CHECKED, read_manifest
-from ..core.tokenizer import Tokenizer
+from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
+from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.files import replace_folder, temporary_folder
 from . import sources as src
@@ -31,8 +31,8 @@ from .encode import ShardWriter, TokenCache, encode_units, units_of
 from .options import PrepareOptions
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
-FORMAT, VERSION, MANIFEST = "llm-from-scratch-data", 1, "manifest.json"
-TOKENIZER_FILES = ("tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json")
+VERSION = 1  # of the manifest and of the hash of a request
+TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
 Report = Callable[[str], None]
 
 

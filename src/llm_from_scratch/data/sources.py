@@ -25,7 +25,7 @@ from typing import Any
 
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.extras import missing
 from ..machine.files import open_file, write_bytes
 
@@ -101,10 +101,8 @@ class HubSource:
             rows = datasets.load_dataset(name, split="train", streaming=True)
             info = (rows.info.splits or {}).get("train")
         except Exception as error:
-            raise UserError(
-                f"cannot load the dataset {name} ({' '.join(str(error).split())[:200]}): check the network, or run "
-                "llm-prepare on its files (.parquet, .jsonl)"
-            ) from None
+            advice = "check the network, or run llm-prepare on its files (.parquet, .jsonl)"
+            raise UserError(f"cannot load the dataset {name} ({one_line(error)}): {advice}") from None
         return cls(name, text_key, info.num_examples if info and info.num_examples else None, rows)
 
     def identity(self) -> dict[str, Any]:
@@ -116,10 +114,8 @@ class HubSource:
             for row in self.rows:
                 yield from split_document(row[self.text_key])
         except Exception as error:
-            raise UserError(
-                f"reading {self.name} failed ({' '.join(str(error).split())[:200]}): run the same command again to "
-                "resume from the cache"
-            ) from None
+            advice = "run the same command again to resume from the cache"
+            raise UserError(f"reading {self.name} failed ({one_line(error)}): {advice}") from None
 
 
 Source = FileSource | HubSource
@@ -190,7 +186,7 @@ def read_parquet(source: FileSource) -> Iterator[str]:
             for batch in table.iter_batches(batch_size=256, columns=[key]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {source.name} as parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read {source.name} as parquet: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -304,10 +300,9 @@ def fetch_tiny_shakespeare(path: str | Path) -> Path:
                 if time.monotonic() > deadline:
                     raise TimeoutError("the download took more than a minute")
     except Exception as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-        raise UserError(
-            f"cannot download tiny Shakespeare ({reason}); put it at {path} from {SHAKESPEARE_URL}"
-        ) from None
+        reason = one_line(getattr(error, "reason", error))
+        advice = f"put it at {path} from {SHAKESPEARE_URL}"
+        raise UserError(f"cannot download tiny Shakespeare ({reason}); {advice}") from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(f"{SHAKESPEARE_URL} returned an unexpected file (its sha256 differs); nothing was written")
     write_bytes(path, data)

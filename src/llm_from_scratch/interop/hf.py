@@ -19,9 +19,9 @@ from ..config import GPTConfig
 from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.files import read_json, temporary_folder, to_json
-from .hf_files import Weights, get_folder, short
+from .hf_files import Weights, get_folder
 from .hf_tokenizer import probes, read_tokenizer, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
@@ -191,7 +191,7 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
     theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
     family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
-        raise UserError(f"{where}: model_type={short(theirs.get('model_type'))} is not one of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type={one_line(theirs.get('model_type'))} is not one of {', '.join(FAMILIES)}")
     values = dict(family.ours)
     for ours, (name, default) in family.fields.items():
         values[ours] = default if theirs.get(name) is None else theirs[name]
@@ -213,13 +213,13 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
         unusual["layer_types"] = kinds
     if unusual:
         name, value = next(iter(unusual.items()))
-        raise UserError(f"{where}: {name}={short(value)} is not supported by this program's model")
+        raise UserError(f"{where}: {name}={one_line(value)} is not supported by this program's model")
     config = checked_model_config(values | {"activation": family.activations[values["activation"]]}, where)
     own = 128 if family.model_type == "qwen3" else None  # Qwen3's default does not follow from its width
     head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
     if head_dim * config.n_head != config.n_embd:
         raise UserError(
-            f"{where}: head_dim={short(head_dim)} is not supported: expected hidden_size / "
+            f"{where}: head_dim={one_line(head_dim)} is not supported: expected hidden_size / "
             f"num_attention_heads = {config.n_embd // config.n_head}"
         )
     return family, config
@@ -314,7 +314,7 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
     except ImportError as error:
         if error.name == "transformers":
             return "not verified: install transformers to check the export"
-        return f"not verified: transformers cannot be imported ({short(error)})"
+        return f"not verified: transformers cannot be imported ({one_line(error)})"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -337,7 +337,7 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
     except UserError:
         raise
     except Exception as error:  # any error that it finds in the folder
-        raise UserError(f"the export is wrong: transformers cannot read it ({short(error)})") from None
+        raise UserError(f"the export is wrong: transformers cannot read it ({one_line(error)})") from None
     finally:
         logging.set_verbosity(verbosity)
         if bar:

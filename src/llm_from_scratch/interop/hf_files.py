@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.extras import require
 from ..machine.files import read_json
 from . import GPT2_NAMES
@@ -58,7 +58,7 @@ def _download(name: str, files: list[str]) -> Path:
         kind = type(error).__name__
         if re.search("LocalEntryNotFound|Connect|Offline|Timeout", kind):
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
-        reason = short((str(error).strip().splitlines() or [""])[0])  # the rest is advice on the client's settings
+        reason = one_line(str(error).strip().partition("\n")[0])  # the rest is advice on the client's settings
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 
 
@@ -105,7 +105,7 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} has no weight_map: expected the file of each tensor")
             for shard in shards.values():
                 if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-                    raise UserError(f"{index} names {short(shard)!r}, which is not a file in the same folder")
+                    raise UserError(f"{index} names {one_line(shard)!r}, which is not a file in the same folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
     raise UserError(f"{folder} has no weights: expected model.safetensors (or its shards), or pytorch_model.bin")
 
@@ -117,9 +117,4 @@ def damage_is_a_user_error(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"the weights in {path} are damaged or cannot be read: {short(error)}") from None
-
-
-def short(value: Any) -> str:
-    """One line of at most 160 characters."""
-    return " ".join(str(value).split())[:160]
+        raise UserError(f"the weights in {path} are damaged or cannot be read: {one_line(error)}") from None

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from ..core.tokenizer import HF_FILE, MAX_DEFINITION, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, GPT2_SHA256, byte_to_char, gpt2_parts
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file, to_json
-from .hf_files import short
 
 # ordinary words, and inputs on which word patterns differ: contractions, digits, spaces, line ends, other scripts
 PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "WE'LL see", isn't it?  12345 67 8,901.5%
@@ -47,7 +46,7 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
     except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # malformed JSON, or any error of the Rust side: a panic is not an Exception
-        raise UserError(f"the tokenizer in {folder} cannot be read: {short(error)}") from None
+        raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
     return None
 
 

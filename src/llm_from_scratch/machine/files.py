@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import SaveError, UserError
+from ..errors import SaveError, UserError, one_line
 
 LOCK = ".lock"
 MAX_JSON = 16 << 20  # bytes; parsing takes several times as much memory
@@ -63,7 +63,7 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:160]}") from None
+        raise UserError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"cannot read {path}: expected a JSON object, found a {type(content).__name__}")
     return content

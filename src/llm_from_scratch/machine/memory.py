@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -67,10 +68,7 @@ def _container_limit() -> int | None:
 
 def _read_numbers(path: str | Path) -> dict[str, int]:
     """The lines `name number ...` of a file of the system. Empty if there is no such file."""
-    found = {}
     with contextlib.suppress(OSError, ValueError):
-        for line in Path(path).read_text().splitlines():
-            words = line.split()
-            if len(words) > 1 and words[1].isdigit():
-                found[words[0]] = int(words[1])
-    return found
+        found = re.findall(r"^(\S+)[ \t]+(\d+)", Path(path).read_text(), re.MULTILINE)
+        return {name: int(number) for name, number in found}
+    return {}

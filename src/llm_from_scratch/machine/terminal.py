@@ -67,15 +67,15 @@ class Lenient:
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError as error:
-            self.error = error
-            return len(text)
+        self._try(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> None:
         try:
-            self.stream.flush()
+            call(*args)
         except OSError as error:
             self.error = error
 

@@ -28,8 +28,10 @@ from llm_from_scratch.cli import evaluate, export, generate, prepare_data, sampl
 from llm_from_scratch.config import Config
 from llm_from_scratch.core import vocab_files as vocabulary
 from llm_from_scratch.generation import generator  # noqa: F401
-from llm_from_scratch.interop import hf  # noqa: F401
-from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
+from llm_from_scratch.interop import (
+    hf,  # noqa: F401
+    torch_file,
+)
 from llm_from_scratch.presets import parse
 from llm_from_scratch.training import evaluate as evaluation  # noqa: F401
 from llm_from_scratch.training import trainer  # noqa: F401
@@ -249,7 +251,7 @@ ROW = Row(
     run=run,
     defects={
         "meta.pkl read by the plain unpickler": _any_pickle,
-        "pickles not looked through": lambda: _replaced(nanogpt_ckpt, "_look_through", lambda pickled, path: None),
+        "pickles not looked through": lambda: _replaced(torch_file, "_look_through", lambda pickled, path: None),
         "YAML that builds anything": lambda: _replaced(yaml, "safe_load", yaml.unsafe_load),
     },
 )
