@@ -50,8 +50,7 @@ def save_checkpoint(
     """Writes a checkpoint (see write_checkpoint), then prunes if keep_last is given. Returns its folder."""
     final = write_checkpoint(out_dir, **contents)
     if keep_last is not None:
-        with contextlib.suppress(OSError):  # it is saved; the next save removes the rest
-            prune(final, keep_last, keep_every)
+        prune(final, keep_last, keep_every)
     return final
 
 
@@ -66,8 +65,11 @@ def resolved_init(init_from: str, out_dir: str) -> str:
 def prune(verified: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
     """Removes the checkpoints next to `verified`, which has just been read back, except the keep_last newest ones, the
     one with the lowest val loss, and every keep_every-th step. Returns the paths that it removed."""
-    # an unreadable one is set aside at the next start, never removed
-    entries = [e for e in find_entries(verified.parent, skip_foreign=True) if e.manifest is not None]
+    try:
+        # an unreadable one is set aside at the next start, never removed
+        entries = [e for e in find_entries(verified.parent, skip_foreign=True) if e.manifest is not None]
+    except OSError:  # the next save removes the rest
+        return []
     kept = {e.step for e in [*entries[: max(1, keep_last)], *_by_val_loss(entries)[:1]]}
     kept |= {e.step for e in entries if e.path == verified or (keep_every and e.step % keep_every == 0)}
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]

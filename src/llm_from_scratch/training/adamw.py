@@ -47,8 +47,7 @@ class AdamW(Rule):
             m32, v32 = [t.float() for t in m], [t.float() for t in v]
             update(params, grads, m32, v32, [], [state[p]["step"].clone() for _, p, _ in batch])  # p may come again
             for i, (name, p, part) in enumerate(batch):
-                for row, moment, wide in ((0, m[i], m32[i]), (1, v[i], v32[i])):
-                    self.dither.round(moment, wide, name, state[p].get("draws", 0), part.start, row)
+                self.dither.round([(m[i], m32[i]), (v[i], v32[i])], name, state[p].get("draws", 0), part.start)
         for _, p in named:
             state[p]["draws"] = state[p].get("draws", 0) + 1
             state[p]["step"] += 1 if found_inf is None else 1 - found_inf

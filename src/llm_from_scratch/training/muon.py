@@ -170,7 +170,8 @@ class Muon(Rule):
                 if self.dtype == torch.float32:
                     old.copy_(value)
                 else:
-                    self.dither.round(old, value.clone(), m.name, state[m.p]["draws"], m.begin * old.size(1))
+                    flat = (old.view(-1), value.clone().view(-1))
+                    self.dither.round([flat], m.name, state[m.p]["draws"], m.begin * old.size(1))
         torch._foreach_lerp_(gradients, momenta, mu)
         del kept, momenta
         dtype = iteration_dtype(weights[0].device)

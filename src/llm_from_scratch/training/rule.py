@@ -68,21 +68,24 @@ class Dither:
         self.seed = seed
         self.tables: dict[torch.device, Tensor] = {}
 
-    def round(self, target: Tensor, values: Tensor, name: str, count: int, index: int, row: int = 0) -> None:
-        """target (bfloat16) = values (float32, overwritten), both contiguous: the elements from `index` on of the named
-        tensor, at its rounding number `count`. row: 0 or 1, for two independent noises."""
-        target, values, size = target.view(-1), values.view(-1), piece_of(values.device)
-        if values.device not in self.tables:
+    def round(self, pairs: list[tuple[Tensor, Tensor]], name: str, count: int, index: int) -> None:
+        """target (bfloat16) = values (float32, overwritten) for one or two pairs of flat tensors, with independent
+        noises. They are the elements from `index` on of the named tensor, at its rounding number `count`."""
+        device, length = pairs[0][1].device, pairs[0][1].numel()
+        size = piece_of(device)
+        if device not in self.tables:
             generator = torch.Generator().manual_seed(self.seed)
-            table = torch.randint(1 << 16, (2, size), generator=generator, dtype=torch.int32)
-            self.tables[values.device] = table.to(values.device)
-        for begin in range(0, values.numel(), size):
+            self.tables[device] = torch.randint(1 << 16, (2, size), generator=generator, dtype=torch.int32).to(device)
+        for begin in range(0, length, size):
             key = _mixed(self.seed, zlib.crc32(name.encode()), count, index + begin) & 0xFFFF
-            raw = values[begin : begin + size].view(torch.int32)
-            # the probability of a carry into the upper half is the lower half's fraction
-            raw += self.tables[values.device][row, : raw.numel()] ^ key
-            raw >>= 16
-            target[begin : begin + size].view(torch.int16).copy_(raw)
+            for row, (target, values) in enumerate(pairs):
+                if length > size:
+                    target, values = target[begin : begin + size], values[begin : begin + size]
+                raw = values.view(torch.int32)
+                # the probability of a carry into the upper half is the lower half's fraction
+                raw += self.tables[device][row, : raw.numel()] ^ key
+                raw >>= 16
+                target.view(torch.int16).copy_(raw)
 
 
 def piece_of(device: torch.device) -> int:

@@ -205,3 +205,13 @@ def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeyp
         assert one.optimizer is not None and other.optimizer is not None
         for name, slots in one.optimizer["state"].items():
             assert all(torch.equal(slots[slot], other.optimizer["state"][name][slot]) for slot in slots)
+
+
+def test_a_plan_counts_no_logits_where_the_loss_is_chunked(data: Path) -> None:
+    """Its sizes are what the automatic micro-batch compares with the free memory, and what an error names."""
+    whole, chunked = (make_plan(tiny_config(data, batch_size=64, chunked_loss=setting)) for setting in (False, True))
+    model, tokens = whole.config.model, 64 * whole.config.model.block_size
+    assert model.vocab_size is not None
+    logits = tokens * model.vocab_size * (4 + 8)  # with their float32 log-softmax and gradient
+    head = 8 * model.vocab_size * model.n_embd  # its gradient, and a scaled copy
+    assert whole.sizes.activations - logits == chunked.sizes.activations - head

@@ -436,7 +436,7 @@ def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
     target = torch.empty(1 << 8, 1 << 10, dtype=torch.bfloat16)
     found = []
     for count in range(40):
-        dither.round(target, torch.full(target.shape, value), "w", count, 0)
+        dither.round([(target.view(-1), torch.full((target.numel(),), value))], "w", count, 0)
         assert set(target.unique().tolist()) == {1.0, 1 + 2**-7}
         found.append(target > 1)
         assert found[-1].double().mean().item() == pytest.approx(0.3, abs=0.01)
@@ -447,7 +447,7 @@ def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
         exact = sign * torch.tensor([0.0, 1.5, 3.0, 2.0**-120, float("inf")])
         result = torch.empty(5, dtype=torch.bfloat16)
         for count in range(50):
-            dither.round(result, exact.clone(), "w", count, 0)
+            dither.round([(result, exact.clone())], "w", count, 0)
             assert torch.equal(result.float().view(torch.int32), exact.view(torch.int32))
 
 
