@@ -21,7 +21,7 @@ from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError, one_line
 from ..machine.files import read_json, temporary_folder, to_json
-from .hf_files import Weights, get_folder
+from .hf_files import damage_is_a_user_error, get_folder, open_weights
 from .hf_tokenizer import probes, read_tokenizer, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
@@ -138,7 +138,7 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     none that this program can run. Raises UserError if files do not fit together or our model cannot be theirs."""
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
-    state = _read_weights(Weights(folder), family, config)
+    state = _read_weights(folder, family, config)
     tokenizer = read_tokenizer(folder, family.gpt2)
     if tokenizer is not None and tokenizer.vocab_size > int(config.vocab_size or 0):
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
@@ -264,22 +264,26 @@ def family_of(config: GPTConfig) -> Family:
     return FAMILIES["gpt2" if not rope else "qwen3" if config.qk_norm else "llama"]
 
 
-def _read_weights(weights: Weights, family: Family, config: GPTConfig) -> dict[str, Tensor]:
+def _read_weights(folder: Path, family: Family, config: GPTConfig) -> dict[str, Tensor]:
     """Our state dict. Raises UserError for a missing, surplus or misshapen tensor."""
     state: dict[str, Tensor] = {}
-    surplus, expected = set(weights.tensors), expected_tensors(config, len(weights.tensors), str(weights.folder))
+    tensors = open_weights(folder)
+    surplus, expected = set(tensors), expected_tensors(config, len(tensors), str(folder))
     names, tied = family.names(config), tied_names(config)
     for key in expected:
         if key in tied and names[key][0] not in surplus:
             continue  # stored once
-        parts = [weights[name] for name in names[key]]
+        if lacking := [name for name in names[key] if name not in tensors]:
+            raise UserError(f"the weights in {folder} lack {lacking[0]}, which the model needs")
+        with damage_is_a_user_error(folder):
+            parts = [tensors[name]() for name in names[key]]
         if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:
             parts = [torch.cat(parts)]
         state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
         surplus -= set(names[key])
     if surplus:
-        raise UserError(f"{weights.folder}: the weights contain {min(surplus)}, which the model does not have")
-    return checked_weights(state, config, str(weights.folder))
+        raise UserError(f"{folder}: the weights contain {min(surplus)}, which the model does not have")
+    return checked_weights(state, config, str(folder))
 
 
 def _written_weights(

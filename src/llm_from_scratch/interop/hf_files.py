@@ -62,36 +62,24 @@ def _download(name: str, files: list[str]) -> Path:
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 
 
-class Weights:
-    """The tensors of a folder by their full names, each read when it is needed. Raises UserError for damage."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.tensors: dict[str, Callable[[], Tensor]] = {}
-        found: dict[str, Callable[[], Tensor]] = {}
-        for file in _weight_files(folder):
-            with damage_is_a_user_error(file):
-                if file.suffix == ".safetensors":
-                    handle = safe_open(file, framework="pt")
-                    found |= {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
-                else:
-                    loaded = load_plain(file)
-                    if not all(isinstance(t, Tensor) for t in loaded.values()):
-                        raise UserError(f"{file} is not a dictionary of tensors")
-                    found |= {str(key): partial(Tensor.detach, tensor) for key, tensor in loaded.items()}
-        # saved without the head, names lack the prefix
-        bare = not any(key.startswith(("transformer.", "model.")) for key in found)
-        for key, read in found.items():
-            if bare and not key.startswith("lm_head."):
-                key = ("transformer." if key.startswith(("wte.", "wpe.", "h.", "ln_f.")) else "model.") + key
-            if not BUFFERS.search(key):
-                self.tensors[key] = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            raise UserError(f"the weights in {self.folder} lack {name}, which the model needs")
-        with damage_is_a_user_error(self.folder):
-            return self.tensors[name]()
+def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """{full name: function that reads the tensor} for the weights of a folder. Raises UserError for damage."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for file in _weight_files(folder):
+        with damage_is_a_user_error(file):
+            if file.suffix == ".safetensors":
+                handle = safe_open(file, framework="pt")
+                found |= {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
+            else:
+                loaded = load_plain(file)
+                if not all(isinstance(t, Tensor) for t in loaded.values()):
+                    raise UserError(f"{file} is not a dictionary of tensors")
+                found |= {str(key): partial(Tensor.detach, tensor) for key, tensor in loaded.items()}
+    if not any(key.startswith(("transformer.", "model.")) for key in found):  # saved without the head
+        gpt2 = ("wte.", "wpe.", "h.", "ln_f.")
+        prefixes = {key: "transformer." if key.startswith(gpt2) else "model." for key in found}
+        found = {key if key.startswith("lm_head.") else prefixes[key] + key: read for key, read in found.items()}
+    return {key: read for key, read in found.items() if not BUFFERS.search(key)}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -29,25 +29,25 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
     our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a damaged file."""
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
+    file, backend = folder / HF_FILE, None
     try:
-        if (folder / HF_FILE).is_file():
-            definition = parse_json(read_file(folder / HF_FILE, MAX_DEFINITION))
-            if _is_gpt2(definition):
-                return TiktokenTokenizer("gpt2", *gpt2_parts(definition["model"]["vocab"]))
-            return HFTokenizer.from_file(folder / HF_FILE)
-        if gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        if file.is_file():
+            definition = parse_json(read_file(file, MAX_DEFINITION))
+        elif gpt2 and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = parse_json(read_file(folder / "vocab.json", MAX_DEFINITION))
             lines = read_file(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
             backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
-            if _is_gpt2(json.loads(backend.to_str())):
-                return TiktokenTokenizer("gpt2", *gpt2_parts(vocab))
-            return HFTokenizer(backend.to_str(), "hf", vocab.get(EOT))
+            definition = json.loads(backend.to_str())
+        else:
+            return None
+        if _is_gpt2(definition):
+            return TiktokenTokenizer("gpt2", *gpt2_parts(definition["model"]["vocab"]))
+        return HFTokenizer(backend.to_str(), "hf", vocab.get(EOT)) if backend else HFTokenizer.from_file(file)
     except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # malformed JSON, or any error of the Rust side: a panic is not an Exception
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
-    return None
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
