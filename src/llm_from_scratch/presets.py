@@ -154,13 +154,10 @@ def _split(
 
 def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:
     """The value of `--key value`, or True for a bare `--flag`."""
-    kinds = union_members(hint)
-    following = rest[0] if rest else None
-    if bool in kinds:
-        if following is not None and (following.lower() in ("true", "false") or following in literal_values(kinds)):
-            return rest.pop(0)
+    kinds, following = union_members(hint), rest[0] if rest else "--"
+    if bool in kinds and following.lower() not in ("true", "false") and following not in literal_values(kinds):
         return "True"
-    if following is None or following.startswith("--"):
+    if following.startswith("--"):
         raise UserError(f"--{key} needs a value: --{key}=VALUE")
     return rest.pop(0)
 
@@ -245,16 +242,14 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
     known = leaf_types(Config)
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        if isinstance(value, dict) and key in _SECTIONS:
-            for leaf, leaf_value in value.items():
+        if key in _SECTIONS and isinstance(value, (dict, type(None))):
+            for leaf, leaf_value in (value or {}).items():
                 if leaf not in _SECTIONS[key]:
                     hint = _misplaced(str(leaf), key, _SECTIONS)
                     raise UserError(f"unknown setting {one_line(key)}.{one_line(leaf)} in {where}{hint}")
                 flat[leaf] = leaf_value
         elif key in leaves or key in known:
             flat[key] = value
-        elif value is None and key in _SECTIONS:
-            continue
         else:
             raise UserError(f"unknown setting {one_line(key)} in {where}{_nearest(str(key), leaves)}")
     return {key: value for key, value in flat.items() if key in leaves}
