@@ -74,13 +74,13 @@ def engine(writer: Generator) -> Iterator[Engine]:
     engine.close()
 
 
-QUICK = ("modern",)  # has every option that changes the cache; parity/test_generation.py has 500 requests of each
-
-
-@pytest.mark.parametrize("option", [pytest.param(o, marks=() if o in QUICK else pytest.mark.slow) for o in OPTIONS])
-def test_64_requests_at_once_get_what_each_gets_alone(option: str) -> None:
+# modern has every option that changes the cache; parity/test_generation.py has 500 requests of each
+@pytest.mark.parametrize(
+    ("option", "count"), [("modern", 24), *(pytest.param(o, 64, marks=pytest.mark.slow) for o in OPTIONS)]
+)
+def test_many_requests_at_once_get_what_each_gets_alone(option: str, count: int) -> None:
     generator = Generator(memorised(option), TOKENIZER)
-    prompts = ragged_prompts(64, 2 * BLOCK, seed=3)
+    prompts = ragged_prompts(count, 2 * BLOCK, seed=3)
     engine = Engine(generator)
     calls = [Call(engine, Request(prompt, GREEDY)) for prompt in prompts]
     together = [call.wait().ids() for call in calls]
@@ -90,13 +90,18 @@ def test_64_requests_at_once_get_what_each_gets_alone(option: str) -> None:
     assert min(len(set(tokens)) for tokens in alone) >= 20
 
 
-@pytest.mark.parametrize("overflow", ["recompute", pytest.param("drop_half", marks=pytest.mark.slow)])
-def test_requests_of_every_kind_come_and_go(overflow: Any, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("overflow", "count"),
+    [("recompute", 14), *(pytest.param(o, 40, marks=pytest.mark.slow) for o in ("recompute", "drop_half"))],
+)
+def test_requests_of_every_kind_come_and_go(
+    overflow: Any, count: int, writer: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other lengths, samplers, seeds and numbers of samples; more of them than slots; prompts read in small parts."""
     monkeypatch.setattr(batcher, "CHUNK", 7)
     rng, engine = random.Random(0), Engine(writer, 6, overflow)
     requests = []
-    for prompt in ragged_prompts(40, 2 * BLOCK, seed=4):
+    for prompt in ragged_prompts(count, 2 * BLOCK, seed=4):
         params = GenerationConfig(
             num_samples=rng.randint(1, 3),
             max_new_tokens=rng.randint(1, 60),

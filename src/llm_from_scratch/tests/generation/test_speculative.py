@@ -58,13 +58,12 @@ DRAFTS: dict[str, Callable[[], Draft]] = {
 }
 
 
-# prompts of each case: two by default, six among the slow tests
-CASES = [pytest.param(2, id="few"), pytest.param(6, id="many", marks=pytest.mark.slow)]
+# every draft, and one past the context in the other way; six prompts of each among the slow tests
+CASES = [*(("recompute", name, 2) for name in DRAFTS), ("drop_half", "another model", 2)]
+CASES += [pytest.param(o, name, 6, marks=pytest.mark.slow) for o in ("recompute", "drop_half") for name in DRAFTS]
 
 
-@pytest.mark.parametrize("prompts", CASES)
-@pytest.mark.parametrize("name", DRAFTS)
-@pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
+@pytest.mark.parametrize(("overflow", "name", "prompts"), CASES)
 def test_the_text_is_the_one_without_proposals(name: str, overflow: Any, prompts: int) -> None:
     """Greedy and drawn, with penalties, past block_size, whole and streamed, text after text with the same draft."""
     plain, fast = (Generator(memorised("gpt2"), TOKENIZER) for _ in range(2))
