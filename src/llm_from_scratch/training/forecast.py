@@ -224,16 +224,13 @@ def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
         return model.n_layer, rows  # a GPU is fast; and the run reuses what was compiled
     rate = products_per_second() / 2  # a step reaches about half of it
 
-    def seconds(layers: int, rows: int) -> float:
+    def is_short(layers: int) -> bool:
         flops = sizes(dataclasses.replace(model, n_layer=layers), rows).flops_per_token
-        return flops * rows * model.block_size / rate
+        return flops * rows * model.block_size / rate <= budget / 4
 
-    while rows > 1 and rows * model.block_size > FEWEST_TOKENS and seconds(1, rows) > budget / 4:
+    while rows > 1 and rows * model.block_size > FEWEST_TOKENS and not is_short(1):
         rows = -(-rows // 2)
-    layers = model.n_layer
-    while layers > 1 and seconds(layers, rows) > budget / 4:
-        layers -= 1
-    return layers, rows
+    return next((n for n in range(model.n_layer, 1, -1) if is_short(n)), 1), rows
 
 
 def products_per_second(size: int = 512) -> float:

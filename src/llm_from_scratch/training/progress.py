@@ -58,12 +58,6 @@ class Calendar:
         """Checkpoints written in the background from this step on, without the last one of the run."""
         return _multiples(self.save_interval or self.eval_interval, max(1, step), self.last)
 
-    def evaluates(self, step: int) -> bool:
-        return step % self.eval_interval == 0
-
-    def saves_at(self, step: int) -> bool:
-        return step > 0 and step % (self.save_interval or self.eval_interval) == 0
-
     def final_seconds(self, rate: float, trained: float) -> float:
         """Duration of the last evaluation, given tokens/s and the seconds of updates so far; 0 if it is skipped."""
         seconds = self.final_tokens / rate if rate and self.final_eval else 0.0
@@ -137,8 +131,11 @@ class Remaining:
         return ahead + calendar.final_seconds(rate, timer.total + ahead) + calendar.save_bytes * SAVE_AWAITED
 
     def _paused(self, updates: int, seconds: float) -> None:
-        step = self.first + updates
-        kind = (self.calendar.evaluates(step), self.calendar.saves_at(step))
+        step, calendar = self.first + updates, self.calendar
+        kind = (
+            calendar.evaluations(step) > calendar.evaluations(step + 1),
+            calendar.saves(step) > calendar.saves(step + 1),
+        )
         count, total = self.seen.get(kind, (0, 0.0))
         self.seen[kind] = (count + 1, total + seconds)
 

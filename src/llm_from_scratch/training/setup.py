@@ -92,8 +92,13 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
     splits = (inputs.train_data, inputs.val_data)
     scans = [data.check(config.model.block_size, ids, remember) for data in splits]
-    if inputs.tokenizer is None and inputs.vocab_size is None:
-        notes += _foreign_ids(inputs)
+    foreign = [data for data in splits if data.largest_id is not None and data.largest_id >= GPT2_IDS]
+    if inputs.tokenizer is None and inputs.vocab_size is None and foreign:  # the padding would hide them
+        notes.append(
+            f"warning: {foreign[0].name}: id {foreign[0].largest_id} is not a GPT-2 token (0 to {GPT2_IDS - 1}): "
+            "another tokenizer made this data, so samples of the model would be wrong text; prepare the text with "
+            "llm-prepare --tokenizer=FOLDER_OR_FILE"
+        )
     kind, stride, seed = config.data.sample_order, config.data.stride, config.system.seed
     order = SampleOrder(len(inputs.train_data), config.model.block_size, kind, stride, seed)
     global_batch, share = inputs.global_batch, inputs.global_batch // runtime.world_size
@@ -145,18 +150,6 @@ def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[
             f"--init_from={config.training.out_dir} and another --out_dir"
         )
     notes.append(f"{inputs.folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
-
-
-def _foreign_ids(inputs: Inputs) -> list[str]:
-    """A warning if data without a named tokenizer has ids that GPT-2 does not have. The padding would hide them."""
-    for data in (inputs.train_data, inputs.val_data):
-        if data.largest_id is not None and data.largest_id >= GPT2_IDS:
-            return [
-                f"warning: {data.name}: id {data.largest_id} is not a GPT-2 token (0 to {GPT2_IDS - 1}): another "
-                "tokenizer made this data, so samples of the model would be wrong text; prepare the text with "
-                "llm-prepare --tokenizer=FOLDER_OR_FILE"
-            ]
-    return []
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
