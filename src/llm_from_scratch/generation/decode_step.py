@@ -1,8 +1,8 @@
 """One new token per row, by a record of the model's own forward (recorder.py) if possible.
 
-Every record is compared with the model's own forward before it is used. If they differ, or if the forward cannot be
-recorded, the model's own forward decodes, and one line reports it. Records contain constants of the model: after a
-change of a parameter, create a new DecodeStep.
+A record is compared with the model's own forward before it is used, unless it differs from a compared one only in
+sizes. If the logits differ, or if the forward cannot be recorded, the model's own forward decodes, and one line reports
+it. Records contain constants of the model: after a change of a parameter, create a new DecodeStep.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -43,6 +43,7 @@ class DecodeStep:
         self.say = say or (lambda line: print(line, file=sys.stderr))
         self.graphs = GraphedStep() if graphed and not compiled and linears.device.type == "cuda" else None
         self.records: dict[Any, Record] = {}
+        self.programs: set[str] = set()  # compared with the model's own forward
         self.failure: str | None = None
 
     @torch.inference_mode()
@@ -53,7 +54,7 @@ class DecodeStep:
         window = Window.of(cache, whole=self.compiled)  # a growing window would be compiled again
         key = window.key, cache.ragged
         found = self.records.get(key)
-        if found is None or not found.checked:
+        if found is None or found.program not in self.programs:
             found = self._checked(found, ids, cache)
             if found is None:
                 return self.own(ids, cache)
@@ -74,12 +75,13 @@ class DecodeStep:
             return None
         try:
             if found is None:
-                with self.linears.computing(exact=True):
-                    found = record(self.model, cache, self.linears.product)
+                found = record(self.model, ids, cache, self.linears)
                 if self.compiled:
                     found.step = torch.compile(found.step)
                 while len(self.records) >= MOST:
                     self.records.pop(next(iter(self.records)))
+                if found.program in self.programs:
+                    return found
             window = Window.of(cache, whole=self.compiled)
             expected = self.own(ids, cache, exact=True)
             logits = found.exact(*window.inputs(ids, cache, found.needs), *window.parts)
@@ -93,7 +95,8 @@ class DecodeStep:
             self._fail("its record gives different logits")
             return None
         # without a masked key, code that confuses the size of the window with the length would pass
-        found.checked = cache.end + 1 < window.size
+        if cache.end + 1 < window.size:
+            self.programs.add(found.program)
         return found
 
     def _fail(self, reason: str) -> None:

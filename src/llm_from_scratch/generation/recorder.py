@@ -1,108 +1,51 @@
-"""Records GPT.forward for one token per row as a flat function with the same result, which is faster
-(flat_function.py).
+"""Records GPT.forward for one token per row as a flat Python function with the same result, which is faster.
 
 A decode step of a small model is bound by Python and by the dispatch of operations, not by arithmetic. So the model's
-own forward runs once under a dispatch mode that records every operation. The recorder sees only operations, so an
-edited model is recorded as well as the original.
+own forward runs once under a dispatch mode that writes every operation as a line of a function: no modules, no
+branches. The recorder sees only operations, so an edited model is recorded as well as the original.
+
+Operations that depend on no input are constants. Views are not written: a tensor is its variable, or one `as_strided`
+of it. Row-wise operations run on (B, C). Linear layers use their layout for few rows (kernels/int8.py), and a few
+operations become faster ones: see RULES and FUSED.
 
 A record is valid for one number of rows and one window of the cache. Python code that reads numbers from tensors,
-random numbers, and writes to the model's own tensors raise CannotRecord. The caller compares every new record with the
+random numbers, and writes to the model's own tensors raise CannotRecord. The caller compares a new record with the
 model's own forward (decode_step.py), because Python code may also depend on things that no operation shows.
+
+Shapes: B rows, C channels, H heads, Hkv key heads, D = C / H, S keys in the window, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import re
-from collections.abc import Callable
+import timeit
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.cache import KVCache
 from ..core.model import GPT
 from ..errors import CannotRecord
-from .flat_function import MakeProduct, Node, Value, Var, Writer, aten, storage, swap, tensors, update_cache
+from ..kernels.int8 import Dense, Linears
 from .window import StandIn, Window
 
-
-class Tape(TorchDispatchMode):
-    """Records operations. Products of linear layers are skipped and return zeros, because only shapes are needed."""
-
-    def __init__(self, inputs: list[Tensor]):
-        super().__init__()
-        self.nodes: list[Node] = []
-        self.kept: list[Tensor] = []  # so that identities stay unique
-        self.inputs, self.varying = inputs, {id(t) for t in inputs}
-        self.origin: dict[int, Tensor] = {}  # weights in another dtype, by identity of the tensors in their place
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise torch imports its compiler, which takes seconds
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not aten.linear.default and self.origin:
-            args = swap(args, self._converted)
-        given = {id(t) for t in tensors((args, tuple(kwargs.values())))}
-        if func is aten.to.dtype and isinstance(args[0], torch.nn.Parameter) and args[0].dtype != args[1]:
-            stand_in = torch.zeros((), dtype=args[1], device=args[0].device).expand(args[0].shape)
-            self.origin[id(stand_in)] = args[0]  # a linear layer's product converts it once for all records
-            self.kept.append(stand_in)
-            return stand_in
-        varies = not given.isdisjoint(self.varying)
-        if varies and func is aten.linear.default and id(args[1]) not in self.varying:
-            out = args[0].new_zeros((*args[0].shape[:-1], args[1].size(0)))
-        else:
-            out = func(*args, **kwargs)
-        outs = list(tensors(out))
-        if varies and not outs and out is not None:
-            raise CannotRecord(f"Python code reads numbers out of tensors ({func})")
-        if func._schema.is_mutable:
-            varies = self._write(kwargs.get("out", args[0]), func, varies)
-        elif outs and all(id(t) in given for t in outs):
-            return out  # dropout in evaluation, `to` the same dtype: nothing happens
-        if torch.Tag.nondeterministic_seeded in func.tags and not (func in SEEDED and not any(SEEDED[func](args))):
-            raise CannotRecord(f"random numbers are drawn ({func})")
-        by_place = func is aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
-        if varies and torch.Tag.dynamic_output_shape in func.tags and not by_place:
-            raise CannotRecord(f"a shape depends on the data ({func})")
-        self.note(Node(func, tuple(args), kwargs, outs, varies))
-        return out
-
-    def _converted(self, t: Tensor) -> Tensor:
-        """The weight itself in the other dtype, if t only represents it."""
-        return self.origin[id(t)].to(t.dtype) if id(t) in self.origin else t
-
-    def note(self, node: Node) -> None:
-        self.nodes.append(node)
-        if node.varies:
-            self.varying.update(map(id, node.outs))
-
-    def _write(self, target: Tensor, func: Any, varies: bool) -> bool:
-        """Allows an operation to write into a tensor that is created in this step, and again in every replay."""
-        place = storage(target)
-        makers = [node for node in self.nodes if place in map(storage, node.outs)]
-        if not makers or place in map(storage, tensors(makers[0].args)):
-            raise CannotRecord(f"a tensor that outlives the step is written to ({func})")
-        for node in makers:
-            node.varies = True
-            self.varying.update(map(id, node.outs))
-        return True
-
-
-# operations that draw random numbers only with a probability above 0
-SEEDED: dict[Any, Callable[[Any], Any]] = {
-    aten.scaled_dot_product_attention.default: lambda args: args[4:5],
-    aten.dropout.default: lambda args: [args[1] and args[2]],
-}
+aten = torch.ops.aten
+SMALL = 1 << 12  # numbers up to which GELU may be faster in parts
+PARAMETERS = "ids, lengths, visible, where, tokens, memory, keys, values"
 
 
 @dataclass
 class Record:
-    """A recorded step: step(ids, lengths, visible, mask, where, tokens, memory, ...) -> logits, (B, V)."""
+    """A recorded step: step(ids, lengths, visible, where, tokens, memory, keys, values) -> logits, (B, V)."""
 
     step: Callable[..., Tensor]
     exact: Callable[..., Tensor]
@@ -110,55 +53,329 @@ class Record:
     source: str
     needs: frozenset[str]
     """The parameters that the step reads."""
+    program: Any
     checked: bool = False
-    """Whether it was compared with the model's own forward."""
+    """Whether this program was compared with the model's own forward."""
+    """Equal for records that differ only in sizes."""
 
 
-PARAMETERS = "ids, lengths, visible, mask, where, tokens, memory, turned, flat, keys, values"
+@dataclass
+class Line:
+    """targets = function(*words, **options). Without targets, the function writes into its first argument."""
+
+    targets: tuple[str, ...]
+    function: Any
+    words: list[str]
+    options: dict[str, str]
+    several: bool = False
+
+    def names(self) -> set[str]:
+        return set(re.findall(r"\bx\d+\b", " ".join([*self.words, *self.options.values()])))
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors(item)
+
+
+def mapped(tree: Any, of: Callable[[Tensor], Any]) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return tuple([mapped(item, of) for item in tree])
+    return of(tree) if isinstance(tree, Tensor) else tree
+
+
+def place(t: Tensor) -> tuple[int, torch.dtype]:
+    """Its memory. Views of a tensor have the same."""
+    return t.untyped_storage()._cdata, t.dtype
+
+
+def layout(t: Tensor) -> tuple[Any, ...]:
+    """Arguments of as_strided. The stride of a dimension of size 1 does not matter."""
+    strides = tuple(stride if n > 1 else 1 for n, stride in zip(t.shape, t.stride(), strict=True))
+    return tuple(t.shape), strides, t.storage_offset()
+
+
+def narrow(t: Tensor) -> Tensor:
+    """(B, 1, C) as (B, C); others unchanged."""
+    return t.squeeze(1) if t.ndim == 3 else t
+
+
+@functools.cache
+def quick(func: Any) -> Any:
+    """torch's own Python function for an operation: half the overhead of calling the operation directly."""
+    name = func._schema.name.partition("::")[2]
+    for module in (torch, torch._C._nn, torch.Tensor):
+        found = getattr(module, name, None)
+        if found is not None and type(found).__name__ in ("builtin_function_or_method", "method_descriptor"):
+            return found
+    return func
+
+
+@functools.cache
+def gelu_is_slow() -> bool:
+    """Whether GELU of a few numbers takes longer than its parts, which depends on the processor."""
+    x = torch.linspace(-3, 3, 512)[None]
+    whole = min(timeit.repeat(lambda: F.gelu(x), repeat=20, number=1))
+    return whole > 1e-6 + min(timeit.repeat(lambda: torch.addcmul(x, x, (x * 0.5).erf_()), repeat=20, number=1))
+
+
+class Recorder(TorchDispatchMode):
+    """Writes the operations of a forward pass, and runs them, to know the memory and strides of every tensor. Products
+    of linear layers are zeros, because only shapes are needed."""
+
+    def __init__(self, linears: Linears, inputs: dict[str, Tensor]):
+        super().__init__()
+        self.linears, self.inputs = linears, inputs
+        self.lines: list[Line] = []
+        self.constants: dict[str, Any] = {}
+        self.exact: dict[str, Any] = {}  # constants in the place of approximate products
+        self.names: dict[int, str] = {id(t): name for name, t in inputs.items()}  # of inputs and constants, by identity
+        self.variables: dict[tuple[int, torch.dtype], str] = {place(t): name for name, t in inputs.items()}
+        self.tensors = dict(inputs)  # by name of the variable
+        self.views: dict[Any, str] = {}
+        self.made: dict[int, Tensor] = {}  # by its memory, what the step itself creates
+        self.origin: dict[int, Tensor] = {}  # weights in another dtype, by identity of the tensors in their place
+        self.kept: list[Tensor] = []  # so that identities stay unique
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its compiler, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten.to.dtype and isinstance(args[0], Parameter) and args[0].dtype != args[1]:
+            stand_in = torch.zeros((), dtype=args[1], device=args[0].device).expand(args[0].shape)
+            self.origin[id(stand_in)] = args[0]  # a linear layer's product converts it once for all records
+            self.kept.append(stand_in)
+            return stand_in
+        layer = func is aten.linear.default and all(self._original(t) is not None for t in tensors(args[1:]))
+        if layer and self.varies(args[:1]):
+            return self.linear(*args)
+        args = mapped(args, lambda t: self.origin[id(t)].to(t.dtype) if id(t) in self.origin else t)
+        writes, varies = func._schema.is_mutable, self.varies((args, tuple(kwargs.values())))
+        self._refuse_unfit(func, args, varies)
+        if writes:
+            target = kwargs.get("out", args[0])
+            if self.names.get(id(target), "").startswith("memory"):  # the cache itself: not now
+                self.write(quick(func), args, kwargs, ())
+                return target
+            self._make_writable(target, func)
+        elif not varies:
+            out = func(*args, **kwargs)
+            self.made.update({place(t)[0]: t for t in tensors(out)})
+            return out
+        elif func in RULES and (out := RULES[func](self, *args, **kwargs)) is not None:
+            return out
+        rows = self._is_row_wise(func, args)
+        if rows:
+            args, kwargs = mapped(args, narrow), {name: mapped(a, narrow) for name, a in kwargs.items()}
+        if writes:
+            quick(func)(*args, **kwargs)
+            self.write(quick(func), args, kwargs, ())
+            return target
+        found = self.call(quick(func), *args, **kwargs)
+        if found is not None and not any(True for _ in tensors(found)):
+            raise CannotRecord(f"Python code reads numbers out of tensors ({func})")
+        return mapped(found, lambda t: t.unsqueeze(1)) if rows else found
+
+    def varies(self, tree: Any) -> bool:
+        """Whether any of the tensors depends on an input."""
+        return any(place(t) in self.variables for t in tensors(tree))
+
+    def _original(self, weight: Tensor | None) -> Parameter | None:
+        found = self.origin.get(id(weight), weight)
+        return found if isinstance(found, Parameter) else None
+
+    def _refuse_unfit(self, func: Any, args: Any, varies: bool) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags and not (func in SEEDED and not any(SEEDED[func](args))):
+            raise CannotRecord(f"random numbers are drawn ({func})")
+        by_place = func is aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
+        if varies and torch.Tag.dynamic_output_shape in func.tags and not by_place:
+            raise CannotRecord(f"a shape depends on the data ({func})")
+
+    def _make_writable(self, target: Tensor, func: Any) -> None:
+        """Allows an operation to write into a tensor that is created in this step, and again in every replay."""
+        name = self.variables.get(place(target))
+        if name in self.inputs or (name is None and place(target)[0] not in self.made):
+            raise CannotRecord(f"a tensor that outlives the step is written to ({func})")
+        if name is None:
+            whole = target.as_strided((target.untyped_storage().nbytes() // target.itemsize,), (1,), 0)
+            self.lines.append(Line((self.variable(whole),), torch.clone, [self.constant(whole.clone())], {}))
+
+    @staticmethod
+    def _is_row_wise(func: Any, args: Any) -> bool:
+        """Whether an operation on (B, 1, C) gives the same on (B, C)."""
+        norm = func in (aten.layer_norm.default, aten.rms_norm.default) and len(args[1]) == 1
+        wide = [t for t in tensors(args) if t.ndim > 1]
+        fits = all(t.ndim == 3 and t.size(1) == 1 for t in wide)
+        return bool(wide) and fits and (norm or torch.Tag.pointwise in func.tags)
+
+    # --- writing ---
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs function(*args, **kwargs), which changes nothing, and writes it, unless it only returns views."""
+        found = function(*args, **kwargs)
+        if not all(place(t) in self.variables for t in tensors(found)):
+            self.write(function, args, kwargs, found)
+        return found
+
+    def write(self, function: Any, args: Any, kwargs: Any, found: Any) -> None:
+        words, options = [self.text(a) for a in args], {name: self.text(a) for name, a in kwargs.items()}
+        targets = tuple([self.variable(t) for t in tensors(found)])
+        self.lines.append(Line(targets, function, words, options, isinstance(found, (list, tuple))))
+
+    def variable(self, t: Tensor) -> str:
+        name = f"x{len(self.tensors)}"
+        self.tensors[name], self.variables[place(t)] = t, name
+        return name
+
+    def constant(self, value: Any) -> str:
+        if id(value) not in self.names:
+            self.names[id(value)] = f"c{len(self.constants)}"
+            self.constants[self.names[id(value)]] = value
+        return self.names[id(value)]
+
+    def text(self, a: Any) -> str:
+        if isinstance(a, Tensor) and id(a) not in self.names and place(a) in self.variables:
+            base = self.variables[place(a)]
+            if layout(self.tensors[base]) == layout(a):
+                return base
+            if (base, layout(a)) not in self.views:
+                self.views[base, layout(a)] = name = f"x{len(self.tensors)}"
+                self.tensors[name] = a
+                self.lines.append(Line((name,), torch.as_strided, [base, *map(repr, layout(a))], {}))
+            return self.views[base, layout(a)]
+        if isinstance(a, (list, tuple)):
+            return f"({''.join(self.text(item) + ', ' for item in a)})"
+        if a is None or isinstance(a, (bool, int, str)) or (isinstance(a, float) and math.isfinite(a)):
+            return repr(a)
+        return self.constant(a)
+
+    def source(self, logits: Tensor) -> str:
+        result = self.text(self.shaped(logits, (-1, logits.size(-1))))
+        code, needed = [f"return {result}"], {result}
+        for line in reversed(self._fused(result)):
+            if line.targets and needed.isdisjoint(line.targets):
+                continue
+            needed |= line.names()
+            words = [*line.words, *(f"{name}={word}" for name, word in line.options.items())]
+            to = "".join(f"{target}, " if line.several else f"{target} " for target in line.targets)
+            code.append(f"{to}{'= ' * bool(to)}{self.constant(line.function)}({', '.join(words)})")
+        return f"def step({PARAMETERS}):\n    " + "\n    ".join(reversed(code)) + "\n"
+
+    def _fused(self, result: str) -> list[Line]:
+        """The lines, with a product that is only added to something as one operation."""
+        uses = Counter([result, *(name for line in self.lines for name in line.names())])
+        lines = [Line((), None, [], {})]
+        known = {**self.constants, **self.tensors}
+        for line in self.lines:
+            last = lines[-1]
+            fused = FUSED.get((last.function, line.function))
+            rest = [word for word in line.words if word not in last.targets]
+            if fused and not line.options and len(rest) == 1 and uses[last.targets[0]] == 1:
+                operands = [known.get(word) for word in (*rest, *last.words, *line.targets)]
+                minus = line.function is torch.sub
+                same = all(isinstance(t, Tensor) and t.dtype == operands[-1].dtype for t in operands)
+                if same and operands[0].shape == operands[-1].shape and (not minus or line.words[0] == rest[0]):
+                    value = {"value": "-1"} if minus else {}
+                    lines[-1] = Line(line.targets, fused, [*rest, *last.words], value)
+                    continue
+            lines.append(line)
+        return lines[1:]
+
+    # --- operations ---
+
+    def shaped(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.call(torch.reshape, t, shape)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer in the layout for few rows."""
+        weights = self._original(weight), self._original(bias)
+        product = self.linears.product(*weights, x.dtype)
+        rows = self.shaped(x, (-1, x.size(-1)))
+        y = rows.new_zeros(rows.size(0), weight.size(0))
+        if not isinstance(product, Dense):
+            self.exact[self.constant(product)] = functools.partial(exactly, *weights)
+            self.write(product, (rows,), {}, y)
+        elif product.is_wide(len(rows)):
+            y = y.t().contiguous().t()  # the memory layout of a product from the other side
+            self.write(product, (rows,), {}, y)
+        elif product.bias is None:
+            self.write(torch.mm, (rows, product.transposed), {}, y)
+        else:
+            self.write(torch.addmm, (product.bias, rows, product.transposed), {}, y)
+        return y.view(*x.shape[:-1], -1)
+
+    def gelu(self, x: Tensor, approximate: str = "none") -> Tensor | None:
+        small = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= SMALL
+        if approximate != "none" or not small or not gelu_is_slow():
+            return None
+        given = narrow(x)
+        half = self.call(torch.mul, given, 0.5)
+        error = self.call(torch.erf, self.call(torch.mul, given, math.sqrt(0.5)))
+        return self.call(torch.addcmul, half, half, error).view(x.shape)
+
+    def rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor | None:
+        """x / sqrt(norm(x)^2 / n + eps) * weight: torch on a CPU needs three times as long."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or len(shape) != 1 or eps is None:
+            return None
+        if weight is not None and weight.dtype != x.dtype:
+            return None
+        given = narrow(x)
+        norm = self.call(torch.linalg.vector_norm, given, 2, -1, True)
+        inverse = self.call(torch.rsqrt, self.call(torch.addcmul, torch.tensor(eps), norm, norm, value=1 / shape[0]))
+        y = self.call(torch.mul, given, inverse)
+        return (y if weight is None else self.call(torch.mul, y, weight)).view(x.shape)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    aten.gelu.default: Recorder.gelu,
+    aten.rms_norm.default: Recorder.rms_norm,
+}
+FUSED = {
+    (torch.mm, torch.add): torch.addmm,
+    (torch.mul, torch.add): torch.addcmul,
+    (torch.mul, torch.sub): torch.addcmul,
+}
+# operations that draw random numbers only with a probability above 0
+SEEDED: dict[Any, Callable[[Any], Any]] = {
+    aten.scaled_dot_product_attention.default: lambda args: args[4:5],
+    aten.dropout.default: lambda args: [args[1] and args[2]],
+}
+
+
+def exactly(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @torch.inference_mode()
-def record(model: GPT, cache: KVCache, make_product: MakeProduct) -> Record:
+def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
     """The decode step of the model for the cache's rows and window. Raises CannotRecord."""
-    window, ragged = Window.of(cache), cache.ragged
-    # not the values of the next step: if Python code reads them, the comparison shows it
-    ids, lengths = torch.zeros_like(cache.lengths), (cache.lengths - 1).clamp_(min=0)
-    end = int(lengths.max())
-    visible, mask = window.visible(lengths, ragged), window.mask(lengths, end, ragged)
-    where = window.where(lengths)
-    idx, shown = ids[:, None], visible[:, None, None]
-    positions = lengths[:, None] if ragged else lengths[:1]
-    tape = Tape([idx, positions, shown, window.tokens, *window.keys, *window.values])
-
-    def on_update(layer: int, k: Tensor, v: Tensor) -> None:
-        if k.size(2) != 1 or k.dtype != cache.kv.dtype or v.dtype != cache.kv.dtype:
-            raise CannotRecord(f"keys of {k.size(2)} tokens in {k.dtype} do not fit the cache")
-        tape.note(Node(update_cache, (k, v, layer), {}, [], True))
-
-    stand_in: Any = StandIn(window, positions, shown, window.tokens, on_update)
-    with tape:
-        logits = model(idx, cache=stand_in)[0]
-    writer = Writer(tape.nodes, tape.origin, logits, window, make_product)
-    writer.mask, writer.additive, writer.where = shown, Var("mask", mask), Var("where", where)
-    writer.layers = {id(k): layer for layer, k in enumerate(window.keys)}
-    for name, memory, view in (
-        ("ids", ids, idx),
-        ("lengths", lengths, positions),
-        ("visible", visible, shown),
-        ("tokens", window.tokens, window.tokens),
-        *((f"keys[{i}]", k, k) for i, k in enumerate(window.keys)),
-        *((f"values[{i}]", v, v) for i, v in enumerate(window.values)),
-    ):
-        writer.values[id(view)] = Value(Var(name, memory), view)
-    writer.write()
-    source = f"def step({PARAMETERS}):\n    " + "\n    ".join(writer.lines) + "\n"
+    window, every = Window.of(cache), PARAMETERS.split(", ")
+    values = dict(zip(every, (*window.inputs(ids, cache, frozenset(every)), *window.parts), strict=True))
+    inputs: dict[str, Any] = {name: t for name, t in values.items() if isinstance(t, Tensor)}
+    for name in ("keys", "values", "memory"):  # the last is the one that other views are taken of
+        inputs |= {f"{name}[{i}]": t for i, t in enumerate(values[name])}
+    shown = inputs["visible"][:, None, None]
+    positions = inputs["lengths"][:, None] if cache.ragged else inputs["lengths"][:1]
+    recorder = Recorder(linears, inputs)
+    stand_in: Any = StandIn(window, positions, shown, inputs["where"])
+    with linears.computing(exact=True), recorder:
+        logits = model(inputs["ids"][:, None], cache=stand_in)[0]
+    source = recorder.source(logits)
     code = compile(source, "<decode step>", "exec")
-
-    needs = frozenset(name for name in PARAMETERS.split(", ") if re.search(rf"\b{name}\b", source.partition("\n")[2]))
 
     def function(constants: dict[str, Any]) -> Callable[..., Tensor]:
         exec(code, constants)  # source generated above from names of operations and numbers
         return constants["step"]
 
-    exact = function({**writer.constants, **writer.exact})
-    return Record(function(writer.constants) if writer.exact else exact, exact, source, needs)
+    kinds = [(c.dtype, c.ndim) if isinstance(c, Tensor) else id(c) for c in recorder.constants.values()]
+    program = re.sub(r"(?<![\w.])\d+(?![\w.])", "n", source) + f"{kinds}, {cache.ragged}"
+    exact = function({**recorder.constants, **recorder.exact})
+    step = function(recorder.constants) if recorder.exact else exact
+    body = source.partition("\n")[2]
+    needs = frozenset(name for name in every if re.search(rf"\b{name}\b", body))
+    return Record(step, exact, source, needs, program)

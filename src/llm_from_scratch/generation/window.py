@@ -8,8 +8,6 @@ Shapes: B rows, Hkv key heads, D their width, S keys in the window.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,20 +31,13 @@ class Window:
         self.memory = [cache.kv[i].view(-1, width) for i in range(L)]  # (2 room Hkv max_len, D): to write
         used = cache.kv[:, :, : self.rows, :, : self.size]
         self.keys, self.values = list(used[:, 0]), list(used[:, 1])  # (B, Hkv, S, D) each: to read
-        flat = used.flatten(2, 3)  # (L, 2, B Hkv, S, D)
-        self.turned = [flat[i, 0].transpose(1, 2) for i in range(L)]  # (B Hkv, D, S), as bmm wants them
-        self.flat = [flat[i, 1] for i in range(L)]  # (B Hkv, S, D)
         self.tokens = cache.tokens[: self.rows, : self.size]
         device = cache.kv.device
         which, row, head = (torch.arange(n, device=device) for n in (2, self.rows, heads))
         self.base = ((which[:, None, None] * room + row[:, None]) * heads + head) * max_len  # (2, B, Hkv)
-        self.heads, self.places = heads, torch.arange(self.size, device=device)
-        # a slice of it is the mask of rows of a given length
-        self.hidden = torch.zeros(1, 1, 2 * self.size, device=device, dtype=cache.kv.dtype)
-        self.hidden[..., self.size :] = -math.inf
-
+        self.places = torch.arange(self.size, device=device)
         # parameters of a recorded step that do not change between tokens
-        self.parts = (self.tokens, self.memory, self.turned, self.flat, self.keys, self.values)
+        self.parts = (self.tokens, self.memory, self.keys, self.values)
 
     @staticmethod
     def of(cache: KVCache, whole: bool = False) -> Window:
@@ -57,18 +48,17 @@ class Window:
         return window
 
     def inputs(self, ids: Tensor, cache: KVCache, needs: frozenset[str]) -> tuple[Tensor | None, ...]:
-        """The other parameters: ids, lengths, visible, mask, where. Parameters not in needs are None.
+        """The other parameters: ids, lengths, visible, where. Parameters not in needs are None.
 
-        All except mask start at the beginning of their memory, which the views in a record require.
+        They start at the beginning of their memory, which the views in a record require.
         """
-        lengths, end, ragged = cache.lengths, cache.end, cache.ragged
+        lengths = cache.lengths
         if "tokens" in needs:
             cache.tokens[torch.arange(self.rows, device=ids.device), lengths] = ids
         return (
             ids if ids.is_contiguous() and not ids.storage_offset() else ids.clone(),
             lengths,
-            self.visible(lengths, ragged) if "visible" in needs else None,
-            self.mask(lengths, end, ragged) if "mask" in needs else None,
+            self.visible(lengths, cache.ragged) if "visible" in needs else None,
             self.where(lengths) if "where" in needs else None,
         )
 
@@ -80,30 +70,22 @@ class Window:
         """Which keys the new token of each row attends to: bool, (B or 1, S)."""
         return self.places <= (lengths if ragged else lengths[:1])[:, None]
 
-    def mask(self, lengths: Tensor, end: int, ragged: bool) -> Tensor:
-        """The same as a mask to add to the scores: 0 or -inf, (B Hkv or 1, 1, S)."""
-        if ragged:
-            shown = torch.where(self.places <= lengths[:, None], 0.0, -math.inf).to(self.hidden.dtype)
-            return shown.repeat_interleave(self.heads, dim=0)[:, None]
-        return self.hidden.narrow(2, self.size - 1 - end, self.size)
-
 
 @dataclass
 class StandIn:
-    """What a model sees of a KVCache while a decode step is recorded. update: called with new keys and values."""
+    """What a model sees of a KVCache while a decode step is recorded."""
 
     window: Window
     positions: Tensor
     """As returned by KVCache.begin: (B, 1) if the rows differ in length, else (1,)."""
     mask: Tensor
-    tokens: Tensor
-    on_update: Callable[[int, Tensor, Tensor], None]
+    where: Tensor
 
     def begin(self, T: int) -> Tensor:
         return self.positions
 
     def seen(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        return self.tokens, self.positions
+        return self.window.tokens, self.positions
 
     def layer(self, index: int) -> StandInLayer:
         return StandInLayer(self, index)
@@ -118,6 +100,15 @@ class StandInLayer:
     index: int
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        cache = self.cache
-        cache.on_update(self.index, k, v)
-        return cache.window.keys[self.index], cache.window.values[self.index], cache.mask
+        window, i, (B, heads, T, D) = self.cache.window, self.index, k.shape
+        if T != 1 or k.dtype != window.kv.dtype or v.dtype != window.kv.dtype:
+            raise CannotRecord(f"keys of {T} tokens in {k.dtype} do not fit the cache")
+        memory, where, apart = window.memory[i], self.cache.where, heads * k.stride(1)
+        beside = k.stride() == v.stride() and v.storage_offset() - k.storage_offset() == apart
+        if beside and k.untyped_storage()._cdata == v.untyped_storage()._cdata:  # as in the result of one product
+            both = k.as_strided((2, B, heads, D), (apart, *k.stride()[:2], k.stride(3)))
+            memory.index_copy_(0, where, both.reshape(-1, D))
+        else:
+            for t, part in zip((k, v), where.chunk(2), strict=True):
+                memory.index_copy_(0, part, t.reshape(-1, D))
+        return window.keys[i], window.values[i], self.cache.mask

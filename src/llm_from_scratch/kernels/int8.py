@@ -33,7 +33,7 @@ def has_int8() -> bool:
 
 
 class Dense:
-    """x @ weight.T + bias (+ add). weight: (out, in); x: (N, in)."""
+    """x @ weight.T + bias. weight: (out, in); x: (N, in)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
         self.wide = weight.device.type == "cpu" and weight.numel() >= WIDE
@@ -47,15 +47,11 @@ class Dense:
         """Whether this many rows are multiplied from the other side."""
         return self.wide and 1 < rows <= FEW and torch.get_num_threads() > 1
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         if self.is_wide(len(x)):
             y = torch.mm(self.weight, x.t()).t()
-            y = y if self.bias is None else y + self.bias
-            return y if add is None else add + y
-        if add is None:
-            return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
-        y = torch.addmm(add, x, self.transposed)
-        return y if self.bias is None else y.add_(self.bias)
+            return y if self.bias is None else y + self.bias
+        return torch.mm(x, self.transposed) if self.bias is None else torch.addmm(self.bias, x, self.transposed)
 
 
 class Half:
@@ -66,9 +62,8 @@ class Half:
         bias = None if bias is None else bias.float()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.float().contiguous(), bias)
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return y if add is None else y.add_(add)
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
 class Int8:
@@ -94,12 +89,11 @@ class Int8:
         # without VNNI products are added in pairs in 16 bits, which 8-bit activations overflow
         self.reduce_range = not getattr(torch.cpu, "_is_vnni_supported", bool)()
 
-    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True).clamp_(min=1e-30)
         x = torch.cat((x / largest, self.range.expand(len(x), -1)), dim=-1)
         y = torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range).mul_(largest)
-        y = y if self.bias is None else y.add_(self.bias)
-        return y if add is None else y.add_(add)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Linears:
@@ -130,7 +124,7 @@ class Linears:
                 self.kept += [module.weight, module.bias]
 
     def product(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
-        """(x, add=None) -> x @ weight.T + bias (+ add), for x of this dtype."""
+        """x -> x @ weight.T + bias, for x of this dtype."""
         if id(weight) in self.packed:
             return self.packed[id(weight)]
         key = id(weight), id(bias), dtype
