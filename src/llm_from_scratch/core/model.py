@@ -134,9 +134,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         grouped = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped)
 
 
 class CausalSelfAttention(nn.Module):
@@ -306,7 +304,9 @@ class GPT(nn.Module):
         | biases, n-gram embeddings               | 0                               |
         | norm weights                            | 1                               |
         """
-        for module in self.modules_children_first(self):
+        children_first: list[nn.Module] = []
+        self.apply(children_first.append)  # a tied weight is drawn twice, as in nanoGPT
+        for module in children_first:
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -335,13 +335,6 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif name.endswith(("c_attn.weight", "c_fc.weight", "c_gate.weight")):
                 nn.init.uniform_(p, -a, a)
-
-    @staticmethod
-    def modules_children_first(root: nn.Module) -> list[nn.Module]:
-        """All modules in the order of nn.Module.apply. A tied weight is drawn twice, as in nanoGPT."""
-        visited: list[nn.Module] = []
-        root.apply(visited.append)
-        return visited
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; non_embedding excludes positions and n-grams (the token table belongs to the head)."""

@@ -127,7 +127,6 @@ class Batch:
         self.tokens = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # (B, longest); grows on the right
         self.ends = self.tokens.new_zeros(0)  # lengths, on the device
         self.newest = self.tokens.new_zeros(0)  # the last token of each row
-        self.unwritten: list[Tensor] = []  # tokens of every row that are not yet in self.tokens, (B,) each
         self.ready: Tensor | None = None  # logits that the prefill has computed already
         self.cache: KVCache | None = None
         self.cached: list[int] = []  # rows in the cache, in its order
@@ -146,7 +145,6 @@ class Batch:
 
         prefill: these prompts after crop(), if they have been read already.
         """
-        self._write_down()
         cropped = [self.crop(prompt) for prompt in prompts]
         first, n, longest = len(self.lengths), len(prompts), max(map(len, cropped))
         fresh = _padded(cropped, self.device)
@@ -203,35 +201,16 @@ class Batch:
     @torch.inference_mode()
     def append(self, ids: Tensor, first: int = 0) -> None:
         """Adds one token to every row from the first on. ids: (B - first,) int64."""
-        if first:
-            self._write_down()
-            self.newest = torch.cat((self.newest[:first], ids))
-            self._write(ids[:, None], first, max(self.lengths) + 1)
-        else:
-            self.newest = ids
-            self.unwritten.append(ids)
+        self.newest = torch.cat((self.newest[:first], ids)) if first else ids
         self.lengths = [n + (row >= first) for row, n in enumerate(self.lengths)]
-
-    def _write_down(self) -> None:
-        """Copies appended tokens to the rows that windows are read from. This is rarely needed, because a cached row
-        needs only its newest token."""
-        if self.unwritten:
-            ids = torch.stack(self.unwritten, dim=1)
-            self.unwritten = []
-            self._write(ids, 0, max(self.lengths))
-
-    def _write(self, ids: Tensor, first: int, longest: int) -> None:
-        """Appends tokens, (B - first, n), to the rows from `first` on. longest: of these rows afterwards."""
-        if longest > self.tokens.size(1):
-            self.tokens = F.pad(self.tokens, (0, longest - self.tokens.size(1) + self.block))
-        n = ids.size(1)
-        self.tokens[first:].scatter_(1, self.ends[first:, None] + torch.arange(n, device=self.device), ids)
-        self.ends[first:] += n
+        if max(self.lengths) > self.tokens.size(1):
+            self.tokens = F.pad(self.tokens, (0, self.block))
+        self.tokens[first:].scatter_(1, self.ends[first:, None], ids[:, None])
+        self.ends[first:] += 1
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Keeps only the given rows, in that order."""
-        self._write_down()
         index = torch.tensor(rows, device=self.device, dtype=torch.long)
         place = {old: new for new, old in enumerate(rows)}
         self._leave_cache([row for row in self.cached if row not in place])
@@ -253,7 +232,6 @@ class Batch:
 
     def _last(self, rows: list[int], n: int) -> Tensor:
         """The last n tokens of the given rows, (len(rows), n)."""
-        self._write_down()
         tokens, ends = self.tokens, self.ends
         if rows != list(range(len(self.lengths))):
             index = torch.tensor(rows, device=self.device)

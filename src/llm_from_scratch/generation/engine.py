@@ -134,16 +134,15 @@ class _Reading:
     told: list[Token]
 
 
+@dataclass
 class _Sample:
     """A row of the batch."""
 
-    def __init__(self, handle: Handle, index: int, text: TextStream):
-        self.handle, self.index, self.text, self.drawn = handle, index, text, 0
-        self.ended = False
-
-    @property
-    def logprobs(self) -> int | None:
-        return self.handle.request.logprobs
+    handle: Handle
+    index: int
+    text: TextStream
+    drawn: int = 0
+    ended: bool = False
 
 
 class Engine:
@@ -198,14 +197,8 @@ class Engine:
         with self._wake:
             alive = [handle for handle in self._open if not handle.cancelled and not handle.done]
             waiting = sum(not handle.cancelled for handle in self._waiting)
-        return Stats(
-            len(alive) - waiting,
-            waiting,
-            self.slots,
-            self._prompt_tokens,
-            self._generated,
-            self._steps,
-        )
+        running = len(alive) - waiting
+        return Stats(running, waiting, self.slots, self._prompt_tokens, self._generated, self._steps)
 
     def close(self) -> None:
         """Ends the thread. Unfinished requests get an error. To finish them, wait for them first."""
@@ -351,7 +344,8 @@ class Engine:
         for sample, good in zip(samples, sound.tolist(), strict=True):
             if not good:
                 sample.handle.give(Update(error=NOT_FINITE, done=True))
-        tokens = self._tokens(logits, drawn, [sample.text.before for sample in samples], [s.logprobs for s in samples])
+        before, asked = [s.text.before for s in samples], [s.handle.request.logprobs for s in samples]
+        tokens = self._tokens(logits, drawn, before, asked)
         updates: dict[int, tuple[Handle, list[Delta]]] = {}
         for sample, token in zip(samples, tokens, strict=True):
             handle = sample.handle
@@ -380,24 +374,17 @@ class Engine:
         """Tokens with log-probabilities. logits: (n, V); asked: number of alternatives per row, None for no
         log-probability."""
         bytes_of = self.generator.bytes_of
+        tokens = [Token(token, bytes_of(b, token)) for b, token in zip(before, ids, strict=True)]
         rows = [i for i, k in enumerate(asked) if k is not None]
         if not rows:
-            return [Token(i, bytes_of(b, i)) for b, i in zip(before, ids, strict=True)]
+            return tokens
         index = torch.tensor(rows, device=logits.device)
         chosen = torch.tensor([ids[i] for i in rows], device=logits.device)
         found = log_probabilities(logits[index], chosen, max(k or 0 for k in asked))
-        values: dict[int, tuple[float, list[float], list[int]]] = dict(
-            zip(rows, zip(*(t.tolist() for t in found), strict=True), strict=True)
-        )
-        tokens = []
-        for i, (b, token) in enumerate(zip(before, ids, strict=True)):
-            if i not in values:
-                tokens.append(Token(token, bytes_of(b, token)))
-                continue
-            own, logs, top = values[i]
-            k = asked[i]
-            likely = tuple((t, bytes_of(b, t), v) for t, v in zip(top[:k], logs[:k], strict=True) if v > -math.inf)
-            tokens.append(Token(token, bytes_of(b, token), own, likely))
+        for i, own, logs, top in zip(rows, *(t.tolist() for t in found), strict=True):
+            b, pairs = before[i], list(zip(top, logs, strict=True))[: asked[i]]
+            likely = tuple((t, bytes_of(b, t), log) for t, log in pairs if log > -math.inf)
+            tokens[i] = dataclasses.replace(tokens[i], logprob=own, top=likely)
         return tokens
 
     def _leave(self) -> None:

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from ..config import GenerationConfig
 from ..errors import UserError
-from .sampling import (
-    FILTERS,
-    GREEDY_BELOW,
-    draw,
-    keep_likely,
-    presence_frequency_penalty,
-    repetition_penalty,
-)
+from .sampling import FILTERS, GREEDY_BELOW, draw, keep_likely, presence_frequency_penalty, repetition_penalty
 
 Prompts = Sequence[Sequence[int]]
 
@@ -112,12 +105,8 @@ class Sampler:
         if params.temperature < GREEDY_BELOW:
             return logits.argmax(dim=-1)
         k, among = params.top_k, None
-        if (
-            k
-            and k <= logits.size(-1) // 4
-            and self.filters is FILTERS
-            and list(FILTERS)[:2] == ["temperature", "top_k"]
-        ):
+        usual = self.filters is FILTERS and list(FILTERS)[:2] == ["temperature", "top_k"]
+        if usual and k and k <= logits.size(-1) // 4:
             # only the k tokens that can pass the filters, in the order of their ids, so that the same one is drawn
             among = logits.topk(k).indices.sort(dim=-1).values
             logits = logits.gather(-1, among)

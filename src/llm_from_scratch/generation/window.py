@@ -52,23 +52,14 @@ class Window:
 
         They start at the beginning of their memory, which the views in a record require.
         """
-        lengths = cache.lengths
+        lengths, visible, where = cache.lengths, None, None
         if "tokens" in needs:
             cache.tokens[torch.arange(self.rows, device=ids.device), lengths] = ids
-        return (
-            ids if ids.is_contiguous() and not ids.storage_offset() else ids.clone(),
-            lengths,
-            self.visible(lengths, cache.ragged) if "visible" in needs else None,
-            self.where(lengths) if "where" in needs else None,
-        )
-
-    def where(self, lengths: Tensor) -> Tensor:
-        """Rows of memory for the new keys, then for the new values: (2 B Hkv,). lengths: (B,), before the step."""
-        return (self.base + lengths[:, None]).view(-1)
-
-    def visible(self, lengths: Tensor, ragged: bool) -> Tensor:
-        """Which keys the new token of each row attends to: bool, (B or 1, S)."""
-        return self.places <= (lengths if ragged else lengths[:1])[:, None]
+        if "visible" in needs:  # which keys the new token of each row attends to: bool, (B or 1, S)
+            visible = self.places <= (lengths if cache.ragged else lengths[:1])[:, None]
+        if "where" in needs:  # rows of memory for the new keys, then for the new values: (2 B Hkv,)
+            where = (self.base + lengths[:, None]).view(-1)
+        return ids if ids.is_contiguous() and not ids.storage_offset() else ids.clone(), lengths, visible, where
 
 
 @dataclass

@@ -54,7 +54,10 @@ class CPUDropout(nn.Dropout):
     """nn.Dropout with a mask generator that is several times as fast; p is rounded to a multiple of 1 / 65,536."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p) if self.training and self.p else x
+        if not (self.training and self.p):
+            return x
+        mask, scale = keep_mask(x.shape, self.p, x.dtype)
+        return x * mask.mul_(scale)
 
 
 class CPURotaryPositions(RotaryPositions):
@@ -124,12 +127,6 @@ class CPUReLUSquared(ReLUSquared):
 
     def forward(self, x: Tensor) -> Tensor:
         return SquaredReLU.apply(x)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout in training, several times as fast. Draws one number from torch's global generator."""
-    mask, scale = keep_mask(x.shape, p, x.dtype)
-    return x * mask.mul_(scale)
 
 
 def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:

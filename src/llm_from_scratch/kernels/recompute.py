@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import Config
 from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
-from ..errors import StopForward, UserError
+from ..errors import UserError
 from ..machine.device import Runtime, forked_random
 from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
-from .swap import swap, unswap
+from .swap import inputs, kind_of, swap, unswap
 
 GIB = 1 << 30
 WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch; below it, the bookkeeping costs more time than it saves
@@ -96,14 +96,12 @@ class RecomputedBlock(Block):
 def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
     """Recomputes the outputs of norms and activation functions in the blocks instead of storing them. On a CPU,
     attention does not store its weights either. The arithmetic is the same."""
-    lighter: dict[type, type] = {CPUAttention: LeanCPUAttention}
-    if model.lm_head.weight.device.type == "cpu":
-        lighter |= {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared}
-    swap(model, lighter, say)
+    on_cpu = model.lm_head.weight.device.type == "cpu"
+    faster: dict[type, type] = {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared} if on_cpu else {}
     cheap = (*NORMS.values(), *(kind for kind in ACTIVATIONS.values() if isinstance(kind, type)))
-    inside = {m for m in model.transformer.h.modules() if isinstance(m, cheap)}
-    kinds: set[type] = {type(m) for m in inside}
-    swap(model, {kind: lean(kind) for kind in kinds}, say, keep=[m for m in model.modules() if m not in inside])
+    inside = {m for m in model.transformer.h.modules() if isinstance(m, (CPUAttention, *cheap))}
+    lighter = {kind: lean(faster.get(kind, kind)) for kind in {type(m) for m in inside}}
+    swap(model, {**lighter, CPUAttention: LeanCPUAttention}, say, keep=set(model.modules()) - inside)
     swap(model, {Block: LeanBlock}, say)
 
 
@@ -207,30 +205,12 @@ def _kept(model: GPT, runtime: Runtime, sequences: int) -> tuple[int, int]:
     block, made = model.transformer.h[0], Allocated()
     tokens = torch.zeros((sequences, model.config.block_size), dtype=torch.long, device=runtime.device)
     with runtime.autocast():
-        args, kwargs = _arguments(model, block, tokens)
+        args, kwargs = inputs(model, [block], tokens)[kind_of(block)]
         theirs = [*block.parameters(), *tree_leaves((args, kwargs))]
         known = {t.untyped_storage()._cdata for t in theirs if isinstance(t, Tensor)}
         with made:
             out = block(*args, **kwargs)
     return made.alive(known), out.untyped_storage().nbytes()
-
-
-def _arguments(model: GPT, block: nn.Module, tokens: Tensor) -> tuple[tuple, dict]:
-    """The arguments with which the model calls the block."""
-    met: list[tuple[tuple, dict]] = []
-
-    def stop(_block: nn.Module, args: tuple, kwargs: dict) -> None:
-        met.append((args, kwargs))
-        raise StopForward
-
-    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(tokens)
-    except StopForward:
-        pass
-    finally:
-        hook.remove()
-    return met[0]
 
 
 class Allocated(TorchDispatchMode):

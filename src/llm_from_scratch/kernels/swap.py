@@ -40,20 +40,20 @@ def swap(
     """
     left = set(keep)
     chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
-    inputs = _inputs(model, chosen) if chosen else {}
+    given = _few_tokens(model, chosen) if chosen else {}
     verdicts: dict[Any, str | None] = {}
     count = 0
     for module in chosen:
-        kind, plain = _kind(module), type(module)
+        which, plain = kind_of(module), type(module)
         replacement = replacements[plain]
-        if kind not in inputs:  # the model never calls one of this kind
+        if which not in given:  # the model never calls one of this kind
             continue
-        if kind not in verdicts:
-            verdict = _difference(module, replacement, *inputs[kind])
+        if which not in verdicts:
+            verdict = _difference(module, replacement, *given[which])
             if verdict is not None and verdict not in verdicts.values():
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
-            verdicts[kind] = verdict
-        if verdicts[kind] is None:
+            verdicts[which] = verdict
+        if verdicts[which] is None:
             _plain[replacement] = plain
             module.__class__ = replacement
             count += 1
@@ -67,41 +67,43 @@ def unswap(model: nn.Module, *classes: type) -> None:
             module.__class__ = _plain[type(module)]
 
 
-def _kind(module: nn.Module) -> Any:
+def kind_of(module: nn.Module) -> Any:
     """Modules of one kind are compared once: same class, same shapes."""
     return type(module), tuple(p.shape for p in module.parameters())
 
 
-def _inputs(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
-    """The arguments with which the model calls a module of each kind, for a few tokens, in the precision of its
-    weights."""
+def inputs(model: GPT, modules: list[nn.Module], *tokens: Tensor) -> dict[Any, tuple[Any, dict[str, Any]]]:
+    """The arguments with which model(*tokens) calls a module of each kind. It runs until the last kind is called."""
     found: dict[Any, tuple[Any, dict[str, Any]]] = {}
-
-    kinds = {_kind(m) for m in modules}
+    kinds = {kind_of(m) for m in modules}
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.setdefault(_kind(module), (args, kwargs))
+        found.setdefault(kind_of(module), (args, kwargs))
         if len(found) == len(kinds):
             raise StopForward
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
-    device, config, training = model.lm_head.weight.device, model.config, model.training
-    ids = torch.randint(
-        int(config.vocab_size or 1),
-        (SEQUENCES, min(TOKENS, config.block_size) + 1),
-        generator=torch.Generator().manual_seed(0),
-    ).to(device)
-    dtype, model.compute_dtype = model.compute_dtype, None
     try:
-        # with gradients, to see which inputs need one; without the blocks after the last kind
-        with contextlib.suppress(StopForward), torch.enable_grad(), forked_random(device):
-            model.eval()(ids[:, :-1], ids[:, 1:])
+        with contextlib.suppress(StopForward):
+            model(*tokens)
     finally:
-        model.compute_dtype = dtype
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, dict[str, Any]]]:
+    """inputs() for a few tokens, in the precision of the weights."""
+    device, config, training = model.lm_head.weight.device, model.config, model.training
+    shape = SEQUENCES, min(TOKENS, config.block_size) + 1
+    ids = torch.randint(int(config.vocab_size or 1), shape, generator=torch.Generator().manual_seed(0)).to(device)
+    dtype, model.compute_dtype = model.compute_dtype, None
+    try:
+        with torch.enable_grad(), forked_random(device):  # with gradients, to see which inputs need one
+            return inputs(model.eval(), modules, ids[:, :-1], ids[:, 1:])
+    finally:
+        model.compute_dtype = dtype
+        model.train(training)
 
 
 def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:

@@ -289,6 +289,23 @@ def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caps
     assert generator.decoder.recorded.records == {}
 
 
+def test_records_that_differ_only_in_sizes_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that join and leave a server's batch need many records. All of them are right, one was compared."""
+    model = model_of("modern")
+    decoder, compared = Decoder(model), []
+    its_own = decoder.recorded.own
+    monkeypatch.setattr(decoder.recorded, "own", lambda *a, **k: compared.append(a) or its_own(*a, **k))
+    for rows in (2, 3, 5):
+        cache, idx = KVCache(model.config, rows), ids(rows, 9)
+        own(model, idx[:, :8], cache)
+        cache.advance([8 - row for row in range(rows)])
+        new = idx[range(rows), [8 - row for row in range(rows)]]
+        found = decoder.step(new, cache)
+        for row in range(rows):
+            close(found[row], own(model, idx[row, None, : 9 - row])[0, -1])
+    assert len(compared) == 1 and len(decoder.recorded.records) == 3
+
+
 def test_a_step_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch.compile, for which there is one window: the whole cache."""
     compiled: list[Any] = []
