@@ -32,7 +32,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError if nothing was sent yet."""
-        job = self.queue.submit(self.plan.requests, self.began)
+        job = self.queue.submit(self.plan, self.began)
         job.connection = scope.get("state", {}).get("connection")
         watcher = asyncio.create_task(_leave_with_client(receive, job))
         try:
@@ -45,36 +45,18 @@ class Answer(Response):
             job.close()
             watcher.cancel()
 
-    async def _progress(self, job: Job) -> bool:
-        """Waits until the choices have grown. False at the end. Raises ApiError if the engine failed."""
-        while not job.gone:
-            batch = await job.next()
-            if any(update.error is not None for _, update in batch):
-                if not job.engine.alive:
-                    raise self.queue.supervisor.unavailable()
-                raise ApiError(500, "the engine failed on this request", code="generation_failed")
-            if job.over and not batch and not self.plan.begun:
-                raise ApiError(503, "the request did not start in time: the server is busy", retry_after=5)
-            if not batch:
-                return job.over and self.plan.cut()
-            if self.plan.add(batch):
-                return True
-        return False
-
     async def _whole(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        if await self._progress(job):
+        if await job.grown():
             self.metrics.first_token.observe(time.monotonic() - self.began)
-            while await self._progress(job):
+            while await job.grown():
                 pass
         if not job.gone:
-            if not job.over:
-                self.queue.supervisor.completed()
             large = self.plan.logprobs and sum(len(choice.tokens) for choice in self.plan.choices) > LARGE
             body = await asyncio.to_thread(self.plan.whole) if large else self.plan.whole()
             await json_response(body)(scope, receive, send)
 
     async def _stream(self, job: Job, scope: Scope, receive: Receive, send: Send) -> None:
-        more = await self._progress(job)  # before the status is sent, so that errors have their own status
+        more = await job.grown()  # before the status is sent, so that errors have their own status
         if job.gone:
             return
         self.metrics.first_token.observe(time.monotonic() - self.began)
@@ -85,13 +67,11 @@ class Answer(Response):
                 text += self.plan.chunks()
                 if text:
                     await self._send(job, send, text)
-                text, more = "", await self._progress(job)
+                text, more = "", await job.grown()
         except ApiError as error:
             text = f"data: {error_body(error)}\n\ndata: [DONE]\n\n"
         else:
             text += self.plan.closing()
-            if not job.over:
-                self.queue.supervisor.completed()
         if not job.gone:
             await self._send(job, send, text, more=False)
 

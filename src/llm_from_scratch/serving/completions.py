@@ -9,7 +9,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,29 +82,25 @@ class Plan:
 
     # the engine's updates
 
-    def add(self, batch: Iterable[tuple[int, Update]]) -> bool:
-        """Adds updates to the choices. Returns whether they hold anything new."""
-        is_new = False
-        for prompt, update in batch:
-            first = prompt * self.samples
-            if not update.deltas and not update.prompt:
-                continue
-            is_new = True
-            if prompt not in self.begun:
-                self.begun.add(prompt)
-                if self.echo is not None:
-                    for choice in self.choices[first : first + self.samples]:
-                        choice.text, choice.tokens = self.echo[prompt], list(update.prompt)
-                        choice.before = len(update.prompt)
-            for delta in update.deltas:
-                choice = self.choices[first + delta.sample]
-                if self.keep:
-                    choice.text += delta.text
-                    choice.tokens += delta.tokens
-                    self.generated += len(delta.tokens)
-                if delta.finish_reason is not None:
-                    choice.reason = delta.finish_reason if self.keep else "length"
-        return is_new
+    def add(self, prompt: int, update: Update) -> bool:
+        """Adds an update of a prompt to its choices. Returns whether it holds anything new."""
+        if not update.deltas and not update.prompt:
+            return False
+        choices = self.choices[prompt * self.samples : (prompt + 1) * self.samples]
+        if prompt not in self.begun and self.echo is not None:
+            for choice in choices:
+                choice.text, choice.tokens = self.echo[prompt], list(update.prompt)
+                choice.before = len(update.prompt)
+        self.begun.add(prompt)
+        for delta in update.deltas:
+            choice = choices[delta.sample]
+            if self.keep:
+                choice.text += delta.text
+                choice.tokens += delta.tokens
+                self.generated += len(delta.tokens)
+            if delta.finish_reason is not None:
+                choice.reason = delta.finish_reason if self.keep else "length"
+        return True
 
     def cut(self) -> bool:
         """Finishes the open choices after a timeout. Returns whether there were any."""

@@ -7,12 +7,12 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from ..errors import ApiError, UserError
-from ..generation.engine import Handle, Request, Update
+from ..generation.engine import Handle, Update
+from .completions import Plan
 from .errors import overloaded
 from .supervisor import Supervisor
 
@@ -56,15 +56,15 @@ class JobQueue:
             # spread the retries, at the rate at which the engine finishes jobs
             raise overloaded(max(1, min(60, round(self.refused.value() / max(0.5, self.ended.value())))))
 
-    def submit(self, requests: Sequence[Request], began: float) -> Job:
+    def submit(self, plan: Plan, began: float) -> Job:
         """Raises ApiError."""
-        samples = sum(request.params.num_samples for request in requests)
+        samples = len(plan.choices)
         if samples > self.limit:
             raise ApiError(400, f"the request needs {samples} samples; the limit is {self.limit}", "n")
         self.check(samples)
-        job = Job(self, samples, began)
+        job = Job(self, plan, began)
         try:
-            for index, request in enumerate(requests):
+            for index, request in enumerate(plan.requests):
                 job.handles.append(self.supervisor.submit(request, partial(self._put, job, index)))
         except BaseException as error:
             job.close()
@@ -96,17 +96,15 @@ class JobQueue:
 class Job:
     """The engine requests of one client request."""
 
-    def __init__(self, queue: JobQueue, samples: int, began: float):
-        self.queue, self.samples, self.began = queue, samples, began
+    def __init__(self, queue: JobQueue, plan: Plan, began: float):
+        self.queue, self.plan, self.samples = queue, plan, len(plan.choices)
         self.handles: list[Handle] = []
-        self.pending: list[tuple[int, Update]] = []
-        self.weight = 0
-        self.gone = self.over = self.closed = False
+        self.done = self.weight = 0  # finished engine requests; tokens and alternatives since the last call of grown()
+        self.has_grown = self.failed = self.gone = self.over = self.closed = False
         self.wake = asyncio.Event()
-        self.done = 0
         self.engine = queue.supervisor.engine
         self.connection: Any = None  # can be aborted
-        queue.samples += samples
+        queue.samples += self.samples
         queue.jobs.add(self)
         self.loop = asyncio.get_running_loop()
         self.timer = self.loop.call_later(max(0.0, began + queue.seconds - time.monotonic()), self.end)
@@ -114,23 +112,33 @@ class Job:
     def take(self, index: int, update: Update) -> None:
         if self.closed or self.over or self.gone:
             return
-        self.pending.append((index, update))
+        self.done += update.done
+        self.failed = self.failed or update.error is not None
+        if self.done and not self.failed:
+            self.queue.supervisor.failures = 0
+        self.has_grown = self.plan.add(index, update) or self.has_grown
         self.weight += sum(1 + len(token.top) for delta in update.deltas for token in delta.tokens)
         if self.weight > MAX_PENDING:
             self.abort()  # the client does not read
         self.wake.set()
 
-    async def next(self) -> list[tuple[int, Update]]:
-        """Waits for updates. Empty at the end (see gone and over)."""
-        while True:
-            if self.pending:
-                batch, self.pending, self.weight = self.pending, [], 0
-                self.done += sum(update.done for _, update in batch)
-                return batch
-            if self.gone or self.over or self.done >= len(self.handles):
-                return []
+    async def grown(self) -> bool:
+        """Waits until the plan's choices have grown. False at the end. Raises ApiError if the engine failed."""
+        while not self.gone:
+            if self.failed and not self.engine.alive:
+                raise self.queue.supervisor.unavailable()
+            if self.failed:
+                raise ApiError(500, "the engine failed on this request", code="generation_failed")
+            if self.has_grown:
+                self.has_grown, self.weight = False, 0
+                return True
+            if self.over and not self.plan.begun:
+                raise ApiError(503, "the request did not start in time: the server is busy", retry_after=5)
+            if self.over or self.done >= len(self.handles):
+                return self.over and self.plan.cut()
             self.wake.clear()
             await self.wake.wait()
+        return False
 
     def end(self) -> None:
         """Stops generating and keeps the text so far."""
@@ -139,7 +147,7 @@ class Job:
 
     def leave(self) -> None:
         """Stops, because the client has disconnected."""
-        self.gone, self.pending = True, []
+        self.gone = True
         self._cancel()
 
     def abort(self) -> None:

@@ -23,7 +23,8 @@ class Supervisor:
     def __init__(self, make: Callable[[], Engine], on_restart: Callable[[], None] = lambda: None):
         self.make, self.on_restart = make, on_restart
         self.engine = make()
-        self.born, self.failures = time.monotonic(), 0
+        self.born = time.monotonic()
+        self.failures = 0  # since the last request that was completed
         self.before = [0, 0, 0]  # prompt tokens, generated tokens and steps of the engines that died
         self.problem: str | None = None
 
@@ -50,10 +51,6 @@ class Supervisor:
         sums = [a + b for a, b in zip(self.before, (now.prompt_tokens, now.generated_tokens, now.steps), strict=True)]
         running, waiting = (now.running, now.waiting) if self.engine.alive else (0, 0)
         return Stats(running, waiting, now.slots, *sums)
-
-    def completed(self) -> None:
-        """Resets the failures, because a request was completed."""
-        self.failures = 0
 
     async def watch(self) -> None:
         """Replaces failed engines, until cancelled."""

@@ -222,7 +222,7 @@ def test_echo_of_text_alone(client):
 def test_tokens_that_are_part_of_a_character():
     plan = Plan("m", [Request([1], GenerationConfig(num_samples=1), logprobs=0)], stream=False, usage=False)
     parts = [Token(i, bytes([byte]), -1.0) for i, byte in enumerate("a€b".encode())]
-    assert plan.add([(0, Update((Delta(0, "a€b", tuple(parts), "length"),)))])
+    assert plan.add(0, Update((Delta(0, "a€b", tuple(parts), "length"),)))
     told = json.loads(plan.whole())["choices"][0]["logprobs"]
     assert told["tokens"] == ["a", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac", "b"]
     assert told["token_bytes"] == [[97], [0xE2], [0x82], [0xAC], [98]]
