@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError, one_line
-from ..machine.files import open_file, read_json, to_json, write_bytes
+from ..machine.files import open_file, read_json, to_json, write_whole
 
 BLOCK = 1 << 20  # ids per read of a scan
 SCAN_LIMIT = 4 << 30  # bytes; a larger split is scanned in the background during the first steps
@@ -295,7 +295,7 @@ def _remembered(shard: TokenFile) -> int | None:
 def _remember(shard: TokenFile, largest: int) -> None:
     content = _checked(shard.path.parent) | {shard.path.name: _facts(shard, largest)}
     with contextlib.suppress(OSError):  # the data of a read-only folder is scanned each time
-        write_bytes(shard.path.with_name(CHECKED), to_json(content))
+        write_whole(shard.path.with_name(CHECKED), to_json(content))
 
 
 def _facts(shard: TokenFile, largest: int) -> dict[str, Any]:

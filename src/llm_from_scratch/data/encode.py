@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.tokenizer import Tokenizer
-from ..machine.files import write_bytes
+from ..machine.files import write_whole
 from ..machine.processes import shield_children
 
 UNIT = 1 << 20  # characters per unit
@@ -138,7 +138,7 @@ class TokenCache:
     def put(self, key: str, ids: np.ndarray) -> None:
         if self.folder is not None:
             path, data = self.folder / key[:2] / f"{key}.tokens", ids.astype(self.dtype).tobytes()
-            write_bytes(path, hashlib.sha256(data).digest() + data)
+            write_whole(path, hashlib.sha256(data).digest() + data)
             self.used[path] = 32 + len(data)
 
     def finish(self) -> None:

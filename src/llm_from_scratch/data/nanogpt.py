@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
-from ..machine.files import temporary_folder, write_bytes
+from ..machine.files import temporary_folder, write_whole
 from .prepare import DatasetSpec, Report, build, disk_errors
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
@@ -29,12 +29,12 @@ def prepare_shakespeare(folder: str | Path, tokenizer_name: str, report: Report 
         border = int(len(text) * 0.9)
         files = {"train.bin": tokenizer.encode(text[:border]), "val.bin": tokenizer.encode(text[border:])}
         for file, ids in files.items():
-            write_bytes(folder / file, ids.astype("<u2").tobytes())
+            write_whole(folder / file, ids.astype("<u2").tobytes())
             report(f"{file}: {len(ids):,} tokens")
         if isinstance(tokenizer, CharTokenizer):
             stoi = {char: i for i, char in enumerate(tokenizer.chars)}
             meta = {"vocab_size": len(stoi), "itos": dict(enumerate(tokenizer.chars)), "stoi": stoi}
-            write_bytes(folder / "meta.pkl", pickle.dumps(meta))
+            write_whole(folder / "meta.pkl", pickle.dumps(meta))
 
 
 def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: Report = print) -> None:

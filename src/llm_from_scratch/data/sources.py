@@ -27,7 +27,7 @@ from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError, one_line
 from ..machine.extras import missing
-from ..machine.files import open_file, write_bytes
+from ..machine.files import open_file, write_whole
 
 PIECE = 1 << 20  # maximum characters per piece
 RAW = Path("data/raw")
@@ -305,7 +305,7 @@ def fetch_tiny_shakespeare(path: str | Path) -> Path:
         raise UserError(f"cannot download tiny Shakespeare ({reason}); {advice}") from None
     if hashlib.sha256(data).hexdigest() != SHAKESPEARE_SHA256:
         raise UserError(f"{SHAKESPEARE_URL} returned an unexpected file (its sha256 differs); nothing was written")
-    write_bytes(path, data)
+    write_whole(path, data)
     return path
 
 
@@ -318,7 +318,7 @@ def python_docs_file(root: Path) -> Path:
     text = "\n\n".join(topics.topics[key].strip() for key in sorted(topics.topics)) + "\n"
     path = root / RAW / "python_docs.txt"
     if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
-        write_bytes(path, text.encode("utf-8"))
+        write_whole(path, text.encode("utf-8"))
     return path
 
 

@@ -112,7 +112,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         raise SaveError(f"cannot write {path}: {error}; {space_for(path.parent, needed.size)}") from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, not synced. Creates its folder. Several processes may write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_whole(path, f".{path.name.lstrip('.')}.{os.getpid()}", durable=False) as file:
