@@ -5,40 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..checkpoint import store as checkpoints
 from ..checkpoint.store import Checkpoint
 from ..config import Config, flatten
 from ..machine import device as runtimes
 from ..machine.device import Runtime
-from ..machine.files import FolderLock
-from ..machine.processes import wait_for_all
-from .plan import Plan
 
 NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}  # settings of a call, not of the run
 BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
-
-
-def machine_of(
-    runtime: Runtime, optimizer: torch.optim.Optimizer, is_compiled: bool, micro_batch: int
-) -> dict[str, Any]:
-    """Everything about the machine that affects the last bits of a run, as stored in the checkpoint."""
-    on_gpu = runtime.device.type == "cuda"
-    return {
-        "device": runtime.device.type,
-        "processor": torch.cuda.get_device_name(runtime.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(runtime.dtype).removeprefix("torch."),
-        "compile": is_compiled,
-        "fused": bool(optimizer.defaults.get("fused")),
-        "micro_batch": micro_batch,
-        "threads": torch.get_num_threads(),
-        "processes": runtime.world_size,
-        "torch": torch.__version__,
-    }
 
 
 def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
@@ -103,20 +78,6 @@ def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chos
     if type(micro) is not int or micro < 1 or local_batch % micro:
         return chosen
     return micro if micro < chosen or config.data.micro_batch == "auto" else chosen
-
-
-def take_folder(plan: Plan, lock: FolderLock) -> Path | None:
-    """Locks out_dir, removes leftovers and moves an earlier run aside. Returns its new folder. Raises UserError if
-    another process trains there."""
-    out_dir = Path(plan.config.training.out_dir)
-    wait_for_all(plan.runtime.world_size)  # all processes have read their weights: the folder may be moved now
-    if not plan.runtime.is_master or plan.config.training.eval_only:
-        return None
-    lock.acquire()
-    _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
-    moved = checkpoints.archive_previous(out_dir) if plan.resumed is None else None
-    checkpoints.clean_leftovers(out_dir)
-    return moved
 
 
 def resume_command(config: Config, command: str, processes: int = 1) -> str:

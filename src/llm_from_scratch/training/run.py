@@ -32,7 +32,7 @@ from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
-from .resume import machine_of, not_bit_exact, resume_command, take_folder
+from .resume import not_bit_exact, resume_command
 from .saver import Saver
 from .scheduler import learning_rate_at
 from .setup import make_plan
@@ -116,7 +116,13 @@ class Run:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
                 self.say(line)
         # the first to write: all that can fail before step 0 has succeeded
-        moved, first = take_folder(plan, lock) if lock is not None else None, plan.start_step
+        moved, first = None, plan.start_step
+        wait_for_all(self.runtime.world_size)  # all processes have read their weights: the folder may be moved now
+        if lock is not None and self.runtime.is_master and not self.config.training.eval_only:
+            lock.acquire()
+            _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
+            moved = checkpoints.archive_previous(self.out_dir) if plan.resumed is None else None
+            checkpoints.clean_leftovers(self.out_dir)
         left = Remaining(Calendar.of(plan), self.timer, first)
         self.log = RunLog(
             self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
@@ -279,7 +285,20 @@ class Run:
             self.save()
 
     def _machine(self) -> dict[str, Any]:
-        return machine_of(self.runtime, self.optimizer, self.models.is_compiled, self.micro_batch)
+        """Everything about the machine that affects the last bits of a run, as stored in the checkpoint."""
+        device = self.runtime.device
+        on_gpu = device.type == "cuda"
+        return {
+            "device": device.type,
+            "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+            "dtype": str(self.runtime.dtype).removeprefix("torch."),
+            "compile": self.models.is_compiled,
+            "fused": bool(self.optimizer.defaults.get("fused")),
+            "micro_batch": self.micro_batch,
+            "threads": torch.get_num_threads(),
+            "processes": self.runtime.world_size,
+            "torch": torch.__version__,
+        }
 
     def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
         """Restores all but the weights from a checkpoint. Returns what cannot be restored."""
