@@ -191,7 +191,7 @@ def edited(name: str) -> dict[str, Run]:
     """Prints why, if the model cannot be recorded."""
     from llm_from_scratch.tests.generation import test_edited_models as models
 
-    models.SIZES = {"block_size": 512, "n_layer": 6, "n_head": 6, "n_embd": 384}
+    models.SIZES = {"block_size": 512, "n_layer": 4, "n_head": 4, "n_embd": 128}  # as char-512
     models.SCALE = 0.0
     model = models.RECORDED[name]() if name in models.RECORDED else models.OWN[name][0]()
     fast, own = (generator_of(model, models.V) for _ in range(2))

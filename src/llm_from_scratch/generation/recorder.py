@@ -276,7 +276,7 @@ class Recorder(TorchDispatchMode):
             fused = FUSED.get((last.function, line.function))
             rest = [word for word in line.words if word not in last.targets]
             if fused and not line.options and len(rest) == 1 and uses[last.targets[0]] == 1:
-                operands = [known.get(word) for word in (*rest, *last.words, *line.targets)]
+                operands: list[Any] = [known.get(word) for word in (*rest, *last.words, *line.targets)]
                 minus = line.function is torch.sub
                 same = all(isinstance(t, Tensor) and t.dtype == operands[-1].dtype for t in operands)
                 if same and operands[0].shape == operands[-1].shape and (not minus or line.words[0] == rest[0]):
@@ -293,8 +293,8 @@ class Recorder(TorchDispatchMode):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A linear layer in the layout for few rows."""
-        weights = self._original(weight), self._original(bias)
-        product = self.linears.product(*weights, x.dtype)
+        weights: Any = self._original(weight), self._original(bias)
+        product = self.linears.product(weights[0], weights[1], x.dtype)
         rows = self.shaped(x, (-1, x.size(-1)))
         y = rows.new_zeros(rows.size(0), weight.size(0))
         if not isinstance(product, Dense):
@@ -355,8 +355,10 @@ def exactly(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
     """The decode step of the model for the cache's rows and window. Raises CannotRecord."""
     window, every = Window.of(cache), PARAMETERS.split(", ")
-    values = dict(zip(every, (*window.inputs(ids, cache, frozenset(every)), *window.parts), strict=True))
-    inputs: dict[str, Any] = {name: t for name, t in values.items() if isinstance(t, Tensor)}
+    values: dict[str, Any] = dict(
+        zip(every, (*window.inputs(ids, cache, frozenset(every)), *window.parts), strict=True)
+    )
+    inputs = {name: t for name, t in values.items() if isinstance(t, Tensor)}
     for name in ("keys", "values", "memory"):  # the last is the one that other views are taken of
         inputs |= {f"{name}[{i}]": t for i, t in enumerate(values[name])}
     shown = inputs["visible"][:, None, None]
