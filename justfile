@@ -40,16 +40,23 @@ demo *ARGS: (_env "tensorboard" "plots")
 
 # Workers share files, the longest first. Three, because tests also wait for processes that they start.
 workers := "-n 3 --dist=loadfile --no-loadscope-reorder"
+# Bytecode is written even if the environment forbids it: otherwise every worker and every process compiles all files.
+pytest := 'PYTHONDONTWRITEBYTECODE= "' + python + '" -m pytest ' + workers
 
 # Run the tests: a case of each behaviour, in about 5 minutes
 [no-exit-message]
 test *ARGS: (_env "dev")
-    @"{{ python }}" -m pytest {{ workers }} "$@"
+    @{{ pytest }} "$@"
 
 # Run every test that needs no GPU and no network, in up to 25 minutes
 [no-exit-message]
 test-all *ARGS: (_env "dev")
-    @"{{ python }}" -m pytest {{ workers }} -m "not gpu and not network" "$@"
+    @{{ pytest }} -m "not gpu and not network" "$@"
+
+# Run the tests with another version of torch (./just test-torch 2.6.0), in a temporary environment
+[no-exit-message]
+test-torch VERSION *ARGS: (_env "dev")
+    @version=$1; shift; exec "{{ python }}" scripts/test_torch.py "$version" {{ workers }} "$@"
 
 # Run the tests with a coverage report
 [no-exit-message]

@@ -104,13 +104,13 @@ def pinned_torch(constraints: str) -> str:
 
 
 class Uv:
-    """uv pip on this environment, with or without the folders of extra wheels."""
+    """uv pip on this environment or another one, with or without the folders of extra wheels."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
+    def __init__(self, env: dict[str, str], python: str = sys.executable) -> None:
+        self.env, self.python = env, python
 
     def install(self, *args: str, quiet: bool = False, links: bool = True) -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "uv"), "pip", "install", "--python", sys.executable, *args]
+        command = [str(BIN / "uv"), "pip", "install", "--python", self.python, *args]
         env = self.env if links else {k: v for k, v in self.env.items() if k != "UV_FIND_LINKS"}
         # Without bytecode, importing torch takes twice as long; PYTHONDONTWRITEBYTECODE keeps Python from writing it.
         env = {"UV_COMPILE_BYTECODE": "1", **env}

@@ -1,10 +1,24 @@
-"""What the tests of the optimizers do to small models."""
+"""What tests of training do to small models, and what they need of torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+
+
+def multiplies_float8() -> bool:
+    """Whether torch multiplies float8 on a CPU; torch 2.6 does not."""
+    operand, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(())
+    try:
+        torch._scaled_mm(operand, operand.t(), scale_a=scale, scale_b=scale, out_dtype=torch.float32)
+    except NotImplementedError:
+        return False
+    return True
+
+
+needs_float8 = pytest.mark.skipif(not multiplies_float8(), reason="this torch does not multiply float8 on a CPU")
 
 
 def train_steps(model: Any, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:

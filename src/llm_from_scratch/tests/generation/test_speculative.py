@@ -59,7 +59,7 @@ DRAFTS: dict[str, Callable[[], Draft]] = {
 
 
 # every draft, and one past the context in the other way; six prompts of each among the slow tests
-CASES = [*(("recompute", name, 2) for name in DRAFTS), ("drop_half", "another model", 2)]
+CASES: list[Any] = [*(("recompute", name, 2) for name in DRAFTS), ("drop_half", "another model", 2)]
 CASES += [pytest.param(o, name, 6, marks=pytest.mark.slow) for o in ("recompute", "drop_half") for name in DRAFTS]
 
 

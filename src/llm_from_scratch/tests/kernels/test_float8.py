@@ -20,6 +20,8 @@ from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine import device as runtime
 from llm_from_scratch.training.wrap import wrap
 
+from ..stepping import needs_float8
+
 CPU = torch.device("cpu")
 
 
@@ -51,6 +53,7 @@ def product(N: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Li
     return x, layer, torch.randn(2, N // 2, 80).to(dtype)
 
 
+@needs_float8
 def test_products_and_gradients_are_those_of_the_rounded_operands() -> None:
     x, layer, dy = product()
     y = layer(x)
@@ -65,6 +68,7 @@ def test_products_and_gradients_are_those_of_the_rounded_operands() -> None:
     torch.testing.assert_close(layer.bias.grad, dy.sum((0, 1)), **close)
 
 
+@needs_float8
 def test_it_is_a_few_percent_from_the_exact_product() -> None:
     x, layer, dy = product(dtype=torch.bfloat16)
     y = layer(x)
@@ -79,6 +83,7 @@ def test_it_is_a_few_percent_from_the_exact_product() -> None:
         assert 0.001 < error < 0.1  # 3 or 2 bits of mantissa: 2 to 5%; not 0, or nothing was rounded
 
 
+@needs_float8
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_what_is_not_finite_is_seen(bad: float) -> None:
     x, layer, dy = product()
@@ -91,6 +96,7 @@ def test_what_is_not_finite_is_seen(bad: float) -> None:
     assert x.grad is not None and x.grad.isnan().all()
 
 
+@needs_float8
 def test_zeros_stay_zeros() -> None:
     x, layer, dy = product()
     y = layer(torch.zeros_like(x).requires_grad_())
@@ -130,6 +136,7 @@ def test_the_blocks_and_only_they_change() -> None:
         use_fp8(model(n_embd=24))
 
 
+@needs_float8
 def test_a_model_learns_as_it_does_without() -> None:
     losses = []
     for in_float8 in (False, True):
@@ -147,6 +154,7 @@ def test_a_model_learns_as_it_does_without() -> None:
     assert losses[0] < 1.0 and losses[1] == pytest.approx(losses[0], abs=0.15) and losses[0] != losses[1]
 
 
+@needs_float8
 def test_the_compiler_can_follow_it() -> None:
     x, layer, dy = product()
     plain = layer(x)
@@ -158,6 +166,7 @@ def test_the_compiler_can_follow_it() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+@needs_float8
 @pytest.mark.parametrize("again", ["blocks", "cheap"])
 def test_wrap_announces_it_and_activations_may_be_recomputed_around_it(
     again: str, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import Step, train, train_step
 
+from ..stepping import needs_float8
 from ..tiny import read_metrics, tiny_config
 
 
@@ -83,7 +84,7 @@ MODERN = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "q
     [
         {"dropout": 0.1, "chunked_loss": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
         {"data_on_device": True, "skip_spikes": True, "optimizer_dtype": "bfloat16", "grad_clip": 0.0},
-        {"optimizer_type": "muon", "fp8": True, **MODERN},
+        pytest.param({"optimizer_type": "muon", "fp8": True, **MODERN}, marks=needs_float8),
         {"optimizer_type": "muon", "optimizer_dtype": "bfloat16", "max_ngram": 2, "ngram_rows": 500},
     ],
     ids=["chunked, checkpointing", "tokens on the device, bfloat16 moments", "muon, fp8", "muon in bfloat16, n-grams"],
@@ -226,7 +227,9 @@ def test_recording_is_tried_and_given_up(
             parallel.wrap(model, settings(cuda_graphs=True), machine(compile_may_fail=True), 2, lines.append)
 
 
-@pytest.mark.parametrize("modern", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "modern", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=needs_float8)]
+)
 def test_the_whole_pass_is_one_graph(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss in pieces and float8 included: where the compiler breaks off, kernels are not fused, and not recorded."""
     monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)
