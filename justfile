@@ -124,6 +124,11 @@ serve MODEL *ARGS: (_env "serve")
 tensorboard *ARGS: (_env "tensorboard")
     @logs=$("{{ python }}" scripts/housekeeping.py logs) && exec "{{ python }}" -m tensorboard.main --logdir_spec="$logs" "$@"
 
+# Build the documents as a site in build/site
+docs: (_env "docs")
+    @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs build --quiet
+    @echo "open {{ root }}/build/site/index.html"
+
 # Open the tour notebook
 [no-exit-message]
 notebook *ARGS: (_env "notebook")

@@ -64,7 +64,7 @@ NOT_RUN = [
         "this suite and its tools",
     ),
     (r"^\./just storm", "", "45 minutes; the suite runs a part of it"),
-    (r"^\./just (setup|install-dev)", "network", "installs packages"),
+    (r"^\./just (setup|install-dev|docs)", "network", "installs packages"),
     (r"^(llm-serve|\./just serve) ", "", "runs until it is stopped: test_llm_serve.py starts it"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
 ]
@@ -496,6 +496,20 @@ def test_the_index_names_every_document() -> None:
     named = re.findall(r"\]\(([^)#]+)\)", index)
     assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} <= set(named)
     assert "../benchmarks/RESULTS.md" in named
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", f"--site-dir={site}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    documents = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} - {"README.html"}
+    assert documents | {"index.html", "project/index.html", "project/CONTRIBUTING.html"} <= pages
+    assert "../TRAIN.html" in (site / "project" / "index.html").read_text(encoding="utf-8")
 
 
 def test_presets_are_named_by_task() -> None:
