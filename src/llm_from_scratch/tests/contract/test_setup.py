@@ -30,7 +30,7 @@ pytestmark = [
 RECIPES = {
     "setup", "install-dev", "format", "lint", "test", "test-all", "test-torch", "test-cov", "pre-commit",
     "prepare-data", "train", "train-quick", "train-full", "train-with-config", "generate", "serve", "tensorboard",
-    "notebook", "check-gpu", "demo", "bench", "loc", "clean", "clean-all", "storm",
+    "notebook", "check-gpu", "demo", "bench", "loc", "clean", "clean-all", "storm", "docs",
 }  # fmt: skip
 
 LOGGED = '{ printf "%s " "${0##*/}"; printf "%s|" "$@"; echo; } >>"$STUB_LOG"\n'
