@@ -8,16 +8,21 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import json
 import re
 import reprlib
+import shutil
+import textwrap
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
@@ -25,7 +30,9 @@ from .config import Config, flatten
 from .errors import UserError, one_line
 
 PACKAGE = Path(__file__).resolve().parent
+ROOTS = (PACKAGE.parent.parent, PACKAGE / "_presets")  # a checkout, an installed package
 COMMAND_LINE = "command line"
+HELP_FLAGS = ("-h", "--help", "--help-all", "--help_all")
 MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
 TYRO: Any = {
     "use_underscores": True,
@@ -52,20 +59,18 @@ class Parsed(Generic[T]):
 def parse(
     tree_type: type[T], argv: list[str], *, prog: str, description: str = "",
     defaults: dict[str, Any] | None = None, presets: bool = True, base_preset: str | None = None,
+    common: Sequence[str] = (),
 ) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
-    the preset to use if none is given. `--help` prints the fields' docs and exits. Raises UserError: unknown name (with
-    the nearest), wrong type, missing or unreadable preset."""
+    the preset to use if none is given. `--help` prints the settings in common, or all if common is empty, `--help_all`
+    all, with the values that this command line gives them, and exits. Raises UserError: unknown name (with the
+    nearest), wrong type, missing or unreadable preset."""
     leaves = leaf_types(tree_type)
-    options, words, wants_help = _split(argv, leaves, _sections(tree_type))
+    wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
+    options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
-    if wants_help:
-        tree = tree_type()
-        for name, value in (defaults or {}).items():
-            setattr(next(part for part in (tree, *vars(tree).values()) if hasattr(part, name)), name, value)
-        tyro.cli(tree_type, default=tree, args=["--help"], prog=prog, description=description, **TYRO)
     names = words if presets else []
     files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
     sources: dict[str, str] = {}
@@ -76,7 +81,68 @@ def parse(
     for key, text in options.items():
         merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
     tree = _tyro(tree_type, merged, sources, prog)
+    if wanted:
+        _print_help(tree, common if wanted in ("-h", "--help") else (), prog, description)
+        raise SystemExit(0)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
+
+
+def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -> None:
+    """The docs of the settings in common, in that order, or of all settings by section; the defaults are tree's."""
+    types, values, sections = leaf_types(type(tree)), flatten(tree), _sections(type(tree))
+    for name, value in values.items():
+        if isinstance(value, str):  # a newline shows as \\n
+            values[name] = value.encode("unicode_escape").decode()
+
+    def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
+        fields = [
+            (
+                name,
+                Annotated[types[name], tyro.conf.arg(help=docs[name])],
+                field(default_factory=partial(values.get, name)),
+            )
+            for name in names
+        ]
+        return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": text})
+
+    parts = [type(getattr(tree, name)) for name in sections] or [type(tree)]
+    docs = [_leaf_docs(part) for part in parts]
+    if common or not sections:
+        every = {name: text for part in docs for name, text in part.items()}
+        view = shown(common or every, every)
+    else:
+        boxes = [shown(part_docs, part_docs, part.__doc__) for part, part_docs in zip(parts, docs, strict=True)]
+        titles = ["main" if name == "options" else name for name in sections]
+        view = dataclasses.make_dataclass(
+            "Settings", [(t, box, field(default_factory=box)) for t, box in zip(titles, boxes, strict=True)]
+        )
+    if common:
+        description += f"\n\n{prog.partition(' ')[0]} --help-all lists every setting."
+    shown_help = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown_help):
+        tyro.cli(view, args=["--help"], prog=prog, **TYRO)
+    usage, _, settings = shown_help.getvalue().partition("\n\n")
+    width = shutil.get_terminal_size().columns
+    for part in [usage, *description.split("\n\n")]:  # tyro does not wrap a description
+        print(part if part.startswith("  ") else textwrap.fill(part, width), end="\n\n")
+    print(*(line.rstrip() for line in settings.strip().splitlines()), sep="\n")
+
+
+def _leaf_docs(section: type) -> dict[str, str]:
+    """{setting: the text under it in the source, on one line} of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    return {
+        item.target.id: _line(text.value.value)
+        for item, text in itertools.pairwise(body)
+        if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def preset_lines() -> str:
+    """A line for each preset in configs/: its name and the first sentence of its first comment."""
+    folder = next(path for root in ROOTS if (path := root / "configs").is_dir())
+    firsts = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in sorted(folder.glob("*.yaml"))}
+    return "\n".join(f"  {name:<14} {line.lstrip('# ').partition('. ')[0]}" for name, line in firsts.items())
 
 
 def build(tree_type: type[T], values: dict[str, Any]) -> T:
@@ -107,7 +173,7 @@ def find_preset(name: str) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    roots = [Path("."), PACKAGE.parent.parent, PACKAGE / "_presets"]
+    roots = [Path("."), *ROOTS]
     if given.suffix in (".yaml", ".yml", ".py"):
         candidates = [root / given for root in roots[1:]]
     else:
@@ -122,16 +188,12 @@ def find_preset(name: str) -> Path:
     raise UserError(f"no preset file {name!r}; {hint} (settings are written as --key=value)")
 
 
-def _split(
-    argv: list[str], leaves: dict[str, Any], sections: dict[str, set[str]]
-) -> tuple[dict[str, str], list[str], bool]:
-    """Options by leaf name, the other arguments, and whether --help was given."""
+def _split(argv: list[str], leaves: dict[str, Any], sections: dict[str, set[str]]) -> tuple[dict[str, str], list[str]]:
+    """Options by leaf name, and the other arguments."""
     options: dict[str, str] = {}
     words, rest = list[str](), list(argv)
     while rest:
         arg = rest.pop(0)
-        if arg in ("-h", "--help"):
-            return {}, [], True
         if not arg.startswith("--"):
             if arg.startswith("-") and arg != "-":
                 raise UserError(f"unknown option {arg!r}: settings are written as --key=value; see --help")
@@ -149,7 +211,7 @@ def _split(
         if not equals:
             text = _value_of_bare(key, leaves[key], rest)
         options[key] = text
-    return options, words, False
+    return options, words
 
 
 def _value_of_bare(key: str, hint: Any, rest: list[str]) -> str:

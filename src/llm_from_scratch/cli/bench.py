@@ -26,8 +26,17 @@ if TYPE_CHECKING:
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
 PROFILED = 5  # steps
 CPU_SIZES = {"batch_size": 2, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "compile": False}
-HELP = """Times training steps (forward, backward, optimizer) after a burn-in. --profile=True writes a trace to \
-bench_log/ and prints a table of the time per kind of operation."""
+COMMON = (
+    "batch_size", "dataset", "real_data", "steps", "burnin_steps", "profile", "n_layer", "n_head", "n_embd",
+    "block_size", "optimizer_type", "device", "dtype", "compile", "json",
+)  # fmt: skip
+HELP = """Times training steps: forward, backward and optimizer.
+
+  llm-bench --n_layer=4 --n_embd=256
+  llm-bench --profile  # time per kind of operation, and a trace in bench_log/
+
+Without a GPU, unless given: batch_size=2 block_size=256 n_layer=4 n_head=4
+n_embd=256 compile=False."""
 
 
 @dataclass
@@ -65,7 +74,7 @@ class BenchCommand:
 
 
 def _main(argv: list[str], prog: str, defaults: dict[str, Any]) -> int:
-    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults)
+    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON)
     validate(parsed.tree)
 
     from ..machine import device as runtimes

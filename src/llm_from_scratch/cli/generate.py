@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from ..generation.generator import Generator
 
 SEPARATOR = "---------------"
-HELP = """Continues the text --start with a trained model. Several samples are separated by lines of dashes. \
-PRESETs are YAML or Python files with these settings."""
+COMMON = (
+    "start", "out_dir", "checkpoint", "init_from", "which", "num_samples", "max_new_tokens", "temperature", "top_k",
+    "top_p", "repetition_penalty", "stop", "interactive", "quantize", "seed",
+)  # fmt: skip
+HELP = """Continues a text with a trained model.
+
+  llm-generate --out_dir=out --start="Once upon a time"
+  llm-generate --out_dir=out --interactive
+  llm-generate --init_from=gpt2 --start=FILE:prompt.txt --num_samples=3
+
+Lines of dashes separate samples. PRESETs are files with these settings."""
 
 
 @dataclass
@@ -81,7 +90,12 @@ class GenerateCommand:
 @command
 def main(argv: list[str]) -> int:
     parsed = parse(
-        GenerateCommand, argv, prog="llm-generate [PRESET ...]", description=HELP, defaults={"num_samples": 1}
+        GenerateCommand,
+        argv,
+        prog="llm-generate [PRESET ...]",
+        description=HELP,
+        defaults={"num_samples": 1},
+        common=COMMON,
     )
     tree = parsed.tree
     validate(tree)

@@ -15,8 +15,17 @@ from .common import command
 from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
-HELP = """Starts an OpenAI-compatible server for a trained model: the API at /v1, a playground at /, metrics at \
-/metrics. PRESETs are YAML or Python files with these settings."""
+COMMON = (
+    "out_dir", "checkpoint", "init_from", "which", "host", "port", "api_key", "allowed_hosts", "max_concurrent",
+    "max_tokens", "chat_template", "watch", "quantize", "device", "dtype",
+)  # fmt: skip
+HELP = """Starts an OpenAI-compatible server for a trained model.
+
+  llm-serve --out_dir=out
+  llm-serve --out_dir=out --host=0.0.0.0 --api_key=SECRET
+  llm-serve --init_from=gpt2 --port=8001
+
+The API is at /v1, a playground at /, metrics at /metrics. PRESETs are files."""
 
 
 @dataclass
@@ -40,7 +49,7 @@ class ServeCommand:
 
 @command
 def main(argv: list[str]) -> int:
-    parsed = parse(ServeCommand, argv, prog="llm-serve [PRESET ...]", description=HELP)
+    parsed = parse(ServeCommand, argv, prog="llm-serve [PRESET ...]", description=HELP, common=COMMON)
     tree, options = parsed.tree, parsed.tree.serving
     options.api_key = options.api_key if options.api_key is not None else os.environ.get(KEY_VARIABLE)
     for package in PACKAGES:

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
+from ..presets import COMMAND_LINE, Parsed, leaf_types, parse, preset_lines
 from .common import command
 
 # The defaults of nanoGPT's train.py that differ from Config's
@@ -21,15 +21,29 @@ NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "in
 # a stranger's, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run")
-HELP = """Trains a GPT. PRESETs are YAML or Python files, or bare names (quick, default); later ones win, the command \
-line wins over all. Without a preset, llm-train uses configs/default.yaml and train.py uses nanoGPT's defaults. \
---print_config prints the resulting settings. --dry_run estimates time, memory and finish time. Neither trains."""
+COMMON = (
+    "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
+    "n_embd", "block_size", "dropout", "eval_interval", "device", "seed",
+)  # fmt: skip
+HELP = """Trains a GPT, or resumes a run.
+
+  llm-train quick --dataset=book              a short run on prepared data
+  llm-train quick --max_iters=3000 --dry_run  estimate time and memory
+  llm-train --init_from=resume --out_dir=out  continue a run
+  llm-train quick my.yaml --print_config      show the settings
+
+PRESETs are files or these names. The last one wins, then the command line.
+Without one: {default}.
+
+{presets}"""
 
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
     flags, argv = _own_flags(argv)
     defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else ({}, "default")
-    read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=HELP)
+    default = "nanoGPT's settings" if nanogpt else "default"
+    text = HELP.format(default=default, presets=preset_lines()).replace("llm-train", prog)
+    read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
     parsed: Parsed[Config] = read(defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it
 

@@ -97,14 +97,14 @@ def test_help_shows_the_documentation_of_every_field(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        parse(tree_type, ["--help"], prog="command")
+        parse(tree_type, ["--help-all"], prog="command")
     assert stop.value.code == 0
     shown = "".join(capsys.readouterr().out.replace("│", " ").split())
     tree = tree_type()
     for item in dataclasses.fields(tree):
         for name, text in documentation(type(getattr(tree, item.name))).items():
             assert len(text.split()) >= 2, f"{item.name}.{name} is not documented"
-            assert f"--{name}" in shown and "".join(text.split()) in shown, f"--help does not explain {name}"
+            assert f"--{name}" in shown and "".join(text.split()) in shown, f"--help-all does not explain {name}"
 
 
 def test_sections_survive_a_round_trip_through_plain_data() -> None:
