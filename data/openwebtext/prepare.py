@@ -1,6 +1,6 @@
 """OpenWebText in GPT-2 tokens: streams it and writes train.bin (about 17 GB) and val.bin beside this file.
 
-Needs the library datasets (pip install 'llm-from-scratch[data]'). Encodes on all cores, or --workers=N.
+Needs the library datasets (pip install -e '.[data]'). Encodes on all cores, or --workers=N.
 """
 
 import sys

@@ -64,8 +64,13 @@ def parse(
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given. `--help` prints the settings in common, or all if common is empty, `--help_all`
-    all, with the values that this command line gives them, and exits. Raises UserError: unknown name (with the
-    nearest), wrong type, missing or unreadable preset."""
+    all, with the values that this command line gives them, and exits. `--completion SHELL` prints a script. Raises
+    UserError: unknown name (with the nearest), wrong type, missing or unreadable preset."""
+    if argv[:1] == ["--completion"]:
+        shell = argv[1] if len(argv) > 1 else ""
+        if shell not in ("bash", "zsh", "tcsh"):
+            raise UserError(f"--completion needs a shell: bash, zsh or tcsh, got {shell!r}")
+        tyro.cli(tree_type, args=["--tyro-print-completion", shell], prog=prog.partition(" [")[0], **TYRO)
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
     options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
@@ -130,12 +135,11 @@ def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -
 
 def _leaf_docs(section: type) -> dict[str, str]:
     """{setting: the text under it in the source, on one line} of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
-    return {
-        item.target.id: _line(text.value.value)
-        for item, text in itertools.pairwise(body)
-        if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    texts = {}
+    for item, text in itertools.pairwise(ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body):  # type: ignore
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, ast.Expr):
+            texts[item.target.id] = _line(ast.literal_eval(text.value))
+    return texts
 
 
 def preset_lines() -> str:

@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable
 
+from .. import __version__
 from ..errors import OutputError, UserError
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
@@ -18,8 +19,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         note("error: standard output is closed: redirect it to a file or to /dev/null")
         return 2
     try:
+        words = sys.argv[1:] if argv is None else argv
         try:
-            code = main(sys.argv[1:] if argv is None else argv) or 0
+            if words == ["--version"]:
+                print(f"gptsmith {__version__}")
+                return 0
+            code = main(words) or 0
         except SystemExit:  # --help has printed
             sys.stdout.flush()
             raise

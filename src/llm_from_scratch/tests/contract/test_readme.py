@@ -424,7 +424,7 @@ def known_settings() -> set[str]:
 OTHER_OPTIONS = {
     "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
     "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
-    "served",
+    "served", "version", "completion",
 }  # fmt: skip
 
 

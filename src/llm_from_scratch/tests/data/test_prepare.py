@@ -239,7 +239,7 @@ def test_parquet(here: Path) -> None:
 def test_parquet_without_the_extra(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (here / "p.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"pip install 'llm-from-scratch\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[data\]'"):
         prepare(["p.parquet"])
 
 
@@ -728,7 +728,7 @@ def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'llm-from-scratch\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[data\]'"):
         nanogpt.prepare_openwebtext(here)
 
     class Breaking(list[str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.machine.extras import REQUIRED, require
+from llm_from_scratch.machine.extras import REQUIRED, install_command, require
 
 ROOT = Path(__file__).resolve().parents[4]
 HIDE = """
@@ -41,7 +42,21 @@ def test_the_required_packages_are_those_of_the_project() -> None:
     assert sorted(REQUIRED.values()) == sorted(re.split(r"[<>=!]", name)[0] for name in declared)
 
 
-def test_a_missing_extra_is_one_line() -> None:
+def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
         require("no_such_package", "hf", "this", "do that")
-    assert str(error.value) == "this needs the package no_such_package: pip install 'llm-from-scratch[hf]', or do that"
+    assert str(error.value) == "this needs the package no_such_package: pip install -e '.[hf]', or do that"
+    monkeypatch.chdir(tmp_path)
+    assert install_command("hf") == f"pip install -e '{ROOT}[hf]'"
+
+
+def test_an_installed_package_names_its_distribution(tmp_path: Path) -> None:
+    for name in ("__init__.py", "errors.py", "machine/__init__.py", "machine/extras.py"):
+        target = tmp_path / "llm_from_scratch" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "src" / "llm_from_scratch" / name, target)
+    program = "from llm_from_scratch.machine.extras import install_command; print(install_command('hf'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    declared = re.search(r'^name = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert declared and done.stdout == f"pip install '{declared[1]}[hf]'\n", done.stderr

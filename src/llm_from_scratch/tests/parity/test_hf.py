@@ -338,7 +338,7 @@ def test_names_that_are_none() -> None:
 
 def test_without_the_hub_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'llm-from-scratch\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.*\[hf\]'"):
         load_pretrained("gpt2")
 
 

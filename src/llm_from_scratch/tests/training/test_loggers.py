@@ -245,7 +245,9 @@ def test_missing_extras_are_refused_with_the_install_line(
     with pytest.raises(UserError) as error:
         check_extras(config(**{setting: True}))
     message = str(error.value)
-    assert f"pip install 'llm-from-scratch[{extra}]'" in message and f"turn it off with --{setting}=False" in message
+    assert (
+        f"[{extra}]'" in message and "pip install -e '" in message and f"turn it off with --{setting}=False" in message
+    )
     check_extras(config())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     check_extras(config(**{setting: True}))

@@ -1,0 +1,50 @@
+"""The command gptsmith, and `python -m llm_from_scratch`: `gptsmith train quick` is `llm-train quick`."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+from .. import __version__
+from ..errors import UserError
+from .common import command
+
+# Subcommand: (its module in cli/, what it does)
+COMMANDS = {
+    "prepare": ("prepare_data", "turns texts into tokens"),
+    "train": ("train", "trains from scratch, resumes a run, or finetunes"),
+    "plan": ("plan", "estimates time and memory of a run"),
+    "generate": ("generate", "continues a text"),
+    "serve": ("serve", "starts an OpenAI-compatible server with a playground"),
+    "eval": ("evaluate", "loss, perplexity and bits per byte"),
+    "bench": ("bench", "times a training step"),
+    "export": ("export", "writes a model for transformers or nanoGPT"),
+    "demo": ("demo", "trains a small model on a small text"),
+}
+HELP = f"""usage: gptsmith [-h] [--version] COMMAND ...
+
+Trains, samples, evaluates, exports and serves GPT language models.
+
+{chr(10).join(f"  {name:<9} {does}" for name, (_, does) in COMMANDS.items())}
+
+gptsmith COMMAND --help explains a command. gptsmith COMMAND --completion bash
+prints a completion script (bash, zsh or tcsh)."""
+
+
+@command
+def main(argv: list[str]) -> int:
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help", "--version"):
+        print(HELP if name != "--version" else f"gptsmith {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise UserError(
+            f"no command {name!r}; " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}")
+        )
+    return import_module(f".{COMMANDS[name][0]}", __package__).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""gptsmith and `python -m llm_from_scratch`: every command under one name; --version and --completion."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch import __version__
+from llm_from_scratch.cli.export import main as export
+from llm_from_scratch.cli.gptsmith import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def test_it_has_every_command_of_the_project() -> None:
+    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = dict(re.findall(r'^llm-(\w+) = "llm_from_scratch\.cli\.(\w+):main"$', declared, re.MULTILINE))
+    assert scripts and {name: module for name, (module, _) in COMMANDS.items() if name != "demo"} == scripts
+    assert 'gptsmith = "llm_from_scratch.cli.gptsmith:main"' in declared
+
+
+def test_python_dash_m(tmp_path: Path) -> None:
+    called = [sys.executable, "-m", "llm_from_scratch"]
+    listed = subprocess.run(called, cwd=tmp_path, capture_output=True, text=True)
+    assert listed.returncode == 0 and all(f"  {name} " in listed.stdout for name in COMMANDS)
+    shown = subprocess.run(
+        [*called, "train", "--print_config", "--n_layer=3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert shown.returncode == 0 and "n_layer: 3" in shown.stdout
+
+
+def test_a_misspelt_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tran"]) == 2
+    assert capsys.readouterr().err == "error: no command 'tran'; did you mean train?\n"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0 and export(["--version"]) == 0
+    assert capsys.readouterr().out == f"gptsmith {__version__}\n" * 2
+
+
+def test_completion_is_a_script_of_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--completion", "bash"])
+    script = capsys.readouterr().out
+    typed = "COMP_WORDS=(llm-train --learn); COMP_CWORD=1; _tyro_llm_train; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", script + "\n" + typed], capture_output=True, text=True)
+    assert "--learning_rate" in done.stdout, done.stderr
+    assert main(["train", "--completion", "fish"]) == 2
+    assert "bash, zsh or tcsh" in capsys.readouterr().err
