@@ -5,6 +5,7 @@ nanoGPT's if nanoGPT has the setting. A leaf name is unique over all sections, s
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -15,8 +16,19 @@ from .errors import UserError
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
 
+class Settings:
+    """The base of every group of settings: a name that is not a setting is refused."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = getattr(type(self), "__dataclass_fields__", {})
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            raise UserError(f"unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        object.__setattr__(self, name, value)
+
+
 @dataclass
-class GPTConfig:
+class GPTConfig(Settings):
     """The model's architecture. The defaults are GPT-2 (124M)."""
 
     block_size: int = 1024
@@ -95,7 +107,7 @@ class GPTConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
@@ -115,7 +127,7 @@ class DataConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Settings):
     """The training run: length, initial weights, evaluation, checkpoints and memory."""
 
     out_dir: str = "out"
@@ -183,7 +195,7 @@ class TrainingConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for everything else."""
 
     optimizer_type: Literal["adamw", "muon"] = "adamw"
@@ -227,7 +239,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class SchedulerConfig:
+class SchedulerConfig(Settings):
     """The learning-rate schedule."""
 
     decay_lr: bool = True
@@ -249,7 +261,7 @@ class SchedulerConfig:
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Settings):
     """Sampling of text."""
 
     start: str = "\n"
@@ -293,7 +305,7 @@ class GenerationConfig:
 
 
 @dataclass
-class LoggingConfig:
+class LoggingConfig(Settings):
     """Logging and progress output. out_dir/metrics.jsonl is always written."""
 
     log_interval: int = 1
@@ -316,7 +328,7 @@ class LoggingConfig:
 
 
 @dataclass
-class SystemConfig:
+class SystemConfig(Settings):
     """Device, precision and compilation. The choices made for auto are printed at the start."""
 
     device: str = "auto"
@@ -350,7 +362,7 @@ class SystemConfig:
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """All settings of a training run."""
 
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=None, bias=False))

@@ -138,7 +138,7 @@ def _leaf_docs(section: type) -> dict[str, str]:
     texts = {}
     for item, text in itertools.pairwise(ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body):  # type: ignore
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, ast.Expr):
-            texts[item.target.id] = _line(ast.literal_eval(text.value))
+            texts[item.target.id] = " ".join(ast.literal_eval(text.value).split())
     return texts
 
 
@@ -154,6 +154,13 @@ def build(tree_type: type[T], values: dict[str, Any]) -> T:
     leaves = leaf_types(tree_type)
     flat = _flatten_sections(values, leaves, "the settings")
     return _tyro(tree_type, {key: _as_text(key, value, leaves) for key, value in flat.items()}, {}, "settings")
+
+
+def preset(*names: str, **settings: Any) -> Config:
+    """The settings of presets (files or bare names; without any, those of llm-train), changed by the given ones:
+    preset("quick", dataset="book", max_iters=200). Raises UserError as parse() does."""
+    config = parse(Config, list(names), prog="preset", base_preset="default").tree
+    return build(Config, flatten(config) | settings)
 
 
 def leaf_types(tree_type: type) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""The package as a library: the names in dir(), presets as objects, and settings that do not exist."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+
+import llm_from_scratch as library
+from llm_from_scratch import Config, GPTConfig, UserError, preset
+from llm_from_scratch.presets import parse
+
+
+def test_the_public_names_are_in_dir_and_can_be_imported() -> None:
+    assert set(dir(library)) >= {*library.__all__, "__version__"}
+    for name in library.__all__:
+        assert getattr(library, name).__doc__, name
+
+
+def test_it_is_typed() -> None:
+    assert (Path(library.__file__).parent / "py.typed").is_file()
+
+
+def test_a_preset_is_what_the_command_line_gives() -> None:
+    typed = parse(Config, ["quick", "--dataset=book", "--max_iters=200", '--stop=["END"]'], prog="test").tree
+    assert preset("quick", dataset="book", max_iters=200, stop=("END",)) == typed
+    assert preset() == parse(Config, ["default"], prog="test").tree
+
+
+def test_settings_that_do_not_exist_are_refused() -> None:
+    config = preset("quick")
+    with pytest.raises(UserError, match="unknown setting 'max_itters'; did you mean max_iters?"):
+        config.training.max_itters = 5
+    with pytest.raises(UserError, match="unknown setting max_itters"):
+        preset("quick", max_itters=5)
+    with pytest.raises(UserError, match="no preset file 'quik'; did you mean quick?"):
+        preset("quik")
+    with pytest.raises(TypeError):
+        GPTConfig(n_layers=4)  # type: ignore[call-arg]
+
+
+def test_settings_are_copied_and_pickled() -> None:
+    config = preset("quick", n_layer=7)
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
