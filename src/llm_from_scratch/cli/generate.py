@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from ..machine.processes import shield_children
 from ..machine.terminal import note
 from ..presets import Parsed, parse
 from .common import check_location, command
+from .interactive import Conversation, converse
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -57,7 +58,7 @@ class OutputOptions:
     stream: bool | Literal["auto"] = "auto"
     """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""
     interactive: bool = False
-    """Read prompts line by line until the input ends (Ctrl-D)."""
+    """Read prompts line by line until the input ends (Ctrl-D). At a terminal, /help lists commands."""
     jsonl: bool = False
     """Print one JSON object per sample: prompt, text, tokens (their number), finish_reason (stop or length), seed."""
     overflow: Literal["recompute", "drop_half"] = "recompute"
@@ -111,10 +112,11 @@ def main(argv: list[str]) -> int:
         generator.encode(prompt, output.allow_special)  # report a bad prompt before printing anything
     generator.check(tree.generation)
     announce(generator, found)
+    answer = partial(_answer, generator, output)
     if prompt is not None:
-        _answer(generator, tree, prompt, tree.system.seed)
+        answer(tree.generation, prompt, tree.system.seed)
         return 0
-    return _converse(generator, tree)
+    return converse(Conversation(tree.generation, tree.system.seed, answer, generator.check))
 
 
 def location_of(parsed: Parsed[Any]) -> str:
@@ -198,9 +200,8 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _answer(generator: Generator, tree: GenerateCommand, prompt: str, seed: int) -> None:
+def _answer(generator: Generator, output: OutputOptions, params: GenerationConfig, prompt: str, seed: int) -> None:
     """Prints the samples of one prompt."""
-    params, output = tree.generation, tree.output
     how: dict[str, Any] = {"overflow": output.overflow, "allow_special": output.allow_special}
     end = f"\n{SEPARATOR}\n" if params.num_samples > 1 else "\n"
     if output.stream is True or (output.stream == "auto" and sys.stdout.isatty() and not output.jsonl):
@@ -217,38 +218,6 @@ def _answer(generator: Generator, tree: GenerateCommand, prompt: str, seed: int)
             write(json.dumps(facts | {"finish_reason": sample.finish_reason, "seed": sample.seed}) + "\n")
         else:
             write(prompt + sample.text + end)
-
-
-def _converse(generator: Generator, tree: GenerateCommand) -> int:
-    """Answers each line with a new seed until the input ends."""
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if at_terminal:
-        with contextlib.suppress(ImportError):  # missing on Windows
-            import readline  # noqa: F401  editing and history for input()
-
-        note("Type a prompt. Ctrl-C stops a sample, Ctrl-D quits.")
-    elif hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8")
-    seed = tree.system.seed
-    while True:
-        try:
-            prompt = input("> " if at_terminal else "")
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from None
-        except (EOFError, KeyboardInterrupt):
-            note("")
-            return 0
-        if not prompt:
-            continue
-        try:
-            _answer(generator, tree, prompt, seed)
-        except UserError as error:
-            note(f"error: {' '.join(str(error).split())}")
-        except KeyboardInterrupt:
-            if not at_terminal:
-                raise
-            note("")
-        seed += tree.generation.num_samples
 
 
 if __name__ == "__main__":

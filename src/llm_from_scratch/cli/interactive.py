@@ -1,0 +1,113 @@
+"""The conversation of `llm-generate --interactive`: a prompt a line, and at a terminal the commands of /help."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+
+from ..config import GenerationConfig, flatten
+from ..errors import UserError, one_line
+from ..machine.terminal import note
+from ..presets import build
+
+GREETING = """The model continues your text. (Only chat models answer questions: see docs/SERVE.md.)
+/help lists commands. Ctrl-C stops a sample, Ctrl-D quits."""
+HELP = '''/set NAME VALUE  change a setting, for example /set temperature 0.7
+/set             show the settings
+/retry           the same prompt again, with the next seed
+/reset           the settings and the seed of the start
+/help            this list
+"""              begins and ends a text of several lines, or one that starts with /'''
+QUOTES = '"""'
+Answer = Callable[[GenerationConfig, str, int], None]  # settings, prompt, seed: prints the samples
+
+
+class Conversation:
+    """What a user has set and asked so far."""
+
+    def __init__(self, params: GenerationConfig, seed: int, answer: Answer, check: Callable[[GenerationConfig], None]):
+        """check raises UserError for settings that the model cannot follow."""
+        self.params, self.seed, self.answer, self.check = params, seed, answer, check
+        self.at_start, self.last = (params, seed), ""
+
+    def ask(self, prompt: str) -> None:
+        """Prints the samples of a prompt. The next prompt has other seeds."""
+        self.last = prompt
+        try:
+            self.answer(self.params, prompt, self.seed)
+        finally:
+            self.seed += self.params.num_samples
+
+    def command(self, line: str) -> None:
+        """Runs a line that starts with /. Raises UserError."""
+        name, *words = line[1:].split(maxsplit=2)
+        if name == "help":
+            note(HELP)
+        elif name == "set" and not words:
+            shown = flatten(self.params) | {"seed": self.seed}
+            note("\n".join(f"{key} {value!r}" for key, value in shown.items() if key != "start"))
+        elif name == "set" and len(words) == 2:
+            self._set(*words)
+        elif name == "retry" and self.last:
+            self.ask(self.last)
+        elif name == "reset":
+            self.params, self.seed = self.at_start
+        elif name in ("set", "retry"):
+            raise UserError("/set needs a name and a value" if name == "set" else "there is no prompt to repeat yet")
+        else:
+            near = difflib.get_close_matches(name, ("help", "set", "retry", "reset"), n=1)
+            hint = f"did you mean /{near[0]}?" if near else f"/help lists them; a text may start with / inside {QUOTES}"
+            raise UserError(f"no command /{one_line(name)}; {hint}")
+
+    def _set(self, name: str, value: str) -> None:
+        if name == "seed" and value.isdecimal():
+            self.seed = int(value)
+            return
+        params = build(GenerationConfig, dataclasses.asdict(self.params) | {name.replace("-", "_"): value})
+        params.validate()
+        self.check(params)
+        self.params = params
+
+
+def converse(conversation: Conversation) -> int:
+    """Reads prompts from standard input until it ends, and answers them. A bad prompt ends nothing."""
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if at_terminal:
+        with contextlib.suppress(ImportError):  # missing on Windows
+            import readline  # noqa: F401  editing and history for input()
+
+        note(GREETING)
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8")
+    while True:
+        try:
+            line = input("> " if at_terminal else "")
+            quoted = at_terminal and line.startswith(QUOTES)
+            prompt = _quoted(line) if quoted else line
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from None
+        except (EOFError, KeyboardInterrupt):
+            note("")
+            return 0
+        try:
+            if at_terminal and not quoted and prompt.startswith("/"):
+                conversation.command(prompt)
+            elif prompt:
+                conversation.ask(prompt)
+        except UserError as error:
+            note(f"error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            if not at_terminal:
+                raise
+            note("")
+
+
+def _quoted(line: str) -> str:
+    """The text from the quotes that begin this line to the next ones, which may be on a later line."""
+    text = line.removeprefix(QUOTES)
+    while QUOTES not in text:
+        text += "\n" + input("... ")
+    return text.partition(QUOTES)[0]

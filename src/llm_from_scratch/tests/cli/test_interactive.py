@@ -1,0 +1,96 @@
+"""The conversation of `llm-generate --interactive`: its commands, and what is not a command."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from llm_from_scratch.cli.interactive import Conversation, converse
+from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.errors import UserError
+
+Asked = list[tuple[float, str, int]]
+Talk = Callable[..., tuple[Asked, str]]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
+    """Types lines; returns (temperature, prompt, seed) of each answer, and what was printed on standard error."""
+
+    def typed(*lines: str, terminal: bool = True) -> tuple[Asked, str]:
+        rest, asked = iter(lines), Asked()
+
+        def read(prompt: str = "") -> str:
+            try:
+                return next(rest)
+            except StopIteration:
+                raise EOFError from None
+
+        def check(params: GenerationConfig) -> None:
+            if params.max_new_tokens > 1000:
+                raise UserError("too long for this model")
+
+        monkeypatch.setattr(builtins, "input", read)
+        if terminal:
+            monkeypatch.setattr(sys, "stdin", Terminal())
+            monkeypatch.setattr(sys, "stdout", Terminal())
+        start = GenerationConfig(num_samples=2, temperature=0.5)
+        answer = lambda params, prompt, seed: asked.append((params.temperature, prompt, seed))  # noqa: E731
+        assert converse(Conversation(start, 7, answer, check)) == 0
+        return asked, capsys.readouterr().err
+
+    return typed
+
+
+def test_settings_are_changed_and_restored(talk: Talk) -> None:
+    asked, errors = talk("a", "/set temperature 0.9", "b", "/set seed 3", "c", "/reset", "d")
+    assert asked == [(0.5, "a", 7), (0.9, "b", 9), (0.9, "c", 3), (0.5, "d", 7)]
+    assert "error" not in errors
+
+
+def test_retry_uses_the_next_seed(talk: Talk) -> None:
+    asked, errors = talk("/retry", "a", "/retry")
+    assert asked == [(0.5, "a", 7), (0.5, "a", 9)]
+    assert "error: there is no prompt to repeat yet" in errors
+
+
+def test_several_lines_between_quotes(talk: Talk) -> None:
+    asked, _ = talk('"""one', "two", 'three"""', '"""/not a command"""', '"""open')
+    assert [prompt for _, prompt, _ in asked] == ["one\ntwo\nthree", "/not a command"]
+
+
+def test_help_lists_every_command_and_the_settings(talk: Talk) -> None:
+    asked, errors = talk("/help", "/set")
+    assert not asked and "continues your text" in errors
+    assert all(name in errors for name in ("/set", "/retry", "/reset", "/help", "temperature 0.5", "seed 7"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/hlep", "no command /hlep; did you mean /help?"),
+        ("/usr/bin", "no command /usr/bin; /help lists them"),
+        ("/set temprature 1", "unknown setting temprature in the settings; did you mean temperature?"),
+        ("/set temperature hot", "temperature='hot' is not valid"),
+        ("/set temperature -1", "temperature=-1.0"),
+        ("/set temperature", "/set needs a name and a value"),
+        ("/set max_new_tokens 5000", "too long for this model"),
+    ],
+)
+def test_a_mistake_changes_nothing(talk: Talk, line: str, message: str) -> None:
+    asked, errors = talk(line, "a")
+    assert asked == [(0.5, "a", 7)]
+    assert f"error: {message}" in errors and "Traceback" not in errors
+
+
+def test_a_pipe_has_no_commands(talk: Talk) -> None:
+    assert [prompt for _, prompt, _ in talk("/help", '"""a', terminal=False)[0]] == ["/help", '"""a']
