@@ -13,9 +13,6 @@ export HERE := invocation_directory()
 # Shell text: puts the recipe's first argument into $first; a path is relative to the user's working directory.
 first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || first=$HERE/$first'
 
-# Shell text: $data names the data prepared last, or is empty if the arguments name a dataset.
-newest := 'data=$("' + python + '" scripts/housekeeping.py newest "$@")'
-
 [private]
 default:
     @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
@@ -92,17 +89,17 @@ prepare-data FILE *ARGS: (_env "tensorboard" "plots" "offline")
 # Train configs/default.yaml on the data prepared last
 [no-exit-message]
 train *ARGS: (_env "tensorboard" "plots")
-    @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} "$@"
+    @exec "{{ bin }}/llm-train" default "$@"
 
 # A short run: 5 epochs, small batch, on the data prepared last
 [no-exit-message]
 train-quick *ARGS: (_env "tensorboard" "plots")
-    @{{ newest }} && exec "{{ bin }}/llm-train" configs/quick.yaml ${data:+"$data"} --epochs=5 --batch_size=8 --out_dir=out-quick "$@"
+    @exec "{{ bin }}/llm-train" quick --epochs=5 --batch_size=8 --out_dir=out-quick "$@"
 
 # configs/default.yaml for 20 epochs of the data prepared last; stops if the val loss no longer improves
 [no-exit-message]
 train-full *ARGS: (_env "tensorboard" "plots")
-    @{{ newest }} && exec "{{ bin }}/llm-train" configs/default.yaml ${data:+"$data"} --epochs=20 --early_stopping_patience=5 --out_dir=out-full "$@"
+    @exec "{{ bin }}/llm-train" default --epochs=20 --early_stopping_patience=5 --out_dir=out-full "$@"
 
 # Train with your own preset file
 [no-exit-message]

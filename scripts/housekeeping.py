@@ -1,6 +1,6 @@
 """Helpers of the justfile's recipes loc, clean, clean-all, train and tensorboard.
 
-    python scripts/housekeeping.py loc | clean | clean-all [--yes] | newest [ARGS...] | logs
+    python scripts/housekeeping.py loc | clean | clean-all [--yes] | logs
 
 Standard library only, so that it runs before anything is installed.
 """
@@ -187,20 +187,6 @@ def clean_all(root: Path, yes: bool) -> int:
 # --- train, tensorboard ---
 
 
-def newest(root: Path, args: list[str]) -> str:
-    """`--dataset=NAME` of the data prepared last, printed; empty if args name a dataset, resume, or ask for help."""
-    named = ("--dataset", "--data.dataset", "--help", "-h")
-    if any(arg.partition("=")[0] in named for arg in args) or "--init_from=resume" in args:
-        return ""
-    manifests = sorted(root.glob("data/processed/*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    if not manifests:
-        raise Refusal("there is no prepared data in data/processed: run `./just prepare-data FILE` with a text first")
-    folder = manifests[-1].parent.relative_to(root).as_posix()
-    print(f"training on the data prepared last: {folder} (another: --dataset=NAME)", file=sys.stderr)
-    name = manifests[-1].parent.name  # checkpoints keep a plain name, but not a path
-    return f"--dataset={folder if any((root / 'data' / name).glob('*.bin')) else name}"
-
-
 def logs(root: Path) -> str:
     """TensorBoard's --logdir_spec over all runs: name:folder,name:folder."""
     found = [run for run in runs(root) if (run / "tensorboard").is_dir()]
@@ -218,15 +204,10 @@ def main(argv: list[str], root: Path = ROOT) -> int:
             return clean(root)
         if command == "clean-all" and args in ([], ["--yes"]):
             return clean_all(root, yes=bool(args))
-        if command == "newest":
-            print(newest(root, args))
-            return 0
         if command == "logs" and not args:
             print(logs(root))
             return 0
-        raise Refusal(
-            f"{' '.join(argv) or 'nothing'}: expected loc, clean, clean-all [--yes], newest [ARGS...] or logs"
-        )
+        raise Refusal(f"{' '.join(argv) or 'nothing'}: expected loc, clean, clean-all [--yes] or logs")
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 2

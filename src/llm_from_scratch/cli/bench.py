@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, at_least, flatten, validate
 from ..errors import UserError
 from ..presets import Parsed, parse
-from .common import command
+from .common import command, data_prepared_last
 from .profiling import read
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     return found.microseconds / PROFILED / 1e6
 
 
-main = command(partial(_main, prog="llm-bench", defaults={}))
+main = command(lambda argv: _main(argv, "llm-bench", data_prepared_last()))
 main_nanogpt = command(partial(_main, prog="python bench.py", defaults=NANOGPT_DEFAULTS))
 
 if __name__ == "__main__":

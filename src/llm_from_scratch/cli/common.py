@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from .. import __version__
 from ..errors import OutputError, UserError
@@ -52,6 +53,17 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """The decorator of a command's entry point: it is called without arguments, or with an argv, by way of run."""
     return functools.partial(run, main)
+
+
+def data_prepared_last() -> dict[str, str]:
+    """{"dataset": NAME} of the data prepared last, as a default of settings; empty if there is none."""
+    files = [*Path("data").glob("*/train*.bin"), *Path("data/processed").glob("*/manifest.json")]
+    if not files:
+        return {}
+    folder = max(files, key=lambda path: path.stat().st_mtime).parent
+    # a checkpoint stores a plain name, but not a path
+    is_hidden = folder.parent.name == "processed" and any((Path("data") / folder.name).glob("*.bin"))
+    return {"dataset": folder.as_posix() if is_hidden else folder.name}
 
 
 def check_location(location: str, which: str | None) -> None:

@@ -13,7 +13,7 @@ from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse, preset_lines
-from .common import command
+from .common import command, data_prepared_last
 
 # The defaults of nanoGPT's train.py that differ from Config's
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
@@ -40,7 +40,7 @@ Without one: {default}.
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
     flags, argv = _own_flags(argv)
-    defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else ({}, "default")
+    defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
     text = HELP.format(default=default, presets=preset_lines()).replace("llm-train", prog)
     read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
@@ -48,9 +48,11 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     from ..checkpoint.store import resolved_init  # --help does not need it
 
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
+    chosen = not nanogpt and "dataset" not in parsed.sources  # by data_prepared_last
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources)
         if saved is not None:
+            chosen = False
             # the settings of the run replace the defaults; this call's settings override them
             parsed = read(defaults={**defaults, **saved})
     config = parsed.tree
@@ -65,6 +67,10 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
 
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
         return 0
+    if chosen:
+        if not defaults:
+            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
     from ..training.check import check
 
     check(config)  # before torch is imported, which takes seconds

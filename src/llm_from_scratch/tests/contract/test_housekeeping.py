@@ -164,21 +164,6 @@ def test_without_git_only_ignored_names_go(house: ModuleType, tmp_path: Path) ->
     assert left(tmp_path) == {"src/pkg/module.py", "data/shakespeare/prepare.py", "data/raw/book.txt"}
 
 
-def test_newest_is_the_data_prepared_last(
-    house: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
-        manifest = tmp_path / "data" / "processed" / name / "manifest.json"
-        manifest.parent.mkdir(parents=True)
-        manifest.touch()
-        os.utime(manifest, (1e9 - age, 1e9 - age))
-    assert house.main(["newest", "--max_iters=3"], tmp_path) == 0
-    assert capsys.readouterr().out == "--dataset=new\n"
-    for args in (["--dataset=old"], ["--dataset", "old"], ["--data.dataset=old"], ["--help"]):
-        assert house.main(["newest", *args], tmp_path) == 0
-        assert capsys.readouterr().out == "\n"
-
-
 def test_logs_names_every_run_with_a_log(house: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert house.main(["logs"], tmp_path) == 2
     assert "./just demo" in capsys.readouterr().err

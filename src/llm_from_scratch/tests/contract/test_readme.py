@@ -264,16 +264,9 @@ def recipe(name: str, args: list[str]) -> list[str]:
     for word in shlex.split(line):
         if word == "$@":
             words += args[1:] if "{{ first }}" in found.group(2) else args
-        elif word == "${data:+$data}":
-            words.append(newest(args))
         else:
             words.append(word.replace("$first", args[0] if args else ""))
     return [word for word in words if word]
-
-
-def newest(args: list[str]) -> str:
-    housekeeping = runpy.run_path(str(ROOT / "scripts" / "housekeeping.py"))
-    return housekeeping["newest"](Path.cwd(), args)
 
 
 def torchrun(args: list[str], forks: bool = True) -> int:

@@ -13,7 +13,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -513,37 +512,20 @@ class Recipes(Checkout):
         """The calls of this project's own commands."""
         return [call for call in self.calls() if call.startswith("llm-")]
 
-    def prepared(self, name: str, age: float) -> None:
-        folder = self.root / "data" / "processed" / name
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").touch()
-        os.utime(folder / "manifest.json", (time.time() - age,) * 2)
-
 
 @pytest.fixture
 def recipes(tmp_path: Path) -> Recipes:
     return Recipes(tmp_path)
 
 
-def test_train_takes_the_data_prepared_last(recipes: Recipes) -> None:
-    recipes.prepared("older", age=100)
-    recipes.prepared("my book", age=10)
-    result = recipes.run("train", "--max_iters=3", "--start=two words")
-    assert result.returncode == 0, result.stderr
-    assert "data/processed/my book" in result.stderr
-    assert recipes.commands() == ["llm-train configs/default.yaml|--dataset=my book|--max_iters=3|--start=two words|"]
-    recipes.run("train", "--dataset=older")
-    assert recipes.commands() == ["llm-train configs/default.yaml|--dataset=older|"]
+def test_train_recipes_choose_a_preset(recipes: Recipes) -> None:
+    """llm-train itself chooses the data."""
+    recipes.run("train", "--max_iters=3", "--start=two words")
     recipes.run("train-quick")
-    assert "--epochs=5|" in recipes.commands()[0]
-
-
-def test_train_without_data_says_what_to_do(recipes: Recipes) -> None:
-    result = recipes.run("train")
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [
-        "error: there is no prepared data in data/processed: run `./just prepare-data FILE` with a text first"
-    ]
+    recipes.run("train-full")
+    plain, quick, full = recipes.commands()
+    assert plain == "llm-train default|--max_iters=3|--start=two words|"
+    assert quick.startswith("llm-train quick|--epochs=5|") and full.startswith("llm-train default|--epochs=20|")
 
 
 def test_files_are_named_from_where_the_user_stands(recipes: Recipes) -> None:
@@ -616,7 +598,7 @@ def test_the_wheel_carries_the_presets_and_no_tests(tmp_path: Path) -> None:
     }
     assert "llm_from_scratch/core/model.py" in names
     assert not any("/tests/" in name for name in names)
-    assert all(name.startswith(("llm_from_scratch/", "llm_from_scratch-")) for name in names)
+    assert all(name.startswith(("llm_from_scratch/", "gptsmith-")) for name in names)
 
 
 def test_every_command_is_declared() -> None:

@@ -1,0 +1,46 @@
+"""cli/common.py: the data that a command uses if none is named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llm_from_scratch.cli import train
+from llm_from_scratch.cli.common import data_prepared_last
+
+from ..tiny import write_data
+
+
+def prepared(folder: str, age: int) -> None:
+    path = Path(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def test_the_data_prepared_last(here: Path) -> None:
+    assert data_prepared_last() == {}
+    for age, name in ((30, "old"), (10, "new"), (20, "middle")):
+        prepared(f"data/processed/{name}/manifest.json", age)
+    assert data_prepared_last() == {"dataset": "new"}
+    prepared("data/new/train.bin", 40)  # --dataset=new would be this one
+    assert data_prepared_last() == {"dataset": "data/processed/new"}
+    prepared("data/shakespeare/train.bin", 5)  # by nanoGPT's script
+    assert data_prepared_last() == {"dataset": "shakespeare"}
+
+
+def test_training_names_the_data_that_it_chose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["quick", "--dry_run"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME\n"
+    )
+    write_data(here / "data" / "book")
+    small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=1", "--device=cpu"]
+    assert train.main(["default", *small]) == 0
+    assert "training on the data prepared last: book (another: --dataset=NAME)" in capsys.readouterr().err
+    assert train.main(["--init_from=resume", "--max_iters=2"]) == 0
+    assert "prepared last" not in capsys.readouterr().err  # the run's own
+    assert train.main(["default", *small, "--dataset=book"]) == 0
+    assert "prepared last" not in capsys.readouterr().err
