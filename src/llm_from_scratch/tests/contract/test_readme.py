@@ -113,7 +113,8 @@ def text() -> str:
         return path.read_text(encoding="utf-8")[:12_000]
     from pydoc_data import topics
 
-    return "\n".join(topics.topics[key] for key in sorted(topics.topics))[:12_000]
+    prompts = "ROMEO: Once upon a time. The end.\n"  # every character of the documents' prompts
+    return (prompts + "\n".join(topics.topics[key] for key in sorted(topics.topics)))[:12_000]
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -318,7 +319,10 @@ def failure_of(command: Command) -> str | None:
         sys.argv, sys.stdin = before
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("docs/") else []) for name in DOCUMENTS],
+)
 def test_commands_run(document: str, checkout: Path) -> None:
     if document not in (
         "README.md",
