@@ -33,6 +33,8 @@ from .options import PrepareOptions
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
+# The tokenizer for training texts of fewer than this many bytes
+TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
 Report = Callable[[str], None]
 
 
@@ -154,7 +156,17 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     lists: list[list[src.Source]] = [
         [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths] for paths in found
     ]
-    return DatasetSpec(name, lists, options.tokenizer or "gpt2", options.val_fraction or 0.1, options.seed)
+    size = sum(path.stat().st_size for path in found[0])
+    _refuse_empty(lists[0] if not size else [])
+    tokenizer = options.tokenizer or tokenizer_for(size, report)
+    return DatasetSpec(name, lists, tokenizer, options.val_fraction or 0.1, options.seed)
+
+
+def tokenizer_for(size: int, report: Report) -> str:
+    """The tokenizer for so many bytes of training text: a vocabulary that such a text can teach a model."""
+    name = next(name for limit, name in TOKENIZER_BY_SIZE if size < limit)
+    report(f"tokenizer: {name}, chosen for {size / 1e6:,.1f} MB of text (another: --tokenizer=NAME)")
+    return name
 
 
 def _default_name(first: str, root: Path) -> str:
@@ -224,12 +236,16 @@ def build(
 
 def _check_counts(spec: DatasetSpec, groups: list[Documents]) -> None:
     for group in groups:
-        if not group.count:
-            names = ", ".join(source.name for source in group.sources[:3])
-            raise UserError(f"{names} {'is' if len(group.sources) == 1 else 'are'} empty: expected text to prepare")
+        _refuse_empty(group.sources if not group.count else [])
     first = groups[0]
     if len(groups) == 1 and first.count == 1 and int(first.characters * (1 - spec.val_fraction)) == 0:
         raise UserError(f"{first.sources[0].name} is too short to split: {first.characters} characters")
+
+
+def _refuse_empty(sources: list[src.Source]) -> None:
+    if sources:
+        names = ", ".join(source.name for source in sources[:3])
+        raise UserError(f"{names} {'is' if len(sources) == 1 else 'are'} empty: expected text to prepare")
 
 
 def _choose_workers(spec: DatasetSpec) -> int:

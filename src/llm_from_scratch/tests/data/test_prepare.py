@@ -25,7 +25,7 @@ from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
 from llm_from_scratch.data import encode, nanogpt, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
-from llm_from_scratch.data.prepare import prepare, val_documents
+from llm_from_scratch.data.prepare import prepare, tokenizer_for, val_documents
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
 
@@ -163,7 +163,7 @@ def test_line_breaks_and_byte_order_mark(here: Path, monkeypatch: pytest.MonkeyP
 def test_several_documents_are_split_by_document(here: Path, small: None) -> None:
     few, long = stories(399), real_text()[:12_000]  # the long one comes in pieces
     texts = write_jsonl(here / "d.jsonl", [*few[:5], long, *few[5:]])
-    folder = prepare(["d.jsonl"], val_fraction=0.03, seed=5)
+    folder = prepare(["d.jsonl"], tokenizer="gpt2", val_fraction=0.03, seed=5)
     reference = reference_gpt2()
     # what the library `datasets` does in train_test_split: the first of a permutation validate
     chosen = set(np.random.default_rng(5).permutation(400)[:12].tolist())
@@ -188,7 +188,7 @@ def test_separate_files(here: Path) -> None:
     (here / "a.txt").write_text("hello world")
     (here / "b.txt").write_text("hello")
     for sources_, train_files in ((["a.txt"], ()), ([], ("a.txt",))):
-        folder = prepare(sources_, train_files=train_files, val_files=("b.txt",), out_dir="out")
+        folder = prepare(sources_, train_files=train_files, val_files=("b.txt",), tokenizer="gpt2", out_dir="out")
         assert (tokens(folder, "train"), tokens(folder, "val")) == ([31373, 995], [31373])
 
 
@@ -248,7 +248,7 @@ def test_parquet_without_the_extra(here: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_shards(here: Path, small: None) -> None:
     write_jsonl(here / "d.jsonl", stories(300))
-    one = prepare(["d.jsonl"], out_dir="one")
+    one = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="one")
     many = prepare(["d.jsonl"], out_dir="many", shard_size=1000)
     for split in ("train", "val"):
         entry = manifest_of(many)["splits"][split]
@@ -349,19 +349,19 @@ def test_a_second_run_does_no_work(here: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_tokens_are_cached(here: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(here / "d.jsonl", stories(300))
-    first = prepare(["d.jsonl"], out_dir="one")
+    first = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="one")
     cached = sorted(p for p in (here / "data/cache").rglob("*") if p.is_file())
     assert len(cached) > 2
     with monkeypatch.context() as patch:
         patch.setattr(encode.Unit, "encode", lambda *_: pytest.fail("encoded again"))
         told = Told()
-        second = prepare(["d.jsonl"], out_dir="two", shard_size=10**6, report=told)
+        second = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="two", shard_size=10**6, report=told)
     assert f"{len(cached)} of {len(cached)} parts" in told
     assert (first / "train.bin").read_bytes() == (second / "train.bin").read_bytes()
     cached[0].write_bytes(cached[0].read_bytes()[:-2])
     cached[1].write_bytes(cached[1].read_bytes()[:-2] + b"xy")
     told = Told()
-    third = prepare(["d.jsonl"], out_dir="three", report=told)
+    third = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="three", report=told)
     assert f"{len(cached) - 2} of {len(cached)} parts" in told
     assert (first / "train.bin").read_bytes() == (third / "train.bin").read_bytes()
     other = prepare(["d.jsonl"], out_dir="four", tokenizer="bpe:300")  # another tokenizer takes none of it
@@ -550,8 +550,26 @@ def test_an_empty_file_among_others_is_left_out(here: Path) -> None:
     for name, text in (("a.txt", "hello"), ("b.txt", ""), ("c.txt", "world")):
         (here / name).write_text(text)
     told = Told()
-    folder = prepare(["a.txt", "b.txt", "c.txt"], report=told)
+    folder = prepare(["a.txt", "b.txt", "c.txt"], tokenizer="gpt2", report=told)
     assert "b.txt is empty and ignored" in told and len(tokens(folder, "train") + tokens(folder, "val")) == 4
+
+
+@pytest.mark.parametrize(("size", "name"), [(1_999_999, "char"), (2_000_000, "bpe:4096"), (100_000_000, "gpt2")])
+def test_the_size_of_the_text_chooses_the_tokenizer(size: int, name: str) -> None:
+    told = Told()
+    assert tokenizer_for(size, told) == name
+    assert told.lines == [f"tokenizer: {name}, chosen for {size / 1e6:,.1f} MB of text (another: --tokenizer=NAME)"]
+
+
+def test_a_short_text_gets_a_small_vocabulary(here: Path) -> None:
+    (here / "a.txt").write_text("hello world " * 50)
+    (here / "b.txt").write_text("hello")
+    told = Told()
+    folder = prepare(["a.txt"], val_files=("b.txt",), report=told)  # the training text counts
+    assert Tokenizer.load(folder).name == "char" and "chosen for 0.0 MB of text" in told
+    told = Told()
+    assert Tokenizer.load(prepare(["a.txt"], tokenizer="byte", report=told)).name == "byte"
+    assert "chosen" not in told
 
 
 def test_the_next_command_names_the_folder_where_the_name_is_taken(here: Path) -> None:
