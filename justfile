@@ -50,7 +50,7 @@ test *ARGS: (_env "dev")
 test-all *ARGS: (_env "dev")
     @{{ pytest }} -m "not gpu and not network" "$@"
 
-# Run the tests with another version of torch (./just test-torch 2.6.0), in a temporary environment
+# Run the tests with another version of torch (./just test-torch 2.15.0), in a temporary environment
 [no-exit-message]
 test-torch VERSION *ARGS: (_env "dev")
     @version=$1; shift; exec "{{ python }}" scripts/test_torch.py "$version" {{ workers }} "$@"

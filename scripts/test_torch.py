@@ -1,4 +1,4 @@
-"""Runs the quick tests with another torch: `./just test-torch 2.6.0`. More arguments go to pytest.
+"""Runs the quick tests with another torch: `./just test-torch 2.15.0`. More arguments go to pytest.
 
 The environment is temporary. It holds that torch and takes all other packages from .venv.
 """

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import llm_from_scratch
+from llm_from_scratch.tests import forked
 from llm_from_scratch.tests.texts import gpt2_folder, real_text, reference_gpt2, shakespeare
 
 SRC = Path(llm_from_scratch.__file__).resolve().parents[1]
@@ -102,13 +103,19 @@ QUICK_MISTAKES = ("no source", "bad.txt is not UTF-8 text: byte offset 3")
         ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, flags: list[str], arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_line(
+    tmp_path: Path, flags: list[str], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("hello world " * 9)
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "empty.txt").touch()
     environment = os.environ | {"PYTHONPATH": str(SRC), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")} | CUT_OFF
-    command = [sys.executable, *flags, *COMMAND[1:], *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    if flags:
+        command = [sys.executable, *flags, *COMMAND[1:], *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    else:
+        done = forked.run("llm_from_scratch.cli.prepare_data", *arguments, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob(".*"))
