@@ -323,11 +323,13 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     entries = read_metrics(metrics)
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for key, label, style, width in (("loss", "train (batch)", "-", 1), ("val_loss", "validation", "o-", 2)):
-        points = [(e["step"], e[key]) for e in entries if type(e.get(key)) is float]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+        steps = [max(entry["step"], 1) for entry in entries if type(entry.get(key)) is float]  # 0 has no logarithm
+        losses = [entry[key] for entry in entries if type(entry.get(key)) is float]
+        if losses:
+            axes.plot(steps, losses, style, label=f"{label}, last {losses[-1]:.3f}", linewidth=width, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", xscale="log", title=metrics.resolve().parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)

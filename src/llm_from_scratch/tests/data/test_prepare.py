@@ -249,7 +249,7 @@ def test_parquet_without_the_extra(here: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_shards(here: Path, small: None) -> None:
     write_jsonl(here / "d.jsonl", stories(300))
     one = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="one")
-    many = prepare(["d.jsonl"], out_dir="many", shard_size=1000)
+    many = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="many", shard_size=1000)
     for split in ("train", "val"):
         entry = manifest_of(many)["splits"][split]
         files = sorted(path.name for path in many.glob(f"{split}*.bin"))

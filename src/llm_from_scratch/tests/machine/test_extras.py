@@ -57,6 +57,7 @@ def test_an_installed_package_names_its_distribution(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "src" / "llm_from_scratch" / name, target)
     program = "from llm_from_scratch.machine.extras import install_command; print(install_command('hf'))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     declared = re.search(r'^name = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert declared and done.stdout == f"pip install '{declared[1]}[hf]'\n", done.stderr
