@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str) -> None:
     gpt2_folder()
     (tmp_path / "long.txt").write_text(real_text()[:400_000] * 100, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(SRC)}
-    arguments = [*COMMAND, "long.txt", f"--workers={workers}"]
+    arguments = [*COMMAND, "long.txt", "--tokenizer=gpt2", f"--workers={workers}"]
     child = subprocess.Popen(
         arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )

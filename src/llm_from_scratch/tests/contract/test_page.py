@@ -186,7 +186,9 @@ def texts_and_bytes(pieces: list[bytes]) -> list[list[str]]:
     return shown
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, BYTES, BPE], ids=["char", "byte", "bpe"])
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, BYTES, pytest.param(BPE, marks=pytest.mark.slow)], ids=["char", "byte", "bpe"]
+)
 def test_tokens_of_every_kind(browser, site, tokenizer):
     """The text reads as text, whichever tokens share a character; boundaries show each token, and its bytes."""
     text = TEXT if tokenizer is TOKENIZER else SCRIPTS
