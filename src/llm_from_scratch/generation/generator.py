@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -180,6 +180,14 @@ class Generator:
         params.validate()
         check_bias(params, self.tokenizer.vocab_size)
 
+    @overload
+    def generate(self, prompts: str, *, seed: int = 1337, **settings: Any) -> str: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: GenerationConfig, seed: int = 1337, **how: Any
+    ) -> list[Completion]: ...
+
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
@@ -190,14 +198,23 @@ class Generator:
         overflow: Overflow = "recompute",
         allow_special: bool = False,
         sampler: Sampler | None = None,
-    ) -> list[Completion]:
-        """params.num_samples samples for every prompt (texts or token ids), in the order of the prompts.
+        **settings: Any,
+    ) -> str | list[str] | list[Completion]:
+        """With params: its num_samples samples for every prompt (texts or token ids), in the order of the prompts.
+        Without: the text that continues one prompt, or a list; settings: of GenerationConfig, as max_new_tokens=40.
 
         Sample k of a prompt uses the seed seed + k. It is the same alone (that seed, num_samples=1) and in any batch.
         allow_special: parse special tokens in the prompts. sampler: another sampler, with one row per sample. Raises
         UserError for an empty prompt or one that the vocabulary cannot express.
         """
-        params = params or GenerationConfig()
+        if params is None:
+            params = GenerationConfig(num_samples=1)
+            for name, value in settings.items():
+                setattr(params, name, value)
+            given: Any = [prompts] if isinstance(prompts, str) else prompts
+            how: dict[str, Any] = {"use_cache": use_cache, "overflow": overflow, "allow_special": allow_special}
+            plain = [sample.text for sample in self.generate(given, params, seed, sampler=sampler, **how)]
+            return plain[0] if isinstance(prompts, str) and len(plain) == 1 else plain
         self.check(params)
         encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]

@@ -54,6 +54,15 @@ def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(writer):
     assert sorted(c.tokens for c in backwards) == sorted(c.tokens for c in together)
 
 
+def test_a_prompt_and_settings_give_a_text(writer):
+    (sample,) = writer.generate([TEXT[:5]], one(max_new_tokens=40, temperature=0.7), seed=3)
+    assert writer.generate(TEXT[:5], max_new_tokens=40, temperature=0.7, seed=3) == sample.text
+    assert writer.generate([TEXT[:5]], max_new_tokens=40, temperature=0.7, seed=3) == [sample.text]
+    assert len(writer.generate(TEXT[:5], num_samples=2, max_new_tokens=2)) == 2
+    with pytest.raises(UserError, match="unknown setting 'max_new_token'; did you mean max_new_tokens?"):
+        writer.generate(TEXT[:5], max_new_token=40)
+
+
 def test_more_tokens_begin_with_the_same_ones(writer):
     (short,), (long,) = (writer.generate(TEXT[:5], one(max_new_tokens=n)) for n in (30, 300))
     assert long.tokens[:30] == short.tokens and len(long.tokens) == 300 == len(long.text)
