@@ -318,8 +318,8 @@ class LoggingConfig(Settings):
     """Weights & Biases project."""
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
-    progress: Literal["auto", "bar", "lines"] = "auto"
-    """Progress bar or plain lines. auto: the bar if the output is a terminal."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """Progress bar, plain lines, or none: print nothing. auto: the bar if the output is a terminal."""
     loss_plot: bool | None = None
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 

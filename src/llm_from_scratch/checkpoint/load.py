@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,8 @@ def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool 
 def is_pretrained(where: str | Path) -> bool:
     """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
     path = Path(where)
-    is_folder = (path / "config.json").is_file() and not (path / "MANIFEST.json").is_file()
+    # os.path, not Path: False on an I/O error, which the reader of the folder reports
+    is_folder = os.path.isfile(path / "config.json") and not os.path.isfile(path / "MANIFEST.json")
     return is_folder or (str(where) in GPT2_NAMES and not path.exists())
 
 

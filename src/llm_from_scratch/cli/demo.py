@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..training.loggers import METRICS, read_metrics
+from ..training.loggers import METRICS, read_entries
 from .common import command
 
 OUT_DIR = "out-demo"
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     if code := (not dataset and call("prepare_data", "demo")) or call("train", *settings):
         return code
 
-    entries = read_metrics(folder / METRICS)
+    entries = read_entries(folder / METRICS)
     train, val, whole = (points(entries, figure) for figure in ("loss", "val_loss", "val_loss_full"))
     if whole or val:
         split = " over the whole validation split" if whole else ""

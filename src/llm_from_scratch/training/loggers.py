@@ -61,7 +61,7 @@ class JsonLines:
     def forget_from(self, step: int, evaluated: bool) -> None:
         """Drops the lines that a resumed run will repeat: a killed run logs past its last checkpoint."""
         kept = []
-        for entry in read_metrics(self.path):
+        for entry in read_entries(self.path):
             # an evaluation that the checkpoint knows was made before it, an update of that number after it
             if entry["step"] < step or (entry["step"] == step and evaluated and "val_loss" in entry):
                 kept.append(json.dumps(entry))
@@ -170,11 +170,10 @@ class RunLog:
         self.metrics: JsonLines | None = None
         self.tensorboard: TensorBoard | None = None
         self.bar: Progress | None = None
-        self.silent, self.out_dir, self.loss_plot = (
-            not is_master,
-            Path(config.training.out_dir),
-            config.logging.loss_plot,
-        )
+        self.silent = not is_master or config.logging.progress == "none"
+        self.out_dir, self.loss_plot = Path(config.training.out_dir), config.logging.loss_plot
+        self.validation = ""  # of the bar: the last and the best
+        self.best = math.inf
         self.reader_is_gone = False
         self.failing: set[str] = set()
         if not is_master:
@@ -217,8 +216,8 @@ class RunLog:
         mfu = metrics.get("mfu", UNKNOWN_MFU)
         seconds = self.remaining.seconds(step + 1) if self.remaining is not None else None  # to the end of the run
         if self.bar is not None:
-            share = f"{mfu * 100:.0f}%" if mfu >= 0 else "n/a"
-            status = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s  mfu {share}"
+            status = f"loss {metrics['loss']:.3f}{self.validation}  {metrics['tokens_per_s']:,.0f} tok/s"
+            status += f"  mfu {mfu * 100:.0f}%" if mfu >= 0 else ""  # unknown on a CPU
             left = "" if seconds is None else f"{in_words(seconds)} left"
             self.bar.update(self.task, completed=step + 1, status=status, left=left)
             return
@@ -232,6 +231,8 @@ class RunLog:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: train_loss, val_loss, lr, and mfu if known."""
         self._log(step, metrics)
+        self.best = min(self.best, metrics["val_loss"])
+        self.validation = f"  val {metrics['val_loss']:.3f} (best {self.best:.3f})"
         self.say(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
 
     def final(self, step: int, found: Evaluation) -> None:
@@ -302,7 +303,14 @@ class RunLog:
                 sink.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(out_dir: str | Path) -> dict[str, list[Any]]:
+    """The metrics of a run as columns of equal length: step, loss, val_loss and more; None: not at this step."""
+    entries = read_entries(Path(out_dir) / METRICS)
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return {name: [entry.get(name) for entry in entries] for name in names}
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl. Invalid lines, such as one cut short by a kill, are skipped."""
     entries = []
     for line in path.read_bytes().splitlines():
@@ -320,7 +328,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    entries = read_metrics(metrics)
+    entries = read_entries(metrics)
     figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
     for key, label, style, width in (("loss", "train (batch)", "-", 1), ("val_loss", "validation", "o-", 2)):
         steps = [max(entry["step"], 1) for entry in entries if type(entry.get(key)) is float]  # 0 has no logarithm

@@ -27,7 +27,7 @@ from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
 from .evaluate import Evaluation, estimate_loss, evaluate_split
 from .guards import Finding, StepGuard, all_finite
-from .loggers import RunLog
+from .loggers import RunLog, read_metrics
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .plan import Plan, describe
@@ -53,6 +53,11 @@ class TrainResult:
     """The whole validation split at the last step; None if turned off, too long, or the run was stopped."""
     exit_code: int
     """0, 128 + the number of the signal that stopped the run, or 1 if the last state could not be saved."""
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """The run's metrics.jsonl as columns."""
+        return read_metrics(self.out_dir)
 
 
 @contextlib.contextmanager
@@ -84,7 +89,8 @@ class Run:
         """lock: of the folder that the run writes to; None: a run that writes nothing, for a forecast or a benchmark.
         say: prints a line before the log is open; by default on the first process, if the run writes."""
         prints = plan.runtime.is_master and lock is not None
-        default: Callable[[str], Any] = announce if prints else lambda line: None
+        speaks = prints and plan.config.logging.progress != "none"
+        default: Callable[[str], Any] = announce if speaks else lambda line: None
         self.say = say or default
         self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()

@@ -7,7 +7,7 @@ samples of step s come before its update. Evaluation, logging and samples draw n
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,13 +65,17 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> Step:
     return Step(number, lr, loss, norm, skip)
 
 
-def train(config: Config, sources: dict[str, str] | None = None, command: str = "llm-train") -> TrainResult:
-    """Trains a model as the settings say, and returns how the run ended.
+def train(
+    config: Config, sources: dict[str, str] | None = None, command: str = "llm-train", quiet: bool = False
+) -> TrainResult:
+    """Trains a model as the settings say, and returns how the run ended. quiet: prints nothing.
 
     sources: where each setting was set (see presets.parse); command: what the resume hint names.
     Raises UserError before anything is written if settings, data, weights or machine do not fit together, and
     TrainingError if the run cannot continue.
     """
+    if quiet:
+        config = replace(config, logging=replace(config.logging, progress="none"))
     with open_run(config, sources, command) as run:
         training, state, last = run.config.training, run.state, run.plan.last_step
         if training.eval_only:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.cli import demo
-from llm_from_scratch.training.loggers import read_metrics
+from llm_from_scratch.training.loggers import read_entries
 
 FALLING = [(step, 4.0 - 0.02 * step) for step in range(101)]  # 4.0 down to 2.0
 
@@ -72,7 +72,7 @@ def test_metrics_are_read_by_step(tmp_path: Path) -> None:
         '{"step": 2, "val_loss_full": 3.5}\n{"note": "x"}\n[1]\n{"step": 3, "lo',
         encoding="utf-8",
     )
-    entries = read_metrics(path)
+    entries = read_entries(path)
     assert demo.points(entries, "loss") == [(1, 4.0), (2, 3.25)]
     assert demo.points(entries, "val_loss") == [(0, 4.25)]
     assert demo.points(entries, "val_loss_full") == [(2, 3.5)]

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import llm_from_scratch as library
-from llm_from_scratch import Config, GPTConfig, UserError, preset
+from llm_from_scratch import Config, GPTConfig, UserError, preset, read_metrics, train
 from llm_from_scratch.presets import parse
+
+from ..tiny import read_metrics as lines_of
+from ..tiny import tiny_config, write_data
 
 
 def test_the_public_names_are_in_dir_and_can_be_imported() -> None:
@@ -44,3 +47,14 @@ def test_settings_that_do_not_exist_are_refused() -> None:
 def test_settings_are_copied_and_pickled() -> None:
     config = preset("quick", n_layer=7)
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+
+
+def test_a_quiet_run_prints_nothing_and_returns_its_metrics(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_data(here / "data" / "book")
+    result = train(tiny_config(here / "data" / "book", max_iters=4, eval_interval=2, out_dir="run"), quiet=True)
+    assert capfd.readouterr() == ("", "")
+    lines = lines_of(Path("run"))
+    assert result.metrics == read_metrics("run") and set(result.metrics) == {name for line in lines for name in line}
+    for name, column in result.metrics.items():
+        assert column == [line.get(name) for line in lines]
+    assert sum(value is not None for value in result.metrics["val_loss"]) == 3  # steps 0, 2 and 4

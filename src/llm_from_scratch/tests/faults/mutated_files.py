@@ -18,7 +18,7 @@ from llm_from_scratch.config import Config, flatten, validate
 from llm_from_scratch.core import tokenfile
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, build_tokenizer
-from llm_from_scratch.training.loggers import read_metrics
+from llm_from_scratch.training.loggers import read_entries
 
 from .mutants import NASTY, Mutant, expect, write
 from .mutated_checkpoints import LETTERS, check_tokenizer
@@ -265,6 +265,6 @@ class Metrics:
         return valid
 
     def read(self, folder: Path) -> None:
-        for entry in read_metrics(folder / "metrics.jsonl"):
+        for entry in read_entries(folder / "metrics.jsonl"):
             expect(isinstance(entry, dict), f"{entry!r} is no object")
             expect(type(entry.get("step", 0)) is int, f"step {entry['step']!r}")

@@ -24,7 +24,7 @@ from llm_from_scratch.training.loggers import (
     TensorBoard,
     check_extras,
     plot_losses,
-    read_metrics,
+    read_entries,
 )
 from llm_from_scratch.training.trainer import train
 
@@ -74,7 +74,7 @@ def test_metrics_are_one_object_a_line() -> None:
     assert [json.loads(line) for line in lines] == [
         {"step": 0, **EVALUATION}, {"step": 0, **STEP}, {"step": 1, **STEP, "grad_norm": None, "loss": None}
     ]  # fmt: skip
-    assert read_metrics(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
+    assert read_entries(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
 
 
 def test_a_resumed_log_forgets_what_is_done_again() -> None:
@@ -314,7 +314,7 @@ def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.M
     log.train_step(0, STEP)
     monkeypatch.setattr(file, "flush", flush, raising=False)
     log.train_step(1, STEP)
-    assert [entry["step"] for entry in read_metrics(Path("run/metrics.jsonl"))] == [0, 1]
+    assert [entry["step"] for entry in read_entries(Path("run/metrics.jsonl"))] == [0, 1]
 
 
 def test_wandb_continues_the_same_run_on_resume(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def test_wandb_continues_the_same_run_on_resume(tiny_data: Path, monkeypatch: py
     assert [(kwargs["id"], kwargs["resume"]) for kwargs in started] == [(saved["run_id"], "allow")] * 2
     steps = [values for values in logged if "loss" in values]
     assert [values["iter"] for values in steps] == [0, 2, 4, 6]
-    expected = [entry for entry in read_metrics(Path("run/metrics.jsonl")) if "loss" in entry]
+    expected = [entry for entry in read_entries(Path("run/metrics.jsonl")) if "loss" in entry]
     for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
         assert [values[name] for values in steps] == [entry[name] for entry in expected]
 
