@@ -54,9 +54,9 @@ class Record:
     needs: frozenset[str]
     """The parameters that the step reads."""
     program: Any
+    """Equal for records that differ only in sizes."""
     checked: bool = False
     """Whether this program was compared with the model's own forward."""
-    """Equal for records that differ only in sizes."""
 
 
 @dataclass
