@@ -108,11 +108,11 @@ def describe(plan: Plan) -> list[str]:
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
         f"{runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
         f"length: {plan.last_step:,} steps, {epochs:.2f} epochs",
-        *_warnings(plan, epochs),
+        *_doubts(plan, epochs),
     ]
 
 
-def _warnings(plan: Plan, epochs: float) -> list[str]:
+def _doubts(plan: Plan, epochs: float) -> list[str]:
     """What a model trained from scratch on little text will suffer from."""
     learned, tokens = plan.sizes.params - plan.sizes.embedding_params, len(plan.train_data)
     if plan.weights is not None or plan.config.training.eval_only:
@@ -122,7 +122,7 @@ def _warnings(plan: Plan, epochs: float) -> list[str]:
         ways = "use a smaller model or more text" + (
             ", or fewer tokenizer ids" if (plan.config.model.vocab_size or 0) > 1000 else ""
         )
-        lines.append(f"warning: {learned:,} parameters, embeddings apart, for {tokens:,} training tokens: {ways}")
+        lines.append(f"note: {learned:,} parameters, embeddings apart, for {tokens:,} training tokens: {ways}")
     if epochs > MANY_EPOCHS:
-        lines.append(f"warning: {epochs:.0f} epochs: the model may memorise the text; watch the val loss")
+        lines.append(f"note: {epochs:.0f} epochs: the model may memorise the text; watch the val loss")
     return lines

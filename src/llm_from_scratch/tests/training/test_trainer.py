@@ -315,20 +315,20 @@ def test_max_iters_counts_updates_and_nanogpts_count_is_one_more(tiny_data: Path
     assert train(tiny_config(tiny_data, out_dir="none", max_iters=0)).step == 0 and steps_kept("none") == []
 
 
-def warnings_of(data: Path, **settings: Any) -> list[str]:
-    return [line for line in describe(make_plan(tiny_config(data, **settings))) if line.startswith("warning")]
+def notes_of(data: Path, **settings: Any) -> list[str]:
+    return [line for line in describe(make_plan(tiny_config(data, **settings))) if line.startswith("note: ")]
 
 
 def test_too_little_text_is_reported(short_data: Path) -> None:
     """300 tokens. A block has 12 * n_embd^2 weights, the norms 3 * n_embd, the head one row a letter."""
     shape = {"n_layer": 1, "n_head": 1, "bias": False, "epochs": 1.0}
     size, ways = 12 * 8**2 + 3 * 8 + len(LETTERS) * 8, "use a smaller model or more text"
-    assert warnings_of(short_data, n_embd=4, **shape) == []
-    assert warnings_of(short_data, n_embd=8, **shape) == [
-        f"warning: {size} parameters, embeddings apart, for 300 training tokens: {ways}"
+    assert notes_of(short_data, n_embd=4, **shape) == []
+    assert notes_of(short_data, n_embd=8, **shape) == [
+        f"note: {size} parameters, embeddings apart, for 300 training tokens: {ways}"
     ]
-    assert warnings_of(short_data, n_embd=4, max_ngram=3, **shape) == []  # tables are only looked up
-    assert warnings_of(short_data, n_embd=4, **{**shape, "epochs": 10.5})[0].startswith("warning: 11 epochs")
+    assert notes_of(short_data, n_embd=4, max_ngram=3, **shape) == []  # tables are only looked up
+    assert notes_of(short_data, n_embd=4, **{**shape, "epochs": 10.5})[0].startswith("note: 11 epochs")
 
 
 def test_epochs_are_passes_over_the_tokens(short_data: Path) -> None:
