@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,14 +17,19 @@ from .errors import UserError
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
 
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The hint for an unknown name: the nearest known one, or else `otherwise`."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 class Settings:
     """The base of every group of settings: a name that is not a setting is refused."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = getattr(type(self), "__dataclass_fields__", {})
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            raise UserError(f"unknown setting {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"unknown setting {name!r}; {did_you_mean(name, known, 'see llm-train --help-all')}")
         object.__setattr__(self, name, value)
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from .config import Config, flatten
+from .config import Config, did_you_mean, flatten
 from .errors import UserError, one_line
 
 PACKAGE = Path(__file__).resolve().parent
@@ -64,8 +64,9 @@ def parse(
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given. `--help` prints the settings in common, or all if common is empty, `--help_all`
-    all, with the values that this command line gives them, and exits. `--completion SHELL` prints a script. Raises
-    UserError: unknown name (with the nearest), wrong type, missing or unreadable preset."""
+    all, with the values that this command line gives them, and exits. {presets} in description becomes a line for each.
+    `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest), wrong type, missing or
+    unreadable preset."""
     if argv[:1] == ["--completion"]:
         shell = argv[1] if len(argv) > 1 else ""
         if shell not in ("bash", "zsh", "tcsh"):
@@ -122,7 +123,9 @@ def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -
             "Settings", [(t, box, field(default_factory=box)) for t, box in zip(titles, boxes, strict=True)]
         )
     if common:
-        description += f"\n\n{prog.partition(' ')[0]} --help-all lists every setting."
+        description += f"\n\n{prog.partition(' [')[0]} --help-all lists every setting."
+    if "{presets}" in description:
+        description = description.replace("{presets}", _preset_lines())
     shown_help = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown_help):
         tyro.cli(view, args=["--help"], prog=prog, **TYRO)
@@ -142,7 +145,7 @@ def _leaf_docs(section: type) -> dict[str, str]:
     return texts
 
 
-def preset_lines() -> str:
+def _preset_lines() -> str:
     """A line for each preset in configs/: its name and the first sentence of its first comment."""
     folder = next(path for root in ROOTS if (path := root / "configs").is_dir())
     firsts = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in sorted(folder.glob("*.yaml"))}
@@ -194,8 +197,7 @@ def find_preset(name: str) -> Path:
         if path.is_file():
             return path
     known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
-    near = difflib.get_close_matches(given.stem, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"available: {', '.join(known)}"
+    hint = did_you_mean(given.stem, known, f"available: {', '.join(known)}")
     raise UserError(f"no preset file {name!r}; {hint} (settings are written as --key=value)")
 
 
@@ -363,8 +365,7 @@ def _misplaced(leaf: str, section: str, sections: dict[str, set[str]]) -> str:
 
 
 def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "; see --help for all settings"
+    return f"; {did_you_mean(name, known, 'see --help for all settings')}"
 
 
 def _tyro(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], prog: str) -> T:

@@ -30,13 +30,12 @@ COMMON = (
     "batch_size", "dataset", "real_data", "steps", "burnin_steps", "profile", "n_layer", "n_head", "n_embd",
     "block_size", "optimizer_type", "device", "dtype", "compile", "json",
 )  # fmt: skip
-HELP = """Times training steps: forward, backward and optimizer.
+HELP = f"""Times training steps: forward, backward and optimizer.
 
   llm-bench --n_layer=4 --n_embd=256
   llm-bench --profile  # time per kind of operation, and a trace in bench_log/
 
-Without a GPU, unless given: batch_size=2 block_size=256 n_layer=4 n_head=4
-n_embd=256 compile=False."""
+Without a GPU, unless given: {" ".join(f"{name}={value}" for name, value in CPU_SIZES.items())}."""
 
 
 @dataclass

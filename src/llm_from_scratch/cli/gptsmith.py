@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from importlib import import_module
 
-from .. import __version__
+from ..config import did_you_mean
 from ..errors import UserError
 from .common import command
 
@@ -22,6 +21,7 @@ COMMANDS = {
     "export": ("export", "writes a model for transformers or nanoGPT"),
     "demo": ("demo", "trains a small model on a small text"),
 }
+NAMES = f"one of {', '.join(COMMANDS)}"
 HELP = f"""usage: gptsmith [-h] [--version] COMMAND ...
 
 Trains, samples, evaluates, exports and serves GPT language models.
@@ -35,14 +35,11 @@ prints a completion script (bash, zsh or tcsh)."""
 @command
 def main(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
-    if name in ("-h", "--help", "--version"):
-        print(HELP if name != "--version" else f"gptsmith {__version__}")
+    if name in ("-h", "--help"):
+        print(HELP)
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UserError(
-            f"no command {name!r}; " + (f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}")
-        )
+        raise UserError(f"no command {name!r}; {did_you_mean(name, COMMANDS, NAMES)}")
     return import_module(f".{COMMANDS[name][0]}", __package__).main(rest)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import sys
 from collections.abc import Callable
 
-from ..config import GenerationConfig, flatten
+from ..config import GenerationConfig, did_you_mean, flatten
 from ..errors import UserError, one_line
 from ..machine.terminal import note
 from ..presets import build
@@ -43,7 +42,7 @@ class Conversation:
 
     def command(self, line: str) -> None:
         """Runs a line that starts with /. Raises UserError."""
-        name, *words = line[1:].split(maxsplit=2)
+        name, *words = line[1:].split(maxsplit=2) or [""]
         if name == "help":
             note(HELP)
         elif name == "set" and not words:
@@ -58,9 +57,9 @@ class Conversation:
         elif name in ("set", "retry"):
             raise UserError("/set needs a name and a value" if name == "set" else "there is no prompt to repeat yet")
         else:
-            near = difflib.get_close_matches(name, ("help", "set", "retry", "reset"), n=1)
-            hint = f"did you mean /{near[0]}?" if near else f"/help lists them; a text may start with / inside {QUOTES}"
-            raise UserError(f"no command /{one_line(name)}; {hint}")
+            hint = f"/help lists them; a text may start with / inside {QUOTES}"
+            known = ("/help", "/set", "/retry", "/reset")
+            raise UserError(f"no command /{one_line(name)}; {did_you_mean(f'/{name}', known, hint)}")
 
     def _set(self, name: str, value: str) -> None:
         if name == "seed" and value.isdecimal():

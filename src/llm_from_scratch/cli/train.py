@@ -12,7 +12,7 @@ from typing import Any
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, Parsed, leaf_types, parse, preset_lines
+from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
 from .common import command, data_prepared_last
 
 # The defaults of nanoGPT's train.py that differ from Config's
@@ -42,7 +42,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     flags, argv = _own_flags(argv)
     defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
-    text = HELP.format(default=default, presets=preset_lines()).replace("llm-train", prog)
+    text = HELP.replace("{default}", default).replace("llm-train", prog)
     read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
     parsed: Parsed[Config] = read(defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it

@@ -77,6 +77,7 @@ def test_help_lists_every_command_and_the_settings(talk: Talk) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("/", "no command /; /help lists them"),
         ("/hlep", "no command /hlep; did you mean /help?"),
         ("/usr/bin", "no command /usr/bin; /help lists them"),
         ("/set temprature 1", "unknown setting temprature in the settings; did you mean temperature?"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm_from_scratch.cli import train
 from llm_from_scratch.config import Config, flatten
 from llm_from_scratch.presets import parse
 
@@ -57,6 +58,12 @@ def test_the_defaults_shown_are_those_in_force(preset: str, capsys: pytest.Captu
 
 def test_what_is_typed_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert defaults(help_of(capsys, "train", "quick", "--n_layer=7", "-h"))["n_layer"] == "7"
+
+
+def test_a_script_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main_nanogpt(["--help"])
+    assert "python train.py --help-all lists every setting." in capsys.readouterr().out
 
 
 def test_train_lists_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
