@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import DamagedError, SaveError, UserError
-from ..machine.files import MAX_JSON, make_folder, open_file, open_synced, parse_json, remove_tree, space_for
-from ..machine.files import sync_folder as sync_folder
-from ..machine.files import to_json as to_json
+from ..machine.files import (
+    MAX_JSON,
+    make_folder,
+    open_file,
+    open_synced,
+    parse_json,
+    remove_tree,
+    space_for,
+    sync_folder,
+    to_json,
+)  # fmt: skip
 
 MANIFEST = "MANIFEST.json"
 LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt)")

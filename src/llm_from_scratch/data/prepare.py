@@ -157,13 +157,14 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths] for paths in found
     ]
     size = sum(path.stat().st_size for path in found[0])
-    _refuse_empty(lists[0] if not size else [])
+    if not size:
+        raise _empty(lists[0])
     tokenizer = options.tokenizer or tokenizer_for(size, report)
     return DatasetSpec(name, lists, tokenizer, options.val_fraction or 0.1, options.seed)
 
 
 def tokenizer_for(size: int, report: Report) -> str:
-    """The tokenizer for so many bytes of training text: a vocabulary that such a text can teach a model."""
+    """The default tokenizer for a training text of this size in bytes: a short text needs a small vocabulary."""
     name = next(name for limit, name in TOKENIZER_BY_SIZE if size < limit)
     report(f"tokenizer: {name}, chosen for {size / 1e6:,.1f} MB of text (another: --tokenizer=NAME)")
     return name
@@ -236,16 +237,16 @@ def build(
 
 def _check_counts(spec: DatasetSpec, groups: list[Documents]) -> None:
     for group in groups:
-        _refuse_empty(group.sources if not group.count else [])
+        if not group.count:
+            raise _empty(group.sources)
     first = groups[0]
     if len(groups) == 1 and first.count == 1 and int(first.characters * (1 - spec.val_fraction)) == 0:
         raise UserError(f"{first.sources[0].name} is too short to split: {first.characters} characters")
 
 
-def _refuse_empty(sources: list[src.Source]) -> None:
-    if sources:
-        names = ", ".join(source.name for source in sources[:3])
-        raise UserError(f"{names} {'is' if len(sources) == 1 else 'are'} empty: expected text to prepare")
+def _empty(sources: list[src.Source]) -> UserError:
+    names = ", ".join(source.name for source in sources[:3])
+    return UserError(f"{names} {'is' if len(sources) == 1 else 'are'} empty: expected text to prepare")
 
 
 def _choose_workers(spec: DatasetSpec) -> int:

@@ -683,7 +683,7 @@ def every_failure(monkeypatch: pytest.MonkeyPatch, fresh: Callable[[], Path], ac
 
 
 @pytest.mark.parametrize(
-    "new_step", [pytest.param(2, id="next step"), pytest.param(1, id="same step anew", marks=pytest.mark.slow)]
+    "new_step", [pytest.param(2, id="next step"), pytest.param(1, id="same step again", marks=pytest.mark.slow)]
 )
 def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_step: int

@@ -286,7 +286,7 @@ def torchrun(args: list[str], forks: bool = True) -> int:
 
 
 def processes(count: int, script: list[str]) -> int:
-    """So many processes with the variables that torchrun sets; the first exit code that is not 0."""
+    """Starts processes with torchrun's variables. Returns the first exit code that is not 0, else 0."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     with contextlib.ExitStack() as running, open("errors.txt", "w+") as errors:

@@ -23,7 +23,7 @@ GREEDY = {"temperature": 0.0, "num_samples": 1}
 
 @torch.no_grad()
 def naive(model: GPT, prompts: list[list[int]], steps: int) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Greedy decoding, the whole window anew for every token, without padding: rows with equally long windows share a
+    """Greedy decoding, the whole window again for every token, without padding: rows with equally long windows share a
     forward pass. Returns the tokens of each row, and the logits of each step."""
     rows, logits = [list(prompt) for prompt in prompts], []
     for _ in range(steps):
