@@ -85,20 +85,24 @@ def parse(
         for key, value in values.items():
             merged[key], settings[key], sources[key] = _as_text(key, value, leaves, path), value, str(path)
     for key, text in options.items():
-        merged[key], sources[key] = _as_text(key, text, leaves), COMMAND_LINE
-    tree = _tyro(tree_type, merged, sources, prog)
+        merged[key], settings[key], sources[key] = _as_text(key, text, leaves), text, COMMAND_LINE
     if wanted:
-        _print_help(tree, common if wanted in ("-h", "--help") else (), prog, description)
+        for key, text in options.items():
+            with contextlib.suppress(ValueError, SyntaxError):  # a word
+                settings[key] = ast.literal_eval(text)
+        _print_help(tree_type, settings, common if wanted in ("-h", "--help") else (), prog, description)
         raise SystemExit(0)
+    tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
 
 
-def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -> None:
-    """The docs of the settings in common, in that order, or of all settings by section; the defaults are tree's."""
-    types, values, sections = leaf_types(type(tree)), flatten(tree), _sections(type(tree))
-    for name, value in values.items():
-        if isinstance(value, str):  # a newline shows as \\n
-            values[name] = value.encode("unicode_escape").decode()
+def _print_help(tree_type: type, settings: dict[str, Any], common: Sequence[str], prog: str, description: str) -> None:
+    """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show."""
+    types, sections = leaf_types(tree_type), _sections(tree_type)
+    values = {  # a newline shows as \\n
+        name: value.encode("unicode_escape").decode() if isinstance(value, str) else value
+        for name, value in settings.items()
+    }
 
     def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
         fields = [
@@ -111,7 +115,8 @@ def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -
         ]
         return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": text})
 
-    parts = [type(getattr(tree, name)) for name in sections] or [type(tree)]
+    hints = typing.get_type_hints(tree_type)
+    parts = [hints[name] for name in sections] or [tree_type]
     docs = [_leaf_docs(part) for part in parts]
     if common or not sections:
         every = {name: text for part in docs for name, text in part.items()}
@@ -129,11 +134,11 @@ def _print_help(tree: Any, common: Sequence[str], prog: str, description: str) -
     shown_help = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown_help):
         tyro.cli(view, args=["--help"], prog=prog, **TYRO)
-    usage, _, settings = shown_help.getvalue().partition("\n\n")
+    usage, _, listed = shown_help.getvalue().partition("\n\n")
     width = shutil.get_terminal_size().columns
     for part in [usage, *description.split("\n\n")]:  # tyro does not wrap a description
         print(part if part.startswith("  ") else textwrap.fill(part, width), end="\n\n")
-    print(*(line.rstrip() for line in settings.strip().splitlines()), sep="\n")
+    print(*(line.rstrip() for line in listed.strip().splitlines()), sep="\n")
 
 
 def _leaf_docs(section: type) -> dict[str, str]:
