@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 
-def one_line(value: object, limit: int = 200) -> str:
+def one_line(value: object, limit: int | None = 200) -> str:
     """The text of a value on one line of at most `limit` characters."""
-    return " ".join(str(value).split())[:limit]
+    return " ".join(line.strip() for line in str(value).splitlines() if line.strip())[:limit]
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text: what follows is often advice on a library's settings."""
+    return one_line(str(error).strip().partition("\n")[0]) or repr(error)
 
 
 class UserError(ValueError):

@@ -35,6 +35,7 @@ FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
 OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
              "optimizer.json", "trainer.json", "config.json", "model.json")  # fmt: skip
 MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
+MAX_PATH = 4096  # characters
 # What torch's types are called in a safetensors file
 STORED = {"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"}
 STORED |= {f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)}
@@ -174,6 +175,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of the run that wrote a step directory: {section: {leaf: value}}. Raises DamagedError."""
     return from_json(read_member(path, "config.json", read_manifest(path)), path)
+
+
+def is_dataset_name(value: object) -> bool:
+    """Whether a stored dataset is a name, looked up in data/. A path from a checkpoint is never followed."""
+    return isinstance(value, str) and Path(value).name == value and value[:1] not in ("", ".")
+
+
+def dataset_option(stored: object) -> str:
+    """--dataset=PATH of a path from a checkpoint, for a message; without the path if it could hide a command."""
+    option = f"--dataset={stored}"
+    is_shown = isinstance(stored, str) and stored and option.isprintable() and len(option) <= MAX_PATH
+    return option if is_shown else "--dataset=NAME_OR_FOLDER"
 
 
 def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:

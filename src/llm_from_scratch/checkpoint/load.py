@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..interop import GPT2_NAMES
-from .contents import Checkpoint, load_checkpoint
+from .contents import Checkpoint, dataset_option, is_dataset_name, load_checkpoint
 from .store import locate, valid_which
 
 if TYPE_CHECKING:
     from ..core.tokenizer import Tokenizer
 
 GPT2_VOCAB = (50257, 50304)
-_DATASET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 def load(
@@ -90,7 +89,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
         found = tokenizer_of(resolve_dataset(dataset))
         if found is None and not is_gpt2 and needed:
             raise UserError(f"dataset {dataset} has no tokenizer (tokenizer.meta.json or meta.pkl)")
-    elif isinstance(named, str) and _DATASET.fullmatch(named):
+    elif is_dataset_name(named):
         try:
             found = tokenizer_of(resolve_dataset(named))
         except UserError as error:
@@ -101,7 +100,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
     if found is None and needed:
         raise UserError(
             f"{ckpt.path} has no tokenizer, and its vocabulary of {vocab_size} is not GPT-2's: "
-            "name the dataset that it was trained on with --dataset=NAME_OR_FOLDER"
+            f"name the dataset that it was trained on with {shlex.quote(dataset_option(named))}"
         )
     if found is not None and vocab_size not in (found.vocab_size, 64 * math.ceil(found.vocab_size / 64)):
         if not needed:

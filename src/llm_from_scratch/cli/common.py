@@ -4,12 +4,14 @@ exit code 2, never a traceback."""
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..errors import OutputError, UserError
+from ..checkpoint.contents import dataset_option
+from ..errors import OutputError, UserError, one_line
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
 
@@ -32,7 +34,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         sys.stdout.flush()
         return code
     except UserError as error:
-        note(f"error: {' '.join(str(error).split())}")
+        note(f"error: {one_line(error, None)}")
         return 2
     except KeyboardInterrupt:
         note("interrupted")
@@ -64,6 +66,13 @@ def data_prepared_last() -> dict[str, str]:
     # a checkpoint stores a plain name, but not a path
     is_hidden = folder.parent.name == "processed" and any((Path("data") / folder.name).glob("*.bin"))
     return {"dataset": folder.as_posix() if is_hidden else folder.name}
+
+
+def used_a_path(what: str, dataset: object, prog: str, argv: list[str]) -> UserError:
+    """The error for data that a checkpoint knows by a path. It is not opened, because the checkpoint may be a
+    stranger's, but printed in the command that was typed, to be run again."""
+    command = shlex.join([*prog.split(), *argv, dataset_option(dataset)])
+    return UserError(f"{what} used a data folder. A path in a checkpoint is opened only if you name it: {command}")
 
 
 def check_location(location: str, which: str | None) -> None:

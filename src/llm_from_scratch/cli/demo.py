@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def main(argv: list[str]) -> int:
         ("checkpoint", checkpoint), ("loss curve", folder / "loss.png"), ("TensorBoard log", folder / "tensorboard")
     ]  # fmt: skip
     hints = [
-        ("generate text", f"./just generate {folder}"),
+        ("generate text", shlex.join(["./just", "generate", str(folder)])),
         ("plot the losses", "./just tensorboard"),
         ("train longer", "./just demo --max_iters=5000"),
         ("use your text", "./just prepare-data FILE, then ./just train"),

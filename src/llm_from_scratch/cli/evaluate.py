@@ -6,17 +6,19 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from ..checkpoint.contents import is_dataset_name
 from ..config import SystemConfig, at_least
 from ..errors import UserError
 from ..machine.files import read_file
 from ..presets import parse
-from .common import check_location, command
+from .common import check_location, command, used_a_path
 
 if TYPE_CHECKING:
     import torch
 
+    from ..checkpoint.contents import Checkpoint
     from ..core.dataset import TokenData
     from ..core.tokenizer import Tokenizer
 
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
     if parsed.positionals:
         data = _text(parsed.positionals[0], tokenizer)
     else:
-        data = _split(options.dataset or _trained_on(loaded.config), options.split, tokenizer)
+        data = _split(options.dataset or _trained_on(loaded, argv), options.split, tokenizer)
     block_size = options.eval_block_size or model.config.block_size
     if block_size > model.config.block_size:
         raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
@@ -128,19 +130,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _trained_on(config: dict[str, Any]) -> str | None:
-    """The name of the training data in a checkpoint's settings. A path from a checkpoint is never followed."""
-    saved = config.get("data", config)  # a ckpt.pt has no sections
+def _trained_on(model: Checkpoint, argv: list[str]) -> str:
+    """The name of the training data in a checkpoint's settings."""
+    saved = model.config.get("data", model.config)  # a ckpt.pt has no sections
     name = saved.get("dataset") if isinstance(saved, dict) else None
-    return name if isinstance(name, str) and Path(name).name == name else None
+    if not name:
+        raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
+    if not is_dataset_name(name):
+        raise used_a_path(f"the run of {model.path}", name, "llm-eval", argv)
+    return name
 
 
-def _split(name: str | None, split: str, tokenizer: Tokenizer | None) -> TokenData:
+def _split(name: str, split: str, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData, resolve_dataset
     from ..core.tokenizer import tokenizer_of
 
-    if name is None:
-        raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
     folder = resolve_dataset(name)
     theirs = tokenizer_of(folder)
     if tokenizer is not None and theirs is not None and theirs.fingerprint() != tokenizer.fingerprint():

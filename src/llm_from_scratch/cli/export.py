@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
     write_nanogpt(output, loaded, options.overwrite, options.accept_erf_gelu)
     print(f"wrote {output}: step {loaded.step} of {loaded.path}")
     if output.name == "ckpt.pt":
-        print(f"next, in a checkout of nanoGPT: python sample.py --out_dir={output.parent.resolve()} --device=cpu")
+        command = shlex.join(["python", "sample.py", f"--out_dir={output.parent.resolve()}", "--device=cpu"])
+        print(f"next, in a checkout of nanoGPT: {command}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import GenerationConfig, SystemConfig, validate
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..generation.prompt import read_start
 from ..machine.processes import shield_children
 from ..machine.terminal import note
@@ -177,7 +177,7 @@ def _compile(generator: Generator) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error).strip() else repr(error)
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"torch.compile failed ({reason}); run without --compile") from None
 
 

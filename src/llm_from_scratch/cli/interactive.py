@@ -97,7 +97,7 @@ def converse(conversation: Conversation) -> int:
             elif prompt:
                 conversation.ask(prompt)
         except UserError as error:
-            note(f"error: {' '.join(str(error).split())}")
+            note(f"error: {one_line(error, None)}")
         except KeyboardInterrupt:
             if not at_terminal:
                 raise

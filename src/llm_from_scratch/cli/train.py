@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.contents import is_dataset_name
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
-from .common import command, data_prepared_last
+from .common import command, data_prepared_last, used_a_path
 
 # The defaults of nanoGPT's train.py that differ from Config's
 NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
@@ -39,7 +41,7 @@ Without one: {default}.
 
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
-    flags, argv = _own_flags(argv)
+    typed, (flags, argv) = argv, _own_flags(argv)
     defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
     text = HELP.replace("{default}", default).replace("llm-train", prog)
@@ -50,7 +52,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
     chosen = not nanogpt and "dataset" not in parsed.sources  # by data_prepared_last
     if begin == "resume":
-        saved = _saved_settings(parsed.tree, parsed.sources)
+        saved = _saved_settings(parsed.tree, parsed.sources, prog, typed)
         if saved is not None:
             chosen = False
             # the settings of the run replace the defaults; this call's settings override them
@@ -84,7 +86,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         drop_lost_output()  # a full disk under the output costs lines, not the run
         if result.checkpoint is not None and not result.exit_code and os.environ.get("RANK", "0") == "0":
             sampler = "python sample.py" if nanogpt else "llm-generate"
-            announce(f"sample from it: {sampler} --out_dir={result.out_dir}")
+            announce(f"sample from it: {sampler} {shlex.join([f'--out_dir={result.out_dir}'])}")
         return result.exit_code
     except TrainingError as error:
         drop_lost_output()
@@ -126,7 +128,7 @@ def _choose_length(parsed: Parsed[Config]) -> None:
         parsed.tree.scheduler.lr_decay_iters = None  # follows max_iters
 
 
-def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] | None:
+def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: list[str]) -> dict[str, Any] | None:
     """The settings of the run in out_dir by leaf name; None for a nanoGPT checkpoint."""
     from ..checkpoint import store as checkpoints
 
@@ -141,11 +143,8 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
             raise UserError(f"the checkpoints in {out_dir} are incomplete: they have no settings")
         return None
     dataset = flat.get("dataset")
-    if "dataset" not in sources and not _is_plain("dataset", dataset):
-        raise UserError(
-            f"the run in {config.training.out_dir} used the data folder {str(dataset)[:200]!r}. Paths are not read "
-            "from checkpoints: give it again with --dataset=FOLDER"
-        )
+    if "dataset" not in sources and not is_dataset_name(dataset):
+        raise used_a_path(f"the run in {out_dir}", dataset, prog, argv)
     known = leaf_types(Config)
     return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
 
@@ -153,7 +152,7 @@ def _saved_settings(config: Config, sources: dict[str, str]) -> dict[str, Any] |
 def _is_plain(name: str, value: Any) -> bool:
     """Whether a stored value is not a path. Paths from a checkpoint are never followed."""
     if name == "dataset":
-        return isinstance(value, str) and Path(value).name == value and value not in (".", "..")
+        return is_dataset_name(value)
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
 
 

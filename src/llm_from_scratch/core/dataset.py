@@ -4,6 +4,7 @@ shards of them: raw little-endian token ids, uint16 (nanoGPT's format) or uint32
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
     if _has_tokens(Path(name)):
         return Path(name)
     script = places[0] / "prepare.py"
-    make = f"python {script.as_posix()}" if script.exists() else f"llm-prepare FILE --out_dir={places[1].as_posix()}"
+    prepare = ["llm-prepare", "FILE", f"--out_dir={places[1].as_posix()}"]
+    make = shlex.join(["python", script.as_posix()] if script.exists() else prepare)
     where = f"{name} has" if Path(name).is_dir() else f"{places[0].as_posix()} and {places[1].as_posix()} have"
     there = sorted({p.parent.name for d in ("data", "data/processed") for p in Path(root, d).glob("*/train*.bin")})
     others = f" (prepared: {', '.join(there[:8])})" if there else ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import GPTConfig
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .model import GPT
 from .ngrams import NGramEmbedding
 
@@ -45,8 +45,7 @@ def _meta_model(values: tuple[Any, ...]) -> GPT:
     except UserError:
         raise
     except (RuntimeError, OverflowError) as error:  # more elements than 64 bits count
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"a model of these sizes cannot be built on the meta device: {reason}") from None
+        raise UserError(f"a model of these sizes cannot be built on the meta device: {first_line(error)}") from None
 
 
 def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:

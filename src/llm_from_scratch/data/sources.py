@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -239,7 +240,8 @@ def _matches(base: Path, argument: str) -> list[Path]:
     path = base / argument
     with _reading(argument):
         if path.is_fifo():
-            raise UserError(f"{argument} is a pipe; read it from standard input instead: llm-prepare - < {argument}")
+            command = f"llm-prepare - < {shlex.quote(argument)}"
+            raise UserError(f"{argument} is a pipe; read it from standard input instead: {command}")
         if path.is_dir():
             inside = (p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
             shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.cache import KVCache
 from ..core.model import GPT
-from ..errors import CannotRecord
+from ..errors import CannotRecord, one_line
 from ..kernels.int8 import Linears
 from .cuda_graphs import GraphedStep
 from .recorder import Record, record
@@ -87,7 +87,7 @@ class DecodeStep:
             logits = found.exact(*window.inputs(ids, cache, found.needs), *window.parts)
         except Exception as error:
             reason = str(error) if isinstance(error, CannotRecord) else f"{type(error).__name__}: {error}"
-            self._fail(" ".join(reason.split())[:200])
+            self._fail(one_line(reason))
             return None
         if not expected.isfinite().all():  # an error in the model, which the caller reports
             return None

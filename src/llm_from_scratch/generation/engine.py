@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import GenerationConfig
-from ..errors import EngineError, UserError
+from ..errors import EngineError, UserError, one_line
 from .batch import Batch, Overflow, Prefill
 from .generator import NOT_FINITE, Generator, evaluating
 from .row_sampler import Sampler
@@ -221,7 +221,7 @@ class Engine:
                     self._read()
                     self._step()
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.failure = f"{type(error).__name__}: {one_line(error, None)}"
         with self._wake:
             self._closed = True
             left, self._open = self._open, []

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import UserError, one_line
+from ..errors import UserError, first_line, one_line
 from ..machine.extras import require
 from ..machine.files import read_json
 from . import GPT2_NAMES
@@ -58,7 +58,7 @@ def _download(name: str, files: list[str]) -> Path:
         kind = type(error).__name__
         if re.search("LocalEntryNotFound|Connect|Offline|Timeout", kind):
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
-        reason = one_line(str(error).strip().partition("\n")[0])  # the rest is advice on the client's settings
+        reason = first_line(error)
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 
 

@@ -16,6 +16,7 @@ are checked before anything is built from them. Source: karpathy/nanoGPT train.p
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import typing
 from dataclasses import dataclass
@@ -220,7 +221,8 @@ def _by_name(optimizer: Any, config: GPTConfig, path: Path) -> dict[str, Any]:
     """nanoGPT's optimizer state, by parameter name. Raises UserError if it does not belong to this model."""
     groups, shapes = _numbered(config), _nanogpt_shapes(config)
     names = dict(enumerate([*groups[0], *groups[1]]))
-    hint = f"only its weights can be used: --init_from={path} starts a new run from them"
+    option = shlex.quote(f"--init_from={path}")
+    hint = f"only its weights can be used: {option} starts a new run from them"
     try:
         saved = optimizer["param_groups"]
         border = len(groups[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core.model import GPT
-from ..errors import StopForward
+from ..errors import StopForward, one_line
 from ..machine.device import forked_random
 
 TOLERANCE = 1e-5  # largest relative difference from the plain module; float32 rounds to about 1e-7
@@ -120,7 +120,7 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
         both = [i for i, pair in enumerate(pairs) if all(isinstance(t, Tensor) for t in pair)]
         expected, found = ([p.outputs[i] for i in both] + p.gradients(both) for p in passes)
     except Exception as error:
-        return f"fails ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+        return f"fails ({type(error).__name__}: {one_line(error, 100)})"
     finally:
         module.__class__ = plain
         module.train(training)

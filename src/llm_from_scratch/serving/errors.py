@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from ..errors import ApiError
+from ..errors import ApiError, one_line
 
 TYPES = {
     401: "authentication_error",
@@ -22,7 +22,7 @@ TYPES = {
 
 def error_body(error: ApiError) -> str:
     kind = TYPES.get(error.status, "invalid_request_error")
-    message = " ".join(error.message.split())
+    message = one_line(error.message, None)
     return json.dumps({"error": {"message": message, "type": kind, "param": error.param, "code": error.code}})
 
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from ..errors import ApiError, EngineError
+from ..errors import ApiError, EngineError, one_line
 from ..generation.engine import Engine, Handle, Request, Stats, Update
 from ..machine.terminal import note
 
@@ -67,7 +67,7 @@ class Supervisor:
             self.failures = 0
         while True:
             self.failures += 1
-            note(f"llm-serve: the engine failed: {' '.join(reason.split())[:300]}")
+            note(f"llm-serve: the engine failed: {one_line(reason, 300)}")
             if self.failures >= MAX_FAILURES:
                 self.problem = f"the engine failed {self.failures} times in a row and stays down: restart the server"
                 note(f"llm-serve: {self.problem}")

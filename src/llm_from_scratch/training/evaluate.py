@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.dataset import SampleOrder, TokenData
 from ..core.tokenizer import Tokenizer
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.processes import sum_over_ranks
 
@@ -94,7 +94,7 @@ def _sum_of_losses(
             if size == 1:
                 raise UserError(
                     f"out of memory evaluating one sequence of {block_size} tokens "
-                    f"({' '.join(str(error).split())[:200]}); shorten the context or use a smaller model"
+                    f"({one_line(error)}); shorten the context or use a smaller model"
                 ) from None
         finally:
             model.train(was_training)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..errors import MemoryShortError, TrainingError
+from ..errors import MemoryShortError, TrainingError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
 from .plan import Plan, training_sizes
@@ -77,6 +77,6 @@ def _message(plan: Plan, when: str, reason: str, smaller: str) -> str:
     has = f"{total / (1 << 30):.1f} GiB" if total else "less"
     return (
         f"out of memory {when}: the run needs about {plan.sizes.memory / (1 << 30):.1f} GiB, {device} has {has} "
-        f"({' '.join(reason.split())[:200]}). To save memory, {smaller}shorten --block_size, use a smaller model "
+        f"({one_line(reason)}). To save memory, {smaller}shorten --block_size, use a smaller model "
         "(--n_layer, --n_embd), or set --gradient_checkpointing=True"
     )

@@ -7,7 +7,7 @@ import os
 import shlex
 from typing import Any
 
-from ..checkpoint.store import Checkpoint
+from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config, flatten
 from ..machine import device as runtimes
 from ..machine.device import Runtime
@@ -82,8 +82,16 @@ def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chos
 
 def resume_command(config: Config, command: str, processes: int = 1) -> str:
     """The command that resumes a run."""
-    words = ["--init_from=resume", f"--out_dir={config.training.out_dir}"]
-    if os.path.sep in config.data.dataset or "/" in config.data.dataset:
-        words.append(f"--dataset={config.data.dataset}")  # a path is not read from a checkpoint
+    words = [*command.split(), "--init_from=resume", f"--out_dir={config.training.out_dir}"]
+    if not is_dataset_name(config.data.dataset):
+        words.append(f"--dataset={config.data.dataset}")
+    # not read from a checkpoint either
+    words += [f"--start={config.generation.start}"] if config.generation.start.startswith("FILE:") else []
+    words += ["--wandb_log=True"] if config.logging.wandb_log else []
     under_torchrun = f"  (with torchrun, {processes} processes)" if processes > 1 else ""
-    return f"{command} {shlex.join(words)}{under_torchrun}"
+    return f"{shlex.join(words)}{under_torchrun}"
+
+
+def eval_command(config: Config) -> str:
+    """The command that evaluates a run on the whole validation split."""
+    return shlex.join(["llm-eval", f"--out_dir={config.training.out_dir}", f"--dataset={config.data.dataset}"])

@@ -32,7 +32,7 @@ from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
-from .resume import not_bit_exact, resume_command
+from .resume import eval_command, not_bit_exact, resume_command
 from .saver import Saver
 from .scheduler import learning_rate_at
 from .setup import make_plan
@@ -360,7 +360,7 @@ class Run:
             try:
                 final = self._evaluate_whole()
             except Interrupted:
-                self.say(f"the run is complete; to evaluate it: llm-eval --out_dir={self.out_dir}")
+                self.say(f"the run is complete; to evaluate it: {eval_command(self.config)}")
         if not stopped and state.step:
             self.log.plot()
         return self.result(final)
@@ -370,10 +370,8 @@ class Run:
         expected = len(plan.val_data) / self.eval_rate if self.eval_rate else 0.0
         is_long = expected > max(LONG_FINAL_EVALUATION, self.timer.total)
         if any_rank(is_long, runtime.device, runtime.world_size):  # their clocks differ
-            self.say(
-                f"evaluating the whole validation split would take about {expected / 60:.0f} min. To do it: "
-                f"llm-eval --out_dir={self.out_dir} --dataset={self.config.data.dataset}"
-            )
+            minutes = f"{expected / 60:.0f} min. To do it: {eval_command(self.config)}"
+            self.say(f"evaluating the whole validation split would take about {minutes}")
             return None
         final = evaluate_split(
             self.models.compiled, plan.val_data, self.config.model.block_size, runtime, plan.tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 
 from ..checkpoint.load import is_pretrained, load
@@ -147,7 +148,7 @@ def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[
         raise UserError(
             f"the {changed} tokens in {inputs.folder} have changed since the run started; select the original data "
             "with --dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
-            f"--init_from={config.training.out_dir} and another --out_dir"
+            f"{shlex.quote(f'--init_from={config.training.out_dir}')} and another --out_dir"
         )
     notes.append(f"{inputs.folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..checkpoint.store import Checkpoint
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.device import Runtime
 from .optimizer import load_optimizer_state
 from .resume import saved_settings
@@ -121,5 +121,5 @@ def restore(
     except UserError:
         raise  # its message is complete
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         raise UserError(f"{saved.path} does not hold the state of a run ({why}); start a new one from it") from None

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from ..config import Config
 from ..core.model import GPT, NextTokenLoss
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..kernels.cpu import cpu_replacements
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
@@ -132,7 +132,7 @@ def _compile(
                 say("CUDA graphs: the model's kernels are recorded once and launched together (--cuda_graphs)")
             return compiled, recorded
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             is_required = config.system.cuda_graphs is True if recorded else not runtime.compile_may_fail
             if is_out_of_memory(error) and (is_required or not recorded):
                 raise  # a smaller batch may fit
