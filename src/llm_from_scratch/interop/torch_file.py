@@ -8,10 +8,11 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ..errors import DamagedError, UserError
+from ..errors import DamagedError, UserError, first_line
 
 MARK = "llm-from-scratch export; it may be written anew"  # marks files of this program
 MAX_PICKLE = 4 << 20  # bytes; a model of 48 layers has 0.2 MB of it
@@ -19,13 +20,15 @@ MAX_OPCODES, MAX_MADE, MAX_CALLS = 1 << 19, 1 << 18, 1 << 15  # in it; 48 layers
 MAX_MEMBERS = 4 << 20  # bytes of the archive's list of members; that of 48 layers has 0.2 MB
 # What a dict of plain values and tensors is pickled with. torch's own list is longer, and part of it allocates memory
 # by a number in the file.
-_GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|storage UntypedStorage)"
-)
+_GLOBALS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
 _OPCODES = re.compile(
     r"PROTO|STOP|MARK|GLOBAL|REDUCE|BUILD|BINPERSID|NONE|NEWTRUE|NEWFALSE|EMPTY_(DICT|LIST|TUPLE)|APPENDS?|SETITEMS?"
     r"|TUPLE[123]?|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|BINPUT|LONG_BINPUT|BINGET|LONG_BINGET"
 )
+_ITEM_BYTES = {
+    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
+}  # fmt: skip
+_VALUES = ("BINUNICODE", "GLOBAL", "BININT", "BININT1", "BININT2", "LONG1")
 
 
 def load_plain(path: Path) -> dict[Any, Any]:
@@ -43,7 +46,15 @@ def load_plain(path: Path) -> dict[Any, Any]:
                 raise UserError(f"{path} is a compressed archive, not what torch.save writes")
             if sum(m.file_size for m in members) > path.stat().st_size:
                 raise DamagedError(f"{path} claims more bytes than it has")
-            _look_through(archive.read(_pickle_member(archive, path)), path)
+            sizes = {m.filename.lower(): m.file_size for m in members}  # torch ignores case
+            if len(sizes) < len(members):
+                raise UserError(f"{path} has two members of one name: not what torch.save writes")
+            pickled = _pickle_member(archive, path)
+            storages = _look_through(archive.read(pickled), path)
+        folder = pickled.filename.removesuffix("data.pkl")
+        for key, claimed in storages:  # torch 2.8 does not compare them and reads beyond the end
+            if claimed > sizes.get(f"{folder}data/{key}".lower(), -1):
+                raise DamagedError(f"{path} claims {claimed} bytes for its tensor {key[:80]!r}, which has fewer")
         # memory-mapped tensors would change with a file that nanoGPT overwrites in place
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except (UserError, MemoryError):
@@ -55,9 +66,7 @@ def load_plain(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # any error of torch's reader for a corrupt file
-        raise DamagedError(
-            f"{path} cannot be read: {str(error).splitlines()[0][:200] if str(error) else error!r}"
-        ) from None
+        raise DamagedError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} contains a {type(content).__name__}, expected a dict")
     return content
@@ -86,18 +95,42 @@ def _pickle_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     return found[0]
 
 
-def _look_through(pickled: bytes, path: Path) -> None:
-    """Raises UserError if the pickle does more than build plain values, dicts and tensors. Runs none of it."""
+def _look_through(pickled: bytes, path: Path) -> list[tuple[str, int]]:
+    """The storages that the pickle asks for: key and bytes. Raises UserError if it does more than build plain values,
+    dicts and tensors. Runs none of it."""
     made = calls = 0
+    last = deque[tuple[str, Any]]([("", None)], maxlen=7)  # opcodes and arguments; for a BINGET, those that it repeats
+    memo: dict[Any, tuple[str, Any]] = {}
+    storages = []
     for count, (opcode, arg, _) in enumerate(pickletools.genops(pickled)):
-        made += opcode.name[:5] in ("EMPTY", "TUPLE", "MARK", "BUILD")
-        calls += opcode.name in ("REDUCE", "BINPERSID")
+        name = opcode.name
+        made += name[:5] in ("EMPTY", "TUPLE", "MARK", "BUILD")
+        calls += name in ("REDUCE", "BINPERSID")
         if count > MAX_OPCODES or made > MAX_MADE or calls > MAX_CALLS:
             raise UserError(f"{path} contains more values than a checkpoint")
-        if not _OPCODES.fullmatch(opcode.name):
-            raise UserError(f"{path} is pickled in a way that torch.save does not use ({opcode.name})")
-        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(arg)):
+        if not _OPCODES.fullmatch(name):
+            raise UserError(f"{path} is pickled in a way that torch.save does not use ({name})")
+        if name == "GLOBAL" and not _GLOBALS.fullmatch(str(arg)):
             raise UserError(f"{path} asks for {str(arg)[:80]!r}: it contains more than plain values and tensors")
+        if name.endswith("BINPUT"):
+            memo[arg] = last[-1] if last[-1][0] in _VALUES else ("", None)
+            continue
+        if name == "BINPERSID":
+            storages.append(_storage(list(last), path))
+        last.append(memo.get(arg, ("", None)) if name.endswith("BINGET") else (name, arg))
+    return storages
+
+
+def _storage(opcodes: list[tuple[str, Any]], path: Path) -> tuple[str, int]:
+    """The key and the bytes of the storage that torch.save asks for with these opcodes."""
+    match opcodes:
+        case [
+            ("MARK", _), ("BINUNICODE", "storage"), ("GLOBAL", str(kind)), ("BINUNICODE", str(key)),
+            ("BINUNICODE", _), ("BININT" | "BININT1" | "BININT2" | "LONG1", int(elements)), ("TUPLE", _),
+        ]:  # fmt: skip
+            if size := _ITEM_BYTES.get(kind.removeprefix("torch ").removesuffix("Storage")):
+                return key, elements * size
+    raise UserError(f"{path} asks for a tensor in a way that torch.save does not use")
 
 
 def is_plain_tensor(value: Any) -> bool:

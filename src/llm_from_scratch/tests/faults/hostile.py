@@ -251,7 +251,7 @@ ROW = Row(
     run=run,
     defects={
         "meta.pkl read by the plain unpickler": _any_pickle,
-        "pickles not looked through": lambda: _replaced(torch_file, "_look_through", lambda pickled, path: None),
+        "pickles not looked through": lambda: _replaced(torch_file, "_look_through", lambda pickled, path: []),
         "YAML that builds anything": lambda: _replaced(yaml, "safe_load", yaml.unsafe_load),
     },
 )
