@@ -2,7 +2,8 @@
 
 Each contender has its own process and the same number of threads. The parent asks one for k steps, then another, over a
 pipe. So the steps are interleaved and only one contender runs at a time. Ours are the trainer's steps. nanoGPT's are
-those of its unchanged train.py, which is paused at its output lines.
+those of its unchanged train.py, which is paused at its output lines. "floor" computes the matrix products of our step's
+linear layers and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("ours", "nanogpt", "transformers")
+NAMES = ("ours", "nanogpt", "transformers", "floor")
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,28 @@ def peak_memory(device: str) -> int:
 
 def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
     """The trainer's own updates, with everything its loop does around them except evaluations and checkpoints."""
-    from llm_from_scratch import Config
     from llm_from_scratch.machine import device as runtimes
     from llm_from_scratch.machine.files import FolderLock
-    from llm_from_scratch.presets import parse
     from llm_from_scratch.training.run import Run
     from llm_from_scratch.training.setup import make_plan
     from llm_from_scratch.training.trainer import train_step
+
+    plan = make_plan(_config(case, job))
+    runtimes.start(plan.runtime, plan.config.system)
+    run = Run(plan, lock=FolderLock(Path(job["folder"]) / "out-ours"))
+
+    def step() -> None:
+        train_step(run, *run.next_batch())
+        run.report_steps()
+
+    _serve(case, step, orders, answers)
+    run.close()
+
+
+def _config(case: Case, job: dict[str, Any]) -> Any:
+    """Our settings for a case."""
+    from llm_from_scratch import Config
+    from llm_from_scratch.presets import parse
 
     folder = Path(job["folder"])
     words = [f"--{name}={getattr(case, name)}" for name in
@@ -213,17 +229,51 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
     words += ["--bias=False", "--gradient_accumulation_steps=1", f"--dataset={folder / 'ours'}", "--progress=lines",
               f"--out_dir={folder / 'out-ours'}", "--learning_rate=1e-3", "--loss_plot=False"]  # fmt: skip
     words += [f"--dtype={case.dtype}"] if case.dtype else []
-    config = parse(Config, words + job["settings"], prog="benchmark").tree
-    plan = make_plan(config)
-    runtimes.start(plan.runtime, plan.config.system)
-    run = Run(plan, lock=FolderLock(folder / "out-ours"))
+    return parse(Config, words + job["settings"], prog="benchmark").tree
+
+
+def _floor(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    """The outputs and both gradients of the linear layers, in our step's precision, each by the fastest of torch's
+    libraries for its shape, into memory that is kept."""
+    import torch
+
+    from llm_from_scratch.machine.device import resolve
+
+    runtime, wide = resolve(_config(case, job).system), case.n_embd
+    layer = [(wide, 3 * wide), (wide, wide), (wide, 4 * wide), (4 * wide, wide)]
+    best: dict[Any, Callable[..., Any]] = {}
+    products: list[tuple[Callable[..., Any], Any]] = []
+    for shape in layer * case.n_layer + [(wide, case.vocab_size)]:
+        w, dw = torch.randn((2, shape[1], shape[0]), dtype=runtime.dtype, device=case.device)
+        x, dx = torch.randn((2, case.tokens, shape[0]), dtype=w.dtype, device=case.device)
+        y, dy = torch.randn((2, case.tokens, shape[1]), dtype=w.dtype, device=case.device)
+        for kind, product in enumerate(((y, x, w.t()), (dx, dy, w), (dw, dy.t(), x))):
+            if (shape, kind) not in best:
+                best[shape, kind] = _fastest(*product)
+            products.append((best[shape, kind], product))
 
     def step() -> None:
-        train_step(run, *run.next_batch())
-        run.report_steps()
+        for multiply, product in products:
+            multiply(*product)
 
     _serve(case, step, orders, answers)
-    run.close()
+
+
+def _fastest(out: Any, a: Any, b: Any) -> Callable[..., Any]:
+    """The way to compute out = a @ b that takes the least time on these matrices: torch's, or oneDNN's on a CPU."""
+    import torch
+
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    ways: list[Callable[..., Any]] = [lambda out, a, b: torch.mm(a, b, out=out)]
+    if onednn is not None and a.device.type == "cpu":
+        ways.append(lambda out, a, b: onednn(a, b.t(), None, "none", [], ""))
+    times: list[list[float]] = [[] for _ in ways]
+    for _ in range(5 if len(ways) > 1 else 0):
+        for way, measured in zip(ways, times, strict=True):
+            begin = time.perf_counter()
+            way(out, a, b)
+            measured.append(time.perf_counter() - begin)
+    return min(zip(times, ways, strict=True), key=lambda pair: min(pair[0], default=0.0))[1]
 
 
 class _Gate(io.TextIOBase):
@@ -310,7 +360,8 @@ def _main(job: dict[str, Any]) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
     answers, orders = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "r")
     sys.stdout = sys.stderr  # the contenders' output must not mix with the answers
-    {"ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers}[job["name"]](case, job, orders, answers)
+    run = {"ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers, "floor": _floor}[job["name"]]
+    run(case, job, orders, answers)
 
 
 def lined_up(

@@ -1,10 +1,11 @@
 """Tokens per second of training steps: ours, nanoGPT's train.py and transformers' GPT-2, interleaved in one run.
 
-python benchmarks/throughput.py --nanogpt=DIR [--cases=cpu-readme,char,char-nodrop,gpt2] [--contenders=ours,nanogpt]
+python benchmarks/throughput.py --nanogpt=DIR [--cases=cpu-readme,char,char-nodrop,gpt2] [--contenders=ours,floor]
        [--rounds=7] [--turn=1.0] [--threads=N] [SETTING ...]
 
 A step is batch, forward, backward, clipping and optimizer. The contenders take turns of --turn seconds, --rounds times;
-a figure is the median over the turns, a ratio the median of the ratios within a round. Cases for a GPU: cuda-gpt2,
+a figure is the median over the turns, a ratio the median of the ratios within a round. "floor" is our step's matrix
+products alone, each by the fastest library; "x floor" is a contender's time in units of it. Cases for a GPU: cuda-gpt2,
 cuda-char. SETTINGs are those of llm-train, such as --compile=False, and apply to ours only. Prints a table,
 and a line of JSON last.
 """
@@ -39,6 +40,10 @@ def measured(contenders: list[Contender], case: Case, rounds: int, turn: float) 
     return rates
 
 
+def _ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--cases", default=CPU_CASES)
@@ -47,7 +52,8 @@ def main() -> None:
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of training before the next contender's turn")
     options, settings = parser.parse_known_args()
     results: dict[str, Any] = {}
-    print(f"{'case':<12} {'contender':<13} {'ms/step':>9} {'tokens/s':>10} {'from':>10} {'to':>10} {'ours is':>8}")
+    print(f"{'case':<12} {'contender':<13} {'ms/step':>9} {'tokens/s':>10} {'from':>10} {'to':>10} {'ours is':>8} "
+          f"{'x floor':>8}")  # fmt: skip
     for label in options.cases.split(","):
         case, found = CASES[label], {}
         with tempfile.TemporaryDirectory() as name:
@@ -61,10 +67,12 @@ def main() -> None:
                     contender.close()
         for who, values in rates.items():
             middle = statistics.median(values)
-            ratio = statistics.median(a / b for a, b in zip(rates.get("ours", values), values, strict=True))
+            ratio, above = (_ratio(rates.get(other, values), values) for other in ("ours", "floor"))
             found[who] = {"tokens_per_s": middle, "min": min(values), "max": max(values), "ours_is": ratio}
+            found[who] |= {"x_floor": above} if "floor" in rates else {}
             print(f"{label:<12} {who:<13} {case.tokens / middle * 1e3:>9.2f} {middle:>10,.0f} {min(values):>10,.0f} "
-                  f"{max(values):>10,.0f} {f'{ratio:.2f} x' if who != 'ours' else '':>8}", flush=True)  # fmt: skip
+                  f"{max(values):>10,.0f} {f'{ratio:.2f} x' if who not in ('ours', 'floor') else '':>8} "
+                  f"{f'{above:.2f}' if 'floor' in rates else '':>8}", flush=True)  # fmt: skip
         results[label] = found
     print(json.dumps({**machine(), "threads": options.threads, "rounds": options.rounds, "turn_s": options.turn,
                       "settings": settings, "cases": results}))  # fmt: skip

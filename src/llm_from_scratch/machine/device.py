@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .memory import keep_freed_memory
 from .processes import distributed_env
 from .processes import stop as stop
 
+OLD_ISAS = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}  # oneDNN's names
 LARGE = 1 << 26  # parameters above which memory is the limit on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense peak of the matrix units, FLOP/s, from the makers' data sheets: (name part, {dtype: peak})
@@ -103,9 +105,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_native_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    """Whether torch multiplies bfloat16 in hardware here: the processor has AVX-512 BF16 or AMX, and no environment
+    variable restricts torch (ATEN_CPU_CAPABILITY) or oneDNN to older instructions."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    restricted = limit in OLD_ISAS or not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return not restricted and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def has_triton() -> bool:

@@ -69,9 +69,10 @@ def test_one_that_fails_says_why(contenders: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_scripts_run(tmp_path: Path) -> None:
-    speed = called("throughput.py", "--cases=tiny", "--rounds=2", "--turn=0.01", "--contenders=ours,transformers")
+    speed = called("throughput.py", "--cases=tiny", "--rounds=2", "--turn=0.01", "--contenders=ours,transformers,floor")
     found = speed["cases"]["tiny"]
-    assert set(found) == {"ours", "transformers"} and found["ours"]["ours_is"] == 1.0
+    assert set(found) == {"ours", "transformers", "floor"} and found["ours"]["ours_is"] == 1.0
+    assert found["floor"]["x_floor"] == 1.0 < found["ours"]["x_floor"]
     assert all(0 < value["min"] <= value["tokens_per_s"] <= value["max"] for value in found.values())
     memory = called("memory.py", "--case=tiny", "--steps=1", "--dtype=float32")
     assert set(memory["found"]) == {"ours", "ours, --dtype=float32"}

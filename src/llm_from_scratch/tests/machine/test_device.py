@@ -152,6 +152,24 @@ def test_a_processor_that_multiplies_bfloat16_trains_in_it(native: bool, monkeyp
     assert resolve(SystemConfig(device="cpu", dtype="float32")).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("capability", "isa", "native"),
+    [("AVX512", None, True), ("AVX2", None, False), ("AVX512", "avx2", False), ("AVX512", "AVX512_CORE_BF16", True)],
+)
+def test_bfloat16_is_native_only_if_torch_uses_it(
+    capability: str, isa: str | None, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if isa is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    assert runtimes.cpu_has_native_bf16() is native
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert not runtimes.cpu_has_native_bf16()
+
+
 def test_emulated_bfloat16_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     for native in (True, False):
         monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda native=native: native)
