@@ -10,6 +10,7 @@ checkout. SETTINGs are those of llm-train. Prints a table, and a line of JSON la
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,9 @@ def seconds(command: list[str], folder: Path, threads: int) -> tuple[float, floa
     try:
         for line in process.stdout:
             said.append(line)
-            if line.startswith("step 0:"):
+            if re.match(r"step 0(:|/\d+) +train loss", line):
                 evaluated = time.perf_counter() - begin
-            if line.startswith("iter 0:"):
+            if re.match(r"iter 0:|step 0/\d+  loss", line):
                 return evaluated, time.perf_counter() - begin
     finally:
         process.kill()

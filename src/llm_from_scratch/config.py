@@ -137,7 +137,7 @@ class TrainingConfig(Settings):
     """The training run: length, initial weights, evaluation, checkpoints and memory."""
 
     out_dir: str = "out"
-    """Folder for checkpoints, metrics.jsonl, loss.png and logs."""
+    """Folder for checkpoints, README.md, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
     """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a GPT-2 name
     (gpt2, gpt2-medium, gpt2-large, gpt2-xl); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts a
@@ -173,7 +173,8 @@ class TrainingConfig(Settings):
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better val loss. None: never."""
     sample_interval: int | None = None
-    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k)."""
+    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k). The finished model
+    writes the last one."""
     max_skipped_steps: int = 5
     """Skip steps with a non-finite loss or gradient. After this many in a row, return to the last good checkpoint."""
     max_rollbacks: int = 2
@@ -325,7 +326,8 @@ class LoggingConfig(Settings):
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Progress bar, plain lines, or none: print nothing. auto: the bar if the output is a terminal."""
+    """Progress bar, plain lines, or none: print nothing. auto: in a terminal the bar, and a short sample at the end;
+    otherwise lines."""
     loss_plot: bool | None = None
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 

@@ -31,7 +31,7 @@ from ..machine.files import (
 )  # fmt: skip
 
 MANIFEST = "MANIFEST.json"
-LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt)")
+LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt|README\.md)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 

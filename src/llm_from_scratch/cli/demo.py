@@ -118,6 +118,8 @@ def main(argv: list[str]) -> int:
     settings = ["configs/quick.yaml", *argv]
     settings += [] if dataset else ["--dataset=demo"]
     settings += [] if out_dir else [f"--out_dir={OUT_DIR}"]
+    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not option(argv, "progress"):
+        settings.append("--progress=bar")  # without a sample at the end: the demo prints its own
     folder = Path(out_dir or OUT_DIR)
     if any(arg.partition("=")[0] in ("--help", "-h", "--print_config", "--dry_run") for arg in argv):
         return call("train", *settings)

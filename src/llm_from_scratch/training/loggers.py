@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..machine.extras import require
 from ..machine.files import open_whole
 from ..machine.terminal import Lenient, announce
-from .progress import Remaining, clock_time, in_words
+from .progress import Remaining, clock_time, in_words, with_prefix
 
 if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at once
     from .evaluate import Evaluation
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at
 METRICS = "metrics.jsonl"
 TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
 UNKNOWN_MFU = -1.0  # nanoGPT's lines show it as -100.00%
+WIDE = 100  # columns of a terminal whose bar shows the mfu
+SETTLING = 5  # updates before nanoGPT's lines have an mfu
 OPTIONAL = {  # setting: (package, extra)
     "tensorboard": ("tensorboard", "tensorboard"),
     "wandb_log": ("wandb", "wandb"),
@@ -80,10 +82,8 @@ class JsonLines:
 
 
 class TensorBoard:
-    """An event file in out_dir/tensorboard: the settings, all metrics, and the samples of the run. Not with
-    TensorBoard's own writer, whose thread prints tracebacks if the disk is full."""
-
-    TAGS = {"loss": "train/loss", "train_loss": "train/loss_eval", "val_loss": "val/loss"}
+    """An event file in out_dir/tensorboard: the settings, the metrics under their names in metrics.jsonl, and the texts
+    of the run. Not with TensorBoard's own writer, whose thread prints tracebacks if the disk is full."""
 
     def __init__(self, folder: Path, config: Config, run_id: str | None):
         from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
@@ -100,18 +100,17 @@ class TensorBoard:
         settings = flatten(config)
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
         self._write(Event(summary=hparams_pb(plain, trial_id=run_id)))
-        self._text(0, "settings", "\n".join(f"{name}: {value}" for name, value in settings.items()))
+        self.text(0, "settings", "\n".join(f"{name}: {value}" for name, value in settings.items()))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        if "val_loss_full" in metrics:  # once in a run: charts of a single point. They are in the text "final"
+            return
         event = self.make_event(step=step)
         for name, value in metrics.items():
-            event.summary.MergeFrom(self.make_scalar(self.TAGS.get(name, name), value))
+            event.summary.MergeFrom(self.make_scalar(name, value))
         self._write(event)
 
-    def sample(self, step: int, text: str) -> None:
-        self._text(step, "sample", text)
-
-    def _text(self, step: int, tag: str, text: str) -> None:
+    def text(self, step: int, tag: str, text: str) -> None:
         block = "".join(f"    {line}\n" for line in text.splitlines())  # indented, Markdown leaves it as it is
         self._write(self.make_event(step=step, summary=self.make_text(tag, block.encode("utf-8", "replace").decode())))
 
@@ -163,8 +162,11 @@ class RunLog:
     def __init__(
         self, config: Config, is_master: bool, first: int, last: int, resumed: bool, evaluated: bool = True,
         remaining: Remaining | None = None, run_id: str | None = None,
+        nanogpt_mfu: Callable[[float], float] | None = None,
     ):  # fmt: skip
+        """nanogpt_mfu: of a step of so many seconds, for nanoGPT's lines; None: other lines."""
         self.remaining, self.begin = remaining, time.monotonic()
+        self.first, self.last, self.nanogpt_mfu, self.running_mfu = first, last, nanogpt_mfu, UNKNOWN_MFU
         self.told_at = -math.inf  # when the remaining time was last printed
         self.sinks: list[JsonLines | TensorBoard | WandB] = []
         self.metrics: JsonLines | None = None
@@ -172,9 +174,8 @@ class RunLog:
         self.bar: Progress | None = None
         self.silent = not is_master or config.logging.progress == "none"
         self.out_dir, self.loss_plot = Path(config.training.out_dir), config.logging.loss_plot
-        self.validation = ""  # of the bar: the last and the best
-        self.best = math.inf
-        self.reader_is_gone = False
+        self.shown = dict.fromkeys(("loss", "val", "rate"), "")  # next to the bar
+        self.reader_is_gone = self.is_watched = False
         self.failing: set[str] = set()
         if not is_master:
             return
@@ -182,15 +183,15 @@ class RunLog:
             self.metrics = JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated)
             self.sinks.append(self.metrics)
             if config.logging.tensorboard:
-                with self._writing("TensorBoard"):
+                with self.writing("TensorBoard"):
                     self.tensorboard = TensorBoard(self.out_dir / "tensorboard", config, run_id)
                     self.sinks.append(self.tensorboard)
         if config.logging.wandb_log:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
-        console = Console(file=cast(TextIO, self.terminal))
-        wanted, is_live = config.logging.progress, sys.stdout.isatty() and not console.is_dumb_terminal
-        if not config.training.eval_only and (wanted == "bar" or (wanted == "auto" and is_live)):
+        console, wanted = Console(file=cast(TextIO, self.terminal)), config.logging.progress
+        self.is_watched = wanted == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
+        if not config.training.eval_only and (wanted == "bar" or self.is_watched):
             self.bar = Progress(
                 "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
                 "{task.fields[left]}", console=console,
@@ -210,57 +211,78 @@ class RunLog:
         if self.terminal.error is not None:
             raise self.terminal.error
 
+    def reached(self, step: int, left: str | None = None, **shown: str) -> None:
+        """Moves the bar, and changes the texts next to it."""
+        self.shown |= shown
+        if self.bar is not None:
+            fields: dict[str, Any] = {"status": "  ".join(text for text in self.shown.values() if text)}
+            self.bar.update(self.task, completed=step, **fields, **({} if left is None else {"left": left}))
+
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""
         self._log(step, metrics)
-        mfu = metrics.get("mfu", UNKNOWN_MFU)
         seconds = self.remaining.seconds(step + 1) if self.remaining is not None else None  # to the end of the run
+        loss, rate = f"loss {metrics['loss']:.3f}", f"{with_prefix(metrics['tokens_per_s'])} tok/s"
         if self.bar is not None:
-            status = f"loss {metrics['loss']:.3f}{self.validation}  {metrics['tokens_per_s']:,.0f} tok/s"
-            status += f"  mfu {mfu * 100:.0f}%" if mfu >= 0 else ""  # unknown on a CPU
+            is_wide = self.bar.console.width >= WIDE
+            mfu = f"  mfu {metrics['mfu']:.0%}" if is_wide and "mfu" in metrics else ""
             left = "" if seconds is None else f"{in_words(seconds)} left"
-            self.bar.update(self.task, completed=step + 1, status=status, left=left)
-            return
-        self.say(f"iter {step}: loss {metrics['loss']:.4f}, time {metrics['time_ms']:.2f}ms, mfu {mfu * 100:.2f}%")
+            self.reached(step + 1, left, loss=loss, rate=rate + mfu)
+        elif self.nanogpt_mfu is not None:
+            if step - self.first >= SETTLING:
+                mfu = self.nanogpt_mfu(metrics["time_ms"] / 1e3)
+                self.running_mfu = mfu if self.running_mfu == UNKNOWN_MFU else 0.9 * self.running_mfu + 0.1 * mfu
+            time_and_mfu = f"time {metrics['time_ms']:.2f}ms, mfu {self.running_mfu * 100:.2f}%"
+            self.say(f"iter {step}: loss {metrics['loss']:.4f}, {time_and_mfu}")
+            self._announce_end(seconds)
+        else:
+            lr = f"{metrics['lr']:.1e}".replace("e-0", "e-")
+            left = "" if seconds is None else f"  {in_words(seconds, rounded=True)} left"
+            self.say(f"step {step}/{self.last}  {loss}  lr {lr}  {rate}{left}")
+
+    def _announce_end(self, seconds: float | None) -> None:
         if self.remaining is None or seconds is None or self.remaining.timer.updates < TELL_AFTER:
             return
         if seconds >= TELL_ABOVE and time.monotonic() - self.told_at >= TELL_EVERY:
             self.told_at = time.monotonic()
             self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """metrics: train_loss, val_loss, lr, and mfu if known."""
+    def evaluation(self, step: int, metrics: dict[str, float], best: float) -> None:
+        """metrics: train_loss, val_loss, lr, and mfu if known. best: the lowest val loss of the run so far."""
         self._log(step, metrics)
-        self.best = min(self.best, metrics["val_loss"])
-        self.validation = f"  val {metrics['val_loss']:.3f} (best {self.best:.3f})"
-        self.say(f"step {step}: train loss {metrics['train_loss']:.4f}, val loss {metrics['val_loss']:.4f}")
+        left = "evaluating" if step == self.last else None  # the whole split
+        self.reached(step, left, val=f"val {metrics['val_loss']:.3f} (best {best:.3f})")
+        train, val = f"train loss {metrics['train_loss']:.4f}", f"val loss {metrics['val_loss']:.4f}"
+        if self.nanogpt_mfu is not None:
+            self.say(f"step {step}: {train}, {val}")
+        else:
+            shown = f" (best {best:.4f})" if metrics["val_loss"] > best else ""
+            self.say(f"step {step}/{self.last}  {train}  {val}{shown}")
 
     def final(self, step: int, found: Evaluation) -> None:
         """The loss of the whole validation split at the end of the run."""
         metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
-        text = f"final: val loss {found.loss:.4f} over the whole split ({found.tokens:,} tokens), "
-        text += f"perplexity {found.perplexity:.2f}"
+        text = f"final: val loss {found.loss:.4f} (whole split), perplexity {found.perplexity:.2f}"
         if (bits := found.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
         self._log(step, metrics)
+        self._text(step, "final", text)
         self.say(text)
 
     def sample(self, step: int, text: str) -> None:
         """A text sample written during training."""
         self.say(f"--- sample at step {step} ---\n{text}\n---")
-        with self._writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+        with self.writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
-        if self.tensorboard is not None:
-            with self._writing("TensorBoard"):
-                self.tensorboard.sample(step, text)
+        self._text(step, "sample", text)
 
     def plot(self) -> None:
         """Draws loss.png, if that is wanted or matplotlib is installed."""
         wanted = self.loss_plot
         if self.metrics is None or wanted is False or not (wanted or importlib.util.find_spec("matplotlib")):
             return
-        with self._writing("loss.png"):
+        with self.writing("loss.png"):
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")
 
     def sync(self) -> None:
@@ -271,16 +293,21 @@ class RunLog:
     def forget_from(self, step: int, evaluated: bool) -> None:
         """Drops the steps from here on, which will be repeated, from metrics.jsonl."""
         if self.metrics is not None:
-            with self._writing("JsonLines"):
+            with self.writing("JsonLines"):
                 self.metrics.forget_from(step, evaluated)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
-            with self._writing(type(sink).__name__):
+            with self.writing(type(sink).__name__):
                 sink.log(step, metrics)
 
+    def _text(self, step: int, tag: str, text: str) -> None:
+        if self.tensorboard is not None:
+            with self.writing("TensorBoard"):
+                self.tensorboard.text(step, tag, text)
+
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[None]:
         """If a logger fails, for example on a full disk, the run loses metrics and prints one warning but continues."""
         try:
             yield
@@ -299,7 +326,7 @@ class RunLog:
             self.bar.update(self.task, completed=step, left=f"in {took}")
             self.bar.stop()
         for sink in self.sinks:
-            with self._writing(type(sink).__name__):
+            with self.writing(type(sink).__name__):
                 sink.close()
 
 

@@ -152,8 +152,19 @@ class Remaining:
         return plain, evaluation, save
 
 
-def in_words(seconds: float) -> str:
-    """A duration, with two significant units."""
+def with_prefix(number: float) -> str:
+    """A number with two or three digits: 950, 2.8k, 1.2M."""
+    for unit in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.1f}{unit}" if unit and number < 9.95 else f"{number:.0f}{unit}"
+        number /= 1000
+    return f"{number:.1f}G"
+
+
+def in_words(seconds: float, rounded: bool = False) -> str:
+    """A duration, with two significant units. rounded: to minutes, unless it is shorter than one."""
+    if rounded and seconds >= 59.5:
+        return in_words(60 * round(seconds / 60)).removesuffix(" 00 s")
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

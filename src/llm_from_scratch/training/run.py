@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
+from .report import README, readme, write_readme
 from .resume import eval_command, not_bit_exact, resume_command
 from .saver import Saver
 from .scheduler import learning_rate_at
@@ -39,6 +41,8 @@ from .setup import make_plan
 from .signals import StopRequest
 from .state import TrainState, restore
 from .wrap import wrap
+
+SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
 
 
 @dataclass
@@ -95,9 +99,11 @@ class Run:
         self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
+        self.is_nanogpt = command.endswith("train.py")  # its lines, and no others
         self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step)
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
+        self.sampled_at = -1
         self.timer = StepTimer()
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.model = GPT(self.config.model)
@@ -130,9 +136,10 @@ class Run:
             moved = checkpoints.archive_previous(self.out_dir) if plan.resumed is None else None
             checkpoints.clean_leftovers(self.out_dir)
         left = Remaining(Calendar.of(plan), self.timer, first)
+        mfu = partial(self.model.estimate_mfu, plan.global_batch / self.runtime.world_size)
         self.log = RunLog(
             self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
-            left, self.state.run_id,
+            left, self.state.run_id, mfu if self.is_nanogpt else None,
         )  # fmt: skip
         self.say = self.log.say
         if moved is not None:
@@ -178,6 +185,7 @@ class Run:
             if found.step % self.config.logging.log_interval == 0 or found.skipped or found.spike:
                 self._log_step(found)
             self._count_skipped(found)
+            self.log.reached(found.step + 1)
         self.timer.pause()
         self.stop.stop_if_closed(self.log.reader_is_gone)
 
@@ -233,7 +241,8 @@ class Run:
         self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
-        self.log.evaluation(state.step, metrics | ({"mfu": self.mfu} if self.mfu is not None else {}))
+        metrics |= {"mfu": self.mfu} if self.mfu is not None else {}
+        self.log.evaluation(state.step, metrics, min(losses["val"], state.best_val_loss))
         if not math.isfinite(sum(losses.values())):
             raise self._not_finite(Finding(state.step, lr, sum(losses.values()), math.nan))
         state.evaluated_at, state.val_loss = state.step, losses["val"]
@@ -262,18 +271,22 @@ class Run:
     @torch.no_grad()
     def write_sample(self) -> None:
         """Logs a text that the model continues. Its draws do not change training's random numbers."""
+        self.sampled_at = self.state.step
         if not self.runtime.is_master:
             return
         generation, tokenizer = self.config.generation, self.plan.tokenizer
         assert tokenizer is not None  # make_plan refuses samples without one
-        idx = torch.tensor([self.plan.prompt], device=self.runtime.device)
+        prompt, tokens = self.plan.prompt, generation.max_new_tokens
+        if not prompt:  # only the last sample
+            prompt, tokens = [int(self.plan.train_data.shards[0][0])], min(tokens, SHORT_SAMPLE)
+        idx = torch.tensor([prompt], device=self.runtime.device)
         self.model.eval()
         # a compiled block would be compiled again for every length
         eager = torch.compiler.set_stance("force_eager") if self.runtime.compile else contextlib.nullcontext()
         with forked_random(self.runtime.device), self.runtime.autocast(), eager:
             torch.manual_seed(self.config.system.seed)
             temperature = max(generation.temperature, 1e-5)
-            out = self.model.generate(idx, generation.max_new_tokens, temperature, generation.top_k or None)
+            out = self.model.generate(idx, tokens, temperature, generation.top_k or None)
         self.model.train()
         text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
         self.log.sample(self.state.step, text)
@@ -337,8 +350,8 @@ class Run:
     # --- the end ---
 
     def finish(self) -> TrainResult:
-        """The last evaluation, the final checkpoint, the plot; only the checkpoint if the run was stopped. Raises
-        NotFiniteError if the last step broke the weights."""
+        """The last evaluation, the final checkpoint, the plot, README.md, a sample; only checkpoint and README.md if
+        the run was stopped. Raises NotFiniteError if the last step broke the weights."""
         training, state, final = self.config.training, self.state, None
         stopped = self.stop.agreed()
         fresh = state.step > 0 and state.evaluated_at != state.step
@@ -363,7 +376,18 @@ class Run:
                 self.say(f"the run is complete; to evaluate it: {eval_command(self.config)}")
         if not stopped and state.step:
             self.log.plot()
+        if state.step and self.runtime.is_master:
+            with self.log.writing(README):
+                if not write_readme(self.out_dir / README, readme(self.plan, state, self.command)):
+                    self.say(f"{self.out_dir / README} was edited, so it is not rewritten")
+        if not self.stop.exit_code and self._wants_last_sample():
+            self.write_sample()
         return self.result(final)
+
+    def _wants_last_sample(self) -> bool:
+        """Of the finished model: if the run writes samples, or if somebody watches it in a terminal."""
+        wanted = self.config.training.sample_interval or (self.log.is_watched and self.plan.tokenizer is not None)
+        return bool(wanted) and not self.is_nanogpt and self.state.step not in (self.sampled_at, self.plan.start_step)
 
     def _evaluate_whole(self) -> Evaluation | None:
         plan, runtime = self.plan, self.runtime

@@ -570,14 +570,14 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
         save(tmp_path, step)
     damage(tmp_path / "step-00000002" / "MANIFEST.json")
     cp.write_nanogpt(tmp_path / "ckpt.pt", load_any(tmp_path, 1, need_tokenizer=False))
-    for name in ("metrics.jsonl", "loss.png", "notes.txt"):
+    for name in ("README.md", "metrics.jsonl", "loss.png", "notes.txt"):
         (tmp_path / name).write_text(name)
     (tmp_path / "tensorboard").mkdir()
     moved = cp.archive_previous(tmp_path)
     assert moved == tmp_path / "previous-run-a"
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "previous-run-a"]
-    names = ["ckpt.pt", "loss.png", "metrics.jsonl", "samples.jsonl", "step-00000001", "step-00000002", "tensorboard"]
-    assert sorted(os.listdir(moved)) == names
+    names = ["README.md", "ckpt.pt", "loss.png", "metrics.jsonl", "samples.jsonl", "step-00000001", "step-00000002"]
+    assert sorted(os.listdir(moved)) == [*names, "tensorboard"]
     assert load_any(moved, need_tokenizer=False).step == 1  # it is an out_dir like any other
     save(tmp_path, 1)
     assert cp.archive_previous(tmp_path) == tmp_path / "previous-run-a-2"

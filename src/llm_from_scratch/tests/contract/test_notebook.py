@@ -36,6 +36,6 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ).execute()
     outputs = [output for cell in code_cells(notebook) for output in cell["outputs"]]
     printed = "".join(output["text"] for output in outputs if output["output_type"] == "stream")
-    assert "step 250: train loss" in printed, "the loss is shown"
+    assert "step 250/250  train loss" in printed, "the loss is shown"
     assert "' yellow'" in printed.partition("%")[2], "the colour is among the likely next tokens"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the loss curve and the attention"

@@ -54,21 +54,22 @@ def files(folder: Path) -> list[str]:
 
 @in_checkout
 def test_train_py_prints_the_lines_that_scripts_parse(project: Path) -> None:
-    settings = arguments(dataset="tiny", max_iters=4, eval_interval=2, final_eval=True)
+    settings = arguments(dataset="tiny", max_iters=6, eval_interval=3, final_eval=True)
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *settings],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == ""
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
-    iters = re.findall(r"^iter (\d+): loss (\d+\.\d{4}), time \d+\.\d\dms, mfu -?\d+\.\d\d%$", done.stdout, re.M)
+    iters = re.findall(r"^iter (\d+): loss (\d+\.\d{4}), time \d+\.\d\dms, mfu (-?\d+\.\d\d)%$", done.stdout, re.M)
     steps = re.findall(r"^step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})$", done.stdout, re.M)
-    assert [int(n) for n, _ in iters] == [0, 1, 2, 3, 4]  # nanoGPT's inclusive count
-    assert [int(n) for n, *_ in steps] == [0, 2, 4]  # and no evaluation after the last step of nanoGPT's
+    assert [int(n) for n, *_ in iters] == [0, 1, 2, 3, 4, 5, 6]  # nanoGPT's inclusive count
+    assert [float(mfu) >= 0 for *_, mfu in iters] == [False] * 5 + [True] * 2  # nanoGPT's first five are -100%
+    assert [int(n) for n, *_ in steps] == [0, 3, 6]  # and no evaluation after the last step of nanoGPT's
     logged = {e["step"]: e["loss"] for e in read_metrics(project / "out") if "loss" in e}
-    assert {int(n): float(loss) for n, loss in iters} == {n: round(loss, 4) for n, loss in logged.items()}
+    assert {int(n): float(loss) for n, loss, _ in iters} == {n: round(loss, 4) for n, loss in logged.items()}
     assert done.stdout.splitlines()[-1] == "sample from it: python sample.py --out_dir=out"
-    assert load_checkpoint(find_checkpoint("out")).step == 5
+    assert load_checkpoint(find_checkpoint("out")).step == 7
 
 
 def test_llm_train_ends_at_max_iters_and_resumes_by_name(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,7 +113,7 @@ def _let_be(whole: Whole, known: Future[None], out_dir: Path, report: Report, ca
     seen = output.stat().st_size
     code = _start(whole, out_dir, COMMAND).wait(DEADLINE)
     report.check(code == 0, f"{case}: the resumed run ended with {code}: {tail(output)}")
-    steps = re.findall(r"^iter (\d+):", output.read_text()[seen:], re.MULTILINE)
+    steps = re.findall(r"^step (\d+)/\d+  loss", output.read_text()[seen:], re.MULTILINE)
     expected = [str(step) for step in range(begin, whole.steps)]
     report.check(steps == expected, f"{case}: went on with the steps {steps[:1]} to {steps[-1:]}, saved was {begin}")
     known.result()

@@ -50,22 +50,46 @@ def opened(tree: Config, is_master: bool = True, first: int = 0, last: int = 10,
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_lines_are_nanogpts(capsys: pytest.CaptureFixture[str]) -> None:
-    log = opened(config())
-    log.evaluation(0, EVALUATION)
-    log.train_step(0, STEP)
-    log.train_step(10, {**STEP, "mfu": 0.45678})
+def test_lines_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config(), last=500)
+    log.evaluation(0, EVALUATION, best=2.22225)
+    log.train_step(0, {**STEP, "lr": 0.0, "tokens_per_s": 950.4})
+    log.remaining = Left(84.0)  # type: ignore[assignment]
+    log.train_step(10, {**STEP, "loss": 2.69, "lr": 0.0172, "tokens_per_s": 2796.0, "mfu": 0.4})
+    log.train_step(20, {**STEP, "lr": 6e-5, "tokens_per_s": 1.26e6})
+    log.evaluation(500, EVALUATION, best=2.1)
     log.close()
     assert capsys.readouterr().out == (
-        "step 0: train loss 2.1112, val loss 2.2222\n"
-        "iter 0: loss 2.3457, time 12.35ms, mfu -100.00%\n"
-        "iter 10: loss 2.3457, time 12.35ms, mfu 45.68%\n"
-    ).replace("12.35", f"{12.345:.2f}").replace("2.2222", f"{2.22225:.4f}")
+        "step 0/500  train loss 2.1112  val loss 2.2222\n"
+        "step 0/500  loss 2.346  lr 0.0e+00  950 tok/s\n"
+        "step 10/500  loss 2.690  lr 1.7e-2  2.8k tok/s  1 min left\n"
+        "step 20/500  loss 2.346  lr 6.0e-5  1.3M tok/s  1 min left\n"
+        "step 500/500  train loss 2.1112  val loss 2.2222 (best 2.1000)\n"
+    ).replace("2.2222", f"{2.22225:.4f}")
+
+
+def test_lines_of_train_py_are_nanogpts(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    log = RunLog(config(), True, 100, 200, True, nanogpt_mfu=lambda seconds: 0.01 / seconds)
+    log.evaluation(100, EVALUATION, best=2.22225)
+    for step, milliseconds in ((100, 20), (104, 20), (105, 20), (106, 40), (108, 10)):
+        log.train_step(step, {**STEP, "time_ms": milliseconds, "mfu": 0.9})
+    log.close()
+    # No mfu for five updates of this process. A step is 0.01 s of work at the peak, so the first mfu is a half; then
+    # nine tenths of the printed one and a tenth of the new one, also if lines are left out between them.
+    assert capsys.readouterr().out == (
+        "step 100: train loss 2.1112, val loss 2.2222\n"
+        "iter 100: loss 2.3457, time 20.00ms, mfu -100.00%\n"
+        "iter 104: loss 2.3457, time 20.00ms, mfu -100.00%\n"
+        "iter 105: loss 2.3457, time 20.00ms, mfu 50.00%\n"
+        "iter 106: loss 2.3457, time 40.00ms, mfu 47.50%\n"
+        "iter 108: loss 2.3457, time 10.00ms, mfu 52.75%\n"
+    ).replace("2.2222", f"{2.22225:.4f}")
 
 
 def test_metrics_are_one_object_a_line() -> None:
     log = opened(config())
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.train_step(0, STEP)
     log.train_step(1, {**STEP, "grad_norm": math.inf, "loss": math.nan})
     lines = Path("run/metrics.jsonl").read_text().splitlines()  # before close(): each line is written at once
@@ -94,7 +118,7 @@ def test_a_resumed_log_forgets_what_is_done_again() -> None:
 
 def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     log = opened(config(progress="bar"), is_master=False)
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.train_step(0, STEP)
     log.say("hello")
     log.close()
@@ -104,15 +128,47 @@ def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     log = opened(config(progress="bar"), last=4)
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.say("[not markup] " + "x" * 200)
     log.train_step(3, STEP)
     log.close()
     shown = capsys.readouterr().out
-    assert "step 0: train loss 2.1112" in shown and "[not markup] " + "x" * 200 in shown
-    assert "4/4" in shown and "loss 2.346" in shown and "10,000 tok/s" in shown
+    assert "step 0/4  train loss 2.1112" in shown and "[not markup] " + "x" * 200 in shown
+    assert "4/4" in shown and "loss 2.346" in shown and "10k tok/s" in shown
     assert "mfu" not in shown and "val 2.222 (best 2.222)" in shown
-    assert "iter 3" not in shown
+    assert "step 3" not in shown
+
+
+def test_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    log = opened(config(progress="bar"), last=150)
+    assert log.bar is not None
+    task = log.bar.tasks[0]
+    log.remaining = Left(13.0)  # type: ignore[assignment]
+    log.train_step(40, STEP)
+    assert (task.completed, task.fields["left"]) == (41, "13 s left")
+    log.reached(44)  # between two lines
+    assert task.completed == 44
+    log.evaluation(50, EVALUATION, 2.1)
+    assert task.completed == 50 and task.fields["left"] == "13 s left"
+    assert task.fields["status"] == "loss 2.346  val 2.222 (best 2.100)  10k tok/s"
+    log.train_step(60, {**STEP, "mfu": 0.42})
+    assert task.fields["status"] == "loss 2.346  val 2.222 (best 2.100)  10k tok/s  mfu 42%"
+    log.evaluation(150, {**EVALUATION, "val_loss": 2.0}, 2.0)  # the last line is not the last update's
+    assert task.finished and "val 2.000 (best 2.000)" in task.fields["status"]
+    assert task.fields["left"] == "evaluating"
+    log.close(150)
+    assert task.fields["left"] == "in 0 s"
+    monkeypatch.setenv("COLUMNS", "80")
+    log = opened(config(progress="bar"), last=10**6)
+    assert log.bar is not None
+    log.remaining = Left(15.0 * 3600)  # type: ignore[assignment]
+    log.evaluation(10**5, EVALUATION, 2.1)
+    log.train_step(10**5, {**STEP, "mfu": 0.42})
+    (line,) = log.bar.console.render_lines(log.bar.get_renderable())
+    text = "".join(segment.text for segment in line)
+    log.close()
+    assert "100001/1000000" in text and text.rstrip().endswith("10k tok/s 15 h 00 min left") and "…" not in text
 
 
 def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,14 +207,14 @@ def test_the_bar_shows_the_time_that_is_left(
         assert "in 0 s" in capsys.readouterr().out
 
 
-def test_lines_tell_the_time_that_is_left_now_and_then(
+def test_nanogpts_lines_tell_the_time_that_is_left_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(loggers.time, "monotonic", lambda: now)
     Path("run").mkdir()
     left = Left(3600.0, updates=19)
-    log = RunLog(config(), True, 0, 10, False, remaining=left)  # type: ignore[arg-type]
+    log = RunLog(config(), True, 0, 10, False, remaining=left, nanogpt_mfu=lambda _: 0.1)  # type: ignore[arg-type]
     told = []
     # not before 20 updates, not more often than every 10 minutes, and not when the end is near
     for updates, later, seconds in (
@@ -186,9 +242,9 @@ def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     log = opened(config(wandb_log=True, wandb_project="p", wandb_run_name="r"))
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.train_step(0, STEP)
-    log.evaluation(5, {**EVALUATION, "mfu": 0.25})
+    log.evaluation(5, {**EVALUATION, "mfu": 0.25}, 2.22225)
     log.close()
     started, first, step, second, end = calls
     assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 12)
@@ -201,24 +257,29 @@ def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensorboards_own_reader_reads_the_events() -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = opened(config(tensorboard=True))
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.train_step(0, STEP)
     log.train_step(1, {**STEP, "loss": 2.0})
+    log.final(2, Evaluation(loss=2.0, tokens=3, text_bytes=None, seconds=1.0))
     log.close()
     reader = event_accumulator.EventAccumulator("run/tensorboard")
     reader.Reload()
 
     def series(tag: str) -> list[tuple[int, Any]]:
-        events = reader.Scalars(tag) if tag in reader.Tags()["scalars"] else []
-        if not events:  # written as tensors of one number
-            from tensorboard.util.tensor_util import make_ndarray
+        from tensorboard.util.tensor_util import make_ndarray
 
-            return [(e.step, pytest.approx(float(make_ndarray(e.tensor_proto)))) for e in reader.Tensors(tag)]
-        return [(e.step, pytest.approx(e.value)) for e in events]
+        return [(e.step, pytest.approx(float(make_ndarray(e.tensor_proto)))) for e in reader.Tensors(tag)]
 
-    assert series("train/loss") == [(0, 2.34567), (1, 2.0)]
-    assert series("val/loss") == [(0, 2.22225)] and series("train/loss_eval") == [(0, 2.11119)]
-    assert [step for step, _ in series("lr")] == [0, 0, 1]
+    logged = read_entries(Path("run/metrics.jsonl"))
+    names = {name for entry in logged for name in entry} - {"step", "val_loss_full", "perplexity"}  # one point each
+    assert {tag for tag in reader.Tags()["tensors"] if not tag.startswith(("_", "settings", "final"))} == names
+    for name in names:
+        assert series(name) == [(entry["step"], entry[name]) for entry in logged if name in entry]
+    assert (
+        reader.Tensors("final")[0]
+        .tensor_proto.string_val[0]
+        .startswith(b"    final: val loss 2.0000 (whole split), perpl")
+    )
 
 
 def test_the_picture_is_a_png() -> None:
@@ -256,7 +317,7 @@ def test_missing_extras_are_refused_with_the_install_line(
 
 def test_evaluating_only_writes_no_file() -> None:
     log = opened(config(eval_only=True, tensorboard=True, progress="bar"))
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.close()
     assert list(Path("run").iterdir()) == [] and log.bar is None
 
@@ -267,7 +328,7 @@ def test_a_full_disk_costs_numbers_not_the_run(capsys: pytest.CaptureFixture[str
     for name in ("metrics.jsonl", "samples.jsonl", "loss.png"):
         Path("run", name).symlink_to("/dev/full")
     log = opened(config())
-    log.evaluation(0, EVALUATION)
+    log.evaluation(0, EVALUATION, 2.22225)
     log.train_step(0, STEP)
     log.sample(0, "text")
     Path("run/metrics.jsonl").unlink()  # which would be read without end
@@ -393,7 +454,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning(
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     reader = accumulator.EventAccumulator("run/tensorboard")
     reader.Reload()
-    assert [event.step for event in reader.Tensors("train/loss")] == [3]
+    assert [event.step for event in reader.Tensors("loss")] == [3]
 
 
 def test_a_logger_that_fails_is_one_warning(

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from llm_from_scratch.training.progress import SAVE_AWAITED, Calendar, Remaining, StepTimer, clock_time, in_words
+from llm_from_scratch.training.progress import (
+    SAVE_AWAITED,
+    Calendar,
+    Remaining,
+    StepTimer,
+    clock_time,
+    in_words,
+    with_prefix,
+)
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
@@ -135,5 +143,21 @@ def test_lengths_of_time() -> None:
     shown = {3.4: "3 s", 59.6: "1 min 00 s", 61: "1 min 01 s", 3599.6: "1 h 00 min", 5400: "1 h 30 min",
              47 * 3600: "47 h 00 min", 50 * 3600 + 59: "2 d 02 h"}  # fmt: skip
     assert {seconds: in_words(seconds) for seconds in shown} == shown
+    rounded = {
+        3.4: "3 s",
+        59.6: "1 min",
+        61: "1 min",
+        95: "2 min",
+        3569: "59 min",
+        3599.6: "1 h 00 min",
+        5400: "1 h 30 min",
+    }
+    assert {seconds: in_words(seconds, rounded=True) for seconds in rounded} == rounded
     evening = datetime.datetime(2026, 11, 20, 23, 0)
     assert clock_time(1800, evening) == "23:30" and clock_time(3600, evening) == "2026-11-21 00:00"
+
+
+def test_rates() -> None:
+    shown = {0.0: "0", 12.4: "12", 950.0: "950", 999.6: "1.0k", 2796.0: "2.8k", 9960.0: "10k", 123_456.0: "123k",
+             1_250_001.0: "1.3M", 4.7e9: "4.7G"}  # fmt: skip
+    assert {number: with_prefix(number) for number in shown} == shown

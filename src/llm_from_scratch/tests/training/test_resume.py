@@ -307,12 +307,12 @@ def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest
 
     def until_four(line: str, **_: Any) -> None:
         lines.append(line)
-        if line.startswith("iter 4:"):
+        if line.startswith("step 4/8  loss"):
             raise BrokenPipeError
 
     monkeypatch.setattr(terminal, "print", until_four, raising=False)
     result = train(tiny_config(tiny_data, out_dir="run"))
-    assert (result.exit_code, result.step) == (141, 5) and lines[-1].startswith("iter 4:")
+    assert (result.exit_code, result.step) == (141, 5) and lines[-1].startswith("step 4/8  loss")
     assert find_checkpoint("run", "last").name == "step-00000005"
 
 

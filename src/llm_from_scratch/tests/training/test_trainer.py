@@ -248,7 +248,7 @@ def test_watching_changes_nothing(tiny_data: Path) -> None:
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "ckpt.pt").is_file()
     assert [step for step, _ in losses(out)] == [0, 4, 8]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8]
+    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8, 9]
 
 
 def test_the_caller_sees_no_change_of_its_random_numbers_in_the_weights(tiny_data: Path) -> None:
@@ -509,11 +509,12 @@ def test_evaluating_only_changes_no_file(tiny_data: Path, capsys: pytest.Capture
     result = train(tiny_config(tiny_data, out_dir="run", init_from="resume", eval_only=True, tensorboard=True))
     assert result.exit_code == 0 and result.step == 8
     expected = (
-        f"step 8: train loss {losses('run', 'train_loss')[-1][1]:.4f}, val loss {losses('run', 'val_loss')[-1][1]:.4f}"
+        f"step 8/8  train loss {losses('run', 'train_loss')[-1][1]:.4f}"
+        f"  val loss {losses('run', 'val_loss')[-1][1]:.4f}"
     )
     assert expected in capsys.readouterr().out.splitlines()
     train(tiny_config(tiny_data, out_dir="fresh", eval_only=True))
-    assert "step 0: train loss" in capsys.readouterr().out
+    assert "step 0/8  train loss" in capsys.readouterr().out
     assert snapshot(Path.cwd()) == before
 
 
@@ -608,7 +609,7 @@ def running(tiny_data: Path) -> Iterator[Forked]:
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be asked to end there")
 def test_sigterm_saves_that_very_step(running: Forked, tiny_data: Path) -> None:
     for line in running.stdout:
-        if line.startswith("iter 3:"):
+        if line.startswith("step 3/20000  loss"):
             break
     running.send_signal(signal.SIGTERM)
     rest = running.stdout.read().splitlines()

@@ -1,0 +1,127 @@
+"""The README.md of a run: results, the best checkpoint, commands, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..checkpoint.contents import read_manifest
+from ..checkpoint.store import find_checkpoint
+from ..config import Config, to_dict
+from ..errors import UserError
+from ..interop.hf import family_of
+from ..machine.files import open_whole, read_file
+from .loggers import METRICS, read_entries
+from .plan import Plan
+from .resume import NOT_COMPARED, eval_command, resume_command
+from .state import TrainState
+
+README = "README.md"
+MARK = "<!-- Rewritten at the end of each run in this folder, unless you edit it. {} -->\n"
+LIMIT = 1 << 20  # bytes; a longer file is somebody's own
+
+
+def write_readme(path: Path, text: str) -> bool:
+    """Writes the text whole or not at all. Returns False if somebody has edited the file."""
+    if os.path.lexists(path):
+        old, _, _ = (content := read_file(path, LIMIT)).rpartition(MARK[:4].encode())
+        if _signed(old) != content:
+            return False
+    with open_whole(path) as file:
+        file.write(_signed(text.encode()))
+    return True
+
+
+def _signed(text: bytes) -> bytes:
+    """The text and a line with its hash, which shows whether the file was edited."""
+    return text + MARK.format(hashlib.sha256(text).hexdigest()[:16]).encode()
+
+
+def readme(plan: Plan, state: TrainState, command: str) -> str:
+    """What a run did and how to continue."""
+    out_dir = Path(plan.config.training.out_dir)
+    best, last = _checkpoint(out_dir, "best"), _checkpoint(out_dir, "last")
+    picture = ["![loss](loss.png)", ""] if (out_dir / "loss.png").exists() else []
+    settings = yaml.safe_dump(changed_settings(plan.config), sort_keys=False, allow_unicode=True)
+    return "\n".join([
+        f"# {out_dir.resolve().name}", "", *(f"- {line}" for line in _results(plan, state, best, last)), "",
+        *picture, "```sh", *_commands(plan, state, command, best != last), "```", "",
+        "Settings that differ from the defaults, as a preset:", "", "```yaml", settings.rstrip(), "```", "", "",
+    ])  # fmt: skip
+
+
+def changed_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings that differ from the defaults, by section, without those of one call or of the data."""
+    plain, changed = to_dict(Config()), dict[str, dict[str, Any]]()
+    for section, values in to_dict(config).items():
+        for name, value in values.items():
+            if value != plain[section][name] and name not in {*NOT_COMPARED, "out_dir", "vocab_size"}:
+                changed.setdefault(section, {})[name] = value
+    return changed
+
+
+def _checkpoint(out_dir: Path, which: str) -> str | None:
+    with contextlib.suppress(UserError):  # there is none, or none has a val loss
+        return find_checkpoint(out_dir, which, verify=False).name
+    return None
+
+
+def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) -> list[str]:
+    model, out_dir = plan.config.model, Path(plan.config.training.out_dir)
+    entries, tokens = read_entries(out_dir / METRICS), state.step * plan.tokens_per_step
+    evaluated = next((e for e in reversed(entries) if "val_loss" in e), None)
+    final = next((e for e in reversed(entries) if "val_loss_full" in e and e["step"] == state.step), None)
+    tokenizer = f", tokenizer {plan.tokenizer.name}" if plan.tokenizer is not None else ""
+    lines = [
+        f"model: {plan.sizes.params:,} parameters, {model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
+        f"context {model.block_size}, vocabulary {model.vocab_size:,}",
+        f"data: `{plan.folder.as_posix()}`, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
+        f"tokens{tokenizer}",
+        f"length: step {state.step:,} of {plan.last_step:,}, {tokens:,} tokens, "
+        f"{tokens / len(plan.train_data):.2f} epochs",
+    ]
+    if evaluated is not None:
+        lines.append(
+            f"step {evaluated['step']:,}: train loss {_loss(evaluated['train_loss'])}, "
+            f"val loss {_loss(evaluated['val_loss'])}"
+        )
+    if final is not None:
+        bits = f", {final['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in final else ""
+        lines.append(f"whole validation split: loss {_loss(final['val_loss_full'])}{bits}")
+    if best is not None:
+        others = "the last one" if best == last else f"last: `{last}`"
+        val_loss = read_manifest(out_dir / best)["val_loss"]
+        lines.append(f"best checkpoint: `{best}` with val loss {_loss(val_loss)}; {others}")
+    return lines
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _commands(plan: Plan, state: TrainState, command: str, choose: bool) -> list[str]:
+    """One line each, with its comment. choose: the last checkpoint is not the best one."""
+    config, processes = plan.config, plan.runtime.world_size
+    out_dir, which = shlex.quote(config.training.out_dir), " --which=best" if choose else ""
+    more = f" --max_iters={2 * config.training.max_iters}" if state.step == plan.last_step else ""
+    sampler = "python sample.py" if command.endswith("train.py") else "llm-generate"
+    lines = [
+        (f"{sampler} --out_dir={out_dir}{which}", "generate text"),
+        (eval_command(config) + which, "evaluate on the whole validation split"),
+        (
+            resume_command(config, command) + more,
+            ("train longer" if more else "continue") + (f", with torchrun, {processes} processes" * (processes > 1)),
+        ),
+    ]
+    with contextlib.suppress(UserError):  # transformers has no such model
+        family_of(config.model)
+        target = shlex.quote(f"{config.training.out_dir}-hf")
+        lines.append((f"llm-export --out_dir={out_dir} --output={target}{which}", "export for transformers"))
+    width = max(len(words) for words, _ in lines)
+    return [f"{words:<{width}}  # {comment}" for words, comment in lines]
