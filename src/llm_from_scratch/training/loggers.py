@@ -215,8 +215,9 @@ class RunLog:
         """Moves the bar, and changes the texts next to it."""
         self.shown |= shown
         if self.bar is not None:
-            fields: dict[str, Any] = {"status": "  ".join(text for text in self.shown.values() if text)}
-            self.bar.update(self.task, completed=step, **fields, **({} if left is None else {"left": left}))
+            fields: dict[str, Any] = {} if left is None else {"left": left}
+            status = "  ".join(text for text in self.shown.values() if text)
+            self.bar.update(self.task, completed=step, status=status, **fields)
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""
@@ -225,9 +226,8 @@ class RunLog:
         loss, rate = f"loss {metrics['loss']:.3f}", f"{with_prefix(metrics['tokens_per_s'])} tok/s"
         if self.bar is not None:
             is_wide = self.bar.console.width >= WIDE
-            mfu = f"  mfu {metrics['mfu']:.0%}" if is_wide and "mfu" in metrics else ""
-            left = "" if seconds is None else f"{in_words(seconds)} left"
-            self.reached(step + 1, left, loss=loss, rate=rate + mfu)
+            rate += f"  mfu {metrics['mfu']:.0%}" if is_wide and "mfu" in metrics else ""
+            self.reached(step + 1, "" if seconds is None else f"{in_words(seconds)} left", loss=loss, rate=rate)
         elif self.nanogpt_mfu is not None:
             if step - self.first >= SETTLING:
                 mfu = self.nanogpt_mfu(metrics["time_ms"] / 1e3)
