@@ -1,6 +1,7 @@
-"""Every setting of the project: name, type, default, bounds and the text that `--help` prints. Names and defaults are
-nanoGPT's if nanoGPT has the setting. A leaf name is unique over all sections, so `--learning_rate=3e-4`,
-`--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same field."""
+"""Every setting of the project: name, type, default, bounds and the text that `--help` prints. Names are nanoGPT's if
+nanoGPT has the setting; its defaults are in config/nanogpt.py. A leaf name is unique over all sections, so
+`--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same
+field."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from .errors import UserError
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, similarity: float = 0.6) -> str:
     """The hint for an unknown name: the nearest known one, or else `otherwise`."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=similarity)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
@@ -118,12 +119,12 @@ class DataConfig(Settings):
 
     dataset: str = "openwebtext"
     """A name in data/ or data/processed/, or a folder with train.bin and val.bin."""
-    batch_size: int = 12
+    batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
     """Sequences per process per forward pass (default: batch_size). The global batch is unchanged. auto: the largest
     that fits in memory."""
-    sample_order: Literal["random", "shuffled"] = "random"
+    sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
@@ -142,19 +143,19 @@ class TrainingConfig(Settings):
     """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a GPT-2 name
     (gpt2, gpt2-medium, gpt2-large, gpt2-xl); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts a
     new run from these weights."""
-    max_iters: int = 600000
+    max_iters: int = 1000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False
     """Count max_iters as nanoGPT's train.py does: steps 0 to max_iters, which is one more update."""
     epochs: float | None = None
     """Length of the run in passes over the training tokens. Sets max_iters (and lr_decay_iters unless given)."""
-    gradient_accumulation_steps: int = 40
+    gradient_accumulation_steps: int = 1
     """Micro-batches per update, in total over all processes."""
     allow_new_data: bool = False
     """Resume even if the training tokens have changed since the run started."""
-    eval_interval: int = 2000
+    eval_interval: int = 100
     """Steps between evaluations of the train and val loss."""
-    eval_iters: int = 200
+    eval_iters: int = 20
     """Batches per split in each evaluation. Always the same batches."""
     eval_only: bool = False
     """Evaluate once and stop."""
@@ -208,7 +209,7 @@ class OptimizerConfig(Settings):
     optimizer_type: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon (kellerjordan.github.io/posts/muon). Muon needs fewer steps to the same loss; a step is a little
     slower."""
-    learning_rate: float = 6e-4
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon."""
@@ -228,7 +229,7 @@ class OptimizerConfig(Settings):
     """Decoupled weight decay of tensors with two or more dimensions; with muon, only of its matrices."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
-    beta2: float = 0.95
+    beta2: float = 0.99
     """Decay rate of AdamW's second moment. Use a value closer to 1 if a step sees few tokens."""
     grad_clip: float = 1.0
     """Clip the global gradient norm to this value. 0: off."""
@@ -253,11 +254,11 @@ class SchedulerConfig(Settings):
     """False: a constant learning_rate without warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. wsd (warmup-stable-decay): constant, then a linear cool-down to min_lr."""
-    warmup_iters: int = 2000
+    warmup_iters: int = 100
     """Steps of linear warm-up. Step 0 uses learning_rate / (warmup_iters + 1)."""
     lr_decay_iters: int | None = None
     """Step at which min_lr is reached. None: max_iters."""
-    min_lr: float = 6e-5
+    min_lr: float = 1e-4
     """Learning rate at the end of the decay, usually learning_rate / 10."""
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
@@ -273,7 +274,7 @@ class GenerationConfig(Settings):
 
     start: str = "\n"
     """The prompt: text, FILE:path for the content of a file, or - for standard input."""
-    num_samples: int = 10
+    num_samples: int = 1
     """Number of samples."""
     max_new_tokens: int = 500
     """Tokens per sample."""
@@ -315,10 +316,10 @@ class GenerationConfig(Settings):
 class LoggingConfig(Settings):
     """Logging and progress output. out_dir/metrics.jsonl is always written."""
 
-    log_interval: int = 1
+    log_interval: int = 10
     """Steps between logged training losses."""
-    tensorboard: bool = False
-    """Write TensorBoard event files to out_dir/tensorboard (extra: tensorboard)."""
+    tensorboard: bool | None = None
+    """Write TensorBoard event files to out_dir/tensorboard (extra: tensorboard). None: if the extra is installed."""
     wandb_log: bool = False
     """Log to Weights & Biases (extra: wandb)."""
     wandb_project: str = "owt"
@@ -371,9 +372,13 @@ class SystemConfig(Settings):
 
 @dataclass
 class Config(Settings):
-    """All settings of a training run."""
+    """All settings of a training run. The defaults train a small GPT-2 on any machine."""
 
-    model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size=None, bias=False))
+    model: GPTConfig = field(
+        default_factory=lambda: GPTConfig(
+            block_size=256, vocab_size=None, n_layer=6, n_head=4, n_embd=256, dropout=0.1, bias=False
+        )
+    )
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,13 +1,13 @@
 """Settings for every command: defaults < preset files < command line. A preset is a YAML file (nested by section, or
-flat) or a Python file of flat assignments as in nanoGPT. Files and command line are merged as {leaf name: text} and
-parsed once by tyro with the types of config.py, so a value means the same in every place."""
+flat) or a Python file of flat assignments as in nanoGPT. If the first preset is a Python file, the defaults are
+nanoGPT's: such files are written for train.py. Files and command line are merged as {leaf name: text} and parsed once
+by tyro with the types of config.py, so a value means the same in every place."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import io
 import itertools
@@ -63,10 +63,10 @@ def parse(
 ) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
-    the preset to use if none is given. `--help` prints the settings in common, or all if common is empty, `--help_all`
-    all, with the values that this command line gives them, and exits. {presets} in description becomes a line for each.
-    `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest), wrong type, missing or
-    unreadable preset."""
+    the preset to use if none is given; with it, a Python file as the first preset starts from nanoGPT's defaults.
+    `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
+    command line gives them, and exits. {presets} in description becomes a line for each. `--completion SHELL` prints a
+    script. Raises UserError: unknown name (with the nearest), wrong type, missing or unreadable preset."""
     if argv[:1] == ["--completion"]:
         shell = argv[1] if len(argv) > 1 else ""
         if shell not in ("bash", "zsh", "tcsh"):
@@ -75,10 +75,12 @@ def parse(
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
     options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
-    settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
-    merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     names = words if presets else []
     files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
+    if base_preset and files[0].suffix == ".py":
+        defaults = {**(defaults or {}), **nanogpt_defaults()}
+    settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
+    merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
     for path in files:
         values = _read_yaml(path, leaves) if path.suffix != ".py" else _read_python(path, settings, leaves)
@@ -169,6 +171,12 @@ def preset(*names: str, **settings: Any) -> Config:
     preset("quick", dataset="book", max_iters=200). Raises UserError as parse() does."""
     config = parse(Config, list(names), prog="preset", base_preset="default").tree
     return build(Config, flatten(config) | settings)
+
+
+def nanogpt_defaults() -> dict[str, Any]:
+    """The settings of config/nanogpt.py: nanoGPT's defaults if they are not Config's."""
+    path = next(path for root in ROOTS if (path := root / "config" / "nanogpt.py").is_file())
+    return _read_python(path, {}, leaf_types(Config))
 
 
 def leaf_types(tree_type: type) -> dict[str, Any]:
@@ -355,9 +363,9 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
         if name in leaves and (name in assigned or value is not before.get(name)):
             values[name] = value
         elif name not in before and not name.startswith("_"):
-            near = difflib.get_close_matches(name, [*leaves, *known], n=1, cutoff=0.85)
-            if near:  # a helper variable is fine, a misspelt setting is not
-                raise UserError(f"unknown setting {one_line(name)} in {path}; did you mean {near[0]}?")
+            # a helper variable is fine, a misspelt setting is not
+            if hint := did_you_mean(name, [*leaves, *known], "", similarity=0.85):
+                raise UserError(f"unknown setting {one_line(name)} in {path}; {hint}")
     return values
 
 

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
     from ..core.dataset import TokenData
 
-# The defaults of nanoGPT's bench.py. Without CUDA, CPU_SIZES replace settings that the user did not give.
-NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "compile": True}
 PROFILED = 5  # steps
+# Without CUDA, these replace settings that the user did not give.
 CPU_SIZES = {"batch_size": 2, "block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "compile": False}
 COMMON = (
     "batch_size", "dataset", "real_data", "steps", "burnin_steps", "profile", "n_layer", "n_head", "n_embd",
@@ -67,7 +66,7 @@ class BenchCommand:
     options: BenchOptions = field(default_factory=BenchOptions)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, weight_decay=1e-2, grad_clip=0.0)
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-4, beta2=0.95, weight_decay=1e-2, grad_clip=0.0)
     )
     system: SystemConfig = field(default_factory=SystemConfig)
 
@@ -197,7 +196,7 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
 
 
 main = command(lambda argv: _main(argv, "llm-bench", data_prepared_last()))
-main_nanogpt = command(partial(_main, prog="python bench.py", defaults=NANOGPT_DEFAULTS))
+main_nanogpt = command(partial(_main, prog="python bench.py", defaults={"compile": True}))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..config import GenerationConfig, SystemConfig, validate
 from ..errors import UserError, first_line
-from ..generation.prompt import read_start
+from ..generation.prompt import first_text, read_start
 from ..machine.processes import shield_children
 from ..machine.terminal import note
 from ..presets import Parsed, parse
@@ -90,14 +90,7 @@ class GenerateCommand:
 
 @command
 def main(argv: list[str]) -> int:
-    parsed = parse(
-        GenerateCommand,
-        argv,
-        prog="llm-generate [PRESET ...]",
-        description=HELP,
-        defaults={"num_samples": 1},
-        common=COMMON,
-    )
+    parsed = parse(GenerateCommand, argv, prog="llm-generate [PRESET ...]", description=HELP, common=COMMON)
     tree = parsed.tree
     validate(tree)
     output, location = tree.output, location_of(parsed)
@@ -109,6 +102,7 @@ def main(argv: list[str]) -> int:
     source = tree.source
     generator, found = load_generator(location, source.which, source.dataset, tree.system, tree.speed)
     if prompt is not None:
+        prompt = first_text(prompt, generator.tokenizer)
         generator.encode(prompt, output.allow_special)  # report a bad prompt before printing anything
     generator.check(tree.generation)
     announce(generator, found)

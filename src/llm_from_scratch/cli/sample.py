@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..config import GenerationConfig, SystemConfig
 from ..errors import UserError
-from ..generation.prompt import read_start
+from ..generation.prompt import first_text, read_start
 from ..presets import parse
 from .common import command
 from .generate import SEPARATOR, announce, load_generator, write
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     prompt = read_start(settings.start)
     location = settings.out_dir if settings.init_from == "resume" else settings.init_from
     generator, found = load_generator(location, settings.which, settings.dataset, system)
+    prompt = first_text(prompt, generator.tokenizer)
     generator.encode(prompt, allow_special=True)  # report a bad prompt before printing anything
     announce(generator, found)
 

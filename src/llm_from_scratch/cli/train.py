@@ -14,11 +14,9 @@ from ..checkpoint.contents import is_dataset_name
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, Parsed, leaf_types, parse
+from ..presets import COMMAND_LINE, Parsed, leaf_types, nanogpt_defaults, parse
 from .common import command, data_prepared_last, used_a_path
 
-# The defaults of nanoGPT's train.py that differ from Config's
-NANOGPT_DEFAULTS: dict[str, Any] = {"bias": False, "lr_decay_iters": 600000, "inclusive_max_iters": True}
 # Settings that are not read from a checkpoint: the run's folder and what concerns only this call. A checkpoint may be
 # a stranger's, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "wandb_log"}
@@ -42,7 +40,7 @@ Without one: {default}.
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
     typed, (flags, argv) = argv, _own_flags(argv)
-    defaults, base_preset = (NANOGPT_DEFAULTS, None) if nanogpt else (data_prepared_last(), "default")
+    defaults, base_preset = (nanogpt_defaults(), None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
     text = HELP.replace("{default}", default).replace("llm-train", prog)
     read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
@@ -50,7 +48,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     from ..checkpoint.store import resolved_init  # --help does not need it
 
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
-    chosen = not nanogpt and "dataset" not in parsed.sources  # by data_prepared_last
+    # by data_prepared_last; nanoGPT's defaults, which also lie under its presets, name openwebtext
+    chosen = not (nanogpt or "dataset" in parsed.sources or parsed.files[0].endswith(".py"))
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources, prog, typed)
         if saved is not None:

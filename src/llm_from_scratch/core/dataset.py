@@ -74,9 +74,10 @@ class TokenData:
         """Raises UserError if the split is shorter than one window or has an id outside the vocabulary. The ids of a
         very large split are checked in the background, by the returned scan."""
         if len(self) <= block_size:
+            smaller = f"use --block_size={len(self) - 1}, or " if len(self) > 1 else ""
             raise UserError(
                 f"{self.name} has {len(self)} tokens, but a window needs block_size + 1 = {block_size + 1}: "
-                f"lower --block_size to at most {max(1, len(self) - 1)} or prepare more text"
+                f"{smaller}prepare more text"
             )
         if vocab_size is None:
             return None

@@ -5,7 +5,6 @@ saved with the data and in every checkpoint, so loading it needs no network."""
 from __future__ import annotations
 
 import base64
-import difflib
 import functools
 import hashlib
 import json
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import did_you_mean
 from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
 from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
@@ -126,11 +126,8 @@ class Tokenizer:
             return HFTokenizer.from_file(path)
         if spec.endswith(".json") or len(path.parts) > 1:
             raise UserError(f"no tokenizer in {spec}: expected a Hugging Face {HF_FILE} or a folder with one")
-        near = difflib.get_close_matches(spec, NAMES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"unknown tokenizer {spec!r}: {hint}expected one of {', '.join(NAMES)}, a {HF_FILE} or a folder"
-        )
+        expected = f"expected one of {', '.join(NAMES)}, a {HF_FILE} or a folder"
+        raise UserError(f"unknown tokenizer {spec!r}: {did_you_mean(spec, NAMES, expected)}")
 
     @staticmethod
     def from_nanogpt_meta(path: str | Path) -> CharTokenizer:

@@ -13,8 +13,8 @@ class PrepareOptions:
 
     tokenizer: str | None = None
     """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (BPE with N ids, trained on the text), a tokenizer.json, or a
-    folder with a tokenizer (prepared data, a checkpoint). None: char below 2 MB of text, bpe:4096 below 100 MB, else
-    gpt2."""
+    folder with a tokenizer (a run's out_dir, prepared data, a Hugging Face model). None: char below 2 MB of text,
+    bpe:4096 below 100 MB, else gpt2."""
     out_dir: str | None = None
     """Output folder. None: data/processed/NAME."""
     name: str | None = None

@@ -22,16 +22,20 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.store import find_checkpoint, list_checkpoints
+from ..config import Config
+from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
-from ..machine.files import replace_folder, temporary_folder
+from ..machine.files import read_json, replace_folder, temporary_folder
 from . import sources as src
 from .encode import ShardWriter, TokenCache, encode_units, units_of
 from .options import PrepareOptions
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
+EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
 # The tokenizer for training texts of fewer than this many bytes
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
@@ -82,6 +86,9 @@ def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Repo
     is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain."""
     options, root = PrepareOptions(**settings), Path(root)
     options.validate()
+    run = options.tokenizer if options.tokenizer and list_checkpoints(options.tokenizer) else None
+    if run:
+        options.tokenizer = str(find_checkpoint(run, verify=False))
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
         spec = _make_spec(list(sources), options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
@@ -98,7 +105,8 @@ def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Repo
                 extra = {"request": request, "sources": identities}
                 build(spec, folder, options.shard_size, options.workers, cache, extra, report)
                 replace_folder(target, folder)
-        _print_summary(target, root, options.out_dir is None, report)
+        _print_summary(target, root, report)
+        report(_next_command(target, root, run))
     return target
 
 
@@ -138,7 +146,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     given = list(options.train_files) or sources
     if not given:
         raise UserError("no source: llm-prepare FILE|FOLDER|GLOB|-|NAME ..., such as llm-prepare book.txt; see --help")
-    name, key = options.name or _default_name(given[0], root), options.text_key
+    name, key, tokenizer = options.name or _default_name(given[0], root), options.text_key, options.tokenizer
     known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
         if len(given) > 1 or options.val_files:
@@ -147,8 +155,8 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         source = text.open(root, key, report)
         if isinstance(source, src.FileSource):
             source = dataclasses.replace(source, label=_display_path(source.path, root))
-        tokenizer, fraction = options.tokenizer or text.tokenizer, options.val_fraction or text.val_fraction
-        return DatasetSpec(name, [[source]], tokenizer, fraction, options.seed)
+        fraction = options.val_fraction or text.val_fraction
+        return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed)
     found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]
     real = [{os.path.realpath(path) for path in paths} for paths in found]
     if len(real) == 2 and (twice := real[0] & real[1]):
@@ -159,7 +167,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     size = sum(path.stat().st_size for path in found[0])
     if not size:
         raise _empty(lists[0])
-    tokenizer = options.tokenizer or tokenizer_for(size, report)
+    tokenizer = tokenizer or tokenizer_for(size, report)
     return DatasetSpec(name, lists, tokenizer, options.val_fraction or 0.1, options.seed)
 
 
@@ -326,8 +334,8 @@ def _display_path(path: Path, root: Path, spool: Path | None = None) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def _print_summary(target: Path, root: Path, by_name: bool, report: Report) -> None:
-    """Reports sizes, a decoded example and the next command."""
+def _print_summary(target: Path, root: Path, report: Report) -> None:
+    """Reports sizes and a decoded example."""
     manifest, tokenizer = _manifest(target), Tokenizer.load(target)
     kind = "" if tokenizer.name == manifest["name"] else f"tokenizer {tokenizer.name}, "
     report(f"{_display_path(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
@@ -339,7 +347,29 @@ def _print_summary(target: Path, root: Path, by_name: bool, report: Report) -> N
     if sizes[1] > sizes[0]:
         report("note: the validation split is larger than the training split; use --val_files or another --seed")
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
-    report(f"example: {' '.join(map(str, first[:8]))} ... is {tokenizer.decode(first)!r}")
-    clash = (root / "data" / target.name / "train.bin").exists()
-    dataset = target.name if by_name and not clash else _display_path(target, root)
-    report(f"next: llm-train --dataset={shlex.quote(dataset)}")
+    text = tokenizer.decode(first)
+    shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} characters" if len(text) > EXAMPLE else "")
+    report(f"example: {' '.join(map(str, first[:8]))} ... is {shown}")
+
+
+def _next_command(target: Path, root: Path, run: str | None) -> str:
+    """The command that trains on prepared data: from scratch, or from the weights of a run."""
+    block_size = Config().model.block_size
+    options = [f"--dataset={_dataset_of(target, root)}"]
+    if run:
+        options += [f"--init_from={run}", f"--out_dir=out-{target.name}"]
+        block_size = min(block_size, read_json(find_checkpoint(run, verify=False) / "model.json")["block_size"])
+    longest = min(entry["tokens"] for entry in _manifest(target)["splits"].values()) - 1  # window
+    if not longest:
+        return "note: a split of one token is too short to train on: use more text"
+    options += [f"--block_size={longest}"] if longest < block_size else []
+    return f"next: llm-train {shlex.join(options)}"
+
+
+def _dataset_of(target: Path, root: Path) -> str:
+    """The shortest --dataset that means this folder."""
+    for name in (target.name, _display_path(target, root)):
+        with contextlib.suppress(UserError):
+            if resolve_dataset(name).resolve() == target.resolve():
+                return name
+    return str(target.resolve())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import difflib
 import glob
 import hashlib
 import io
@@ -19,11 +18,13 @@ import shutil
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import did_you_mean
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError, one_line
@@ -220,20 +221,40 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
                 shutil.copyfileobj(sys.stdin.buffer, file)
         else:
             found = _matches(root, argument)
+        others = _other_files(root / argument, argument.rstrip("/"), len(found))
+        if found and others:
+            report(f"{argument}: reading {len(found)} of its files{others}")
         if not found and (found := _matches(root / RAW, argument)):
             report(f"reading {argument} from {RAW.as_posix()}")
         if not found:
             names = [name for name in KNOWN_TEXTS if name != "demo"]
-            near = difflib.get_close_matches(argument, names, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]}?" if near else f"known texts: {', '.join(names)}"
+            hint = did_you_mean(argument, names, f"known texts: {', '.join(names)}", similarity=0.75)
             if (root / argument).is_dir():
-                hint = f"the folder contains no {', '.join(READERS)} file"
+                hint = f"the folder contains no {', '.join(READERS)} file{others}"
             raise UserError(f"no text {argument!r} here or in {RAW.as_posix()}: {hint}")
         for path in found:
             if path.suffix.lower() not in READERS and argument != "-":
                 report(f"reading {path.as_posix()} as plain text")
             files.setdefault(os.path.realpath(path), path)
     return list(files.values())
+
+
+def _other_files(folder: Path, argument: str, found: int) -> str:
+    """How to read the most common kind of other texts in a folder, if there are more of them than of those found."""
+    others = [path for path in _files_in(folder) if path.suffix and path.suffix.lower() not in READERS]
+    for suffix, count in Counter(path.suffix for path in others).most_common():
+        example = next(path for path in others if path.suffix == suffix)
+        with contextlib.suppress(OSError), example.open("rb") as file:
+            if count > found and b"\0" not in file.read(1 << 12):
+                return f"; for its {suffix} files: llm-prepare {shlex.quote(f'{argument}/**/*{suffix}')}"
+    return ""
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files below a folder that are not hidden, sorted."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    shown = [name for name in files if not any(part.startswith(".") for part in name.parts)]
+    return [files[name] for name in sorted(shown, key=Path.as_posix)]
 
 
 def _matches(base: Path, argument: str) -> list[Path]:
@@ -243,9 +264,7 @@ def _matches(base: Path, argument: str) -> list[Path]:
             command = f"llm-prepare - < {shlex.quote(argument)}"
             raise UserError(f"{argument} is a pipe; read it from standard input instead: {command}")
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
-            shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
-            return sorted(shown, key=lambda p: p.relative_to(path).as_posix())
+            return [p for p in _files_in(path) if p.suffix.lower() in READERS]
         if path.exists():
             os.close(open_file(path))  # refuses devices, which never end
             return [path]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..config import GenerationConfig
 from ..errors import UserError
 from ..machine.files import read_file
+from ..machine.terminal import note
+
+if TYPE_CHECKING:
+    from ..core.tokenizer import Tokenizer
 
 MAX_PROMPT = 16 << 20  # bytes
 
@@ -37,3 +43,15 @@ def read_start(start: str) -> str:
     if not text:
         raise UserError(f"the prompt in {name} is empty: a model continues a text, so give it at least one character")
     return text
+
+
+def first_text(prompt: str, tokenizer: Tokenizer) -> str:
+    """The prompt, or the tokenizer's first token if the prompt is the default and the tokenizer has no line break."""
+    try:
+        tokenizer.encode(prompt)
+    except UserError:
+        if prompt != GenerationConfig().start:
+            raise
+        note(f"this model never saw a line break: the samples start with {tokenizer.decode([0])!r}")
+        return tokenizer.decode([0])
+    return prompt

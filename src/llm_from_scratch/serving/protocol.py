@@ -3,13 +3,13 @@ refused with a suggestion. No field is ignored."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from ..config import did_you_mean
 from ..errors import ApiError
 
 MAX_VALUES = 1 << 18  # commas and brackets of a body: ids of a long prompt, at most a few MB of memory
@@ -206,9 +206,8 @@ def _as_sentence(kind: type[BaseModel], error: ValidationError) -> ApiError:
         if unknown in UNSUPPORTED:
             return ApiError(400, f"{unknown} is not supported by this server", unknown, "unsupported_parameter")
         known = kind.model_fields if len(first["loc"]) == 1 else {}
-        near = difflib.get_close_matches(unknown, list(known), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return ApiError(400, f"unknown field {unknown!r}{hint}", unknown, "unknown_parameter")
+        hint = did_you_mean(unknown, known, "see docs/SERVE.md")
+        return ApiError(400, f"unknown field {unknown!r}; {hint}", unknown, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
     message = first["msg"][0].lower() + first["msg"][1:]

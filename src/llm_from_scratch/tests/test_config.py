@@ -14,10 +14,9 @@ import pytest
 
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
-from llm_from_scratch.cli.train import NANOGPT_DEFAULTS
 from llm_from_scratch.config import Config, GPTConfig, flatten, to_dict
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.presets import build, parse
+from llm_from_scratch.presets import build, nanogpt_defaults, parse
 
 # name: value of nanoGPT's train.py. device, dtype, compile and backend are chosen for the machine instead.
 NANOGPT: dict[str, Any] = {
@@ -73,10 +72,24 @@ def test_leaf_names_are_unique() -> None:
 
 def test_train_py_resolves_nanogpts_33_settings() -> None:
     assert len(NANOGPT) == 33
-    tree = parse(Config, [], prog="train.py", defaults=NANOGPT_DEFAULTS).tree
+    tree = parse(Config, [], prog="train.py", defaults=nanogpt_defaults()).tree
     found = flatten(tree)
     assert {name: found[name] for name in NANOGPT} == NANOGPT
     assert {name: type(found[name]) for name in NANOGPT} == {name: type(value) for name, value in NANOGPT.items()}
+
+
+def test_a_configuration_without_arguments_is_llm_trains_default() -> None:
+    """configs/default.yaml lists the values, and so config.py and the file must agree."""
+    assert parse(Config, [], prog="llm-train", base_preset="default").tree == Config()
+    found = flatten(Config())
+    by_hand = {
+        "n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "dropout": 0.1, "bias": False, "vocab_size": None,
+        "batch_size": 8, "sample_order": "shuffled", "gradient_accumulation_steps": 1, "max_iters": 1000,
+        "eval_interval": 100, "eval_iters": 20, "learning_rate": 1e-3, "beta2": 0.99, "warmup_iters": 100,
+        "min_lr": 1e-4, "lr_decay_iters": None, "inclusive_max_iters": False, "log_interval": 10, "num_samples": 1,
+    }  # fmt: skip
+    assert {name: found[name] for name in by_hand} == by_hand
+    assert GPTConfig() == GPTConfig(1024, 50304, 12, 12, 768, 0.0, True)  # nanoGPT's, as its users construct it
 
 
 def documentation(section: type) -> dict[str, str]:
@@ -162,9 +175,9 @@ def test_sections_survive_a_round_trip_through_plain_data() -> None:
         ("block_size", [0], [1]),
         ("n_layer", [0], [1]),
         ("n_head", [0, 5], [1]),
-        ("n_embd", [0, 100], [24]),
+        ("n_embd", [0, 102], [24]),
         ("vocab_size", [0], [1, None]),
-        ("n_kv_head", [0, 5], [None, 4, 12]),
+        ("n_kv_head", [0, 3], [None, 2, 4]),
         ("mlp_hidden", [0], [1]),
         ("dropout", [-0.1, 1.0, math.nan], [0.0, 0.9]),
         ("rope_theta", [0.0, math.inf], [1e6]),
@@ -177,8 +190,6 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
 
     def validate(value: Any) -> None:
         config = Config()
-        if name == "stride":
-            config.data.sample_order = "shuffled"
         setattr(getattr(config, section), name, value)
         config.validate()
 
@@ -199,7 +210,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(UserError, match="rope needs an even head width, got n_embd/n_head = 3"):
         GPTConfig(n_embd=12, n_head=4, pos_embedding="rope").validate()
     config = Config()
-    config.data.stride = 4
+    config.data.stride, config.data.sample_order = 4, "random"
     with pytest.raises(UserError, match="stride needs --sample_order=shuffled"):
         config.validate()
 

@@ -11,7 +11,16 @@ from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
 from llm_from_scratch.config import Config, flatten
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.presets import COMMAND_LINE, Parsed, build, find_preset, leaf_types, parse
+from llm_from_scratch.presets import (
+    COMMAND_LINE,
+    Parsed,
+    build,
+    find_preset,
+    leaf_types,
+    nanogpt_defaults,
+    parse,
+    preset,
+)  # fmt: skip
 
 
 def read(*argv: str, **kwargs: Any) -> Parsed[Config]:
@@ -142,8 +151,8 @@ def test_defaults_of_a_command_lie_under_everything(here: Path) -> None:
     parsed = read(defaults=defaults)
     assert {name: flatten(parsed.tree)[name] for name in defaults} == defaults
     assert parsed.sources == {}
-    preset = write(here / "a.yaml", "batch_size: 8")
-    assert settings(preset, defaults=defaults)["batch_size"] == 8
+    mine = write(here / "a.yaml", "batch_size: 8")
+    assert settings(mine, defaults=defaults)["batch_size"] == 8
     assert settings("--batch_size=9", defaults=defaults)["batch_size"] == 9
 
 
@@ -256,7 +265,7 @@ def test_python_presets_see_the_commands_defaults(here: Path) -> None:
 
 
 def test_a_value_that_equals_the_default_counts_as_set(here: Path) -> None:
-    parsed = read(write(here / "p.py", "batch_size = 12\n"))
+    parsed = read(write(here / "p.py", f"batch_size = {Config().data.batch_size}\n"))
     assert list(parsed.sources) == ["batch_size"]
 
 
@@ -318,6 +327,27 @@ def test_code_in_the_working_folder_runs_only_where_it_is_named(here: Path) -> N
     assert not (here / "ran").exists()
     read("config/surprise.py")
     assert (here / "ran").exists()
+
+
+def test_a_python_file_as_the_first_preset_changes_nanogpts_defaults(here: Path) -> None:
+    """Such files were written for train.py; after a YAML preset they change that preset."""
+    flat, nested = write(here / "mine.py", "n_layer = 3\n"), write(here / "mine.yaml", "n_head: 2\n")
+    nanogpt = flatten(parse(Config, [], prog="train.py", defaults=nanogpt_defaults()).tree)
+    assert nanogpt["max_iters"] == 600_000 and nanogpt["n_embd"] == 768 and nanogpt["inclusive_max_iters"] is True
+    under = {"base_preset": "default", "defaults": {"dataset": "prepared-last"}}
+    assert settings(flat, **under) == nanogpt | {"n_layer": 3, "dataset": "openwebtext"}
+    assert settings(flat, nested, **under) == nanogpt | {"n_layer": 3, "n_head": 2, "dataset": "openwebtext"}
+    ours = flatten(Config()) | {"dataset": "prepared-last"}
+    assert settings(nested, flat, **under) == ours | {"n_layer": 3, "n_head": 2}
+    assert read(flat, **under).sources == {"n_layer": flat}  # the rest counts as defaults
+    saved = ours | {"n_layer": 5, "n_head": 5}  # resuming: the run's settings lie under the preset, and nothing else
+    assert settings(flat, defaults=saved) == saved | {"n_layer": 3}
+
+
+@pytest.mark.parametrize("name", ["train_gpt2", "train_shakespeare_char", "eval_gpt2"])
+def test_nanogpts_presets_mean_the_same_in_train_py_and_llm_train(name: str) -> None:
+    assert settings(name, base_preset="default") == settings(name, defaults=nanogpt_defaults())
+    assert preset(name) == read(name, defaults=nanogpt_defaults()).tree
 
 
 def test_the_base_preset_gives_way_to_a_named_one(here: Path) -> None:

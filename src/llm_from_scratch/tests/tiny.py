@@ -86,9 +86,10 @@ QUICK: dict[str, Any] = {
 
 
 def tiny_config(dataset: Path | str, **leaves: Any) -> Config:
-    """A configuration that trains in a blink. leaves: further settings by name."""
+    """A configuration that trains in a blink, without dropout and with nanoGPT's order. leaves: further settings."""
     config = Config()
-    values = {**QUICK, "dataset": str(dataset), **leaves}
+    plain = {"dropout": 0.0, "sample_order": "random", "beta2": 0.95}
+    values = {**QUICK, **plain, "dataset": str(dataset), **leaves}
     unknown = set(values) - set(flatten(config))
     assert not unknown, unknown
     for item in dataclasses.fields(config):

@@ -56,14 +56,12 @@ def check(config: Config) -> Inputs:
     folder = resolve_dataset(config.data.dataset)
     tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
     ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
-    found = []
-    for split in ("train", "val"):
-        data = TokenData.open(folder, split)
+    splits = [TokenData.open(folder, split) for split in ("train", "val")]
+    for data in sorted(splits, key=len):  # an error of the shortest names a block_size that fits both
         from_scratch = init_from == "scratch"  # otherwise the weights set context and vocabulary
         is_small = sum(shard.nbytes for shard in data.shards) < SMALL
         vocab_size = ids if from_scratch and is_small and config.model.vocab_size is None else None
         data.check(config.model.block_size if from_scratch else 1, vocab_size)
-        found.append(data)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
         find_checkpoint(init_from, verify=False)
-    return Inputs(folder, tokenizer, ids, found[0], found[1], global_batch)
+    return Inputs(folder, tokenizer, ids, splits[0], splits[1], global_batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from rich.progress import BarColumn, Progress
 
 from ..config import Config, flatten
 from ..errors import UserError
-from ..machine.extras import require
+from ..machine.extras import is_installed, require
 from ..machine.files import open_whole
 from ..machine.terminal import Lenient, announce
 from .progress import Remaining, clock_time, in_words, with_prefix
@@ -45,6 +44,12 @@ def check_extras(config: Config) -> None:
     for setting, (package, extra) in OPTIONAL.items():
         if getattr(config.logging, setting):
             require(package, extra, f"--{setting}=True", f"turn it off with --{setting}=False")
+
+
+def wanted(config: Config, setting: str) -> bool:
+    """Whether a setting of OPTIONAL is on; None: if its package is installed."""
+    value = getattr(config.logging, setting)
+    return is_installed(OPTIONAL[setting][0]) if value is None else value
 
 
 class JsonLines:
@@ -173,7 +178,7 @@ class RunLog:
         self.tensorboard: TensorBoard | None = None
         self.bar: Progress | None = None
         self.silent = not is_master or config.logging.progress == "none"
-        self.out_dir, self.loss_plot = Path(config.training.out_dir), config.logging.loss_plot
+        self.out_dir, self.loss_plot = Path(config.training.out_dir), wanted(config, "loss_plot")
         self.shown = dict.fromkeys(("loss", "val", "rate"), "")  # next to the bar
         self.reader_is_gone = self.is_watched = False
         self.failing: set[str] = set()
@@ -182,16 +187,16 @@ class RunLog:
         if not config.training.eval_only:
             self.metrics = JsonLines(self.out_dir / METRICS, first if resumed else None, evaluated)
             self.sinks.append(self.metrics)
-            if config.logging.tensorboard:
+            if wanted(config, "tensorboard"):
                 with self.writing("TensorBoard"):
                     self.tensorboard = TensorBoard(self.out_dir / "tensorboard", config, run_id)
                     self.sinks.append(self.tensorboard)
         if config.logging.wandb_log:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
-        console, wanted = Console(file=cast(TextIO, self.terminal)), config.logging.progress
-        self.is_watched = wanted == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
-        if not config.training.eval_only and (wanted == "bar" or self.is_watched):
+        console, progress = Console(file=cast(TextIO, self.terminal)), config.logging.progress
+        self.is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
+        if not config.training.eval_only and (progress == "bar" or self.is_watched):
             self.bar = Progress(
                 "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
                 "{task.fields[left]}", console=console,
@@ -278,9 +283,7 @@ class RunLog:
         self._text(step, "sample", text)
 
     def plot(self) -> None:
-        """Draws loss.png, if that is wanted or matplotlib is installed."""
-        wanted = self.loss_plot
-        if self.metrics is None or wanted is False or not (wanted or importlib.util.find_spec("matplotlib")):
+        if self.metrics is None or not self.loss_plot:
             return
         with self.writing("loss.png"):
             plot_losses(self.out_dir / METRICS, self.out_dir / "loss.png")

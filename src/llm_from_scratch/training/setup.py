@@ -15,7 +15,7 @@ from ..core.dataset import SampleOrder
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
 from ..errors import UserError
-from ..generation.prompt import read_start
+from ..generation.prompt import first_text, read_start
 from ..interop.nanogpt import check_nanogpt
 from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
@@ -60,10 +60,11 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         weights, theirs = loaded.model, loaded.tokenizer
         _fit(config, loaded.model_config, sources or {}, notes, may_crop=not is_resumed)
         if theirs is not None and tokenizer is not None and theirs.fingerprint() != tokenizer.fingerprint():
+            source = training.out_dir if is_resumed else init_from
             raise UserError(
-                f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), "
-                f"{'the checkpoint' if is_resumed else init_from} with another, {theirs.name} ({theirs.vocab_size} "
-                f"ids). The ids do not match: prepare the text with {theirs.name}"
+                f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), {source} with "
+                f"another, {theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with "
+                f"--tokenizer={source if Path(source).is_dir() else theirs.name}"
             )
         if config.model.block_size < loaded.model_config.block_size:
             model = build_model(loaded.model_config, weights)
@@ -92,7 +93,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     prompt = _sample_prompt(config, tokenizer)
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
     splits = (inputs.train_data, inputs.val_data)
-    scans = [data.check(config.model.block_size, ids, remember) for data in splits]
+    scans = [data.check(config.model.block_size, ids, remember) for data in sorted(splits, key=len)]
     foreign = [data for data in splits if data.largest_id is not None and data.largest_id >= GPT2_IDS]
     if inputs.tokenizer is None and inputs.vocab_size is None and foreign:  # the padding would hide them
         notes.append(
@@ -167,7 +168,7 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
                 "temperature and top_k only; leave it out"
             )
     try:
-        return tokenizer.encode(read_start(config.generation.start)).tolist()
+        return tokenizer.encode(first_text(read_start(config.generation.start), tokenizer)).tolist()
     except UserError as error:
         raise UserError(f"--start (for --sample_interval): {error}") from None
 

@@ -48,7 +48,7 @@ def defaults(lines: list[str]) -> dict[str, str]:
 @pytest.mark.parametrize("preset", ["", *PRESETS])
 def test_the_defaults_shown_are_those_in_force(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [preset] if preset else []
-    in_force: dict[str, Any] = flatten(parse(Config, words or ["default"], prog="test").tree)
+    in_force: dict[str, Any] = flatten(parse(Config, words, prog="test", base_preset="default").tree)
     for flag, number in (("--help", 15), ("--help-all", len(in_force))):
         shown = defaults(help_of(capsys, "train", *words, flag))
         checked = {k: v for k, v in shown.items() if isinstance(in_force[k], (bool, int, float)) or in_force[k] is None}

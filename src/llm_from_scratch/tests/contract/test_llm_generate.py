@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from llm_from_scratch.checkpoint.store import save_checkpoint
-from llm_from_scratch.cli import generate
+from llm_from_scratch.cli import generate, sample
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.tokenizer import ByteTokenizer
+from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer
 from llm_from_scratch.generation.generator import Generator
 
 from ..forked import Forked
@@ -68,6 +68,20 @@ def test_prompt_and_continuation_are_printed(capsys, best):
     code, out, err = call(capsys, *best, f"--start={START}", "--temperature=0")
     assert (code, out) == (0, START + greedy() + "\n")
     assert "step-00000010" in err and "cpu, float32" in err
+
+
+def test_the_default_prompt_of_a_model_that_never_saw_a_line_break(capsys, here):
+    tokenizer = CharTokenizer.from_text(["xyz "])
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8))
+    save_checkpoint("out", step=1, model_config=model.config, model=model.state_dict(), run_id="r", tokenizer=tokenizer)
+    code, out, err = call(capsys, *SHORT)
+    assert code == 0 and out[0] == " " and len(out) == 14 and set(out[:13]) <= set("xyz ")
+    assert "this model never saw a line break: the samples start with ' '" in err
+    assert sample.main(["--num_samples=1", *SHORT]) == 0
+    assert capsys.readouterr().out.startswith(" ")
+    code, out, err = call(capsys, *SHORT, "--start=a")  # not the default: refused
+    assert code == 2 and "never saw the character 'a'" in err
 
 
 def test_which_checkpoint(capsys, out_dir):

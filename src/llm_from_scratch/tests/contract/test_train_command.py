@@ -21,7 +21,7 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.cli import bench, evaluate, train
 from llm_from_scratch.config import Config, flatten
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.presets import parse
+from llm_from_scratch.presets import nanogpt_defaults, parse
 
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, write_data
 
@@ -90,7 +90,7 @@ def test_llm_train_ends_at_max_iters_and_resumes_by_name(project: Path, capsys: 
 def test_print_config_is_a_preset(
     extra: list[str], nanogpt: bool, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, defaults = (train.main_nanogpt, train.NANOGPT_DEFAULTS) if nanogpt else (train.main, {})
+    main, defaults = (train.main_nanogpt, nanogpt_defaults()) if nanogpt else (train.main, {})
     given = ["--n_layer=3"] if "--epochs=2" in extra else arguments(n_layer=3, max_iters=7)
     assert main([*given, *extra, "--print_config"]) == 0
     printed = capsys.readouterr().out

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,14 +21,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_from_scratch.checkpoint.store import save_checkpoint
+from llm_from_scratch.config import Config, DataConfig, GPTConfig
 from llm_from_scratch.core.dataset import TokenData, resolve_dataset
+from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
 from llm_from_scratch.data import encode, nanogpt, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, tokenizer_for, val_documents
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.presets import parse
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
+from llm_from_scratch.training.check import check
 
 EOT = 50256
 
@@ -139,6 +145,27 @@ def test_the_tokenizer_of_other_data(here: Path) -> None:
     (here / "c.txt").write_text("well, hello\n" * 9)
     with pytest.raises(UserError, match="','.*U.002C"):
         prepare(["c.txt"], tokenizer="data/processed/b")
+
+
+def test_the_tokenizer_of_a_run(here: Path) -> None:
+    """To finetune on other text: the folder of the run is enough, and the next command starts from its weights."""
+    (here / "b.txt").write_text("well\n" * 15)
+    told, tokenizer = Told(), Tokenizer.from_name("char", "hello world\n")
+    model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=4))
+    state = {"model_config": model.config, "model": model.state_dict(), "tokenizer": tokenizer}
+    for step in (1, 2):
+        save_checkpoint("my run", step=step, run_id="r", **state)
+    new = prepare(["b.txt"], tokenizer="my run", report=told)
+    assert tokens(new, "train")[:5] == ["\n dehlorw".index(char) for char in "well\n"]
+    assert shlex.split(told.lines[-1]) == [
+        "next:", "llm-train", "--dataset=b", "--init_from=my run", "--out_dir=out-b", "--block_size=7",
+    ]  # fmt: skip
+    (here / "b.txt").write_text("well\n" * 20)
+    prepare(["b.txt"], tokenizer="my run", report=told)
+    assert told.lines[-1].endswith("--out_dir=out-b")  # the run's own context of 8 fits
+    (here / "c.txt").write_text("quiz\n" * 30)
+    with pytest.raises(UserError, match="'q'.*U.0071"):
+        prepare(["c.txt"], tokenizer="my run")
 
 
 def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
@@ -573,12 +600,84 @@ def test_a_short_text_gets_a_small_vocabulary(here: Path) -> None:
 
 
 def test_the_next_command_names_the_folder_where_the_name_is_taken(here: Path) -> None:
-    (here / "a.txt").write_text("hello world " * 50)
+    (here / "a.txt").write_text("hello world " * 300)
     (here / "data/a").mkdir(parents=True)
     (here / "data/a/train.bin").write_bytes(b"\0\0")
     told = Told()
     prepare(["a.txt"], report=told)
     assert told.lines[-1] == "next: llm-train --dataset=data/processed/a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "dataset"),
+    [
+        ({"name": """it's "q" $x"""}, """it's "q" $x"""),
+        ({"out_dir": "my data/a b"}, "my data/a b"),
+        ({"out_dir": "a"}, None),  # data/a would be found first
+        ({"root": "sub"}, None),
+    ],
+)
+def test_the_next_command_is_quoted_and_finds_the_data(here: Path, settings: Any, dataset: str | None) -> None:
+    (here / "sub").mkdir()
+    for folder in (here, here / "sub"):
+        (folder / "text.txt").write_text("hello world " * 300)
+    if settings.get("out_dir") == "a":
+        (here / "data/a").mkdir(parents=True)
+        (here / "data/a/train.bin").write_bytes(b"\0\0")
+    told = Told()
+    made = prepare(["text.txt"], report=told, **settings)
+    prefix, option = shlex.split(told.lines[-1].removeprefix("next: "))
+    named = option.removeprefix("--dataset=")
+    assert prefix == "llm-train" and resolve_dataset(named).resolve() == made.resolve()
+    assert named == (dataset or str(made.resolve()))
+
+
+@pytest.mark.parametrize("text", ["To be, or not to be,\nthat is\nthe question.\n", "hello world, hello me\n"])
+def test_a_text_of_a_few_lines_gets_a_command_that_works(here: Path, text: str) -> None:
+    (here / "three.txt").write_text(text)
+    told = Told()
+    prepare(["three.txt"], report=told)
+    val = len(text) - int(len(text) * 0.9)
+    assert told.lines[-1] == f"next: llm-train --dataset=three --block_size={val - 1}"
+    config = parse(Config, shlex.split(told.lines[-1])[2:], prog="test").tree
+    assert len(check(config).val_data) == val
+    with pytest.raises(UserError, match=f"use --block_size={val - 1}, or prepare more text"):
+        check(Config(data=DataConfig(dataset="three")))  # one error, of the shorter split
+
+
+def test_one_token_is_no_data(here: Path) -> None:
+    (here / "a.txt").write_text("hello")
+    told = Told()
+    prepare(["a.txt"], report=told)
+    assert told.lines[-1].startswith("note: a split of one token") and "next:" not in told
+
+
+def test_a_long_example_is_cut(here: Path) -> None:
+    """BPE of a text without white space has tokens of thousands of characters."""
+    (here / "long.txt").write_text("0123456789" * 600)
+    told = Told()
+    prepare(["long.txt"], tokenizer="bpe:300", report=told)
+    assert max(map(len, told.lines)) < 400
+    example = next(line for line in told.lines if line.startswith("example: "))
+    assert "0123456789" * 5 in example and example.endswith(" characters")
+
+
+def test_a_folder_of_other_files_says_how_to_read_them(here: Path) -> None:
+    folder = here / "my code" / "deep"
+    folder.mkdir(parents=True)
+    for name in ("a.py", "b.py", "c.pyc", "d.pyc", "e.pyc", ".f.py", "g.toml"):
+        (folder / name).write_bytes(b"\0" if name.endswith("c") else b"import this\n" * 9)
+    with pytest.raises(UserError, match="contains no .txt") as error:
+        prepare(["my code/"])
+    command = str(error.value).partition("for its .py files: ")[2]
+    assert shlex.split(command) == ["llm-prepare", "my code/**/*.py"]
+    told = Told()
+    prepare(shlex.split(command)[1:], report=told)  # it works
+    assert "deep/a.py" in told and "deep/b.py" in told and ".f.py" not in told
+    (here / "my code" / "readme.md").write_text("what it does\n" * 9)
+    told = Told()
+    prepare(["my code"], report=told)
+    assert "my code: reading 1 of its files; for its .py files: llm-prepare 'my code/**/*.py'" in told
 
 
 # known texts and the network
