@@ -220,7 +220,7 @@ def _ours(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) ->
 def _config(case: Case, job: dict[str, Any]) -> Any:
     """Our settings for a case."""
     from llm_from_scratch import Config
-    from llm_from_scratch.presets import parse
+    from llm_from_scratch.presets import nanogpt_defaults, parse
 
     folder = Path(job["folder"])
     words = [f"--{name}={getattr(case, name)}" for name in
@@ -229,7 +229,7 @@ def _config(case: Case, job: dict[str, Any]) -> Any:
     words += ["--bias=False", "--gradient_accumulation_steps=1", f"--dataset={folder / 'ours'}", "--progress=lines",
               f"--out_dir={folder / 'out-ours'}", "--learning_rate=1e-3", "--loss_plot=False"]  # fmt: skip
     words += [f"--dtype={case.dtype}"] if case.dtype else []
-    return parse(Config, words + job["settings"], prog="benchmark").tree
+    return parse(Config, words + job["settings"], prog="benchmark", defaults=nanogpt_defaults()).tree
 
 
 def _floor(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:

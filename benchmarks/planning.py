@@ -93,13 +93,13 @@ def work(job: dict[str, Any]) -> None:
     if job["clock"] == "cpu":
         time.perf_counter = time.process_time
     from llm_from_scratch.config import Config
-    from llm_from_scratch.presets import parse
+    from llm_from_scratch.presets import nanogpt_defaults, parse
 
     folder, values = Path(job["folder"]), {**COMMON, **SHAPES[job["shape"]]}
     values |= {"dataset": folder / "ours", "out_dir": folder / "out"}
     words = ["quick"] if job["shape"] == "quick" else []
     words += [f"--{name}={value}" for name, value in values.items()] + job["settings"]
-    config = parse(Config, words, prog="planning").tree
+    config = parse(Config, words, prog="planning", defaults=nanogpt_defaults()).tree
     found = planned(config) if job["what"] == "plan" else trained(config)
     print(json.dumps(found))
 

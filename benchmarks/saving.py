@@ -24,7 +24,7 @@ import torch
 
 from llm_from_scratch import Config, train
 from llm_from_scratch.checkpoint.store import find_checkpoint
-from llm_from_scratch.presets import parse
+from llm_from_scratch.presets import nanogpt_defaults, parse
 from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training.run import Run, TrainResult
 
@@ -53,7 +53,7 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
         f"--max_iters={STEPS}", f"--save_interval={every}", "--eval_interval=1000", "--eval_iters=1", "--compile=False",
         "--final_eval=False", "--loss_plot=False", "--keep_last=1", *settings,
     ]  # fmt: skip
-    config = parse(Config, words, prog="saving").tree
+    config = parse(Config, words, prog="saving", defaults=nanogpt_defaults()).tree
     with contextlib.ExitStack() as patches:
         patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
         patches.enter_context(mock.patch.object(savers, "copied", timed))

@@ -152,7 +152,7 @@ def test_the_tokenizer_of_a_run(here: Path) -> None:
     (here / "b.txt").write_text("well\n" * 15)
     told, tokenizer = Told(), Tokenizer.from_name("char", "hello world\n")
     model = GPT(GPTConfig(block_size=8, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_embd=4))
-    state = {"model_config": model.config, "model": model.state_dict(), "tokenizer": tokenizer}
+    state: Any = {"model_config": model.config, "model": model.state_dict(), "tokenizer": tokenizer}
     for step in (1, 2):
         save_checkpoint("my run", step=step, run_id="r", **state)
     new = prepare(["b.txt"], tokenizer="my run", report=told)

@@ -36,7 +36,7 @@ EVALUATION = {"train_loss": 2.11119, "val_loss": 2.22225, "lr": 1e-3}
 
 def config(**leaves: Any) -> Config:
     tree = Config()
-    for name, value in {"out_dir": "run", **leaves}.items():
+    for name, value in {"out_dir": "run", "tensorboard": False, "log_interval": 1, **leaves}.items():
         section = tree.training if hasattr(tree.training, name) else tree.logging
         setattr(section, name, value)
     return tree
@@ -247,7 +247,7 @@ def test_wandb_gets_nanogpts_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     log.evaluation(5, {**EVALUATION, "mfu": 0.25}, 2.22225)
     log.close()
     started, first, step, second, end = calls
-    assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 12)
+    assert (started["project"], started["name"], started["config"]["n_layer"]) == ("p", "r", 6)
     assert step == {"iter": 0, "loss": 2.34567, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1e4}
     shared = {"train/loss": 2.11119, "val/loss": 2.22225, "lr": 1e-3}
     assert first == {"iter": 0, "mfu": -100.0, **shared} and second == {"iter": 5, "mfu": 25.0, **shared}
@@ -425,10 +425,10 @@ def test_tensorboard_gets_the_settings_and_the_samples() -> None:
         return event.step, event.tensor_proto.string_val[0].decode()
 
     assert text("sample") == (5, "    First line\n    Second? line\n")
-    assert text("settings")[0] == 0 and "    learning_rate: 0.0006\n" in text("settings")[1]
+    assert text("settings")[0] == 0 and "    learning_rate: 0.001\n" in text("settings")[1]
     content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     values = hparams.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert (values["n_layer"].number_value, values["decay_lr"].bool_value) == (12, True)
+    assert (values["n_layer"].number_value, values["decay_lr"].bool_value) == (6, True)
     assert values["dataset"].string_value == "openwebtext"
 
 

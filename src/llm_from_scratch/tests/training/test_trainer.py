@@ -541,9 +541,11 @@ def test_a_sample_prompt_that_cannot_be_encoded_is_refused_before_the_run(tmp_pa
     ids = [1, 2] * 50
     data = write_data(tmp_path / "data", train=ids, val=ids, tokenizer=CharTokenizer.from_text(["abc"]))
     with pytest.raises(UserError, match="--start"):
-        train(tiny_config(data, sample_interval=1))
+        train(tiny_config(data, sample_interval=1, start="d"))
     assert not Path("out").exists()
     train(tiny_config(data, sample_interval=4, start="ab", max_new_tokens=3))
+    train(tiny_config(data, out_dir="default", sample_interval=8, max_new_tokens=3))  # of a model without line breaks
+    assert json.loads(Path("default/samples.jsonl").read_text())["text"][0] == "a"
     assert train(tiny_config(data, out_dir="other")).step == 8  # without samples the prompt does not matter
 
 
