@@ -183,7 +183,8 @@ def encode_units(
             key, size = unit.key(tokenizer)
             ids: Any = cache.get(key)
             if ids is None and pool is not None:
-                with contextlib.suppress(BrokenProcessPool):  # a broken pool is reported when a result is read
+                # a broken pool is reported when a result is read
+                with contextlib.suppress(BrokenProcessPool), blocked_interrupts():
                     ids = pool.submit(_encode_in_worker, unit)
             waiting.append((unit, size, key, ids))
             while len(waiting) > 2 * workers:
@@ -198,8 +199,21 @@ def encode_units(
 _WORKER_TOKENIZER: list[Tokenizer] = []
 
 
+@contextlib.contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Ctrl-C arrives afterwards. A process that is started meanwhile never receives it: the parent handles it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(saved: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER_TOKENIZER[:] = [Tokenizer.load(saved)]
 

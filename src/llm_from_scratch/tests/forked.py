@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,20 @@ def run(module: str, *argv: str, timeout: float = 300, **options: Any) -> subpro
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess([module, *argv], code, out.read(), err.read())
+
+
+@contextlib.contextmanager
+def rendezvous(processes: int) -> Iterator[dict[str, str]]:
+    """The variables by which processes meet. This process listens, as torchrun does: a port that is only chosen may be
+    another's, or connected to itself, before the first rank listens."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    del store
 
 
 _connections: dict[int, socket.socket] = {}

@@ -34,11 +34,14 @@ class Gate:
     def __init__(self, generator: Generator, pause: float = 0.0):
         self.inner, self.pause = generator.bytes_of, pause
         self.open, self.broken, self.tokens = threading.Event(), 0, 0
+        self.closes_at: int | None = None  # calls
         self.open.set()
         generator.bytes_of = self  # type: ignore[assignment]
 
     def __call__(self, before: int, token: int) -> bytes:
         self.tokens += 1
+        if self.tokens == self.closes_at:
+            self.open.clear()
         self.open.wait(60)
         if self.broken:
             self.broken -= 1
@@ -66,6 +69,13 @@ class Served:
 
     def client(self, key: str = "none", **options: Any) -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 30.0, **options})
+
+    def advance(self, seconds: float) -> None:
+        """Moves the clock of the server's event loop, while a request is there."""
+        loop = next(iter(self.service.queue.jobs)).loop
+        before = loop.time
+        loop.time = lambda: before() + seconds  # type: ignore[method-assign]
+        loop.call_soon_threadsafe(lambda: None)  # it looks at its timers again
 
     def idle(self) -> bool:
         """Whether nothing runs, waits or is held for a request."""

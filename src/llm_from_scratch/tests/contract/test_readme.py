@@ -31,7 +31,7 @@ import pytest
 from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.presets import leaf_types, parse
 
-from ..forked import Forked
+from ..forked import Forked, rendezvous
 
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
@@ -287,9 +287,7 @@ def torchrun(args: list[str], forks: bool = True) -> int:
 
 def processes(count: int, script: list[str]) -> int:
     """Starts processes with torchrun's variables. Returns the first exit code that is not 0, else 0."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    with contextlib.ExitStack() as running, open("errors.txt", "w+") as errors:
+    with rendezvous(count) as shared, contextlib.ExitStack() as running, open("errors.txt", "w+") as errors:
         ranks = [
             running.enter_context(
                 Forked(*script, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -297,6 +295,8 @@ def processes(count: int, script: list[str]) -> int:
             )
             for rank in range(count)
         ]  # fmt: skip
+        for rank in ranks:
+            running.callback(rank.kill)  # if another one hangs
         codes = [rank.wait(240) for rank in ranks]
         errors.seek(0)
         print(errors.read())

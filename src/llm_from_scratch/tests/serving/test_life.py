@@ -110,17 +110,28 @@ def test_what_waits_for_a_client_is_bounded(monkeypatch):
 
 
 def test_a_deadline_gives_what_there_is():
-    gate = Gate(model := generator(), pause=0.01)
-    with served(model, max_seconds=0.8) as server:
-        told = server.client().completions.create(model=NAME, **LONG)
+    gate = Gate(model := generator())
+    with served(model, max_seconds=1000) as server, ThreadPoolExecutor(1) as pool:
+
+        def at_the_deadline(**fields: Any) -> Any:
+            jobs = server.service.queue.jobs
+            assert until(lambda: not jobs)
+            answered = pool.submit(server.client().completions.create, model=NAME, **LONG, **fields)
+            assert until(lambda: not gate.open.is_set() and any(job.handles for job in list(jobs)))
+            server.advance(1000)
+            return answered
+
+        gate.closes_at = 50
+        told = at_the_deadline().result(20)
         choice = told.choices[0]
-        assert choice.finish_reason == "length" and 5 < len(choice.text) == told.usage.completion_tokens < 100
-        chunks = list(server.client().completions.create(model=NAME, **LONG, stream=True, n=2))
-        ends = [c.choices[0] for c in chunks if c.choices[0].finish_reason]
+        assert choice.finish_reason == "length" and 5 < len(choice.text) == told.usage.completion_tokens <= 50
+        gate.open.set()
+        assert until(server.idle)
+        gate.closes_at = gate.tokens + 50
+        ends = [c.choices[0] for c in at_the_deadline(stream=True, n=2).result(20) if c.choices[0].finish_reason]
         assert sorted((c.index, c.finish_reason) for c in ends) == [(0, "length"), (1, "length")]
-        gate.open.clear()
-        with pytest.raises(openai.InternalServerError, match="did not start") as refused:
-            server.client().completions.create(model=NAME, **LONG)
+        with pytest.raises(openai.InternalServerError, match="did not start") as refused:  # the gate is closed
+            at_the_deadline().result(20)
         assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"]
         gate.open.set()
         assert until(server.idle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from llm_from_scratch.checkpoint.store import find_checkpoint, list_checkpoints, load_checkpoint
 from llm_from_scratch.training.trainer import train
 
+from ..forked import rendezvous
 from ..tiny import arguments, read_metrics, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
@@ -59,7 +59,7 @@ from llm_from_scratch.cli.train import main
 
 child = os.fork()
 rank = int(child == 0)
-os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
 update = trainer.train_step
 
 def faulty(run, x, y):
@@ -97,12 +97,11 @@ def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, ti
     def run(**more: Any) -> subprocess.CompletedProcess[str]:
         settings = {**SETTINGS, "dropout": 0.1, "save_interval": 100, "eval_interval": 100, "max_iters": 9, **more}
         settings["optimizer_type"] = "muon"  # the test above has AdamW
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = str(free.getsockname()[1])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MASTER_PORT": port}
         given = arguments(dataset=tiny_data, out_dir="run", backend="gloo", **settings)
         command = [sys.executable, "faulty.py", *given]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        with rendezvous(2) as shared:
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | shared
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     done = run()
     assert done.returncode == 1
