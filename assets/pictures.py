@@ -1,109 +1,186 @@
-"""Makes the README's pictures from a real run of the demo: terminal.png and loss.png, next to this file.
+"""Makes the README's pictures from a real run of the demo: demo.svg, terminal.png and loss.png, next to this file.
 
     .venv/bin/python assets/pictures.py [settings of llm-train, such as --max_iters=100]
 
-The demo runs in a terminal of its own (80 columns), so this needs Linux or macOS; and matplotlib (extra: plots), which
-brings the font and Pillow. terminal.png ends with the first sample.
+The demo runs in a terminal of its own, so this needs Linux or macOS. It needs the extra dev: pyte interprets the
+terminal's output, matplotlib brings the font and Pillow. demo.svg is an animation of at most PLAY seconds. terminal.png
+ends with the first sample. The text is data/raw/tinyshakespeare.txt, if it is there.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import pty
-import re
 import shutil
 import struct
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import matplotlib
+import pyte
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.terminal_theme import MONOKAI
-from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
-COLUMNS, ROWS = 80, 40
+COMMAND = "./just demo"
+COLUMNS, ROWS = 80, 24
+PLAY, LONGEST, SHORTEST, END = 20.0, 1.0, 0.3, 5.0  # seconds of the run, of a pause, of a frame, of the last frame
+CELL, LINE, MARGIN = 8, 17, 12  # pixels
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
-SIZE, LINE, MARGIN = 16, 20, 14  # pixels
-CONTROL = re.compile(r"\x1b\[(\??[\d;]*)([A-Za-z])|\r|(\n)")
+BACKGROUND, FOREGROUND = "#0c0c0c", "#d9d9d9"
+COLOURS = {
+    "default": FOREGROUND, "black": "#555555", "red": "#f4005f", "green": "#98e024", "brown": "#fa8419",
+    "blue": "#9d65ff", "magenta": "#f4005f", "cyan": "#58d1eb", "white": "#c4c5b5", "brightblack": "#888888",
+}  # fmt: skip
 # Positions of the dots of a braille character in its cell of 2 columns and 4 rows, by bit (Unicode chart U+2800).
 DOTS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3))
 
+Run = tuple[int, str, str]  # column, text without spaces around it, colour
+Row = tuple[Run, ...]
 
-def record(command: list[str]) -> str:
-    """The terminal output of a command. Raises SystemExit if it fails."""
-    chunks: list[bytes] = []
+
+def record(command: list[str]) -> list[tuple[float, bytes]]:
+    """The terminal output of a command, as (seconds since the output before, bytes). Raises SystemExit if it fails."""
+    chunks: list[tuple[float, bytes]] = []
+    last = time.monotonic()
 
     def read(terminal: int) -> bytes:
+        nonlocal last
         if not chunks:
             import fcntl
             import termios
 
             fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        chunks.append(os.read(terminal, 1 << 16))
-        return chunks[-1]
+        chunk = os.read(terminal, 1 << 16)
+        chunks.append((time.monotonic() - last, chunk))
+        last = time.monotonic()
+        return chunk
 
-    os.environ |= {"COLUMNS": str(COLUMNS), "TERM": "xterm-256color"}
+    os.environ |= {"COLUMNS": str(COLUMNS), "LINES": str(ROWS), "TERM": "xterm-256color"}
     status = pty.spawn(command, read)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with code {os.waitstatus_to_exitcode(status)}")
-    return b"".join(chunks).decode("utf-8", "replace")
+    return chunks
 
 
-def screen(recorded: str) -> list[str]:
-    """The final lines on the terminal, with their colours. Emulates only what a progress bar needs."""
-    lines, row, at = [""], 0, 0
-    for match in CONTROL.finditer(recorded + "\n"):
-        lines[row] += recorded[at : match.start()]
-        at = match.end()
-        number, letter, newline = match.groups()
-        if letter == "A":
-            row = max(0, row - int(number or 1))
-        elif letter == "K":
-            lines[row] = ""
-        elif letter == "m":
-            lines[row] += match.group()
-        elif newline:
-            row += 1
-            lines += [""] * (row == len(lines))
-    return lines
+def rows_of(screen: pyte.Screen) -> tuple[Row, ...]:
+    """What is on a screen."""
+    rows = []
+    for y in range(screen.lines):
+        cells = [(x, screen.buffer[y][x]) for x in range(screen.columns)]
+        runs = []
+        for colour, group in itertools.groupby(cells, lambda cell: COLOURS.get(cell[1].fg, f"#{cell[1].fg}")):
+            part = list(group)
+            text = "".join(cell.data for _, cell in part)
+            if text.strip():
+                runs.append((part[0][0] + len(text) - len(text.lstrip()), text.strip(), colour))
+        rows.append(tuple(runs))
+    return tuple(rows)
 
 
-def draw(lines: list[str], path: Path) -> None:
-    """Text with ANSI colours as a picture: every character in its cell, independent of the viewer's fonts."""
-    console = Console(width=COLUMNS, file=sys.stderr, force_terminal=True, color_system="truecolor")
-    rows = console.render_lines(Text.from_ansi("\n".join(lines)))
-    font = ImageFont.truetype(str(FONT), SIZE)
+def screen(recorded: bytes, lines: int = 400) -> list[Row]:
+    """The final lines on a terminal that is high enough for all of them."""
+    terminal = pyte.Screen(COLUMNS, lines)
+    pyte.ByteStream(terminal).feed(recorded)
+    return list(rows_of(terminal))
+
+
+def frames(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], list[tuple[Row, ...]]]:
+    """The animation: the start of each frame in seconds, and what is on the screen."""
+    speed = max(1.0, sum(gap for gap, _ in chunks) / PLAY)
+    terminal = pyte.Screen(COLUMNS, ROWS)
+    stream = pyte.ByteStream(terminal)
+    stream.feed(b"$ ")
+    typed = [(SHORTEST / 2, key.encode()) for key in COMMAND] + [(LONGEST, b"\r\n")]
+    starts, shown, now = [0.0], [rows_of(terminal)], 0.0
+    for index, (gap, chunk) in enumerate(itertools.chain(typed, chunks)):
+        now += gap if index < len(typed) else min(gap / speed, LONGEST)
+        stream.feed(chunk)
+        if index < len(typed) or now - starts[-1] >= SHORTEST:
+            starts.append(now)
+            shown.append(())
+        shown[-1] = rows_of(terminal)
+    return starts, shown
+
+
+def animation(starts: list[float], shown: list[tuple[Row, ...]]) -> str:
+    """SVG: the frames side by side, and a window that jumps from one to the next. Equal rows are stored once."""
+    width, height = COLUMNS * CELL + 2 * MARGIN, ROWS * LINE + 2 * MARGIN
+    names: dict[Row, str] = {}
+    film = []
+    for index, rows in enumerate(shown):
+        uses = [
+            f'<use href="#{names.setdefault(row, f"r{len(names)}")}" y="{y * LINE}"/>'
+            for y, row in enumerate(rows)
+            if row
+        ]
+        film.append(f'<g transform="translate({index * width})">{"".join(uses)}</g>')
+    rows_svg = []
+    for row, name in names.items():
+        texts = []
+        for column, text, colour in row:
+            fill = "" if colour == FOREGROUND else f' fill="{colour}"'
+            place = f'x="{column * CELL}" textLength="{len(text) * CELL}"'
+            texts.append(f"<text {place}{fill}>{escape(text, quote=False)}</text>")
+        rows_svg.append(f'<g id="{name}">{"".join(texts)}</g>')
+    seconds = starts[-1] + END
+    keys = [f"{start / seconds:.3%}{{transform:translateX({-index * width}px)}}" for index, start in enumerate(starts)]
+    last = f"transform:translateX({-(len(starts) - 1) * width}px)"
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
+<title>{COMMAND} in a terminal</title>
+<style>
+text{{font:13px ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre}}
+#film{{animation:play {seconds:.1f}s step-end infinite}}
+@keyframes play{{{"".join(keys)}}}
+@media (prefers-reduced-motion:reduce){{#film{{animation:none;{last}}}}}
+</style>
+<defs>{"".join(rows_svg)}</defs>
+<rect width="100%" height="100%" rx="6" fill="{BACKGROUND}"/>
+<g transform="translate({MARGIN} {MARGIN + 12})" fill="{FOREGROUND}" xml:space="preserve">
+<g id="film">{"".join(film)}</g></g>
+</svg>
+"""
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Rows as a picture: every character in its cell, independent of the viewer's fonts."""
+    size, line = 16, 20
+    font = ImageFont.truetype(str(FONT), size)
     cell = font.getlength("M")
-    picture = Image.new("RGB", (round(COLUMNS * cell) + 2 * MARGIN, len(rows) * LINE + 2 * MARGIN), "#0c0c0c")
+    picture = Image.new("RGB", (round(COLUMNS * cell) + 2 * MARGIN, len(rows) * line + 2 * MARGIN), BACKGROUND)
     pen = ImageDraw.Draw(picture)
-    for y, segments in enumerate(rows):
-        x = 0
-        for text, style, _ in segments:
-            colour = style.color.get_truecolor(MONOKAI) if style and style.color else MONOKAI.foreground_color
-            for sign in text:
-                left, top = MARGIN + x * cell, MARGIN + y * LINE
+    for y, row in enumerate(rows):
+        for column, text, colour in row:
+            for x, sign in enumerate(text, column):
+                left, top = MARGIN + x * cell, MARGIN + y * line
                 if "\u2800" <= sign <= "\u28ff":  # the font lacks these characters
-                    for bit, (column, dot) in enumerate(DOTS):
+                    for bit, (across, down) in enumerate(DOTS):
                         if (ord(sign) - 0x2800) >> bit & 1:
-                            cx, cy = left + (column + 0.5) * cell / 2, top + (dot + 0.5) * LINE / 4
-                            pen.ellipse((cx - 1.2, cy - 1.2, cx + 1.2, cy + 1.2), fill=tuple(colour))
+                            cx, cy = left + (across + 0.5) * cell / 2, top + (down + 0.5) * line / 4
+                            pen.ellipse((cx - 1.2, cy - 1.2, cx + 1.2, cy + 1.2), fill=colour)
                 elif sign != " ":
-                    pen.text((left, top), sign, font=font, fill=tuple(colour))
-                x += 1
+                    pen.text((left, top), sign, font=font, fill=colour)
     picture.quantize(32).save(path, optimize=True)
 
 
 def main(settings: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "out"
-        recorded = record([sys.executable, "-m", "llm_from_scratch.cli.demo", f"--out_dir={run}", *settings])
-        shutil.copy(run / "loss.png", HERE / "loss.png")
-    lines = screen(recorded.replace(str(run), "out-demo"))
-    rules = [i for i, line in enumerate(lines) if line.strip() and not line.strip(" -")]
-    draw(["$ ./just demo", *lines[: rules[0] if rules else None]], HERE / "terminal.png")
+    text = HERE.parent / "data" / "raw" / "tinyshakespeare.txt"
+    with tempfile.TemporaryDirectory() as folder:  # the working directory, so no path of this machine is shown
+        os.chdir(folder)
+        if text.is_file():
+            Path("data/raw").mkdir(parents=True)
+            shutil.copy(text, "data/raw")
+        chunks = record([sys.executable, "-m", "llm_from_scratch.cli.demo", *settings])
+        shutil.copy(Path("out-demo") / "loss.png", HERE / "loss.png")
+        os.chdir(HERE)
+    (HERE / "demo.svg").write_text(animation(*frames(chunks)), encoding="utf-8")
+    rows = screen(f"$ {COMMAND}\r\n".encode() + b"".join(chunk for _, chunk in chunks))
+    rules = [y for y, row in enumerate(rows) if row and not "".join(text for _, text, _ in row).strip("-")]
+    draw(rows[: rules[0] if rules else None], HERE / "terminal.png")
 
 
 if __name__ == "__main__":

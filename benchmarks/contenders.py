@@ -1,9 +1,9 @@
-"""Training runs of this project, nanoGPT and transformers that run steps on request.
+"""Training runs of this project, nanoGPT, transformers and litgpt that run steps on request.
 
 Each contender has its own process and the same number of threads. The parent asks one for k steps, then another, over a
 pipe. So the steps are interleaved and only one contender runs at a time. Ours are the trainer's steps. nanoGPT's are
-those of its unchanged train.py, which is paused at its output lines. "floor" computes the matrix products of our step's
-linear layers and nothing else.
+those of its unchanged train.py, which is paused at its output lines. litgpt has an environment of its own. "floor" computes
+the matrix products of our step's linear layers and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("ours", "nanogpt", "transformers", "floor")
+NAMES = ("ours", "nanogpt", "transformers", "litgpt", "floor")
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Case:
     dropout: float = 0.0
     device: str = "cpu"
     dtype: str | None = None
-    """None: the default of each contender. nanoGPT and transformers compute in float32 on a CPU."""
+    """None: the default of each contender. On a CPU the others compute in float32."""
     compile: bool = False
-    """Of nanoGPT and transformers. This project uses auto."""
+    """Of the others. This project uses auto."""
     log_interval: int = 1
     """Steps between nanoGPT's log lines. At each line it waits for the device."""
     max_iters: int = 5000
@@ -69,16 +69,17 @@ CASES = {
 
 
 class Contender:
-    """A process that trains on request."""
+    """A process that trains on request. place: nanoGPT's checkout, or the Python that has litgpt."""
 
-    def __init__(self, name: str, case: Case, folder: Path, threads: int, nanogpt: Path | None, settings: list[str]):
+    def __init__(self, name: str, case: Case, folder: Path, threads: int, place: Path | None, settings: list[str]):
         self.name, self.folder = name, folder
         self.log = folder / f"{name}.log"
         job = {"name": name, "case": dataclasses.asdict(case), "folder": str(folder), "threads": threads,
-               "nanogpt": str(nanogpt.resolve()) if nanogpt else None, "settings": settings}  # fmt: skip
+               "nanogpt": str(place.resolve()) if place else None, "settings": settings}  # fmt: skip
+        python = str(place) if name == "litgpt" else sys.executable
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", __file__, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [python, "-P", __file__, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True, env=environment(threads),
             )  # fmt: skip
 
@@ -136,6 +137,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     """The common options of the scripts that compare contenders."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; default: nanoGPT is skipped")
+    parser.add_argument("--litgpt", type=Path, help="the Python of an environment with litgpt; default: it is skipped")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser
 
@@ -323,8 +325,7 @@ def _nanogpt(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str])
 
 
 def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
-    """GPT2LMHeadModel with fused AdamW, the default of its own Trainer."""
-    import numpy as np
+    """GPT2LMHeadModel. Fused AdamW is the default of its own Trainer."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -333,9 +334,35 @@ def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[
         vocab_size=case.vocab_size, n_positions=case.block_size, n_embd=case.n_embd, n_layer=case.n_layer,
         n_head=case.n_head, bos_token_id=0, eos_token_id=0, use_cache=False, **dropout,
     )  # fmt: skip
-    torch.backends.cuda.matmul.allow_tf32 = True
     model: Any = GPT2LMHeadModel(config).to(case.device).train()
     network = torch.compile(model) if case.compile else model
+    _train(case, job, model, lambda rows: network(input_ids=rows, labels=rows).loss, orders, answers)
+
+
+def _litgpt(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
+    """litgpt's GPT, tied, with the loss of `litgpt pretrain`, at the same sizes. Its positions are rotary."""
+    import torch
+    from litgpt.model import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    config = Config(
+        block_size=case.block_size, vocab_size=case.vocab_size, padded_vocab_size=case.vocab_size, bias=False,
+        n_layer=case.n_layer, n_head=case.n_head, n_embd=case.n_embd, parallel_residual=False,
+    )  # fmt: skip
+    model: Any = GPT(config).to(case.device).train()
+    model.transformer.wte.weight = model.lm_head.weight
+    network = torch.compile(model) if case.compile else model
+    _train(case, job, model, lambda rows: chunked_cross_entropy(network(rows)[:, :-1], rows[:, 1:]), orders, answers)
+
+
+def _train(
+    case: Case, job: dict[str, Any], model: Any, loss_of: Callable[[Any], Any], orders: IO[str], answers: IO[str]
+) -> None:
+    """Steps of a plain training loop with fused AdamW."""
+    import numpy as np
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, case.beta2), weight_decay=0.1, fused=True)
     data = np.memmap(Path(job["folder"]) / "ours" / "train.bin", dtype="<u2", mode="r")
     dtype = getattr(torch, case.dtype or "float32")
@@ -345,7 +372,7 @@ def _transformers(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[
         rows = torch.from_numpy(np.stack([data[i : i + case.block_size] for i in starts]).astype(np.int64))
         rows = rows.to(case.device)
         with torch.autocast(case.device, dtype=dtype, enabled=dtype != torch.float32):
-            loss = network(input_ids=rows, labels=rows).loss
+            loss = loss_of(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -360,18 +387,26 @@ def _main(job: dict[str, Any]) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["threads"]])
     answers, orders = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0), "r")
     sys.stdout = sys.stderr  # the contenders' output must not mix with the answers
-    run = {"ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers, "floor": _floor}[job["name"]]
-    run(case, job, orders, answers)
+    contenders = {
+        "ours": _ours, "nanogpt": _nanogpt, "transformers": _transformers, "litgpt": _litgpt, "floor": _floor
+    }  # fmt: skip
+    contenders[job["name"]](case, job, orders, answers)
+
+
+def present(options: argparse.Namespace) -> dict[str, Path | None]:
+    """The contenders of --contenders that are there, with their place."""
+    places = {"nanogpt": options.nanogpt, "litgpt": options.litgpt}
+    return {name: places.get(name) for name in options.contenders.split(",") if places.get(name, True)}
 
 
 def lined_up(
-    names: list[str], case: Case, threads: int, nanogpt: Path | None, settings: list[str], folder: Path
+    names: dict[str, Path | None], case: Case, threads: int, settings: list[str], folder: Path
 ) -> Iterator[Contender]:
-    """Starts contenders, one after the other."""
+    """Starts contenders, one after the other. litgpt has no dropout."""
     write_tokens(folder, case.vocab_size)
-    for name in names:
-        if name != "nanogpt" or nanogpt is not None:
-            yield Contender(name, case, folder, threads, nanogpt, settings)
+    for name, place in names.items():
+        if name != "litgpt" or not case.dropout:
+            yield Contender(name, case, folder, threads, place, settings)
 
 
 if __name__ == "__main__":

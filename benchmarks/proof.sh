@@ -1,22 +1,52 @@
 #!/bin/bash
 # Measures every figure of the table at the top of README.md on this machine: about 15 minutes on two idle cores.
 #
-#   benchmarks/proof.sh [DIR]
+#   benchmarks/proof.sh [NANOGPT]
 #
-# DIR is a checkout of nanoGPT, by default build/nanoGPT, which is cloned if it is missing. Python is .venv's, or $PYTHON.
-# Prints the processor, the versions, and one table for each row.
+# NANOGPT is a checkout of nanoGPT, by default build/nanoGPT, which is cloned if it is missing. Python is .venv's, or
+# $PYTHON; it needs the extra dev (./just install-dev). litgpt, and llama.cpp as xllamacpp, are installed into build/peers,
+# in environments of their own. ROUNDS and STEPS make a quick trial: ROUNDS=1 STEPS=1 benchmarks/proof.sh
+#
+# Prints the processor, the versions and the output of each command, and last the table for README.md. The same is in
+# build/proof. `.venv/bin/python benchmarks/proof_table.py --write` puts the table into README.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 nanogpt=${1:-build/nanoGPT}
 python=${PYTHON:-.venv/bin/python}
+rounds=${ROUNDS:-5}
+steps=${STEPS:-2}
+
 [ -d "$nanogpt" ] || git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT "$nanogpt"
 [ -f "$nanogpt/data/shakespeare_char/train.bin" ] || "$python" "$nanogpt/data/shakespeare_char/prepare.py"
 
-row() { printf '\n# %s\n$ %s\n' "$1" "${*:2}"; "${@:2}"; }
+peer() { # NAME PACKAGE...: an environment on top of $python's, made once
+    local place=build/peers/$1
+    [ ! -f "$place/done" ] || return 0
+    "$python" -m venv --clear "$place"
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$(echo "$place"/lib/python*/site-packages)/below.pth"
+    "$place/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+    touch "$place/done"
+}
+peer litgpt litgpt==0.5.13 'transformers>=4.51.3,<4.57'
+peer llamacpp xllamacpp==2026.10.11549 gguf==0.19.0
 
-date +%F
+mkdir -p build/proof
+rm -f build/proof/*
+row() { # NAME COMMAND...: the output goes to build/proof/NAME.txt too
+    printf '\n# %s\n$ %s\n' "$1" "${*:2}"
+    "${@:2}" 2>&1 | tee "build/proof/$1.txt"
+}
+
+date +%F | tee build/proof/date
 "$python" -c "import platform, torch; print('Python', platform.python_version(), 'torch', torch.__version__)"
-row "time to nanoGPT's loss" "$python" benchmarks/time_to_loss.py --nanogpt="$nanogpt"
-row "decoding" "$python" benchmarks/decoding.py --nanogpt="$nanogpt" --cases=char-512 --rounds=3
-row "memory to train GPT-2 124M" "$python" benchmarks/memory.py --nanogpt="$nanogpt" --rounds=1
-row "killed and resumed" "$python" -m llm_from_scratch.tests.faults.storm cuts kills --share=0.05
+export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
+peers=(--nanogpt="$nanogpt" --litgpt=build/peers/litgpt/bin/python)
+row loss "$python" benchmarks/time_to_loss.py --nanogpt="$nanogpt"
+row training "$python" benchmarks/throughput.py "${peers[@]}" --cases=gpt2 \
+    --contenders=ours,nanogpt,transformers,litgpt --rounds="$rounds"
+row memory "$python" benchmarks/memory.py "${peers[@]}" --steps="$steps"
+row decoding build/peers/llamacpp/bin/python benchmarks/decoding.py "${peers[@]}" \
+    --cases=char-512,gpt2-fp32,gpt2-int8 --rounds="$rounds"
+row resume "$python" benchmarks/resume.py --nanogpt="$nanogpt"
+echo
+"$python" benchmarks/proof_table.py

@@ -1,7 +1,7 @@
-"""Tokens per second of training steps: ours, nanoGPT's train.py and transformers' GPT-2, interleaved in one run.
+"""Tokens per second of training steps: ours, nanoGPT's train.py, transformers' GPT-2 and litgpt, interleaved.
 
-python benchmarks/throughput.py --nanogpt=DIR [--cases=cpu-readme,char,char-nodrop,gpt2] [--contenders=ours,floor]
-       [--rounds=7] [--turn=1.0] [--threads=N] [SETTING ...]
+python benchmarks/throughput.py [--nanogpt=DIR] [--litgpt=PYTHON] [--cases=cpu-readme,char,char-nodrop,gpt2]
+       [--contenders=ours,floor] [--rounds=7] [--turn=1.0] [--threads=N] [SETTING ...]
 
 A step is batch, forward, backward, clipping and optimizer. The contenders take turns of --turn seconds, --rounds times;
 a figure is the median over the turns, a ratio the median of the ratios within a round. "floor" is our step's matrix
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contenders import CASES, NAMES, Case, Contender, arguments, lined_up, machine
+from contenders import CASES, NAMES, Case, Contender, arguments, lined_up, machine, present
 
 CPU_CASES = "cpu-readme,char,char-nodrop,gpt2"
 
@@ -57,10 +57,9 @@ def main() -> None:
     for label in options.cases.split(","):
         case, found = CASES[label], {}
         with tempfile.TemporaryDirectory() as name:
-            names = options.contenders.split(",")
             contenders: list[Contender] = []
             try:
-                contenders += lined_up(names, case, options.threads, options.nanogpt, settings, Path(name))
+                contenders += lined_up(present(options), case, options.threads, settings, Path(name))
                 rates = measured(contenders, case, options.rounds, options.turn)
             finally:
                 for contender in contenders:

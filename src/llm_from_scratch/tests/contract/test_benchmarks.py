@@ -67,6 +67,34 @@ def test_one_that_fails_says_why(contenders: Any, tmp_path: Path) -> None:
         contender.close()
 
 
+def test_the_table_of_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians in the right cells, the best one bold, the variants of ours left out, and the README has its place."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import proof_table
+
+    machine = {"cpu": "A processor", "threads": 2, "torch": "2.13.0"}
+    rate = {"ours": {"per_s": 63.0}, "ours, fp32": {"per_s": 99.0}, "llama.cpp q8_0": {"per_s": 106.4}}
+    logs = {
+        "loss": {**machine, "found": {"ours": {"seconds": 3.64}, "nanogpt": {"seconds": 88.0}}},
+        "training": {"cases": {"gpt2": {"ours": {"tokens_per_s": 1302.0}, "litgpt": {"tokens_per_s": 173.2}}}},
+        "memory": {"found": {"ours": {"peak": 2470 << 20}, "transformers": {"peak": 3000 << 20}}},
+        "decoding": {"cases": {"char-512": rate, "gpt2-fp32": rate, "gpt2-int8": rate}},
+        "resume": {"found": {"ours": {"resumed": 0.0}, "nanogpt": {"resumed": 0.03}}},
+    }
+    for name, found in logs.items():
+        (tmp_path / f"{name}.txt").write_text(f"a table\n{json.dumps(found)}\n")
+    (tmp_path / "date").write_text("2026-11-29\n")
+    lines = proof_table.table(tmp_path).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[2:8]] for line in lines[2:9]]
+    assert cells[0] == ["**3.6**", "88.0", "", "", "", "s"]
+    assert cells[1] == ["**1,302**", "", "", "173", "", "tokens/s"]
+    assert cells[2] == ["**2,470**", "", "3,000", "", "", "MiB"]
+    assert cells[5] == ["63", "", "", "", "**106**", "tokens/s"]
+    assert cells[6] == ["**bit-exact**", "other weights", "", "", "", ""]
+    assert len({line.count("|") for line in lines[:9]}) == 1 and lines[-1].startswith("A processor, 2 threads")
+    assert proof_table.MARKS.search((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 def test_the_scripts_run(tmp_path: Path) -> None:
     speed = called("throughput.py", "--cases=tiny", "--rounds=2", "--turn=0.01", "--contenders=ours,transformers,floor")
@@ -75,7 +103,7 @@ def test_the_scripts_run(tmp_path: Path) -> None:
     assert found["floor"]["x_floor"] == 1.0 < found["ours"]["x_floor"]
     assert all(0 < value["min"] <= value["tokens_per_s"] <= value["max"] for value in found.values())
     memory = called("memory.py", "--case=tiny", "--steps=1", "--dtype=float32")
-    assert set(memory["found"]) == {"ours", "ours, --dtype=float32"}
+    assert set(memory["found"]) == {"ours", "ours, --dtype=float32", "transformers"}
     plan = called("planning.py", "--shapes=tiny", "--max_iters=25", "--eval_iters=1", "--clock=cpu")
     assert {"step", "peak", "total"} == set(plan["shapes"]["tiny"]["ratio"])
     assert math.isfinite(plan["shapes"]["tiny"]["run"]["eta"])

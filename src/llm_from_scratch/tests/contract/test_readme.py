@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ NOT_RUN = [
     (r"^\./just (setup|install-dev|docs)", "network", "installs packages"),
     (r"^(llm-serve|\./just serve) ", "", "runs until it is stopped: test_llm_serve.py starts it"),
     (r"assets/pictures\.py", "", "a demo of minutes in a terminal; its parts are tested below"),
+    (r"scripts/run_notebook\.py", "", "writes into the checkout; test_notebook.py runs the notebook"),
+    (r"^\. \.venv/bin/activate", "", "changes the shell"),
 ]
 
 
@@ -238,6 +241,8 @@ def run_words(words: list[str]) -> int:
         return call_shortened(console_scripts()[program], args)
     if program == "torchrun":
         return torchrun(args)
+    if program == "git":
+        return clone(args)
     assert program in ("python", ".venv/bin/python"), f"no rule to run {program}: add one here, or a reason to NOT_RUN"
     if args[0] == "-m":
         return call_shortened(args[1].removeprefix("llm_from_scratch.cli."), args[2:])
@@ -246,6 +251,15 @@ def run_words(words: list[str]) -> int:
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(args[0], run_name="__main__")
     return int(ended.value.code or 0)
+
+
+def clone(args: list[str]) -> int:
+    """`git clone ADDRESS FOLDER && cd FOLDER` with this checkout's address. The reader stays in the copy."""
+    command, address, folder, *then = args
+    assert (command, address, then) == ("clone", "ADDRESS", ["&&", "cd", folder])
+    code = subprocess.call(["git", "clone", "--quiet", "--depth=1", f"file://{ROOT}", folder])
+    assert code or (Path(folder) / "just").is_file()
+    return code
 
 
 def call_shortened(module: str, args: list[str]) -> int:
@@ -417,11 +431,11 @@ def known_settings() -> set[str]:
 
 
 # Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just
-# clean-all`, of `./just storm` and of every command; vLLM's `--served-model-name`
+# clean-all`, of `./just storm`, of every command and of the benchmarks; vLLM's `--served-model-name`
 OTHER_OPTIONS = {
     "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
     "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
-    "served", "version", "completion",
+    "served", "version", "completion", "cases",
 }  # fmt: skip
 
 
@@ -526,9 +540,19 @@ def test_recipes_exist() -> None:
 def test_parts_of_the_pictures(tmp_path: Path) -> None:
     pictures = runpy.run_path(str(ROOT / "assets" / "pictures.py"))
     # a line, a bar that is drawn, erased for a line above it, and drawn again one row lower; \x1b[1A goes up
-    recorded = "one\r\n0/2 --\r\x1b[2Ktwo\r\n0/2 --\r\x1b[2K\x1b[1A\x1b[2Ktoo\r\n\x1b[31m2/2\x1b[0m ==\r\n"
-    assert pictures["screen"](recorded)[:3] == ["one", "too", "\x1b[31m2/2\x1b[0m =="]
-    pictures["draw"](["⠒● \x1b[31mred\x1b[0m"], tmp_path / "p.png")
+    recorded = b"one\r\n0/2 --\r\x1b[2Ktwo\r\n0/2 --\r\x1b[2K\x1b[1A\x1b[2Ktoo\r\n\x1b[31m2/2\x1b[0m <=\r\n"
+    plain, red = pictures["FOREGROUND"], pictures["COLOURS"]["red"]
+    rows = [((0, "one", plain),), ((0, "too", plain),), ((0, "2/2", red), (4, "<=", plain)), ()]
+    assert pictures["screen"](recorded)[:4] == rows
+    chunks = [(9.0, recorded[:10]), (0.1, recorded[10:20]), (70.9, recorded[20:-1]), (80.0, recorded[-1:])]
+    starts, shown = pictures["frames"](chunks)
+    typing = len(pictures["COMMAND"]) + 2
+    assert np.diff(starts[typing - 1 :]) == pytest.approx([1.0, 1.0125, 1.0]), "160 s in 20, and no pause above 1"
+    assert shown[typing - 1][0] == ((0, "$ ./just demo", plain),) and list(shown[-1][1:5]) == rows
+    drawn = ElementTree.fromstring(pictures["animation"](starts, shown))
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"$ ./just demo", "one", "too", "2/2", "<="} <= set(texts) and len(texts) == len(set(texts)), "each row once"
+    pictures["draw"]([((0, "⠒●", plain), (3, "red", red))], tmp_path / "p.png")
     from PIL import Image
 
     pixels = np.asarray(Image.open(tmp_path / "p.png").convert("RGB")).reshape(-1, 3).astype(int)
@@ -537,5 +561,7 @@ def test_parts_of_the_pictures(tmp_path: Path) -> None:
 
 def test_pictures_are_small() -> None:
     found = [path for path in (ROOT / "assets").iterdir() if path.suffix in (".png", ".svg")]
-    assert {path.name for path in found} == {"loss.png", "terminal.png", "playground.png", "playground-watch.png"}
+    drawn = {"loss.png", "terminal.png", "playground.png", "playground-watch.png", "demo.svg"}
+    assert {path.name for path in found} == drawn
+    assert not re.search(r"/(?:tmp|home|root|work|Users)/", (ROOT / "assets" / "demo.svg").read_text(encoding="utf-8"))
     assert all(path.stat().st_size < 200_000 for path in found)
