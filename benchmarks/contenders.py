@@ -2,8 +2,8 @@
 
 Each contender has its own process and the same number of threads. The parent asks one for k steps, then another, over a
 pipe. So the steps are interleaved and only one contender runs at a time. Ours are the trainer's steps. nanoGPT's are
-those of its unchanged train.py, which is paused at its output lines. litgpt has an environment of its own. "floor" computes
-the matrix products of our step's linear layers and nothing else.
+those of its unchanged train.py, which is paused at its output lines. litgpt has an environment of its own. "floor"
+computes the matrix products of our step's linear layers and nothing else.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_outputs_are_stored() -> None:
 
 
 def check(outputs: list[dict[str, Any]], text: str) -> None:
-    assert re.search(r"step 250\b.*loss", text), "the loss is shown"
+    assert re.search(r"step 250/250  train loss", text), "the loss is shown"
     assert "' yellow'" in text.partition("%")[2], "the colour is among the likely next tokens"
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the loss curve and the attention"
 
