@@ -140,7 +140,8 @@ def main(argv: list[str]) -> int:
 
     checkpoint = max(folder.glob("step-*"), default=folder)
     places = [
-        ("checkpoint", checkpoint), ("loss curve", folder / "loss.png"), ("TensorBoard log", folder / "tensorboard")
+        ("summary", folder / "README.md"), ("checkpoint", checkpoint), ("loss curve", folder / "loss.png"),
+        ("TensorBoard log", folder / "tensorboard"),
     ]  # fmt: skip
     hints = [
         ("generate text", shlex.join(["./just", "generate", str(folder)])),

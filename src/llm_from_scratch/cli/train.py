@@ -19,7 +19,7 @@ from .common import command, data_prepared_last, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder and what concerns only this call. A checkpoint may be
 # a stranger's, so it cannot switch on wandb either.
-NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "wandb_log"}
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run")
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",

@@ -366,6 +366,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         if losses:
             axes.plot(steps, losses, style, label=f"{label}, last {losses[-1]:.3f}", linewidth=width, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per token)", xscale="log", title=metrics.resolve().parent.name)
+    axes.xaxis.set_major_formatter("{x:,.0f}")  # 100, not a power of ten
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -95,9 +95,9 @@ def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) 
         bits = f", {final['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in final else ""
         lines.append(f"whole validation split: loss {_loss(final['val_loss_full'])}{bits}")
     if best is not None:
-        others = "the last one" if best == last else f"last: `{last}`"
+        others = "also the last one" if best == last else f"last: `{last}`"
         val_loss = read_manifest(out_dir / best)["val_loss"]
-        lines.append(f"best checkpoint: `{best}` with val loss {_loss(val_loss)}; {others}")
+        lines.append(f"best checkpoint: `{best}` (val loss {_loss(val_loss)}), {others}")
     return lines
 
 

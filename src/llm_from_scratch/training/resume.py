@@ -12,7 +12,7 @@ from ..config import Config, flatten
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 
-NOT_COMPARED = {"init_from", "eval_only", "allow_new_data"}  # settings of a call, not of the run
+NOT_COMPARED = {"init_from", "eval_only", "allow_new_data", "progress"}  # settings of a call, not of the run
 BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
 
 

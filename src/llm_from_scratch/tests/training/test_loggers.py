@@ -282,13 +282,25 @@ def test_tensorboards_own_reader_reads_the_events() -> None:
     )
 
 
-def test_the_picture_is_a_png() -> None:
-    pytest.importorskip("matplotlib")
-    Path("metrics.jsonl").write_text(
-        '{"step": 0, "val_loss": 3.0}\n{"step": 0, "loss": 3}\n{"step": 1, "loss": null}\n{"step": 2, "loss": 2}\n{"st'
+def test_the_picture_shows_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    Path("my run").mkdir()
+    Path("my run/metrics.jsonl").write_text(
+        '{"step": 0, "val_loss": 3.0}\n{"step": 0, "loss": 3.5}\n{"step": 1, "loss": null}\n'
+        '{"step": 20, "loss": 2.25}\n{"step": 21, "lo'
     )
-    plot_losses(Path("metrics.jsonl"), Path("loss.png"))
+    drawn: list[Any] = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    plot_losses(Path("my run/metrics.jsonl"), Path("loss.png"))
     assert Path("loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (axes,) = drawn[0].axes
+    assert (axes.get_title(), axes.get_xscale()) == ("my run", "log")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "train (batch), last 2.250", "validation, last 3.000"
+    ]  # fmt: skip
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[1, 20], [1]]  # 0 has no logarithm
+    assert "10" in [label.get_text() for label in axes.get_xticklabels()]
 
 
 @pytest.mark.parametrize(

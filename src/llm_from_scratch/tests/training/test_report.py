@@ -44,7 +44,7 @@ def test_the_figures_are_those_of_the_run(tiny_data: Path, monkeypatch: pytest.M
     losses = {path.parent.name: json.loads(path.read_text())["val_loss"] for path in Path(OUT).glob("*/MANIFEST.json")}
     best = min(losses, key=losses.__getitem__)
     assert (best, max(losses)) == ("step-00000004", "step-00000008")
-    assert "- best checkpoint: `step-00000004` with val loss 2.2500; last: `step-00000008`" in text
+    assert "- best checkpoint: `step-00000004` (val loss 2.2500), last: `step-00000008`" in text
     assert result.final is not None and f"- whole validation split: loss {result.final.loss:.4f}, " in text
     assert "- step 8: train loss 3.0000, val loss 2.5000" in text
     assert "- length: step 8 of 8, 256 tokens, 0.13 epochs" in text  # 8 updates of 4 windows of 8, of 2,000 tokens
@@ -185,6 +185,8 @@ def test_a_quiet_run_prints_nothing(tiny_data: Path, capfd: pytest.CaptureFixtur
     result = train(config(tiny_data, sample_interval=3, max_new_tokens=3, warmup_iters=99), quiet=True)
     assert result.step == 8 and Path(OUT, report.README).exists()
     assert capfd.readouterr() == ("", "")
+    assert gptsmith.main(["train", "--init_from=resume", f"--out_dir={OUT}", f"--dataset={tiny_data}"]) == 0
+    assert "already finished (step 8 of 8)" in capfd.readouterr().out  # the next call is not quiet
 
 
 def test_nanogpts_mfu_is_that_of_its_model(tiny_data: Path) -> None:
