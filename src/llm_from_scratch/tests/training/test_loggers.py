@@ -291,7 +291,12 @@ def test_the_picture_shows_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     drawn: list[Any] = []
     save = figures.Figure.savefig
-    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+
+    def saving(self: Any, *given: Any, **named: Any) -> None:
+        drawn.append(self)
+        save(self, *given, **named)
+
+    monkeypatch.setattr(figures.Figure, "savefig", saving)
     plot_losses(Path("my run/metrics.jsonl"), Path("loss.png"))
     assert Path("loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     (axes,) = drawn[0].axes
