@@ -106,11 +106,18 @@ def test_without_targets_only_the_last_position() -> None:
     torch.testing.assert_close(last[:, 0], every[:, -1])
 
 
-def generated() -> list[list[int]]:
+IDX = torch.tensor([[1, 2], [3, 4]])
+
+
+def to_sample() -> GPT:
     model = seeded(bias=True).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=1.0)  # so that the choice depends on the logits
     torch.manual_seed(5)
-    return model.generate(torch.tensor([[1, 2], [3, 4]]), 12, temperature=0.9, top_k=5).tolist()
+    return model
+
+
+def generated() -> list[list[int]]:
+    return to_sample().generate(IDX, 12, temperature=0.9, top_k=5).tolist()
 
 
 # what nanoGPT's generate drew from the same seeds
@@ -122,8 +129,15 @@ GENERATED = [
 
 def test_generate_past_the_context() -> None:
     rows = generated()
-    assert [row[:2] for row in rows] == [[1, 2], [3, 4]] and all(len(row) == 14 for row in rows)
-    assert rows == GENERATED
+    model, drawn = to_sample(), IDX
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(drawn[:, -8:])[0][:, -1] / 0.9
+            logits[logits < logits.topk(5).values[:, -1:]] = -torch.inf
+            drawn = torch.cat([drawn, torch.multinomial(logits.softmax(-1), 1)], 1)
+    assert rows == drawn.tolist()
+    if torch.__version__ >= "2.8":  # older ones draw other numbers from a seed
+        assert rows == GENERATED
 
 
 @needs_nanogpt
