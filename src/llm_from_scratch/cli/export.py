@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     if (options.out_dir is None) == (options.checkpoint is None):
         raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
-        target = "FOLDER/ckpt.pt" if to_nanogpt else "FOLDER"
-        raise UserError(f"--output is missing: give a path, for example --output={target}")
+        example = "--output=FOLDER/ckpt.pt" if to_nanogpt else "--output=FOLDER"
+        raise UserError(f"--output is missing: give a path, for example {example}")
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 import re
 import typing
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ BEFORE_TORCH = (
     *("", "cli.", "checkpoint.", "core.dataset", "core.resident", "core.tokenfile", "interop.", "machine.processes"),
     "training.setup",
 )
+# Settings that name files and folders
+PATHS = ("out_dir", "dataset", "init_from", "checkpoint", "output", "name", "draft", "watch")
 # nanoGPT's API has these methods on the model, and they reach upward.
 UPWARD = {("core.model", "interop.hf"), ("core.model", "training.optimizer")}
 
@@ -317,6 +320,18 @@ def hidden_steps(texts: dict[str, str]) -> list[str]:
     return missing_steps(texts["training.trainer"], texts["generation.generator"])
 
 
+def unquoted_paths(texts: dict[str, str]) -> list[str]:
+    """Paths in the commands of messages: every word of a command goes through shlex, so that it can be pasted."""
+    found = []
+    for module, source in texts.items():
+        for text in (node for node in ast.walk(tree_of(source)) if isinstance(node, ast.JoinedStr)):
+            for before, value in itertools.pairwise(text.values):
+                option = re.search(rf"\s--({'|'.join(PATHS)})=$", str(getattr(before, "value", "")))
+                if option and isinstance(value, ast.FormattedValue):
+                    found.append(f"{module}:{line_of(value)}: {option[0].strip()}")
+    return found
+
+
 def too_many_lines(texts: dict[str, str]) -> list[str]:
     """The Python lines of the package without its tests, if they are more than MOST_LINES."""
     lines = sum(len(source.splitlines()) for source in texts.values())
@@ -333,6 +348,7 @@ RULES = {
     "foreign_private_names": foreign_private_names,
     "stray_exceptions": stray_exceptions,
     "hidden_steps": hidden_steps,
+    "unquoted_paths": unquoted_paths,
     "too_many_lines": too_many_lines,
 }
 
@@ -468,9 +484,10 @@ VIOLATIONS = {
         "training.trainer": '"""step_unless(skip, optimizer)"""  # loss.backward()',
         "generation.generator": "def draw(logits): ...\nbatch.logits()",
     },
+    "unquoted_paths": {"core.model": "f'resume with: llm-train --out_dir={folder} --dataset={name}'"},
     "too_many_lines": {"core.model": "x = 1\n" * (MOST_LINES + 1)},
 }
-FOUND = dict(zip(VIOLATIONS, (2, 1, 2, 2, 4, 2, 3, 1, 10, 1), strict=True))
+FOUND = dict(zip(VIOLATIONS, (2, 1, 2, 2, 4, 2, 3, 1, 10, 2, 1), strict=True))
 KEPT = {
     "upward_imports": {"core.model": "from ..machine import device"},
     "cycles": {"core.model": "from . import cache", "core.cache": "from . import sizes", "core.sizes": "x = 1"},
@@ -498,6 +515,7 @@ def train(config):
 """,
         "generation.generator": "logits, _ = self.model(idx, cache=cache)\nids = sampler.draw(logits)",
     },
+    "unquoted_paths": {"core.model": "f'try --top_k={k}: {shlex.join([f\"--out_dir={folder}\"])} --dataset=NAME'"},
     "too_many_lines": {"core.model": "x = 1\n" * MOST_LINES},
 }
 

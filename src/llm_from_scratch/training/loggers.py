@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress
 
 from ..config import Config, flatten
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..machine.extras import is_installed, require
 from ..machine.files import open_whole
 from ..machine.terminal import Lenient, announce
@@ -141,7 +141,7 @@ class WandB:
         try:
             self.run = wandb.init(project=project, name=name, config=flatten(config), id=run_id, resume="allow")
         except Exception as error:  # the client raises its own errors
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"Weights & Biases cannot start ({reason}): log in with `wandb login`, set WANDB_MODE=offline, or turn "
                 "it off with --wandb_log=False"
@@ -316,7 +316,7 @@ class RunLog:
             yield
         except Exception as error:  # TensorBoard and W&B raise any class
             if what not in self.failing:
-                reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                reason = getattr(error, "strerror", None) or one_line(f"{type(error).__name__}: {error}")
                 self.say(f"warning: {what} cannot be written ({reason}); training continues")
             self.failing.add(what)
         else:

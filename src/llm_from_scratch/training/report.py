@@ -108,11 +108,11 @@ def _loss(value: float | None) -> str:
 def _commands(plan: Plan, state: TrainState, command: str, choose: bool) -> list[str]:
     """One line each, with its comment. choose: the last checkpoint is not the best one."""
     config, processes = plan.config, plan.runtime.world_size
-    out_dir, which = shlex.quote(config.training.out_dir), " --which=best" if choose else ""
+    out_dir, which = f"--out_dir={config.training.out_dir}", " --which=best" if choose else ""
     more = f" --max_iters={2 * config.training.max_iters}" if state.step == plan.last_step else ""
     sampler = "python sample.py" if command.endswith("train.py") else "llm-generate"
     lines = [
-        (f"{sampler} --out_dir={out_dir}{which}", "generate text"),
+        (shlex.join([*sampler.split(), out_dir]) + which, "generate text"),
         (eval_command(config) + which, "evaluate on the whole validation split"),
         (
             resume_command(config, command) + more,
@@ -121,7 +121,7 @@ def _commands(plan: Plan, state: TrainState, command: str, choose: bool) -> list
     ]
     with contextlib.suppress(UserError):  # transformers has no such model
         family_of(config.model)
-        target = shlex.quote(f"{config.training.out_dir}-hf")
-        lines.append((f"llm-export --out_dir={out_dir} --output={target}{which}", "export for transformers"))
+        words = ["llm-export", out_dir, f"--output={config.training.out_dir}-hf"]
+        lines.append((shlex.join(words) + which, "export for transformers"))
     width = max(len(words) for words, _ in lines)
     return [f"{words:<{width}}  # {comment}" for words, comment in lines]
