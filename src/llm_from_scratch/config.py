@@ -118,7 +118,8 @@ class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name in data/ or data/processed/, or a folder with train.bin and val.bin."""
+    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. llm-train: if not given, the data
+    prepared last."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None

@@ -31,7 +31,14 @@ HELP = """Trains a GPT, or resumes a run.
   llm-train quick --max_iters=3000 --dry_run  estimate time and memory
   llm-train --init_from=resume --out_dir=out  continue a run
   llm-train quick my.yaml --print_config      show the settings
+"""
+PLAN_HELP = """Estimates time, memory and finish time of a run, and trains nothing. The same
+as llm-train --dry_run.
 
+  llm-plan quick --dataset=book              before the same llm-train
+  llm-plan --init_from=resume --out_dir=out  the rest of a run
+"""
+PRESETS_HELP = """
 PRESETs are files or these names. The last one wins, then the command line.
 Without one: {default}.
 
@@ -42,7 +49,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     typed, (flags, argv) = argv, _own_flags(argv)
     defaults, base_preset = (nanogpt_defaults(), None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
-    text = HELP.replace("{default}", default).replace("llm-train", prog)
+    text = PLAN_HELP if dry_run else HELP.replace("llm-train", prog)
+    text += PRESETS_HELP.replace("{default}", default)
     read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
     parsed: Parsed[Config] = read(defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it
