@@ -7,6 +7,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
 
 from ..config import Config, flatten
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at
 METRICS = "metrics.jsonl"
 TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
 UNKNOWN_MFU = -1.0  # nanoGPT's lines show it as -100.00%
+CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}  # they would steer a terminal
 WIDE = 100  # columns of a terminal whose bar shows the mfu
 SETTLING = 5  # updates before nanoGPT's lines have an mfu
 OPTIONAL = {  # setting: (package, extra)
@@ -161,6 +164,13 @@ class WandB:
         self.run.finish()
 
 
+class Bar(Progress):
+    """A progress bar with room behind it for ^C. Without that, the terminal would wrap it and keep a stale line."""
+
+    def get_renderable(self) -> RenderableType:
+        return Constrain(super().get_renderable(), shutil.get_terminal_size().columns - 2)
+
+
 class RunLog:
     """All reporting of a run. Only the master process logs and prints."""
 
@@ -197,7 +207,7 @@ class RunLog:
         console, progress = Console(file=cast(TextIO, self.terminal)), config.logging.progress
         self.is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
         if not config.training.eval_only and (progress == "bar" or self.is_watched):
-            self.bar = Progress(
+            self.bar = Bar(
                 "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
                 "{task.fields[left]}", console=console,
             )  # fmt: skip
@@ -228,11 +238,12 @@ class RunLog:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""
         self._log(step, metrics)
         seconds = self.remaining.seconds(step + 1) if self.remaining is not None else None  # to the end of the run
+        left = "" if seconds is None else f"{in_words(seconds, rounded=True)} left"
         loss, rate = f"loss {metrics['loss']:.3f}", f"{with_prefix(metrics['tokens_per_s'])} tok/s"
         if self.bar is not None:
             is_wide = self.bar.console.width >= WIDE
             rate += f"  mfu {metrics['mfu']:.0%}" if is_wide and "mfu" in metrics else ""
-            self.reached(step + 1, "" if seconds is None else f"{in_words(seconds)} left", loss=loss, rate=rate)
+            self.reached(step + 1, left, loss=loss, rate=rate)
         elif self.nanogpt_mfu is not None:
             if step - self.first >= SETTLING:
                 mfu = self.nanogpt_mfu(metrics["time_ms"] / 1e3)
@@ -242,8 +253,7 @@ class RunLog:
             self._announce_end(seconds)
         else:
             lr = f"{metrics['lr']:.1e}".replace("e-0", "e-")
-            left = "" if seconds is None else f"  {in_words(seconds, rounded=True)} left"
-            self.say(f"step {step}/{self.last}  {loss}  lr {lr}  {rate}{left}")
+            self.say(f"step {step}/{self.last}  {loss}  lr {lr}  {rate}  {left}".rstrip())
 
     def _announce_end(self, seconds: float | None) -> None:
         if self.remaining is None or seconds is None or self.remaining.timer.updates < TELL_AFTER:
@@ -256,7 +266,7 @@ class RunLog:
         """metrics: train_loss, val_loss, lr, and mfu if known. best: the lowest val loss of the run so far."""
         self._log(step, metrics)
         left = "evaluating" if step == self.last else None  # the whole split
-        self.reached(step, left, val=f"val {metrics['val_loss']:.3f} (best {best:.3f})")
+        self.reached(step, left, val=f"val {metrics['val_loss']:.3f}  best {best:.3f}")
         train, val = f"train loss {metrics['train_loss']:.4f}", f"val loss {metrics['val_loss']:.4f}"
         if self.nanogpt_mfu is not None:
             self.say(f"step {step}: {train}, {val}")
@@ -277,7 +287,7 @@ class RunLog:
 
     def sample(self, step: int, text: str) -> None:
         """A text sample written during training."""
-        self.say(f"--- sample at step {step} ---\n{text}\n---")
+        self.say(f"--- sample at step {step} ---\n{text.translate(CONTROL)}\n---")
         with self.writing("samples.jsonl"), (self.out_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
         self._text(step, "sample", text)

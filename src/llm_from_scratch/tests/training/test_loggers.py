@@ -116,6 +116,14 @@ def test_a_resumed_log_forgets_what_is_done_again() -> None:
     JsonLines(Path("new.jsonl"), resume_at=4).close()  # the file may have been deleted
 
 
+def test_a_sample_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config())
+    log.sample(5, "a\tb\n\x1b[2J\x07\r\x9b1mé\x7f")
+    log.close()
+    assert capsys.readouterr().out == "--- sample at step 5 ---\na\tb\n\ufffd[2J\ufffd\ufffd\ufffd1mé\ufffd\n---\n"
+    assert json.loads(Path("run/samples.jsonl").read_text())["text"] == "a\tb\n\x1b[2J\x07\r\x9b1mé\x7f"
+
+
 def test_other_processes_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     log = opened(config(progress="bar"), is_master=False)
     log.evaluation(0, EVALUATION, 2.22225)
@@ -135,7 +143,7 @@ def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str], monkeypa
     shown = capsys.readouterr().out
     assert "step 0/4  train loss 2.1112" in shown and "[not markup] " + "x" * 200 in shown
     assert "4/4" in shown and "loss 2.346" in shown and "10k tok/s" in shown
-    assert "mfu" not in shown and "val 2.222 (best 2.222)" in shown
+    assert "mfu" not in shown and "val 2.222  best 2.222" in shown
     assert "step 3" not in shown
 
 
@@ -151,11 +159,11 @@ def test_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> N
     assert task.completed == 44
     log.evaluation(50, EVALUATION, 2.1)
     assert task.completed == 50 and task.fields["left"] == "13 s left"
-    assert task.fields["status"] == "loss 2.346  val 2.222 (best 2.100)  10k tok/s"
+    assert task.fields["status"] == "loss 2.346  val 2.222  best 2.100  10k tok/s"
     log.train_step(60, {**STEP, "mfu": 0.42})
-    assert task.fields["status"] == "loss 2.346  val 2.222 (best 2.100)  10k tok/s  mfu 42%"
+    assert task.fields["status"] == "loss 2.346  val 2.222  best 2.100  10k tok/s  mfu 42%"
     log.evaluation(150, {**EVALUATION, "val_loss": 2.0}, 2.0)  # the last line is not the last update's
-    assert task.finished and "val 2.000 (best 2.000)" in task.fields["status"]
+    assert task.finished and "val 2.000  best 2.000" in task.fields["status"]
     assert task.fields["left"] == "evaluating"
     log.close(150)
     assert task.fields["left"] == "in 0 s"
@@ -166,9 +174,10 @@ def test_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> N
     log.evaluation(10**5, EVALUATION, 2.1)
     log.train_step(10**5, {**STEP, "mfu": 0.42})
     (line,) = log.bar.console.render_lines(log.bar.get_renderable())
-    text = "".join(segment.text for segment in line)
+    text = "".join(segment.text for segment in line).rstrip()
     log.close()
-    assert "100001/1000000" in text and text.rstrip().endswith("10k tok/s 15 h 00 min left") and "…" not in text
+    assert "100001/1000000" in text and text.endswith("10k tok/s 15 h 00 min left") and "…" not in text
+    assert len(text) == 78  # ^C has room behind it
 
 
 def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
