@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,6 +164,7 @@ class Engine:
         self._sampler: Sampler | None = None
         self._wake = threading.Condition()
         self._closed = False
+        self._begin: float | None = None  # of the step that runs
         self._prompt_tokens = self._generated = self._steps = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -200,6 +202,11 @@ class Engine:
         running = len(alive) - waiting
         return Stats(running, waiting, self.slots, self._prompt_tokens, self._generated, self._steps)
 
+    def step_seconds(self) -> float:
+        """For how long the current step has run; 0 between steps."""
+        begin = self._begin
+        return 0.0 if begin is None else time.monotonic() - begin
+
     def close(self) -> None:
         """Ends the thread. Unfinished requests get an error. To finish them, wait for them first."""
         with self._wake:
@@ -207,6 +214,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        self._fail_open()
 
     def _run(self) -> None:
         torch.set_num_threads(torch.get_num_threads())  # threads do not inherit it everywhere
@@ -218,10 +226,16 @@ class Engine:
                         self._wake.wait_for(lambda: self._waiting or self._reading or self._samples or self._closed)
                         if self._closed:
                             break
+                    self._begin = time.monotonic()
                     self._read()
                     self._step()
-        except Exception as error:
+                    self._begin = None
+        except BaseException as error:  # a SystemExit too ends the thread, and with it every request
             self.failure = f"{type(error).__name__}: {one_line(error, None)}"
+        self._fail_open()
+
+    def _fail_open(self) -> None:
+        """Ends every request that is still open with an error."""
         with self._wake:
             self._closed = True
             left, self._open = self._open, []

@@ -207,6 +207,8 @@ def read_config(folder: Path) -> tuple[Family, GPTConfig]:
     kind, by_layer = rope.get("rope_type", rope.get("type", "default")), any(isinstance(v, dict) for v in rope.values())
     if kind != "default" or rope.get("partial_rotary_factor", 1) != 1 or by_layer:
         unusual["rope_parameters"] = rope
+    if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
+        unusual["rope_scaling"] = f"{one_line(theirs['rope_scaling'])} next to rope_parameters"
     values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
     kinds = theirs.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):

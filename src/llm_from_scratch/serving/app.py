@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
@@ -68,13 +68,16 @@ def make_app(service: Service) -> FastAPI:
         response.headers.update(error.headers or {})
         return response
 
-    bodies, workers = Bodies(options.max_body_bytes), CapacityLimiter(WORKERS)
+    bodies, workers, renderer = Bodies(options.max_body_bytes), CapacityLimiter(WORKERS), CapacityLimiter(1)
 
     async def understood(request: Request, kind: type[T], use: Callable[[T], U]) -> U:
-        """Parses a request's body and calls `use` on it, in a thread if it is long, because encoding takes time."""
+        """Parses a request's body and calls `use` on it: in a thread if it is long, because encoding takes time, or a
+        chat, because its template may."""
         raw = await bodies.read(request)
         asked = protocol.read(kind, raw)
         service.check_model(asked.model)
+        if isinstance(asked, protocol.ChatRequest):
+            return await to_thread.run_sync(use, asked, limiter=renderer)
         return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
 
     async def answer(request: Request, kind: type[T], use: Callable[[T], Plan]) -> Response:
@@ -82,20 +85,28 @@ def make_app(service: Service) -> FastAPI:
         service.queue.check()  # before reading the body: refusing must be cheap
         return Answer(await understood(request, kind, use), service.queue, service.metrics, began)
 
-    @app.get("/health")
+    def get(path: str) -> Callable[[Any], Any]:
+        return app.api_route(path, methods=["GET", "HEAD"])
+
+    @get("/health")
     async def health() -> Response:
         status = service.health()
         return json_response({"status": status}, 200 if status == "ok" else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> Response:
-        return json_response(service.models())
+        return json_response({"object": "list", "data": [service.about()]})
 
-    @app.get("/v1/info")
+    @get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return json_response(service.about())
+
+    @get("/v1/info")
     async def info() -> Response:
         return json_response(service.info())
 
@@ -117,23 +128,23 @@ def make_app(service: Service) -> FastAPI:
 
     # the routes below read files, so they are not async: FastAPI calls them in threads
 
-    @app.get("/v1/watch")
+    @get("/v1/watch")
     def watch() -> Response:
         return json_response(_watched(service).about())
 
-    @app.get("/v1/watch/metrics")
+    @get("/v1/watch/metrics")
     def watch_metrics(request: Request) -> Response:
         return json_response(_watched(service).metrics(_place(request)))
 
-    @app.get("/v1/watch/samples")
+    @get("/v1/watch/samples")
     def watch_samples(request: Request) -> Response:
         return json_response(_watched(service).samples(_place(request)))
 
-    @app.get("/")
+    @get("/")
     def page() -> Response:
         return _static("index.html")
 
-    app.get("/static/{name}")(_static)
+    get("/static/{name}")(_static)
     return app
 
 

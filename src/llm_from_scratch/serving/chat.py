@@ -1,45 +1,85 @@
-"""Chat templates, rendered in a sandbox. They have the same variables and functions as in transformers: messages,
-add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now, tojson without HTML escapes, and Jinja's
-loop controls."""
+"""Chat templates: where a model keeps them, and their rendering."""
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ApiError, UserError
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
+SECONDS = 20.0  # to wait for an answer where the system does not limit the time of a process, as render.py asks it to
 
 
 class ChatTemplate:
-    """Raises UserError for a template that does not parse."""
+    """A template, rendered by a process of its own (render.py) with limited time and memory, since a template from a
+    foreign folder may loop for ever. Raises UserError for a template that does not parse."""
 
     def __init__(self, source: str, bos: str = "", eos: str = ""):
-        loops = ["jinja2.ext.loopcontrols"]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        self.tokens = {"bos_token": bos, "eos_token": eos}
+        self.setup = [source, {"bos_token": bos, "eos_token": eos}]
+        self.lock = threading.Lock()
         try:
-            self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._start()
+        except (OSError, ValueError) as error:
             raise UserError(f"the chat template cannot be read: {error}") from None
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt of a conversation. Raises ApiError if the template rejects it."""
+        """The prompt of a conversation. May take seconds, so call it in a thread. Raises ApiError if the template
+        rejects it or does not end."""
         try:
-            return self.template.render(messages=list(messages), add_generation_prompt=True, tools=None, **self.tokens)
-        except Exception as error:  # any error of the template
-            raise ApiError(400, f"the chat template rejects these messages: {str(error)[:300]}", "messages") from None
+            with self.lock:
+                if self.process.poll() is not None:
+                    self._start()
+                return self._ask(list(messages))
+        except ValueError as error:
+            raise ApiError(400, f"the chat template rejects these messages: {error}", "messages") from None
+
+    def _start(self) -> None:
+        program, packages = Path(__file__).with_name("render.py"), Path(jinja2.__path__[0]).parent
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", str(program), str(packages)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        weakref.finalize(self, _end, self.process)
+        self._ask(self.setup)
+
+    def _ask(self, content: Any) -> str:
+        """The process's answer. Raises ValueError with the reason if there is none; the process is then gone."""
+        timer = threading.Timer(SECONDS, self.process.kill)
+        timer.start()
+        try:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.write(json.dumps(content).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        finally:
+            timer.cancel()
+        if not line.endswith(b"\n"):
+            _end(self.process)
+            raise ValueError("it takes too much time or memory")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):
+        process.communicate()  # closes the pipes
 
 
 def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatTemplate | None:
@@ -82,11 +122,3 @@ def end_ids(folder: Path | None, vocab_size: int) -> frozenset[int]:
 def _content(token: Any) -> str | None:
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **others: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **others)

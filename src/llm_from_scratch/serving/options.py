@@ -47,7 +47,7 @@ class ServeOptions:
     max_seconds: float = 300.0
     """Maximum time per request, including waiting. The answer then ends with the text so far."""
     drain_seconds: float = 30.0
-    """Time for running requests to finish after SIGTERM or Ctrl-C."""
+    """Time from SIGTERM or Ctrl-C to the exit. Running requests may finish until shortly before."""
 
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:

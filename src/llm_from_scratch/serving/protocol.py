@@ -4,9 +4,10 @@ refused with a suggestion. No field is ignored."""
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections import Counter
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..config import did_you_mean
@@ -14,17 +15,29 @@ from ..errors import ApiError
 
 MAX_VALUES = 1 << 18  # commas and brackets of a body: ids of a long prompt, at most a few MB of memory
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_MESSAGES, MAX_LOGPROBS = 16, 256, 1024, 4096, 20
-# OpenAI's fields that this server does not support
-UNSUPPORTED = {
-    "audio", "function_call", "functions", "include_obfuscation", "metadata", "modalities", "parallel_tool_calls",
-    "prediction", "prompt_cache_key", "reasoning_effort", "response_format", "safety_identifier", "service_tier",
-    "store", "suffix", "tool_choice", "tools", "verbosity", "web_search_options", "moderation", "guided_json",
+# OpenAI's fields that this server does not support, with the values that ask for nothing, apart from null
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (), "function_call": ("none", "auto"), "functions": ([],), "guided_json": (), "modalities": (["text"],),
+    "moderation": (), "parallel_tool_calls": (True, False), "prediction": (), "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},), "service_tier": ("auto", "default"), "store": (False,), "suffix": ("",),
+    "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": ("medium",), "web_search_options": (),
 }  # fmt: skip
+LABELS = {"metadata", "prompt_cache_key", "safety_identifier"}  # accepted: they never change an answer
+# of a message that a client sends back as it came
+EMPTY_PARTS = {"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"}
 T = TypeVar("T", bound=BaseModel)
 
 
 def _refuse(reason: str) -> NoReturn:
     raise PydanticCustomError("refused", "{reason}", {"reason": reason})
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        _refuse(f"character {error.start} is half of a surrogate pair, which is not text")
+    return value
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -33,7 +46,7 @@ def _stops(value: Any) -> tuple[str, ...]:
         _refuse("expected a text or a list of texts")
     if len(texts) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
         _refuse(f"expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
-    return tuple(texts)
+    return tuple(map(_text, texts))
 
 
 def _stop_ids(value: Any) -> frozenset[int]:
@@ -58,19 +71,21 @@ def _biases(value: Any) -> dict[int, float]:
 def _prompts(value: Any) -> list[str] | list[list[int]]:
     """A list of prompts from any of OpenAI's four forms."""
     if isinstance(value, str):
-        return [value]
+        return [_text(value)]
     if isinstance(value, list) and value:
         kinds = set(map(type, value))
         if kinds == {int}:
             return [value]
-        if kinds == {str} or (kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value)):
+        if kinds == {str}:
+            return [_text(text) for text in value]
+        if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value):
             return value
     _refuse("expected a text, a list of texts, a list of token ids, or a list of such lists")
 
 
 def _content(value: Any) -> str:
     if value is None or isinstance(value, str):
-        return value or ""
+        return _text(value or "")
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         _refuse("expected a text or a list of parts")
     return "".join(TextPart.model_validate(part).text for part in value)
@@ -80,10 +95,18 @@ def _text_type(value: str) -> str:
     return value if value == "text" else _refuse("only parts of the type text are supported")
 
 
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a field of OpenAI's that is not supported leaves the answer as it is."""
+    if name in UNSUPPORTED:
+        return value is None or any(value == v and type(value) is type(v) for v in UNSUPPORTED[name])
+    return name in LABELS
+
+
 def _tokens(value: Any) -> list[int]:
     return value if isinstance(value, list) and set(map(type, value)) <= {int} else _refuse("expected token ids")
 
 
+Text = Annotated[str, AfterValidator(_text)]
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Positive = Annotated[Int, Field(ge=1)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
@@ -97,10 +120,16 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Sampling(Strict):
     """The common fields of completions and chats. null is the same as a missing field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_harmless(cls, content: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in content.items() if not _asks_for_nothing(name, value)}
 
     model: str | None = None
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
@@ -135,13 +164,20 @@ class CompletionRequest(Sampling):
 
 class TextPart(Strict):
     type: Annotated[str, AfterValidator(_text_type)]
-    text: str
+    text: Text
 
 
 class Message(Strict):
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
     content: Annotated[Any, AfterValidator(_content)] = ""
-    name: Annotated[str, Field(max_length=256)] | None = None
+    name: Annotated[Text, Field(max_length=256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if name not in EMPTY_PARTS or value not in (None, [])}
 
     def plain(self) -> dict[str, str]:
         return {"role": self.role, "content": self.content} | ({"name": self.name} if self.name else {})
@@ -156,7 +192,7 @@ class ChatRequest(Sampling):
 
 class TokenizeRequest(Strict):
     model: str | None = None
-    prompt: str
+    prompt: Text
     add_special_tokens: bool | None = None
     allow_special: bool | None = None
 
@@ -174,15 +210,23 @@ def parse_json(raw: bytes) -> Any:
         if sum(outside.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
             raise ApiError(400, f"the body has too many values; the limit is {MAX_VALUES}")
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_object)  # NaN is refused by the field
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ApiError(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
-    except ValueError as error:  # NaN, or a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits
         raise ApiError(400, f"the body is not valid JSON: {str(error)[:100]}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:64]
+        raise ApiError(400, f"the key {twice!r} appears more than once in an object", twice, "invalid_value")
+    return content
 
 
 def read(kind: type[T], raw: bytes) -> T:

@@ -31,7 +31,7 @@ GENERATING = (b"POST /v1/completions ", b"POST /v1/chat/completions ")
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9})\r", re.IGNORECASE)
 MAX_AHEAD = 1 << 16  # bytes of further requests while one is answered
 MAX_CONNECTIONS = 2000
-CLOSING = 2.0  # seconds to send the last events after drain_seconds
+CLOSING = 2.0  # seconds of drain_seconds, or a fourth: to send the last events, then to close the connections and end
 
 
 class Connection(H11Protocol):
@@ -128,12 +128,12 @@ def _raw_response(error: ApiError, headers: str = "") -> bytes:
 
 
 class Server(uvicorn.Server):
-    """On the first SIGTERM or Ctrl-C, refuses new requests and gives running ones drain_seconds; then they end with the
-    text so far. On the second, the process exits."""
+    """On the first SIGTERM or Ctrl-C, refuses new requests and gives running ones drain_seconds, less the time to end;
+    then they end with the text so far. On the second, the process exits."""
 
     def __init__(self, config: uvicorn.Config, queue: JobQueue, drain_seconds: float):
         super().__init__(config)
-        self.queue, self.drain_seconds = queue, drain_seconds
+        self.queue, self.drain_seconds = queue, drain_seconds - 2 * _closing(drain_seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again at the end. This server exits with 0."""
@@ -191,11 +191,15 @@ def make_server(app: FastAPI, service: Service) -> Server:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=int(options.drain_seconds + CLOSING) + 1,
+        timeout_graceful_shutdown=options.drain_seconds - _closing(options.drain_seconds),  # type: ignore[arg-type]
         h11_max_incomplete_event_size=MAX_HEADERS,
         backlog=1024,
     )
     return Server(config, service.queue, options.drain_seconds)
+
+
+def _closing(drain_seconds: float) -> float:
+    return min(CLOSING, drain_seconds / 4)
 
 
 def _connections() -> int:

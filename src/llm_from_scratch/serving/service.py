@@ -24,6 +24,7 @@ from .protocol import MAX_LOGPROBS, ChatRequest, CompletionRequest, DetokenizeRe
 from .supervisor import Supervisor
 from .watch import Watch
 
+STUCK = 60.0  # seconds of one step, after which the server is no longer healthy
 MAX_LOGPROBS_TOTAL = 1 << 17  # log-probabilities per response
 # Settings of GenerationConfig that requests set by the same name
 SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -82,11 +83,14 @@ class Service:
     def health(self) -> str:
         if self.queue.draining:
             return "the server is shutting down"
-        return "ok" if self.supervisor.alive else self.supervisor.unavailable().message
+        if not self.supervisor.alive:
+            return self.supervisor.unavailable().message
+        seconds = self.supervisor.engine.step_seconds()
+        return "ok" if seconds < STUCK else f"the engine has been busy with one step for {seconds:.0f} s"
 
-    def models(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         about = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llm-from-scratch"}
-        return {"object": "list", "data": [about | {"max_model_len": self.block_size}]}
+        return about | {"max_model_len": self.block_size}
 
     def info(self) -> dict[str, Any]:
         weight = self.generator.model.lm_head.weight
@@ -134,8 +138,7 @@ class Service:
             if not length:
                 raise ApiError(400, "max_tokens=0 needs echo: true", "max_tokens")
             return Plan(*self._plan(asked, prompts, length, asked.logprobs))
-        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt]
-        echo = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        echo = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in asked.prompt]
         parts = self._plan(asked, prompts, max(1, length), asked.logprobs, score=asked.logprobs is not None)
         return Plan(*parts, echo, keep=length > 0)
 
@@ -150,7 +153,7 @@ class Service:
         prompt = self.encode(self.template.render([m.plain() for m in asked.messages]), "messages", special=True)
         length = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         if length is None:
-            length = min(self.options.max_tokens, max(16, self.block_size - len(prompt)))
+            length = self.options.max_tokens  # to the end of the turn
         if length < 1:
             raise ApiError(400, "max_tokens must be 1 or more", "max_tokens")
         return ChatPlan(*self._plan(asked, [prompt], length, (asked.top_logprobs or 0) if asked.logprobs else None))

@@ -61,6 +61,7 @@ class Supervisor:
 
     async def _replace(self) -> None:
         reason = self.engine.failure or "its thread ended"
+        self.engine.close()  # its requests get an error
         sums = self.stats()
         self.before = [sums.prompt_tokens, sums.generated_tokens, sums.steps]
         if time.monotonic() - self.born > SETTLED:

@@ -35,6 +35,7 @@ class Gate:
         self.inner, self.pause = generator.bytes_of, pause
         self.open, self.broken, self.tokens = threading.Event(), 0, 0
         self.closes_at: int | None = None  # calls
+        self.error: BaseException = RuntimeError("a kernel failed")
         self.open.set()
         generator.bytes_of = self  # type: ignore[assignment]
 
@@ -45,7 +46,7 @@ class Gate:
         self.open.wait(60)
         if self.broken:
             self.broken -= 1
-            raise RuntimeError("a kernel failed")
+            raise self.error
         if self.pause:
             time.sleep(self.pause)
         return self.inner(before, token)
@@ -93,9 +94,9 @@ def http(path: str, body: Any = None, method: str | None = None, raw: bytes | No
     return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + content
 
 
-def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
+def answer(connection: socket.socket, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer on a connection; status 0 where it was closed without one."""
-    reply = http_client.HTTPResponse(connection)
+    reply = http_client.HTTPResponse(connection, method=method)
     try:
         reply.begin()
         return reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read()

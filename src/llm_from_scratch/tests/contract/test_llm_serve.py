@@ -136,7 +136,7 @@ def test_what_runs_too_long_ends_with_what_it_has(out_dir):
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
         assert seen[-1] == "length" and 0 < len("".join(seen[:-1])) < 100_000
-        assert "1 requests have 0.3 s" in process.stderr.read()
+        assert "1 requests have 0.15 s" in process.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once(out_dir):

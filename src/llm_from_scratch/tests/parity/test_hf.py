@@ -200,6 +200,7 @@ REFUSED = [
     (llama, {"mlp_bias": True}, "mlp_bias=True with attention_bias=False"),
     (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
     (llama, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+    (llama, {"rope_scaling": {"rope_type": "default"}}, "rope_scaling"),  # next to rope_parameters
     (llama, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
     (llama, {"rope_parameters": "yarn"}, "rope_parameters"),
     (llama, {"rope_parameters": {"rope_theta": "big"}}, "rope_theta"),

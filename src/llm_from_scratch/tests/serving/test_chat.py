@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ def test_ends_are_those_of_the_folder(tmp_path):
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
     assert "\n" in SIGNS
-    with served(template=ChatTemplate(SMALL)) as server:
+    with served(template=ChatTemplate(SMALL), max_tokens=40) as server:
         yield server
 
 
@@ -148,7 +150,7 @@ def test_a_conversation(client):
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 12)
     assert answer.object == "chat.completion" and answer.choices[0].finish_reason == "length"
     assert ask(client, max_tokens=None, max_completion_tokens=5).choices[0].message.content == expected()[0][:5]
-    assert ask(client, max_tokens=None).usage.completion_tokens == 16, "what is left of the window, or 16"
+    assert ask(client, max_tokens=None).usage.completion_tokens == 40, "to the end of the turn, or --max_tokens"
 
 
 def test_a_conversation_streamed(client):
@@ -190,6 +192,77 @@ def test_what_is_wrong_is_said(client, fields, param, says):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **fields)
     assert refused.value.param == param and says in refused.value.message
+
+
+def test_a_message_comes_back_as_it_was_received(client):
+    """Clients append the answer to the conversation, with all its empty fields."""
+    message = ask(client).choices[0].message.model_dump() | {"annotations": [], "reasoning_content": None}
+    assert message["tool_calls"] is None
+    again = ask(client, messages=[*MESSAGES, message], tools=[], tool_choice="none", response_format={"type": "text"})
+    assert again.usage.prompt_tokens == 10 + 12 + 1
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+HOSTILE = [
+    LOOPS,
+    "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "{{ ('x' * messages | length) | center(10**9) }}",
+]
+
+
+@pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack[:30])
+def test_a_hostile_template_harms_only_its_own_requests(attack):
+    with served(template=ChatTemplate(attack)) as server, ThreadPoolExecutor(1) as pool:
+        chat = pool.submit(ask, server.client())
+        assert (
+            server.client().completions.create(model=NAME, prompt=TEXT[:5], max_tokens=3).usage.completion_tokens == 3
+        )
+        if attack == LOOPS:
+            assert not chat.done(), "answered while the template runs"
+        with pytest.raises(openai.BadRequestError, match="too much"):
+            chat.result(60)
+        with pytest.raises(openai.BadRequestError, match="too much"):
+            ask(server.client())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *HOSTILE,
+        "{{ 'x' * 10**10 }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ range(99999) | map('string') | join(messages[0].content * 99999) | length }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}",
+        "{{ " + "[" * 9000 + "]" * 9000 + " }}",
+        "{{ 9 ** (9 ** (9 ** messages | length)) }}",
+        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ lipsum(n=100000) }}",
+        "{{ (messages * 99999) | tojson(indent=99999) | length }}",
+        "{{ dict(a=range(99999) | list) | tojson | urlize | wordwrap(1) | indent(99999) }}",
+        "{{ strftime_now('%Y' * 10**8) }}",
+        "{{ ''.join(cycler.__init__.__globals__) }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{{ ().__class__.__base__.__subclasses__() }}",
+        "{{ messages | map(attribute='__class__') | list | first | attr('mro') }}{{ 1 / 0 }}",
+        "{% import '/etc/passwd' as x %}",
+    ],
+    ids=lambda attack: attack[:40],
+)
+def test_hostile_templates_are_refused_in_bounded_time_and_memory(attack):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises((ApiError, UserError), match="the chat template"):
+        ChatTemplate(attack).render([{"role": "user", "content": "{a.__class__}" * 99}])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="needs Linux's /proc")
+def test_a_template_has_limited_memory():
+    template = ChatTemplate("x")
+    limits = Path(f"/proc/{template.process.pid}/limits").read_text()
+    assert int(limits.partition("Max address space")[2].split()[0]) <= 200 << 20
 
 
 def test_a_model_without_a_template_says_so():

@@ -18,7 +18,7 @@ from llm_from_scratch.serving.completions import Plan, token_text
 
 from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
-from ..served import NAME, Served, served
+from ..served import NAME, Served, answer, http, served
 
 PROMPT = TEXT[:6]
 
@@ -286,6 +286,39 @@ def test_what_is_wrong_is_said(client, fields, param, says):
     assert refused.value.type == "invalid_request_error" and "\n" not in refused.value.body["message"]
 
 
+HALF, WHOLE = r'"\ud83d"', '"ab"'
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        (f'{{"prompt": {HALF}}}', "prompt", "half of a surrogate"),
+        (f'{{"prompt": ["a", {HALF}]}}', "prompt", "half of a surrogate"),
+        (f'{{"prompt": {WHOLE}, "stop": {HALF}}}', "stop", "half of a surrogate"),
+        (f'{{"prompt": {WHOLE}, "temperature": NaN}}', "temperature", "finite"),
+        (f'{{"prompt": {WHOLE}, "top_p": -Infinity}}', "top_p", "finite"),
+        (f'{{"prompt": {WHOLE}, "max_tokens": NaN}}', "max_tokens", "integer"),
+        (f'{{"prompt": {WHOLE}, "logit_bias": {{"1": NaN}}}}', "logit_bias", "-100 to 100"),
+        (f'{{"prompt": {WHOLE}, "n": 1, "seed": 2, "n": 1}}', "n", "more than once"),
+        (f'{{"prompt": {WHOLE}, "logit_bias": {{"1": 2, "1": 2}}}}', "1", "more than once"),
+        (f'{{"prompt": {WHOLE}, "store": 0}}', "store", "not supported"),
+        (f'{{"prompt": {WHOLE}, "stream_options": {{"include_obfuscation": true}}}}', "stream_options", "false"),
+    ],
+)
+def test_json_that_is_not_what_it_seems(server, body, param, says):
+    status, _, told = answer(server.connect(http("/v1/completions", raw=body.encode())))
+    error = json.loads(told)["error"]
+    assert status == 400 and error["param"].startswith(param) and says in error["message"].lower()
+
+
+def test_fields_that_ask_for_nothing_are_accepted(client):
+    harmless = {"tools": [], "tool_choice": "none", "suffix": None, "metadata": {"a": "b"}, "reasoning_effort": None,
+                "response_format": {"type": "text"}, "store": False, "parallel_tool_calls": True, "user": "x",
+                "service_tier": "auto", "prompt_cache_key": "k", "safety_identifier": "s", "functions": []}  # fmt: skip
+    plain = ask(client, temperature=0)
+    assert ask(client, temperature=0, extra_body=harmless).choices == plain.choices
+
+
 def test_another_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as refused:
         ask(client, model="gpt-4")
@@ -295,6 +328,12 @@ def test_another_model_is_not_found(client):
 def test_models_info_and_tokens(server, client):
     listed = client.models.list().data
     assert [(model.id, model.max_model_len) for model in listed] == [(NAME, 24)]
+    assert client.models.retrieve(NAME) == listed[0]
+    with pytest.raises(openai.NotFoundError, match="this server has"):
+        client.models.retrieve("owner/other")
+    for path in ("/health", "/v1/models", f"/v1/models/{NAME}", "/metrics", "/"):
+        status, headers, body = answer(server.connect(http(path, method="HEAD")), "HEAD")
+        assert (status, body) == (200, b"") and int(headers["content-length"]) > 10
     info = get(server, "/v1/info")
     assert info["parameters"] == memorised("modern").get_num_params() and info["vocab_size"] == 62
     assert (info["chat"], info["watch"], info["block_size"], info["tokenizer"]) == (False, False, 24, "char")

@@ -20,8 +20,8 @@ BODY = {"prompt": "abc", "max_tokens": 2}
 OPEN = ["/", "/health", "/static/app.js"]
 GUARDED = [
     "/metrics", "/v1/models", "/v1/info", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize",
-    "/v1/watch", "/v1/watch/metrics", "/v1/watch/samples", "/none", "/docs", "/openapi.json", "//",
-    "/static/../v1/info",
+    "/v1/watch", "/v1/watch/metrics", "/v1/watch/samples", "/v1/models/memorised", "/v1/models/no", "/none", "/docs",
+    "/openapi.json", "//", "/static/../v1/info",
     "/static/x/../../v1/info", "/V1/models", "/health/", "/health%2f..%2fv1/info",
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def error(reply: tuple[int, dict[str, str], bytes]) -> dict[str, Any]:
 
 def test_every_route_is_named_here(locked_server):
     routes = {route.path for route in app.make_app(locked_server.service).routes}
-    assert routes == {*OPEN[:2], "/static/{name}", *GUARDED[:10]}
+    assert routes == {*OPEN[:2], "/static/{name}", "/v1/models/{name:path}", *GUARDED[:10]}
 
 
 @pytest.mark.parametrize("path", GUARDED)

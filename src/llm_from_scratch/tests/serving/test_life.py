@@ -14,7 +14,7 @@ import pytest
 from llm_from_scratch.errors import EngineError
 from llm_from_scratch.generation.engine import Engine, Request, Update
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.serving import answers, jobs, supervisor
+from llm_from_scratch.serving import answers, jobs, service, supervisor
 
 from ..lazy import openai
 from ..memorised import TEXT, TOKENIZER, memorised
@@ -185,6 +185,33 @@ def test_an_engine_that_dies_is_replaced(monkeypatch, capfd):
         assert figures.get_sample_value("llm_engine_up") == 1
         assert until(server.idle)
     assert "a kernel failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_whose_thread_ends_answers_at_once(monkeypatch, stream):
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
+    gate = Gate(model := generator())
+    gate.open.clear()
+    with served(model, max_seconds=60) as server:
+        asked = server.connect(http("/v1/completions", {**LONG, "stream": stream}), seconds=30)
+        assert until(lambda: gate.tokens == 1)
+        gate.broken, gate.error = 1, SystemExit()
+        gate.open.set()
+        status, _, told = answer(asked)
+        assert status == 503 and b"restarted" in told
+        assert until(lambda: health(server) == (200, "ok"))
+
+
+def test_a_step_that_does_not_end_shows_in_the_health(monkeypatch):
+    monkeypatch.setattr(service, "STUCK", 0.2)
+    gate = Gate(model := generator())
+    with served(model) as server:
+        gate.open.clear()
+        asked = server.connect(http("/v1/completions", {"prompt": TEXT[:5], "max_tokens": 3}))
+        assert until(lambda: health(server)[0] == 503)
+        assert "one step" in health(server)[1]
+        gate.open.set()
+        assert answer(asked)[0] == 200 and health(server) == (200, "ok")
 
 
 def test_an_engine_that_dies_again_and_again_stays_down(monkeypatch):

@@ -1,0 +1,95 @@
+"""Renders chat templates in a process of its own, which may be killed. Started by chat.py with the folder of jinja2;
+reads one JSON line per request and writes one per answer. A template is a foreign program: the sandbox keeps it from
+files and objects, the limits here from memory and time."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import signal
+import sys
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.append(sys.argv[1])  # jinja2's folder: an isolated Python may not find it
+
+import jinja2  # noqa: E402
+from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
+
+MEMORY = 192 << 20  # bytes of address space
+SECONDS = 1.0  # of processor time for a conversation, and for reading the template; then the system ends the process
+MAX_TEXT = 4 << 20  # characters of a rendered conversation
+
+
+def main() -> None:
+    _limit_memory()
+    requests = sys.stdin.buffer
+    source, tokens = json.loads(requests.readline())
+    _limit_time(SECONDS)
+    try:
+        template = _environment().from_string(source)
+    except Exception as error:  # of the template's syntax, or of a constant that jinja2 computes at once
+        return _answer(error=_reason(error))
+    _answer(text="")
+    for line in requests:
+        _limit_time(SECONDS)
+        try:
+            _answer(text=_rendered(template, messages=json.loads(line), **tokens))
+        except Exception as error:  # any error of the template
+            _answer(error=_reason(error))
+        _limit_time(0)
+
+
+def _environment() -> jinja2.Environment:
+    """With what templates have in transformers: raise_exception, strftime_now, tojson without HTML escapes, and Jinja's
+    loop controls."""
+    loops = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _rendered(template: jinja2.Template, **variables: Any) -> str:
+    parts, length = [], 0
+    for part in template.generate(add_generation_prompt=True, tools=None, **variables):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_TEXT:
+            raise ValueError(f"the text is longer than {MAX_TEXT} characters")
+    return "".join(parts)
+
+
+def _limit_time(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def _answer(**content: str) -> None:
+    sys.stdout.write(json.dumps(content) + "\n")
+    sys.stdout.flush()
+
+
+def _reason(error: Exception) -> str:
+    return "it needs too much memory" if isinstance(error, MemoryError) else str(error)[:300]
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **others: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **others)
+
+
+if __name__ == "__main__":
+    main()
