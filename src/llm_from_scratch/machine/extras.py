@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ DISTRIBUTION = "gptsmith"  # the project's name on the package index
 REQUIRED = {  # module: package
     name: name for name in ("torch", "numpy", "tiktoken", "tokenizers", "safetensors", "tyro", "rich", "filelock")
 } | {"yaml": "pyyaml"}  # fmt: skip
+OLDEST_TORCH = (2, 6)
 
 
 def is_installed(package: str) -> bool:
@@ -23,10 +25,18 @@ def is_installed(package: str) -> bool:
 
 
 def stop_without_required() -> None:
-    """Ends the program with one line if a required package is missing. This happens if a script runs from a checkout
-    without installing the project."""
+    """Ends the program with one line if a required package is missing or torch is too old. This happens if a script
+    runs from a checkout without installing the project."""
     if lacking := [package for module, package in REQUIRED.items() if not is_installed(module)]:
         print(f"error: packages are missing; install them with: pip install {' '.join(lacking)}", file=sys.stderr)
+        sys.exit(2)
+    spec = importlib.util.find_spec("torch")  # importing it takes seconds
+    path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else Path()
+    found = re.search(r"__version__ = '((\d+)\.(\d+).*)'", path.read_text() if path.is_file() else "")
+    if found and (int(found[2]), int(found[3])) < OLDEST_TORCH:
+        oldest = "{}.{}".format(*OLDEST_TORCH)
+        hint = f"install a newer one with: pip install 'torch>={oldest}'"
+        print(f"error: torch {found[1]} is older than {oldest}; {hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -95,7 +95,7 @@ def test_the_commands_of_a_run() -> None:
 
 
 def test_the_commands_of_a_preparation(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("book.txt").write_text("To be, or not to be, that is the question.\n" * 40)
+    Path("book.txt").write_text("To be, or not to be, that is the question.\n" * 200)
     name = """my o'ut "q";"""
     for target, expected in ((f"--name={name}", name), (f"--out_dir={FOLDER}/new", f"{FOLDER}/new")):
         assert prepare_data.main(["book.txt", "--tokenizer=byte", target]) == 0

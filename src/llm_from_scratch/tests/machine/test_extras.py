@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.machine.extras import REQUIRED, install_command, require
+from llm_from_scratch.machine.extras import OLDEST_TORCH, REQUIRED, install_command, require
 
 ROOT = Path(__file__).resolve().parents[4]
 HIDE = """
@@ -40,6 +40,19 @@ def test_the_required_packages_are_those_of_the_project() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert sorted(REQUIRED.values()) == sorted(re.split(r"[<>=!]", name)[0] for name in declared)
+    assert "torch>={}.{}".format(*OLDEST_TORCH) in declared
+
+
+@pytest.mark.parametrize("version, code", [("2.5.1+cpu", 2), ("2.10.0", 0)])
+def test_a_torch_that_is_too_old_is_named(version: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").touch()
+    (tmp_path / "torch/version.py").write_text(f"__version__ = '{version}'\n")
+    program = "from llm_from_scratch.machine.extras import stop_without_required as stop; stop()"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'src'}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    error = f"error: torch {version} is older than 2.6; install a newer one with: pip install 'torch>=2.6'\n"
+    assert (done.returncode, done.stderr) == (code, error if code else "")
 
 
 def test_a_missing_extra_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
