@@ -37,7 +37,7 @@ POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
-# The tokenizer for training texts of fewer than this many bytes
+# The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
 Report = Callable[[str], None]
 
@@ -202,6 +202,8 @@ def build(
             group.separator = "\n" if len(group.sources) > 1 or group.sources[0].has_many else ""
     texts = (text for group in groups for _, text, _ in group.pieces(report))
     if learns:
+        if spec.tokenizer != "char":  # which takes no time
+            report(f"learning the tokenizer {spec.tokenizer} from the text")
         tokenizer = Tokenizer.from_name(spec.tokenizer, texts)
     elif stated := spec.sources[0][0].documents:
         groups[0].count = stated  # from the hub, which saves a pass over the network
