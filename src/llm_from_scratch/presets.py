@@ -101,20 +101,12 @@ def parse(
 def _print_help(tree_type: type, settings: dict[str, Any], common: Sequence[str], prog: str, description: str) -> None:
     """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show."""
     types, sections = leaf_types(tree_type), _sections(tree_type)
-    values = {  # a newline shows as \\n
-        name: value.encode("unicode_escape").decode() if isinstance(value, str) else value
-        for name, value in settings.items()
-    }
+    # a newline shows as \\n
+    values = {n: v.encode("unicode_escape").decode() if isinstance(v, str) else v for n, v in settings.items()}
 
     def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
-        fields = [
-            (
-                name,
-                Annotated[types[name], tyro.conf.arg(help=docs[name])],
-                field(default_factory=partial(values.get, name)),
-            )
-            for name in names
-        ]
+        hints = {name: Annotated[types[name], tyro.conf.arg(help=docs[name])] for name in names}
+        fields = [(name, hint, field(default_factory=partial(values.get, name))) for name, hint in hints.items()]
         return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": text})
 
     hints = typing.get_type_hints(tree_type)
@@ -124,11 +116,10 @@ def _print_help(tree_type: type, settings: dict[str, Any], common: Sequence[str]
         every = {name: text for part in docs for name, text in part.items()}
         view = shown(common or every, every)
     else:
-        boxes = [shown(part_docs, part_docs, part.__doc__) for part, part_docs in zip(parts, docs, strict=True)]
+        boxes = [shown(texts, texts, part.__doc__) for part, texts in zip(parts, docs, strict=True)]
         titles = ["main" if name == "options" else name for name in sections]
-        view = dataclasses.make_dataclass(
-            "Settings", [(t, box, field(default_factory=box)) for t, box in zip(titles, boxes, strict=True)]
-        )
+        fields = [(title, box, field(default_factory=box)) for title, box in zip(titles, boxes, strict=True)]
+        view = dataclasses.make_dataclass("Settings", fields)
     if common:
         description += f"\n\n{prog.partition(' [')[0]} --help-all lists every setting."
     if "{presets}" in description:

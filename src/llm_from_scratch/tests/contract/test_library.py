@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 
 import llm_from_scratch as library
 from llm_from_scratch import Config, GPTConfig, UserError, preset, read_metrics, train
+from llm_from_scratch.config import DataConfig
 from llm_from_scratch.presets import parse
 
+from ..tiny import TOKENIZER, babble, tiny_config, write_data
 from ..tiny import read_metrics as lines_of
-from ..tiny import tiny_config, write_data
 
 
 def test_the_public_names_are_in_dir_and_can_be_imported() -> None:
@@ -58,3 +60,14 @@ def test_a_quiet_run_prints_nothing_and_returns_its_metrics(here: Path, capfd: p
     for name, column in result.metrics.items():
         assert column == [line.get(name) for line in lines]
     assert sum(value is not None for value in result.metrics["val_loss"]) == 3  # steps 0, 2 and 4
+
+
+@pytest.mark.slow
+def test_a_configuration_without_presets_trains(here: Path) -> None:
+    text = babble(4000)
+    write_data(here / "data" / "book", train=TOKENIZER.encode(text), val=TOKENIZER.encode(text[:600]))
+    config = Config(data=DataConfig(dataset="book"))
+    config.training.max_iters, config.training.eval_iters, config.system.device = 3, 1, "cpu"
+    result = train(config, quiet=True)
+    assert result.step == 3 and result.final is not None and result.final.tokens == 599
+    assert 0.5 < result.final.loss / math.log(20) < 1.1  # of 20 characters

@@ -81,6 +81,8 @@ def test_llm_train_ends_at_max_iters_and_resumes_by_name(project: Path, capsys: 
     assert [e["step"] for e in read_metrics(project / "out") if "loss" in e] == list(range(10))
     found = load_checkpoint(find_checkpoint("out"))
     assert found.step == 10 and found.model_config.dropout == 0.25 and found.config["data"]["batch_size"] == 4
+    # every value is stored, so that a checkpoint means the same after defaults have changed
+    assert {leaf for section in found.config.values() for leaf in section} == set(flatten(Config()))
     assert train.main(["--init_from=resume", "--max_iters=12", "--n_embd=32"]) == 2
     assert "--n_embd=32 contradicts the loaded weights, which have 16" in capsys.readouterr().err
 
@@ -101,6 +103,20 @@ def test_print_config_is_a_preset(
     told = flatten(tree)
     assert told["n_layer"] == 3 and yaml.safe_load(printed)["model"]["n_layer"] == 3
     assert not (project / "out").exists()
+
+
+def test_a_python_preset_means_the_same_in_train_py_and_llm_train(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "my.py").write_text("n_layer = 3\n")
+    printed = []
+    for main in (train.main, train.main_nanogpt):
+        assert main(["my.py", "--print_config"]) == 0
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    assert (printed[0]["model"]["n_layer"], printed[0]["model"]["n_embd"]) == (3, 768)
+    assert train.main(["my.py"]) == 2  # not on data/tiny, which was prepared last
+    assert "dataset 'openwebtext' not found" in capsys.readouterr().err
 
 
 def test_dry_run_tells_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
