@@ -1,5 +1,5 @@
 """Every setting of the project: name, type, default, bounds and the text that `--help` prints. Names are nanoGPT's if
-nanoGPT has the setting; its defaults are in config/nanogpt.py. A leaf name is unique over all sections, so
+nanoGPT has the setting; its defaults are in config/train_nanogpt.py. A leaf name is unique over all sections, so
 `--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same
 field."""
 

@@ -165,8 +165,8 @@ def preset(*names: str, **settings: Any) -> Config:
 
 
 def nanogpt_defaults() -> dict[str, Any]:
-    """The settings of config/nanogpt.py: nanoGPT's defaults if they are not Config's."""
-    path = next(path for root in ROOTS if (path := root / "config" / "nanogpt.py").is_file())
+    """The settings of config/train_nanogpt.py: nanoGPT's defaults if they are not Config's."""
+    path = next(path for root in ROOTS if (path := root / "config" / "train_nanogpt.py").is_file())
     return _read_python(path, {}, leaf_types(Config))
 
 

@@ -25,7 +25,7 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "config/eval_gpt2_large.py": (773.9, 774.1),
     "config/eval_gpt2_xl.py": (1557.5, 1557.7),
     "config/finetune_shakespeare.py": (1557.5, 1557.7),
-    "config/nanogpt.py": (124.0, 125.0),
+    "config/train_nanogpt.py": (124.0, 125.0),
     "config/train_gpt2.py": (124.0, 125.0),
     "config/train_shakespeare_char.py": (10.6, 10.8),
     "configs/default.yaml": (17.0, 18.5),
