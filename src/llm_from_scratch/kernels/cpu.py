@@ -22,6 +22,7 @@ from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, 
 
 QUERIES = 64  # queries per product, with the keys up to the last of them; the rest above the diagonal is skipped
 SHORT = 128  # tokens up to which the compiler's attention is faster
+MANY_ROWS = 2048  # of a token table, of which a batch reads few
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
@@ -32,7 +33,10 @@ def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dic
     attention too.
     """
     found: dict[type, type] = {RMSNorm: CPURMSNorm, nn.Dropout: CPUDropout}
-    dropout = model.config.dropout > 0
+    dropout, config, table = model.config.dropout > 0, model.config, model.transformer.wte
+    if config.tie_embeddings and (config.vocab_size or 0) >= MANY_ROWS:
+        found[nn.Embedding] = CPUTiedEmbedding
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not table]
     in_blocks = [m for m in model.transformer.h.modules() if compiled and isinstance(m, (RMSNorm, nn.Dropout))]
     if not compiled:
         found[RotaryPositions] = CPURotaryPositions
@@ -40,7 +44,21 @@ def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dic
         found[Attention] = eager_attention() if compiled else CPUAttention
     if compiled and not dropout and model.config.block_size <= SHORT:
         found[Attention] = WrittenAttention
-    return found, [*in_blocks]
+    return found, [*in_blocks, *others]
+
+
+class CPUTiedEmbedding(nn.Embedding):
+    """A table that is also the head's weight. Its gradient is sparse, and is added to the head's gradient: a dense one
+    would be a pass over the whole table to clear it and another one to add it."""
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.embedding(idx, self.weight, sparse=True)
+
+
+def make_dense(weight: Tensor) -> None:
+    """Makes a CPUTiedEmbedding's gradient dense if an edited model's head has not added a dense one to it."""
+    if weight.grad is not None and weight.grad.is_sparse:
+        weight.grad = weight.grad.to_dense()
 
 
 class CPURMSNorm(RMSNorm):

@@ -75,10 +75,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         factor = grad / count.clamp(min=1)
-        # not in place: a retained graph may run backward again
-        dx = None if dx is None else (dx * factor).to(dx.dtype)
-        dw = None if dw is None else (dw * factor).to(ctx.weight_dtype)
+        # not in place if the graph is retained: backward may run again
+        scaled: Any = torch.mul if torch.compiler.is_compiling() or is_retained() else Tensor.mul_
+        dx = None if dx is None else scaled(dx, factor).to(dx.dtype)
+        dw = None if dw is None else scaled(dw, factor).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None, None
+
+
+def is_retained() -> bool:
+    """In a backward pass: whether its graph is retained, so that it may run again. True if torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 class LogitPasses:

@@ -137,9 +137,11 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     gradients do not count: the size of a step does not depend on theirs."""
     parameters = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     with torch.profiler.record_function("clipping"):  # a name that llm-bench --profile reads
-        if limit:
-            return nn.utils.clip_grad_norm_(parameters, limit)
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # torch scales by 1 what needs no clipping, a pass over all gradients; a GPU would wait for this comparison
+        if limit and not (norm.device.type == "cpu" and norm + 1e-6 <= limit):
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:

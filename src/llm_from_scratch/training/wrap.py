@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..config import Config
 from ..core.model import GPT, NextTokenLoss
 from ..errors import UserError, one_line
-from ..kernels.cpu import cpu_replacements
+from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.recompute import recompute
@@ -78,6 +78,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
     swap(model, replacements, say, keep)
+    for module in model.modules():
+        if isinstance(module, CPUTiedEmbedding):
+            module.weight.register_post_accumulate_grad_hook(make_dense)
     if config.system.fp8 and not again:
         count = sum(isinstance(m, Float8Linear) for m in model.modules())
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core.model import GPT, ReLUSquared, SwiGLU, apply_rotary, rotary_angles
 from llm_from_scratch.kernels import cpu as kernels
 from llm_from_scratch.kernels.cpu import plain_attention
 from llm_from_scratch.kernels.swap import swap
+from llm_from_scratch.machine.device import resolve
+from llm_from_scratch.training.wrap import exchange
 
 DOUBLE = torch.float64
 
@@ -137,6 +139,27 @@ def test_activations_and_their_gradients_are_the_plain_ones(case: str) -> None:
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
     leaves = [t.clone().requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(kinds[1](), leaves)
+
+
+def test_a_tied_table_gets_the_gradients_of_both_its_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against nn.Embedding, over two micro-batches; and alone, as in a model whose loss does not use the head."""
+    monkeypatch.setattr(kernels, "MANY_ROWS", 32)
+    config = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=8)
+    torch.manual_seed(0)
+    plain = GPT(config)
+    model, idx = copy.deepcopy(plain), torch.randint(32, (2, 3, 9), generator=torch.Generator().manual_seed(0))
+    exchange(model, Config(model=config), resolve(SystemConfig(device="cpu", dtype="float32", compile=False)), 3, print)
+    assert type(model.transformer.wte) is kernels.CPUTiedEmbedding and type(model.transformer.wpe) is torch.nn.Embedding
+    for one in (plain, model):
+        for ids in idx:
+            one(ids[:, :-1], ids[:, 1:])[1].backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-7, rtol=1e-6)
+    for one in (plain, model):
+        one.zero_grad(set_to_none=True)
+        one.transformer.wte(idx[0]).square().sum().backward()
+    assert not model.lm_head.weight.grad.is_sparse
+    torch.testing.assert_close(model.lm_head.weight.grad, plain.lm_head.weight.grad)
 
 
 def test_autocast_may_leave_queries_and_values_in_two_types() -> None:

@@ -137,6 +137,17 @@ def test_a_graph_that_is_kept_can_be_walked_twice() -> None:
         torch.testing.assert_close(b, a * (1 + 2 * loss.detach()))
 
 
+def test_the_gradient_of_the_head_is_scaled_in_place_unless_the_graph_is_kept() -> None:
+    x, weight, targets = inputs()
+    made = []
+    for keep in (True, False):
+        loss = linear_cross_entropy(x, weight, targets, piece=10)
+        saved = loss.grad_fn.saved_tensors[1].data_ptr()  # type: ignore[union-attr]
+        made.append(torch.autograd.grad(loss, weight, retain_graph=keep)[0])
+        assert (made[-1].data_ptr() == saved) is not keep
+    assert torch.equal(*made)
+
+
 def test_float16_by_autocast_and_a_loss_scale() -> None:
     x, weight, targets = inputs(torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)

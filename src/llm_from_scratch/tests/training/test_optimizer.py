@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training.optimizer import (
+    clip_gradients,
     load_optimizer_state,
     make_adamw,
     make_optimizer,
@@ -138,3 +140,19 @@ def test_an_empty_state_is_a_fresh_start() -> None:
 def test_fused_is_refused_where_torch_has_none() -> None:
     with pytest.raises(UserError, match="no fused AdamW for mps"):
         make_optimizer(make(), OptimizerConfig(fused="on"), torch.device("mps"))
+
+
+@pytest.mark.parametrize("norm", [0.5, 2.0, math.nan])
+def test_clipping_is_torchs_and_leaves_small_gradients_alone(norm: float) -> None:
+    model = torch.nn.Linear(3, 2)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, norm / math.sqrt(8))
+    expected = copy.deepcopy(model)
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        q.grad = p.grad.clone()
+    versions = [p.grad._version for p in model.parameters()]
+    found = clip_gradients(model, 1.0)
+    torch.testing.assert_close(found, torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0), equal_nan=True)
+    for p, q, version in zip(model.parameters(), expected.parameters(), versions, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, equal_nan=True)
+        assert (p.grad._version == version) is (norm < 1)  # no pass over gradients that need no clipping
