@@ -163,6 +163,16 @@ def test_the_last_sample_is_of_the_finished_model(
         assert samples(OUT) == steps
 
 
+@pytest.mark.slow
+def test_a_run_that_stops_early_at_a_sample_writes_no_second_one(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rising = iter([1.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(runs, "estimate_loss", lambda *_: next(rising))
+    train(config(tiny_data, max_new_tokens=3, sample_interval=2, early_stopping_patience=1))
+    assert samples(OUT) == [0, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("command", "progress", "steps"),
     [
