@@ -43,6 +43,8 @@ class Decodes(Protocol):
 
     def step(self, ids: Tensor, cache: KVCache) -> Tensor: ...
 
+    def slide(self, idx: Tensor) -> Tensor: ...
+
 
 class Prefill:
     """Prompts that are read in parts, so that other rows do not wait for a long one.
@@ -192,7 +194,8 @@ class Batch:
         groups: dict[int, list[int]] = {}  # by context length, so that no row needs padding
         for row in self.uncached:
             groups.setdefault(self.lengths[row] - self.dropped[row], []).append(row)
-        parts = [self.decoder.read(self._last(rows, n))[:, -1] for n, rows in groups.items()]
+        read = self.decoder.slide if self.use_cache else self.decoder.read
+        parts = [read(self._last(rows, n))[:, -1] for n, rows in groups.items()]
         order = [row for rows in groups.values() for row in rows]
         if self.cached:
             parts, order = [*parts, self._decode()], order + self.cached

@@ -21,11 +21,62 @@ from ..core.model import GPT
 from ..errors import CannotRecord, one_line
 from ..kernels.int8 import Linears
 from .cuda_graphs import GraphedStep
-from .recorder import Record, record
+from .recorder import Record, Recorder, mapped, record, tensors
 from .window import Window
 
 MOST = 256  # records; one more replaces the oldest
 TRIAL = 24  # tokens
+LARGE = 1 << 22  # numbers in the residual stream, over all layers: a recording keeps about 16 times as many
+aten = torch.ops.aten
+INNER = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)  # of the last dimension
+
+
+class LastToken(Recorder):
+    """Records a forward over sequences, (B, T), for the logits of the last token. From the n-th attention on, computes
+    this token alone, and expands it, with stride 0, to the shape that the model expects. Raises CannotRecord if tokens
+    are mixed after this attention."""
+
+    def __init__(self, linears: Linears, ids: Tensor, n: int):
+        super().__init__(linears, {"ids": ids})
+        self.T, self.left = ids.size(1), n
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        axis = min(map(self._axis, tensors(args)), default=0)
+        alone = axis and not func._schema.is_mutable and (func in INNER or torch.Tag.pointwise in func.tags)
+        if func is aten.scaled_dot_product_attention.default and args[5:6] == (True,) and args[0].size(2) == self.T:
+            self.left -= 1
+            if self.left == 0:
+                axis, alone, args = -2, True, (args[0][:, :, -1:], *args[1:5])
+        elif alone:
+            n = 1 if func in INNER else len(args)  # weights stay whole
+            args = (*mapped(args[:n], lambda t: self._last(t, axis)), *args[n:])
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if alone:
+            return found.expand([self.T if d == axis else -1 for d in range(-found.ndim, 0)])
+        is_last = func in (aten.slice.Tensor, aten.select.int) and args[2] in (-1, self.T - 1)
+        if axis and not is_last and not all(map(self._axis, tensors(found))):
+            raise CannotRecord(f"tokens are mixed after the last attention ({func})")
+        return found
+
+    def _axis(self, t: Tensor) -> int:
+        """The dimension of the tokens, counted from the end, of an expanded tensor. 0 for others."""
+        each = zip(range(-t.ndim, -1), t.shape, t.stride(), strict=False)
+        return next((axis for axis, n, stride in each if n == self.T and stride == self.left == 0), 0)
+
+    def _last(self, t: Tensor, axis: int) -> Tensor:
+        return t.narrow(axis, -1, 1) if t.ndim >= -axis and t.size(axis) == self.T else t
+
+
+def record_last(model: GPT, ids: Tensor, linears: Linears, attention: int) -> Record:
+    """attention: number of the last one."""
+    try:
+        with linears.computing(exact=True), LastToken(linears, ids, attention) as recorder:
+            logits = model(ids)[0]
+    except (CannotRecord, RuntimeError):
+        if attention < 0:
+            raise
+        return record_last(model, ids, linears, -1)  # all tokens
+    return recorder.record(logits[:, -1:], "whole")
 
 
 class DecodeStep:
@@ -47,6 +98,17 @@ class DecodeStep:
         self.failure: str | None = None
 
     @torch.inference_mode()
+    def last(self, ids: Tensor) -> Tensor:
+        """Logits, (B, V), of the last token of whole sequences, (B, T), without a cache."""
+        found, config = self.records.get(ids.shape), self.model.config
+        if found is None and ids.numel() * config.n_embd * config.n_layer <= LARGE:
+            found = self._checked(None, ids, None)
+        if found is None:
+            return self.own(ids, None)
+        self.records[ids.shape] = found
+        return found.step(ids)
+
+    @torch.inference_mode()
     def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
         """ids: (B,), the newest token of each row. Stores its keys and values; returns logits, (B, V)."""
         if cache.end >= cache.max_len:
@@ -64,27 +126,33 @@ class DecodeStep:
             return self.graphs(found.step, inputs, window.parts)
         return found.step(*inputs, *window.parts)
 
-    def own(self, ids: Tensor, cache: KVCache, exact: bool = False) -> Tensor:
-        """The same step by the model's own forward."""
+    def own(self, ids: Tensor, cache: KVCache | None, exact: bool = False) -> Tensor:
+        """The same by the model's own forward."""
         with self.linears.computing(exact):
-            return self.model(ids[:, None], cache=cache)[0][:, -1]
+            return self.model(ids.view(len(ids), -1), cache=cache)[0][:, -1]
 
-    def _checked(self, found: Record | None, ids: Tensor, cache: KVCache) -> Record | None:
+    def _checked(self, found: Record | None, ids: Tensor, cache: KVCache | None) -> Record | None:
         """A record that agrees with the model's own forward on these tokens, or None."""
         if self.failure is not None:
             return None
+        inputs: tuple[Any, ...] = (ids,)
+        partly = True
         try:
-            if found is None:
+            if cache is None:
+                found = record_last(self.model, ids, self.linears, self.model.config.n_layer)
+            elif found is None:
                 found = record(self.model, ids, cache, self.linears)
                 if self.compiled:
                     found.step = torch.compile(found.step)
-                while len(self.records) >= MOST:
-                    self.records.pop(next(iter(self.records)))
-                if found.program in self.programs:
-                    return found
-            window = Window.of(cache, whole=self.compiled)
+            while len(self.records) >= MOST:
+                self.records.pop(next(iter(self.records)))
+            if found.program in self.programs:
+                return found
+            if cache is not None:
+                window = Window.of(cache, whole=self.compiled)
+                inputs, partly = (*window.inputs(ids, cache, found.needs), *window.parts), cache.end + 1 < window.size
             expected = self.own(ids, cache, exact=True)
-            logits = found.exact(*window.inputs(ids, cache, found.needs), *window.parts)
+            logits = found.exact(*inputs)
         except Exception as error:
             reason = str(error) if isinstance(error, CannotRecord) else f"{type(error).__name__}: {error}"
             self._fail(one_line(reason))
@@ -95,7 +163,7 @@ class DecodeStep:
             self._fail("its record gives different logits")
             return None
         # without a masked key, code that confuses the size of the window with the length would pass
-        if cache.end + 1 < window.size:
+        if partly:
             self.programs.add(found.program)
         return found
 

@@ -76,6 +76,10 @@ class Decoder:
         """Logits, (B, V), for one new token per row, (B,): the same forward, recorded for one token and replayed."""
         return self.recorded(ids, cache)
 
+    def slide(self, idx: Tensor) -> Tensor:
+        """The same as read(idx), recorded too: for windows that move with every token."""
+        return self.recorded.last(idx)[:, None]
+
 
 @dataclass
 class Completion:

@@ -40,7 +40,7 @@ from .window import StandIn, Window
 
 aten = torch.ops.aten
 SMALL = 1 << 12  # numbers up to which GELU may be faster in parts
-PARAMETERS = "ids, lengths, visible, where, tokens, memory, keys, values"
+PARAMETERS = "ids, lengths, visible, where, tokens, memory, keys, values"  # those after ids may be left out
 
 
 @dataclass
@@ -50,13 +50,10 @@ class Record:
     step: Callable[..., Tensor]
     exact: Callable[..., Tensor]
     """The same with exact linear layers, if those of step approximate."""
-    source: str
     needs: frozenset[str]
     """The parameters that the step reads."""
     program: Any
     """Equal for records that differ only in sizes."""
-    checked: bool = False
-    """Whether this program was compared with the model's own forward."""
 
 
 @dataclass
@@ -99,8 +96,8 @@ def layout(t: Tensor) -> tuple[Any, ...]:
 
 
 def narrow(t: Tensor) -> Tensor:
-    """(B, 1, C) as (B, C); others unchanged."""
-    return t.squeeze(1) if t.ndim == 3 else t
+    """(B, T, C) as (B T, C) if that is a view; others unchanged."""
+    return t.flatten(0, 1) if t.ndim == 3 and (t.size(1) == 1 or t.is_contiguous()) else t
 
 
 @functools.cache
@@ -169,7 +166,7 @@ class Recorder(TorchDispatchMode):
             return out
         elif func in RULES and (out := RULES[func](self, *args, **kwargs)) is not None:
             return out
-        rows = self._is_row_wise(func, args)
+        rows = self._rows(func, args)
         if rows:
             args, kwargs = mapped(args, narrow), {name: mapped(a, narrow) for name, a in kwargs.items()}
         if writes:
@@ -179,7 +176,7 @@ class Recorder(TorchDispatchMode):
         found = self.call(quick(func), *args, **kwargs)
         if found is not None and not any(True for _ in tensors(found)):
             raise CannotRecord(f"Python code reads numbers out of tensors ({func})")
-        return mapped(found, lambda t: t.unsqueeze(1)) if rows else found
+        return mapped(found, lambda t: t.view(*rows, t.size(-1))) if rows else found
 
     def varies(self, tree: Any) -> bool:
         """Whether any of the tensors depends on an input."""
@@ -206,12 +203,13 @@ class Recorder(TorchDispatchMode):
             self.lines.append(Line((self.variable(whole),), torch.clone, [self.constant(whole.clone())], {}))
 
     @staticmethod
-    def _is_row_wise(func: Any, args: Any) -> bool:
-        """Whether an operation on (B, 1, C) gives the same on (B, C)."""
+    def _rows(func: Any, args: Any) -> torch.Size | None:
+        """(B, T) of an operation on (B, T, C) that gives the same on (B T, C)."""
         norm = func in (aten.layer_norm.default, aten.rms_norm.default) and len(args[1]) == 1
         wide = [t for t in tensors(args) if t.ndim > 1]
-        fits = all(t.ndim == 3 and t.size(1) == 1 for t in wide)
-        return bool(wide) and fits and (norm or torch.Tag.pointwise in func.tags)
+        rows = {t.shape[:2] for t in wide}
+        fits = all(narrow(t) is not t for t in wide) and (len(rows) == 1 or all(T == 1 for _, T in rows))
+        return max(rows) if rows and fits and (norm or torch.Tag.pointwise in func.tags) else None
 
     # --- writing ---
 
@@ -254,6 +252,22 @@ class Recorder(TorchDispatchMode):
             return repr(a)
         return self.constant(a)
 
+    def record(self, logits: Tensor, kind: object) -> Record:
+        source = self.source(logits)
+        code = compile(source, "<decode step>", "exec")
+
+        def function(constants: dict[str, Any]) -> Callable[..., Tensor]:
+            exec(code, constants)  # source generated below from names of operations and numbers
+            return constants["step"]
+
+        kinds = [(c.dtype, c.ndim) if isinstance(c, Tensor) else id(c) for c in self.constants.values()]
+        program = re.sub(r"(?<![\w.])\d+(?![\w.])", "n", source) + f"{kinds}, {kind}"
+        exact = function({**self.constants, **self.exact})
+        step = function(self.constants) if self.exact else exact
+        body = source.partition("\n")[2]
+        needs = frozenset(name for name in PARAMETERS.split(", ") if re.search(rf"\b{name}\b", body))
+        return Record(step, exact, needs, program)
+
     def source(self, logits: Tensor) -> str:
         result = self.text(self.shaped(logits, (-1, logits.size(-1))))
         code, needed = [f"return {result}"], {result}
@@ -264,7 +278,7 @@ class Recorder(TorchDispatchMode):
             words = [*line.words, *(f"{name}={word}" for name, word in line.options.items())]
             to = "".join(f"{target}, " if line.several else f"{target} " for target in line.targets)
             code.append(f"{to}{'= ' * bool(to)}{self.constant(line.function)}({', '.join(words)})")
-        return f"def step({PARAMETERS}):\n    " + "\n    ".join(reversed(code)) + "\n"
+        return f"def step({PARAMETERS.replace(',', '=None,')}=None):\n    " + "\n    ".join(reversed(code)) + "\n"
 
     def _fused(self, result: str) -> list[Line]:
         """The lines, with a product that is only added to something as one operation."""
@@ -367,17 +381,4 @@ def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
     stand_in: Any = StandIn(window, positions, shown, inputs["where"])
     with linears.computing(exact=True), recorder:
         logits = model(inputs["ids"][:, None], cache=stand_in)[0]
-    source = recorder.source(logits)
-    code = compile(source, "<decode step>", "exec")
-
-    def function(constants: dict[str, Any]) -> Callable[..., Tensor]:
-        exec(code, constants)  # source generated above from names of operations and numbers
-        return constants["step"]
-
-    kinds = [(c.dtype, c.ndim) if isinstance(c, Tensor) else id(c) for c in recorder.constants.values()]
-    program = re.sub(r"(?<![\w.])\d+(?![\w.])", "n", source) + f"{kinds}, {cache.ragged}"
-    exact = function({**recorder.constants, **recorder.exact})
-    step = function(recorder.constants) if recorder.exact else exact
-    body = source.partition("\n")[2]
-    needs = frozenset(name for name in every if re.search(rf"\b{name}\b", body))
-    return Record(step, exact, source, needs, program)
+    return recorder.record(logits, cache.ragged)

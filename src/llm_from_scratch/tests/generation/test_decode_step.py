@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.cache import KVCache
@@ -71,6 +72,38 @@ def test_every_step_is_the_models_own(option: str, capsys: pytest.CaptureFixture
             close(caches[0].kv[:, :, row, :, : n + 4], caches[1].kv[:, :, row, :, : n + 4])
     assert decoder.recorded.failure is None and len(decoder.recorded.records) == 3
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=() if o in ("gpt2", "modern") else pytest.mark.slow) for o in VARIANTS]
+)
+def test_the_window_slides_as_by_the_models_own_forward(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the last layer with the last token's products alone, all but queries, keys and values."""
+    model = model_of(option)
+    decoder, C = Decoder(model), model.config.n_embd
+    for rows in (1, 3):
+        for seed in range(3):
+            idx = ids(rows, BLOCK, seed)
+            close(decoder.slide(idx), own(model, idx))
+        with FlopCounterMode(display=False) as theirs:
+            own(model, idx)
+        with FlopCounterMode(display=False) as ours:
+            decoder.slide(idx)
+        matrices = C * C + (3 if model.config.is_gated else 2) * C * model.config.mlp_width
+        saved = [count.get_flop_counts()["Global"] for count in (theirs, ours)]
+        products = [sum(n for op, n in found.items() if "mm" in str(op)) for found in saved]
+        assert products[0] - products[1] == 2 * matrices * rows * (BLOCK - 1)
+    assert len(decoder.recorded.records) == 2 and capsys.readouterr().err == ""
+
+
+def test_a_large_window_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording keeps every activation."""
+    model = model_of("gpt2")
+    monkeypatch.setattr(decode_step, "LARGE", 2 * BLOCK * 64 * 2)
+    decoder = Decoder(model)
+    for rows in (2, 3):
+        close(decoder.slide(ids(rows, BLOCK)), own(model, ids(rows, BLOCK)))
+    assert list(decoder.recorded.records) == [(2, BLOCK)]
 
 
 def test_rows_of_one_length_and_a_window_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +235,9 @@ def test_half_precision_is_near(dtype: torch.dtype, capsys: pytest.CaptureFixtur
     for n in (2, 1):
         decoded = decoder.step(idx[:, -n], cache).float()
         cache.advance(1)
-    assert (decoded - expected[:, 0]).norm() < allowed * expected.norm()
-    assert decoder.recorded.records and capsys.readouterr().err == "" and model.compute_dtype is None
+    for found in (decoded, decoder.slide(idx)[:, 0].float()):
+        assert (found - expected[:, 0]).norm() < allowed * expected.norm()
+    assert (2, BLOCK) in decoder.recorded.records and capsys.readouterr().err == "" and model.compute_dtype is None
 
 
 def test_int8_writes_nearly_what_float32_writes() -> None:

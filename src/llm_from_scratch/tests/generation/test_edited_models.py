@@ -17,7 +17,9 @@ from llm_from_scratch.config import GenerationConfig, GPTConfig
 from llm_from_scratch.core.cache import KVCache
 from llm_from_scratch.core.model import GPT, MLP, Attention, Block, CausalSelfAttention, Linear
 from llm_from_scratch.generation import window
+from llm_from_scratch.generation.decode_step import DecodeStep
 from llm_from_scratch.generation.generator import Decoder, Generator
+from llm_from_scratch.kernels.int8 import Linears
 
 from ..memorised import BLOCK, TEXT, TOKENIZER
 
@@ -28,7 +30,7 @@ SCALE = 1.0
 
 def model_of(**options: Any) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(vocab_size=V, **SIZES, **options)).eval()
+    return GPT(GPTConfig(vocab_size=V, **{**SIZES, **options})).eval()
 
 
 def vivid(model: GPT) -> GPT:
@@ -316,6 +318,7 @@ OWN: dict[str, tuple[Callable[[], GPT], str]] = {
     "a branch on the data": (lambda: with_blocks(BranchingBlock), "Python code reads numbers out of tensors"),
     "random noise": (lambda: with_blocks(NoisyBlock), "random numbers are drawn"),
 }
+AFTER_BY_DEFAULT = ("the token before", "the first token", "one attention more", "in place")
 BY_DEFAULT = ("gates", "alibi", "in-place additions", "scratch memory", "mixture by einsum")
 
 
@@ -353,7 +356,7 @@ def test_an_edited_model_is_recorded_and_writes_what_it_wrote_without(
 ) -> None:
     generator = assert_equal_to_the_naive_path(RECORDED[name](), monkeypatch)
     assert capsys.readouterr().err == ""
-    assert generator.decoder.recorded.records and generator.decoder.cacheable
+    assert (1, BLOCK) in generator.decoder.recorded.records and generator.decoder.cacheable
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -405,6 +408,54 @@ def test_inputs_may_lie_anywhere_in_memory() -> None:
         torch.testing.assert_close(decoder.step(table[:, at], cache), expected, rtol=1e-4, atol=1e-4)
         cache.advance(1)
     assert decoder.recorded.records
+
+
+class After(nn.Module):
+    """In the place of the final norm: something with all tokens of the last layer."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+AFTER: dict[str, Callable[[Tensor], Tensor]] = {
+    "the token before": lambda x: x + F.pad(x, (0, 0, 1, 0))[:, :-1],
+    "differences": lambda x: torch.cat((x[:, :1], x[:, 1:] - x[:, :-1]), dim=1),
+    "the first token": lambda x: x - x[:, :1],
+    "a token in the middle": lambda x: x + x.narrow(1, x.size(1) // 2, 1),
+    "the mean": lambda x: x + x.mean(1, keepdim=True),
+    "sums": lambda x: x.cumsum(1),
+    "a turn": lambda x: x.flip(1) + x,
+    "a softmax of tokens": lambda x: x.softmax(1),
+    "products of tokens": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+    "one attention more": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0],
+    "all in one row": lambda x: F.layer_norm(x, x.shape[1:]),
+    "in place": lambda x: x.clone().add_(x[:, :1]),
+    "a new shape": lambda x: x.reshape(x.size(0), -1, 2 * x.size(2)).repeat_interleave(2, dim=1)[..., : x.size(2)],
+    "a window of tokens": lambda x: x.unfold(1, 3, 1).sum(-1),
+}
+
+
+@pytest.mark.parametrize(
+    "width", [BLOCK, pytest.param(64, marks=pytest.mark.slow)]
+)  # no dimension is known by its size
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in AFTER_BY_DEFAULT else pytest.mark.slow) for name in AFTER]
+)
+def test_what_mixes_tokens_after_the_last_attention_is_seen_when_the_window_slides(name: str, width: int) -> None:
+    model = model_of(n_embd=width) if width == 64 else model_of(n_embd=width, n_head=2)
+    model.transformer.ln_f = After(AFTER[name])
+    model = vivid(model)
+    step = DecodeStep(model, Linears(model))
+    for rows in (1, 2):
+        idx = torch.randint(V, (rows, BLOCK), generator=torch.Generator().manual_seed(rows))
+        with torch.no_grad():
+            expected = model(idx)[0][:, -1]
+        torch.testing.assert_close(step.last(idx), expected, rtol=1e-4, atol=1e-4)
+    assert step.failure is None and len(step.records) == 2
 
 
 def test_an_edit_of_a_weight_is_seen() -> None:
