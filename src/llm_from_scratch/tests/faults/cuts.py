@@ -153,7 +153,7 @@ ROW = Row(
         "moments not restored": lambda: replaced(snapshot, "load_optimizer_state", nothing),
         "loss scale not restored": lambda: replaced(torch.amp.GradScaler, "load_state_dict", nothing),
         "order begins at 0 again": lambda: replaced(BatchLoader, "get", _order_from_zero()),
-        "metrics not truncated": lambda: replaced(loggers, "_forget_from", nothing),
+        "metrics not truncated": lambda: replaced(loggers.JsonLines, "forget_from", nothing),
         "quiet fresh start": lambda: replaced(runs, "make_plan", _fresh_start),
     },
 )

@@ -230,6 +230,6 @@ ROW = Row(
         "acknowledged before it is written": _said_too_early,
         "older ones removed first": _old_one_first,
         "random states not restored": lambda: replaced(torch, "set_rng_state", nothing),
-        "metrics not truncated": lambda: replaced(loggers, "_forget_from", nothing),
+        "metrics not truncated": lambda: replaced(loggers.JsonLines, "forget_from", nothing),
     },
 )

@@ -34,21 +34,24 @@ from .mutated_files import (
 )  # fmt: skip
 from .rows import Report, Row
 
-LIMIT = 3.0  # seconds a case
+LIMIT, HANG = 3.0, 60.0  # seconds a case: of the processor, which other processes cannot use up, and by the clock
+TIMERS = ((signal.SIGPROF, signal.ITIMER_PROF, LIMIT), (signal.SIGALRM, signal.ITIMER_REAL, HANG))
 
 
 @contextlib.contextmanager
 def in_time() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"more than {LIMIT:g} s")
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError(f"more than {LIMIT if signum == signal.SIGPROF else HANG:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    before = [signal.signal(signum, stop) for signum, _, _ in TIMERS]
+    for _, timer, seconds in TIMERS:
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (signum, timer, _), handler in zip(TIMERS, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(signum, handler)
 
 
 JSON_MEMBERS = ("config.json", "trainer.json", "model.json", "optimizer.json", "tokenizer.meta.json")
@@ -80,7 +83,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
                 valid = parser.make(Mutant(f"{seed} {name} {case}"), place)
                 report.done += 1
                 report.count("in a valid container", int(valid))
-                begin = time.monotonic()
+                begin = time.process_time()
                 try:
                     with in_time():
                         parser.read(place)
@@ -92,7 +95,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
                     report.failures.append(f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
                     if isinstance(error, KeyboardInterrupt):
                         raise
-                took = time.monotonic() - begin
+                took = time.process_time() - begin
                 report.check(took < LIMIT, f"{name} {case}: took {took:.1f} s")
     return report
 

@@ -20,3 +20,11 @@ def test_a_few_cases_of_each_row(name: str, reports: dict[str, Report]) -> None:
         pytest.skip("takes more than a few seconds: part of `just storm`")
     assert reports[name].failures == []
     assert reports[name].done >= load(name).quick
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_defects_of_a_row_can_be_put_in(name: str) -> None:
+    """`just storm --prove` takes too long for here: at least what they replace must exist."""
+    for defect in load(name).defects.values():
+        with defect():
+            pass
