@@ -27,7 +27,8 @@ def main(version: str, *words: str) -> int:
             say(f"error: uv could not install {torch} (its message is above)")
             return 2
         # after the packages of this environment
-        (site / "others.pth").write_text(f"{ROOT / 'src'}\n{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+        others = [str(ROOT / "src"), *(path for path in sys.path if path.endswith("-packages"))]
+        (site / "others.pth").write_text("\n".join(others), encoding="utf-8")
         return subprocess.run([python, "-m", "pytest", *words], cwd=ROOT).returncode
 
 
