@@ -173,10 +173,8 @@ def nanogpt_defaults() -> dict[str, Any]:
 def leaf_types(tree_type: type) -> dict[str, Any]:
     """{leaf name: type} of a dataclass tree."""
     leaves: dict[str, Any] = {}
-    hints = typing.get_type_hints(tree_type)
-    for item in dataclasses.fields(tree_type):
-        hint = hints[item.name]
-        leaves.update(leaf_types(hint) if dataclasses.is_dataclass(hint) else {item.name: hint})  # type: ignore
+    for name, hint in typing.get_type_hints(tree_type).items():
+        leaves |= leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore
     return leaves
 
 

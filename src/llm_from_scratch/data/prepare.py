@@ -86,10 +86,10 @@ def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Repo
     is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain."""
     options, root = PrepareOptions(**settings), Path(root)
     options.validate()
-    run = options.tokenizer if options.tokenizer and list_checkpoints(options.tokenizer) else None
-    if run:
-        options.tokenizer = str(find_checkpoint(run, verify=False))
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
+        run = options.tokenizer if options.tokenizer and list_checkpoints(options.tokenizer) else None
+        if run:
+            options.tokenizer = str(find_checkpoint(run, verify=False))
         spec = _make_spec(list(sources), options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
@@ -299,11 +299,10 @@ def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 def _up_to_date(target: Path, request: str) -> bool:
     """Whether target is complete and was made by the same request."""
     manifest = _manifest(target)
-    if manifest.get("request") != request or not Tokenizer.exists(target):
-        return False
     hashes = ((src.FileSource(target / shard["file"]).identity()["sha256"], shard) for shard in _shards_in(manifest))
     with contextlib.suppress(UserError):
-        return all(digest == shard["sha256"] for digest, shard in hashes)
+        is_same = manifest.get("request") == request and Tokenizer.exists(target)
+        return is_same and all(digest == shard["sha256"] for digest, shard in hashes)
     return False
 
 
