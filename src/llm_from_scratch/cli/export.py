@@ -1,4 +1,4 @@
-"""llm-export: writes a checkpoint for nanoGPT (ckpt.pt) or transformers (a folder)."""
+"""llm-export: writes a checkpoint for nanoGPT (ckpt.pt), transformers (a folder) or llama.cpp (GGUF)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ class Export:
     """The same as out_dir."""
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
-    format: Literal["nanogpt", "hf"] = "hf"
-    """nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py. hf: a folder for transformers."""
+    format: Literal["nanogpt", "hf", "gguf"] = "hf"
+    """nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py. hf: a folder for transformers. gguf: a file for
+    llama.cpp and programs built on it (extra: gguf)."""
+    gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
+    """Precision of the matrices in a GGUF file."""
     output: str | None = None
-    """The file (nanogpt) or the new folder (hf) to write."""
+    """The file (nanogpt, gguf) or the new folder (hf) to write."""
     dataset: str | None = None
     """The data whose tokenizer to use if the checkpoint has none."""
     overwrite: bool = False
@@ -37,7 +40,7 @@ class Export:
 
 @command
 def main(argv: list[str]) -> None:
-    description = "Writes a checkpoint for nanoGPT or for transformers."
+    description = "Writes a checkpoint for nanoGPT, transformers or llama.cpp."
     parsed = parse(Export, argv, prog="llm-export", description=description, presets=False)
     options, to_nanogpt = parsed.tree, parsed.tree.format == "nanogpt"
     if parsed.positionals:
@@ -45,13 +48,18 @@ def main(argv: list[str]) -> None:
     if (options.out_dir is None) == (options.checkpoint is None):
         raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
-        example = "--output=FOLDER/ckpt.pt" if to_nanogpt else "--output=FOLDER"
-        raise UserError(f"--output is missing: give a path, for example {example}")
+        example = {"nanogpt": "--output=FOLDER/ckpt.pt", "hf": "--output=FOLDER", "gguf": "--output=model.gguf"}
+        raise UserError(f"--output is missing: give a path, for example {example[options.format]}")
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt
 
     output, location = Path(options.output), options.checkpoint or options.out_dir or ""
     loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
+    if options.format == "gguf":
+        from ..interop.gguf import export_gguf
+
+        export_gguf(loaded.model_config, loaded.model, loaded.tokenizer, output, options.gguf_type)
+        return
     if not to_nanogpt:
         from ..interop.hf import export_hf
 

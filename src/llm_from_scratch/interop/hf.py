@@ -7,6 +7,7 @@ that the other format cannot represent is refused by name. Source: transformers'
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     none that this program can run. Raises UserError if files do not fit together or our model cannot be theirs."""
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
-    state = _read_weights(folder, family, config)
+    state = read_weights(open_weights(folder), family, config, str(folder))
     tokenizer = read_tokenizer(folder, family.gpt2)
     if tokenizer is not None and tokenizer.vocab_size > int(config.vocab_size or 0):
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
@@ -175,7 +176,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
             (made / "generation_config.json").write_bytes(to_json(generation))
             (made / "config.json").write_bytes(to_json(described))
             file = made / "model.safetensors"
-            save_file(_written_weights(state, names, family, config), file, metadata={"format": "pt"})
+            save_file(written_weights(state, names, family, config), file, metadata={"format": "pt"})
             shutil.copymode(made / "config.json", file)  # safetensors makes its files readable by their owner only
             finding = _compare(state, config, tokenizer, made)
             if folder.is_dir():
@@ -266,29 +267,31 @@ def family_of(config: GPTConfig) -> Family:
     return FAMILIES["gpt2" if not rope else "qwen3" if config.qk_norm else "llama"]
 
 
-def _read_weights(folder: Path, family: Family, config: GPTConfig) -> dict[str, Tensor]:
-    """Our state dict. Raises UserError for a missing, surplus or misshapen tensor."""
+def read_weights(
+    tensors: dict[str, Callable[[], Tensor]], family: Family, config: GPTConfig, where: str
+) -> dict[str, Tensor]:
+    """Our state dict from {their name: function that reads the tensor}. Raises UserError for a missing, surplus or
+    misshapen tensor."""
     state: dict[str, Tensor] = {}
-    tensors = open_weights(folder)
-    surplus, expected = set(tensors), expected_tensors(config, len(tensors), str(folder))
+    surplus, expected = set(tensors), expected_tensors(config, len(tensors), where)
     names, tied = family.names(config), tied_names(config)
     for key in expected:
         if key in tied and names[key][0] not in surplus:
             continue  # stored once
         if lacking := [name for name in names[key] if name not in tensors]:
-            raise UserError(f"the weights in {folder} lack {lacking[0]}, which the model needs")
-        with damage_is_a_user_error(folder):
+            raise UserError(f"the weights in {where} lack {lacking[0]}, which the model needs")
+        with damage_is_a_user_error(where):
             parts = [tensors[name]() for name in names[key]]
         if len(parts) > 1 and len({part.shape[1:] for part in parts}) == 1:
             parts = [torch.cat(parts)]
         state[key] = (parts[0].t() if family.transposed(key) and parts[0].dim() == 2 else parts[0]).contiguous()
         surplus -= set(names[key])
     if surplus:
-        raise UserError(f"{folder}: the weights contain {min(surplus)}, which the model does not have")
-    return checked_weights(state, config, str(folder))
+        raise UserError(f"{where}: the weights contain {min(surplus)}, which the model does not have")
+    return checked_weights(state, config, where)
 
 
-def _written_weights(
+def written_weights(
     state: dict[str, Tensor], names: dict[str, list[str]], family: Family, config: GPTConfig
 ) -> dict[str, Tensor]:
     """Their tensors of our state dict, each with memory of its own."""

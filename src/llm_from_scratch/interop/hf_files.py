@@ -99,7 +99,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def damage_is_a_user_error(path: Path) -> Iterator[None]:
+def damage_is_a_user_error(path: Path | str) -> Iterator[None]:
     try:
         yield
     except UserError:

@@ -37,7 +37,7 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
             vocab = parse_json(read_file(folder / "vocab.json", MAX_DEFINITION))
             lines = read_file(folder / "merges.txt", MAX_DEFINITION).decode("utf-8").splitlines()
             pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            backend = _byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
+            backend = byte_level(vocab, pairs, {EOT: vocab[EOT]} if EOT in vocab else {})
             definition = json.loads(backend.to_str())
         else:
             return None
@@ -50,10 +50,8 @@ def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
-    """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
-    Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours."""
-    tokenizer.save(folder)
+def to_backend(tokenizer: Tokenizer) -> Backend:
+    """Any of our tokenizers in Hugging Face's form. Raises UserError if it would give other ids than ours."""
     if isinstance(tokenizer, HFTokenizer):
         backend = tokenizer.backend(special_is_text=False)  # transformers also truncates and pads only on request
     elif isinstance(tokenizer, CharTokenizer):
@@ -61,14 +59,25 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         backend.decoder = decoders.Fuse()
     elif tokenizer.name == "byte":
-        backend = _byte_level({char: byte for byte, char in enumerate(byte_to_char())}, [], {}, pattern="")
+        backend = byte_level({char: byte for byte, char in enumerate(byte_to_char())}, [], {}, pattern="")
     elif isinstance(tokenizer, TiktokenTokenizer):
         ranks, chars = tokenizer.ranks, byte_to_char()
         vocab = {"".join(chars[b] for b in token): rank for token, rank in ranks.items()}
         pairs = [tuple("".join(chars[b] for b in part) for part in pair) for pair in merges(ranks)]
-        backend = _byte_level(vocab, pairs, tokenizer.special, None if tokenizer.name == "gpt2" else tokenizer.pattern)
+        backend = byte_level(vocab, pairs, tokenizer.special, None if tokenizer.name == "gpt2" else tokenizer.pattern)
     else:
         raise UserError(f"the {tokenizer.name} tokenizer cannot be written in Hugging Face's format")
+    for text in probes(tokenizer):
+        if not np.array_equal(tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids):
+            raise UserError(f"the {tokenizer.name} tokenizer cannot be exported: tokenizer.json would give other ids")
+    return backend
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Backend:
+    """Writes tokenizer.json, tokenizer_config.json and our own files. max_length: the model's context in tokens.
+    Returns the tokenizer that transformers will use. Raises UserError if it would give other ids than ours."""
+    tokenizer.save(folder)
+    backend = to_backend(tokenizer)
     if not isinstance(tokenizer, HFTokenizer):
         (folder / HF_FILE).write_text(backend.to_str(), encoding="utf-8")
     eot = None if tokenizer.eot_id is None else backend.id_to_token(tokenizer.eot_id)
@@ -76,10 +85,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     config["clean_up_tokenization_spaces"] = False  # otherwise decoding would drop the space before a comma
     config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
     (folder / "tokenizer_config.json").write_bytes(to_json(config))
-    for text in probes(tokenizer):
-        ours, theirs = tokenizer.encode(text), backend.encode(text, add_special_tokens=False).ids
-        if not np.array_equal(ours, theirs):
-            raise UserError(f"the {tokenizer.name} tokenizer cannot be exported: tokenizer.json would give other ids")
     return backend
 
 
@@ -107,14 +112,15 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return found
 
 
-def _byte_level(
-    vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None
+def byte_level(
+    vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None, gpt2: bool = False
 ) -> Backend:
-    """Byte-level BPE. pattern: tiktoken's, which splits words; None: GPT-2's own; "": no splitting."""
+    """Byte-level BPE. pattern: tiktoken's, which splits words; None: GPT-2's own; "": no splitting. gpt2: GPT-2's own
+    splits what the pattern has left."""
     model = models.BPE(vocab=vocab | special, merges=pairs)
-    model.ignore_merges = bool(pattern)  # as tiktoken: a word that is a token is that token
+    model.ignore_merges = bool(pattern) and not gpt2  # as tiktoken: a word that is a token is that token
     backend = Backend(model)
-    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None or gpt2)
     if pattern:
         # This engine reads a{1,3}+ as a repetition and $ as the end of a line; possessive repeats only save time.
         pattern = re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from ..errors import ApiError, UserError
+from ..interop.gguf import is_gguf, read_chat
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
@@ -83,9 +84,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def find_template(file: str | None, folder: Path | None, eot: str = "") -> ChatTemplate | None:
-    """The template of --chat_template, else of the model's folder, else None. eot: the end-of-text token, if the folder
-    does not name one. Raises UserError if the template cannot be read."""
+    """The template of --chat_template, else of the model's folder or GGUF file, else None. eot: the end-of-text token,
+    if the folder does not name one. Raises UserError if the template cannot be read."""
     config: dict[str, Any] = {}
+    if folder is not None and is_gguf(folder):
+        config, folder = read_chat(folder), None
     path = Path(file) if file is not None else None
     try:
         if folder is not None:

@@ -15,6 +15,7 @@ from ..errors import ApiError, UserError
 from ..generation.batch import Overflow
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
+from ..interop.gguf import is_gguf
 from .chat import ChatTemplate, end_ids, find_template
 from .completions import ChatPlan, Plan, token_text
 from .jobs import JobQueue
@@ -44,7 +45,7 @@ def open_service(
         lambda: Engine(generator, options.max_concurrent, overflow),
         options,
         name=options.model_name or name,
-        template=find_template(options.chat_template, folder, eot),
+        template=find_template(options.chat_template, path if is_gguf(path) else folder, eot),
         ends=end_ids(folder, tokenizer.vocab_size),
         watch=Path(options.watch) if options.watch is not None else run,
         seed=seed,

@@ -34,7 +34,8 @@ MOST_LINES = 15_000
 # Imports inside functions: packages of the extras, whose absence is reported in one line when they are needed; slow
 # ones, which commands that must answer at once do not wait for; and modules that not every system has.
 OPTIONAL = {
-    *("datasets", "fastapi", "filelock", "huggingface_hub", "jinja2", "lm_eval", "matplotlib", "prometheus_client"),
+    *("datasets", "fastapi", "filelock", "gguf", "huggingface_hub", "jinja2", "lm_eval", "matplotlib"),
+    "prometheus_client",
     *("pyarrow", "tensorboard", "tiktoken", "tiktoken_ext", "tokenizers", "transformers", "uvicorn", "wandb", "yaml"),
     *("safetensors", "tyro", "rich"),
     *("fcntl", "msvcrt", "pydoc_data", "readline", "resource"),
