@@ -202,8 +202,6 @@ def build(
             group.separator = "\n" if len(group.sources) > 1 or group.sources[0].has_many else ""
     texts = (text for group in groups for _, text, _ in group.pieces(report))
     if learns:
-        if spec.tokenizer != "char":  # which takes no time
-            report(f"learning the tokenizer {spec.tokenizer} from the text")
         tokenizer = Tokenizer.from_name(spec.tokenizer, texts)
     elif stated := spec.sources[0][0].documents:
         groups[0].count = stated  # from the hub, which saves a pass over the network

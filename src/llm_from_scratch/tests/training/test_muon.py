@@ -214,7 +214,7 @@ def test_all_else_is_stepped_as_by_torch(fused: Any, decay: float) -> None:
     assert same(ours, theirs)
     mixed, plain = make(**UNTIED), make(**UNTIED)
     optimizer = made(mixed, fused=fused, weight_decay=decay)
-    reference = torch.optim.AdamW(plain.parameters(), 3e-3, (0.9, 0.95), weight_decay=0.0, fused=fused == "on")
+    reference = torch.optim.AdamW(plain.parameters(), 3e-3, (0.9, 0.99), weight_decay=0.0, fused=fused == "on")
     train(mixed, optimizer, 1)
     train(plain, reference, 1)
     moved = dict(plain.named_parameters())

@@ -28,7 +28,7 @@ def test_cosine_is_nanogpts() -> None:
         [1.0, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2, 0.1, 0.1, 0.1]
     )
     # GPT-2 124M as nanoGPT trains it
-    gpt2 = SchedulerConfig(lr_decay_iters=600000)
+    gpt2 = SchedulerConfig(warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
     found = [learning_rate_at(step, 6e-4, gpt2, 600000) for step in (0, 1999, 2000, 301000, 600000, 600001)]
     assert found == pytest.approx([6e-4 / 2001, 6e-4 * 2000 / 2001, 6e-4, 3.3e-4, 6e-5, 6e-5])
 
