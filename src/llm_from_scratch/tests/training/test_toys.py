@@ -81,7 +81,7 @@ def test_a_run_trains_saves_and_resumes_bit_for_bit(tiny_data: Path) -> None:
 def test_its_first_step_is_worked_by_hand() -> None:
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[1.0, -2.0]])
-    settings: Any = OptimizerConfig(optimizer_type="lion", weight_decay=0.5, learning_rate=0.1, beta2=0.95)  # type: ignore[arg-type]
+    settings: Any = OptimizerConfig("lion", weight_decay=0.5, learning_rate=0.1, beta2=0.95)  # type: ignore[arg-type]
     optimizer = make_optimizer(layer, settings, torch.device("cpu"))
     layer.weight.grad = torch.tensor([[3.0, -0.2]])
     optimizer.step()
