@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.model import Head, NextTokenLoss
+from .products import PLAIN, TORCH, CPUHead, multiply
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
 PIECE_ELSEWHERE = 4096
@@ -24,11 +25,12 @@ class ChunkedLoss(NextTokenLoss):
 
     def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[None, Tensor]:
         x = x.reshape(-1, x.size(-1))
-        return None, linear_cross_entropy(x, head.weight, targets.reshape(-1), head.softcap)
+        libraries = head.libraries if isinstance(head, CPUHead) and x.dtype == torch.float32 else PLAIN
+        return None, linear_cross_entropy(x, head.weight, targets.reshape(-1), head.softcap, libraries=libraries)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None, libraries: str = PLAIN
 ) -> Tensor:
     """Mean cross-entropy (nats) of the logits x @ weight.T over the rows whose target is not -1.
 
@@ -44,26 +46,27 @@ def linear_cross_entropy(
     wanted = (grad and x.requires_grad, grad and weight.requires_grad)
     piece = min(piece or (PIECE_ON_CPU if kind == "cpu" else PIECE_ELSEWHERE), max(1, len(x)))
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets, softcap, piece, *wanted)
+        return _LinearCrossEntropy.apply(x, weight, targets, softcap, piece, *wanted, libraries)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, piece: int, for_x: bool, for_w: bool
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, piece: int, for_x: bool, for_w: bool,
+        libraries: str,
+    ) -> Tensor:  # fmt: skip
         w, valid = weight.to(x.dtype), targets >= 0
         # rows without a target are excluded from all three results here, which saves a pass over their logits
         ids, seen = targets.clamp(min=0), x * valid[:, None] if for_w else x
         kernel = CPULogitPasses if x.device.type == "cpu" and not torch.compiler.is_compiling() else LogitPasses
-        rows = kernel(w, piece, softcap, for_x or for_w)
+        rows = kernel(w, piece, softcap, for_x or for_w, libraries)
         losses, dx, dw = [], [], None
         for at in range(0, len(x), piece):
             part = slice(at, at + piece)
             loss, g = rows.losses(x[part], ids[part])
             losses.append(loss)
             if for_x:
-                dx.append(g @ w)
+                dx.append(multiply(g, w, libraries[1]))
             if for_w:
                 dw = rows.add_product(dw, g, seen[part])
         count = valid.sum()
@@ -79,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled: Any = torch.mul if torch.compiler.is_compiling() or is_retained() else Tensor.mul_
         dx = None if dx is None else scaled(dx, factor).to(dx.dtype)
         dw = None if dw is None else scaled(dw, factor).to(ctx.weight_dtype)
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
 
 
 def is_retained() -> bool:
@@ -91,7 +94,8 @@ def is_retained() -> bool:
 class LogitPasses:
     """The passes over the logits of a chunk, written for a compiler to fuse, and for a GPU without a compiler."""
 
-    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
+    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool, libraries: str = PLAIN):
+        self.libraries = libraries
         self.w, self.softcap, self.with_gradient = w, softcap, with_gradient
         self.high = torch.promote_types(w.dtype, torch.float32)
         self.vocabulary = torch.arange(len(w), device=w.device)
@@ -120,10 +124,10 @@ class CPULogitPasses(LogitPasses):
     """The same with one buffer for the logits of every chunk. The passes process a few rows that fit in the processor's
     cache, and cost a tenth of the products."""
 
-    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool):
-        super().__init__(w, piece, softcap, with_gradient)
+    def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool, libraries: str = PLAIN):
+        super().__init__(w, piece, softcap, with_gradient, libraries)
         vocabulary = len(w)
-        self.logits = torch.empty(piece, vocabulary, dtype=w.dtype)
+        self.logits = torch.empty(piece if libraries[0] == TORCH else 0, vocabulary, dtype=w.dtype)
         self.few = min(piece, max(1, IN_CACHE // vocabulary))
         self.z = torch.empty(self.few, vocabulary, dtype=self.high)
         self.p = torch.empty(self.few, vocabulary, dtype=self.high)
@@ -132,7 +136,10 @@ class CPULogitPasses(LogitPasses):
         self.product = torch.empty(rows, w.size(1), dtype=w.dtype)
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        logits = torch.mm(x, self.w.t(), out=self.logits[: len(x)])
+        if self.libraries[0] == TORCH:
+            logits = torch.mm(x, self.w.t(), out=self.logits[: len(x)])
+        else:
+            logits = multiply(x, self.w.t(), self.libraries[0])
         losses = [self._few(few, at) for few, at in zip(logits.split(self.few), ids.split(self.few), strict=True)]
         return torch.cat(losses), logits
 
@@ -154,7 +161,10 @@ class CPULogitPasses(LogitPasses):
 
     def add_product(self, total: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
         if x.dtype == self.high:
-            return g.t() @ x if total is None else total.addmm_(g.t(), x)
+            if self.libraries[2] == TORCH and total is not None:
+                return total.addmm_(g.t(), x)
+            product = multiply(g.t(), x, self.libraries[2])
+            return product if total is None else total.add_(product)
         total, first = (torch.empty_like(self.w, dtype=self.high), True) if total is None else (total, False)
         for part in self.slices:  # a third faster than the whole at once, without a second head's worth of memory
             product = torch.mm(g[:, part].t(), x, out=self.product[: part.stop - part.start])

@@ -51,6 +51,8 @@ class Runtime:
     """CPU threads; None leaves torch's own choice."""
     reasons: dict[str, str]
     """Setting -> what was chosen and why, for the announcement."""
+    products: dict[str, str] | None = None
+    """Libraries of the linear layers' products on a CPU (kernels/products.py); None: to be measured."""
 
     @property
     def is_master(self) -> bool:

@@ -7,8 +7,11 @@ import os
 import shlex
 from typing import Any
 
+import torch
+
 from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config, flatten
+from ..kernels.products import checked_libraries
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 
@@ -62,6 +65,9 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
         if not compiled or runtimes.has_triton() or runtime.device.type == "cpu":
             changes["compile"] = compiled
             reasons["compile"] = f"{'on' if compiled else 'off'} (as at the start of the run)"
+    products = checked_libraries(before.get("products"))
+    if products is not None and before.get("processor") == torch.backends.cpu.get_cpu_capability():
+        changes["products"] = products
     threads = before.get("threads")
     if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
         changes["threads"] = threads

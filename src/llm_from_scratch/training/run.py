@@ -21,6 +21,7 @@ from ..config import Config
 from ..core.dataset import BatchLoader, load_on_device
 from ..core.model import GPT
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
+from ..kernels.products import libraries_of
 from ..machine import device as runtimes
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
@@ -312,6 +313,7 @@ class Run:
             "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
             "dtype": str(self.runtime.dtype).removeprefix("torch."),
             "compile": self.models.is_compiled,
+            "products": libraries_of(self.model),
             "fused": bool(self.optimizer.defaults.get("fused")),
             "micro_batch": self.micro_batch,
             "threads": torch.get_num_threads(),

@@ -12,11 +12,12 @@ import torch
 import torch.nn as nn
 
 from ..config import Config
-from ..core.model import GPT, NextTokenLoss
+from ..core.model import GPT, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
+from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
@@ -70,6 +71,12 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     keep: list[nn.Module] = []
     if runtime.device.type == "cpu":
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile)
+    libraries = fitting_libraries(model, config, runtime, micro_batch)
+    if any(ONEDNN in found for found in libraries.values()):
+        replacements |= {Linear: CPULinear, Head: CPUHead}
+        if runtime.products is None:
+            found = ", ".join(f"{shape} {three}" for shape, three in libraries.items())
+            say(f"products: {found} (output, input's and weight's gradient; o: by oneDNN, faster here; t: by torch)")
     if config.system.fp8:
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others
@@ -78,6 +85,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
     swap(model, replacements, say, keep)
+    set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
             module.weight.register_post_accumulate_grad_hook(make_dense)
@@ -85,6 +93,15 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         count = sum(isinstance(m, Float8Linear) for m in model.modules())
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
     recompute(model, config, runtime, micro_batch, say)
+
+
+def fitting_libraries(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> dict[str, str]:
+    """The libraries of the linear layers' products: those of the start of the run, or the fastest."""
+    if runtime.device.type != "cpu" or runtime.dtype != torch.float32 or runtime.compile:
+        return {}
+    if runtime.products is not None or runtime.world_size > 1:  # processes would measure different times
+        return runtime.products or {}
+    return fastest_libraries(model, micro_batch * config.model.block_size)
 
 
 def loss_is_chunked(config: Config, micro_batch: int) -> bool:

@@ -73,6 +73,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert machine == {
         "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "dtype": "float32", "compile": False,
         "fused": True, "micro_batch": 4, "threads": 1, "processes": 1, "torch": torch.__version__,
+        "products": {},
     }  # fmt: skip
 
     def resolved(device: str = "cpu", **before: Any) -> tuple[runtimes.Runtime, list[str]]:
@@ -89,6 +90,11 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert runtime.dtype == torch.float32 and runtime.threads is None
     runtime, _ = resolved(threads=100_000)
     assert runtime.threads is None
+    runtime, told = resolved(products={"16x64": "oto"})
+    assert runtime.products == {"16x64": "oto"} and told == [
+        "not bit-exact from here on: products {'16x64': 'oto'} -> {}"
+    ]
+    assert resolved(products={"16x64": "oto"}, processor="AVX1")[0].products is None
     config = tiny_config(tiny_data, **{**settings, "dtype": "float32", "compile": False, "threads": 2})
     runtime, _ = resolved(dtype="bfloat16", compile=True, threads=1)
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.float32, False, 2)

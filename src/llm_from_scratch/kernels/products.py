@@ -1,0 +1,125 @@
+"""The library of each float32 product of a linear layer on a CPU: torch's own (MKL in its wheels) or oneDNN.
+
+On AMD processors MKL uses less than all of AVX2, and oneDNN is up to twice as fast; on Intel's they are even. So the
+products of each shape are timed once, at the start of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.model import GPT, Head, Linear
+
+TORCH, ONEDNN = "t", "o"
+PLAIN, ALL_ONEDNN = TORCH * 3, ONEDNN * 3  # of the output, of the input's gradient, of the weight's gradient
+LEAST = 1 << 22  # multiplications of a model's largest product below which nothing is measured
+ROWS, SIZE, ROUNDS = 512, 1 << 25, 5  # of a probe: rows, multiplications of a product, repetitions
+MARGIN = 0.85  # of torch's time: a choice must not depend on noise
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def multiply(a: Tensor, b: Tensor, library: str) -> Tensor:
+    """a @ b for matrices, which may be transposed views."""
+    if library == TORCH:
+        return torch.mm(a, b)
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+class CPULinear(Linear):
+    """Linear with a library for each of its three float32 products."""
+
+    libraries = ALL_ONEDNN  # compared with Linear by swap, which refuses less than float32's precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or self.weight.dtype != x.dtype or self.libraries == PLAIN:
+            return super().forward(x)
+        return _LinearProduct.apply(x, self.weight, self.bias, self.libraries)
+
+
+class CPUHead(Head, CPULinear):
+    """Head with the same."""
+
+
+class _LinearProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, libraries: str) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.libraries = libraries
+        if libraries[0] == TORCH:
+            return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        dy, (for_x, for_weight, for_bias, _) = grads[0].flatten(0, -2), ctx.needs_input_grad
+        dx = multiply(dy, weight, ctx.libraries[1]).view(x.shape) if for_x else None
+        dw = multiply(dy.t(), x.flatten(0, -2), ctx.libraries[2]) if for_weight else None
+        return dx, dw, dy.sum(0) if for_bias else None, None
+
+
+def name_of(layer: Linear) -> str:
+    return f"{layer.in_features}x{layer.out_features}"
+
+
+def fastest_libraries(model: GPT, rows: int) -> dict[str, str]:
+    """{"INPUTSxOUTPUTS": a library for each product}, measured on this many rows in milliseconds; empty if torch's own
+    is the best for the largest layer."""
+    layers = sorted((m for m in model.modules() if isinstance(m, Linear)), key=lambda m: m.weight.numel())
+    if not has_onednn() or rows * layers[-1].weight.numel() < LEAST:
+        return {}
+    found: dict[str, str] = {}
+    for layer in reversed(layers):
+        if (name := name_of(layer)) not in found:
+            found[name] = _fastest(layer.in_features, layer.out_features, min(rows, ROWS))
+        if found[name] == PLAIN and len(found) == 1:
+            return {}
+    return found
+
+
+@torch.no_grad()
+def _fastest(inputs: int, outputs: int, rows: int) -> str:
+    outputs = max(1, min(outputs, SIZE // (rows * inputs)))  # a head is probed with a part of its vocabulary
+    x, w, dy = (torch.full(shape, 0.5) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
+    return "".join(
+        ONEDNN if _seconds(a, b, ONEDNN, TORCH) < MARGIN else TORCH for a, b in ((x, w.t()), (dy, w), (dy.t(), x))
+    )
+
+
+def _seconds(a: Tensor, b: Tensor, library: str, other: str) -> float:
+    """The processor time of a product by one library, in units of its time by another one."""
+    times: dict[str, list[float]] = {library: [], other: []}
+    for _ in range(1 + ROUNDS):  # interleaved; the first ones prepare the libraries
+        for one, measured in times.items():
+            begin = time.process_time()
+            multiply(a, b, one)
+            measured.append(time.process_time() - begin)
+    return min(times[library][1:]) / min(times[other][1:])
+
+
+def set_libraries(model: GPT, chosen: dict[str, str]) -> None:
+    """Gives each CPULinear its libraries."""
+    for module in model.modules():
+        if isinstance(module, CPULinear):
+            module.libraries = chosen.get(name_of(module), PLAIN)
+
+
+def libraries_of(model: GPT) -> dict[str, str]:
+    """What set_libraries() has set; empty if all products are torch's."""
+    return {name_of(m): m.libraries for m in model.modules() if isinstance(m, CPULinear)}
+
+
+def checked_libraries(saved: Any) -> dict[str, str] | None:
+    """A choice as a checkpoint has it; None if it is not one."""
+    if not isinstance(saved, dict):
+        return None
+    good = all(isinstance(v, str) and len(v) == 3 and set(v) <= {TORCH, ONEDNN} for v in saved.values())
+    return {str(name): v for name, v in saved.items()} if good else None
