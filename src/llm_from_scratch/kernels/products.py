@@ -90,11 +90,11 @@ def _fastest(inputs: int, outputs: int, rows: int) -> str:
     outputs = max(1, min(outputs, SIZE // (rows * inputs)))  # a head is probed with a part of its vocabulary
     x, w, dy = (torch.full(shape, 0.5) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
     return "".join(
-        ONEDNN if _seconds(a, b, ONEDNN, TORCH) < MARGIN else TORCH for a, b in ((x, w.t()), (dy, w), (dy.t(), x))
+        ONEDNN if relative_time(a, b, ONEDNN, TORCH) < MARGIN else TORCH for a, b in ((x, w.t()), (dy, w), (dy.t(), x))
     )
 
 
-def _seconds(a: Tensor, b: Tensor, library: str, other: str) -> float:
+def relative_time(a: Tensor, b: Tensor, library: str, other: str) -> float:
     """The processor time of a product by one library, in units of its time by another one."""
     times: dict[str, list[float]] = {library: [], other: []}
     for _ in range(1 + ROUNDS):  # interleaved; the first ones prepare the libraries
