@@ -21,8 +21,9 @@ MARKS = re.compile(r"(?<=<!-- proof -->\n)(.*?)(?=<!-- /proof -->)", re.DOTALL)
 
 
 def measured(folder: Path, name: str) -> dict[str, Any]:
-    """The line of JSON that a benchmark ends with."""
-    return json.loads((folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()[-1])
+    """The line of JSON that a benchmark ends with; warnings may follow it."""
+    lines = (folder / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return json.loads([line for line in lines if line.startswith("{")][-1])
 
 
 def cells(values: dict[str, float], form: str, best: Callable[..., Any]) -> list[str]:

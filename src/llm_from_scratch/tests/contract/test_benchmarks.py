@@ -82,7 +82,7 @@ def test_the_table_of_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "resume": {"found": {"ours": {"resumed": 0.0}, "nanogpt": {"resumed": 0.03}}},
     }
     for name, found in logs.items():
-        (tmp_path / f"{name}.txt").write_text(f"a table\n{json.dumps(found)}\n")
+        (tmp_path / f"{name}.txt").write_text(f"a table\n{json.dumps(found)}\na warning\n")
     (tmp_path / "date").write_text("2026-11-29\n")
     lines = proof_table.table(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[2:8]] for line in lines[2:9]]
