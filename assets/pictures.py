@@ -96,15 +96,14 @@ def frames(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[float], list[tup
     stream = pyte.ByteStream(terminal)
     stream.feed(b"$ ")
     typed = [(SHORTEST / 2, key.encode()) for key in COMMAND] + [(LONGEST, b"\r\n")]
-    starts, shown, now = [0.0], [rows_of(terminal)], 0.0
+    starts, shown, now = [0.0], [], 0.0
     for index, (gap, chunk) in enumerate(itertools.chain(typed, chunks)):
         now += gap if index < len(typed) else min(gap / speed, LONGEST)
-        stream.feed(chunk)
         if index < len(typed) or now - starts[-1] >= SHORTEST:
             starts.append(now)
-            shown.append(())
-        shown[-1] = rows_of(terminal)
-    return starts, shown
+            shown.append(rows_of(terminal))
+        stream.feed(chunk)
+    return starts, [*shown, rows_of(terminal)]
 
 
 def animation(starts: list[float], shown: list[tuple[Row, ...]]) -> str:
@@ -164,7 +163,7 @@ def draw(rows: list[Row], path: Path) -> None:
                             pen.ellipse((cx - 1.2, cy - 1.2, cx + 1.2, cy + 1.2), fill=colour)
                 elif sign != " ":
                     pen.text((left, top), sign, font=font, fill=colour)
-    picture.quantize(32).save(path, optimize=True)
+    picture.quantize(64).save(path, optimize=True)
 
 
 def main(settings: list[str]) -> None:

@@ -23,7 +23,8 @@ peer() { # NAME PACKAGE...: an environment on top of $python's, made once
     local place=build/peers/$1
     [ ! -f "$place/done" ] || return 0
     "$python" -m venv --clear "$place"
-    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$(echo "$place"/lib/python*/site-packages)/below.pth"
+    "$python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+        >"$(echo "$place"/lib/python*/site-packages)/below.pth"
     "$place/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
     touch "$place/done"
 }
