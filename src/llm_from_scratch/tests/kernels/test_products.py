@@ -25,9 +25,9 @@ SHAPE: dict[str, Any] = {"block_size": 8, "vocab_size": 40, "n_layer": 1, "n_hea
 @pytest.mark.parametrize("libraries", ["ooo", "ott", "tot", "tto"])
 def test_products_and_gradients_are_those_of_float64(libraries: str, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = Linear(24, 33, bias=bias)
+    layer: Any = Linear(24, 33, bias=bias)
     layer.__class__ = CPULinear
-    layer.libraries = libraries  # type: ignore[attr-defined]
+    layer.libraries = libraries
     x, dy = torch.randn(3, 5, 24, requires_grad=True), torch.randn(3, 5, 33)
     y = layer(x)
     y.backward(dy)
@@ -35,6 +35,7 @@ def test_products_and_gradients_are_those_of_float64(libraries: str, bias: bool)
     expected = F.linear(*exact)
     expected.backward(dy.double())
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    found: Any
     for found, wanted in zip((x, *layer.parameters()), exact, strict=True):
         torch.testing.assert_close(found.grad.double(), wanted.grad, atol=1e-5, rtol=1e-5)
 

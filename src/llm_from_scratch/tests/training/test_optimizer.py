@@ -144,7 +144,7 @@ def test_fused_is_refused_where_torch_has_none() -> None:
 
 @pytest.mark.parametrize("norm", [0.5, 2.0, math.nan])
 def test_clipping_is_torchs_and_leaves_small_gradients_alone(norm: float) -> None:
-    model = torch.nn.Linear(3, 2)
+    model: Any = torch.nn.Linear(3, 2)
     for p in model.parameters():
         p.grad = torch.full_like(p, norm / math.sqrt(8))
     expected = copy.deepcopy(model)

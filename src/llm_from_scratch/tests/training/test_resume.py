@@ -18,11 +18,13 @@ import torch
 
 from llm_from_scratch.checkpoint import store as checkpoints
 from llm_from_scratch.checkpoint.store import Checkpoint, find_checkpoint, load_checkpoint
+from llm_from_scratch.core.model import GPT, Linear
 from llm_from_scratch.errors import TrainingError, UserError
+from llm_from_scratch.kernels.products import name_of
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine import terminal
 from llm_from_scratch.machine.files import FolderLock
-from llm_from_scratch.training import evaluate, loggers, resume, trainer
+from llm_from_scratch.training import evaluate, loggers, resume, trainer, wrap
 from llm_from_scratch.training import plan as plans
 from llm_from_scratch.training import run as runs
 from llm_from_scratch.training.run import Run
@@ -101,6 +103,21 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert resolved(torch="1.0")[1] == [f"not bit-exact from here on: torch 1.0 -> {torch.__version__}"]
     (told_,) = resume.not_bit_exact(machine, Checkpoint(None, 0, saved.model_config, {}))
     assert told_ == "not bit-exact from here on: the checkpoint does not name the machine that made it"
+
+
+def test_a_resumed_run_multiplies_by_the_same_libraries(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_onednn(model: GPT, rows: int) -> dict[str, str]:
+        return {name_of(m): "ooo" for m in model.modules() if isinstance(m, Linear)}
+
+    monkeypatch.setattr(wrap, "fastest_libraries", all_onednn)
+    settings = {"schedule": "constant", "dtype": "float32", "compile": False}
+    train(tiny_config(tiny_data, **settings, out_dir="whole", max_iters=6))
+    train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=3))
+    monkeypatch.setattr(wrap, "fastest_libraries", lambda model, rows: pytest.fail("measured again"))
+    train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=6, init_from="resume"))
+    one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("run", "whole"))
+    assert one.trainer["machine"]["products"] == other.trainer["machine"]["products"] != {}
+    assert all(torch.equal(one.model[name], other.model[name]) for name in other.model)
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
