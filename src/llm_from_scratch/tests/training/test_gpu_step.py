@@ -79,6 +79,12 @@ def as_on_a_gpu(skip: Tensor, optimizer: Any) -> None:
 MODERN = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True, "logit_softcap": 15.0}
 
 
+class OnGPU(Tensor):
+    """A tensor that says that it is not on the CPU: it is not compared with a number of the host."""
+
+    device = torch.device("meta")  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,6 +100,8 @@ def test_no_update_needs_a_number_from_the_device(
 ) -> None:
     monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)
     monkeypatch.setattr(trainer, "step_unless", as_on_a_gpu)
+    total_norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: total_norm(grads).as_subclass(OnGPU))
     monkeypatch.setattr(setup, "refuse_unfit", lambda *_: None)
     monkeypatch.setattr(Runtime, "place", lambda runtime, model: setattr(model, "compute_dtype", torch.bfloat16))
     monkeypatch.setattr(parallel, "cpu_replacements", lambda *_: ({}, []))
