@@ -7,7 +7,6 @@ is killed a few times; the process that brings it to its end is let be.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import shutil
@@ -151,7 +150,7 @@ def _wait_for_moment(process: subprocess.Popen[bytes], out_dir: Path, rng: rando
 
     until(lambda: output.read_text().count(BEGUN) > announced, 0.01)
     time.sleep(rng.uniform(0.0, WINDOW))
-    return rng.random() < AIMED and until(lambda: any(n.startswith(".tmp-step-") for n in os.listdir(out_dir)), 0.0005)
+    return rng.random() < AIMED and until(lambda: any(out_dir.glob(".tmp-step-*")), 0.0005)
 
 
 @contextlib.contextmanager
