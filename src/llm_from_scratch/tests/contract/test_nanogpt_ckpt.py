@@ -565,7 +565,7 @@ def test_llm_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (("--out_dir=out", "--format=nanogpt"), "--output is missing"),
         (("--out_dir=nowhere", "--format=nanogpt", "--output=x"), "no checkpoint nowhere"),
         (("--out_dir=out", "--which=30", "--output=x"), "no checkpoint of step 30"),
-        (("--out_dir=out", "--format=gguf", "--output=x"), "format='gguf' is not valid"),
+        (("--out_dir=out", "--format=onnx", "--output=x"), "format='onnx' is not valid"),
         (("--out_dir=out", "--output=x", "more"), "unexpected 'more'"),
         (("--out_dir=out", "--format=nanogpt", "--output=theirs"), "not written by this program"),
         (("--out_dir=out", "--format=nanogpt", "--output=out/step-00000010/model.json"), "not written by this program"),
