@@ -82,7 +82,7 @@ MODERN = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "q
 class OnGPU(Tensor):
     """A tensor that says that it is not on the CPU: it is not compared with a number of the host."""
 
-    device = torch.device("meta")  # type: ignore[assignment]
+    device = torch.device("meta")
 
 
 @pytest.mark.parametrize(
