@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass
 class GPTConfig(Settings):
-    """The model's architecture. The defaults are GPT-2 (124M)."""
+    """The model's architecture."""
 
     block_size: int = 1024
     """Context length in tokens."""
@@ -101,10 +101,10 @@ class GPTConfig(Settings):
         above(self, 0, "rope_theta", "norm_eps")
         between(self, 0, 1, "dropout", open_right=True)
         if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
-                f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}"
-            )
+            width = 2 if self.pos_embedding == "rope" else 1  # a divisor of a head's width
+            fits = [n for n in range(1, min(2 * self.n_head, 1 << 12)) if self.n_embd % (n * width) == 0]
+            hint = f"; try n_head={min(fits, key=lambda n: abs(n - self.n_head))}" if fits else ""
+            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}{hint}")
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.pos_embedding == "rope" and (self.n_embd // self.n_head) % 2:

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import reprlib
+import shlex
 import shutil
 import textwrap
 import types
@@ -67,10 +68,10 @@ def parse(
     `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
     command line gives them, and exits. {presets} in description becomes a line for each. `--completion SHELL` prints a
     script. Raises UserError: unknown name (with the nearest), wrong type, missing or unreadable preset."""
-    if argv[:1] == ["--completion"]:
-        shell = argv[1] if len(argv) > 1 else ""
-        if shell not in ("bash", "zsh", "tcsh"):
-            raise UserError(f"--completion needs a shell: bash, zsh or tcsh, got {shell!r}")
+    if argv and argv[0].partition("=")[0] == "--completion":
+        shell = (argv[0].partition("=")[2].split() + argv[1:] + [""])[0]
+        if shell not in ("bash", "zsh"):
+            raise UserError(f"--completion needs a shell: bash or zsh, got {shell!r}")
         tyro.cli(tree_type, args=["--tyro-print-completion", shell], prog=prog.partition(" [")[0], **TYRO)
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
@@ -200,6 +201,8 @@ def find_preset(name: str) -> Path:
             return path
     known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
     hint = did_you_mean(given.stem, known, f"available: {', '.join(known)}")
+    if given.name == name and any((Path(folder) / name).is_dir() for folder in ("data/processed", "data")):
+        hint = f"to use the data of that name: {shlex.join([f'--dataset={name}'])}"
     raise UserError(f"no preset file {name!r}; {hint} (settings are written as --key=value)")
 
 
@@ -311,12 +314,13 @@ def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain settings as key: value, got {type(content).__name__}")
-    return _flatten_sections(content, leaves, str(path))
+    # a preset may also have settings of other commands
+    flat = _flatten_sections(content, leaf_types(Config) | leaves, str(path))
+    return {key: value for key, value in flat.items() if key in leaves}
 
 
 def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: str) -> dict[str, Any]:
     """{section: {leaf: value}} or {leaf: value} as {leaf: value}. Refuses unknown names and wrong sections."""
-    known = leaf_types(Config)
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if key in _SECTIONS and isinstance(value, (dict, type(None))):
@@ -325,11 +329,11 @@ def _flatten_sections(content: dict[str, Any], leaves: dict[str, Any], where: st
                     hint = _misplaced(str(leaf), key, _SECTIONS)
                     raise UserError(f"unknown setting {one_line(key)}.{one_line(leaf)} in {where}{hint}")
                 flat[leaf] = leaf_value
-        elif key in leaves or key in known:
+        elif key in leaves:
             flat[key] = value
         else:
             raise UserError(f"unknown setting {one_line(key)} in {where}{_nearest(str(key), leaves)}")
-    return {key: value for key, value in flat.items() if key in leaves}
+    return flat
 
 
 def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ COMMANDS = {
     "serve": ("serve", "starts an OpenAI-compatible server with a playground"),
     "eval": ("evaluate", "loss, perplexity and bits per byte"),
     "bench": ("bench", "times a training step"),
-    "export": ("export", "writes a model for transformers or nanoGPT"),
+    "export": ("export", "writes a model for transformers, llama.cpp or nanoGPT"),
     "demo": ("demo", "trains a small model on a small text"),
 }
 NAMES = f"one of {', '.join(COMMANDS)}"
@@ -29,7 +29,7 @@ Trains, samples, evaluates, exports and serves GPT language models.
 {chr(10).join(f"  {name:<9} {does}" for name, (_, does) in COMMANDS.items())}
 
 gptsmith COMMAND --help explains a command. gptsmith COMMAND --completion bash
-prints a completion script (bash, zsh or tcsh)."""
+prints a completion script (bash or zsh)."""
 
 
 @command

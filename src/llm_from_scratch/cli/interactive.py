@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from ..config import GenerationConfig, did_you_mean, flatten
 from ..errors import UserError, one_line
@@ -46,10 +47,11 @@ class Conversation:
         if name == "help":
             note(HELP)
         elif name == "set" and not words:
-            shown = flatten(self.params) | {"seed": self.seed}
-            note("\n".join(f"{key} {value!r}" for key, value in shown.items() if key != "start"))
+            note("\n".join(f"{key} {value!r}" for key, value in self._settings().items()))
         elif name == "set" and len(words) == 2:
             self._set(*words)
+        elif words and name in ("retry", "reset"):
+            raise UserError(f"/{name} does not accept a value")
         elif name == "retry" and self.last:
             self.ask(self.last)
         elif name == "reset":
@@ -61,11 +63,22 @@ class Conversation:
             known = ("/help", "/set", "/retry", "/reset")
             raise UserError(f"no command /{one_line(name)}; {did_you_mean(f'/{name}', known, hint)}")
 
+    def _settings(self) -> dict[str, Any]:
+        shown = flatten(self.params) | {"seed": self.seed}
+        del shown["start"]  # each line is one
+        return shown
+
     def _set(self, name: str, value: str) -> None:
-        if name == "seed" and value.isdecimal():
+        name = name.replace("-", "_")
+        if name == "seed":
+            if not value.isdecimal():
+                raise UserError(f"seed={one_line(value)!r} is not valid: expected a whole number, 0 or more")
             self.seed = int(value)
             return
-        params = build(GenerationConfig, dataclasses.asdict(self.params) | {name.replace("-", "_"): value})
+        known = self._settings()
+        if name not in known:
+            raise UserError(f"unknown setting {one_line(name)}; {did_you_mean(name, known, '/set lists them')}")
+        params = build(GenerationConfig, dataclasses.asdict(self.params) | {name: value})
         params.validate()
         self.check(params)
         self.params = params
@@ -88,8 +101,13 @@ def converse(conversation: Conversation) -> int:
             prompt = _quoted(line) if quoted else line
         except UnicodeDecodeError as error:
             raise UserError(f"standard input is not UTF-8 text ({error.reason}); convert it first") from None
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             note("")
+            return 0
+        except KeyboardInterrupt:
+            note("")
+            if at_terminal:
+                continue  # as in a shell, it drops the line
             return 0
         try:
             if at_terminal and not quoted and prompt.startswith("/"):

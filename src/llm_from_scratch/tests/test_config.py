@@ -203,8 +203,10 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    with pytest.raises(UserError, match="n_embd=770 is not divisible by n_head=12.*try n_embd=768"):
+    with pytest.raises(UserError, match="n_embd=770 is not divisible by n_head=12; try n_head=11"):
         GPTConfig(n_embd=770).validate()
+    with pytest.raises(UserError, match="n_embd=18 is not divisible by n_head=5; try n_head=3"):  # 6 heads are 3 wide
+        GPTConfig(n_embd=18, n_head=5, pos_embedding="rope").validate()
     with pytest.raises(UserError, match="n_kv_head=5 does not divide n_head=12"):
         GPTConfig(n_kv_head=5).validate()
     with pytest.raises(UserError, match="rope needs an even head width, got n_embd/n_head = 3"):

@@ -9,7 +9,7 @@ import pytest
 
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.config import Config, GPTConfig, flatten
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import (
     COMMAND_LINE,
@@ -308,7 +308,9 @@ def test_bare_names_and_what_is_near_them(here: Path) -> None:
     assert "no preset file 'quikc'; did you mean quick?" in refused("quikc")
     assert "available:" in refused("zzzzzzzz") and "quick" in refused("zzzzzzzz")
     assert "no preset file 'nowhere/mine.yaml'" in refused("nowhere/mine.yaml")
-    assert "no preset file" in refused(".")
+    (here / "data" / "processed" / "book").mkdir(parents=True)
+    assert "no preset file 'book'; to use the data of that name: --dataset=book" in refused("quick", "book")
+    assert "--dataset" not in refused(".")
 
 
 def test_ones_own_presets_come_before_those_that_ship(here: Path) -> None:
@@ -365,6 +367,8 @@ def test_build_reads_plain_data() -> None:
     assert (config.model.n_layer, config.optimizer.learning_rate, config.generation.stop) == (2, 0.1, ("x",))
     with pytest.raises(UserError, match="unknown setting n_layers in the settings; did you mean n_layer"):
         build(Config, {"n_layers": 2})
+    with pytest.raises(UserError, match="unknown setting max_iters in the settings"):  # another group's
+        build(GPTConfig, {"max_iters": 2})
     with pytest.raises(UserError, match="n_layer='x' is not valid"):
         build(Config, {"n_layer": "x"})
 

@@ -50,5 +50,9 @@ def test_completion_is_a_script_of_the_shell(capsys: pytest.CaptureFixture[str])
     typed = "COMP_WORDS=(llm-train --learn); COMP_CWORD=1; _tyro_llm_train; echo ${COMPREPLY[@]}"
     done = subprocess.run(["bash", "-c", script + "\n" + typed], capture_output=True, text=True)
     assert "--learning_rate" in done.stdout, done.stderr
-    assert main(["train", "--completion", "fish"]) == 2
-    assert "bash, zsh or tcsh" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--completion=bash"])
+    assert capsys.readouterr().out == script
+    for shell in (["--completion", "tcsh"], ["--completion=fish"], ["--completion"]):
+        assert main(["eval", *shell]) == 2
+        assert "error: --completion needs a shell: bash or zsh" in capsys.readouterr().err

@@ -24,16 +24,20 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Talk:
-    """Types lines; returns (temperature, prompt, seed) of each answer, and what was printed on standard error."""
+    """Types lines; returns (temperature, prompt, seed) of each answer, and what was printed on standard error.
+    None is Ctrl-C."""
 
-    def typed(*lines: str, terminal: bool = True) -> tuple[Asked, str]:
+    def typed(*lines: str | None, terminal: bool = True) -> tuple[Asked, str]:
         rest, asked = iter(lines), Asked()
 
         def read(prompt: str = "") -> str:
             try:
-                return next(rest)
+                line = next(rest)
             except StopIteration:
                 raise EOFError from None
+            if line is None:
+                raise KeyboardInterrupt
+            return line
 
         def check(params: GenerationConfig) -> None:
             if params.max_new_tokens > 1000:
@@ -68,6 +72,11 @@ def test_several_lines_between_quotes(talk: Talk) -> None:
     assert [prompt for _, prompt, _ in asked] == ["one\ntwo\nthree", "/not a command"]
 
 
+def test_ctrl_c_drops_what_is_being_typed(talk: Talk) -> None:
+    asked, _ = talk(None, '"""one', None, "a")
+    assert [prompt for _, prompt, _ in asked] == ["a"]
+
+
 def test_help_lists_every_command_and_the_settings(talk: Talk) -> None:
     asked, errors = talk("/help", "/set")
     assert not asked and "continues your text" in errors
@@ -80,7 +89,14 @@ def test_help_lists_every_command_and_the_settings(talk: Talk) -> None:
         ("/", "no command /; /help lists them"),
         ("/hlep", "no command /hlep; did you mean /help?"),
         ("/usr/bin", "no command /usr/bin; /help lists them"),
-        ("/set temprature 1", "unknown setting temprature in the settings; did you mean temperature?"),
+        ("/set temprature 1", "unknown setting temprature; did you mean temperature?"),
+        ("/set max_iters 5", "unknown setting max_iters; "),
+        ("/set device cuda", "unknown setting device; /set lists them"),
+        ("/set start x", "unknown setting start; "),
+        ("/set seed -3", "seed='-3' is not valid"),
+        ("/set seed abc", "seed='abc' is not valid"),
+        ("/retry 3", "/retry does not accept a value"),
+        ("/reset now", "/reset does not accept a value"),
         ("/set temperature hot", "temperature='hot' is not valid"),
         ("/set temperature -1", "temperature=-1.0"),
         ("/set temperature", "/set needs a name and a value"),
