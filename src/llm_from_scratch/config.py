@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import numbers
 import re
+import types
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
@@ -328,8 +332,8 @@ class LoggingConfig(Settings):
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Progress bar, plain lines, or none: print nothing. auto: in a terminal the bar, and a short sample at the end;
-    otherwise lines."""
+    """Progress bar, plain lines, or none: print nothing. auto: the bar in a terminal, otherwise lines. Bar and lines
+    end with a sample of the finished model."""
     loss_plot: bool | None = None
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 
@@ -398,11 +402,34 @@ class Config(Settings):
 
 
 def validate(tree: Any) -> None:
-    """Calls validate() of every section of a dataclass tree."""
+    """Checks the types and calls validate() of every section of a dataclass tree."""
     for item in dataclasses.fields(tree):
         section = getattr(tree, item.name)
         if dataclasses.is_dataclass(section) and hasattr(section, "validate"):
+            check_types(section)
             section.validate()
+
+
+def check_types(section: Any) -> None:
+    """Raises UserError if a value does not have the type of its setting."""
+    hints = _type_hints(section.__class__)
+    for item in dataclasses.fields(section):
+        if not _fits(value := getattr(section, item.name), hints[item.name]):
+            raise UserError(f"{item.name}={one_line(repr(value))} has the wrong type: expected {item.type}")
+
+
+_type_hints = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if kind is Literal:
+        return value in typing.get_args(hint)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, some) for some in typing.get_args(hint))
+    return isinstance(value, (list, tuple, str) if kind is tuple else kind)
 
 
 def to_dict(tree: Any) -> dict[str, Any]:

@@ -160,9 +160,17 @@ def build(tree_type: type[T], values: dict[str, Any]) -> T:
 
 def preset(*names: str, **settings: Any) -> Config:
     """The settings of presets (files or bare names; without any, those of llm-train), changed by the given ones:
-    preset("quick", dataset="book", max_iters=200). Raises UserError as parse() does."""
-    config = parse(Config, list(names), prog="preset", base_preset="default").tree
-    return build(Config, flatten(config) | settings)
+    preset("quick", dataset="book", max_iters=200). max_iters replaces a preset's epochs. Raises UserError as parse()
+    does."""
+    for name in names:
+        if not isinstance(name, (str, Path)) or str(name).startswith("-"):
+            raise UserError(f"{name!r} is not a preset: expected names or files, and settings as NAME=VALUE")
+    config = parse(Config, [str(name) for name in names], prog="preset", base_preset="default").tree
+    given = {name for name in ("epochs", "max_iters") if settings.get(name) is not None}
+    if len(given) == 2:
+        raise UserError("epochs and max_iters both set the length of the run; remove one")
+    length = {"epochs": None} if "max_iters" in given else {"lr_decay_iters": None} if given else {}
+    return build(Config, flatten(config) | length | settings)
 
 
 def nanogpt_defaults() -> dict[str, Any]:

@@ -91,7 +91,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     try:
         result = train(config, parsed.sources, prog)
         drop_lost_output()  # a full disk under the output costs lines, not the run
-        if result.checkpoint is not None and not result.exit_code and os.environ.get("RANK", "0") == "0":
+        speaks = config.logging.progress != "none" and os.environ.get("RANK", "0") == "0"
+        if speaks and result.checkpoint is not None and not result.exit_code:
             sampler = "python sample.py" if nanogpt else "llm-generate"
             announce(f"sample from it: {sampler} {shlex.join([f'--out_dir={result.out_dir}'])}")
         return result.exit_code

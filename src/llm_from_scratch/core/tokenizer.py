@@ -309,7 +309,10 @@ class HFTokenizer(Tokenizer):
             eos = parse_json(read_file(beside, MAX_DEFINITION)).get("eos_token") if beside.is_file() else None
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"cannot read the tokenizer {path}: {str(error)[:200]}") from None
-        tokenizer = cls(definition)
+        try:
+            tokenizer = cls(definition)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         names = [eos.get("content") if isinstance(eos, dict) else eos, *HF_EOT_NAMES]
         names = [name.encode("utf-8", "replace").decode() for name in names if isinstance(name, str)]
         ids = (tokenizer._plain.token_to_id(name) for name in names)

@@ -80,17 +80,20 @@ class Documents:
                 report(f"{source.name} is empty and ignored")
 
 
-def prepare(sources: Sequence[str] = (), *, root: str | Path = ".", report: Report = print, **settings: Any) -> Path:
+def prepare(
+    sources: str | Path | Sequence[str | Path] = (), *, root: str | Path = ".", report: Report = print, **settings: Any
+) -> Path:
     """Prepares training data and returns its folder (default: data/processed/NAME). settings: fields of PrepareOptions,
     which `llm-prepare --help` explains. Paths are relative to root. If sources and settings have not changed, nothing
     is done. Raises UserError. After an error or Ctrl-C, only cached tokens remain."""
     options, root = PrepareOptions(**settings), Path(root)
+    given = [str(some) for some in ([sources] if isinstance(sources, (str, Path)) else sources)]
     options.validate()
     with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
         run = options.tokenizer if options.tokenizer and list_checkpoints(options.tokenizer) else None
         if run:
             options.tokenizer = str(find_checkpoint(run, verify=False))
-        spec = _make_spec(list(sources), options, root, Path(spool), report)
+        spec = _make_spec(given, options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
         target = root / (options.out_dir or Path("data/processed") / spec.name)
@@ -173,8 +176,10 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
 
 def tokenizer_for(size: int, report: Report) -> str:
     """The default tokenizer for a training text of this size in bytes: a short text needs a small vocabulary."""
-    name = next(name for limit, name in TOKENIZER_BY_SIZE if size < limit)
-    report(f"tokenizer: {name}, chosen for {size / 1e6:,.1f} MB of text (another: --tokenizer=NAME)")
+    limits = [0.0, *(limit for limit, _ in TOKENIZER_BY_SIZE)]
+    at, name = next((at, name) for at, (limit, name) in enumerate(TOKENIZER_BY_SIZE) if size < limit)
+    span = f"below {limits[at + 1] / 1e6:g} MB" if limits[at + 1] < math.inf else f"of {limits[at] / 1e6:g} MB or more"
+    report(f"tokenizer: {name} (text {span}; override with --tokenizer=NAME)")
     return name
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.load import load, load_hf
-from ..config import GenerationConfig
+from ..config import GenerationConfig, check_types
 from ..core.cache import KVCache
 from ..core.model import GPT
 from ..core.tokenizer import Tokenizer
@@ -181,11 +181,20 @@ class Generator:
 
     def check(self, params: GenerationConfig) -> None:
         """Raises UserError for settings out of range, and for a logit_bias on an id that is not a token."""
+        check_types(params)
         params.validate()
         check_bias(params, self.tokenizer.vocab_size)
 
     @overload
-    def generate(self, prompts: str, *, seed: int = 1337, **settings: Any) -> str: ...
+    def generate(self, prompts: str, *, num_samples: Literal[1] = 1, seed: int = 1337, **settings: Any) -> str: ...
+
+    @overload
+    def generate(self, prompts: str, *, num_samples: int, seed: int = 1337, **settings: Any) -> str | list[str]: ...
+
+    @overload
+    def generate(
+        self, prompts: Sequence[str] | Sequence[Sequence[int]], *, seed: int = 1337, **settings: Any
+    ) -> list[str]: ...
 
     @overload
     def generate(
@@ -219,6 +228,8 @@ class Generator:
             how: dict[str, Any] = {"use_cache": use_cache, "overflow": overflow, "allow_special": allow_special}
             plain = [sample.text for sample in self.generate(given, params, seed, sampler=sampler, **how)]
             return plain[0] if isinstance(prompts, str) and len(plain) == 1 else plain
+        if settings:
+            raise UserError(f"{', '.join(settings)} given next to params: set it in the GenerationConfig")
         self.check(params)
         encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]

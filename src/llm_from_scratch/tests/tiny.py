@@ -75,6 +75,7 @@ QUICK: dict[str, Any] = {
     "warmup_iters": 2,
     "learning_rate": 1e-2,
     "min_lr": 1e-3,
+    "max_new_tokens": 3,
     "final_eval": False,
     "loss_plot": False,
     "log_interval": 1,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at
     from .evaluate import Evaluation
 
 METRICS = "metrics.jsonl"
+LAST = ("README.md", "loss.png")  # written when the training has ended
 TELL_AFTER, TELL_ABOVE, TELL_EVERY = 20, 120.0, 600.0  # updates; seconds left; seconds between two lines of it
 UNKNOWN_MFU = -1.0  # nanoGPT's lines show it as -100.00%
 CONTROL = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}  # they would steer a terminal
@@ -190,7 +191,7 @@ class RunLog:
         self.silent = not is_master or config.logging.progress == "none"
         self.out_dir, self.loss_plot = Path(config.training.out_dir), wanted(config, "loss_plot")
         self.shown = dict.fromkeys(("loss", "val", "rate"), "")  # next to the bar
-        self.reader_is_gone = self.is_watched = False
+        self.reader_is_gone = False
         self.failing: set[str] = set()
         if not is_master:
             return
@@ -205,8 +206,8 @@ class RunLog:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
         console, progress = Console(file=cast(TextIO, self.terminal)), config.logging.progress
-        self.is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
-        if not config.training.eval_only and (progress == "bar" or self.is_watched):
+        is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
+        if not config.training.eval_only and (progress == "bar" or is_watched):
             self.bar = Bar(
                 "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
                 "{task.fields[left]}", console=console,
@@ -326,8 +327,9 @@ class RunLog:
             yield
         except Exception as error:  # TensorBoard and W&B raise any class
             if what not in self.failing:
-                reason = getattr(error, "strerror", None) or one_line(f"{type(error).__name__}: {error}")
-                self.say(f"warning: {what} cannot be written ({reason}); training continues")
+                text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                reason, then = getattr(error, "strerror", None) or one_line(text), "; training continues"
+                self.say(f"warning: {what} cannot be written ({reason}){'' if what in LAST else then}")
             self.failing.add(what)
         else:
             self.failing.discard(what)
@@ -345,7 +347,10 @@ class RunLog:
 
 def read_metrics(out_dir: str | Path) -> dict[str, list[Any]]:
     """The metrics of a run as columns of equal length: step, loss, val_loss and more; None: not at this step."""
-    entries = read_entries(Path(out_dir) / METRICS)
+    path = Path(out_dir) / METRICS
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected the out_dir of a run")
+    entries = read_entries(path)
     names = dict.fromkeys(name for entry in entries for name in entry)
     return {name: [entry.get(name) for entry in entries] for name in names}
 

@@ -28,9 +28,12 @@ LIMIT = 1 << 20  # bytes; a longer file is somebody's own
 
 
 def write_readme(path: Path, text: str) -> bool:
-    """Writes the text whole or not at all. Returns False if somebody has edited the file."""
+    """Writes the text atomically. Returns False if the file is somebody's own, or edited."""
     if os.path.lexists(path):
-        old, _, _ = (content := read_file(path, LIMIT)).rpartition(MARK[:4].encode())
+        try:
+            old, _, _ = (content := read_file(path, LIMIT)).rpartition(MARK[:4].encode())
+        except UserError:  # a folder, a FIFO or a long text
+            return False
         if _signed(old) != content:
             return False
     with open_whole(path) as file:
@@ -79,8 +82,9 @@ def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) 
     final = next((e for e in reversed(entries) if "val_loss_full" in e and e["step"] == state.step), None)
     tokenizer = f", tokenizer {plan.tokenizer.name}" if plan.tokenizer is not None else ""
     lines = [
-        f"model: {plan.sizes.params:,} parameters, {model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, "
-        f"context {model.block_size}, vocabulary {model.vocab_size:,}",
+        f"model: {plan.sizes.params:,} parameters, {_counted(model.n_layer, 'layer')}, "
+        f"{_counted(model.n_head, 'head')}, width {model.n_embd}, context {model.block_size}, "
+        f"vocabulary {model.vocab_size:,}",
         f"data: `{plan.folder.as_posix()}`, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
         f"tokens{tokenizer}",
         f"length: step {state.step:,} of {plan.last_step:,}, {tokens:,} tokens, "
@@ -99,6 +103,10 @@ def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) 
         val_loss = read_manifest(out_dir / best)["val_loss"]
         lines.append(f"best checkpoint: `{best}` (val loss {_loss(val_loss)}), {others}")
     return lines
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _loss(value: float | None) -> str:

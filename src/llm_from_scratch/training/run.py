@@ -381,14 +381,15 @@ class Run:
         if state.step and self.runtime.is_master:
             with self.log.writing(README):
                 if not write_readme(self.out_dir / README, readme(self.plan, state, self.command)):
-                    self.say(f"{self.out_dir / README} was edited, so it is not rewritten")
+                    self.say(f"{self.out_dir / README} is not a run's, or was edited: it is kept")
         if not self.stop.exit_code and self._wants_last_sample():
             self.write_sample()
         return self.result(final)
 
     def _wants_last_sample(self) -> bool:
-        """Of the finished model: if the run writes samples, or if somebody watches it in a terminal."""
-        wanted = self.config.training.sample_interval or (self.log.is_watched and self.plan.tokenizer is not None)
+        """Of the finished model: if the run writes samples, or prints something and has a tokenizer."""
+        prints = self.config.logging.progress != "none" and self.plan.tokenizer is not None
+        wanted = self.config.training.sample_interval or prints
         return bool(wanted) and not self.is_nanogpt and self.state.step not in (self.sampled_at, self.plan.start_step)
 
     def _evaluate_whole(self) -> Evaluation | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
-from ..config import Config, GenerationConfig, GPTConfig
+from ..config import Config, GenerationConfig, GPTConfig, did_you_mean
 from ..core.dataset import SampleOrder
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
@@ -26,6 +26,7 @@ from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
 
 COMMAND_LINE = "command line"
+KNOWN_INITS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
 
 
@@ -48,10 +49,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if init_from != "scratch":
         is_resumed = init_from == "resume"
         if not is_resumed and not is_pretrained(init_from) and not Path(init_from).exists():
-            raise UserError(
-                f"init_from={init_from!r} is neither scratch, resume, auto, a GPT-2 name (gpt2, gpt2-medium, "
-                "gpt2-large, gpt2-xl), nor an existing checkpoint or folder"
-            )
+            hint = did_you_mean(init_from, KNOWN_INITS, "no such checkpoint or folder")
+            raise UserError(f"unknown init_from {init_from!r}: {hint} (known: {', '.join(KNOWN_INITS)})")
         loaded = load(
             training.out_dir if is_resumed else init_from, "last" if is_resumed else None, dataset=str(folder),
             weights_only=not is_resumed, need_tokenizer=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,46 @@ def test_settings_that_do_not_exist_are_refused() -> None:
         preset("quik")
     with pytest.raises(TypeError):
         GPTConfig(n_layers=4)  # type: ignore[call-arg]
+
+
+def test_the_length_of_a_preset_is_set_once() -> None:
+    with pytest.raises(UserError, match="epochs and max_iters both set the length of the run"):
+        preset("quick", epochs=0.001, max_iters=3)
+    longest = preset("quick", epochs=2.0)
+    assert longest.training.epochs == 2.0 and longest.scheduler.lr_decay_iters is None
+    for wrong in ("--help", "-h", 5):
+        with pytest.raises(UserError, match=f"{wrong!r} is not a preset"):
+            preset(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "expected"),
+    [
+        ("training", "max_iters", "5", "expected int"),
+        ("training", "max_iters", 5.0, "expected int"),
+        ("training", "eval_only", 1, "expected bool"),
+        ("training", "activation_budget", "atuo", "expected float | Literal['auto'] | None"),
+        ("optimizer", "learning_rate", True, "expected float"),
+        ("optimizer", "optimizer_type", "sgd", "expected Literal['adamw', 'muon']"),
+        ("generation", "stop", 5, "expected tuple[str, ...]"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused(section: str, name: str, value: object, expected: str) -> None:
+    config = Config()
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value!r} has the wrong type: {expected}')}$"):
+        train(config)
+
+
+def test_the_metrics_of_a_run_that_is_not_there(here: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics.jsonl does not exist: expected the out_dir of a run"):
+        read_metrics("nothere")
+
+
+def test_settings_without_a_dataset_name_the_prepared_ones(here: Path) -> None:
+    write_data(here / "data" / "book")
+    with pytest.raises(UserError, match=r"dataset 'openwebtext' not found: .*\(prepared: book\)"):
+        train(Config())
 
 
 def test_settings_are_copied_and_pickled() -> None:

@@ -273,7 +273,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "damaged manifest": (["--dataset=damaged"], "manifest.json is damaged"),
     "no checkpoint": (["--init_from=resume", "--out_dir=nosuch"], "no checkpoint nosuch"),
     "empty out_dir": (["--init_from=resume", "--out_dir=hollow"], "no checkpoint in hollow"),
-    "no weights": (["--init_from=nosuch"], "init_from='nosuch' is neither scratch, resume"),
+    "no weights": (["--init_from=nosuch"], "unknown init_from 'nosuch': no such checkpoint or folder"),
     "another shape": (["--init_from=run", "--n_embd=32"], "--n_embd=32 contradicts the loaded weights, which have 16"),
     "resumed in another shape": (["--init_from=resume", "--out_dir=run", "--n_layer=9"], "--n_layer=9 contradicts"),
     "no cuda": (["--device=cuda"], "sees no CUDA device; use --device=cpu"),

@@ -581,11 +581,24 @@ def test_an_empty_file_among_others_is_left_out(here: Path) -> None:
     assert "b.txt is empty and ignored" in told and len(tokens(folder, "train") + tokens(folder, "val")) == 4
 
 
-@pytest.mark.parametrize(("size", "name"), [(1_999_999, "char"), (2_000_000, "bpe:4096"), (100_000_000, "gpt2")])
-def test_the_size_of_the_text_chooses_the_tokenizer(size: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "name", "span"),
+    [
+        (1_999_999, "char", "below 2 MB"),
+        (2_000_000, "bpe:4096", "below 100 MB"),
+        (100_000_000, "gpt2", "of 100 MB or more"),
+    ],
+)
+def test_the_size_of_the_text_chooses_the_tokenizer(size: int, name: str, span: str) -> None:
     told = Told()
     assert tokenizer_for(size, told) == name
-    assert told.lines == [f"tokenizer: {name}, chosen for {size / 1e6:,.1f} MB of text (another: --tokenizer=NAME)"]
+    assert told.lines == [f"tokenizer: {name} (text {span}; override with --tokenizer=NAME)"]
+
+
+@pytest.mark.parametrize("source", ["a.txt", Path("a.txt"), [Path("a.txt")]])
+def test_a_source_is_a_text_a_path_or_a_list(here: Path, source: Any) -> None:
+    (here / "a.txt").write_text("hello world " * 50)
+    assert prepare(source, report=Told()) == Path("data/processed/a")
 
 
 def test_a_short_text_gets_a_small_vocabulary(here: Path) -> None:
@@ -593,10 +606,10 @@ def test_a_short_text_gets_a_small_vocabulary(here: Path) -> None:
     (here / "b.txt").write_text("hello")
     told = Told()
     folder = prepare(["a.txt"], val_files=("b.txt",), report=told)  # the training text counts
-    assert Tokenizer.load(folder).name == "char" and "chosen for 0.0 MB of text" in told
+    assert Tokenizer.load(folder).name == "char" and "tokenizer: char (text below 2 MB; override with" in told
     told = Told()
     assert Tokenizer.load(prepare(["a.txt"], tokenizer="byte", report=told)).name == "byte"
-    assert "chosen" not in told
+    assert "override" not in told
 
 
 def test_the_next_command_names_the_folder_where_the_name_is_taken(here: Path) -> None:

@@ -61,6 +61,9 @@ def test_a_prompt_and_settings_give_a_text(writer):
     assert len(writer.generate(TEXT[:5], num_samples=2, max_new_tokens=2)) == 2
     with pytest.raises(UserError, match="unknown setting 'max_new_token'; did you mean max_new_tokens?"):
         writer.generate(TEXT[:5], max_new_token=40)
+    for name in ("max_new_tokens", "max_new_token"):
+        with pytest.raises(UserError, match=f"{name} given next to params"):
+            writer.generate([TEXT[:5]], one(), **{name: 5})
 
 
 def test_more_tokens_begin_with_the_same_ones(writer):

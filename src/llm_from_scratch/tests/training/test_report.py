@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from llm_from_scratch.cli import gptsmith
 from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import parse
 from llm_from_scratch.training import report
 from llm_from_scratch.training import run as runs
@@ -46,6 +48,7 @@ def test_the_figures_are_those_of_the_run(tiny_data: Path, monkeypatch: pytest.M
     assert (best, max(losses)) == ("step-00000004", "step-00000008")
     assert "- best checkpoint: `step-00000004` (val loss 2.2500), last: `step-00000008`" in text
     assert result.final is not None and f"- whole validation split: loss {result.final.loss:.4f}, " in text
+    assert "parameters, 1 layer, 2 heads, width 16, context 8, " in text
     assert "- step 8: train loss 3.0000, val loss 2.5000" in text
     assert "- length: step 8 of 8, 256 tokens, 0.13 epochs" in text  # 8 updates of 4 windows of 8, of 2,000 tokens
     assert f"- data: `{tiny_data.as_posix()}`, 2,000 training and 205 validation tokens, tokenizer char" in text
@@ -100,16 +103,35 @@ def test_a_run_keeps_what_somebody_wrote(tiny_data: Path, capsys: pytest.Capture
     path.write_text("Mine.\n")
     train(config(tiny_data))
     assert path.read_text() == "Mine.\n"
-    assert capsys.readouterr().out.count(f"{path} was edited, so it is not rewritten") == 1
+    assert capsys.readouterr().out.count(f"{path} is not a run's, or was edited: it is kept") == 1
+
+
+def test_a_folder_a_fifo_or_a_long_text_is_somebodys_own(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.mkdir()
+    assert not write_readme(path, "first\n") and path.is_dir()
+    path.rmdir()
+    path.write_bytes(b"x" * (report.LIMIT + 1))
+    assert not write_readme(path, "first\n") and path.stat().st_size == report.LIMIT + 1
+    if hasattr(os, "mkfifo"):
+        path.unlink()
+        os.mkfifo(path)
+        assert not write_readme(path, "first\n") and path.is_fifo()
 
 
 @pytest.mark.slow
-def test_one_that_cannot_be_written_costs_a_warning(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path(OUT, "README.md").mkdir(parents=True)
+def test_one_that_cannot_be_written_costs_a_warning(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise UserError("no room")
+
+    monkeypatch.setattr(runs, "write_readme", full)
+    Path(OUT).mkdir()
     Path(OUT, ".tmp-README.md").write_text("of a run that was killed here")
     assert train(config(tiny_data)).exit_code == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 1 and warnings[0].startswith("warning: README.md cannot be written (")
+    assert warnings == ["warning: README.md cannot be written (no room)"]  # the training has ended
     assert sorted(path.name for path in Path(OUT).glob(".*")) == [".lock"]
 
 
@@ -152,7 +174,9 @@ def samples(out: str) -> list[int]:
         ({"sample_interval": 3}, "llm-train", [0, 3, 6, 8]),
         pytest.param({"sample_interval": 4}, "llm-train", [0, 4, 8], marks=pytest.mark.slow),
         pytest.param({"sample_interval": 3}, "python train.py", [0, 3, 6], marks=pytest.mark.slow),
-        pytest.param({}, "llm-train", [], marks=pytest.mark.slow),
+        ({}, "llm-train", [8]),
+        pytest.param({"progress": "none"}, "llm-train", [], marks=pytest.mark.slow),
+        pytest.param({}, "python train.py", [], marks=pytest.mark.slow),
     ],
 )
 def test_the_last_sample_is_of_the_finished_model(
@@ -177,8 +201,8 @@ def test_a_run_that_stops_early_at_a_sample_writes_no_second_one(
     ("command", "progress", "steps"),
     [
         ("llm-train", "auto", [8]),
-        pytest.param("llm-train", "bar", [], marks=pytest.mark.slow),
-        pytest.param("llm-train", "lines", [], marks=pytest.mark.slow),
+        pytest.param("llm-train", "bar", [8], marks=pytest.mark.slow),
+        pytest.param("llm-train", "none", [], marks=pytest.mark.slow),
         pytest.param("python train.py", "auto", [], marks=pytest.mark.slow),
     ],
 )
