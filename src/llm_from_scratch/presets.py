@@ -60,14 +60,15 @@ class Parsed(Generic[T]):
 def parse(
     tree_type: type[T], argv: list[str], *, prog: str, description: str = "",
     defaults: dict[str, Any] | None = None, presets: bool = True, base_preset: str | None = None,
-    common: Sequence[str] = (),
+    common: Sequence[str] = (), shown: dict[str, str] | None = None,
 ) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given; with it, a Python file as the first preset starts from nanoGPT's defaults.
     `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
-    command line gives them, and exits. {presets} in description becomes a line for each. `--completion SHELL` prints a
-    script. Raises UserError: unknown name (with the nearest), wrong type, missing or unreadable preset."""
+    command line gives them, and exits. shown: texts that it prints instead of a default. {presets} in description
+    becomes a line for each. `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest),
+    wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
         shell = (argv[0].partition("=")[2].split() + argv[1:] + [""])[0]
         if shell not in ("bash", "zsh"):
@@ -79,7 +80,7 @@ def parse(
     names = words if presets else []
     files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
     if base_preset and files[0].suffix == ".py":
-        defaults = {**(defaults or {}), **nanogpt_defaults()}
+        defaults, shown = {**(defaults or {}), **nanogpt_defaults()}, None
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
@@ -93,20 +94,30 @@ def parse(
         for key, text in options.items():
             with contextlib.suppress(ValueError, SyntaxError):  # a word
                 settings[key] = ast.literal_eval(text)
-        _print_help(tree_type, settings, common if wanted in ("-h", "--help") else (), prog, description)
+        notes = {name: text for name, text in (shown or {}).items() if name not in sources}
+        _print_help(tree_type, settings, notes, common if wanted in ("-h", "--help") else (), prog, description)
         raise SystemExit(0)
     tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
 
 
-def _print_help(tree_type: type, settings: dict[str, Any], common: Sequence[str], prog: str, description: str) -> None:
-    """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show."""
+def _print_help(
+    tree_type: type, settings: dict[str, Any], notes: dict[str, str], common: Sequence[str], prog: str, description: str
+) -> None:
+    """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show. notes:
+    texts to show instead."""
     types, sections = leaf_types(tree_type), _sections(tree_type)
     # a newline shows as \\n
     values = {n: v.encode("unicode_escape").decode() if isinstance(v, str) else v for n, v in settings.items()}
 
+    def behaviour(name: str) -> str | None:
+        return f"(default: {notes[name]})" if name in notes else None
+
     def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
-        hints = {name: Annotated[types[name], tyro.conf.arg(help=docs[name])] for name in names}
+        hints = {
+            name: Annotated[types[name], tyro.conf.arg(help=docs[name], help_behavior_hint=behaviour(name))]
+            for name in names
+        }
         fields = [(name, hint, field(default_factory=partial(values.get, name))) for name, hint in hints.items()]
         return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": text})
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, at_least, flatten, validate
 from ..errors import UserError
+from ..machine.terminal import note
 from ..presets import Parsed, parse
 from .common import command, data_prepared_last
 from .profiling import read
@@ -29,12 +30,10 @@ COMMON = (
     "batch_size", "dataset", "real_data", "steps", "burnin_steps", "profile", "n_layer", "n_head", "n_embd",
     "block_size", "optimizer_type", "device", "dtype", "compile", "json",
 )  # fmt: skip
-HELP = f"""Times training steps: forward, backward and optimizer.
+HELP = """Times training steps: forward, backward and optimizer.
 
   llm-bench --n_layer=4 --n_embd=256
-  llm-bench --profile  # time per kind of operation, and a trace in bench_log/
-
-Without a GPU, unless given: {" ".join(f"{name}={value}" for name, value in CPU_SIZES.items())}."""
+  llm-bench --profile  # time per kind of operation, and a trace in bench_log/"""
 
 
 @dataclass
@@ -71,15 +70,26 @@ class BenchCommand:
     system: SystemConfig = field(default_factory=SystemConfig)
 
 
-def _main(argv: list[str], prog: str, defaults: dict[str, Any]) -> int:
-    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON)
+def _main(argv: list[str], prog: str, defaults: dict[str, Any] | None = None) -> int:
+    prepared = data_prepared_last() if defaults is None else None
+    defaults = defaults or prepared or {}
+    gpu = flatten(BenchCommand()) | defaults
+    shown = {name: f"{gpu[name]}, or {value} without a GPU" for name, value in CPU_SIZES.items()}
+    shown |= {"dataset": "random tokens: no data is prepared here"} if prepared == {} else {}
+    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON, shown=shown)
     validate(parsed.tree)
+    if prepared is not None and "dataset" not in parsed.sources and parsed.tree.options.real_data:
+        if prepared:
+            note(f"using the data prepared last: {prepared['dataset']} (another: --dataset=NAME)")
+        else:
+            note("using random tokens: no data is prepared here; to use real text, run llm-prepare FILE first")
+            parsed.tree.options.real_data = False
 
     from ..machine import device as runtimes
 
     device = runtimes.resolve_device(parsed.tree.system.device)
     if device.type != "cuda":
-        _shrink(parsed)
+        shrink(parsed)
     tree = parsed.tree
     tree.model.validate()
     runtime = runtimes.resolve(tree.system)
@@ -114,7 +124,7 @@ def _speed(model: Any, options: BenchOptions, seconds: float, runtime: Any) -> s
     return f"MFU: {mfu}, {tokens:,.0f} tokens/s"
 
 
-def _shrink(parsed: Parsed[BenchCommand]) -> None:
+def shrink(parsed: Parsed[BenchCommand]) -> None:
     """Replaces settings that the user did not give by sizes that run in seconds on a CPU."""
     changed = []
     for name, value in CPU_SIZES.items():
@@ -195,7 +205,7 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     return found.microseconds / PROFILED / 1e6
 
 
-main = command(lambda argv: _main(argv, "llm-bench", data_prepared_last()))
+main = command(partial(_main, prog="llm-bench"))
 main_nanogpt = command(partial(_main, prog="python bench.py", defaults={"compile": True}))
 
 if __name__ == "__main__":

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from ..core.tokenizer import Tokenizer
 
 MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
-HELP = """Evaluates a checkpoint on a split of prepared data (--dataset) or on a text file (llm-eval FILE \
---out_dir=OUT). Prints loss (nats per token), perplexity, bits per byte and the number of tokens."""
+HELP = """Evaluates a checkpoint on a text file or on a split of prepared data. Prints loss (nats per token),
+perplexity, bits per byte and the number of tokens.
+
+  llm-eval --out_dir=out                 its validation split
+  llm-eval book.txt --out_dir=out        a text
+  llm-eval --out_dir=gpt2 --dataset=book --split=train
+"""
 
 
 @dataclass

@@ -12,6 +12,13 @@ from ..errors import UserError
 from ..presets import parse
 from .common import command
 
+HELP = """Writes a checkpoint for transformers, llama.cpp or nanoGPT.
+
+  llm-export --out_dir=out --output=hf-model
+  llm-export --out_dir=out --format=gguf --gguf_type=q8_0 --output=model.gguf
+  llm-export --out_dir=out --format=nanogpt --output=nanogpt/ckpt.pt
+"""
+
 
 @dataclass
 class Export:
@@ -40,8 +47,7 @@ class Export:
 
 @command
 def main(argv: list[str]) -> None:
-    description = "Writes a checkpoint for nanoGPT, transformers or llama.cpp."
-    parsed = parse(Export, argv, prog="llm-export", description=description, presets=False)
+    parsed = parse(Export, argv, prog="llm-export", description=HELP, presets=False)
     options, to_nanogpt = parsed.tree, parsed.tree.format == "nanogpt"
     if parsed.positionals:
         raise UserError(f"unexpected {parsed.positionals[0]!r}: settings are written as --key=value; see --help")

@@ -9,7 +9,11 @@ from ..errors import OutputError
 from ..presets import parse
 from .common import command
 
-DESCRIPTION = """Turns texts into training data: llm-prepare SOURCE ... [--key=value ...]
+DESCRIPTION = """Turns texts into training data.
+
+  llm-prepare book.txt
+  llm-prepare 'notes/**/*.md' --name=notes --tokenizer=bpe:1024
+  llm-prepare train.jsonl --val_files=val.jsonl --text_key=content
 
 A SOURCE is a file (.txt and .md: one document; .jsonl: one per line; .parquet: one per row), a folder, a glob, - for
 standard input, or a known text: shakespeare_char, shakespeare, openwebtext, python_docs. Files are searched for here,
@@ -19,7 +23,7 @@ Or give validation texts with --val_files. If nothing has changed, a second run 
 
 @command
 def main(argv: list[str]) -> None:
-    parsed = parse(PrepareOptions, argv, prog="llm-prepare", description=DESCRIPTION, presets=False)
+    parsed = parse(PrepareOptions, argv, prog="llm-prepare [SOURCE ...]", description=DESCRIPTION, presets=False)
     from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 
     prepare(parsed.positionals, **vars(parsed.tree), report=_say)

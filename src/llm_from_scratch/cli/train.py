@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..checkpoint.contents import is_dataset_name
 from ..config import Config, to_dict
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, Parsed, leaf_types, nanogpt_defaults, parse
+from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, leaf_types, nanogpt_defaults, parse
 from .common import command, data_prepared_last, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder and what concerns only this call. A checkpoint may be
@@ -51,8 +52,11 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     default = "nanoGPT's settings" if nanogpt else "default"
     text = PLAN_HELP if dry_run else HELP.replace("llm-train", prog)
     text += PRESETS_HELP.replace("{default}", default)
-    read = partial(parse, Config, argv, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
-    parsed: Parsed[Config] = read(defaults=defaults, base_preset=base_preset)
+    read = partial(parse, Config, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
+    words = [arg for arg in argv if arg not in HELP_FLAGS]
+    if words != argv:
+        _print_help(argv, words, read, defaults, base_preset)
+    parsed: Parsed[Config] = read(argv, defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it
 
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
@@ -63,7 +67,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         if saved is not None:
             chosen = False
             # the settings of the run replace the defaults; this call's settings override them
-            parsed = read(defaults={**defaults, **saved})
+            parsed = read(argv, defaults={**defaults, **saved})
     config = parsed.tree
     config.training.init_from = begin
     _choose_length(parsed)
@@ -100,6 +104,24 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         drop_lost_output()
         note(f"error: {error}")
         return 1
+
+
+def _print_help(
+    argv: list[str], words: list[str], read: Callable[..., Parsed[Config]], defaults: dict[str, Any], base: str | None
+) -> None:
+    """Prints the help of argv, and exits. words: argv without the request for help. The defaults of a resumed run are
+    its settings."""
+    if any("init_from" in word for word in words):
+        from ..checkpoint.store import resolved_init
+
+        with contextlib.suppress(UserError):  # without a run, or with a mistake, the help is the general one
+            parsed = read(words, defaults=defaults, base_preset=base)
+            training = parsed.tree.training
+            if resolved_init(training.init_from, training.out_dir) == "resume":
+                defaults = {**defaults, **(_saved_settings(parsed.tree, {"dataset": ""}, "", []) or {})}
+                base = None
+    shown = {} if "dataset" in defaults or base is None else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    read(argv, defaults=defaults, base_preset=base, shown=shown)
 
 
 def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:

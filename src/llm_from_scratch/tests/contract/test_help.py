@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_from_scratch.cli import train
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.cli import bench, train
+from llm_from_scratch.config import flatten
 from llm_from_scratch.presets import parse
+
+from ..tiny import write_data
 
 ROOT = Path(__file__).resolve().parents[4]
 COMMANDS = ("train", "plan", "prepare_data", "generate", "serve", "evaluate", "bench", "export", "sample")
@@ -40,20 +44,87 @@ def test_help_fits_on_a_page(command: str, capsys: pytest.CaptureFixture[str]) -
 def defaults(lines: list[str]) -> dict[str, str]:
     """{setting: the default that the help shows}."""
     start = next(number for number, line in enumerate(lines) if line.endswith("options"))
-    entries = " ".join(line.strip() for line in lines[start:]).split(" --")
-    found = [re.match(r"(\w+)\b.*\(default: (.*)\)", entry) for entry in entries]
+    entries = re.split(r" --(?=\w+ )", " ".join(line.strip() for line in lines[start:]))
+    found = [re.match(r"(\w+)\b.*\(default: ('.*?'|.*?)\)", entry) for entry in entries]
     return {match[1]: match[2] for match in found if match}
 
 
-@pytest.mark.parametrize("preset", ["", *PRESETS])
-def test_the_defaults_shown_are_those_in_force(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [preset] if preset else []
-    in_force: dict[str, Any] = flatten(parse(Config, words, prog="test", base_preset="default").tree)
-    for flag, number in (("--help", 15), ("--help-all", len(in_force))):
-        shown = defaults(help_of(capsys, "train", *words, flag))
-        checked = {k: v for k, v in shown.items() if isinstance(in_force[k], (bool, int, float)) or in_force[k] is None}
-        assert len(shown) == number and checked
-        assert checked == {name: str(in_force[name]) for name in checked}
+class Read(Exception):
+    """Stops a command when it has read its settings."""
+
+
+def in_force(command: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, str]:
+    """{setting: its value as text} when the command starts to work on a machine without a GPU."""
+    module = importlib.import_module(f"llm_from_scratch.cli.{command.replace('plan', 'train')}")
+    values: list[dict[str, Any]] = []
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse(*args, **kwargs)
+        if command == "bench":
+            bench.shrink(parsed)
+        values.append(flatten(parsed.tree))
+        raise Read
+
+    with monkeypatch.context() as patch, pytest.raises(Read):
+        patch.setattr(module, "parse", read)
+        importlib.import_module(f"llm_from_scratch.cli.{command}").main([*words])
+    return {name: as_shown(value) for name, value in values[0].items()}
+
+
+def as_shown(value: Any) -> str:
+    text = value.encode("unicode_escape").decode() if isinstance(value, str) else str(value)
+    return shlex.quote(text)  # as a shell reads it
+
+
+def compare(
+    command: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("data/book").mkdir(parents=True)
+    Path("data/book/train.bin").touch()
+    monkeypatch.setattr(time, "time", lambda: 1.0)  # which a preset uses in a name
+    values = in_force(command, monkeypatch, *words)
+    for flag in ("--help", "--help-all"):
+        shown = defaults(help_of(capsys, command, *words, flag))
+        cpu = {name: re.sub(r".*, or (.*) without a GPU", r"\1", text) for name, text in shown.items()}
+        assert len(shown) >= 9 and cpu == {name: values[name] for name in cpu}
+        assert set(shown) == set(values) or flag == "--help"
+
+
+@pytest.mark.parametrize(
+    ("command", "preset"), [*((command, "") for command in COMMANDS), *(("train", name) for name in PRESETS)]
+)
+def test_the_defaults_shown_are_those_in_force(
+    command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(command, [preset] if preset else [], capsys, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("command", ["plan", "generate", "serve", "bench", "sample"])
+def test_a_preset_is_in_force_in_every_command(
+    command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(command, [preset], capsys, monkeypatch)
+
+
+def test_without_data_none_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert defaults(help_of(capsys, "train", "-h"))["dataset"] == "none is prepared here: run llm-prepare FILE"
+    assert defaults(help_of(capsys, "bench", "-h"))["dataset"] == "random tokens: no data is prepared here"
+    assert defaults(help_of(capsys, "train", "--dataset=x", "-h"))["dataset"] == "x"
+    assert defaults(help_of(capsys, "train", "train_gpt2", "-h"))["dataset"] == "openwebtext"  # nanoGPT's
+
+
+@pytest.mark.slow
+def test_a_resumed_runs_defaults_are_its_settings(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(here / "data" / "book")
+    small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=2", "--device=cpu"]
+    assert train.main(["--out_dir=run", "--dataset=book", *small]) == 0
+    capsys.readouterr()
+    shown = defaults(help_of(capsys, "train", "--init_from=resume", "--out_dir=run", "-h"))
+    assert (shown["max_iters"], shown["n_embd"], shown["dataset"]) == ("2", "8", "book")
+    shown = defaults(help_of(capsys, "train", "--init_from=resume", "--out_dir=nowhere", "-h"))
+    assert shown["max_iters"] == "1000"
 
 
 def test_what_is_typed_counts(capsys: pytest.CaptureFixture[str]) -> None:
