@@ -19,6 +19,12 @@ PICTURES = [f"assets/{path.name}" for path in sorted((ROOT / "assets").iterdir()
 PAGES = {name: f"project/{name}" for name in (*DOCUMENTS, *PICTURES)}  # path in the checkout: path on the site
 PAGES |= {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
 
+# The docstrings at the end of API.md, which mkdocstrings inserts. On GitHub such lines would be shown as they are.
+REFERENCE = (
+    "data.prepare.prepare", "presets.preset", "training.trainer.train", "training.loggers.read_metrics",
+    "generation.generator.Generator", "core.model.GPT", "core.tokenizer.Tokenizer", "config",
+)  # fmt: skip
+
 
 def on_files(files: Any, config: Any) -> Any:
     for name in (*DOCUMENTS, *PICTURES):
@@ -29,6 +35,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
     here = page.file.src_uri
     source = next(path for path, target in PAGES.items() if target == here)
+    if here == "API.md":
+        markdown += "".join(f"\n::: llm_from_scratch.{name}\n" for name in REFERENCE)
 
     def link(match: re.Match[str]) -> str:
         shown, target, anchor = match.groups()

@@ -117,7 +117,7 @@ def read_member(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     """A file of a hashed folder, verified. Raises DamagedError."""
     entry = manifest["files"].get(name)
     if entry is None:
-        raise DamagedError(f"{folder} has no {name}")
+        raise DamagedError(f"{folder} does not contain {name}")
     return b"".join(_verified(folder / name, entry, entry["size"] + 1))
 
 

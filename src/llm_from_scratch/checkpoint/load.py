@@ -89,7 +89,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
     if dataset is not None:
         found = tokenizer_of(resolve_dataset(dataset))
         if found is None and not is_gpt2 and needed:
-            raise UserError(f"dataset {dataset} has no tokenizer (tokenizer.meta.json or meta.pkl)")
+            raise UserError(f"dataset {dataset} does not have a tokenizer (tokenizer.meta.json or meta.pkl)")
     elif is_dataset_name(named):
         try:
             found = tokenizer_of(resolve_dataset(named))
@@ -100,7 +100,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
         found = Tokenizer.from_name("gpt2")
     if found is None and needed:
         raise UserError(
-            f"{ckpt.path} has no tokenizer, and its vocabulary of {vocab_size} is not GPT-2's: "
+            f"{ckpt.path} does not have a tokenizer, and its vocabulary of {vocab_size} is not GPT-2's: "
             f"name the dataset that it was trained on with {shlex.quote(dataset_option(named))}"
         )
     if found is not None and vocab_size not in (found.vocab_size, 64 * math.ceil(found.vocab_size / 64)):

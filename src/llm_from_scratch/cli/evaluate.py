@@ -164,7 +164,9 @@ def _text(name: str, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData
 
     if tokenizer is None:
-        raise UserError("the checkpoint has no tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER")
+        raise UserError(
+            "the checkpoint does not have a tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER"
+        )
     path = Path(name)
     try:
         text = read_file(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     params.validate()
     system.validate()
     if settings.init_from == "scratch":
-        raise UserError("init_from='scratch' has no trained weights: use resume, a GPT-2 name or a checkpoint")
+        raise UserError("init_from='scratch' does not have trained weights: use resume, a GPT-2 name or a checkpoint")
     prompt = read_start(settings.start)
     location = settings.out_dir if settings.init_from == "resume" else settings.init_from
     generator, found = load_generator(location, settings.which, settings.dataset, system)

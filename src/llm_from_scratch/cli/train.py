@@ -170,7 +170,7 @@ def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: li
             break
     else:
         if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good
-            raise UserError(f"the checkpoints in {out_dir} are incomplete: they have no settings")
+            raise UserError(f"the checkpoints in {out_dir} are incomplete: they do not contain settings")
         return None
     dataset = flat.get("dataset")
     if "dataset" not in sources and not is_dataset_name(dataset):

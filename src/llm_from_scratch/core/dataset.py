@@ -42,10 +42,12 @@ def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
     script = places[0] / "prepare.py"
     prepare = ["llm-prepare", "FILE", f"--out_dir={places[1].as_posix()}"]
     make = shlex.join(["python", script.as_posix()] if script.exists() else prepare)
-    where = f"{name} has" if Path(name).is_dir() else f"{places[0].as_posix()} and {places[1].as_posix()} have"
+    where = str(name) if Path(name).is_dir() else f"{places[0].as_posix()} or {places[1].as_posix()}"
     there = sorted({p.parent.name for d in ("data", "data/processed") for p in Path(root, d).glob("*/train*.bin")})
     others = f" (prepared: {', '.join(there[:8])})" if there else ""
-    raise UserError(f"dataset {str(name)!r} not found: {where} no train.bin or val.bin; make it with: {make}{others}")
+    raise UserError(
+        f"dataset {str(name)!r} not found: no train.bin or val.bin in {where}; make it with: {make}{others}"
+    )
 
 
 def _has_tokens(folder: Path) -> bool:

@@ -144,7 +144,7 @@ def open_shards(folder: Path, split: str) -> list[TokenFile]:
         if len(shard):
             shards.append(shard)
     if not shards:
-        raise UserError(f"{', '.join(map(str, stated)) or folder} is empty: the {split} split has no tokens")
+        raise UserError(f"{', '.join(map(str, stated)) or folder} is empty: the {split} split does not have tokens")
     return shards
 
 
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError("vocab_size is not a number of ids")
         for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
             if not isinstance(shard["file"], str) or "\0" in shard["file"]:
-                raise ValueError("a file has no name")
+                raise ValueError("a file does not have a name")
             if type(shard["tokens"]) is not int or shard["tokens"] < 0:
                 raise ValueError("a file does not have a number of tokens")
         return manifest

@@ -64,7 +64,7 @@ def gpt2_encoder_json() -> dict[str, int] | None:
         for file, digest in GPT2_SHA256.items():
             if not (Path(given) / file).is_file():
                 raise UserError(
-                    f"{GPT2_DIR_VARIABLE}={given} has no {file}: expected GPT-2's vocab.bpe and encoder.json"
+                    f"{GPT2_DIR_VARIABLE}={given} does not contain {file}: expected GPT-2's vocab.bpe and encoder.json"
                 )
             if hashlib.sha256((Path(given) / file).read_bytes()).hexdigest() != digest:
                 raise UserError(f"{Path(given) / file} is not OpenAI's file: expected the sha256 {digest}")

@@ -180,7 +180,7 @@ def read_parquet(source: FileSource) -> Iterator[str]:
         with parquet.ParquetFile(source.path) as table:
             if key not in table.schema_arrow.names:
                 names = ", ".join(map(repr, table.schema_arrow.names))
-                raise UserError(f"{source.name} has no column {key!r} (it has {names}): see --text_key")
+                raise UserError(f"{source.name} does not have a column {key!r} (it has {names}): see --text_key")
             kind = table.schema_arrow.field(key).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

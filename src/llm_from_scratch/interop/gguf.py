@@ -181,13 +181,13 @@ def export_gguf(
 ) -> None:
     """Writes a file for llama.cpp, with matrices in this precision. It appears complete or not at all, after it was
     read back and its logits were compared. Rows without a token (padding) are left out. Raises UserError for a model or
-    a tokenizer that llama.cpp has no form for."""
+    a tokenizer that llama.cpp does not support."""
     require("gguf", "gguf", "--format=gguf", "use --format=hf")
     import gguf
 
     family, state = family_of(config), checked_weights(weights, config, "the checkpoint")
     if tokenizer is None:
-        raise UserError("the checkpoint has no tokenizer, which llama.cpp needs: name its data with --dataset")
+        raise UserError("the checkpoint does not have a tokenizer, which llama.cpp needs: name its data with --dataset")
     vocabulary = _vocabulary(tokenizer)
     rows = tokenizer.vocab_size
     for name in ("transformer.wte.weight", "lm_head.weight"):
@@ -269,7 +269,7 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
                 merges = [" ".join(pair) for pair in pairs]
                 return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": types, "merges": merges,
                         "bos_token_id": eot, "eos_token_id": eot, "add_bos_token": False}  # fmt: skip
-    raise UserError(f"the {tokenizer.name} tokenizer splits text in a way that has no name in llama.cpp")
+    raise UserError(f"the {tokenizer.name} tokenizer splits text in a way that llama.cpp does not support")
 
 
 def compare(path: Path, config: GPTConfig, state: dict[str, Tensor], tokenizer: Tokenizer, kind: GGUFType) -> str:

@@ -97,9 +97,13 @@ class Family:
         held = meta_tensors(config)
         for name in [*held, *names]:
             if name not in names:
-                raise UserError(f"{name} of the model in core/model.py has no name in {self.architecture}'s format")
+                raise UserError(
+                    f"{name} of the model in core/model.py is not supported by {self.architecture}'s format"
+                )
             if name not in held and not (self.gpt2 and name.endswith(".bias")):  # a bias of zeros changes nothing
-                raise UserError(f"the model in core/model.py has no {name}, which {self.architecture}'s format needs")
+                raise UserError(
+                    f"the model in core/model.py does not have {name}, which {self.architecture}'s format needs"
+                )
         return names
 
     def transposed(self, key: str) -> bool:
@@ -150,7 +154,7 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag. folder: new or
     empty; it appears complete or not at all. If transformers is installed, its logits are compared with ours, and the
     line printed at the end gives the result. Ids without a token (padding) are suppressed in generation_config.json.
-    Raises UserError for a model that transformers has no name for, and if the comparison fails."""
+    Raises UserError for a model that transformers does not support, and if the comparison fails."""
     folder = Path(folder)
     family = family_of(config)
     names = family.names(config)

@@ -33,7 +33,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() and name not in GPT2_NAMES:
-        raise UserError(f"{folder} has no config.json: expected a folder in Hugging Face's format")
+        raise UserError(f"{folder} does not contain config.json: expected a folder in Hugging Face's format")
     if name not in GPT2_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
         raise UserError(
             f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
@@ -43,8 +43,8 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     folder = _download(name, FETCHED)
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"{name!r} has no safetensors weights on Hugging Face (offline: in its cache). Other formats are not "
-            "downloaded."
+            f"{name!r} does not have safetensors weights on Hugging Face (offline: in its cache). Other formats "
+            "are not downloaded."
         )
     return folder
 
@@ -90,12 +90,14 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
-                raise UserError(f"{index} has no weight_map: expected the file of each tensor")
+                raise UserError(f"{index} does not contain weight_map: expected the file of each tensor")
             for shard in shards.values():
                 if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
                     raise UserError(f"{index} names {one_line(shard)!r}, which is not a file in the same folder")
             return [folder / shard for shard in sorted(set(shards.values()))]
-    raise UserError(f"{folder} has no weights: expected model.safetensors (or its shards), or pytorch_model.bin")
+    raise UserError(
+        f"{folder} does not contain weights: expected model.safetensors (or its shards), or pytorch_model.bin"
+    )
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpo
     path = Path(path)
     content = load_plain(path)
     if missing := [key for key in ("model", "model_args") if not isinstance(content.get(key), dict)]:
-        raise UserError(f"{path} is not a nanoGPT checkpoint: it has no dict {' and no dict '.join(missing)}")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: it does not contain the dict {' and '.join(missing)}")
     args, model = dict(content["model_args"]), content["model"]
     if unknown := sorted(str(key)[:40] for key in args if key not in MODEL_ARGS):
         raise UserError(f"{path} does not have nanoGPT's architecture: model_args has {', '.join(unknown[:5])}")
@@ -154,7 +154,7 @@ def _check_parameters(config: GPTConfig) -> None:
     ours = {name: tuple(tensor.shape) for name, tensor in meta_tensors(config).items() if name not in tied}
     for name in [*ours, *theirs]:
         if name not in theirs:
-            raise UserError(f"the model in core/model.py cannot be exported: nanoGPT's format has no {name}")
+            raise UserError(f"the model in core/model.py cannot be exported: nanoGPT's format does not support {name}")
         if ours.get(name) != theirs[name]:
             found = f"has the shape {ours[name]}" if name in ours else "is missing"
             raise UserError(f"the model cannot be exported: {name} {found}, nanoGPT's format needs {theirs[name]}")

@@ -120,7 +120,7 @@ class Muon(Rule):
             rate = rates.get(kind)
             if not members and rate is not None and kind != "matrices":
                 raise UserError(
-                    f"the model has no separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out"
+                    f"the model does not have separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out"
                 )
             peak = config.learning_rate if rate is None else rate
             group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}

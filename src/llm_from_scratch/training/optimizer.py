@@ -110,7 +110,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
     is set and not available, or if the settings do not fit the model."""
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
-        raise UserError(f"--fused=on: torch has no fused AdamW for {device.type}; leave it at auto")
+        raise UserError(f"--fused=on: torch does not have a fused AdamW for {device.type}; leave it at auto")
     default = [{"rule": config.optimizer_type, **g} for g in parameter_groups(model, config.weight_decay)]
     groups = _rule(config.optimizer_type).groups(model, config, default) + sparse_groups(model, config)
     groups = [{"lr_scale": 1.0, **group} for group in groups]

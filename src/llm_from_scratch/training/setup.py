@@ -182,7 +182,7 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
         try:
             tokenizer = Tokenizer.from_name("gpt2")
         except UserError:
-            notes.append("warning: GPT-2's vocabulary is not available, so the checkpoints have no tokenizer")
+            notes.append("warning: GPT-2's vocabulary is not available, so the checkpoints do not contain a tokenizer")
             return None, GPT2_PADDED
     size = tokenizer.vocab_size
     return tokenizer, GPT2_PADDED if size == GPT2_IDS else size

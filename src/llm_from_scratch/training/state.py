@@ -88,7 +88,7 @@ def restore(
     try:
         notes = []
         if saved.optimizer is None:
-            notes.append("the checkpoint has no optimizer state: the moments start from zero")
+            notes.append("the checkpoint does not contain the optimizer state: the moments start from zero")
         else:
             kind = saved_settings(saved).get("optimizer_type")
             load_optimizer_state(optimizer, saved.optimizer, kind)
@@ -115,7 +115,7 @@ def restore(
                 put(saved.rng[f"{kind}.{runtime.rank}"])
         elif dropout:
             others = "other processes or devices than the checkpoint's"
-            why = others if saved.rng else "the checkpoint has no random states"
+            why = others if saved.rng else "the checkpoint does not contain random states"
             notes.append(f"{why}: dropout draws other masks, not bit-exact")
         return notes
     except UserError:

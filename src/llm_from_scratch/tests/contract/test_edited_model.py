@@ -1,7 +1,7 @@
 """A researcher's first act: core/model.py is edited in a copy of the package, and every command still works.
 
 Each edit adds or removes a parameter. The names, shapes and counts must come from the edited model alone: training,
-saving, resuming, sampling, evaluating, planning and the roll-back work; formats that have no name for the new part
+saving, resuming, sampling, evaluating, planning and the roll-back work; formats that do not support the new part
 refuse by that name.
 """
 

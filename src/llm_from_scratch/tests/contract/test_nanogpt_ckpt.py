@@ -209,7 +209,7 @@ def test_a_dataset_that_is_a_path_is_not_followed(
     given["config"]["dataset"] = dataset if dataset != "/secret" else str(tmp_path / "secret")
     # a path is printed, for the user to decide
     option = given["config"]["dataset"] if isinstance(dataset, str) and dataset else "NAME_OR_FOLDER"
-    with pytest.raises(UserError, match=f"has no tokenizer.*--dataset={option}$"):
+    with pytest.raises(UserError, match=f"does not have a tokenizer.*--dataset={option}$"):
         load_any(write(tmp_path / "out", given))
 
 
@@ -258,9 +258,9 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
 
 WPE = "transformer.wpe.weight"
 CONTENT_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no model": (drop("model"), "no dict model"),
-    "no model_args": (drop("model_args"), "no dict model_args"),
-    "a list as model": (change(model=[1]), "no dict model"),
+    "no model": (drop("model"), "does not contain the dict model"),
+    "no model_args": (drop("model_args"), "does not contain the dict model_args"),
+    "a list as model": (change(model=[1]), "does not contain the dict model"),
     "n_layer missing": (drop("model_args", "n_layer"), "lacks n_layer"),
     "n_layer huge": (args(n_layer=10**8), "n_layer"),
     "n_layer beyond 64 bits": (args(n_layer=2**70), "n_layer"),

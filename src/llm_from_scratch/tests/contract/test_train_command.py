@@ -267,7 +267,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "heads": (["--n_embd=10", "--n_head=4"], "n_embd=10 is not divisible by n_head=4"),
     "missing data": (["--dataset=nosuch"], "make it with: llm-prepare FILE --out_dir=data/processed/nosuch"),
     "short data": (["--dataset=short"], "has 5 tokens, but a window needs block_size + 1 = 9"),
-    "empty data": (["--dataset=empty"], "is empty: the train split has no tokens"),
+    "empty data": (["--dataset=empty"], "is empty: the train split does not have tokens"),
     "foreign id": (["--dataset=foreign"], "token 30 has id 999, outside the vocabulary of 20 ids"),
     "small vocabulary": (["--vocab_size=7"], "vocab_size=7 is smaller than the 20 ids of the tokenizer"),
     "damaged manifest": (["--dataset=damaged"], "manifest.json is damaged"),

@@ -82,7 +82,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
         return str(error.value)
 
     empty = write_data(tmp_path / "empty", train=[], tokenizer=None)
-    assert "train.bin is empty: the train split has no tokens" in refused(empty)
+    assert "train.bin is empty: the train split does not have tokens" in refused(empty)
     odd = write_data(tmp_path / "odd", tokenizer=None)
     (odd / "train.bin").write_bytes(b"abc")
     assert "has 3 bytes, not a multiple of 2" in refused(odd)
@@ -180,7 +180,7 @@ def test_a_missing_dataset_names_the_command_that_makes_it(here: Path) -> None:
     with pytest.raises(UserError, match="make it with: llm-prepare FILE --out_dir=data/processed/mine"):
         resolve_dataset("mine")
     (here / "folder").mkdir()
-    with pytest.raises(UserError, match="folder has no train.bin"):
+    with pytest.raises(UserError, match="no train.bin or val.bin in .*folder"):
         resolve_dataset("folder")
     with pytest.raises(UserError, match="name is empty"):
         resolve_dataset("")

@@ -306,7 +306,7 @@ def test_not_a_tokenizer_json(tmp_path: Path) -> None:
 def test_gpt2_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gpt2_folder()
     monkeypatch.setenv("LLM_GPT2_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="has no vocab.bpe"):
+    with pytest.raises(UserError, match="does not contain vocab.bpe"):
         Tokenizer.from_name("gpt2")
     for file in ("vocab.bpe", "encoder.json"):
         (tmp_path / file).write_bytes((source / file).read_bytes())

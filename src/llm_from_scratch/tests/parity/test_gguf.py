@@ -93,7 +93,7 @@ def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     model, out = random_model("llama"), tmp_path / "m.gguf"
-    for tokenizer, says in ((CharTokenizer("abc"), "ends a text"), (None, "has no tokenizer")):
+    for tokenizer, says in ((CharTokenizer("abc"), "ends a text"), (None, "does not have a tokenizer")):
         with pytest.raises(UserError, match=says):
             export_gguf(model.config, model.state_dict(), tokenizer, out, "f32")
     mixed = GPT(GPTConfig(**SHAPE | {"pos_embedding": "rope"}, vocab_size=TOKENIZER.vocab_size))

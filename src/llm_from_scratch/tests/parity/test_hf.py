@@ -305,10 +305,10 @@ class Evil:
         ("truncated", "damaged"),
         ("garbage", "damaged"),
         ("empty", "damaged"),
-        ("no weights", "has no weights"),
+        ("no weights", "does not contain weights"),
         ("config", "config.json"),
         ("config list", "expected a JSON object"),
-        ("no config", "has no config.json"),
+        ("no config", "does not contain config.json"),
         ("pickle", "asks for 'posix mkdir'"),
         ("list", "contains a list, expected a dict"),
         ("outside", "not a file in the same folder"),
@@ -401,7 +401,7 @@ def test_only_named_files_are_fetched_and_the_config_first(
         load_pretrained("owner/model")
     assert asked == [["config.json"]]
     shutil.copy(saved[gpt2] / "config.json", unsupported)  # supported, but its weights are of another kind
-    with pytest.raises(UserError, match="no safetensors"):
+    with pytest.raises(UserError, match="does not have safetensors"):
         load_pretrained("owner/model")
 
 
