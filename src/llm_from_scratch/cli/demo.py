@@ -128,10 +128,7 @@ def main(argv: list[str]) -> int:
         return code
 
     entries = read_entries(folder / METRICS)
-    train, val, whole = (points(entries, figure) for figure in ("loss", "val_loss", "val_loss_full"))
-    if whole or val:
-        split = " over the whole validation split" if whole else ""
-        print(f"\nfinal val loss{split}: {(whole or val)[-1][1]:.4f}")
+    train, val = points(entries, "loss"), points(entries, "val_loss")
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
     print("\n" + loss_curve(train, val, width=width, unicode=draws_unicode()))
     print("\nTwo samples:\n")
