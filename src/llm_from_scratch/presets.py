@@ -70,10 +70,9 @@ def parse(
     becomes a line for each. `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest),
     wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
-        shell = (argv[0].partition("=")[2].split() + argv[1:] + [""])[0]
-        if shell not in ("bash", "zsh"):
-            raise UserError(f"--completion needs a shell: bash or zsh, got {shell!r}")
-        tyro.cli(tree_type, args=["--tyro-print-completion", shell], prog=prog.partition(" [")[0], **TYRO)
+        tyro.cli(
+            tree_type, args=["--tyro-print-completion", completion_shell(argv)], prog=prog.partition(" [")[0], **TYRO
+        )
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
     options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
@@ -99,6 +98,14 @@ def parse(
         raise SystemExit(0)
     tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
+
+
+def completion_shell(argv: list[str]) -> str:
+    """The shell of `--completion SHELL`, the first of these arguments."""
+    shell = (argv[0].partition("=")[2].split() + argv[1:] + [""])[0]
+    if shell not in ("bash", "zsh"):
+        raise UserError(f"--completion needs a shell: bash or zsh, got {shell!r}")
+    return shell
 
 
 def _print_help(

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from ..config import did_you_mean
 from ..errors import UserError
+from ..presets import completion_shell
 from .common import command
 
 # Subcommand: (its module in cli/, what it does)
@@ -28,8 +29,25 @@ Trains, samples, evaluates, exports and serves GPT language models.
 
 {chr(10).join(f"  {name:<9} {does}" for name, (_, does) in COMMANDS.items())}
 
-gptsmith COMMAND --help explains a command. gptsmith COMMAND --completion bash
-prints a completion script (bash or zsh)."""
+gptsmith COMMAND --help explains a command. gptsmith --completion bash prints a
+completion script (bash or zsh)."""
+# In bash, the rest of the line is completed as that of llm-COMMAND, whose script is read when it is first needed.
+SCRIPTS = {
+    "bash": """_gptsmith() {
+  local name="${COMP_WORDS[1]}"
+  if [[ $COMP_CWORD -eq 1 ]]; then
+    COMPREPLY=($(compgen -W "NAMES" -- "$name"))
+  elif [[ " NAMES " == *" $name "* && $name != demo ]]; then
+    declare -F "_tyro_llm_$name" >/dev/null || eval "$(gptsmith "$name" --completion bash)"
+    COMP_WORDS=("llm-$name" "${COMP_WORDS[@]:2}"); COMP_CWORD=$((COMP_CWORD - 1))
+    "_tyro_llm_$name"
+  fi
+}
+complete -F _gptsmith gptsmith""",
+    "zsh": """#compdef gptsmith
+_gptsmith() { if (( CURRENT == 2 )); then compadd NAMES; else _files; fi }
+compdef _gptsmith gptsmith""",
+}
 
 
 @command
@@ -37,6 +55,9 @@ def main(argv: list[str]) -> int:
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
         print(HELP)
+        return 0
+    if name.partition("=")[0] == "--completion":
+        print(SCRIPTS[completion_shell(argv)].replace("NAMES", " ".join(COMMANDS)))
         return 0
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; {did_you_mean(name, COMMANDS, NAMES)}")

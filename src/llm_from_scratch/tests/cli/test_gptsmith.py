@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,19 @@ def test_completion_is_a_script_of_the_shell(capsys: pytest.CaptureFixture[str])
     for shell in (["--completion", "tcsh"], ["--completion=fish"], ["--completion"]):
         assert main(["eval", *shell]) == 2
         assert "error: --completion needs a shell: bash or zsh" in capsys.readouterr().err
+
+
+def test_subcommands_and_their_settings_are_completed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion=bash"]) == 0
+    script = capsys.readouterr().out
+    command = shlex.join([sys.executable, "-m", "llm_from_scratch"])
+    typed = f"""gptsmith() {{ {command} "$@"; }}
+        COMP_WORDS=(gptsmith e); COMP_CWORD=1; _gptsmith; echo ${{COMPREPLY[@]}}
+        COMP_WORDS=(gptsmith train --learn); COMP_CWORD=2; _gptsmith; echo ${{COMPREPLY[@]}}
+        COMP_WORDS=(gptsmith train --n_layer 3 --learn); COMP_CWORD=4; _gptsmith; echo ${{COMPREPLY[@]}}"""
+    done = subprocess.run(["bash", "-c", script + "\n" + typed], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["eval export", "--learning_rate", "--learning_rate"], done.stderr
+    assert main(["--completion", "zsh"]) == 0
+    assert " ".join(COMMANDS) in capsys.readouterr().out
+    assert main(["--completion", "tcsh"]) == 2
+    assert "bash or zsh" in capsys.readouterr().err
