@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, with a manifest of the size and sha256 of every file in them.
+"""Folders written atomically, with a manifest of the size and sha256 of every file in them.
 
 Order of a write: each file synced in a temporary folder, the manifest last, the folder synced, renamed, the parent
 synced, everything read back. At every moment, also of a replacement, the old folder or the new one is complete. The
@@ -213,7 +213,7 @@ def _open_checked(path: Path, size: int, exact: bool) -> Iterator[IO[bytes]]:
     except UserError as error:  # not a regular file
         raise DamagedError(str(error)) from None
     except OSError as error:
-        # gone, or on a bad sector; other errors (permissions, too many open files) are no sign of damage
+        # gone, or on a bad sector; other errors (permissions, too many open files) do not mean damage
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ELOOP):
             raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
         raise UserError(f"cannot read {path}: {error.strerror}") from None

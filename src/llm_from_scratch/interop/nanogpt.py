@@ -163,7 +163,7 @@ def _check_parameters(config: GPTConfig) -> None:
 def write_nanogpt(
     path: str | Path, content: NanoGPTCheckpoint, overwrite: bool = False, accept_erf_gelu: bool = False
 ) -> Path:
-    """Writes a ckpt.pt that nanoGPT's train.py (--init_from=resume) and sample.py read; whole or not at all. A file
+    """Writes a ckpt.pt that nanoGPT's train.py (--init_from=resume) and sample.py read, atomically. A file
     written by this program is replaced, any other only with overwrite. AdamW's state is included; another optimizer's
     cannot be, and nanoGPT then starts with fresh moments. Raises UserError (see check_nanogpt), or SaveError if the
     disk fails."""

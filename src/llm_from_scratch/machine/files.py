@@ -100,7 +100,7 @@ def open_whole(path: Path, temporary: str | None = None, durable: bool = True) -
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Writes one file whole or not at all, replacing one that is there. Raises SaveError."""
+    """Writes one file atomically, replacing one that is there. Raises SaveError."""
     try:
         make_folder(path.parent)
         with open_whole(path) as f:
@@ -113,7 +113,7 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, not synced. Creates its folder. Several processes may write at once."""
+    """Writes a file atomically, not synced. Creates its folder. Several processes may write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_whole(path, f".{path.name.lstrip('.')}.{os.getpid()}", durable=False) as file:
         file.write(data)

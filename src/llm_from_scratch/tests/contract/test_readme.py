@@ -525,6 +525,8 @@ def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
     documents = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} - {"README.html"}
     assert documents | {"index.html", "project/index.html", "project/CONTRIBUTING.html"} <= pages
     assert "../TRAIN.html" in (site / "project" / "index.html").read_text(encoding="utf-8")
+    api = (site / "API.html").read_text(encoding="utf-8")
+    assert 'id="llm_from_scratch.presets.preset"' in api and ":::" not in api  # the docstrings
 
 
 def test_presets_are_named_by_task() -> None:
