@@ -122,7 +122,7 @@ def _doubts(plan: Plan, epochs: float) -> list[str]:
         ways = "use a smaller model or more text" + (
             ", or fewer tokenizer ids" if (plan.config.model.vocab_size or 0) > 1000 else ""
         )
-        lines.append(f"note: {learned:,} parameters, embeddings apart, for {tokens:,} training tokens: {ways}")
+        lines.append(f"note: {learned:,} parameters (without embeddings) for {tokens:,} training tokens: {ways}")
     if epochs > MANY_EPOCHS:
         lines.append(f"note: {epochs:.0f} epochs: the model may memorise the text; watch the val loss")
     return lines
