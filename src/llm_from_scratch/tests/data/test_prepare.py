@@ -275,7 +275,7 @@ def test_parquet(here: Path) -> None:
     write_jsonl(here / "j.jsonl", texts)
     folder, other = prepare(["p.parquet"], text_key="body"), prepare(["j.jsonl"])
     assert tokens(folder, "train") == tokens(other, "train") and tokens(folder, "val") == tokens(other, "val")
-    for key, message in (("text", "no column 'text'.*'body', 'n'"), ("n", "contains int64, not text")):
+    for key, message in (("text", "does not have a column 'text'.*'body', 'n'"), ("n", "contains int64, not text")):
         with pytest.raises(UserError, match=message):
             prepare(["p.parquet"], text_key=key)
     (here / "broken.parquet").write_bytes(b"PAR1xxxx")

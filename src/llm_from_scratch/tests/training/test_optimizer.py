@@ -138,7 +138,7 @@ def test_an_empty_state_is_a_fresh_start() -> None:
 
 
 def test_fused_is_refused_where_torch_has_none() -> None:
-    with pytest.raises(UserError, match="no fused AdamW for mps"):
+    with pytest.raises(UserError, match="does not have a fused AdamW for mps"):
         make_optimizer(make(), OptimizerConfig(fused="on"), torch.device("mps"))
 
 
