@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+from ..config import Config
 from ..data.options import PrepareOptions
 from ..errors import OutputError
 from ..presets import parse
 from .common import command
 
+ENOUGH = 100_000_000  # tokens for llm-train's default model with any tokenizer
 DESCRIPTION = """Turns texts into training data.
 
   llm-prepare book.txt
@@ -26,7 +30,28 @@ def main(argv: list[str]) -> None:
     parsed = parse(PrepareOptions, argv, prog="llm-prepare [SOURCE ...]", description=DESCRIPTION, presets=False)
     from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 
-    prepare(parsed.positionals, **vars(parsed.tree), report=_say)
+    folder = prepare(parsed.positionals, **vars(parsed.tree), report=_say)
+    tokenizer = parsed.tree.tokenizer
+    if parsed.positionals != ["demo"] and not (tokenizer and Path(tokenizer).exists()):  # those train another model
+        _note_on_size(folder)
+
+
+def _note_on_size(folder: Path) -> None:
+    """Notes if llm-train's default model has more parameters than the text has tokens."""
+    from ..core.tokenfile import read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest is None or (tokens := manifest["splits"]["train"]["tokens"]) > ENOUGH:
+        return
+    from ..core.sizes import count_params  # torch takes seconds
+
+    params = count_params(replace(Config().model, vocab_size=manifest["vocab_size"]))
+    if params > tokens:
+        fewer = ", or fewer tokenizer ids" if manifest["vocab_size"] > 1000 else ""
+        _say(
+            f"note: {tokens:,} training tokens for the {params:,} parameters of llm-train's default model: use a "
+            f"smaller one (llm-train quick) or more text{fewer}"
+        )
 
 
 def _say(line: str) -> None:

@@ -110,11 +110,8 @@ def prepare(
                 extra = {"request": request, "sources": identities}
                 build(spec, folder, options.shard_size, options.workers, cache, extra, report)
                 replace_folder(target, folder)
-        is_demo = given == ["demo"]  # which trains by itself, another model
-        if not (run or is_demo) and (note := _note_on_size(_manifest(target))):
-            report(note)
         _print_summary(target, root, report)
-        if not is_demo:
+        if given != ["demo"]:  # which trains by itself
             report(_next_command(target, root, run))
     return target
 
@@ -360,25 +357,6 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
     text = tokenizer.decode(first)
     shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} characters" if len(text) > EXAMPLE else "")
     report(f"example: {' '.join(map(str, first[:8]))} ... is {shown}")
-
-
-def default_parameters(vocab_size: int) -> int:
-    """All parameters of llm-train's default model, without torch, whose import takes seconds."""
-    model = Config().model
-    width = model.n_embd
-    block = 4 * width**2 + 2 * width * model.mlp_width + 2 * width  # attention, MLP, two norms
-    return (vocab_size + model.block_size) * width + model.n_layer * block + width
-
-
-def _note_on_size(manifest: dict[str, Any]) -> str:
-    params, tokens = default_parameters(manifest["vocab_size"]), manifest["splits"]["train"]["tokens"]
-    if params <= tokens:
-        return ""
-    fewer = ", or fewer tokenizer ids" if manifest["vocab_size"] > 1000 else ""
-    return (
-        f"note: {tokens:,} training tokens for the {params:,} parameters of llm-train's default model: use a smaller "
-        f"one (llm-train quick) or more text{fewer}"
-    )
 
 
 def _next_command(target: Path, root: Path, run: str | None) -> str:

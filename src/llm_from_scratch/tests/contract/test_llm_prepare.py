@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 
 import llm_from_scratch
+from llm_from_scratch.cli import prepare_data
+from llm_from_scratch.config import Config
+from llm_from_scratch.core.model import GPT
 from llm_from_scratch.tests import forked
 from llm_from_scratch.tests.texts import gpt2_folder, real_text, reference_gpt2, shakespeare
 
@@ -39,7 +43,8 @@ def test_file_to_data(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     done = run(tmp_path, "book.txt", "--tokenizer", "char")
     assert (done.returncode, done.stderr) == (0, "")
-    *_, train, val, example, following = done.stdout.splitlines()
+    *_, train, val, example, following, note = done.stdout.splitlines()
+    assert note.startswith("note: 45,000 training tokens for the ")
     assert train.split()[:2] == ["train", "45,000"] and val.split()[:2] == ["val", "5,000"]
     assert repr(text[:32]) in example
     assert following == "next: llm-train --dataset=book"
@@ -51,6 +56,20 @@ def test_file_to_data(tmp_path: Path) -> None:
         and "is up to date: sources and settings have not changed" in again.stdout
         and following in again.stdout
     )
+
+
+def test_a_model_with_more_parameters_than_tokens_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The note counts the parameters of the model that llm-train builds."""
+    monkeypatch.chdir(tmp_path)
+    counted = sum(p.numel() for p in GPT(dataclasses.replace(Config().model, vocab_size=4)).parameters())
+    Path("small.txt").write_text("well\n" * 100)
+    Path("big.txt").write_text("well\n" * 1_100_000)
+    assert prepare_data.main(["small.txt"]) == 0
+    assert f"note: 450 training tokens for the {counted:,} parameters" in capsys.readouterr().out
+    assert prepare_data.main(["big.txt", "--tokenizer=byte"]) == 0
+    assert "note: " not in capsys.readouterr().out
 
 
 def test_standard_input(tmp_path: Path) -> None:

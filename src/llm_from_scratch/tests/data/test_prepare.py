@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import http.server
 import inspect
@@ -30,7 +29,7 @@ from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
 from llm_from_scratch.data import encode, nanogpt, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
-from llm_from_scratch.data.prepare import default_parameters, prepare, tokenizer_for, val_documents
+from llm_from_scratch.data.prepare import prepare, tokenizer_for, val_documents
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import parse
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
@@ -169,23 +168,6 @@ def test_the_tokenizer_of_a_run(here: Path) -> None:
         prepare(["c.txt"], tokenizer="my run")
     prepare(["b.txt"], tokenizer="my run/step-00000001", report=told)
     assert "--init_from=my run/step-00000001" in shlex.split(told.lines[-1])
-
-
-def test_a_model_with_more_parameters_than_tokens_is_noted(here: Path) -> None:
-    """The note counts the parameters of the model that llm-train builds."""
-    for vocab_size in (65, 4096):
-        counted = GPT(dataclasses.replace(Config().model, vocab_size=vocab_size))
-        assert default_parameters(vocab_size) == sum(p.numel() for p in counted.parameters())
-    (here / "b.txt").write_text("well\n" * 100)
-    told = Told()
-    prepare(["b.txt"], report=told)
-    (note,) = (line for line in told.lines if line.startswith("note: "))
-    assert f"450 training tokens for the {default_parameters(4):,} parameters" in note and "llm-train quick" in note
-    with (here / "big.txt").open("w") as file:
-        file.writelines(["well\n" * 1000] * 1100)
-    told = Told()
-    prepare(["big.txt"], tokenizer="byte", report=told)
-    assert "note: " not in told
 
 
 def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
