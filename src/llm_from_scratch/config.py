@@ -412,13 +412,13 @@ def validate(tree: Any) -> None:
 
 def check_types(section: Any) -> None:
     """Raises UserError if a value does not have the type of its setting."""
-    hints = _type_hints(section.__class__)
+    hints = type_hints(section.__class__)
     for item in dataclasses.fields(section):
         if not _fits(value := getattr(section, item.name), hints[item.name]):
             raise UserError(f"{item.name}={one_line(repr(value))} has the wrong type: expected {item.type}")
 
 
-_type_hints = functools.cache(typing.get_type_hints)
+type_hints = functools.cache(typing.get_type_hints)
 
 
 def _fits(value: Any, hint: Any) -> bool:

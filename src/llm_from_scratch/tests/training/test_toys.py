@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
-from llm_from_scratch.config import OptimizerConfig, SchedulerConfig
+from llm_from_scratch.config import OptimizerConfig, SchedulerConfig, type_hints
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training.forecast import Rehearsal
 from llm_from_scratch.training.optimizer import OPTIMIZERS, make_optimizer
@@ -61,6 +61,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "lion", Lion)
     monkeypatch.setitem(OPTIMIZERS, "paired", Paired)
     monkeypatch.setitem(SCHEDULES, "sawtooth", sawtooth)
+    monkeypatch.setitem(type_hints(OptimizerConfig), "optimizer_type", Literal["adamw", "muon", "lion", "paired"])
+    monkeypatch.setitem(type_hints(SchedulerConfig), "schedule", Literal["cosine", "sawtooth"])
 
 
 def test_a_run_trains_saves_and_resumes_bit_for_bit(tiny_data: Path) -> None:
