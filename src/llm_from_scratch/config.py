@@ -332,8 +332,8 @@ class LoggingConfig(Settings):
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Progress bar, plain lines, or none: print nothing. auto: the bar in a terminal, otherwise lines. Bar and lines
-    end with a sample of the finished model."""
+    """Progress bar, plain lines, or none: print nothing. auto: in a terminal the bar, and a short sample at the end;
+    otherwise lines."""
     loss_plot: bool | None = None
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 

@@ -191,7 +191,7 @@ class RunLog:
         self.silent = not is_master or config.logging.progress == "none"
         self.out_dir, self.loss_plot = Path(config.training.out_dir), wanted(config, "loss_plot")
         self.shown = dict.fromkeys(("loss", "val", "rate"), "")  # next to the bar
-        self.reader_is_gone = False
+        self.reader_is_gone = self.is_watched = False
         self.failing: set[str] = set()
         if not is_master:
             return
@@ -206,8 +206,8 @@ class RunLog:
             self.sinks.append(WandB(config, run_id))
         self.terminal = Lenient(sys.stdout)
         console, progress = Console(file=cast(TextIO, self.terminal)), config.logging.progress
-        is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
-        if not config.training.eval_only and (progress == "bar" or is_watched):
+        self.is_watched = progress == "auto" and sys.stdout.isatty() and not console.is_dumb_terminal
+        if not config.training.eval_only and (progress == "bar" or self.is_watched):
             self.bar = Bar(
                 "{task.completed:.0f}/{task.total:.0f}", BarColumn(bar_width=None), "{task.fields[status]}",
                 "{task.fields[left]}", console=console,

@@ -387,9 +387,9 @@ class Run:
         return self.result(final)
 
     def _wants_last_sample(self) -> bool:
-        """Of the finished model: if the run writes samples, or prints something and has a tokenizer."""
-        prints = self.config.logging.progress != "none" and self.plan.tokenizer is not None
-        wanted = self.config.training.sample_interval or prints
+        """Of the finished model: if the run writes samples, or if somebody watches it in a terminal. A sample costs
+        about half a second, much of a short run."""
+        wanted = self.config.training.sample_interval or (self.log.is_watched and self.plan.tokenizer is not None)
         return bool(wanted) and not self.is_nanogpt and self.state.step not in (self.sampled_at, self.plan.start_step)
 
     def _evaluate_whole(self) -> Evaluation | None:
