@@ -51,7 +51,7 @@ COMMANDS = {
     "llm-generate": ["generate", "--out_dir={place}/run", "--max_new_tokens=3", "--start=a"],
     "llm-eval": ["evaluate", "--out_dir={place}/run", "--dataset={place}/data"],
     "llm-export": ["export", "--out_dir={place}/run", "--output={place}/exported", "--format=hf"],
-    "llm-bench": ["bench", *SMALL],
+    "llm-bench": ["bench", *SMALL, "--real_data=False"],
     "llm-serve": ["serve", "--out_dir={place}/run", "--port=0"],
     "train.py": ["train.py", *arguments(out_dir="{place}/new", max_iters=2)],
     "sample.py": ["sample.py", "--out_dir={place}/run", "--max_new_tokens=3", "--start=a"],
