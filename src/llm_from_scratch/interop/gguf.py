@@ -104,16 +104,13 @@ def _config(reader: GGUFReader, family: Family, where: str) -> GPTConfig:
     theirs = {
         key[len(arch) + 1 :]: field.contents() for key, field in reader.fields.items() if key.startswith(f"{arch}.")
     }
-    keys = _keys(family)
-    values = family.ours | {ours: theirs.pop(key) for ours, key in keys.items() if key in theirs}
+    values = family.ours | {ours: theirs.pop(key) for ours, key in _keys(family).items() if key in theirs}
     values |= {"vocab_size": int(held["token_embd.weight"].shape[1]), "tie_embeddings": "output.weight" not in held}
-    values |= {"bias": True if family.gpt2 else "blk.0.attn_q.bias" in held}
+    values["bias"] = family.gpt2 or "blk.0.attn_q.bias" in held
     values["activation"] = "gelu_tanh" if family.gpt2 else next(iter(family.activations.values()))
     config = checked_model_config(values, where)
-    own: dict[str, Any] = {key: config.n_embd // config.n_head for key in HEAD_WIDTHS} | {
-        "vocab_size": config.vocab_size
-    }
-    own |= {"rope.scaling.type": "none"}
+    own: dict[str, Any] = {"vocab_size": config.vocab_size, "rope.scaling.type": "none"}
+    own |= dict.fromkeys(HEAD_WIDTHS, config.n_embd // config.n_head)
     for key, value in theirs.items():
         if key not in own or value != own[key]:
             raise UserError(f"{where}: {arch}.{key}={one_line(value)} is not supported by this program's model")
@@ -205,13 +202,9 @@ def export_gguf(
             if not family.gpt2:
                 writer.add_uint32(f"{arch}.{HEAD_WIDTHS[0]}", config.n_embd // config.n_head)
             writer.add_file_type(gguf.LlamaFileType[{"f32": "ALL_F32"}.get(kind, f"MOSTLY_{kind.upper()}")])
+            add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+            add[list] = writer.add_array
             for key, content in vocabulary.items():
-                add: dict[type, Any] = {
-                    bool: writer.add_bool,
-                    int: writer.add_uint32,
-                    str: writer.add_string,
-                    list: writer.add_array,
-                }
                 add[type(content)](f"tokenizer.ggml.{key}", content)
             small = GPTConfig(**{**vars(config), "vocab_size": rows})
             for name, tensor in written_weights(state, family.names(small), family, small).items():

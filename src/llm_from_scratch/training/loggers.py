@@ -180,7 +180,7 @@ class RunLog:
         remaining: Remaining | None = None, run_id: str | None = None,
         nanogpt_mfu: Callable[[float], float] | None = None,
     ):  # fmt: skip
-        """nanogpt_mfu: of a step of so many seconds, for nanoGPT's lines; None: other lines."""
+        """nanogpt_mfu: seconds of a step -> mfu, if nanoGPT's lines are printed. None: llm-train's lines."""
         self.remaining, self.begin = remaining, time.monotonic()
         self.first, self.last, self.nanogpt_mfu, self.running_mfu = first, last, nanogpt_mfu, UNKNOWN_MFU
         self.told_at = -math.inf  # when the remaining time was last printed
