@@ -42,7 +42,7 @@ def table(folder: Path) -> str:
     loss, training = measured(folder, "loss"), measured(folder, "training")["cases"]["gpt2"]
     memory, decoding = measured(folder, "memory")["found"], measured(folder, "decoding")["cases"]
     resumed = {name: found["resumed"] for name, found in measured(folder, "resume")["found"].items()}
-    same = {name: "other weights" if difference else "**bit-exact**" for name, difference in resumed.items()}
+    same = {name: "different weights" if difference else "**bit-exact**" for name, difference in resumed.items()}
     rows = [
         ("time to nanoGPT's CPU loss (tiny Shakespeare, 1.90)", "time_to_loss.py", "",
          cells({name: found["seconds"] for name, found in loss["found"].items()}, ".1f", min), "s"),

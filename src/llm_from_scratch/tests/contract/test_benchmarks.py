@@ -90,7 +90,7 @@ def test_the_table_of_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cells[1] == ["**1,302**", "", "", "173", "", "tokens/s"]
     assert cells[2] == ["**2,470**", "", "3,000", "", "", "MiB"]
     assert cells[5] == ["63", "", "", "", "**106**", "tokens/s"]
-    assert cells[6] == ["**bit-exact**", "other weights", "", "", "", ""]
+    assert cells[6] == ["**bit-exact**", "different weights", "", "", "", ""]
     assert len({line.count("|") for line in lines[:9]}) == 1 and lines[-1].startswith("A processor, 2 threads")
     assert proof_table.MARKS.search((ROOT / "README.md").read_text(encoding="utf-8"))
 
