@@ -24,10 +24,10 @@ _env *EXTRAS:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/install.py "$@"
 
-# Make .venv for training, TensorBoard, the notebook and the server
+# Create .venv with the packages for training, TensorBoard, the notebook and the server
 setup: (_env "tensorboard" "plots" "offline" "notebook" "serve")
 
-# Make .venv with the development tools
+# Create .venv with the development tools
 install-dev: (_env "dev")
 
 # Train a small model on a small text and sample from it: a few minutes
@@ -40,12 +40,12 @@ workers := "-n 3 --dist=loadfile --no-loadscope-reorder"
 # Bytecode is written even if the environment forbids it: otherwise every worker and every process compiles all files.
 pytest := 'PYTHONDONTWRITEBYTECODE= "' + python + '" -m pytest ' + workers
 
-# Run the tests: a case of each behaviour, in 4 to 5 minutes
+# Run the tests, a case of each behaviour: 4 to 5 minutes
 [no-exit-message]
 test *ARGS: (_env "dev")
     @{{ pytest }} "$@"
 
-# Run every test that needs no GPU and no network, in up to 25 minutes
+# Run every test that needs no GPU and no network: up to 25 minutes
 [no-exit-message]
 test-all *ARGS: (_env "dev")
     @{{ pytest }} -m "not gpu and not network" "$@"
@@ -60,7 +60,7 @@ test-torch VERSION *ARGS: (_env "dev")
 test-cov *ARGS: (_env "dev")
     @"{{ python }}" -m pytest --cov=llm_from_scratch --cov-report=term-missing:skip-covered "$@"
 
-# Run the crash tests: kills, power cuts, flipped bits, hostile files (--prove: check that they notice defects)
+# Run the crash tests: kills, power cuts, flipped bits, hostile files (--prove: check that they detect defects)
 [no-exit-message]
 storm *ARGS: (_env "dev")
     @"{{ python }}" -m llm_from_scratch.tests.faults.storm "$@"
@@ -81,22 +81,22 @@ lint: (_env "dev")
 # Format, lint and test: every commit must pass
 pre-commit: format lint test
 
-# Turn a text (file, folder, or a known name) into training data in data/processed
+# Tokenize a text (a file, a folder or a built-in source) into data/processed
 [no-exit-message]
 prepare-data FILE *ARGS: (_env "tensorboard" "plots" "offline")
     @{{ first }}; exec "{{ bin }}/llm-prepare" "$first" "$@"
 
-# Train configs/default.yaml on the data prepared last
+# Train configs/default.yaml on the most recently prepared data
 [no-exit-message]
 train *ARGS: (_env "tensorboard" "plots")
     @exec "{{ bin }}/llm-train" default "$@"
 
-# A short run: 5 epochs, small batch, on the data prepared last
+# A short run: 5 epochs, small batch, on the most recently prepared data
 [no-exit-message]
 train-quick *ARGS: (_env "tensorboard" "plots")
     @exec "{{ bin }}/llm-train" quick --epochs=5 --batch_size=8 --out_dir=out-quick "$@"
 
-# configs/default.yaml for 20 epochs of the data prepared last; stops if the val loss no longer improves
+# Train configs/default.yaml for 20 epochs of the most recently prepared data; stops if the val loss no longer improves
 [no-exit-message]
 train-full *ARGS: (_env "tensorboard" "plots")
     @exec "{{ bin }}/llm-train" default --epochs=20 --early_stopping_patience=5 --out_dir=out-full "$@"
@@ -106,7 +106,7 @@ train-full *ARGS: (_env "tensorboard" "plots")
 train-with-config FILE *ARGS: (_env "tensorboard" "plots")
     @{{ first }}; exec "{{ bin }}/llm-train" "$first" "$@"
 
-# Continue what you type: MODEL is an out_dir, a step directory or a ckpt.pt
+# Continue the text you type: MODEL is an out_dir, a step directory or a ckpt.pt
 [no-exit-message]
 generate MODEL *ARGS: _env
     @{{ first }}; exec "{{ bin }}/llm-generate" --interactive --checkpoint="$first" "$@"
@@ -121,7 +121,7 @@ serve MODEL *ARGS: (_env "serve")
 tensorboard *ARGS: (_env "tensorboard")
     @logs=$("{{ python }}" scripts/housekeeping.py logs) && exec "{{ python }}" -m tensorboard.main --logdir_spec="$logs" "$@"
 
-# Build the documents as a site in build/site
+# Build the documentation as a site in build/site
 docs: (_env "docs")
     @NO_MKDOCS_2_WARNING=1 "{{ python }}" -m mkdocs build --quiet
     @echo "open {{ root }}/build/site/index.html"
