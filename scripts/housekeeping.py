@@ -175,7 +175,7 @@ def clean_all(root: Path, yes: bool) -> int:
                 answer = input(f"Delete these {len(paths)}? [y/N] ")
             except EOFError:
                 print()
-                raise Refusal("nothing was deleted: there is no terminal to ask on; to delete, pass --yes") from None
+                raise Refusal("nothing was deleted: no terminal to confirm on; pass --yes to delete") from None
             if answer.strip().lower() not in ("y", "yes"):
                 print("nothing was deleted")
                 return 1

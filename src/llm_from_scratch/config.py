@@ -81,7 +81,7 @@ class GPTConfig(Settings):
     zero_init: bool = False
     """Initialise the output projections of the blocks, and an untied head, to zero. Works well with Muon."""
     max_ngram: int = 0
-    """Add embeddings of the last 2, 3, ..., max_ngram tokens. Small models learn faster. 0: off."""
+    """Add embeddings of the last 2, 3, ..., max_ngram tokens, so that small models learn faster. 0: off."""
     ngram_rows: int = 65536
     """Rows of the hash table for each n-gram length."""
 
@@ -122,8 +122,8 @@ class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. llm-train: if not given, the data
-    prepared last."""
+    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. llm-train's default: the most
+    recently prepared data."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
@@ -173,14 +173,14 @@ class TrainingConfig(Settings):
     keep_last: int = 2
     """Number of recent checkpoints to keep, in addition to the best and the final one."""
     keep_every: int | None = None
-    """Also keep a checkpoint if its step is a multiple of this."""
+    """Also keep the checkpoints at multiples of this step."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better val loss. None: never."""
     sample_interval: int | None = None
-    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k). The finished model
-    writes the last one."""
+    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k). The last sample is
+    from the finished model."""
     max_skipped_steps: int = 5
     """Skip steps with a non-finite loss or gradient. After this many in a row, return to the last good checkpoint."""
     max_rollbacks: int = 2
@@ -300,7 +300,7 @@ class GenerationConfig(Settings):
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits by token id before any other processing, for example '{50256: -100}'."""
     stop: tuple[str, ...] = ()
-    """Stop texts: generation ends at the first one, which is not returned. One text, or a list such as
+    """Stop sequences: generation ends at the first one, which is not returned. One string, or a list such as
     '["END", "\\n\\n"]'."""
 
     def validate(self) -> None:
@@ -314,7 +314,7 @@ class GenerationConfig(Settings):
         at_least({"a token id in logit_bias": min(self.logit_bias, default=0)}, 0)
         between({f"logit_bias of token {token}": value for token, value in self.logit_bias.items()}, -1000, 1000)
         if any(not text for text in self.stop):
-            raise UserError("stop contains an empty text, which would end every sample immediately; remove it")
+            raise UserError("stop contains an empty string, which would end every sample immediately; remove it")
 
 
 @dataclass
@@ -364,7 +364,7 @@ class SystemConfig(Settings):
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Record the training step as a CUDA graph. auto: for small compiled models on one GPU."""
     fp8: bool = False
-    """Train with float8 matrix products in the blocks (compute capability 8.9 or higher). Faster for wide layers."""
+    """Compute the blocks' matrix products in float8 (compute capability 8.9 or higher). Faster for wide layers."""
 
     def validate(self) -> None:
         between(self, 0, 2**63 - 1, "seed")

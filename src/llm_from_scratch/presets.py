@@ -314,7 +314,7 @@ def _as_list(key: str, value: Any) -> list[str]:
     if isinstance(value, str):
         return [value] if value else []
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{key} must be a text or a list of texts, got {_short(value)}")
+        raise UserError(f"{key} must be a string or a list of strings, got {_short(value)}")
     return list(value)
 
 

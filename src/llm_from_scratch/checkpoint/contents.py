@@ -164,7 +164,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"expected {FORMAT['format']!r}"
         )
     if manifest.get("version") != FORMAT["version"]:
-        raise UserError(f"{path} is in version {manifest.get('version')} of the format, this program reads version 1")
+        raise UserError(f"{path} has format version {manifest.get('version')}; this program reads version 1")
     step, loss = manifest.get("step"), manifest.setdefault("val_loss", None)
     is_loss = loss is None or (type(loss) is float and math.isfinite(loss))
     if type(step) is not int or not 0 <= step < 1 << 53 or not is_loss:

@@ -68,7 +68,7 @@ def write_folder(
         remove_folder(old)
     except DamagedError as error:
         raise SaveError(
-            f"the disk returned other bytes than were written: {error}; moved to {set_aside(final)}"
+            f"the disk returned different bytes than were written: {error}; moved to {set_aside(final)}"
         ) from None
     except OSError as error:
         shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted

@@ -38,7 +38,7 @@ def load(
         lambda path: _load_nanogpt(path, weights_only),
     )  # fmt: skip
     if isinstance(which, int) and found.step != which:
-        raise UserError(f"{found.path} is of step {found.step}, not {which}")
+        raise UserError(f"{found.path} is at step {found.step}, not {which}")
     if found.tokenizer is None:
         found.tokenizer = _tokenizer_for(found, dataset, need_tokenizer)
     return found

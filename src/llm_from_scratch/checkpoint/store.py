@@ -182,7 +182,7 @@ def first_good(
     if isinstance(which, int):
         if exact := [entry.path for entry in entries if entry.step == which]:
             return read(exact[0])
-        raise UserError(f"no checkpoint of step {which} in {out}: there are {', '.join(str(e.step) for e in entries)}")
+        raise UserError(f"no checkpoint of step {which} in {out}; available: {', '.join(str(e.step) for e in entries)}")
     order = entries
     if which == "best" or (which is None and _saved_only_the_best(entries)):
         order = _by_val_loss(entries)
@@ -200,7 +200,7 @@ def first_good(
             continue
         if damaged:
             moved = [f"{hashed_folder.set_aside(p)} ({why})" if set_aside else f"{p} ({why})" for p, why in damaged]
-            print(f"warning: damaged: {'; '.join(moved)}; using {entry.path} instead", file=sys.stderr)
+            print(f"warning: damaged checkpoint: {'; '.join(moved)}; using {entry.path} instead", file=sys.stderr)
         return found
     reasons = "; ".join(why for _, why in damaged)
     raise DamagedError(f"no good checkpoint in {out}: {reasons}; restore one, or start a new run in another --out_dir")

@@ -75,14 +75,14 @@ def _main(argv: list[str], prog: str, defaults: dict[str, Any] | None = None) ->
     defaults = defaults or prepared or {}
     gpu = flatten(BenchCommand()) | defaults
     shown = {name: f"{gpu[name]}, or {value} without a GPU" for name, value in CPU_SIZES.items()}
-    shown |= {"dataset": "random tokens: no data is prepared here"} if prepared == {} else {}
+    shown |= {"dataset": "random tokens: no prepared data found"} if prepared == {} else {}
     parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON, shown=shown)
     validate(parsed.tree)
     if prepared is not None and "dataset" not in parsed.sources and parsed.tree.options.real_data:
         if prepared:
-            note(f"using the data prepared last: {prepared['dataset']} (another: --dataset=NAME)")
+            note(f"using the most recently prepared data: {prepared['dataset']} (override with --dataset=NAME)")
         else:
-            note("using random tokens: no data is prepared here; to use real text, run llm-prepare FILE first")
+            note("using random tokens: no prepared data found; to use real text, run llm-prepare FILE first")
             parsed.tree.options.real_data = False
 
     from ..machine import device as runtimes

@@ -38,7 +38,7 @@ class Export:
     output: str | None = None
     """The file (nanogpt, gguf) or the new folder (hf) to write."""
     dataset: str | None = None
-    """The data whose tokenizer to use if the checkpoint has none."""
+    """Name or folder of the data with the tokenizer, if the checkpoint does not have one (nanoGPT's)."""
     overwrite: bool = False
     """Replace a ckpt.pt that was not written by this program."""
     accept_erf_gelu: bool = False

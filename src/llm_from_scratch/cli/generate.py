@@ -48,7 +48,7 @@ class SourceOptions:
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
     dataset: str | None = None
-    """Name or folder of the data whose tokenizer to use if the checkpoint has none (nanoGPT's)."""
+    """Name or folder of the data with the tokenizer, if the checkpoint does not have one (nanoGPT's)."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class OutputOptions:
     stream: bool | Literal["auto"] = "auto"
     """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""
     interactive: bool = False
-    """Read prompts line by line until the input ends (Ctrl-D). At a terminal, /help lists commands."""
+    """Read prompts line by line until the input ends (Ctrl-D). In a terminal, /help lists commands."""
     jsonl: bool = False
     """Print one JSON object per sample: prompt, text, tokens (their number), finish_reason (stop or length), seed."""
     overflow: Literal["recompute", "drop_half"] = "recompute"
@@ -118,7 +118,7 @@ def location_of(parsed: Parsed[Any]) -> str:
     source = parsed.tree.source
     given = [name for name in ("checkpoint", "init_from", "out_dir") if parsed.on_command_line(name)]
     if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]} each name a model: give only one")
+        raise UserError(f"--{given[0]} and --{given[1]} both select a model: give only one")
     if given:
         return getattr(source, given[0])
     # init_from in a training preset is where that run started, not the model to load

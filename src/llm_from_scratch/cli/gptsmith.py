@@ -12,15 +12,15 @@ from .common import command
 
 # Subcommand: (its module in cli/, what it does)
 COMMANDS = {
-    "prepare": ("prepare_data", "turns texts into tokens"),
+    "prepare": ("prepare_data", "tokenizes texts"),
     "train": ("train", "trains from scratch, resumes a run, or finetunes"),
     "plan": ("plan", "estimates time and memory of a run"),
     "generate": ("generate", "continues a text"),
     "serve": ("serve", "starts an OpenAI-compatible server with a playground"),
-    "eval": ("evaluate", "loss, perplexity and bits per byte"),
+    "eval": ("evaluate", "computes loss, perplexity and bits per byte"),
     "bench": ("bench", "times a training step"),
     "export": ("export", "writes a model for transformers, llama.cpp or nanoGPT"),
-    "demo": ("demo", "trains a small model on a small text"),
+    "demo": ("demo", "trains a small model and samples from it"),
 }
 NAMES = f"one of {', '.join(COMMANDS)}"
 HELP = f"""usage: gptsmith [-h] [--version] COMMAND ...

@@ -17,10 +17,10 @@ GREETING = """The model continues your text. (Only chat models answer questions:
 /help lists commands. Ctrl-C stops a sample, Ctrl-D quits."""
 HELP = '''/set NAME VALUE  change a setting, for example /set temperature 0.7
 /set             show the settings
-/retry           the same prompt again, with the next seed
-/reset           the settings and the seed of the start
-/help            this list
-"""              begins and ends a text of several lines, or one that starts with /'''
+/retry           repeat the prompt with the next seed
+/reset           restore the initial settings and seed
+/help            show this list
+"""              enclose a text of several lines, or one that starts with /'''
 QUOTES = '"""'
 Answer = Callable[[GenerationConfig, str, int], None]  # settings, prompt, seed: prints the samples
 

@@ -1,4 +1,4 @@
-"""llm-prepare: turns texts into training data."""
+"""llm-prepare: tokenizes texts for training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..presets import parse
 from .common import command
 
 ENOUGH = 100_000_000  # tokens for llm-train's default model with any tokenizer
-DESCRIPTION = """Turns texts into training data.
+DESCRIPTION = """Tokenizes texts for training.
 
   llm-prepare book.txt
   llm-prepare 'notes/**/*.md' --name=notes --tokenizer=bpe:1024
   llm-prepare train.jsonl --val_files=val.jsonl --text_key=content
 
 A SOURCE is a file (.txt and .md: one document; .jsonl: one per line; .parquet: one per row), a folder, a glob, - for
-standard input, or a known text: shakespeare_char, shakespeare, openwebtext, python_docs. Files are searched for here,
-then in data/raw. The end of a single text becomes the validation split; of several documents, a random choice does.
-Or give validation texts with --val_files. If nothing has changed, a second run does no work."""
+standard input, or a built-in source: shakespeare_char, shakespeare, openwebtext, python_docs. Files are looked up here,
+then in data/raw. The validation split is the end of a single text, a random choice of several documents, or the texts
+in --val_files. If nothing has changed, a second run does no work."""
 
 
 @command

@@ -43,7 +43,7 @@ class SampleSettings:
     compile: bool = False
     """Compile the model with torch.compile."""
     dataset: str | None = None
-    """Name or folder of the data whose tokenizer to use if the checkpoint has none (nanoGPT's)."""
+    """Name or folder of the data with the tokenizer, if the checkpoint does not have one (nanoGPT's)."""
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
 

@@ -25,7 +25,7 @@ HELP = """Starts an OpenAI-compatible server for a trained model.
   llm-serve --out_dir=out --host=0.0.0.0 --api_key=SECRET
   llm-serve --init_from=gpt2 --port=8001
 
-The API is at /v1, a playground at /, metrics at /metrics. PRESETs are files."""
+The API is at /v1, a playground at /, metrics at /metrics. PRESETs are files with these settings."""
 
 
 @dataclass

@@ -30,18 +30,18 @@ HELP = """Trains a GPT, or resumes a run.
 
   llm-train quick --dataset=book              a short run on prepared data
   llm-train quick --max_iters=3000 --dry_run  estimate time and memory
-  llm-train --init_from=resume --out_dir=out  continue a run
+  llm-train --init_from=resume --out_dir=out  resume a run
   llm-train quick my.yaml --print_config      show the settings
 """
-PLAN_HELP = """Estimates time, memory and finish time of a run, and trains nothing. The same
-as llm-train --dry_run.
+PLAN_HELP = """Estimates time, memory and finish time of a run without training. The same as
+llm-train --dry_run.
 
-  llm-plan quick --dataset=book              before the same llm-train
+  llm-plan quick --dataset=book              a new run
   llm-plan --init_from=resume --out_dir=out  the rest of a run
 """
 PRESETS_HELP = """
-PRESETs are files or these names. The last one wins, then the command line.
-Without one: {default}.
+PRESETs are files or these names. Later ones override earlier ones, and the
+command line overrides all. Without a preset: {default}.
 
 {presets}"""
 
@@ -82,8 +82,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         return 0
     if chosen:
         if not defaults:
-            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
+            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     from ..training.check import check
 
     check(config)  # before torch is imported, which takes seconds
@@ -120,7 +120,7 @@ def _print_help(
             if resolved_init(training.init_from, training.out_dir) == "resume":
                 defaults = {**defaults, **(_saved_settings(parsed.tree, {"dataset": ""}, "", []) or {})}
                 base = None
-    shown = {} if "dataset" in defaults or base is None else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    shown = {} if "dataset" in defaults or base is None else {"dataset": "none found: run llm-prepare FILE"}
     read(argv, defaults=defaults, base_preset=base, shown=shown)
 
 

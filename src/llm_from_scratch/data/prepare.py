@@ -156,7 +156,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
         if len(given) > 1 or options.val_files:
-            raise UserError(f"the known text {known[0]} cannot be combined with others; for a file, write ./{known[0]}")
+            raise UserError(f"{known[0]} is a built-in source and must be the only one; for a file, write ./{known[0]}")
         text = src.KNOWN_TEXTS[known[0]]
         source = text.open(root, key, report)
         if isinstance(source, src.FileSource):

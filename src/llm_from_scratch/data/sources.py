@@ -1,7 +1,7 @@
-"""Text sources: files, folders, globs, standard input and known texts, read as a stream of documents.
+"""Text sources: files, folders, globs, standard input and built-in sources, read as a stream of documents.
 
 A source yields pieces (text, ends) of bounded size: a long document is cut where the tokens stay the same, and `ends`
-marks its last piece. A new file format is a reader in READERS, a new known text an entry in KNOWN_TEXTS.
+marks its last piece. A new file format is a reader in READERS, a new built-in source an entry in KNOWN_TEXTS.
 """
 
 from __future__ import annotations
@@ -228,10 +228,10 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
             report(f"reading {argument} from {RAW.as_posix()}")
         if not found:
             names = [name for name in KNOWN_TEXTS if name != "demo"]
-            hint = did_you_mean(argument, names, f"known texts: {', '.join(names)}", similarity=0.75)
+            hint = did_you_mean(argument, names, f"built-in sources: {', '.join(names)}", similarity=0.75)
             if (root / argument).is_dir():
                 hint = f"the folder contains no {', '.join(READERS)} file{others}"
-            raise UserError(f"no text {argument!r} here or in {RAW.as_posix()}: {hint}")
+            raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}: {hint}")
         for path in found:
             if path.suffix.lower() not in READERS and argument != "-":
                 report(f"reading {path.as_posix()} as plain text")

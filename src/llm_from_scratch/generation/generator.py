@@ -134,7 +134,7 @@ class Generator:
     ) -> Generator:
         """From an out_dir, a checkpoint directory or a nanoGPT ckpt.pt. Raises UserError.
 
-        which: best, last or a step. dataset: the data (name or folder) whose tokenizer to use if the checkpoint has
+        which: best, last or a step. dataset: the data (name or folder) with the tokenizer, if the checkpoint has
         none.
         """
         where = resolve_device(device)

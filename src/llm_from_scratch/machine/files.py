@@ -237,7 +237,7 @@ class FolderLock:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"another process trains in {folder}: wait until it ends, stop it, or choose another --out_dir"
+                f"another process is training in {folder}: wait until it ends, stop it, or choose another --out_dir"
             ) from None
         except (OSError, NotImplementedError):  # a file system without locks must not prevent training
             pass

@@ -43,9 +43,9 @@ def _text(value: str) -> str:
 def _stops(value: Any) -> tuple[str, ...]:
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        _refuse("expected a text or a list of texts")
+        _refuse("expected a string or a list of strings")
     if len(texts) > MAX_STOPS or any(not 0 < len(text) <= MAX_STOP_LENGTH for text in texts):
-        _refuse(f"expected at most {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        _refuse(f"expected at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
     return tuple(map(_text, texts))
 
 
@@ -80,14 +80,14 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
             return [_text(text) for text in value]
         if kinds == {list} and all(set(map(type, ids)) <= {int} for ids in value):
             return value
-    _refuse("expected a text, a list of texts, a list of token ids, or a list of such lists")
+    _refuse("expected a string, a list of strings, a list of token ids, or a list of such lists")
 
 
 def _content(value: Any) -> str:
     if value is None or isinstance(value, str):
         return _text(value or "")
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
-        _refuse("expected a text or a list of parts")
+        _refuse("expected a string or a list of parts")
     return "".join(TextPart.model_validate(part).text for part in value)
 
 

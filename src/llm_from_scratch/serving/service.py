@@ -125,7 +125,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises ApiError."""
         if name is not None and name != self.name:
-            message = f"no model {name[:100]!r} here: this server has {self.name}"
+            message = f"no model {name[:100]!r}: this server serves {self.name}"
             raise ApiError(404, message, "model", "model_not_found")
 
     # requests: encoding takes time, so these run in a thread; they raise ApiError

@@ -126,7 +126,7 @@ def test_values_of_the_command_line(argv: list[str], name: str, value: Any) -> N
         (["--dtype=float64"], "dtype='float64' is not valid: expected one of"),
         (["--norm=batchnorm"], "expected one of"),
         (["--compile=maybe"], "compile='maybe'"),
-        (["--stop=[1, 2]"], "stop must be a text or a list of texts"),
+        (["--stop=[1, 2]"], "stop must be a string or a list of strings"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], words: str) -> None:
@@ -200,7 +200,7 @@ def test_later_wins_and_the_command_line_wins_over_all(here: Path) -> None:
         ("n_layer: true", "n_layer='True' is not valid (set in {path})"),
         ("n_layer: [1, 2]", "n_layer must be one value, got [1, 2] in {path}"),
         ("n_layer: {a: 1}", "n_layer must be one value"),
-        ("stop: [1]", "stop must be a text or a list of texts, got [1]"),
+        ("stop: [1]", "stop must be a string or a list of strings, got [1]"),
         ("eval_only: 3", "eval_only='3' is not valid (set in {path})"),
         ("3: 4", "unknown setting 3 in {path}"),
         ("- n_layer", "{path} must contain settings as key: value, got list"),

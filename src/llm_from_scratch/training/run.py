@@ -334,7 +334,7 @@ class Run:
         self.saver.report(wait=True)
         wait_for_all(self.runtime.world_size)
         if state.rollbacks >= limit:
-            raise TrainingError(f"{error}; stopped after {limit} roll-backs; the last good checkpoint is kept")
+            raise TrainingError(f"{error}; stopped: max_rollbacks={limit} reached; the last good checkpoint is kept")
         try:
             saved = load(self.out_dir, "last", need_tokenizer=False)
         except UserError as reason:
@@ -343,10 +343,10 @@ class Run:
         self.model.load_state_dict(saved.model)
         self._restore(saved)
         state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
-        state.saved_at = -1  # the checkpoint does not contain the roll-back
+        state.saved_at = -1  # the checkpoint does not contain the rollback
         self.guard.pending.clear()
         self.log.forget_from(saved.step, state.evaluated_at == saved.step)
-        done = f"returned to {saved.path}, continuing with other batches (roll-back {rollbacks}/{limit})"
+        done = f"rolled back to {saved.path}, continuing with different batches (rollback {rollbacks}/{limit})"
         self.say(f"warning: {error}; {done}")
 
     # --- the end ---
@@ -381,7 +381,7 @@ class Run:
         if state.step and self.runtime.is_master:
             with self.log.writing(README):
                 if not write_readme(self.out_dir / README, readme(self.plan, state, self.command)):
-                    self.say(f"{self.out_dir / README} is not a run's, or was edited: it is kept")
+                    self.say(f"{self.out_dir / README} was edited, or not written by a run: it is not overwritten")
         if not self.stop.exit_code and self._wants_last_sample():
             self.write_sample()
         return self.result(final)
@@ -397,8 +397,8 @@ class Run:
         expected = len(plan.val_data) / self.eval_rate if self.eval_rate else 0.0
         is_long = expected > max(LONG_FINAL_EVALUATION, self.timer.total)
         if any_rank(is_long, runtime.device, runtime.world_size):  # their clocks differ
-            minutes = f"{expected / 60:.0f} min. To do it: {eval_command(self.config)}"
-            self.say(f"evaluating the whole validation split would take about {minutes}")
+            skipped = f"skipped: about {expected / 60:.0f} min. To run it: {eval_command(self.config)}"
+            self.say(f"evaluation of the whole validation split {skipped}")
             return None
         final = evaluate_split(
             self.models.compiled, plan.val_data, self.config.model.block_size, runtime, plan.tokenizer,

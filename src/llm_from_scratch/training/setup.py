@@ -97,7 +97,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if inputs.tokenizer is None and inputs.vocab_size is None and foreign:  # the padding would hide them
         notes.append(
             f"warning: {foreign[0].name}: id {foreign[0].largest_id} is not a GPT-2 token (0 to {GPT2_IDS - 1}): "
-            "another tokenizer made this data, so samples of the model would be wrong text; prepare the text with "
+            "another tokenizer made this data, so samples would be wrong; prepare the text with "
             "llm-prepare --tokenizer=FOLDER_OR_FILE"
         )
     kind, stride, seed = config.data.sample_order, config.data.stride, config.system.seed

@@ -35,7 +35,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     rollbacks: int = 0
     data_shift: int = 0
-    """Steps by which roll-backs have advanced the order of the data."""
+    """Steps by which rollbacks have advanced the order of the data."""
 
 
 def copied(state: Any) -> Any:
@@ -116,7 +116,7 @@ def restore(
         elif dropout:
             others = "other processes or devices than the checkpoint's"
             why = others if saved.rng else "the checkpoint does not contain random states"
-            notes.append(f"{why}: dropout draws other masks, not bit-exact")
+            notes.append(f"{why}: dropout masks will differ, not bit-exact")
         return notes
     except UserError:
         raise  # its message is complete

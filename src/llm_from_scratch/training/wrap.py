@@ -76,7 +76,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements |= {Linear: CPULinear, Head: CPUHead}
         if runtime.products is None:
             found = ", ".join(f"{shape} {three}" for shape, three in libraries.items())
-            say(f"products: {found} (output, input's and weight's gradient; o: by oneDNN, faster here; t: by torch)")
+            say(f"products: {found} (output, input gradient, weight gradient; o: oneDNN, faster here; t: torch)")
     if config.system.fp8:
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others

@@ -8,7 +8,7 @@ import { LEVELS, TokenText } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
 const TAIL = 300; // characters of the prompt that a sample shows before it
-const ENDS = { stop: "ended by a stop text or token", length: "reached max tokens" };
+const ENDS = { stop: "ended by a stop sequence or token", length: "reached max tokens" };
 
 let info;
 let last; // the prompt that was completed last: {text, ids}

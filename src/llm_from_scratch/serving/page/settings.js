@@ -20,7 +20,7 @@ function fieldsFor({ limits, vocab_size: ids, defaults }) {
     { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, off: 1, more: true },
     { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, value: 0, off: 0, more: true },
     { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, off: 0, more: true },
-    { name: "stop", label: "Stop texts", kind: "lines", value: "", more: true, hint: "one per line; \\n is a line break" },
+    { name: "stop", label: "Stop sequences", kind: "lines", value: "", more: true, hint: "one per line; \\n is a line break" },
   ];
   for (const field of list) {
     field.value = allowed(field, defaults?.[field.name] ?? field.value);

@@ -472,7 +472,7 @@ def test_kept_are_the_last_the_best_and_every_nth(tmp_path: Path) -> None:
     assert steps(tmp_path) == [20, 50]
     save(tmp_path, 60, val_loss=0.5, keep_last=1)
     assert steps(tmp_path) == [60]
-    save(tmp_path, 55, keep_last=1)  # an older step, after a roll-back: the one just written stays
+    save(tmp_path, 55, keep_last=1)  # an older step, after a rollback: the one just written stays
     assert steps(tmp_path) == [55, 60]
     assert sorted(os.listdir(tmp_path)) == ["step-00000055", "step-00000060"]
 
@@ -489,7 +489,7 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
         return entry
 
     monkeypatch.setattr(sealed, "write_synced", rotten)
-    with pytest.raises(cp.SaveError, match="other bytes"):
+    with pytest.raises(cp.SaveError, match="different bytes"):
         save(tmp_path, 4, keep_last=1)
     assert steps(tmp_path) == [1, 2, 3] and (tmp_path / "damaged-step-00000004").is_dir()
     monkeypatch.undo()

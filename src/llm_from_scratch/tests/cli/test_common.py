@@ -34,13 +34,13 @@ def test_the_data_prepared_last(here: Path) -> None:
 def test_training_names_the_data_that_it_chose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["quick", "--dry_run"]) == 2
     assert capsys.readouterr().err == (
-        "error: no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME\n"
+        "error: no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME\n"
     )
     write_data(here / "data" / "book")
     small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=1", "--device=cpu"]
     assert train.main(["default", *small]) == 0
-    assert "training on the data prepared last: book (another: --dataset=NAME)" in capsys.readouterr().err
+    assert "training on the most recently prepared data: book (override with --dataset=NAME)" in capsys.readouterr().err
     assert train.main(["--init_from=resume", "--max_iters=2"]) == 0
-    assert "prepared last" not in capsys.readouterr().err  # the run's own
+    assert "recently prepared" not in capsys.readouterr().err  # the run's own
     assert train.main(["default", *small, "--dataset=book"]) == 0
-    assert "prepared last" not in capsys.readouterr().err
+    assert "recently prepared" not in capsys.readouterr().err

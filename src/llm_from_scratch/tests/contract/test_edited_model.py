@@ -1,7 +1,7 @@
 """A researcher's first act: core/model.py is edited in a copy of the package, and every command still works.
 
 Each edit adds or removes a parameter. The names, shapes and counts must come from the edited model alone: training,
-saving, resuming, sampling, evaluating, planning and the roll-back work; formats that do not support the new part
+saving, resuming, sampling, evaluating, planning and the rollback work; formats that do not support the new part
 refuse by that name.
 """
 
@@ -180,7 +180,7 @@ def test_every_edit_works_through_the_commands(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_an_edited_model_is_counted_in_the_plan_and_survives_a_roll_back(tmp_path: Path) -> None:
-    """The plan counts the new parameters; a roll-back loads the checkpoint that the run wrote itself."""
+    """The plan counts the new parameters; a rollback loads the checkpoint that the run wrote itself."""
     settings = {**QUICK, "vocab_size": 20}
     config = GPTConfig(**{f.name: settings[f.name] for f in dataclasses.fields(GPTConfig) if f.name in settings})
     with Copy(EDITS["a gate"], tmp_path) as copy:
@@ -189,7 +189,7 @@ def test_an_edited_model_is_counted_in_the_plan_and_survives_a_roll_back(tmp_pat
         copy.train(out_dir="run", max_iters=4)
         wild = {"learning_rate": 1e30, "min_lr": 1e30, "max_skipped_steps": 1, "max_rollbacks": 1}
         said = copy.train("--init_from=resume", out_dir="run", code=1, max_iters=8, **wild)
-        assert "stopped after 1 roll-backs" in said and (copy.folder / "run" / "step-00000004").is_dir()
+        assert "stopped: max_rollbacks=1 reached" in said and (copy.folder / "run" / "step-00000004").is_dir()
 
 
 UNLOADABLE = {

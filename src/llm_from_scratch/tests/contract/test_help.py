@@ -109,8 +109,8 @@ def test_a_preset_is_in_force_in_every_command(
 
 
 def test_without_data_none_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert defaults(help_of(capsys, "train", "-h"))["dataset"] == "none is prepared here: run llm-prepare FILE"
-    assert defaults(help_of(capsys, "bench", "-h"))["dataset"] == "random tokens: no data is prepared here"
+    assert defaults(help_of(capsys, "train", "-h"))["dataset"] == "none found: run llm-prepare FILE"
+    assert defaults(help_of(capsys, "bench", "-h"))["dataset"] == "random tokens: no prepared data found"
     assert defaults(help_of(capsys, "train", "--dataset=x", "-h"))["dataset"] == "x"
     assert defaults(help_of(capsys, "train", "train_gpt2", "-h"))["dataset"] == "openwebtext"  # nanoGPT's
 

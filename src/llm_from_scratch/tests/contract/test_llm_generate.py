@@ -295,7 +295,7 @@ def test_a_conversation_at_a_terminal(out_dir):
         (["--num_samples=0"], ["num_samples=0", "1 or more"]),
         (["--max_new_tokens=0"], ["max_new_tokens=0"]),
         (["--max_new_tokens=many"], ["max_new_tokens", "many"]),
-        (['--stop=[""]'], ["stop contains an empty text"]),
+        (['--stop=[""]'], ["stop contains an empty string"]),
         (["--seed=-1"], ["seed=-1"]),
         (["--device=cuda:99"], ["--device=cuda:99", "CUDA"]),
         (["--device=tpu"], ["tpu", "cpu"]),

@@ -99,7 +99,7 @@ def test_a_terminal_that_cannot_show_the_text(tmp_path: Path) -> None:
 
 MISTAKES = [
     ([], "no source"),
-    (["nope.txt"], "no text 'nope.txt'"),
+    (["nope.txt"], "'nope.txt' not found here or in data/raw"),
     (["--tokenizr=gpt2"], "did you mean tokenizer"),
     (["a.txt", "--val_fraction=lots"], "val_fraction='lots' is not valid"),
     (["a.txt", "--workers=-3"], "workers=-3"),

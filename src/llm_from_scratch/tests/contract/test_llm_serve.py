@@ -177,7 +177,7 @@ def test_a_port_that_is_taken(capsys, out_dir):
         (["--cors_origins=*"], "without an API key"),
         (["--chat_template=no-such"], "chat template"),
         (["--watch=no-such"], "no such folder"),
-        (["--out_dir=a", "--checkpoint=b"], "each name a model"),
+        (["--out_dir=a", "--checkpoint=b"], "both select a model"),
         (["--temperature=1"], "unknown setting --temperature"),
     ],
     ids=str,

@@ -161,7 +161,7 @@ def test_weights_only_leaves_the_optimizer_out(tmp_path: Path) -> None:
 
 def test_own_checkpoints_come_before_a_ckpt_pt_beside_them(tmp_path: Path) -> None:
     got = load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
-    with pytest.raises(UserError, match="is of step 2000, not 7"):
+    with pytest.raises(UserError, match="is at step 2000, not 7"):
         load_any(tmp_path, 7, need_tokenizer=False)
     fields = {name: getattr(got, name) for name in ("model_config", "model", "optimizer", "trainer", "config")}
     cp.save_checkpoint(tmp_path, step=2001, run_id="r", **fields)

@@ -102,7 +102,7 @@ def test_a_stop_text_is_marked_as_not_part_of_the_sample(browser, site):
     generate(browser)
     kept = browser.js("return [...document.querySelectorAll('.t:not(.beyond)')].map(s => s.textContent).join('')")
     assert kept == expected[:5]
-    assert "ended by a stop text" in browser.text(".stats")
+    assert "ended by a stop sequence" in browser.text(".stats")
 
 
 # --- looking at tokens ---

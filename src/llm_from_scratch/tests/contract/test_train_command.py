@@ -212,16 +212,16 @@ def test_bench_ends_quickly_on_a_cpu(here: Path, capsys: pytest.CaptureFixture[s
 def test_bench_without_data_names_no_dataset(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--device=cuda:99"]) == 2
     errors = capsys.readouterr().err
-    assert "using random tokens: no data is prepared here" in errors and "openwebtext" not in errors
+    assert "using random tokens: no prepared data found" in errors and "openwebtext" not in errors
 
 
 def test_bench_reads_data_where_there_is_some(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--batch_size=2", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]
     assert bench.main([*small, "--steps=1", "--burnin_steps=0", "--device=cpu"]) == 0
     out, errors = capsys.readouterr()
-    assert "random tokens" not in out and "prepared last" not in errors
+    assert "random tokens" not in out and "recently prepared" not in errors
     assert bench.main([*small[:-1], "--profile", "--device=cpu"]) == 0
-    assert "using the data prepared last: tiny (another: --dataset=NAME)" in capsys.readouterr().err
+    assert "using the most recently prepared data: tiny (override with --dataset=NAME)" in capsys.readouterr().err
     assert (project / "bench_log" / "trace.json").is_file()
 
 

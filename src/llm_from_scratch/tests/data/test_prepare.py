@@ -523,7 +523,7 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
     "arguments, settings, message",
     [
         ([], {}, "no source"),
-        (["nothing.txt"], {}, "no text 'nothing.txt'"),
+        (["nothing.txt"], {}, "'nothing.txt' not found here or in data/raw"),
         (["shakespeer"], {}, "did you mean shakespeare"),
         (["empty"], {}, "contains no .txt"),
         (["*.md"], {}, "no text"),

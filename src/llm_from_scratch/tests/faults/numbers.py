@@ -122,13 +122,13 @@ def _judge(
     report: Report, what: str,
 ) -> None:  # fmt: skip
     kind, first, last = poison.kind, poison.steps[0], settings["max_iters"]
-    back = (first + min(IN_A_ROW, len(poison.steps)) - 1) // SAVES * SAVES  # where a roll-back goes to
+    back = (first + min(IN_A_ROW, len(poison.steps)) - 1) // SAVES * SAVES  # where a rollback goes to
     updates = [entry for entry in log if "grad_norm" in entry]
     lines = {entry["step"]: entry for entry in updates}
     if kind in ("loss without end", "loss from step 0"):
         rounds = ROLLBACKS if "end" in kind else 0
         report.check(code == 3, f"{what}: ended with {code}: {text[-300:]}")
-        report.check(text.count("(roll-back ") == rounds, f"{what}: {text.count('(roll-back ')} roll-backs")
+        report.check(text.count("(rollback ") == rounds, f"{what}: {text.count('(rollback ')} rollbacks")
         at = back + IN_A_ROW - 1
         positions = ", ".join(map(str, seen.begins[-1]))
         for part in (f"at step {at} ", "learning rate ", f" {settings['dtype']}", f"tokens at {positions})"):
@@ -140,13 +140,13 @@ def _judge(
     report.check(not finals, f"{what}: the last line is {updates[-1]}")
     left_out = {at for at in range(len(seen.steps)) if seen.states[at] == seen.states[at + 1]}
     if kind == "weights" or "row" in kind:
-        report.check("(roll-back 1/" in text, f"{what}: no roll-back: {text[-300:]}")
+        report.check("(rollback 1/" in text, f"{what}: no rollback: {text[-300:]}")
         again = poison.steps[-1] + 1  # the first update after it
         repeated = set(seen.steps[:again]) & set(seen.steps[again:])
-        report.check(not repeated, f"{what}: after the roll-back, the batches {sorted(repeated)} came again")
+        report.check(not repeated, f"{what}: after the rollback, the batches {sorted(repeated)} came again")
         report.check(len(seen.steps) == last + again - back, f"{what}: {len(seen.steps)} updates in all")
         return
-    report.check("(roll-back" not in text, f"{what}: a roll-back for one step")
+    report.check("(rollback" not in text, f"{what}: a rollback for one step")
     report.check(len(seen.steps) == last, f"{what}: {len(seen.steps)} updates in place of {last}")
     line = lines.get(first, {})
     # float16 looks for its loss scale by gradients that overflow, in the first steps

@@ -296,7 +296,7 @@ def _try(scene_name: str, how: str, at: int, tag: int, folder: Path, report: Rep
                 return DONE
             except cp.SaveError as error:
                 said = str(error)
-                read_back = "returned other bytes" in said or "cannot read back" in said
+                read_back = "returned different bytes" in said or "cannot read back" in said
                 return REFUSED if scene.saves and (read_back or BYTES.search(said)) else CRASHED
             except UserError as error:
                 said = str(error)

@@ -177,7 +177,7 @@ def test_a_conversation_streamed(client):
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hi"}, "messages", "valid list"),
         ({"messages": [{"content": "x"}]}, "messages.0.role", "missing"),
-        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "expected a text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "expected a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.type", "text"),
         ({"messages": [{"role": "user", "content": "\u4e2d"}]}, "messages", "never saw the character"),
         ({"top_logprobs": 1}, "top_logprobs", "needs logprobs"),

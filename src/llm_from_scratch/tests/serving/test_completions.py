@@ -254,7 +254,7 @@ def test_bytes_are_whole_characters_in_the_text():
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": "\u4e2d"}, "prompt", "never saw the character"),
         ({"prompt": [10**30]}, "prompt", "outside the vocabulary"),
-        ({"prompt": [1, "a"]}, "prompt", "expected a text"),
+        ({"prompt": [1, "a"]}, "prompt", "expected a string"),
         ({"prompt": "a" * 101}, "prompt", "the limit is 100"),
         ({"max_tokens": 501}, "max_tokens", "500"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
@@ -329,7 +329,7 @@ def test_models_info_and_tokens(server, client):
     listed = client.models.list().data
     assert [(model.id, model.max_model_len) for model in listed] == [(NAME, 24)]
     assert client.models.retrieve(NAME) == listed[0]
-    with pytest.raises(openai.NotFoundError, match="this server has"):
+    with pytest.raises(openai.NotFoundError, match="this server serves"):
         client.models.retrieve("owner/other")
     for path in ("/health", "/v1/models", f"/v1/models/{NAME}", "/metrics", "/"):
         status, headers, body = answer(server.connect(http(path, method="HEAD")), "HEAD")

@@ -122,7 +122,7 @@ def test_many_bad_steps_in_a_row_end_in_other_batches(
     settings = {"max_iters": 16, "max_skipped_steps": 3, "keep_last": 9}
     result = train(tiny_config(tiny_data, out_dir="run", **settings))
     told = capsys.readouterr().out
-    assert "returned to run/step-00000004, continuing with other batches (roll-back 1/2)" in told
+    assert "rolled back to run/step-00000004, continuing with different batches (rollback 1/2)" in told
     assert "batch from the tokens at " in told and "learning rate" in told
     assert result.step == 16
     final = load_checkpoint(find_checkpoint("run", "last")).trainer
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_healed_stops_with_a_diagnosis(
     assert capsys.readouterr().out.count("continuing with other batches") == 3
     text = str(error.value)
     assert text.startswith("the loss is inf at step ") and "float32, weights finite" in text
-    assert "stopped after 3 roll-backs; the last good checkpoint is kept" in text
+    assert "stopped: max_rollbacks=3 reached; the last good checkpoint is kept" in text
     # step 4 each time: batches 4 and 5 and the bad 6 and 7; 8 and 9; 10 and 11; 12 and 13
     begins = make_plan(config).order.starts(13, 2)
     assert (
@@ -160,7 +160,7 @@ def test_weights_that_are_not_finite_are_undone_at_once(
     spoil(weights_of(math.nan), 6)
     assert train(tiny_config(tiny_data, out_dir="run", keep_last=9)).step == 8
     told = capsys.readouterr().out
-    assert "weights not finite" in told and "returned to run/step-00000004" in told
+    assert "weights not finite" in told and "rolled back to run/step-00000004" in told
     assert told.count("skipped;") == 1
     for _, path in list_checkpoints("run"):
         assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(path).model.values())
@@ -176,7 +176,7 @@ def test_weights_that_broke_before_a_save_are_not_saved(
     settings = {"out_dir": "run", "save_interval": 2, "eval_interval": 100, "keep_last": 9}
     assert train(tiny_config(tiny_data, **settings)).exit_code == 0
     told = capsys.readouterr().out
-    assert "step 6 is not saved" in told and "returned to run/step-00000004" in told
+    assert "step 6 is not saved" in told and "rolled back to run/step-00000004" in told
     assert [step for step, _ in list_checkpoints("run")] == [2, 4, 6, 8]
 
 
@@ -193,7 +193,7 @@ def test_weights_that_broke_in_the_last_step_are_undone(tiny_data: Path, spoil: 
 
 
 def test_a_roll_back_outlives_a_signal(tiny_data: Path, spoil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal comes in the step that leads to the roll-back: what is saved knows of it."""
+    """The signal comes in the step that leads to the rollback: what is saved knows of it."""
     settings = {"max_skipped_steps": 3, "dropout": 0.1, "keep_last": 9}
     spoil(loss_of(math.nan), 5, 6, 7)
     train(tiny_config(tiny_data, out_dir="whole", **settings))

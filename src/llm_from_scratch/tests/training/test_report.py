@@ -103,7 +103,7 @@ def test_a_run_keeps_what_somebody_wrote(tiny_data: Path, capsys: pytest.Capture
     path.write_text("Mine.\n")
     train(config(tiny_data))
     assert path.read_text() == "Mine.\n"
-    assert capsys.readouterr().out.count(f"{path} is not a run's, or was edited: it is kept") == 1
+    assert capsys.readouterr().out.count(f"{path} was edited, or not written by a run: it is not overwritten") == 1
 
 
 def test_a_folder_a_fifo_or_a_long_text_is_somebodys_own(tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_does_not_block(tiny_data: Pa
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         for init_from in ("scratch", "resume"):
-            with pytest.raises(UserError, match="another process trains in run: wait until it ends, stop it, or"):
+            with pytest.raises(UserError, match="another process is training in run: wait until it ends, stop it, or"):
                 train(tiny_config(tiny_data, out_dir="run", init_from=init_from))
         train(tiny_config(tiny_data, out_dir="run", init_from="resume", eval_only=True))  # reads only
         train(tiny_config(tiny_data, out_dir="elsewhere"))
@@ -436,7 +436,7 @@ def test_a_damaged_checkpoint_is_named_once_and_set_aside(tiny_data: Path, capsy
     capsys.readouterr()
     assert main([f"--dataset={tiny_data}", "--out_dir=run", "--init_from=resume"]) == 0
     told = capsys.readouterr()
-    assert told.err.count("warning: damaged: run/damaged-step-00000008 (") == told.err.count("warning") == 1
+    assert told.err.count("warning: damaged checkpoint: run/damaged-step-00000008 (") == told.err.count("warning") == 1
     assert "resuming from run/step-00000004 at step 4" in told.out
     assert Path("run/damaged-step-00000008").is_dir() and find_checkpoint("run").name == "step-00000008"
 
