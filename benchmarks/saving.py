@@ -57,7 +57,7 @@ def seconds(folder: Path, way: str, settings: list[str]) -> dict[str, float]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(contextlib.redirect_stdout(io.StringIO()))
         patches.enter_context(mock.patch.object(savers, "copied", timed))
-        if way == "waited for":
+        if way == "in the loop":
             patches.enter_context(mock.patch.object(savers.Saver, "save", waited))
         ends: list[float] = []
         finish, begin = Run.finish, Run.__init__
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     options, settings = parser.parse_known_args()
-    ways = ("none", "beside the loop", "waited for")
+    ways = ("none", "in a thread", "in the loop")
     found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -95,7 +95,7 @@ def main() -> None:
                 found[way].append(seconds(folder, way, settings))
     saves = SAVES - 1  # no checkpoint at step 0; the last one is outside the loop
     base = [run["loop"] for run in found["none"]]
-    size, copy = found["waited for"][0]["bytes"], statistics.median(r["copy"] for r in found["beside the loop"])
+    size, copy = found["in the loop"][0]["bytes"], statistics.median(r["copy"] for r in found["in a thread"])
     stall = {
         way: statistics.median((run["loop"] - none) / saves for run, none in zip(found[way], base, strict=True))
         for way in ways[1:]

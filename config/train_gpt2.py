@@ -1,7 +1,7 @@
 # GPT-2 (124M) from scratch on OpenWebText, to a val loss of about 2.85. Eight A100 GPUs need days:
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-wandb_log = True  # a run of days is watched remotely
+wandb_log = True  # monitor a run of several days remotely
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 

@@ -27,4 +27,4 @@ min_lr = 1e-4  # a tenth of the peak
 warmup_iters = 100
 max_iters = 5000
 lr_decay_iters = 5000  # the decay ends with the run
-beta2 = 0.99  # few tokens per step make the second moment noisy: average it over more steps
+beta2 = 0.99  # with few tokens per step the second moment is noisy: average it over more steps

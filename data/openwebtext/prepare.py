@@ -1,4 +1,4 @@
-"""OpenWebText in GPT-2 tokens: streams it and writes train.bin (about 17 GB) and val.bin beside this file.
+"""OpenWebText in GPT-2 tokens: streams it and writes train.bin (about 17 GB) and val.bin next to this file.
 
 Needs the library datasets (pip install -e '.[data]'). Encodes on all cores, or --workers=N.
 """

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, in GPT-2 tokens: writes train.bin and val.bin beside this file."""
+"""Tiny Shakespeare, in GPT-2 tokens: writes train.bin and val.bin next to this file."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, one id per character: writes train.bin, val.bin and meta.pkl beside this file."""
+"""Tiny Shakespeare, one id per character: writes train.bin, val.bin and meta.pkl next to this file."""
 
 import sys
 from pathlib import Path

@@ -58,7 +58,7 @@ class CannotRecord(RuntimeError):
 
 
 class StopForward(Exception):
-    """A forward pass has gone as far as it is needed."""
+    """Ends a forward pass when the rest is not needed."""
 
 
 class ApiError(Exception):

@@ -177,7 +177,7 @@ def build(tree_type: type[T], values: dict[str, Any]) -> T:
 
 
 def preset(*names: str, **settings: Any) -> Config:
-    """The settings of presets (files or bare names; without any, those of llm-train), changed by the given ones:
+    """The settings of these presets (files or names; default: llm-train's settings) with the given settings applied:
     preset("quick", dataset="book", max_iters=200). max_iters replaces a preset's epochs. Raises UserError as parse()
     does."""
     for name in names:

@@ -1,1 +1,1 @@
-"""Checkpoints: folders that appear whole, their contents, finding and loading them."""
+"""Checkpoints: atomically written folders, their contents, finding and loading them."""

@@ -64,7 +64,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Delta:
-    """The progress of one sample: final text (no partial characters, nothing that may begin a stop text), and the drawn
+    """The progress of one sample: final text (no partial characters, no possible stop sequence), and the drawn
     tokens. The text may be empty although there are tokens, and the last delta may have only text."""
 
     sample: int

@@ -83,7 +83,7 @@ class Decoder:
 
 @dataclass
 class Completion:
-    """One sample. text: the continuation of the prompt, up to a stop text; tokens: all tokens drawn for it."""
+    """One sample. text: the continuation of the prompt, up to a stop sequence; tokens: all tokens drawn for it."""
 
     text: str
     tokens: list[int]
@@ -213,8 +213,8 @@ class Generator:
         sampler: Sampler | None = None,
         **settings: Any,
     ) -> str | list[str] | list[Completion]:
-        """With params: its num_samples samples for every prompt (texts or token ids), in the order of the prompts.
-        Without: the text that continues one prompt, or a list; settings: of GenerationConfig, as max_new_tokens=40.
+        """With params: num_samples completions of every prompt (texts or token ids), in the order of the prompts.
+        Without: the continuation of one prompt, or a list; settings: of GenerationConfig, such as max_new_tokens=40.
 
         Sample k of a prompt uses the seed seed + k. It is the same alone (that seed, num_samples=1) and in any batch.
         allow_special: parse special tokens in the prompts. sampler: another sampler, with one row per sample. Raises
@@ -284,9 +284,9 @@ class Generator:
     def _run(
         self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
     ) -> Iterator[list[str]]:
-        """Decodes until every row has all its tokens or a stop text. Yields the new text of each row.
+        """Decodes until every row has all its tokens or a stop sequence. Yields the new text of each row.
 
-        watch: check for stop texts after every step; otherwise only at the end, so that the host does not wait for the
+        watch: check for stop sequences after every step; otherwise at the end, so that the host does not wait for the
         device.
         """
         live, drawn = list(range(len(texts))), []

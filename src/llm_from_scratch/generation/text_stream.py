@@ -1,4 +1,4 @@
-"""Tokens to text during generation: whole characters, and stop texts."""
+"""Tokens to text during generation: whole characters, and stop sequences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 class TextStream:
-    """Tokens to text as they arrive: whole characters only, without any part of a possible stop text.
+    """Tokens to text as they arrive: whole characters only, without any part of a possible stop sequence.
 
     bytes_of(before, token): the bytes that a token adds after the previous token.
     """
@@ -20,7 +20,7 @@ class TextStream:
         self.stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         self.tokens: list[int] = []
         self.text = ""  # final text
-        self.held = ""  # a possible beginning of a stop text
+        self.held = ""  # a possible beginning of a stop sequence
         self.stopped = False
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -44,7 +44,7 @@ class TextStream:
         return held[:sure]
 
     def _begun(self, held: str) -> int:
-        """Length of the longest suffix of the text that is a prefix of a stop text."""
+        """Length of the longest suffix of the text that is a prefix of a stop sequence."""
         longest = min(max(map(len, self.stop), default=1) - 1, len(held))
         return next((n for n in range(longest, 0, -1) if any(s.startswith(held[-n:]) for s in self.stop)), 0)
 

@@ -1,5 +1,5 @@
-"""GGUF, the format of llama.cpp, read and written with the package gguf: the families of hf.py, whose tables of modules
-are used with gguf's own names for them. Byte-level BPE only. Source: llama.cpp's convert_hf_to_gguf.py and
+"""GGUF, llama.cpp's format, read and written with the package gguf, for the model families of hf.py. hf.py's tables of
+modules are used, with gguf's names for the tensors. Byte-level BPE only. Source: llama.cpp's convert_hf_to_gguf.py and
 llama-vocab.cpp."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def is_gguf(path: Path) -> bool:
 
 def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """Settings, weights in float32 (dequantized one at a time) and tokenizer. Raises UserError if the file is damaged
-    or our model cannot be its model."""
+    or core/model.py does not support the model."""
     reader = _open(path)
     try:
         arch = str(_value(reader, "general.architecture"))

@@ -140,7 +140,7 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     """Settings, weights and tokenizer from a folder with config.json and model.safetensors (or its shards, or
     pytorch_model.bin), or from the hub's gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name (extra `hf`). The state
     dict has our names, both of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the folder has
-    none that this program can run. Raises UserError if files do not fit together or our model cannot be theirs."""
+    none that is supported. Raises UserError if files are inconsistent or core/model.py does not support the model."""
     folder = get_folder(name_or_folder, read_config)
     family, config = read_config(folder)
     state = read_weights(open_weights(folder), family, config, str(folder))

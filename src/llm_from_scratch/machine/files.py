@@ -1,4 +1,4 @@
-"""Files: bounded reads of regular files, JSON, writes that are whole or absent, and locks."""
+"""Files: bounded reads of regular files, JSON, atomic writes, and locks."""
 
 from __future__ import annotations
 

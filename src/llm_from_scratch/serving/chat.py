@@ -1,4 +1,4 @@
-"""Chat templates: where a model keeps them, and their rendering."""
+"""Chat templates: finding and rendering them."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def describe(plan: Plan) -> list[str]:
 
 
 def _doubts(plan: Plan, epochs: float) -> list[str]:
-    """What a model trained from scratch on little text will suffer from."""
+    """Notes for a model trained from scratch on too little text."""
     learned, tokens = plan.sizes.params - plan.sizes.embedding_params, len(plan.train_data)
     if plan.weights is not None or plan.config.training.eval_only:
         return []

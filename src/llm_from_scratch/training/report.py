@@ -28,7 +28,7 @@ LIMIT = 1 << 20  # bytes; a longer file is somebody's own
 
 
 def write_readme(path: Path, text: str) -> bool:
-    """Writes the text atomically. Returns False if the file is somebody's own, or edited."""
+    """Writes the text atomically. Returns False if the file was edited or not written by a run."""
     if os.path.lexists(path):
         try:
             old, _, _ = (content := read_file(path, LIMIT)).rpartition(MARK[:4].encode())

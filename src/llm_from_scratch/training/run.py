@@ -48,7 +48,7 @@ SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
 
 @dataclass
 class TrainResult:
-    """How a run ended."""
+    """The result of a run."""
 
     step: int
     out_dir: Path

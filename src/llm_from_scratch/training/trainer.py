@@ -68,10 +68,9 @@ def train_step(run: Run, x: Tensor, y: Tensor) -> Step:
 def train(
     config: Config, sources: dict[str, str] | None = None, command: str = "llm-train", quiet: bool = False
 ) -> TrainResult:
-    """Trains a model as the settings say, and returns how the run ended. quiet: prints nothing.
-
+    """Trains a model with these settings and returns the result. quiet: prints nothing.
     sources: where each setting was set (see presets.parse); command: what the resume hint names.
-    Raises UserError before anything is written if settings, data, weights or machine do not fit together, and
+    Raises UserError before anything is written if settings, data, weights and machine are not compatible, and
     TrainingError if the run cannot continue.
     """
     if quiet:

@@ -1,4 +1,4 @@
-"""generation/generator.py: prompts, seeds, stop texts, streaming and groups. Parity is tested in parity/."""
+"""generation/generator.py: prompts, seeds, stop sequences, streaming and groups. Parity is tested in parity/."""
 
 from __future__ import annotations
 
