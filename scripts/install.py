@@ -99,7 +99,7 @@ def pinned_torch(constraints: str) -> str:
     """The requirement `torch==X` of constraints.txt."""
     match = re.search(r"(?m)^torch==[^\s;#]+", constraints)
     if match is None:
-        raise SystemExit("error: constraints.txt pins no torch: it needs a line such as torch==2.13.0")
+        raise SystemExit("error: constraints.txt does not pin torch: add a line such as torch==2.13.0")
     return match.group()
 
 
@@ -148,7 +148,7 @@ def install_torch(uv: Uv, torch: str) -> bool:
         if local is not None and "+cpu" in local:
             if uv.install("--no-deps", torch, links=False).returncode == 0:
                 return True
-            say(f"warning: the index gave no CUDA build of {torch}; the extra wheels hold a CPU build only")
+            say(f"warning: the index has no CUDA build of {torch}; the extra wheels have only a CPU build")
         return False
     if local is not None and "+cu" not in local.replace("+cpu", ""):
         return uv.install("--no-deps", "--no-index", torch).returncode == 0
@@ -156,7 +156,7 @@ def install_torch(uv: Uv, torch: str) -> bool:
         return True
     say(
         f"warning: no CPU build of {torch} was found in the folders of extra wheels, and {CPU_INDEX} does not respond: "
-        "the default build brings NVIDIA's CUDA packages, a download of about 3 GB"
+        "the default build downloads NVIDIA's CUDA packages, about 3 GB"
     )
     return False
 

@@ -1,4 +1,4 @@
-"""Train, finetune, sample, evaluate and export small-to-medium GPT language models on your own text."""
+"""Train, finetune, sample, evaluate, export and serve GPTs on your own text."""
 
 from __future__ import annotations
 
