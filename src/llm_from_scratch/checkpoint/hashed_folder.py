@@ -82,7 +82,7 @@ def write_folder(
 
 def _make_way(final: Path, old: Path) -> None:
     """Renames the folder that will be replaced. It stays complete under a name that readers know."""
-    if not final.is_dir():  # somebody else's file
+    if not final.is_dir():  # not ours
         set_aside(final)
         return
     if old.exists():  # an earlier replacement was cut short: `final` may not be whole

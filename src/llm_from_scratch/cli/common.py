@@ -53,12 +53,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
-    """The decorator of a command's entry point: it is called without arguments, or with an argv, by way of run."""
+    """The decorator of a command's entry point: calls main through run(), with or without an argv."""
     return functools.partial(run, main)
 
 
 def data_prepared_last() -> dict[str, str]:
-    """{"dataset": NAME} of the data prepared last, as a default of settings; empty if there is none."""
+    """{"dataset": NAME} of the most recently prepared data, as a default of settings; empty if there is none."""
     files = [*Path("data").glob("*/train*.bin"), *Path("data/processed").glob("*/manifest.json")]
     if not files:
         return {}
@@ -69,8 +69,8 @@ def data_prepared_last() -> dict[str, str]:
 
 
 def used_a_path(what: str, dataset: object, prog: str, argv: list[str]) -> UserError:
-    """The error for data that a checkpoint knows by a path. It is not opened, because the checkpoint may be a
-    stranger's, but printed in the command that was typed, to be run again."""
+    """The error for data that a checkpoint names by a path. The path is not opened, because the checkpoint may be
+    untrusted, but printed as part of the command to run."""
     command = shlex.join([*prog.split(), *argv, dataset_option(dataset)])
     return UserError(f"{what} used a data folder. A path in a checkpoint is opened only if you name it: {command}")
 

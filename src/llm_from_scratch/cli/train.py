@@ -18,8 +18,8 @@ from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, leaf_types, nanogpt_defaults, parse
 from .common import command, data_prepared_last, used_a_path
 
-# Settings that are not read from a checkpoint: the run's folder and what concerns only this call. A checkpoint may be
-# a stranger's, so it cannot switch on wandb either.
+# Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
+# untrusted, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run")
 COMMON = (

@@ -120,7 +120,7 @@ class TokenData:
 class SampleOrder:
     """The order of the windows: start positions as a pure function of (seed, index of the sample). random: independent
     uniform offsets, as in nanoGPT. shuffled: a window every `stride` tokens, each once per epoch in a new random order;
-    each epoch starts at another offset below the stride, so texts are cut at other places."""
+    each epoch starts at another offset below the stride, so texts are cut at different places."""
 
     tokens: int
     block_size: int

@@ -1,11 +1,11 @@
 """The whole model in one file: norms, positions, attention, MLP, block, head, loss, GPT. Its KV cache is in cache.py.
 
 With the default configuration this is GPT-2 as nanoGPT writes it: the same state-dict keys, the same parameter
-order and the same initial weights from a seed. Every option (RoPE, RMSNorm, SwiGLU, grouped-query attention,
+order and the same initial weights for a seed. Every option (RoPE, RMSNorm, SwiGLU, grouped-query attention,
 QK-norm, untied head, softcap) is chosen from a table when the model is built, never while it runs.
 
-Edit this file freely: names and shapes of parameters are asked of the model everywhere else, faster kernels
-(kernels/) are compared with the modules of this file before they are used, and decoding is recorded from forward.
+Edit this file freely: all other code reads names and shapes of parameters from the model, faster kernels (kernels/)
+are compared with the modules of this file before they are used, and decoding is recorded from forward.
 
 Sources: GPT-2 (Radford et al. 2019) and openai/gpt-2 src/model.py; RoPE arXiv 2104.09864; RMSNorm arXiv 1910.07467;
 SwiGLU arXiv 2002.05202; ReLU^2 arXiv 2109.08668; GQA arXiv 2305.13245; QK-norm arXiv 2010.04245.

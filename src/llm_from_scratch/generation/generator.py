@@ -43,7 +43,7 @@ class Decoder:
     """A model that decodes: read() for prompts and whole sequences, step() for one new token per row.
 
     quantize="int8": linear layers multiply 8-bit integers, on a CPU. compiled: torch.compile the step; graphed: else,
-    on CUDA, make CUDA graphs of it. say: is given a line if the model cannot decode the fast way. Raises UserError.
+    on CUDA, use CUDA graphs. say: receives a notice if fast decoding is not possible. Raises UserError.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ SECONDS = 20.0  # to wait for an answer where the system does not limit the time
 
 
 class ChatTemplate:
-    """A template, rendered by a process of its own (render.py) with limited time and memory, since a template from a
-    foreign folder may loop for ever. Raises UserError for a template that does not parse."""
+    """A template, rendered in a separate process (render.py) with limited time and memory, because an untrusted
+    template may loop forever. Raises UserError for a template that does not parse."""
 
     def __init__(self, source: str, bos: str = "", eos: str = ""):
         self.setup = [source, {"bos_token": bos, "eos_token": eos}]

@@ -1,6 +1,6 @@
-"""Renders chat templates in a process of its own, which may be killed. Started by chat.py with the folder of jinja2;
-reads one JSON line per request and writes one per answer. A template is a foreign program: the sandbox keeps it from
-files and objects, the limits here from memory and time."""
+"""Renders chat templates in a separate process, which may be killed. Started by chat.py with the folder of jinja2;
+reads one JSON line per request and writes one per answer. A template is untrusted code: the sandbox blocks access to
+files and objects, and the limits here bound its memory and time."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class TensorBoard:
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
         self.make_record(self.file).write(event.SerializeToString())
-        self.file.flush()  # what a full disk does not take stays in the buffer for the next time
+        self.file.flush()  # if the disk is full, the rest stays in the buffer until the next flush
 
     def close(self) -> None:
         self.file.close()

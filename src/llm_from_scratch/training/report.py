@@ -24,7 +24,7 @@ from .state import TrainState
 
 README = "README.md"
 MARK = "<!-- Rewritten at the end of each run in this folder, unless you edit it. {} -->\n"
-LIMIT = 1 << 20  # bytes; a longer file is somebody's own
+LIMIT = 1 << 20  # bytes; a longer file is the user's
 
 
 def write_readme(path: Path, text: str) -> bool:
