@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, tiny datasets, and a folder of one's own to stand in."""
+"""Fixtures of all tests: one thread per process, tiny datasets, and a working directory per test."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Commands in processes that are forked from one that has imported torch, for all workers: importing it for each takes
-longer than what a test of a running command does. The start of a command by itself is tested with real processes.
+"""Commands in processes forked from one that has imported torch, for all workers: importing it for each takes longer
+than a test of a running command. The start of a command itself is tested with real processes.
 
-The folder of shared.py has the socket of the process that forks. It ends when the folder or the test run is gone.
+The folder of shared.py has the socket of the forking process. It ends when the folder or the test run is gone.
 """
 
 from __future__ import annotations

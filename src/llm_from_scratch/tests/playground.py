@@ -1,4 +1,4 @@
-"""The page in a browser, with a model behind it: fixtures, and the gestures that its tests make."""
+"""The page in a browser, with a model behind it: fixtures and user actions for its tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server for tests: the real one, with a small model, in a thread on a free port of this machine."""
+"""A server for tests: the real one, with a small model, in a thread on a free port."""
 
 from __future__ import annotations
 

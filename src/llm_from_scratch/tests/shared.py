@@ -1,4 +1,4 @@
-"""What one worker has trained and the others read, in a folder of the whole test run."""
+"""Models trained by one worker and read by the others, in a folder of the whole test run."""
 
 from __future__ import annotations
 

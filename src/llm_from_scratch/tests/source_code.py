@@ -1,4 +1,4 @@
-"""What the tests of the layout read: the sources of the package and their imports, from the syntax tree."""
+"""The sources of the package and their imports, from the syntax tree, for the tests of the layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of training do to small models, and what they need of torch."""
+"""Helpers for tests of training steps on small models."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The plan of the house, enforced from the syntax tree: who imports whom, what can be deleted, how long the path is.
+"""The layout, checked on the syntax tree: import order, unused names, the length of the one-hour path.
 
-Each check is a function over source text that returns its findings, so that a test can also show that it bites.
+Each check is a function over source text that returns its findings, so that a test can show that it detects a violation.
 """
 
 from __future__ import annotations

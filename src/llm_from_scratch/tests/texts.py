@@ -1,4 +1,4 @@
-"""Real texts and GPT-2's files for the tests, found without network."""
+"""Real texts and GPT-2's files for the tests, found without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is written, what is noticed, which one is chosen, and that no failure loses one."""
+"""Checkpoint directories: what is written, what is detected, which one is selected, and that no failure loses one."""
 
 from __future__ import annotations
 

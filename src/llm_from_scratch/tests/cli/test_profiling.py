@@ -1,4 +1,4 @@
-"""cli/profiling.py: to which kind of work an operation is counted, and what a GPU's kernels add up to."""
+"""cli/profiling.py: the kind that an operation is counted as, and the sums of a GPU's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/: the contenders make the steps that they are asked for and no others, and the scripts run."""
+"""benchmarks/: the contenders make exactly the requested steps, and the scripts run."""
 
 from __future__ import annotations
 

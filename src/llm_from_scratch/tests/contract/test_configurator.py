@@ -1,4 +1,4 @@
-"""configurator.py: a script of the user's runs it among its own globals, as nanoGPT's scripts do."""
+"""configurator.py: a user's script runs it with its own globals, as nanoGPT's scripts do."""
 
 import json
 import subprocess

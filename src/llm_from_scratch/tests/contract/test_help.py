@@ -1,4 +1,4 @@
-"""`--help`: short enough for a screen, with the settings that people use, and with the defaults that are in force."""
+"""`--help`: fits on a screen, has the common settings, and shows the effective defaults."""
 
 from __future__ import annotations
 

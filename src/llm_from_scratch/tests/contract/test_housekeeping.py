@@ -1,4 +1,4 @@
-"""scripts/housekeeping.py: what clean and clean-all delete, and above all what they leave."""
+"""scripts/housekeeping.py: what clean and clean-all delete, and what they must keep."""
 
 from __future__ import annotations
 

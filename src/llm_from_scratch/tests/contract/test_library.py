@@ -1,4 +1,4 @@
-"""The package as a library: the names in dir(), presets as objects, and settings that do not exist."""
+"""The package as a library: the names in dir(), presets as objects, and unknown settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm-generate as a user meets it: options, prompts from files and pipes, JSON lines, conversation, bad input."""
+"""llm-generate as users call it: options, prompts from files and pipes, JSON lines, conversation, bad input."""
 
 from __future__ import annotations
 

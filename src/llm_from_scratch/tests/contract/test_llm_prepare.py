@@ -1,4 +1,4 @@
-"""llm-prepare and data/*/prepare.py as a user types them."""
+"""llm-prepare and data/*/prepare.py as users call them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llm-serve as a user meets it: options, where it listens, what it prints, and how it ends."""
+"""llm-serve as users call it: options, addresses, output, and shutdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoGPT's seven presets: each sets the values that it sets there."""
+"""nanoGPT's seven presets: each sets nanoGPT's values."""
 
 import runpy
 from pathlib import Path

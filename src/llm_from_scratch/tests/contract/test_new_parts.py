@@ -1,4 +1,4 @@
-"""A toy of each kind is added to a copy, in as few files as promised, and goes through the commands of a run."""
+"""A toy of each kind is added to a copy, in the documented number of files, and goes through the commands of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tour notebook: it runs from top to bottom, and is stored with its outputs."""
+"""The tour notebook: it runs, and is stored with its outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a browser: completing, alternatives, tokens of every kind, errors, settings that travel."""
+"""The page in a browser: completions, alternatives, tokens of every kind, errors, settings in links."""
 
 from __future__ import annotations
 

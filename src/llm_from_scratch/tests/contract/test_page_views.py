@@ -1,4 +1,4 @@
-"""The page in a browser: a run as it goes, a conversation, narrow windows, themes, and what axe-core finds."""
+"""The page in a browser: a live run, a conversation, narrow windows, themes, and accessibility (axe-core)."""
 
 from __future__ import annotations
 

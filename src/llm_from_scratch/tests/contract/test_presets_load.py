@@ -1,4 +1,4 @@
-"""Every preset that is shipped: it loads, its settings hold together, and its model has the size that it promises."""
+"""Every preset in the repository: it loads, its settings are valid, and its model has the documented size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Printed commands, pasted into a shell: folders have spaces and quotes in their names."""
+"""Printed commands, pasted into a shell: folder names contain spaces and quotes."""
 
 from __future__ import annotations
 

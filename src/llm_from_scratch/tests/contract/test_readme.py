@@ -1,8 +1,8 @@
-"""The documents: every command in their `sh` blocks runs, and every setting, path and link in them exists.
+"""The documentation: every command in its `sh` blocks runs, and every setting, path and link in it exists.
 
-Commands run in a copy of the checkout, in their order, inside this process where they are Python: each document is one
-reader who types everything. Sizes are turned down by settings that are appended. There is no network: texts lie in
-place, and the weights of the hub are tiny random ones. What cannot be run at all is listed with its reason.
+Commands run in order in a copy of the checkout, Python commands in this process: each document is one user who types
+every command. Settings are appended to make the runs small. There is no network: texts are in place, and the hub's
+weights are tiny and random. Commands that are not run are listed with the reason.
 """
 
 from __future__ import annotations

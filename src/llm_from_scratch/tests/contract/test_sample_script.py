@@ -1,4 +1,4 @@
-"""sample.py as a nanoGPT user meets it: settings, presets, nanoGPT's checkpoints, and for a seed its samples."""
+"""sample.py as nanoGPT's users call it: settings, presets, nanoGPT's checkpoints, and its samples for a seed."""
 
 from __future__ import annotations
 

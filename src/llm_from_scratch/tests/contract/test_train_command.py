@@ -1,4 +1,4 @@
-"""train.py, llm-train, llm-eval, bench.py: what they print, what they refuse, and how fast they answer."""
+"""train.py, llm-train, llm-eval, bench.py: what they print, what they refuse, and how fast they respond."""
 
 from __future__ import annotations
 

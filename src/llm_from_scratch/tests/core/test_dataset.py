@@ -1,4 +1,4 @@
-"""core/dataset.py: what is read against a naive reference, in an order that depends on seed and step alone."""
+"""core/dataset.py: windows against a naive reference, in an order that depends only on seed and step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""core/model.py: each option against the same thing written out, and the cache against no cache."""
+"""core/model.py: each option against an explicit reference, and the cache against no cache."""
 
 from __future__ import annotations
 

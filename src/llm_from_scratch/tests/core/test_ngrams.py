@@ -1,4 +1,4 @@
-"""core/ngrams.py and training/adagrad.py: which row each run of tokens has, and how rows are trained."""
+"""core/ngrams.py and training/adagrad.py: the row of each n-gram, and the updates of rows."""
 
 from __future__ import annotations
 

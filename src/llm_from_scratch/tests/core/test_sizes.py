@@ -1,4 +1,4 @@
-"""core/sizes.py: what is counted from a configuration is what the model has."""
+"""core/sizes.py: the counts from a configuration equal the model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""core/tokenfile.py: files of ids that lie, before a run and under it."""
+"""core/tokenfile.py: invalid token files, before and during a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Random cuts over many configurations: every run that is resumed ends as the one that was never cut, to the bit.
+"""Random interruptions over many configurations: every resumed run ends bit-equal to the uninterrupted one.
 
-A cut is a signal to stop in the midst of a step, an exception out of the loop, or the end of the process. A run is cut
-up to three times in a row.
+An interruption is a stop signal during a step, an exception from the loop, or the death of the process. A run is
+interrupted up to three times in a row.
 """
 
 from __future__ import annotations

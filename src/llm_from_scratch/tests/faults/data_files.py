@@ -1,6 +1,6 @@
-"""Bad data files: each is refused by llm-train before anything is written, with the reason, within seconds.
+"""Bad data files: llm-train refuses each before it writes anything, with the reason, within seconds.
 
-A case is a data folder in which one file of one split, or what describes it, is not what it should be.
+A case is a data folder in which one file of a split, or its description in the manifest, is wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A folder of a run in which little is as it was left: which checkpoint is chosen, what is said, what is touched?"""
+"""A run's folder with damaged, stray and swapped entries: which checkpoint is selected, what is printed and changed."""
 
 from __future__ import annotations
 

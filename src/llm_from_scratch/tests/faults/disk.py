@@ -1,4 +1,4 @@
-"""The file operations below a folder, one by one: to let one of them fail, or to write down what they were."""
+"""The file operations below a folder, one by one: to record them, or to make one fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command's main() in a forked child: what it says, how long it takes, how much memory, and what it must not do."""
+"""A command's main() in a forked child: its messages, time, memory, and forbidden actions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""One long run with many saves and evaluations: memory, open files and threads stay as they are.
+"""One long run with many saves and evaluations: memory, open files and threads do not grow.
 
-The kernel is asked (/proc/self), at the same moment of a step: after the first quarter of the run, when all buffers
-have been made, and from then on.
+/proc/self is read at the same point of a step, from the end of the run's first quarter on, when all buffers exist.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One bit of a checkpoint is another, a file is shorter or longer, or a stranger's: is it noticed, and by which?
+"""A flipped bit, a truncated or extended file, or another checkpoint's file: is it detected, and by which check?
 
-More than half of the mutations leave a file that its own format takes for good: only a hash tells. Some are sealed
-anew, so that every hash fits: then the contents must give them away.
+More than half of the mutations leave a file that is valid in its own format: only a hash detects them. Some get a new,
+matching manifest: then the contents must be detected as invalid.
 """
 
 from __future__ import annotations

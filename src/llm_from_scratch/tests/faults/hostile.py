@@ -1,7 +1,7 @@
-"""Hostile artifacts at every front door that reads them: nothing runs, nothing is sent, nothing grows, nothing hangs.
+"""Hostile files for every command that reads them: no code runs, no connection, no memory growth, no hang.
 
-A case is one artifact (see poison.py) given to one command, in a forked child that an audit hook watches. It ends with
-exit code 2 and a line that says why, or, where the artifact is harmless, as usual.
+A case is one file (see poison.py) given to one command, in a forked child with an audit hook. It ends with exit code 2
+and a line with the reason, or, if the file is harmless, as usual.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests that mean harm, as bytes: JSON that is none, values of every wrong kind, and HTTP of every odd shape."""
+"""Hostile requests, as bytes: invalid JSON, values of every wrong type, and malformed HTTP of every kind."""
 
 from __future__ import annotations
 

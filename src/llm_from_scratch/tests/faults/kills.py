@@ -1,7 +1,7 @@
-"""SIGKILL at random moments, most of them inside a save: no checkpoint is lost, the resumed run ends as the whole one.
+"""SIGKILL at random moments, most of them inside a save: no checkpoint is lost, and the resumed run is bit-exact.
 
-A child trains. It is killed after a random time; or, to hit a save, at a random one of the file operations of its
-saves, before it, after it, or with half of a write done. Another child goes on with what is there.
+A child trains. It is killed after a random time, or, to hit a save, at a random file operation of its saves: before it,
+after it, or when half of a write is done. Another child resumes.
 """
 
 from __future__ import annotations

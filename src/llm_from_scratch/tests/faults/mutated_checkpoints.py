@@ -1,7 +1,7 @@
-"""Mutated checkpoints: step directories that are sealed anew, ckpt.pt files that are archived anew.
+"""Mutated checkpoints: step directories with new manifests, ckpt.pt files with new archives.
 
-Each class makes inputs of one parser: make(mutant, folder) writes one and says whether its container is valid, and
-read(folder) parses it; it raises AssertionError where what was accepted is out of range.
+Each class makes inputs of one parser: make(mutant, folder) writes one and returns whether its container is valid, and
+read(folder) parses it; it raises AssertionError if an accepted value is out of range.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Mutated inputs to each parser: only our typed errors come out, in time, and what is accepted is in range.
+"""Mutated inputs to each parser: only the program's own errors, in time, and accepted values are in range.
 
 A case is one valid input of one parser with one to three random changes. Most changes keep the container valid: JSON
-stays JSON, sealed folders are sealed anew, archives get right checksums; the others are bits, bytes and cuts.
+stays JSON, folders get a new manifest, archives get correct checksums; the others change bits and bytes or truncate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""NaN, infinities and spikes put into loss, gradient, batch and weights: each is seen in its step and costs no more.
+"""NaN, infinities and spikes in loss, gradient, batch and weights: each is detected in its step and costs only it.
 
-A child trains; one or more of its steps are poisoned. It notes what the steps read, and hashes of weights and moments
+A child trains; one or more of its steps are poisoned. It records what the steps read, and hashes of weights and moments
 before each of them.
 """
 

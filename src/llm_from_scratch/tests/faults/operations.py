@@ -1,4 +1,4 @@
-"""A file operation of a save or a clean-up fails, or the process dies at it; each one of them in turn."""
+"""A file operation of a save or a clean-up fails, or the process dies at it: each operation in turn."""
 
 from __future__ import annotations
 

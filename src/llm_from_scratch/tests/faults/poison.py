@@ -1,6 +1,6 @@
-"""Hostile artifacts: what somebody might hand over as a checkpoint, a tokenizer, a preset or a text.
+"""Hostile files that pose as a checkpoint, a tokenizer, a preset or a text.
 
-Each maker writes one into a folder. Payloads that would run create the file named CANARY in the working directory.
+Each maker writes one into a folder. A payload that runs would create the file named CANARY in the working directory.
 """
 
 from __future__ import annotations

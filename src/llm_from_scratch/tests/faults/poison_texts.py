@@ -1,4 +1,4 @@
-"""More hostile artifacts: Hugging Face's folders, vocabularies, presets, prompts. See poison.py."""
+"""More hostile files: Hugging Face folders, vocabularies, presets, prompts. See poison.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The power goes at a random moment: what was not synced by then is there, or not, or in part. What comes back?
+"""A power cut at a random moment: unsynced data is there, missing, or partial. Which checkpoint loads?
 
-The file operations of runs are recorded. A disk after a cut at any of them is then drawn: of what no fsync has made
-durable, each new name, rename and removal has happened or not, whatever came before or after it, and each file has its
-old content, the new one, a part of it, or zeros. A rename is durable once the folders that it touches are synced, and
-a name only then: the sync of a file says nothing of its name.
+The file operations of runs are recorded. Then a disk after a cut at any of them is drawn: of what no fsync has made
+durable, each new name, rename and removal has happened or not, in any order, and each file has its old content, the new
+one, a part of it, or zeros. A rename is durable once the folders that it touches are synced; so is a name: syncing a
+file does not sync its name.
 """
 
 from __future__ import annotations

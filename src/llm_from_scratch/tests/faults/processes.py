@@ -1,7 +1,7 @@
-"""SIGKILL to real processes: `python -m llm_from_scratch.cli.train` is killed, and another one goes on, killed again.
+"""SIGKILL to real processes: `python -m llm_from_scratch.cli.train` is killed, another resumes and is killed again.
 
-The kill comes at a random time after the run's announcement, or when the folder of a save that goes on is seen. A run
-is killed a few times; the process that brings it to its end is let be.
+The kill comes at a random time after the run's first lines, or when the folder of a save in progress appears. A run is
+killed a few times; the last process may finish.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a row of the storm is: a fault, how often it is tried, and defects of the program that the row must notice."""
+"""A row of the storm: a fault, the number of its cases, and defects of the program that the row must detect."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs that end before their time: forked children that train, and what they leave, held against the whole run.
+"""Interrupted runs: forked children that train, and their files, compared with the uninterrupted run's.
 
-What is compared are the bytes of the files and the numbers of the log; nothing here asks the program's own readers.
+The bytes of the files and the numbers of the log are compared, without the program's own readers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints for the storm: small contents that differ by a tag, and whether what was loaded is what was saved."""
+"""Checkpoints for the storm: small contents with a tag, and whether the loaded ones are the saved ones."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The server under attack and overload: what comes of it, at full size by a command, smaller in the test suite.
+"""The server under attack and overload: full size as a command, smaller in the test suite.
 
     python -m llm_from_scratch.tests.faults.serving [--hostile=400] [--disconnects=300] [--slow=200] [--seconds=10]
         [--n_layer=4] [--n_embd=128] [PART ...]
 
-A server in a process of its own, on 127.0.0.1, with a random model; good clients beside the bad. The smaller the model,
-the more requests a second, and the larger the server's own share of the work. Prints a table,
-and as its last line the figures as JSON. Exit code 0 where all is as it should be.
+A server in a separate process, on 127.0.0.1, with a random model; well-behaved clients run next to hostile ones. The
+smaller the model, the more requests per second, and the larger the server's own share of the work. Prints a table, and
+the figures as a line of JSON last. Exit code 0 if every check passed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Signals at random moments: the step is finished and saved, code and command to go on are right; two end at once.
+"""Signals at random moments: the step is finished and saved, exit code and command are right; a second one kills.
 
-A signal comes after a random time, or while the child evaluates, saves, samples or makes a batch. In cases of two, the
-child hangs there for so long that only the second one can end it in time.
+A signal comes after a random time, or while the child evaluates, saves, samples or makes a batch. In cases with two
+signals, the child hangs long enough that only the second can end it in time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""`just storm`: every fault, as often as docs/RELIABILITY.md says, and what came of it.
+"""`just storm`: every fault, with the number of cases in docs/RELIABILITY.md, and the results.
 
 python -m llm_from_scratch.tests.faults.storm [--prove] [--seed=N] [--share=F] [--jobs=N] [ROW ...]
 
-Each row runs in a process of its own with one thread: it forks, and a fork of a process that has run two threads of
-torch hangs. --share scales the number of cases. --prove puts one defect after another into the program and expects the
-row to notice each. Exit code 0 where nothing failed (with --prove: where every defect was noticed), else 1.
+Each row runs in its own process with one thread: it forks, and a fork of a process that has run two threads of torch
+hangs. --share scales the number of cases. --prove adds one defect after another to the program and expects the row to
+detect each. Exit code 0 if nothing failed (with --prove: if every defect was detected), else 1.
 """
 
 from __future__ import annotations

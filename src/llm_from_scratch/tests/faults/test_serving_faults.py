@@ -1,4 +1,4 @@
-"""A few cases of each fault that serving.py tries on the server; what depends on the machine's speed is not judged."""
+"""A few cases of each fault in serving.py, without checks that depend on the machine's speed."""
 
 from __future__ import annotations
 

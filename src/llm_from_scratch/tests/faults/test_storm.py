@@ -1,4 +1,4 @@
-"""The quick part of the storm. `just storm` is the whole."""
+"""The quick part of the storm. `just storm` runs all of it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Models that somebody edited: what they write is what their own forward over the whole sequence writes, token by
-token, without a line for them in generation/. Most are recorded; the others say why not."""
+"""Edited models: their text equals that of their own forward over the whole sequence, token by token, without a change
+in generation/. Most are recorded; the others report why not."""
 
 from __future__ import annotations
 

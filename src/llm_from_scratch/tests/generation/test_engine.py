@@ -1,4 +1,4 @@
-"""generation/engine.py: requests that come and go beside others get what they would get alone."""
+"""generation/engine.py: requests that join and leave get the same result as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""generation/sampling.py: values worked by hand, and the properties that random streams promise."""
+"""generation/sampling.py: values worked by hand, and the guarantees of the random streams."""
 
 from __future__ import annotations
 

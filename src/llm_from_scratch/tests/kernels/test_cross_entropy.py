@@ -1,4 +1,4 @@
-"""kernels/cross_entropy.py: the same loss and gradients as the whole logits give, which it never makes."""
+"""kernels/cross_entropy.py: the loss and gradients of the full logits, which it never computes."""
 
 from __future__ import annotations
 

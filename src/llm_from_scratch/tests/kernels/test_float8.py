@@ -1,7 +1,5 @@
-"""kernels/float8.py on a CPU, where torch multiplies float8 too: against numbers rounded by the formats' definition.
-
-That a GPU does the same, and faster, nothing here checks.
-"""
+"""kernels/float8.py on a CPU, where torch multiplies float8 too, against numbers rounded by the formats' definition.
+Speed and results on a GPU are untested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/recompute.py: less is kept for the backward pass, nothing else changes."""
+"""kernels/recompute.py: less is stored for the backward pass, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/swap.py: an edit of core/model.py always counts, whichever faster module would have replaced it."""
+"""kernels/swap.py: an edit of core/model.py always counts, whatever faster module would replace it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""machine/device.py: what is chosen for a machine, and what is refused on it."""
+"""machine/device.py: what is chosen for a machine, and what is refused."""
 
 from __future__ import annotations
 

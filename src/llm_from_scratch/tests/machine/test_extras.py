@@ -1,4 +1,4 @@
-"""machine/extras.py: what is not installed is named in one line."""
+"""machine/extras.py: a missing package is named in one line."""
 
 from __future__ import annotations
 

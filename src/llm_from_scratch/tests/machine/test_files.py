@@ -1,4 +1,4 @@
-"""machine/files.py: what is no regular file is named at once, and nothing opens to more than it may."""
+"""machine/files.py: only regular files are opened, and no file expands beyond its limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nanoGPT's own model.py, where it is at hand: the folder that the environment variable NANOGPT_DIR names."""
+"""nanoGPT's own model.py, if the environment variable NANOGPT_DIR names a checkout."""
 
 import contextlib
 import importlib.util

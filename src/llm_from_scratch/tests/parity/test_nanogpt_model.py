@@ -1,6 +1,6 @@
 """The model against nanoGPT's: names, order and values of the weights, and every method that scripts call.
 
-Where nanoGPT is not at hand, the expected numbers are those that nanoGPT's own model gave (torch 2.13, CPU).
+Without a checkout of nanoGPT, the expected numbers are recorded results of its model (torch 2.13, CPU).
 """
 
 import importlib.util

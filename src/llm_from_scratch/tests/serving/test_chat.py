@@ -1,4 +1,4 @@
-"""/v1/chat/completions: the prompt that a template makes, and the answers as OpenAI's client reads them."""
+"""/v1/chat/completions: the prompt from a template, and the answers as OpenAI's client reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/completions and its neighbours, asked by OpenAI's own client over a socket."""
+"""/v1/completions and related routes, called by OpenAI's own client over a socket."""
 
 from __future__ import annotations
 

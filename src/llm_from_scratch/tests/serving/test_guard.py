@@ -1,4 +1,4 @@
-"""Who is let in, and what of: keys, names, origins, sizes and times, over plain sockets."""
+"""Access control: keys, host names, origins, sizes and time limits, over plain sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to running requests: clients that leave or do not read, deadlines, overload, an engine that dies."""
+"""Running requests: clients that disconnect or do not read, deadlines, overload, an engine that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's files while they are written, cut off, replaced and removed."""
+"""A run's files while they are written, truncated, replaced and removed."""
 
 from __future__ import annotations
 

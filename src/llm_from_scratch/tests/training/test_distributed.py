@@ -1,4 +1,4 @@
-"""Two processes on one CPU, started as a user starts them: the run of one process, shared."""
+"""Two processes on one CPU, started as a user starts them: the same run as in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/forecast.py: the parts of a small rehearsal add up to the whole of a larger run."""
+"""training/forecast.py: the parts of a small rehearsal add up to the cost of a larger run."""
 
 from __future__ import annotations
 

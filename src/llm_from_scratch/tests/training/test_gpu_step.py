@@ -1,4 +1,4 @@
-"""What a training step on a GPU is to be, as far as a CPU can tell: tokens on the device, and nothing that waits."""
+"""A training step on a GPU, as far as a CPU can test it: tokens on the device, and no synchronization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/guards.py and what the trainer makes of it: bad steps leave no trace, and what does not heal is undone."""
+"""training/guards.py and the trainer: bad steps change nothing, and persistent errors are rolled back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/loggers.py: what scripts read (lines, JSON, W&B keys, event files), and what is refused before the run."""
+"""training/loggers.py: output that scripts read (lines, JSON, W&B keys, event files), and errors before the run."""
 
 from __future__ import annotations
 

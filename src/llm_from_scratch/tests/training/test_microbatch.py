@@ -1,4 +1,4 @@
-"""training/microbatch.py and what a run does for want of memory: the parts of a batch, the loss without logits."""
+"""training/microbatch.py and out-of-memory handling: the parts of a batch, the loss without full logits."""
 
 from __future__ import annotations
 

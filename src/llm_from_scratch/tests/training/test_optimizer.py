@@ -1,4 +1,4 @@
-"""training/optimizer.py: complete groups, torch's own AdamW, and a state that goes by names."""
+"""training/optimizer.py: complete groups, torch's own AdamW, and state keyed by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/progress.py: the estimated schedule of a run is the one that happens; its duration is known by step 20."""
+"""training/progress.py: the estimated schedule of a run is the actual one; its duration is known by step 20."""
 
 from __future__ import annotations
 

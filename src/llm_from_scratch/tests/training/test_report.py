@@ -1,4 +1,4 @@
-"""training/report.py: the README.md of a run holds true figures and commands that work; an edited one is kept."""
+"""training/report.py: the README.md of a run has correct figures and working commands; an edited one is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Going on with a run: what is kept, what is told, what is refused; saving beside the loop; one trainer a folder."""
+"""Resuming: what is kept, reported and refused; saving in a thread; one trainer per folder."""
 
 from __future__ import annotations
 

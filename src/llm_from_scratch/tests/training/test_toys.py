@@ -1,4 +1,4 @@
-"""A new optimizer and a new schedule: one class and one function in the tables, and a run does everything with them."""
+"""A new optimizer and a new schedule: one class and one function in the tables, usable in every part of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training/trainer.py: a run that is cut and resumed is the run that was not; what watches it changes nothing."""
+"""training/trainer.py: a resumed run equals an uninterrupted one; logging and samples change nothing."""
 
 from __future__ import annotations
 
