@@ -1,6 +1,6 @@
 """The layout, checked on the syntax tree: import order, unused names, the length of the one-hour path.
 
-Each check is a function over source text that returns its findings, so that a test can show that it detects a violation.
+Each check is a function over source text that returns its findings, so that tests can show that it detects violations.
 """
 
 from __future__ import annotations

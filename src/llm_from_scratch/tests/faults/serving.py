@@ -330,7 +330,7 @@ async def overload(target: Target, findings: Findings, seconds: float, times: in
     strange = {status: n for status, n in statuses.items() if status not in (200, 429)}
     findings.row(
         f"{times} x overload", share >= GOODPUT and free and not strange,
-        f"{sum(alone) / turns:.0f} requests/s served when as many arrive as can be, {sum(pressed) / turns:.0f} of "
+        f"{sum(alone) / turns:.0f} requests/s served at the maximum rate, {sum(pressed) / turns:.0f} of "
         f"{sum(offered[1::2]) / turns:.0f} that arrive: goodput {100 * share:.0f}%; "
         f"{statuses[200]} x 200, {statuses[429]} x 429{f', others {strange}' if strange else ''}; "
         f"{'no slot leaked' if free else 'SLOTS LEAKED'}",
@@ -400,7 +400,7 @@ def run(
         for part in parts.values():
             asyncio.run(part(target, findings))
     said = [line for line in (folder / "log").read_text().splitlines() if "llm-serve:" in line or "rror" in line]
-    findings.row("the server's log", not said, "; ".join(said[:5]) or "nothing said of errors")
+    findings.row("the server's log", not said, "; ".join(said[:5]) or "no errors")
     return findings
 
 
@@ -414,18 +414,18 @@ def all_parts(hostiles: int, leavers: int, crawlers: int, seconds: float, patien
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The server under attack and overload.")
+    parser = argparse.ArgumentParser(description="Attacks and overloads a server.")
     parser.add_argument("parts", nargs="*", help="some of hostile, disconnects, slow, overload (default: all)")
     parser.add_argument("--hostile", type=int, default=400)
     parser.add_argument("--disconnects", type=int, default=300)
     parser.add_argument("--slow", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of the slow clients; twice that for overload")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the slow clients; overload takes twice as long")
     parser.add_argument("--n_layer", type=int, default=4)
     parser.add_argument("--n_embd", type=int, default=128)
     options = parser.parse_args(argv)
     every = all_parts(options.hostile, options.disconnects, options.slow, options.seconds)
     if unknown := set(options.parts) - set(every):
-        parser.error(f"there is no part {', '.join(sorted(unknown))}; expected some of {', '.join(every)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; expected some of {', '.join(every)}")
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         parts = {name: every[name] for name in options.parts or every}
         findings = run(parts, Path(folder), n_layer=options.n_layer, n_embd=options.n_embd)

@@ -131,22 +131,22 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--child"]:
         return _child(argv[1])
-    parser = argparse.ArgumentParser(prog="just storm", description="Tries every fault on the program.")
+    parser = argparse.ArgumentParser(prog="just storm", description="Injects every fault and checks the result.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--prove", action="store_true", help="put defects in, and expect each to be noticed")
+    parser.add_argument("--prove", action="store_true", help="add defects to the program, one at a time, and check that each is detected")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="share of the cases, for a quicker storm")
-    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="rows at a time")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the cases to run")
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="rows in parallel")
     options = parser.parse_args(argv)
     if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"there is no row {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
+        parser.error(f"unknown row {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
     names = [name for name in ROWS if name in options.rows or not options.rows]
     begin = time.monotonic()
     if options.prove:
         good = _prove(names, options.seed, options.jobs)
     else:
         good = _storm(names, options.share, options.seed, options.jobs)
-    print(f"{'all as it should be' if good else 'FAILED'} after {(time.monotonic() - begin) / 60:.1f} min")
+    print(f"{'all passed' if good else 'FAILED'} after {(time.monotonic() - begin) / 60:.1f} min")
     return 0 if good else 1
 
 
