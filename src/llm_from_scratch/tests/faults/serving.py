@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hostile", type=int, default=400)
     parser.add_argument("--disconnects", type=int, default=300)
     parser.add_argument("--slow", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the slow clients; overload takes twice as long")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of the slow clients; overload: twice that")
     parser.add_argument("--n_layer", type=int, default=4)
     parser.add_argument("--n_embd", type=int, default=128)
     options = parser.parse_args(argv)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         return _child(argv[1])
     parser = argparse.ArgumentParser(prog="just storm", description="Injects every fault and checks the result.")
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"some of: {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--prove", action="store_true", help="add defects to the program, one at a time, and check that each is detected")
+    parser.add_argument("--prove", action="store_true", help="add defects, and check that each is detected")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=1.0, help="fraction of the cases to run")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="rows in parallel")
