@@ -23,7 +23,7 @@ class Browser:
     """Chromium under selenium, with the few gestures that the tests of the page make."""
 
     def __init__(self, profile: Path):
-        """profile: an empty folder. Skips the test where there is no browser."""
+        """profile: an empty folder. Skips the test if there is no browser."""
         pytest.importorskip("selenium")
         if CHROMIUM is None or DRIVER is None:
             pytest.skip("needs chromium and chromedriver")
@@ -38,7 +38,7 @@ class Browser:
         self.js: Callable[..., Any] = self.driver.execute_script
 
     def open(self, url: str) -> None:
-        """Loads a page anew, as one who was never there."""
+        """Loads a page without stored state."""
         self.driver.get("about:blank")  # else another fragment would not load the page again
         origin = "/".join(url.split("/")[:3])
         self.driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": origin, "storageTypes": "all"})

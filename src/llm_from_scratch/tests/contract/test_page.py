@@ -251,7 +251,7 @@ def test_thousands_of_tokens_stay_quick(browser, site):
         }
         return performance.now() - began;""")
     assert len(tokens(browser)) == 5012
-    assert took < 3000  # 100 frames; a rendering anew would take minutes
+    assert took < 3000  # 100 frames; rendering all again would take minutes
 
 
 # --- errors ---

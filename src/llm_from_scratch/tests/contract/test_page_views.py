@@ -73,7 +73,7 @@ def test_a_run_is_watched_as_it_goes(browser, site, run_dir):
     for axis in ("#log-x", "#log-y"):
         browser.click(axis)
 
-    metrics.write_text('{"step": 0, "loss": 9.0}\n')  # begun anew
+    metrics.write_text('{"step": 0, "loss": 9.0}\n')  # a new run
     browser.click("#tab-watch")  # looks at once
     browser.wait(lambda: "9.0000" in browser.text("#figures"))
     assert "4.2500" not in browser.text("#figures")

@@ -82,7 +82,7 @@ class Command:
 
     @property
     def reason(self) -> tuple[str, str] | None:
-        """(mark, reason) where it is not run."""
+        """(mark, reason) if it is not run."""
         return next(((mark, why) for pattern, mark, why in NOT_RUN if re.search(pattern, self.text)), None)
 
     def __str__(self) -> str:
@@ -188,7 +188,7 @@ def train_sizes(words: list[str]) -> list[str]:
     init_from = start_of(words)
     sizes = ["--eval_interval=2", "--eval_iters=1", "--batch_size=2", "--gradient_accumulation_steps=2"]
     sizes += ["--loss_plot=False", "--wandb_log=False"]  # W&B is on the network
-    # what goes on with a run must go further than the run did
+    # a resumed run must have steps left
     sizes += ["--epochs=0.01"] if "epochs" in given else [f"--max_iters={4 if init_from == 'resume' else 2}"]
     if init_from == "scratch":
         sizes += ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64"]

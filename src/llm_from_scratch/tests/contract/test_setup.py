@@ -76,7 +76,7 @@ def write_script(path: Path, text: str) -> None:
 
 
 class Checkout:
-    """A copy of the set-up's files in a folder whose name has a space, beside a folder of stubs."""
+    """A copy of the set-up's files in a folder with a space in its name, next to a folder of stubs."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "my checkout"
@@ -279,7 +279,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
     (tmp_path / "constraints.txt").write_text("# pins\ntorch==9.8.7\n", encoding="utf-8")
-    # The stub plans the wheel that STUB_WHEEL names, and fails where a call holds STUB_FAILS.
+    # The stub plans the wheel that STUB_WHEEL names, and fails if a call contains STUB_FAILS.
     write_script(
         tmp_path / "uv",
         f"""#!/bin/sh
@@ -578,7 +578,7 @@ def test_lint_and_format_call_the_three_tools(recipes: Recipes) -> None:
 
 
 def test_the_wheel_carries_the_presets_and_no_tests(tmp_path: Path) -> None:
-    """`llm-train quick` finds its preset where only the wheel is installed."""
+    """`llm-train quick` finds its preset if only the wheel is installed."""
     pytest.importorskip("hatchling")
     program = (
         "import sys; from hatchling.builders.wheel import WheelBuilder; "

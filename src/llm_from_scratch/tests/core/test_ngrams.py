@@ -114,7 +114,7 @@ def test_generation_past_the_context_is_the_same_with_a_cache(overflow: Any) -> 
 
 
 def test_rows_step_as_adagrad_by_hand() -> None:
-    """Elementwise Adagrad of torch is row-wise Adagrad where a row has one element."""
+    """Elementwise Adagrad of torch is row-wise Adagrad if a row has one element."""
     torch.manual_seed(0)
     table, other = torch.nn.Parameter(torch.randn(9, 1)), None
     other = torch.nn.Parameter(table.detach().clone())

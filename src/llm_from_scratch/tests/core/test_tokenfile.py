@@ -301,7 +301,7 @@ def test_small_data_leave_nothing_behind(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-# --- beside the first steps ---
+# --- during the first steps ---
 
 
 def test_a_scan_in_the_background_finds_the_last_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

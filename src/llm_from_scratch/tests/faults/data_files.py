@@ -82,7 +82,7 @@ def a_socket(path: Path, ids: np.ndarray) -> None:
 
 
 def manifest(path: Path, ids: np.ndarray, **change: Any) -> None:
-    """A manifest.json beside the files, right but for the change; file and tokens are those of the split at hand."""
+    """A manifest.json next to the files, correct except for the change; file and tokens belong to the split."""
     split = path.stem
     shard = {"file": path.name, "tokens": len(ids)} | {k: change.pop(k) for k in ("file", "tokens") if k in change}
     shards = change.pop("shards", [shard])
@@ -237,7 +237,7 @@ def start(folder: Path, *more: str) -> Outcome:
 
 def run(count: int, seed: int, folder: Path) -> Report:
     report, order = Report(), list(LIES)
-    parse(Config, [], prog="x", base_preset="default")  # imports what each child would import anew
+    parse(Config, [], prog="x", base_preset="default")  # imports what each child would import again
     random.Random(seed).shuffle(order)
     for case in range(count):
         name, split = order[case % len(order)]

@@ -127,7 +127,7 @@ RAW_BODIES = (
 
 
 def bodies() -> Iterator[bytes]:
-    """Well-formed HTTP around what is no good request."""
+    """Well-formed HTTP with an invalid request."""
     for raw, route in itertools.product(RAW_BODIES, ROUTES):
         yield http(route, raw=raw, method="POST")
     for field, value in itertools.product(FIELDS, ODD_VALUES):

@@ -120,7 +120,7 @@ def _kill_after(whole: Whole, out_dir: Path, output: Path, marks: Marks, delay: 
 
 
 def _kill_at(whole: Whole, out_dir: Path, output: Path, marks: Marks, at: int, part: str, delay: float) -> int:
-    """Kills a child whose saving stands still at its at-th file operation, while the rest of it goes on."""
+    """Kills a child while its save halts at its at-th file operation and the rest continues."""
     reader, writer = os.pipe()
 
     def halt() -> None:

@@ -45,7 +45,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 class Checkpoints:
-    """A step directory, sealed anew with changed members or a changed manifest."""
+    """A step directory with changed members or a changed manifest, and matching hashes."""
 
     def __init__(self, folder: Path, members: tuple[str, ...], also_manifest: bool) -> None:
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def check_model(config: GPTConfig, model: dict[str, torch.Tensor]) -> None:
 
 
 class Archive:
-    """nanoGPT's ckpt.pt, built anew with right checksums."""
+    """nanoGPT's ckpt.pt, rebuilt with correct checksums."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)

@@ -93,7 +93,7 @@ class SavedTokenizer:
 
 
 class ForeignTokenizer:
-    """A tokenizer.json of Hugging Face's, and the tokenizer_config.json beside it."""
+    """A tokenizer.json of Hugging Face's, and the tokenizer_config.json next to it."""
 
     def __init__(self, folder: Path) -> None:
         HFTokenizer.train(["abc abd abc fed"] * 3, 270).save(folder / "hf")

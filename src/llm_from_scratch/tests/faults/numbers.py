@@ -35,7 +35,7 @@ from .runs import fork, good_checkpoints, replaced, wait, warm_up
 
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 IN_A_ROW, ROLLBACKS, SAVES, STEPS, LONG = 3, 2, 4, 14, 210
-NORMAL_STEPS = 100_000  # of each kind of noise; at most one false alarm in so many
+NORMAL_STEPS = 100_000  # of each kind of noise; at most one false alarm in this many
 KINDS = (
     "loss", "gradient", "both", "weights", "spike of the loss", "spike of the gradient", "spike of the batch",
     "spike of the weights", "loss in a row", "gradient in a row", "loss without end", "loss from step 0",
@@ -122,7 +122,7 @@ def _judge(
     report: Report, what: str,
 ) -> None:  # fmt: skip
     kind, first, last = poison.kind, poison.steps[0], settings["max_iters"]
-    back = (first + min(IN_A_ROW, len(poison.steps)) - 1) // SAVES * SAVES  # where a rollback goes to
+    back = (first + min(IN_A_ROW, len(poison.steps)) - 1) // SAVES * SAVES  # the step of a rollback
     updates = [entry for entry in log if "grad_norm" in entry]
     lines = {entry["step"]: entry for entry in updates}
     if kind in ("loss without end", "loss from step 0"):

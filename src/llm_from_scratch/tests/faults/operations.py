@@ -95,7 +95,7 @@ def _two(out: Path, tag: int) -> None:
 
 
 def _put(place: Path, step: int, tag: int) -> Path:
-    """A checkpoint under any name, beside others of its step."""
+    """A checkpoint under any name, next to others of its step."""
     path = save(place.parent / "other", step, tag).rename(place)
     (place.parent / "other").rmdir()
     return path
@@ -320,7 +320,7 @@ def _try(scene_name: str, how: str, at: int, tag: int, folder: Path, report: Rep
 
 
 def in_child(act: Callable[[], int], deadline: float = 60.0) -> int:
-    """The exit code of a forked child that does it; -1 where it had to be killed."""
+    """The exit code of a forked child that does it; -1 if it had to be killed."""
     sys.stdout.flush()
     sys.stderr.flush()
     end, held = os.pipe()

@@ -226,7 +226,7 @@ def good_step() -> dict[str, bytes]:
 
 
 def step(change: Callable[[dict[str, bytes]], Any] | None = None, after: Maker | None = None, **fields: Any) -> Maker:
-    """A step directory with changed files, sealed anew with changed fields of the manifest; then after(folder)."""
+    """A step directory with changed files, and a new manifest with changed fields; then after(folder)."""
 
     def make(path: Path) -> None:
         files = dict(good_step())

@@ -77,7 +77,7 @@ def _learn(whole: Whole, out_dir: Path) -> None:
 
 
 def _chain(whole: Whole, known: Future[None], out_dir: Path, length: int, rng: random.Random) -> Report:
-    """Kills a run so many times, each time in the next process, and lets the last one be."""
+    """Kills a run several times, each time in the next process; the last one may finish."""
     report, output = Report(), _output(out_dir)
     case = out_dir.name
     while report.done < length:
@@ -107,7 +107,7 @@ def _chain(whole: Whole, known: Future[None], out_dir: Path, length: int, rng: r
 
 
 def _let_be(whole: Whole, known: Future[None], out_dir: Path, report: Report, case: str) -> None:
-    """Goes on to the end, where all must be as in the run that was not killed."""
+    """Resumes to the end; the result must equal that of the uninterrupted run."""
     begin, output = newest(out_dir) or 0, _output(out_dir)
     seen = output.stat().st_size
     code = _start(whole, out_dir, COMMAND).wait(DEADLINE)

@@ -226,7 +226,7 @@ class Whole:
         return self.settings["max_iters"]
 
     def start(self, out_dir: Path, output: Path, watched: Callable[[], None], **leaves: Any) -> int:
-        """Forks a child that begins this run in out_dir, or goes on with the one that is there. Returns its id."""
+        """Forks a child that starts this run in out_dir, or resumes it. Returns its id."""
         resumed = "resume" if newest(out_dir) is not None else "scratch"
         values = {**self.settings, "init_from": resumed, **leaves}
 
@@ -237,7 +237,7 @@ class Whole:
         return fork(work, output)
 
     def learn(self, out_dir: Path) -> None:
-        """Takes in what the uninterrupted run left. Raises RuntimeError where a step is not there."""
+        """Reads the files of the uninterrupted run. Raises RuntimeError if a step is missing."""
         self.checkpoints = {step: contents(path) for step, path in good_checkpoints(out_dir).items()}
         self.curve = curve(out_dir)
         every = self.settings.get("log_interval", 1)

@@ -61,7 +61,7 @@ class Target:
     pid: int
 
     async def ask(self, request: bytes, seconds: float = 60.0) -> tuple[int, bytes]:
-        """Status and body, read to the end of the answer; status 0 where the connection was closed without one."""
+        """Status and body, read to the end of the answer; status 0 if the connection was closed without one."""
         async with self.connection() as (reader, writer):
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 writer.write(request)
@@ -99,7 +99,7 @@ class Target:
         return all(status == 200 for status, _ in answers)
 
     def memory(self) -> int:
-        """Bytes that the server holds; 0 where that is not told."""
+        """Resident bytes of the server; 0 if unknown."""
         with contextlib.suppress(OSError):
             return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return 0
@@ -358,7 +358,7 @@ def make_run(folder: Path, n_layer: int, n_embd: int) -> Path:
 
 @contextlib.contextmanager
 def server(folder: Path, forks: bool = False, n_layer: int = 4, n_embd: int = 128) -> Iterator[Target]:
-    """llm-serve in a process of its own; what it says on standard error is printed where it does not end well. forks:
+    """llm-serve in a process of its own; its standard error is printed if it fails. forks:
     in a forked process, which is there sooner."""
     template = folder / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")

@@ -94,7 +94,7 @@ def _one(
     text = output.read_text()
     report.count(f"in {phase}" if came and phase else "at other times")
     said = STOPPED.search(text)
-    if marks.last == whole.steps - 1 and said is None:  # all was done: there is nothing to go on with
+    if marks.last == whole.steps - 1 and said is None:  # the run is complete: nothing to resume
         report.check(code in (0, 128 + signum), f"{case}: exit code {code}: {tail(output)}")
         return
     if marks.first < 0 and said is None and code in (-signum, 128 + signum):  # the run had not begun

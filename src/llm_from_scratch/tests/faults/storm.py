@@ -51,7 +51,7 @@ def run_row(name: str, count: int, seed: int, defect: str | None = None) -> Repo
 
 
 def in_process(cases: dict[str, int], seed: int, defect: str | None = None) -> dict[str, Report]:
-    """Runs so many cases of rows, one row after the other, in a process of its own that prints nothing here."""
+    """Runs cases of rows, one row after the other, in a separate process that prints nothing here."""
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--child"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:

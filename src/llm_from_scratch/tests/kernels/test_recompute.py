@@ -156,7 +156,7 @@ def test_as_few_blocks_as_the_budget_needs() -> None:
         with activations.Allocated() as made:
             loss = model(torch.zeros((BATCH, 16), dtype=torch.long))[0].sum()
         alive = made.alive({p.untyped_storage()._cdata for p in model.parameters()})
-        # beside the blocks: position numbers, two embeddings' sum, the last norm, its part at the end, the logits
+        # outside the blocks: position numbers, two embeddings' sum, the last norm, its part at the end, the logits
         around = (16 * 2 + BATCH * 16) * 8 + BATCH * 16 * 4 * (3 * 32 + 2) + BATCH * 4 * (32 + 20) + 16 * 4 * 32 + 64
         assert needed <= alive <= needed + around
         del loss

@@ -245,7 +245,7 @@ def test_signatures_of_nanogpts_methods() -> None:
 @needs_nanogpt
 @pytest.mark.skipif(not (ROOT / "model.py").is_file(), reason="model.py lies in a checkout only")
 def test_nanogpts_own_scripts_run_on_our_model_and_configurator(tmp_path: Path) -> None:
-    """Its train.py and sample.py, unmodified, beside our model.py and configurator.py: same losses, same text."""
+    """Its train.py and sample.py, unmodified, next to our model.py and configurator.py: same losses, same text."""
     source = Path(str(NANOGPT_DIR))
     printed = []
     for whose in (source, ROOT):

@@ -175,7 +175,7 @@ def test_logprobs(client):
 
 
 def test_logprobs_are_the_models_own(client):
-    """Before temperature, bias and filters; and the token that was drawn is told even where others are likelier."""
+    """Before temperature, bias and filters; and the drawn token is returned even if others are likelier."""
     unlikely = int(log_probabilities(TOKENIZER.encode(PROMPT).tolist())[-1].argmin())
     answer = ask(client, logprobs=1, max_tokens=1, logit_bias={str(unlikely): 100}).choices[0].logprobs
     row = log_probabilities(TOKENIZER.encode(PROMPT).tolist())[-1]

@@ -171,7 +171,7 @@ def test_an_engine_that_dies_is_replaced(monkeypatch, capfd):
         with pytest.raises(openai.InternalServerError) as refused:
             whole.result(20)
         assert refused.value.status_code == 503 and "restarted" in refused.value.message
-        status, _, told = answer(stream)  # an event where it had begun, else the status
+        status, _, told = answer(stream)  # an event if it had begun, else the status
         event = told.rpartition(b"data: {")[2] if status == 200 else told
         assert status in (200, 503) and b"restarted" in event
         assert health(server) == (503, "the engine failed and is being restarted")
@@ -257,7 +257,7 @@ def test_an_engine_that_cannot_be_built_is_tried_again(monkeypatch):
 
 
 def test_a_request_that_fails_alone(monkeypatch):
-    """An engine that goes on: nothing of its failure is told but that it was one."""
+    """An engine that continues: the response contains no detail of its failure."""
 
     def submit(self: Engine, request: Any, deliver: Any) -> Any:
         deliver(Update(error="secret", done=True))

@@ -46,7 +46,7 @@ def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
     for name in alone.model:
         torch.testing.assert_close(shared.model[name], alone.model[name], atol=1e-4, rtol=1e-3)
     assert set(shared.rng) == {"cpu.0", "cpu.1"} and not torch.equal(shared.rng["cpu.0"], shared.rng["cpu.1"])
-    # what two began, one goes on with
+    # one process resumes the run of two
     train(tiny_config(tiny_data, **{**SETTINGS, "out_dir": "two", "init_from": "resume", "max_iters": 7}))
     assert [entry["step"] for entry in read_metrics(Path("two")) if "loss" in entry] == list(range(7))
 

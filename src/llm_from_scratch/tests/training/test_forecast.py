@@ -79,7 +79,7 @@ def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path,
 
 @pytest.mark.usefixtures("no_time")
 def test_seconds_add_up(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2 of 6 layers and 2 of 4 sequences, where all that is measured is known."""
+    """2 of 6 layers and 2 of 4 sequences, with known measurements."""
     plan = planned(tiny_data, gradient_accumulation_steps=3)
     rehearsal = Rehearsal(reduced_plan(plan, 2, 2))
     # a sequence takes 1 s for each layer and 3 s for the rest; an update 0.5 s for each layer and 2 s for the rest

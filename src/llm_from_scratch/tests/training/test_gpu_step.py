@@ -146,7 +146,7 @@ def settings(sequences: int = 2, accumulation: int = 1, n_embd: int = 16, **syst
 
 
 def machine(device: str = "meta", **changes: Any) -> Runtime:
-    """Of a device that is no CPU, whose tensors have no content."""
+    """On a device that is not a CPU; its tensors have no content."""
     found = resolve(SystemConfig(device="cpu", dtype="float32", compile=True))
     return dataclasses.replace(found, device=torch.device(device), **changes)
 

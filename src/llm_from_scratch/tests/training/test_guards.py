@@ -117,7 +117,7 @@ def test_without_faults_nothing_is_left_out(tiny_data: Path) -> None:
 def test_many_bad_steps_in_a_row_end_in_other_batches(
     tiny_data: Path, spoil: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The batches 5, 6 and 7 are poison: the run goes back to step 4 and goes on with batch 8."""
+    """The batches 5, 6 and 7 are poison: the run rolls back to step 4 and continues with batch 8."""
     seen = spoil(loss_of(math.nan), 5, 6, 7)
     settings = {"max_iters": 16, "max_skipped_steps": 3, "keep_last": 9}
     result = train(tiny_config(tiny_data, out_dir="run", **settings))
@@ -335,7 +335,7 @@ def test_the_micro_batch_halves_until_it_fits(
     for a, b in zip(one, other, strict=True):
         for key in {"loss", "val_loss", "grad_norm"} & a.keys():
             assert b[key] == pytest.approx(a[key], abs=1e-6, rel=1e-6), key
-    # the run goes on with what fitted
+    # the run continues with the size that fitted
     capsys.readouterr()
     train(tiny_config(tiny_data, out_dir="tight", init_from="resume", **{**settings, "max_iters": 10}))
     told = capsys.readouterr().out

@@ -194,7 +194,7 @@ def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 class Left:
-    """A run of which so many seconds are left."""
+    """A run with this many seconds left."""
 
     def __init__(self, seconds: float | None, updates: int = 20):
         self.left, self.timer = seconds, types.SimpleNamespace(updates=updates)

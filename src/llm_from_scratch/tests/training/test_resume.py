@@ -88,7 +88,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.bfloat16, True, 1)
     assert runtime.reasons["dtype"] == "bfloat16 (as at the start of the run)"
     assert told == ["not bit-exact from here on: compile True -> False, dtype bfloat16 -> float32"]
-    runtime, _ = resolved(device="mps", dtype="bfloat16")  # another device: chosen anew
+    runtime, _ = resolved(device="mps", dtype="bfloat16")  # another device: chosen again
     assert runtime.dtype == torch.float32 and runtime.threads is None
     runtime, _ = resolved(threads=100_000)
     assert runtime.threads is None
@@ -122,7 +122,7 @@ def test_a_resumed_run_multiplies_by_the_same_libraries(tiny_data: Path, monkeyp
 
 @pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
 def test_one_changed_token_is_noticed(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In files of 800,000 bytes that are hashed whole, and at their ends where they are above the limit."""
+    """In files of 800,000 bytes that are hashed whole, and at their ends if they are above the limit."""
     ids = np.tile(TOKENIZER.encode(babble(40_000)), 10)
     data = write_data(tmp_path / "data", train=ids, val=ids[:300_000])
     for limit in (1 << 30, 300_000):
@@ -144,7 +144,7 @@ def test_one_changed_token_is_noticed(tmp_path: Path, where: str, monkeypatch: p
         train(again)
 
 
-# --- saving beside the loop ---
+# --- saving in a thread ---
 
 
 def test_a_copy_is_out_of_reach_and_names_of_one_tensor_share_it() -> None:

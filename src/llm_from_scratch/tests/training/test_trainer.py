@@ -438,7 +438,7 @@ def test_other_training_tokens_are_refused_unless_allowed(tiny_data: Path, tmp_p
     assert train(tiny_config(other, **more, allow_new_data=True)).step == 9
 
 
-# --- runs beside each other ---
+# --- concurrent runs ---
 
 
 def test_a_new_run_moves_the_earlier_one_aside(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
