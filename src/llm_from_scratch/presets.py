@@ -27,8 +27,9 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
-from .config import Config, did_you_mean, flatten
+from .config import Config
 from .errors import UserError, one_line
+from .settings import did_you_mean, flatten
 
 PACKAGE = Path(__file__).resolve().parent
 ROOTS = (PACKAGE.parent.parent, PACKAGE / "_presets")  # a checkout, an installed package

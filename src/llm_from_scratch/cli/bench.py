@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig, at_least, flatten, validate
+from ..config import Config, GPTConfig, OptimizerConfig, SystemConfig
 from ..errors import UserError
 from ..machine.terminal import note
 from ..presets import Parsed, parse
+from ..settings import at_least, flatten, validate
 from .common import command, data_prepared_last
 from .profiling import read
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..checkpoint.contents import is_dataset_name
-from ..config import SystemConfig, at_least
+from ..config import SystemConfig
 from ..errors import UserError
 from ..machine.files import read_file
 from ..presets import parse
+from ..settings import at_least
 from .common import check_location, command, used_a_path
 
 if TYPE_CHECKING:

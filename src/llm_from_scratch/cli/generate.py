@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..config import GenerationConfig, SystemConfig, validate
+from ..config import GenerationConfig, SystemConfig
 from ..errors import UserError, first_line
 from ..generation.prompt import first_text, read_start
 from ..machine.processes import shield_children
 from ..machine.terminal import note
 from ..presets import Parsed, parse
+from ..settings import validate
 from .common import check_location, command
 from .interactive import Conversation, converse
 

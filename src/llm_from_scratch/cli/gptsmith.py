@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from ..config import did_you_mean
 from ..errors import UserError
 from ..presets import completion_shell
+from ..settings import did_you_mean
 from .common import command
 
 # Subcommand: (its module in cli/, what it does)

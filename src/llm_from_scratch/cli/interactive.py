@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..config import GenerationConfig, did_you_mean, flatten
+from ..config import GenerationConfig
 from ..errors import UserError, one_line
 from ..machine.terminal import note
 from ..presets import build
+from ..settings import did_you_mean, flatten
 
 GREETING = """The model continues your text. (Only chat models answer questions: see docs/SERVE.md.)
 /help lists commands. Ctrl-C stops a sample, Ctrl-D quits."""

@@ -7,10 +7,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import SystemConfig, validate
+from ..config import SystemConfig
 from ..machine.extras import require
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
+from ..settings import validate
 from .common import command
 from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
 

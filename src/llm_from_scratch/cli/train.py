@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.contents import is_dataset_name
-from ..config import Config, to_dict
+from ..config import Config
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, leaf_types, nanogpt_defaults, parse
+from ..settings import to_dict
 from .common import command, data_prepared_last, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be

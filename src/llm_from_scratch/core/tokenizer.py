@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..config import did_you_mean
 from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
+from ..settings import did_you_mean
 from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file

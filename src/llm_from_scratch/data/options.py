@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import at_least, between
+from ..settings import at_least, between
 
 
 @dataclass

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import did_you_mean
 from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError, one_line
 from ..machine.extras import missing
 from ..machine.files import open_file, write_whole
+from ..settings import did_you_mean
 
 PIECE = 1 << 20  # maximum characters per piece
 RAW = Path("data/raw")

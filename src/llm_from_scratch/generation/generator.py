@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.load import load, load_hf
-from ..config import GenerationConfig, check_types
+from ..config import GenerationConfig
 from ..core.cache import KVCache
 from ..core.model import GPT
 from ..core.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from ..core.weights import build_model
 from ..errors import UserError
 from ..kernels.int8 import Linears, Quantize
 from ..machine.device import resolve_device, resolve_dtype
+from ..settings import check_types
 from .batch import Batch, Overflow, rows_at_once
 from .decode_step import DecodeStep, works_with_cache
 from .row_sampler import Sampler, check_bias

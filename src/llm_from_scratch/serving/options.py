@@ -8,8 +8,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import above, at_least
 from ..errors import UserError
+from ..settings import above, at_least
 
 KEY_VARIABLE = "LLM_API_KEY"
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..config import did_you_mean
 from ..errors import ApiError
+from ..settings import did_you_mean
 
 MAX_VALUES = 1 << 18  # commas and brackets of a body: ids of a long prompt, at most a few MB of memory
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_MESSAGES, MAX_LOGPROBS = 16, 256, 1024, 4096, 20

@@ -33,10 +33,11 @@ BELOW: dict[str, set[str]] = {
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
-    "presets": {"errors", "config"},
-    **{room: {"errors", "config", *below} for room, below in BELOW.items()},
-    "cli": {"errors", "config", "presets", *BELOW},
+    "settings": {"errors"},
+    "config": {"errors", "settings"},
+    "presets": {"errors", "settings", "config"},
+    **{room: {"errors", "settings", "config", *below} for room, below in BELOW.items()},
+    "cli": {"errors", "settings", "config", "presets", *BELOW},
 }
 # nanoGPT's API has these two methods on the model, so they reach upward, when they are called.
 UPWARD = {
@@ -183,7 +184,7 @@ def test_settings_load_without_torch_and_the_model_with_torch_alone() -> None:
         absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         return {name.partition(".")[0] for name in absolute} - set(sys.stdlib_module_names)
 
-    assert outside("config") == set()
+    assert outside("config") == outside("settings") == set()
     assert "torch" not in outside("presets")
     assert outside("core.model") == {"torch"}
 

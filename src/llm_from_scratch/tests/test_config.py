@@ -14,9 +14,10 @@ import pytest
 
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
-from llm_from_scratch.config import Config, GPTConfig, flatten, to_dict
+from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import build, nanogpt_defaults, parse
+from llm_from_scratch.settings import flatten, to_dict
 
 # name: value of nanoGPT's train.py. device, dtype, compile and backend are chosen for the machine instead.
 NANOGPT: dict[str, Any] = {

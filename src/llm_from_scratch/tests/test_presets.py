@@ -9,7 +9,7 @@ import pytest
 
 from llm_from_scratch.cli.bench import BenchCommand
 from llm_from_scratch.cli.evaluate import EvalCommand
-from llm_from_scratch.config import Config, GPTConfig, flatten
+from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import (
     COMMAND_LINE,
@@ -21,6 +21,7 @@ from llm_from_scratch.presets import (
     parse,
     preset,
 )  # fmt: skip
+from llm_from_scratch.settings import flatten
 
 
 def read(*argv: str, **kwargs: Any) -> Parsed[Config]:

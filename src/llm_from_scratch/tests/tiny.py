@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.config import Config
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
+from llm_from_scratch.settings import flatten
 
 LETTERS = "\n abcdefghijklmnopqr"  # 20 characters
 TOKENIZER = CharTokenizer.from_text([LETTERS])

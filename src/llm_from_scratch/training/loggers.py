@@ -19,11 +19,12 @@ from rich.console import Console, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
 
-from ..config import Config, flatten
+from ..config import Config
 from ..errors import UserError, one_line
 from ..machine.extras import is_installed, require
 from ..machine.files import open_whole
 from ..machine.terminal import Lenient, announce
+from ..settings import flatten
 from .progress import Remaining, clock_time, in_words, with_prefix
 
 if TYPE_CHECKING:  # it imports torch, and a missing package must be reported at once

@@ -13,10 +13,11 @@ import yaml
 
 from ..checkpoint.contents import read_manifest
 from ..checkpoint.store import find_checkpoint
-from ..config import Config, to_dict
+from ..config import Config
 from ..errors import UserError
 from ..interop.hf import family_of
 from ..machine.files import open_whole, read_file
+from ..settings import to_dict
 from .loggers import METRICS, read_entries
 from .plan import Plan
 from .resume import NOT_COMPARED, eval_command, resume_command

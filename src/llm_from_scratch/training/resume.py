@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.contents import Checkpoint, is_dataset_name
-from ..config import Config, flatten
+from ..config import Config
 from ..kernels.products import checked_libraries
 from ..machine import device as runtimes
 from ..machine.device import Runtime
+from ..settings import flatten
 
 NOT_COMPARED = {"init_from", "eval_only", "allow_new_data", "progress"}  # settings of a call, not of the run
 BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")

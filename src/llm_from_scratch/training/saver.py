@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from ..checkpoint import store as checkpoints
 from ..checkpoint.store import Checkpoint
-from ..config import to_dict
 from ..core.model import GPT
 from ..errors import SaveError, UserError
 from ..machine.device import is_out_of_memory
 from ..machine.memory import free_memory
+from ..settings import to_dict
 from .loggers import RunLog
 from .optimizer import optimizer_state
 from .plan import Plan

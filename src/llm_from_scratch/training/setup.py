@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
-from ..config import Config, GenerationConfig, GPTConfig, did_you_mean
+from ..config import Config, GenerationConfig, GPTConfig
 from ..core.dataset import SampleOrder
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
@@ -19,6 +19,7 @@ from ..generation.prompt import first_text, read_start
 from ..interop.nanogpt import check_nanogpt
 from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
+from ..settings import did_you_mean
 from .check import Inputs, check
 from .microbatch import largest_micro_batch
 from .plan import Plan, dataset_hashes

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.cli import bench, train
-from llm_from_scratch.config import flatten
 from llm_from_scratch.presets import parse
+from llm_from_scratch.settings import flatten
 
 from ..tiny import write_data
 

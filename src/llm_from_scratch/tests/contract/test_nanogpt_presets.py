@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.config import Config
+from llm_from_scratch.settings import flatten
 
 FOLDER = Path(__file__).resolve().parents[4] / "config"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="presets lie in a checkout, not in an installed package")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm_from_scratch.config import Config, GPTConfig, flatten
+from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import Parsed, find_preset, parse
+from llm_from_scratch.settings import flatten
 
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "configs").is_dir(), reason="presets lie in a checkout")

@@ -19,9 +19,10 @@ import yaml
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.cli import bench, evaluate, train
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.config import Config
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.presets import nanogpt_defaults, parse
+from llm_from_scratch.settings import flatten
 
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, write_data
 

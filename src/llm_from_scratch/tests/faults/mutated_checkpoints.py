@@ -20,12 +20,13 @@ import torch
 
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as checkpoint
-from llm_from_scratch.config import Config, GPTConfig, flatten
+from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.sizes import meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
+from llm_from_scratch.settings import flatten
 
 from .mutants import Mutant, expect, write
 

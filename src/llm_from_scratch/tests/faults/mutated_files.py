@@ -14,10 +14,11 @@ import numpy as np
 from llm_from_scratch import presets
 from llm_from_scratch.cli.export import Export
 from llm_from_scratch.cli.sample import SampleSettings
-from llm_from_scratch.config import Config, flatten, validate
+from llm_from_scratch.config import Config
 from llm_from_scratch.core import tokenfile
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, build_tokenizer
+from llm_from_scratch.settings import flatten, validate
 from llm_from_scratch.training.loggers import read_entries
 
 from .mutants import NASTY, Mutant, expect, write

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.cli import gptsmith
-from llm_from_scratch.config import Config, flatten
+from llm_from_scratch.config import Config
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.presets import parse
+from llm_from_scratch.settings import flatten
 from llm_from_scratch.training import report
 from llm_from_scratch.training import run as runs
 from llm_from_scratch.training.report import write_readme

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
-from llm_from_scratch.config import OptimizerConfig, SchedulerConfig, type_hints
+from llm_from_scratch.config import OptimizerConfig, SchedulerConfig
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.settings import type_hints
 from llm_from_scratch.training.forecast import Rehearsal
 from llm_from_scratch.training.optimizer import OPTIMIZERS, make_optimizer
 from llm_from_scratch.training.rule import Rule, Slots, with_gradients
