@@ -19,7 +19,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,15 +61,15 @@ class Parsed(Generic[T]):
 def parse(
     tree_type: type[T], argv: list[str], *, prog: str, description: str = "",
     defaults: dict[str, Any] | None = None, presets: bool = True, base_preset: str | None = None,
-    common: Sequence[str] = (), shown: dict[str, str] | None = None,
+    common: Sequence[str] = (), shown: Callable[[dict[str, Any], list[Path]], dict[str, str]] | None = None,
 ) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given; with it, a Python file as the first preset starts from nanoGPT's defaults.
     `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
-    command line gives them, and exits. shown: texts that it prints instead of a default. {presets} in description
-    becomes a line for each. `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest),
-    wrong type, missing or unreadable preset."""
+    command line gives them, and exits. shown: from the settings and the presets to texts that it prints instead of a
+    default. {presets} in description becomes a line for each. `--completion SHELL` prints a script. Raises UserError:
+    unknown name (with the nearest), wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
         tyro.cli(
             tree_type, args=["--tyro-print-completion", completion_shell(argv)], prog=prog.partition(" [")[0], **TYRO
@@ -80,7 +80,7 @@ def parse(
     names = words if presets else []
     files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
     if base_preset and files[0].suffix == ".py":
-        defaults, shown = {**(defaults or {}), **nanogpt_defaults()}, None
+        defaults = {**(defaults or {}), **nanogpt_defaults()}
     settings: dict[str, Any] = flatten(tree_type()) | (defaults or {})
     merged: dict[str, str] = {name: _as_text(name, value, leaves) for name, value in (defaults or {}).items()}
     sources: dict[str, str] = {}
@@ -94,7 +94,7 @@ def parse(
         for key, text in options.items():
             with contextlib.suppress(ValueError, SyntaxError):  # a word
                 settings[key] = ast.literal_eval(text)
-        notes = {name: text for name, text in (shown or {}).items() if name not in sources}
+        notes = {name: text for name, text in (shown(settings, files) if shown else {}).items() if name not in sources}
         _print_help(tree_type, settings, notes, common if wanted in ("-h", "--help") else (), prog, description)
         raise SystemExit(0)
     tree = _tyro(tree_type, merged, sources, prog)

@@ -75,9 +75,11 @@ def _main(argv: list[str], prog: str, defaults: dict[str, Any] | None = None) ->
     prepared = data_prepared_last() if defaults is None else None
     defaults = defaults or prepared or {}
     gpu = flatten(BenchCommand()) | defaults
-    shown = {name: f"{gpu[name]}, or {value} without a GPU" for name, value in CPU_SIZES.items()}
-    shown |= {"dataset": "random tokens: no prepared data found"} if prepared == {} else {}
-    parsed = parse(BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON, shown=shown)
+    texts = {name: f"{gpu[name]}, or {value} without a GPU" for name, value in CPU_SIZES.items()}
+    texts |= {"dataset": "random tokens: no prepared data found"} if prepared == {} else {}
+    parsed = parse(
+        BenchCommand, argv, prog=prog, description=HELP, defaults=defaults, common=COMMON, shown=lambda *_: texts
+    )
     validate(parsed.tree)
     if prepared is not None and "dataset" not in parsed.sources and parsed.tree.options.real_data:
         if prepared:

@@ -7,12 +7,13 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.contents import is_dataset_name
-from ..config import Config
+from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, leaf_types, nanogpt_defaults, parse
@@ -121,7 +122,15 @@ def _print_help(
             if resolved_init(training.init_from, training.out_dir) == "resume":
                 defaults = {**defaults, **(_saved_settings(parsed.tree, {"dataset": ""}, "", []) or {})}
                 base = None
-    shown = {} if "dataset" in defaults or base is None else {"dataset": "none found: run llm-prepare FILE"}
+
+    def shown(settings: dict[str, Any], files: list[Path]) -> dict[str, str]:
+        no_data = "dataset" not in defaults and base is not None and files[0].suffix != ".py"
+        texts = {"dataset": "none found: run llm-prepare FILE"} if no_data else {}
+        if settings["init_from"] not in ("scratch", "resume", "auto"):
+            own = [item.name for item in fields(GPTConfig) if item.name not in ("block_size", "dropout")]
+            texts |= dict.fromkeys(own, f"that of {settings['init_from']}")
+        return texts
+
     read(argv, defaults=defaults, base_preset=base, shown=shown)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.cli import bench, train
+from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.presets import parse
 from llm_from_scratch.settings import flatten
 
@@ -83,6 +85,9 @@ def compare(
     Path("data/book/train.bin").touch()
     monkeypatch.setattr(time, "time", lambda: 1.0)  # which a preset uses in a name
     values = in_force(command, monkeypatch, *words)
+    if (weights := values.get("init_from", "scratch")) not in ("scratch", "resume", "auto") and "n_layer" in values:
+        own = {item.name for item in dataclasses.fields(GPTConfig)} - {"block_size", "dropout"}
+        values |= dict.fromkeys(own, f"that of {weights}")  # not read for --help
     for flag in ("--help", "--help-all"):
         shown = defaults(help_of(capsys, command, *words, flag))
         cpu = {name: re.sub(r".*, or (.*) without a GPU", r"\1", text) for name, text in shown.items()}
