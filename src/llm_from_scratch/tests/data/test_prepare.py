@@ -526,7 +526,7 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
         (["nothing.txt"], {}, "'nothing.txt' not found here or in data/raw"),
         (["shakespeer"], {}, "did you mean shakespeare"),
         (["empty"], {}, "contains no .txt"),
-        (["*.md"], {}, "no text"),
+        (["*.md"], {}, "not found here or in data/raw"),
         (["none.txt"], {}, "none.txt is empty"),
         (["one.txt"], {}, "too short to split"),
         (["a.txt"], {"tokenizer": "gtp2"}, "did you mean gpt2"),
@@ -543,7 +543,7 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
         (["a.txt"], {"train_files": ("a.txt",)}, "use only one of them"),
         (["a.txt"], {"val_files": ("./a.txt",)}, "both a training and a validation file"),
         (["a.txt"], {"val_files": ("none.txt",)}, "none.txt is empty"),
-        (["shakespeare", "a.txt"], {}, "cannot be combined"),
+        (["shakespeare", "a.txt"], {}, "must be the only one"),
     ],
 )  # fmt: skip
 def test_user_errors(here: Path, arguments: list[str], settings: dict[str, Any], message: str) -> None:

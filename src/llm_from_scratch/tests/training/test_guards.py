@@ -143,7 +143,7 @@ def test_a_run_that_cannot_be_healed_stops_with_a_diagnosis(
     config = tiny_config(tiny_data, out_dir="run", max_iters=40, max_skipped_steps=2, max_rollbacks=3, batch_size=2)
     with pytest.raises(TrainingError) as error:
         train(config)
-    assert capsys.readouterr().out.count("continuing with other batches") == 3
+    assert capsys.readouterr().out.count("continuing with different batches") == 3
     text = str(error.value)
     assert text.startswith("the loss is inf at step ") and "float32, weights finite" in text
     assert "stopped: max_rollbacks=3 reached; the last good checkpoint is kept" in text
