@@ -328,7 +328,7 @@ class Run:
         return notes
 
     def roll_back(self, error: NotFiniteError) -> None:
-        """Returns to the newest good checkpoint and continues with other batches. Raises TrainingError after
+        """Rolls back to the newest good checkpoint and continues with different batches. Raises TrainingError after
         max_rollbacks, or without a checkpoint."""
         state, limit = self.state, self.config.training.max_rollbacks
         self.saver.report(wait=True)
