@@ -201,6 +201,11 @@ class OptimizerConfig(Settings):
     """With muon: AdamW's peak learning rate for the embeddings. None: learning_rate."""
     head_learning_rate: float | None = None
     """With muon: AdamW's peak learning rate for the head, tied or not. None: learning_rate."""
+    lr_scaling: Literal["none", "mup"] = "none"
+    """mup: AdamW's rates of hidden matrices and the head are for models of base_width, and shrink as wider models need
+    (arXiv 2203.03466). A rate found at one width then holds at others. Needs tie_embeddings=False."""
+    base_width: int | None = None
+    """With lr_scaling=mup: the n_embd at which the rates are unchanged."""
     ngram_learning_rate: float = 0.3
     """Learning rate of the n-gram embeddings (row-wise Adagrad). It does not follow the schedule."""
     forget_ngrams: bool = False
@@ -222,7 +227,10 @@ class OptimizerConfig(Settings):
         above(self, 0, "learning_rate", "muon_learning_rate", "ngram_learning_rate")
         above(self, 0, "embedding_learning_rate", "head_learning_rate")
         at_least(self, 0, "weight_decay", "grad_clip")
+        at_least(self, 1, "base_width")
         between(self, 0, 1, "muon_momentum", "beta1", "beta2", open_right=True)
+        if (self.lr_scaling == "mup") != (self.base_width is not None):
+            raise UserError("lr_scaling=mup and base_width need each other: give both, or neither")
         for name in ("embedding_learning_rate", "head_learning_rate"):
             if getattr(self, name) is not None and self.optimizer_type != "muon":
                 raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")

@@ -72,7 +72,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
             parsed = read(argv, defaults={**defaults, **saved})
     config = parsed.tree
     config.training.init_from = begin
-    _choose_length(parsed)
+    choose_length(parsed)
     config.validate()
     if flags["print_config"]:
         shown = to_dict(config)
@@ -152,7 +152,7 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
     return flags, rest
 
 
-def _choose_length(parsed: Parsed[Config]) -> None:
+def choose_length(parsed: Parsed[Any]) -> None:
     """Chooses between epochs and max_iters: the later one wins; both in one place are an error."""
     training, sources = parsed.tree.training, parsed.sources
     if training.epochs is None:

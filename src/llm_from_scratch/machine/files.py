@@ -246,6 +246,22 @@ class FolderLock:
         self._lock.release()
 
 
+def lock_file(path: Path, wait: bool = False) -> Any:
+    """A lock on a file, which is created: held until its release(), or the end of the process, however it ends. None
+    if another process holds it, unless `wait`. Raises UserError if the file system does not support locks."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"cannot lock {path}: {error}; choose a folder on another file system") from None
+    return lock
+
+
 def space_for(folder: Path, needed: int) -> str:
     """The bytes needed and free, for a message."""
     for place in (folder, *folder.parents):

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from filelock import FileLock
@@ -108,6 +109,17 @@ def run(module: str, *argv: str, timeout: float = 300, **options: Any) -> subpro
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess([module, *argv], code, out.read(), err.read())
+
+
+def forks(commands: list[list[str]]) -> Any:
+    """What a module that starts `[python, -m, MODULE, ...]` may have in place of subprocess. commands: gets each."""
+
+    def start(command: list[str], env: Mapping[str, str], stdout: Any, **others: Any) -> Forked:
+        commands.append(command)
+        assert command[1] == "-m" and others["stderr"] == subprocess.STDOUT
+        return Forked(*command[2:], env=env, stdout=stdout, stderr=subprocess.STDOUT)
+
+    return SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
 
 
 @contextlib.contextmanager

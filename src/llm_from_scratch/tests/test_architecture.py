@@ -30,6 +30,7 @@ BELOW: dict[str, set[str]] = {
     "training": {"machine", "core", "kernels", "interop", "checkpoint", "generation"},
     "serving": {"machine", "core", "interop", "checkpoint", "generation"},
     "data": {"machine", "core", "checkpoint"},
+    "sweep": {"machine", "core", "checkpoint", "training", "presets"},
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -45,7 +46,7 @@ UPWARD = {
     ("core.model", "GPT.configure_optimizers", "training"),
 }
 # Rooms that can be deleted and the rest still stands.
-LEAVES = ("cli", "data", "serving", "generation.engine")
+LEAVES = ("cli", "data", "serving", "sweep", "generation.engine")
 
 ONE_HOUR_PATH = (
     "config.py",

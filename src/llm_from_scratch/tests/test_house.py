@@ -39,13 +39,14 @@ OPTIONAL = {
     *("pyarrow", "tensorboard", "tiktoken", "tiktoken_ext", "tokenizers", "transformers", "uvicorn", "wandb", "yaml"),
     *("safetensors", "tyro", "rich"),
     *("fcntl", "msvcrt", "pydoc_data", "readline", "resource"),
+    "optuna",
 }
 # torch and numpy take seconds; these modules of Python, which checkpoints need, a twentieth of the time of --help
 SLOW = {"torch", "numpy", "hashlib", "pickletools"}
 # Modules that commands read before they load torch; there, the slow ones and modules of ours that import them may wait.
 BEFORE_TORCH = (
     *("", "cli.", "checkpoint.", "core.dataset", "core.resident", "core.tokenfile", "interop.", "machine.processes"),
-    "training.setup",
+    *("training.setup", "sweep."),
 )
 # Settings that name files and folders
 PATHS = ("out_dir", "dataset", "init_from", "checkpoint", "output", "name", "draft", "watch")

@@ -14,6 +14,7 @@ from ..errors import UserError
 from .adagrad import RowAdagrad
 from .adamw import AdamW
 from .muon import Muon
+from .mup import scale_by_width
 from .rule import Dither, Rule, Slots
 
 OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon}  # --optimizer_type
@@ -113,7 +114,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
         raise UserError(f"--fused=on: torch does not have a fused AdamW for {device.type}; leave it at auto")
     default = [{"rule": config.optimizer_type, **g} for g in parameter_groups(model, config.weight_decay)]
     groups = _rule(config.optimizer_type).groups(model, config, default) + sparse_groups(model, config)
-    groups = [{"lr_scale": 1.0, **group} for group in groups]
+    groups = scale_by_width(model, config, [{"lr_scale": 1.0, **group} for group in groups])
     betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
     return Optimizer(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
 

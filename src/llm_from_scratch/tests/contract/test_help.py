@@ -20,7 +20,10 @@ from llm_from_scratch.settings import flatten
 from ..tiny import write_data
 
 ROOT = Path(__file__).resolve().parents[4]
-COMMANDS = ("train", "plan", "prepare_data", "generate", "serve", "evaluate", "bench", "export", "sample")
+COMMANDS = (
+    *("train", "plan", "prepare_data", "generate", "serve", "evaluate", "bench", "export", "sample"),
+    *("sweep", "scale"),
+)
 PRESETS = sorted(path.stem for folder in ("configs", "config") for path in (ROOT / folder).glob("*.*"))
 
 

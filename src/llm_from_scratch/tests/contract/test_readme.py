@@ -30,9 +30,10 @@ import numpy as np
 import pytest
 
 from llm_from_scratch.config import Config, GPTConfig
+from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.presets import leaf_types, parse
 
-from ..forked import Forked, rendezvous
+from ..forked import Forked, forks, rendezvous
 
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="the documents lie in a checkout")
@@ -71,6 +72,7 @@ NOT_RUN = [
     (r"assets/page\.py", "", "pictures of the page, which test_page.py tests"),
     (r"scripts/run_notebook\.py", "", "writes into the checkout; test_notebook.py runs the notebook"),
     (r"^\. \.venv/bin/activate", "", "changes the shell"),
+    *([] if is_installed("optuna") else [(r"^llm-(sweep|scale) ", "", "needs the extra sweep")]),
 ]
 
 
@@ -176,6 +178,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("llm_from_scratch.interop.hf.load_pretrained", tiny_gpt2)
     monkeypatch.setattr("llm_from_scratch.cli.demo.call", call_in_process)
+    monkeypatch.setattr("llm_from_scratch.sweep.worker.subprocess", forks([]))
     yield copy
 
 
@@ -195,6 +198,16 @@ def train_sizes(words: list[str]) -> list[str]:
     elif init_from != "resume":
         sizes += ["--block_size=64"]
     return sizes
+
+
+def many_runs_sizes(words: list[str]) -> list[str]:
+    """Settings for a sweep or a ladder of a few tiny runs."""
+    short = train_sizes(words)
+    if any(word.startswith("--budget") for word in words):
+        short = [word for word in short if not word.startswith("--max_iters")]
+    if any(word.startswith("--over") for word in words):
+        return [*short, "--trials=2", *(["--budget_each=512tokens"] if "--budget_each" in " ".join(words) else [])]
+    return [*short, "--sizes=16,32", "--budgets=512tokens,1024tokens,2048tokens"]
 
 
 def start_of(words: list[str]) -> str:
@@ -218,6 +231,8 @@ SIZES: dict[str, Callable[[list[str]], list[str]]] = {
     "sample": lambda words: SAMPLE_SIZES,
     "generate": lambda words: SAMPLE_SIZES,
     "bench": lambda words: BENCH_SIZES,
+    "sweep": many_runs_sizes,
+    "scale": many_runs_sizes,
 }
 
 

@@ -1,0 +1,135 @@
+"""llm-scale: trains a ladder of sizes and budgets, and fits the law of loss."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import Config, at_least
+from ..errors import UserError
+from ..machine.budget import parse_budget
+from ..machine.extras import is_installed
+from ..machine.files import to_json, write_whole
+from ..machine.terminal import announce, note
+from ..presets import parse
+from ..sweep.space import Choices, Space
+from ..sweep.study import Study
+from .common import command, data_prepared_last
+from .many_runs import FOLDER, check_run, run_settings, run_study
+from .train import choose_length
+
+LAW, TABLE, PLOT = "law.json", "scale.md", "scale.png"
+COMMON = (
+    "sizes",
+    "budgets",
+    "seeds",
+    "name",
+    "workers",
+    "dataset",
+    "batch_size",
+    "block_size",
+    "optimizer_type",
+    "seed",
+)
+HELP = """Trains models of several sizes for several lengths, and fits the law of loss: what
+a larger model or more training would give. The other options are those of
+llm-train.
+
+  llm-scale quick --dataset=book --sizes=4 --budgets=1Mtokens,4Mtokens
+  llm-scale quick --dataset=book --sizes=64,128,256 --budgets=1min,4min
+
+Type the same command again to continue, and on other processes or machines to
+share the work. It writes a table, a plot, and law.json for llm-train --law.
+"""
+
+
+@dataclass
+class ScaleOptions:
+    """The ladder."""
+
+    sizes: str = "4"
+    """Number of sizes up to that of the preset, each about half of the next; or widths: 64,128,256."""
+    budgets: str = "1Mtokens,4Mtokens"
+    """Lengths of the runs: times (1min,4min), tokens or FLOPs."""
+    seeds: int = 1
+    """Runs of each point with different seeds."""
+    name: str = "scale"
+    """The runs are in out-sweep/NAME."""
+    workers: int = 1
+    """Runs at a time in this process."""
+
+    metric, pruner, budget_each = "bits_per_byte", "none", None  # as of a sweep, and not to be set
+
+    def validate(self) -> None:
+        at_least(self, 1, "seeds", "workers")
+
+    def points(self) -> tuple[list[int], list[str]]:
+        """The widths, or the number of them, and the budgets. Raises UserError."""
+        sizes, budgets = ([part.strip() for part in text.split(",")] for text in (self.sizes, self.budgets))
+        if not all(size.isdecimal() and len(size) < 7 for size in sizes):
+            raise UserError(f"sizes={self.sizes!r} is not valid: expected a number of sizes, or widths such as 64,128")
+        for budget in budgets:
+            parse_budget(budget)
+        if len(set(budgets)) < 2 or len(set(budgets)) < len(budgets):
+            raise UserError(f"budgets={self.budgets!r} is not valid: expected two or more, such as 1Mtokens,4Mtokens")
+        return [int(size) for size in sizes], budgets
+
+
+@dataclass
+class ScaleCommand(Config):
+    options: ScaleOptions = field(default_factory=ScaleOptions)
+
+
+def _main(argv: list[str]) -> int:
+    prepared = data_prepared_last()
+    shown = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    parsed = parse(
+        ScaleCommand, argv, prog="llm-scale [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
+        common=COMMON, shown=shown,
+    )  # fmt: skip
+    config, options = parsed.tree, parsed.tree.options
+    choose_length(parsed)
+    config.validate()
+    sizes, budgets = options.points()
+    check_run(parsed, set(), has_budget=True)
+    if "dataset" not in parsed.sources:
+        if not prepared:
+            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
+    from ..training.check import check
+
+    check(config)
+    from ..sweep.ladder import law_json, lines, measured, plot, shapes
+
+    models = shapes(config.model, sizes)
+    space: Space = {"budget": Choices(tuple(budgets)), "n_embd": Choices(tuple(models))}
+    folder = Path(FOLDER) / options.name
+    about = {
+        "over": {name: str(part) for name, part in space.items()}, "settings": run_settings(parsed, has_budget=True),
+        "seeds": options.seeds, "metric": options.metric,
+    }  # fmt: skip
+    study = Study(
+        folder, space, about, len(models) * len(budgets), "grid", seed=config.system.seed,
+        settings_of=lambda point: models[point["n_embd"]],
+    )  # fmt: skip
+    if code := run_study(study, parsed, options, about, argv, "llm-scale"):
+        return code
+    points = [measured(run) for row in study.rows() if row.loss is not None for run in study.runs(row)]
+    from ..sweep.fit import fit
+
+    found = fit(points)
+    table = lines(points, found)
+    print("\n".join(table))
+    write_whole(folder / TABLE, ("\n".join(table) + "\n").encode())
+    write_whole(folder / LAW, to_json(law_json(found)))
+    if is_installed("matplotlib"):
+        plot(folder / PLOT, points, found.law)
+    announce(f"the law: {folder / LAW}")
+    return 0
+
+
+main = command(_main)
+
+if __name__ == "__main__":
+    sys.exit(main())

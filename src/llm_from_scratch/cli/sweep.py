@@ -1,0 +1,111 @@
+"""llm-sweep: searches settings by many runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..config import Config, at_least
+from ..errors import UserError
+from ..machine.budget import parse_budget
+from ..machine.terminal import note
+from ..presets import parse
+from ..sweep.space import check_space, combinations, parse_space
+from ..sweep.study import Study
+from .common import command, data_prepared_last
+from .many_runs import FOLDER, check_run, run_settings, run_study
+from .train import choose_length
+
+TRIALS = 20
+COMMON = (
+    "over", "trials", "seeds", "budget_each", "sampler", "pruner", "metric", "name", "workers", "dataset", "max_iters",
+    "seed",
+)  # fmt: skip
+HELP = """Trains with many settings and shows which are best. The other options are those of llm-train.
+
+  llm-sweep quick --dataset=book --over='learning_rate=log(1e-3,1e-1)'
+  llm-sweep quick --over='n_layer=2,4,6 dropout=0..0.3' --trials=30 --seeds=3
+  llm-sweep quick --over='n_embd=64,128' --budget_each=1min --workers=2
+
+--over has a list (2,4,6), a range (0..0.3; 64..512/64 in steps of 64) or a
+logarithmic range (log(1e-4,1e-1)) for each setting. In a YAML preset, over is a
+list of them. Type the same command again to continue a sweep that was stopped
+or killed, and on other processes or machines to share it.
+"""
+
+
+@dataclass
+class SweepOptions:
+    """The sweep."""
+
+    over: tuple[str, ...] = ()
+    """Settings and their ranges: 'NAME=LOW..HIGH NAME=log(LOW,HIGH) NAME=A,B,C'."""
+    trials: int | None = None
+    """Number of trials. None: every combination if all ranges are lists, else 20."""
+    seeds: int = 1
+    """Runs of each trial with different seeds. The table shows mean and standard deviation."""
+    budget_each: str | None = None
+    """Length of each run: 90s, 10min, 2h, 50Mtokens or 1e15flops. None: max_iters or epochs."""
+    sampler: Literal["auto", "grid", "random", "tpe"] = "auto"
+    """grid: every combination of lists. tpe: near good trials (arXiv 1105.5463). auto: grid for lists, else tpe."""
+    pruner: Literal["none", "median", "halving"] = "median"
+    """Ends bad trials at an evaluation. median: worse than half of the complete ones, after five. halving: not in the
+    best third (arXiv 1810.05934). none: never."""
+    metric: Literal["val_loss_full", "val_loss", "bits_per_byte"] = "val_loss_full"
+    """Compared at the end: loss of the whole validation split, the best estimated loss, or bits per byte."""
+    name: str | None = None
+    """The sweep is in out-sweep/NAME. None: the swept settings."""
+    workers: int = 1
+    """Runs at a time in this process."""
+
+    def validate(self) -> None:
+        at_least(self, 1, "trials", "seeds", "workers")
+        if self.budget_each is not None:
+            parse_budget(self.budget_each)
+
+
+@dataclass
+class SweepCommand(Config):
+    options: SweepOptions = field(default_factory=SweepOptions)
+
+
+def _main(argv: list[str]) -> int:
+    prepared = data_prepared_last()
+    shown = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    parsed = parse(
+        SweepCommand, argv, prog="llm-sweep [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
+        common=COMMON, shown=shown,
+    )  # fmt: skip
+    config, options = parsed.tree, parsed.tree.options
+    choose_length(parsed)
+    config.validate()
+    space = parse_space(options.over)
+    has_budget = options.budget_each is not None
+    check_run(parsed, set(space), has_budget)
+    if "dataset" not in parsed.sources and "dataset" not in space:
+        if not prepared:
+            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
+    check_space(space, config)
+    if "dataset" not in space:
+        from ..training.check import check
+
+        check(config)
+    folder = Path(FOLDER) / (options.name or "-".join(space)[:60])
+    grid = combinations(space) if options.sampler in ("auto", "grid") else None
+    trials = options.trials or (len(grid) if grid else TRIALS)
+    settings = run_settings(parsed, has_budget)
+    about = {
+        "over": {name: str(part) for name, part in space.items()}, "settings": settings, "seeds": options.seeds,
+        "metric": options.metric, "budget_each": options.budget_each,
+    }  # fmt: skip
+    study = Study(folder, space, about, trials, options.sampler, options.pruner, config.system.seed)
+    return run_study(study, parsed, options, about, argv)
+
+
+main = command(_main)
+
+if __name__ == "__main__":
+    sys.exit(main())

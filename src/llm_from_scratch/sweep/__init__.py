@@ -1,0 +1,1 @@
+"""Many runs: sweeps over settings, ladders of sizes and budgets."""

@@ -1,0 +1,136 @@
+"""The journal of a sweep: trials are claimed once, continued if they were cut, and pruned by hand-worked values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.sweep.space import Space, parse_space
+from llm_from_scratch.sweep.study import JOURNAL, Study
+
+LISTS = parse_space(["n_layer=1,2,3 bias=true,false"])
+RANGES = parse_space(["learning_rate=log(1e-4,1e-1)"])
+
+
+def study_in(folder: Path, space: Space = RANGES, trials: int = 8, **options: Any) -> Study:
+    return Study(folder, space, {"over": {k: str(v) for k, v in space.items()}}, trials, **options)
+
+
+def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
+    a, b = study_in(tmp_path, LISTS, 6), study_in(tmp_path, LISTS, 6)  # two workers
+    claims = [worker.claim() for _ in range(3) for worker in (a, b)]
+    points = [tuple(claim.point.items()) for claim in claims if claim]
+    assert len(points) == len(set(points)) == 6 and [claim.number for claim in claims if claim] == [*range(6)]
+    assert a.claim() is None and b.claim() is None
+
+
+def test_a_cut_trial_is_continued_first(tmp_path: Path) -> None:
+    first = study_in(tmp_path)
+    claims = [first.claim(), first.claim()]
+    assert claims[0] and claims[1]
+    first.note(claims[0], "max_iters", 30)
+    claims[0].lock.release()  # as the system does when a process ends
+    again = study_in(tmp_path).claim()
+    assert again and (again.number, again.settings) == (0, claims[0].settings)
+    assert again.attributes["max_iters"] == 30
+    other = study_in(tmp_path).claim()
+    assert other and other.number == 2  # the second one is still held
+
+
+def test_workers_draw_different_points_and_a_sweep_is_repeatable(tmp_path: Path) -> None:
+    drawn, held = [], []
+    for name in ("a", "b"):
+        for sampler in ("tpe", "random"):
+            for _ in range(4):
+                claim = study_in(tmp_path / name / sampler, sampler=sampler, seed=3).claim()
+                assert claim
+                held.append(claim)
+                drawn.append(claim.settings["learning_rate"])
+    assert drawn[:8] == drawn[8:] and len(set(drawn[:4])) == len(set(drawn[4:8])) == 4
+
+
+def ended(study: Study, losses: list[float], final: float) -> str:
+    """Reports the losses of a trial tenth by tenth; how it ended."""
+    claim = study.claim()
+    assert claim
+    for tenth, loss in enumerate(losses, 1):
+        if study.is_hopeless(claim, tenth, loss):
+            study.finish(claim, "pruned")
+            return f"pruned at {tenth}"
+    study.finish(claim, "complete", {"1": final})
+    return "complete"
+
+
+def test_the_median_prunes(tmp_path: Path) -> None:
+    study = study_in(tmp_path, pruner="median")
+    for k in range(5):  # after one tenth 1, 2, 3, 4, 5, after two 0.5 less: the medians are 3 and 2.5
+        assert ended(study, [1.0 + k, 0.5 + k], k) == "complete"
+    assert ended(study, [3.1], 0) == "pruned at 1"
+    assert ended(study, [2.9, 2.6], 0) == "pruned at 2"
+    assert ended(study, [2.9, 2.4], 9) == "complete"
+    rows = study.rows()
+    assert [row.state for row in rows] == ["complete"] * 6 + ["pruned"] * 2
+    assert [row.loss for row in rows[:6]] == [0.0, 1.0, 2.0, 3.0, 4.0, 9.0]
+    assert [row.reached for row in rows[6:]] == [(1, 3.1), (2, 2.6)]
+
+
+def test_halving_keeps_the_best_third(tmp_path: Path) -> None:
+    study = study_in(tmp_path, pruner="halving")
+    assert ended(study, [2.0], 2.0) == "complete"
+    assert ended(study, [3.0], 0) == "pruned at 1"  # 2 is the best third of (2, 3)
+    assert ended(study, [1.0, 1.0], 1.0) == "complete"
+    assert ended(study, [1.5], 0) == "pruned at 1"
+
+
+def test_the_last_report_of_a_cut_trial_is_judged_again(tmp_path: Path) -> None:
+    study = study_in(tmp_path, pruner="median")
+    for k in range(5):
+        ended(study, [1.0 + k], k)
+    claim = study.claim()
+    assert claim
+    claim.trial.report(4.0, 1)  # and the process is killed before it asks
+    claim.lock.release()
+    study = study_in(tmp_path, pruner="median")
+    again = study.claim()
+    assert again and again.number == claim.number
+    assert study.is_hopeless(again, 1, 4.0)
+
+
+def test_mean_and_spread_over_seeds(tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    claim = study.claim()
+    assert claim
+    study.finish(claim, "complete", {"1": 1.0, "2": 2.0, "3": 6.0})
+    (row,) = study.rows()
+    assert row.loss == 3.0 and row.spread == pytest.approx(7**0.5)
+    assert study.runs(row) == [tmp_path / "trial-0" / f"seed-{seed}" for seed in (1, 2, 3)]
+
+
+def test_another_sweep_in_the_folder_is_refused(tmp_path: Path) -> None:
+    study_in(tmp_path)
+    with pytest.raises(UserError, match=r"another over\.n_layer: None there, 1,2,3 now; choose another --name"):
+        study_in(tmp_path, LISTS)
+    with pytest.raises(UserError, match=r"another over\.learning_rate: log\(0.0001,0.1\) there, log\(0.0001,0.2\) now"):
+        study_in(tmp_path, parse_space(["learning_rate=log(1e-4,2e-1)"]))
+    study_in(tmp_path, trials=99)  # more trials are welcome
+
+
+def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
+    study_in(tmp_path).claim()
+    path = tmp_path / JOURNAL
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "stu')  # a power cut
+    study = study_in(tmp_path)
+    assert [row.number for row in study.rows()] == [0] and study.claim()
+    assert [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def test_a_grid_needs_lists(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sampler=grid needs lists"):
+        study_in(tmp_path, sampler="grid")

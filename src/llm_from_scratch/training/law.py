@@ -1,0 +1,120 @@
+"""The law of loss: bits per byte of held-out text, as a function of parameters, text and context.
+
+    L(N, D, U, T) = E + A / N^alpha + B / D'^beta + C / T^gamma
+    D' = U + U R (1 - exp(-(D / U - 1) / R))   if D > U, else D
+
+N: parameters that are multiplied (without embeddings). D: bytes of text trained on. U: bytes of different text. T:
+bytes of context. The form in N and D is that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth
+as much if nothing were repeated. Bytes instead of tokens, so that tokenizers compare.
+
+The constants hold for texts as hard as the text they were fitted on. `text_bits` is the size of that text after bz2, in
+bits per byte. For another text, the loss is multiplied by the ratio of the two sizes.
+"""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from ..machine.files import read_json
+
+SAMPLE = 1 << 20  # bytes of text that are compressed: about 0.1 s
+INTERVAL = 2.0  # standard deviations: about 95% of the runs
+
+
+class Prediction(NamedTuple):
+    """An expected loss in bits per byte, and the interval that holds it in 95 of 100 runs."""
+
+    bits: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Law:
+    """Constants of the law."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    C: float = 0.0
+    gamma: float = 1.0
+    R: float = 15.4
+    """Repetitions after which text has lost most of its worth."""
+    spread: float = 0.05
+    """Standard deviation of measured / predicted - 1."""
+    text_bits: float | None = None
+    """Bits per byte of the fitted text after bz2. None: the law is for one text and is not scaled."""
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name == "text_bits" and value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            positive = name in ("alpha", "beta", "gamma", "R", "text_bits")
+            if not is_number or value < 0 or (positive and value == 0):
+                raise UserError(
+                    f"a law's {name} must be a number {'above' if positive else 'of at least'} 0: {value!r}"
+                )
+
+    def worth(self, seen: float, unique: float) -> float:
+        """D': the text without repetitions that is worth as much as `seen` bytes of `unique` ones."""
+        if seen <= unique:
+            return seen
+        return unique * (1 + self.R * -math.expm1((1 - seen / unique) / self.R))
+
+    def bits(self, params: float, seen: float, unique: float = math.inf, context: float = math.inf) -> float:
+        """Bits per byte of a text as hard as the fitted one."""
+        of_data = self.B / self.worth(seen, unique) ** self.beta
+        return self.E + self.A / params**self.alpha + of_data + self.C / context**self.gamma
+
+    def balanced(self, seen: float, unique: float = math.inf) -> float:
+        """The parameters for which more of them and more text would help equally, for the same arithmetic (6 N D)."""
+        of_data = self.B * self.beta / self.worth(seen, unique) ** self.beta
+        return (self.A * self.alpha / of_data) ** (1 / self.alpha) if of_data else math.inf
+
+    def predict(
+        self,
+        params: float,
+        seen: float,
+        unique: float = math.inf,
+        context: float = math.inf,
+        text_bits: float | None = None,
+    ) -> Prediction:
+        """The expected loss of a text that bz2 compresses to text_bits. None: as hard as the fitted one."""
+        scale = text_bits / self.text_bits if text_bits and self.text_bits else 1.0
+        bits, factor = scale * self.bits(params, seen, unique, context), math.exp(INTERVAL * self.spread)
+        return Prediction(bits, bits / factor, bits * factor)
+
+
+def text_bits(text: bytes) -> float | None:
+    """Bits per byte of the first megabyte after bz2; None without text."""
+    part = text[:SAMPLE]
+    return 8 * len(bz2.compress(part)) / len(part) if part else None
+
+
+def read_law(path: str | Path) -> Law:
+    """A law from a JSON file: {"E": ..., "A": ..., "alpha": ..., "B": ..., "beta": ..., ...}; other names are ignored.
+    Raises UserError."""
+    content: Any = read_json(Path(path))
+    names = [item.name for item in dataclasses.fields(Law)]
+    if not isinstance(content, dict) or not {"E", "A", "alpha", "B", "beta"} <= content.keys():
+        raise UserError(
+            f"{path} is not a law: expected a JSON object with E, A, alpha, B and beta, as llm-scale writes"
+        )
+    try:
+        return Law(**{name: content[name] for name in names if name in content})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# Fitted to runs on tiny Shakespeare, Python's documentation and Python's sources (benchmarks/RESULTS.md).
+PLAIN = Law(E=1.0, A=30.0, alpha=0.34, B=45.0, beta=0.32, C=2.0, gamma=0.6, R=8.0, spread=0.06, text_bits=2.354)
+NGRAMS = Law(E=1.0, A=20.0, alpha=0.34, B=12.0, beta=0.25, C=2.0, gamma=0.6, R=1.0, spread=0.06, text_bits=2.354)
