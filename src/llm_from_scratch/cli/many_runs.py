@@ -7,12 +7,12 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import to_dict
 from ..errors import UserError
 from ..machine.files import write_whole
 from ..machine.processes import shield_children
 from ..machine.terminal import announce
 from ..presets import Parsed
+from ..settings import to_dict
 from ..sweep.results import RESULTS, table, train_command, write_results
 from ..sweep.study import SETTINGS, Row, Study
 

@@ -6,13 +6,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import Config, at_least
+from ..config import Config
 from ..errors import UserError
 from ..machine.budget import parse_budget
 from ..machine.extras import is_installed
 from ..machine.files import to_json, write_whole
 from ..machine.terminal import announce, note
 from ..presets import parse
+from ..settings import at_least
 from ..sweep.space import Choices, Space
 from ..sweep.study import Study
 from .common import command, data_prepared_last
@@ -83,10 +84,10 @@ class ScaleCommand(Config):
 
 def _main(argv: list[str]) -> int:
     prepared = data_prepared_last()
-    shown = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    none = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
     parsed = parse(
         ScaleCommand, argv, prog="llm-scale [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
-        common=COMMON, shown=shown,
+        common=COMMON, shown=lambda settings, files: none,
     )  # fmt: skip
     config, options = parsed.tree, parsed.tree.options
     choose_length(parsed)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..config import Config, at_least
+from ..config import Config
 from ..errors import UserError
 from ..machine.budget import parse_budget
 from ..machine.terminal import note
 from ..presets import parse
+from ..settings import at_least
 from ..sweep.space import check_space, combinations, parse_space
 from ..sweep.study import Study
 from .common import command, data_prepared_last
@@ -73,10 +74,10 @@ class SweepCommand(Config):
 
 def _main(argv: list[str]) -> int:
     prepared = data_prepared_last()
-    shown = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    none = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
     parsed = parse(
         SweepCommand, argv, prog="llm-sweep [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
-        common=COMMON, shown=shown,
+        common=COMMON, shown=lambda settings, files: none,
     )  # fmt: skip
     config, options = parsed.tree, parsed.tree.options
     choose_length(parsed)

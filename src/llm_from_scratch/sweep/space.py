@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, did_you_mean, flatten
+from ..config import Config
 from ..errors import UserError
 from ..presets import build, leaf_types, union_members
+from ..settings import did_you_mean, flatten
 
 # Settings that the sweep sets itself
 OWN = ("out_dir", "init_from", "eval_only", "progress")

@@ -4,8 +4,8 @@
     D' = U + U R (1 - exp(-(D / U - 1) / R))   if D > U, else D
 
 N: parameters that are multiplied (without embeddings). D: bytes of text trained on. U: bytes of different text. T:
-bytes of context. The form in N and D is that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth
-as much if nothing were repeated. Bytes instead of tokens, so that tokenizers compare.
+bytes of context. The form in N and D is that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be
+worth as much if nothing were repeated. Bytes instead of tokens, so that tokenizers compare.
 
 The constants hold for texts as hard as the text they were fitted on. `text_bits` is the size of that text after bz2, in
 bits per byte. For another text, the loss is multiplied by the ratio of the two sizes.
