@@ -143,6 +143,11 @@ class TrainingConfig(Settings):
     """Evaluate once and stop."""
     final_eval: bool = True
     """Evaluate the whole validation split when the run ends."""
+    eval_tasks: str | None = None
+    """Tasks of lm-evaluation-harness to score at every evaluation (extra: eval): YAML files, folders of them, or names,
+    comma-separated."""
+    eval_limit: float | None = None
+    """Documents per task of eval_tasks; below 1: a fraction of them. None: all."""
     always_save_checkpoint: bool = True
     """Save after every evaluation. False: only if the val loss improved."""
     save_interval: int | None = None
@@ -177,7 +182,9 @@ class TrainingConfig(Settings):
         at_least(self, 1, "max_skipped_steps")
         at_least(self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last")
         at_least(self, 1, "save_interval", "keep_every", "early_stopping_patience", "sample_interval")
-        above(self, 0, "epochs", "activation_budget")
+        above(self, 0, "epochs", "activation_budget", "eval_limit")
+        if self.eval_limit is not None and self.eval_tasks is None:
+            raise UserError("eval_limit needs --eval_tasks")
         if self.gradient_checkpointing and self.activation_budget not in ("auto", None):
             raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:

@@ -1,19 +1,21 @@
-"""llm-eval: loss, perplexity and bits per byte of a trained model over a whole split or a text file."""
+"""llm-eval: loss, perplexity and bits per byte of a trained model on a split or on texts; scores on tasks."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoint.contents import is_dataset_name
 from ..config import SystemConfig
 from ..errors import UserError
 from ..machine.files import read_file
-from ..presets import parse
-from ..settings import at_least
+from ..machine.terminal import note
+from ..presets import Parsed, parse
+from ..settings import above, at_least
 from .common import check_location, command, used_a_path
 
 if TYPE_CHECKING:
@@ -22,14 +24,17 @@ if TYPE_CHECKING:
     from ..checkpoint.contents import Checkpoint
     from ..core.dataset import TokenData
     from ..core.tokenizer import Tokenizer
+    from ..training.evaluate import Evaluation
 
 MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
-HELP = """Evaluates a checkpoint on a text file or on a split of prepared data. Prints loss (nats per token),
-perplexity, bits per byte and the number of tokens.
+HELP = """Evaluates a checkpoint on a text file, a folder of texts, or a split of prepared data: loss (nats per token),
+perplexity, bits per byte and the number of tokens. Or on tasks of lm-evaluation-harness.
 
   llm-eval --out_dir=out                 its validation split
   llm-eval book.txt --out_dir=out        a text
   llm-eval --out_dir=gpt2 --dataset=book --split=train
+  llm-eval --out_dir=out --text_files=texts
+  llm-eval --out_dir=out --tasks=questions.yaml,hellaswag --limit=100
 """
 
 
@@ -48,14 +53,27 @@ class EvalOptions:
     eval_block_size: int | None = None
     """Window length in tokens. None: the model's block_size."""
     eval_batch_size: int | None = None
-    """Windows per forward pass. None: automatic. The result does not depend on it."""
+    """Windows, or contexts of tasks, per forward pass. None: automatic. The result does not depend on it."""
+    stride: int | None = None
+    """Tokens from one window to the next; each token is then predicted with at least eval_block_size - stride tokens of
+    context. None: eval_block_size, adjacent windows."""
+    text_files: str | None = None
+    """A folder of texts. Prints a line for each file and folder in it, and for all of them."""
+    tasks: str | None = None
+    """Tasks of lm-evaluation-harness (extra: eval), comma-separated: YAML files, folders of them, or names."""
+    num_fewshot: int | None = None
+    """Examples in each prompt of a task. None: what the task says."""
+    limit: float | None = None
+    """Documents per task; below 1: a fraction of them. None: all."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the loss of the int8 model of llm-generate and llm-serve (--quantize=int8), on a CPU."""
     json: bool = False
-    """Print one JSON object instead of the line."""
+    """Print one JSON object instead of lines."""
 
     def validate(self) -> None:
-        at_least(self, 1, "eval_block_size", "eval_batch_size")
+        at_least(self, 1, "eval_block_size", "eval_batch_size", "stride")
+        at_least(self, 0, "num_fewshot")
+        above(self, 0, "limit")
         if self.split not in ("train", "val"):
             raise UserError(f"split={self.split!r} is not one of train, val")
 
@@ -85,28 +103,31 @@ def main(argv: list[str]) -> int:
     system = SystemConfig(**vars(machine), compile=False)
     options.validate()
     system.validate()
-    if len(parsed.positionals) > 1:
-        raise UserError(f"expected one text file, got {', '.join(parsed.positionals)}")
-    if parsed.positionals and options.dataset:
-        raise UserError("give a text file or --dataset, not both")
-
+    _check_source(parsed)
     check_location(options.out_dir, options.which)
     from ..checkpoint.load import load
     from ..core.weights import build_model
     from ..machine import device as runtimes
-    from ..training.evaluate import evaluate_split
+    from ..training.evaluate import combined, evaluate_split
 
     runtimes.resolve_device(system.device)  # report a missing device before reading anything
+    if options.tasks is not None:
+        return _score(options.tasks, options, system)
     loaded = load(options.out_dir, options.which, options.dataset, weights_only=True, need_tokenizer=False)
     model, tokenizer = build_model(loaded.model_config, loaded.model).float().eval(), loaded.tokenizer
     if parsed.positionals:
-        data = _text(parsed.positionals[0], tokenizer)
+        data = [_text(parsed.positionals[0], tokenizer)]
+    elif options.text_files is not None:
+        data = _texts(options.text_files, tokenizer)
     else:
-        data = _split(options.dataset or _trained_on(loaded, argv), options.split, tokenizer)
+        data = [_split(options.dataset or _trained_on(loaded, argv), options.split, tokenizer)]
     block_size = options.eval_block_size or model.config.block_size
     if block_size > model.config.block_size:
         raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
-    data.check(1, model.config.vocab_size)
+    if options.stride is not None and options.stride > block_size:
+        raise UserError(f"stride={options.stride} exceeds the window of {block_size} tokens: tokens would be skipped")
+    for part in data:
+        part.check(1, model.config.vocab_size)
 
     runtime = runtimes.resolve(system)
     runtimes.start(runtime, system)
@@ -118,22 +139,99 @@ def main(argv: list[str]) -> int:
             from ..kernels.int8 import Scorer
 
             scored = Scorer(model.to(runtime.device), options.quantize)
-        result = evaluate_split(scored, data, block_size, runtime, tokenizer, batch_size=options.eval_batch_size)
+        results = [
+            evaluate_split(scored, part, block_size, runtime, tokenizer, options.eval_batch_size, stride=options.stride)
+            for part in data
+        ]
+    finally:
+        runtimes.stop()
+    if not runtime.is_master:
+        return 0
+    windows = {"block_size": block_size} | ({"stride": options.stride} if options.stride is not None else {})
+    if options.text_files is None:
+        _report(results[0], windows, data[0].name, options.json)
+        return 0
+    domains: dict[str, list[Evaluation]] = {}
+    for part, result in zip(data, results, strict=True):  # by the first part of its path below the folder
+        domains.setdefault(Path(part.name).relative_to(options.text_files).parts[0], []).append(result)
+    each = {name: combined(group) for name, group in domains.items()}
+    if options.json:
+        parts = {name: _figures(result) for name, result in each.items()}
+        print(json.dumps(_figures(combined(results)) | windows | {"data": options.text_files, "domains": parts}))
+        return 0
+    for name, result in each.items():
+        _report(result, windows, name, as_json=False)
+    _report(combined(results), windows, f"total of {options.text_files}", as_json=False)
+    return 0
+
+
+def _check_source(parsed: Parsed[EvalCommand]) -> None:
+    """Raises UserError for options that contradict each other."""
+    options, texts = parsed.tree.options, parsed.positionals
+    if len(texts) > 1:
+        raise UserError(f"expected one text file, got {', '.join(texts)}; for several: --text_files=FOLDER")
+    given = [name for name in ("dataset", "text_files", "tasks") if getattr(options, name) is not None]
+    if options.tasks is not None:
+        given = [name for name in given if name != "dataset"]  # it may name the tokenizer
+    if texts and given and given != ["tasks"]:
+        raise UserError(f"give a text file or --{given[0]}, not both")
+    if len(given) > 1:
+        raise UserError(f"give --{given[0]} or --{given[1]}, not both")
+    unused = ("num_fewshot", "limit") if options.tasks is None else ("eval_block_size", "stride")
+    unused += ("split",) if given in (["tasks"], ["text_files"]) or texts else ()
+    if found := [name for name in unused if parsed.on_command_line(name)]:
+        what = "needs --tasks" if found[0] in ("num_fewshot", "limit") else f"has no effect on {(texts + given)[0]}"
+        raise UserError(f"--{found[0]} {what}; leave it out")
+    if options.tasks is not None and texts:
+        raise UserError(f"give a text file or --tasks, not both; several tasks: --tasks={options.tasks},{texts[0]}")
+
+
+def _score(names: str, options: EvalOptions, system: SystemConfig) -> int:
+    """Prints the results of tasks as the harness's tables, or as JSON."""
+    from ..checkpoint.load import load
+    from ..core.weights import build_model
+    from ..generation.generator import Generator
+    from ..machine import device as runtimes
+    from ..training.harness import TaskModel, evaluate_tasks, load_tasks, tables
+
+    tasks = load_tasks(names, fewshot=options.num_fewshot)
+    loaded = load(options.out_dir, options.which, options.dataset, weights_only=True)
+    assert loaded.tokenizer is not None  # load refuses a model without one
+    model = build_model(loaded.model_config, loaded.model).float()
+    runtime = runtimes.resolve(system)
+    runtimes.start(runtime, system)
+    begin = time.perf_counter()
+    try:
+        generator = Generator(model, loaded.tokenizer, runtime.device, runtime.dtype, options.quantize)
+        results = evaluate_tasks(TaskModel(generator, options.eval_batch_size), tasks, options.limit)
     finally:
         runtimes.stop()
     if not runtime.is_master:
         return 0
     if options.json:
-        figures = {key: getattr(result, key) for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
-        figures |= {"bytes": result.text_bytes, "block_size": block_size, "data": data.name}
-        print(json.dumps(figures | {"seconds": round(result.seconds, 3)}))
+        kept = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
+        found = {name: results[name] for name in kept if name in results}
+        print(json.dumps(found | {"seconds": round(time.perf_counter() - begin, 3)}, default=str))
     else:
-        bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        print(
-            f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, bits per byte {bits}, "
-            f"{result.tokens:,} tokens in windows of {block_size}, {data.name}"
-        )
+        print(tables(results))
     return 0
+
+
+def _report(result: Evaluation, windows: dict[str, int], name: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_figures(result) | windows | {"data": name, "seconds": round(result.seconds, 3)}))
+        return
+    bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    apart = f", {windows['stride']} apart" if "stride" in windows else ""
+    print(
+        f"loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, bits per byte {bits}, "
+        f"{result.tokens:,} tokens in windows of {windows['block_size']}{apart}, {name}"
+    )
+
+
+def _figures(result: Evaluation) -> dict[str, Any]:
+    names = ("loss", "perplexity", "bits_per_byte", "tokens")
+    return {name: getattr(result, name) for name in names} | {"bytes": result.text_bytes}
 
 
 def _trained_on(model: Checkpoint, argv: list[str]) -> str:
@@ -164,10 +262,6 @@ def _split(name: str, split: str, tokenizer: Tokenizer | None) -> TokenData:
 def _text(name: str, tokenizer: Tokenizer | None) -> TokenData:
     from ..core.dataset import TokenData
 
-    if tokenizer is None:
-        raise UserError(
-            "the checkpoint does not have a tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER"
-        )
     path = Path(name)
     try:
         text = read_file(path, MAX_TEXT).decode("utf-8-sig").replace("\r\n", "\n")  # as llm-prepare reads it
@@ -175,10 +269,43 @@ def _text(name: str, tokenizer: Tokenizer | None) -> TokenData:
         raise UserError(f"cannot read {path}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
-    ids = tokenizer.encode(text)
+    ids = _known(tokenizer).encode(text)
     if len(ids) < 2:
         raise UserError(f"{path} has {len(ids)} tokens; the loss needs at least 2")
     return TokenData([ids], name)
+
+
+def _texts(folder: str, tokenizer: Tokenizer | None) -> list[TokenData]:
+    """The files below a folder that llm-prepare reads, with an end-of-text token after each of several documents."""
+    import numpy as np
+
+    from ..core.dataset import TokenData
+    from ..data.sources import FileSource, find_files
+
+    if not Path(folder).is_dir():
+        raise UserError(f"--text_files={folder} is not a folder: for a single text, llm-eval TEXT_FILE")
+    encode, data = _known(tokenizer).encode, []
+    for path in find_files([folder], Path(), Path(), note):
+        source, parts = FileSource(path), []
+        end = [] if tokenizer is None or tokenizer.eot_id is None or not source.has_many else [tokenizer.eot_id]
+        for text, ends in source.pieces():
+            parts += [encode(text), np.array(end if ends else [], np.int64)]
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        if len(ids) < 2:
+            note(f"{path}: skipped, because the loss needs at least 2 tokens")
+        else:
+            data.append(TokenData([ids], str(path)))
+    if not data:
+        raise UserError(f"--text_files={folder}: no file has 2 tokens or more")
+    return data
+
+
+def _known(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(
+            "the checkpoint does not have a tokenizer for a text file; use prepared data: --dataset=NAME_OR_FOLDER"
+        )
+    return tokenizer
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def bytes_json(raw: bytes) -> str:
 
 
 def number(value: float | None) -> str:
-    """A log-probability in JSON; null if it is infinite."""
-    return f"{value:.6g}" if value is not None and math.isfinite(value) else "null"
+    """A log-probability in JSON, with all digits of a float32; null if it is infinite."""
+    return f"{value:.9g}" if value is not None and math.isfinite(value) else "null"
 
 
 @dataclass

@@ -11,6 +11,7 @@ from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from ..errors import UserError
+from ..machine.extras import require
 from ..machine.files import check_writable
 from ..machine.processes import distributed_env
 from .loggers import check_extras
@@ -38,6 +39,8 @@ def check(config: Config) -> Inputs:
     init_from = config.training.init_from
     config.validate()
     check_extras(config)
+    if config.training.eval_tasks is not None:
+        require("lm_eval", "eval", "--eval_tasks")
     if not config.training.eval_only:
         check_writable(Path(config.training.out_dir))
     _, _, world_size = distributed_env()

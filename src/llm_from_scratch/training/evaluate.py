@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,26 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
+def combined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Several evaluations as one over all their tokens."""
+    tokens, sizes = sum(part.tokens for part in parts), [part.text_bytes for part in parts]
+    nats = math.fsum(part.loss * part.tokens for part in parts)
+    text_bytes = None if None in sizes else sum(size or 0 for size in sizes)
+    return Evaluation(nats / tokens, tokens, text_bytes, sum(part.seconds for part in parts))
+
+
 @torch.no_grad()
 def evaluate_split(
     model: torch.nn.Module, data: TokenData, block_size: int, runtime: Runtime, tokenizer: Tokenizer | None = None,
-    batch_size: int | None = None, before_batch: Callable[[], None] = lambda: None,
+    batch_size: int | None = None, before_batch: Callable[[], None] = lambda: None, stride: int | None = None,
 ) -> Evaluation:  # fmt: skip
-    """The loss over every token of a split except its first, in adjacent windows of block_size tokens. before_batch is
-    called before every batch, and may raise to end the evaluation."""
+    """The loss over every token of a split except its first, in windows of block_size tokens, `stride` tokens apart
+    (None: block_size). Of a window that overlaps the one before it, only the new tokens count. before_batch is called
+    before every batch, and may raise to end the evaluation."""
     begin = time.perf_counter()
-    starts = np.arange(0, len(data) - 1, block_size)
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch)
+    known = block_size - (stride or block_size)  # tokens of a window that only give context
+    starts = np.arange(0, max(1, len(data) - 1 - known), stride or block_size)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch, known)
     text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
@@ -71,9 +81,10 @@ def estimate_loss(
 
 def _sum_of_losses(
     model: torch.nn.Module, data: TokenData, starts: np.ndarray, block_size: int, runtime: Runtime, size: int | None,
-    before_batch: Callable[[], None],
+    before_batch: Callable[[], None], known: int = 0,
 ) -> list[float]:  # fmt: skip
-    """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out."""
+    """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out. The
+    first `known` tokens of each window do not count, except of the first window."""
     size = size or windows_at_once(model, block_size)
     mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
     was_training = model.training
@@ -84,6 +95,8 @@ def _sum_of_losses(
             for i in range(0, len(mine), size):
                 before_batch()
                 x, y = _windows(data, mine[i : i + size], block_size, size, runtime.device)
+                if known:
+                    y[int(mine[i] == 0) :, :known] = -1
                 count = int((y >= 0).sum())
                 nats += loss_of(model, x, y, runtime) * count
                 tokens += count

@@ -157,6 +157,7 @@ class WandB:
         if "val_loss" in metrics:
             values["mfu"] = metrics.get("mfu", UNKNOWN_MFU) * 100  # per cent
             values |= {theirs: metrics[ours] for ours, theirs in self.EVALUATION.items()}
+            values |= {name: value for name, value in metrics.items() if "/" in name}
         else:
             values |= {name: metrics[name] for name in self.STEP if name in metrics}
         if len(values) > 1:
@@ -265,7 +266,8 @@ class RunLog:
             self.say(f"about {in_words(seconds)} left, until {clock_time(seconds)}")
 
     def evaluation(self, step: int, metrics: dict[str, float], best: float) -> None:
-        """metrics: train_loss, val_loss, lr, and mfu if known. best: the lowest val loss of the run so far."""
+        """metrics: train_loss, val_loss, lr, mfu if known, and scores of tasks, "task/metric". best: the lowest val
+        loss of the run so far."""
         self._log(step, metrics)
         left = "evaluating" if step == self.last else None  # the whole split
         self.reached(step, left, val=f"val {metrics['val_loss']:.3f}  best {best:.3f}")
@@ -275,6 +277,8 @@ class RunLog:
         else:
             shown = f" (best {best:.4f})" if metrics["val_loss"] > best else ""
             self.say(f"step {step}/{self.last}  {train}  {val}{shown}")
+        if scores := {name: value for name, value in metrics.items() if "/" in name}:
+            self.say(f"step {step}/{self.last}  {scores_line(scores)}")
 
     def final(self, step: int, found: Evaluation) -> None:
         """The loss of the whole validation split at the end of the run."""
@@ -344,6 +348,17 @@ class RunLog:
         for sink in self.sinks:
             with self.writing(type(sink).__name__):
                 sink.close()
+
+
+def scores_line(found: dict[str, float]) -> str:
+    """Scores of tasks with their standard errors: "arc/acc 0.512 ± 0.014, ..."."""
+    parts = []
+    for name, value in found.items():
+        metric, comma, kind = name.partition(",")
+        if not metric.endswith("_stderr"):
+            error = found.get(f"{metric}_stderr{comma}{kind}")
+            parts.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return ", ".join(parts)
 
 
 def read_metrics(out_dir: str | Path) -> dict[str, list[Any]]:

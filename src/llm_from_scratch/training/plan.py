@@ -6,6 +6,7 @@ import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class Plan:
     """What was found and decided, one line each."""
     scans: list[BackgroundScan] = field(default_factory=list)
     """Checks of large data that run in the background during the first steps."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """The loaded tasks of eval_tasks."""
 
     @property
     def micro_steps(self) -> int:

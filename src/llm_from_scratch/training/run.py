@@ -21,6 +21,7 @@ from ..config import Config
 from ..core.dataset import BatchLoader, load_on_device
 from ..core.model import GPT
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
+from ..generation.generator import Generator
 from ..kernels.products import libraries_of
 from ..machine import device as runtimes
 from ..machine.device import forked_random
@@ -29,6 +30,7 @@ from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
 from .evaluate import Evaluation, estimate_loss, evaluate_split
 from .guards import Finding, StepGuard, all_finite
+from .harness import TaskModel, evaluate_tasks, figures
 from .loggers import RunLog, read_metrics
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
@@ -105,6 +107,7 @@ class Run:
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
         self.sampled_at = -1
+        self.task_model: TaskModel | None = None
         self.timer = StepTimer()
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.model = GPT(self.config.model)
@@ -242,7 +245,7 @@ class Run:
         self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
-        metrics |= {"mfu": self.mfu} if self.mfu is not None else {}
+        metrics |= ({"mfu": self.mfu} if self.mfu is not None else {}) | self._score_tasks()
         self.log.evaluation(state.step, metrics, min(losses["val"], state.best_val_loss))
         if not math.isfinite(sum(losses.values())):
             raise self._not_finite(Finding(state.step, lr, sum(losses.values()), math.nan))
@@ -251,6 +254,23 @@ class Run:
             state.best_val_loss, state.best_step, state.evaluations_without_gain = losses["val"], state.step, 0
         else:
             state.evaluations_without_gain += 1
+
+    @torch.no_grad()
+    def _score_tasks(self) -> dict[str, float]:
+        """The scores of eval_tasks, on every process, because a sharded model computes on all of them together."""
+        if not self.plan.tasks:
+            return {}
+        if self.task_model is None:
+            assert self.plan.tokenizer is not None  # make_plan refuses tasks without one
+            generator = Generator(self.model, self.plan.tokenizer)
+            generator.graphed = False  # their memory is needed for training
+            self.task_model = TaskModel(generator, before_batch=self.stop.interrupt)
+        with forked_random(self.runtime.device), self._eager():
+            return figures(evaluate_tasks(self.task_model, self.plan.tasks, self.config.training.eval_limit))
+
+    def _eager(self) -> contextlib.AbstractContextManager:
+        """A compiled block would be compiled again for every length of a text."""
+        return torch.compiler.set_stance("force_eager") if self.runtime.compile else contextlib.nullcontext()
 
     @property
     def eval_batch(self) -> int | None:
@@ -282,9 +302,7 @@ class Run:
             prompt, tokens = [int(self.plan.train_data.shards[0][0])], min(tokens, SHORT_SAMPLE)
         idx = torch.tensor([prompt], device=self.runtime.device)
         self.model.eval()
-        # a compiled block would be compiled again for every length
-        eager = torch.compiler.set_stance("force_eager") if self.runtime.compile else contextlib.nullcontext()
-        with forked_random(self.runtime.device), self.runtime.autocast(), eager:
+        with forked_random(self.runtime.device), self.runtime.autocast(), self._eager():
             torch.manual_seed(self.config.system.seed)
             temperature = max(generation.temperature, 1e-5)
             out = self.model.generate(idx, tokens, temperature, generation.top_k or None)

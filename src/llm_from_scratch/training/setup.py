@@ -7,6 +7,7 @@ import dataclasses
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
@@ -21,6 +22,7 @@ from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
 from ..settings import did_you_mean
 from .check import Inputs, check
+from .harness import load_tasks
 from .microbatch import largest_micro_batch
 from .plan import Plan, dataset_hashes
 from .resume import differences, same_machine, same_micro_batch
@@ -91,6 +93,12 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if config.model.max_ngram and runtime.world_size > 1 and not training.eval_only:
         raise UserError("max_ngram trains in one process: its sparse gradients are not exchanged; run without torchrun")
     prompt = _sample_prompt(config, tokenizer)
+    tasks: dict[str, Any] = {}
+    if training.eval_tasks is not None:
+        if tokenizer is None:
+            raise UserError("--eval_tasks needs the tokenizer of the data, which is unknown; leave it out")
+        tasks = load_tasks(training.eval_tasks, "--eval_tasks")
+        notes.append(f"tasks at every evaluation: {', '.join(tasks['tasks'])} (estimates do not include them)")
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
     splits = (inputs.train_data, inputs.val_data)
     scans = [data.check(config.model.block_size, ids, remember) for data in sorted(splits, key=len)]
@@ -129,7 +137,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
         last_step, resumed.step if resumed is not None else 0, weights, resumed, prompt, notes,
-        [scan for scan in scans if scan is not None],
+        [scan for scan in scans if scan is not None], tasks,
     )  # fmt: skip
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size

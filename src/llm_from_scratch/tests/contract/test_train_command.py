@@ -194,6 +194,60 @@ def test_llm_eval_reads_a_text(trained: Path, here: Path, capsys: pytest.Capture
         assert found["loss"] == pytest.approx(naive_loss(trained, TOKENIZER.encode(text), 8), rel=1e-5)
 
 
+def test_llm_eval_reads_a_folder_of_texts(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"a.txt": babble(60, seed=5), "songs/1.md": babble(30, seed=6), "songs/deep/2.txt": babble(45, seed=7)}
+    for name, text in (texts | {"empty.txt": "", "songs/picture.png": "x"}).items():
+        (here / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "texts" / name).write_text(text)
+    rows = [json.dumps({"text": babble(20, seed=seed)}) for seed in (8, 9)]
+    (here / "texts" / "b.jsonl").write_text("\n".join(rows))
+    texts["b.jsonl"] = babble(20, seed=8) + babble(20, seed=9)
+    argv = ["--text_files=texts/", f"--out_dir={trained}", "--dtype=float32", "--device=cpu"]
+    assert evaluate.main([*argv, "--json"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "texts/empty.txt: skipped, because the loss needs at least 2 tokens\n"
+    found = json.loads(told.out)
+    losses = {name: naive_loss(trained, TOKENIZER.encode(text), 8) for name, text in texts.items()}
+    weights = {name: len(text) - 1 for name, text in texts.items()}
+    groups = {"a.txt": ["a.txt"], "b.jsonl": ["b.jsonl"], "songs": ["songs/1.md", "songs/deep/2.txt"]}
+    assert list(found["domains"]) == list(groups)
+    for group, part in [*((groups[name], part) for name, part in found["domains"].items()), (list(texts), found)]:
+        tokens = sum(weights[name] for name in group)
+        assert part["tokens"] == part["bytes"] == tokens
+        assert part["loss"] == pytest.approx(sum(losses[name] * weights[name] for name in group) / tokens, rel=1e-5)
+    assert evaluate.main([*argv, "--stride=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == [*groups, "total of texts/"]
+    assert all("windows of 8, 3 apart" in line for line in lines)
+
+
+def test_options_of_llm_eval_that_contradict_each_other(
+    trained: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "texts").mkdir()
+    (here / "a.txt").write_text("abc abc")
+    for argv, words in (
+        (["--stride=9"], "stride=9 exceeds the window of 8 tokens"),
+        (["--stride=0"], "stride=0 is out of range"),
+        (["--text_files=nosuch"], "--text_files=nosuch is not a folder"),
+        (["--text_files=texts"], "the folder contains no .txt"),
+        (["--text_files=texts", "--dataset=tiny"], "give --dataset or --text_files, not both"),
+        (["--text_files=texts", "--split=val"], "--split has no effect on text_files"),
+        (["a.txt", "--split=val"], "--split has no effect on a.txt"),
+        (["a.txt", "--text_files=texts"], "give a text file or --text_files, not both"),
+        (["a.txt", "--tasks=b.yaml"], "several tasks: --tasks=b.yaml,a.txt"),
+        (["--tasks=b.yaml", "--stride=2"], "--stride has no effect on tasks"),
+        (["--tasks=b.yaml", "--text_files=texts"], "give --text_files or --tasks, not both"),
+        (["--num_fewshot=1"], "--num_fewshot needs --tasks"),
+        (["--limit=5"], "--limit needs --tasks"),
+        (["--tasks=a", "--limit=0"], "limit=0.0 is out of range"),
+        (["--tasks=a", "--num_fewshot=-1"], "num_fewshot=-1 is out of range"),
+    ):
+        assert evaluate.main([f"--out_dir={trained}", *argv]) == 2, argv
+        told = capsys.readouterr()
+        assert words in told.err and told.err.startswith("error: ") and told.err.count("\n") == 1 and not told.out, argv
+
+
 # --- the benchmark ---
 
 

@@ -16,7 +16,7 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.training import evaluate
-from llm_from_scratch.training.evaluate import Evaluation, count_bytes, estimate_loss, evaluate_split
+from llm_from_scratch.training.evaluate import Evaluation, combined, count_bytes, estimate_loss, evaluate_split
 
 RUNTIME = runtimes.resolve(SystemConfig(device="cpu"))
 
@@ -57,6 +57,40 @@ def test_the_whole_split_token_by_token(length: int, block: int) -> None:
     assert result.loss == pytest.approx(naive(model, tokens, block), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.text_bytes is None and result.bits_per_byte is None
+
+
+def naive_strided(model: GPT, tokens: TokenData, block: int, stride: int) -> float:
+    """A loop over windows of which only the tokens after those of the window before count."""
+    ids = [int(i) for i in np.concatenate([shard[:] for shard in tokens.shards])]
+    losses: dict[int, float] = {}
+    model.eval()
+    begin = 0
+    while max(losses, default=0) < len(ids) - 1:
+        for at in range(begin + 1, min(begin + block, len(ids) - 1) + 1):
+            if at not in losses:
+                assert begin == 0 or at - begin > block - stride, "at least block - stride tokens of context"
+                with torch.no_grad():
+                    logits, _ = model(torch.tensor([ids[begin:at]]))
+                losses[at] = -float(logits[0, -1].double().log_softmax(-1)[ids[at]])
+        begin += stride
+    return sum(losses.values()) / len(losses)
+
+
+@pytest.mark.parametrize("length", [2, 9, 10, 17, 33, 40])
+@pytest.mark.parametrize(("block", "stride"), [(8, 3), (8, 1), (8, 7), (8, 8), (3, 2)])
+def test_overlapping_windows_token_by_token(length: int, block: int, stride: int) -> None:
+    model, tokens = make(), data(length)
+    expected = naive_strided(model, tokens, block, stride)
+    for batch_size in (None, 1, 3):
+        result = evaluate_split(model, tokens, block, RUNTIME, batch_size=batch_size, stride=stride)
+        assert result.tokens == length - 1
+        assert result.loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluations_are_combined_by_their_tokens() -> None:
+    parts = [Evaluation(2.0, 30, 60, 1.0), Evaluation(3.0, 10, 15, 0.5)]
+    assert combined(parts) == Evaluation(2.25, 40, 75, 1.5)
+    assert combined([*parts, Evaluation(1.0, 40, None, 0.0)]) == Evaluation(1.625, 80, None, 1.5)
 
 
 def test_batch_size_and_shards_do_not_show() -> None:
