@@ -177,8 +177,8 @@ def _check_source(parsed: Parsed[EvalCommand]) -> None:
         raise UserError(f"give a text file or --{given[0]}, not both")
     if len(given) > 1:
         raise UserError(f"give --{given[0]} or --{given[1]}, not both")
-    unused = ("num_fewshot", "limit") if options.tasks is None else ("eval_block_size", "stride")
-    unused += ("split",) if given in (["tasks"], ["text_files"]) or texts else ()
+    unused = ["num_fewshot", "limit"] if options.tasks is None else ["eval_block_size", "stride"]
+    unused += ["split"] if given in (["tasks"], ["text_files"]) or texts else []
     if found := [name for name in unused if parsed.on_command_line(name)]:
         what = "needs --tasks" if found[0] in ("num_fewshot", "limit") else f"has no effect on {(texts + given)[0]}"
         raise UserError(f"--{found[0]} {what}; leave it out")

@@ -71,6 +71,9 @@ def main(argv: list[str]) -> int:
         print(f"serving {service.name} at {url(options, bound)}", flush=True)
         sys.setswitchinterval(0.0001)  # less waiting for the GIL in the engine's thread
         server.run(sockets=[bound])
+        sys.stdout.flush()
+        if server.should_exit:  # by a signal: the end of the interpreter takes seconds on a busy machine
+            os._exit(0)
     return 0
 
 

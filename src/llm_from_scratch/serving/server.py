@@ -10,6 +10,7 @@ import http
 import os
 import re
 import socket
+import threading
 from types import FrameType
 from typing import Any
 
@@ -134,12 +135,17 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, queue: JobQueue, drain_seconds: float):
         super().__init__(config)
         self.queue, self.drain_seconds = queue, drain_seconds - 2 * _closing(drain_seconds)
+        self.deadline = max(1.0, drain_seconds - _closing(drain_seconds) / 4)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """uvicorn would raise the signal again at the end. This server exits with 0."""
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
+        # a busy machine or a long step of the engine may delay the rest: there is nothing to lose at the deadline
+        deadline = threading.Timer(self.deadline, os._exit, [0])
+        deadline.daemon = True
+        deadline.start()
         asyncio.get_running_loop().call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:

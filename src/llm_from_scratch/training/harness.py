@@ -28,6 +28,7 @@ AT_ONCE = 64  # texts that are generated together
 GENERATED = 256  # tokens, if a task does not say: as in the harness
 RESAMPLES = 1000  # for the standard errors of metrics that are not means
 SEED = 1234  # of the few-shot examples: the harness's default
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -96,7 +97,7 @@ class TaskModel:
         lengths = [given for name in LENGTHS if (given := asked.pop(name, None)) is not None]
         length, samples = int(lengths[0]) if lengths else GENERATED, asked.pop("do_sample", None)
         temperature = float(asked.pop("temperature", None) or 0.0)
-        known = {name: asked.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in asked}
+        known: dict[str, Any] = {name: asked.pop(name) for name in SAMPLING if name in asked}
         for name, value in asked.items():
             if value is not None and (name, value) != ("num_beams", 1):
                 raise UserError(f"a task asks for generation with {name}={value}, which is not supported")
@@ -106,7 +107,7 @@ class TaskModel:
                 f"{self.config.block_size}: set max_gen_toks in the generation_kwargs of its file"
             )
         known |= {"temperature": 0.0 if samples is False else temperature, "stop": tuple(filter(None, stops))}
-        return GenerationConfig(max_new_tokens=length, **{"top_k": None} | known)
+        return GenerationConfig(**{"max_new_tokens": length, "top_k": None} | known)
 
     def _encode(self, text: str) -> Ids:
         return tuple(self.tokenizer.encode(text, allow_special=True).tolist())

@@ -195,13 +195,13 @@ def test_llm_eval_reads_a_text(trained: Path, here: Path, capsys: pytest.Capture
 
 
 def test_llm_eval_reads_a_folder_of_texts(trained: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = {"a.txt": babble(60, seed=5), "songs/1.md": babble(30, seed=6), "songs/deep/2.txt": babble(45, seed=7)}
+    texts = {"a.txt": babble(25, seed=5), "songs/1.md": babble(12, seed=6), "songs/deep/2.txt": babble(9, seed=7)}
     for name, text in (texts | {"empty.txt": "", "songs/picture.png": "x"}).items():
         (here / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (here / "texts" / name).write_text(text)
-    rows = [json.dumps({"text": babble(20, seed=seed)}) for seed in (8, 9)]
+    rows = [json.dumps({"text": babble(6, seed=seed)}) for seed in (8, 9)]
     (here / "texts" / "b.jsonl").write_text("\n".join(rows))
-    texts["b.jsonl"] = babble(20, seed=8) + babble(20, seed=9)
+    texts["b.jsonl"] = babble(6, seed=8) + babble(6, seed=9)
     argv = ["--text_files=texts/", f"--out_dir={trained}", "--dtype=float32", "--device=cpu"]
     assert evaluate.main([*argv, "--json"]) == 0
     told = capsys.readouterr()
@@ -227,7 +227,7 @@ def test_options_of_llm_eval_that_contradict_each_other(
     (here / "texts").mkdir()
     (here / "a.txt").write_text("abc abc")
     for argv, words in (
-        (["--stride=9"], "stride=9 exceeds the window of 8 tokens"),
+        (["a.txt", "--stride=9"], "stride=9 exceeds the window of 8 tokens"),
         (["--stride=0"], "stride=0 is out of range"),
         (["--text_files=nosuch"], "--text_files=nosuch is not a folder"),
         (["--text_files=texts"], "the folder contains no .txt"),

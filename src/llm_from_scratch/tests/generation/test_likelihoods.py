@@ -89,9 +89,12 @@ def test_a_shared_beginning_and_a_shared_context_are_read_once(monkeypatch: pyte
     contexts = [(*beginning, *range(at, at + 3)) for at in (100, 110, 120)]
     pairs = [(context, (at, at + 1)) for context in contexts for at in (30, 40, 50, 60)]
     read, sizes = generator.decoder.read, []
-    monkeypatch.setattr(
-        generator.decoder, "read", lambda ids, *more: sizes.append(tuple(ids.shape)) or read(ids, *more)
-    )
+
+    def watch(ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        sizes.append(tuple(ids.shape))
+        return read(ids, *more)
+
+    monkeypatch.setattr(generator.decoder, "read", watch)
     monkeypatch.setattr(likelihoods, "LEAST_SHARED", 12)
     monkeypatch.setattr(likelihoods, "WORTH_A_PASS", 24)
     Likelihoods(generator).scores(pairs)
