@@ -110,6 +110,9 @@ class DataConfig(Settings):
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
+    documents: bool | Literal["auto"] = "auto"
+    """Train on whole documents: a window begins with a document, and documents that share a window do not see each
+    other. auto: for conversations and documents of one line each (llm-prepare --lines=True)."""
 
     def validate(self) -> None:
         at_least(self, 1, "batch_size", "micro_batch", "stride")
@@ -294,6 +297,8 @@ class GenerationConfig(Settings):
     stop: tuple[str, ...] = ()
     """Stop sequences: generation ends at the first one, which is not returned. One string, or a list such as
     '["END", "\\n\\n"]'."""
+    ignore_eos: bool = False
+    """Continue after tokens that end a text or a turn. Otherwise the first one ends the sample and is not printed."""
 
     def validate(self) -> None:
         at_least(self, 1, "num_samples", "max_new_tokens")
@@ -389,5 +394,8 @@ class Config(Settings):
         validate(self)
         if self.data.stride is not None and self.data.sample_order == "random":
             raise UserError("stride needs --sample_order=shuffled")
+        if self.data.documents is True and (self.data.stride is not None or self.system.data_on_device is True):
+            name = "data_on_device" if self.data.stride is None else "stride"
+            raise UserError(f"{name} has no effect with --documents=True: remove one of them")
         if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
             raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")

@@ -17,7 +17,7 @@ from ..machine.terminal import note
 from ..presets import Parsed, parse
 from ..settings import validate
 from .common import check_location, command
-from .interactive import Conversation, converse
+from .interactive import Chat, Conversation, Message, converse
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -59,7 +59,8 @@ class OutputOptions:
     stream: bool | Literal["auto"] = "auto"
     """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""
     interactive: bool = False
-    """Read prompts line by line until the input ends (Ctrl-D). In a terminal, /help lists commands."""
+    """Read prompts line by line until the input ends (Ctrl-D). A chat model answers them (llm-chat). In a terminal,
+    /help lists commands."""
     jsonl: bool = False
     """Print one JSON object per sample: prompt, text, tokens (their number), finish_reason (stop or length), seed."""
     overflow: Literal["recompute", "drop_half"] = "recompute"
@@ -108,10 +109,21 @@ def main(argv: list[str]) -> int:
     generator.check(tree.generation)
     announce(generator, found)
     answer = partial(_answer, generator, output)
+    if prompt is None and generator.tokenizer.chat is not None:
+        return chat(generator, output, tree.generation, tree.system.seed)
     if prompt is not None:
         answer(tree.generation, prompt, tree.system.seed)
         return 0
     return converse(Conversation(tree.generation, tree.system.seed, answer, generator.check))
+
+
+def chat(
+    generator: Generator, output: OutputOptions, params: GenerationConfig, seed: int, system: str | None = None
+) -> int:
+    """A conversation with a chat model. system: the message of the system. Raises UserError."""
+    if params.num_samples > 1:
+        raise UserError(f"a conversation continues with one answer: remove --num_samples={params.num_samples}")
+    return converse(Chat(params, seed, partial(_reply, generator, output), generator.check, system))
 
 
 def location_of(parsed: Parsed[Any]) -> str:
@@ -213,6 +225,36 @@ def _answer(generator: Generator, output: OutputOptions, params: GenerationConfi
             write(json.dumps(facts | {"finish_reason": sample.finish_reason, "seed": sample.seed}) + "\n")
         else:
             write(prompt + sample.text + end)
+
+
+def _reply(
+    generator: Generator, output: OutputOptions, params: GenerationConfig, messages: list[Message], seed: int
+) -> str:
+    """Prints and returns the answer to messages. If they do not fit in the context, the oldest are left out."""
+    template, context = generator.tokenizer.chat, generator.model.config.block_size
+    assert template is not None
+    room, first = context - min(params.max_new_tokens, context // 4), int(messages[0]["role"] == "system")
+    prompt = generator.encode(template.render(messages), allow_special=True)
+    dropped = 0
+    while len(prompt) > room and len(messages) > first + 2:
+        messages, dropped = messages[:first] + messages[first + 2 :], dropped + 2
+        prompt = generator.encode(template.render(messages), allow_special=True)
+    if dropped:
+        note(f"the oldest {dropped} messages no longer fit in the context of {context} tokens")
+    if output.stream is True or (output.stream == "auto" and sys.stdout.isatty() and not output.jsonl):
+        parts = []
+        for piece in generator.stream(prompt, params, seed, overflow=output.overflow):
+            write(piece)
+            parts.append(piece)
+        write("\n")
+        return "".join(parts)
+    sample = generator.generate([prompt], params, seed, overflow=output.overflow)[0]
+    if output.jsonl:
+        facts = {"messages": messages, "text": sample.text, "tokens": len(sample.tokens)}
+        write(json.dumps(facts | {"finish_reason": sample.finish_reason, "seed": sample.seed}) + "\n")
+    else:
+        write(sample.text + "\n")
+    return sample.text
 
 
 if __name__ == "__main__":

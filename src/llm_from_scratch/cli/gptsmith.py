@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("train", "trains from scratch, resumes a run, or finetunes"),
     "plan": ("plan", "estimates time and memory of a run"),
     "generate": ("generate", "continues a text"),
+    "chat": ("chat", "talks with a chat model"),
     "serve": ("serve", "starts an OpenAI-compatible server with a playground"),
     "eval": ("evaluate", "computes loss, perplexity and bits per byte"),
     "bench": ("bench", "times a training step"),

@@ -18,11 +18,12 @@ DESCRIPTION = """Tokenizes texts for training.
   llm-prepare book.txt
   llm-prepare 'notes/**/*.md' --name=notes --tokenizer=bpe:1024
   llm-prepare train.jsonl --val_files=val.jsonl --text_key=content
+  llm-prepare chats.jsonl --tokenizer=FOLDER_OF_A_MODEL
 
-A SOURCE is a file (.txt and .md: one document; .jsonl: one per line; .parquet: one per row), a folder, a glob, - for
-standard input, or a built-in source: shakespeare_char, shakespeare, openwebtext, python_docs. Files are looked up here,
-then in data/raw. The validation split is the end of a single text, a random choice of several documents, or the texts
-in --val_files. If nothing has changed, a second run does no work."""
+A SOURCE is a file (.txt and .md: one document; .jsonl: one per line, or conversations; .parquet: one per row), a
+folder, a glob, - for standard input, or a built-in source: shakespeare_char, shakespeare, openwebtext, python_docs.
+Files are looked up here, then in data/raw. The validation split is the end of a single text, a random choice of several
+documents, or the texts in --val_files. If nothing has changed, a second run does no work."""
 
 
 @command

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     settings = parse(SampleSettings, argv, prog="python sample.py [PRESET ...]", description=HELP).tree
     params = GenerationConfig(
         num_samples=settings.num_samples, max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature, top_k=settings.top_k,
+        temperature=settings.temperature, top_k=settings.top_k, ignore_eos=True,
     )  # fmt: skip
     system = SystemConfig(device=settings.device, dtype=settings.dtype, compile=settings.compile, seed=settings.seed)
     params.validate()

@@ -1,6 +1,7 @@
-"""The key/value cache: with it, the next token needs a pass over that token alone.
+"""The key/value cache: with it, the next token needs a pass over that token alone. Documents takes its place in
+training on packed documents.
 
-The cache is an argument of the model's forward, never an attribute, so the training model cannot see it. Shapes as in
+The cache is an argument of the model's forward, never an attribute, so that nothing is left in a model. Shapes as in
 model.py.
 """
 
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from ..config import GPTConfig
+from ..errors import UserError, one_line
 
 
 class KVCache:
@@ -174,3 +177,69 @@ class LayerCache:
         if cache.end == 0:  # the first pass sees only itself: the plain causal kernel
             return k, v, None
         return keys[:, :, : cache.end + T], values[:, :, : cache.end + T], cache.mask
+
+
+class Documents:
+    """The documents that share the rows of a batch, passed to the model as its cache: positions begin again with every
+    document, and a token attends to its own document only.
+
+    numbers: of the document at each position, (B, T), int64, counted from 0 in each row and never decreasing.
+    """
+
+    GAP = 15  # ids that n-grams see before a document: the most that any reads
+
+    def __init__(self, numbers: Tensor):
+        T = numbers.size(1)
+        self.numbers, steps = numbers, torch.arange(T, device=numbers.device)
+        begins = torch.ones_like(numbers, dtype=torch.bool)
+        begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        self.positions = steps - (begins * steps).cummax(dim=1).values  # (B, T)
+        same = numbers[:, None, :, None] == numbers[:, None, None, :]
+        self.mask = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
+
+    def begin(self, T: int) -> Tensor:
+        return self.positions
+
+    def seen(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens with a gap of ids -1, which stand for no token, before every document, and where idx is there."""
+        places = torch.arange(idx.size(1), device=idx.device) + self.GAP * self.numbers
+        tokens = torch.full((len(idx), int(places.max()) + 1), -1, device=idx.device)
+        return tokens.scatter(1, places, idx), places
+
+    def layer(self, index: int) -> Documents:
+        return self
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return k, v, self.mask
+
+
+@torch.no_grad()
+def check_documents(model: Any) -> None:
+    """Raises UserError if a model's forward lets documents in a row see each other. Compares a document after another
+    one with the same document alone; weights that are zero at the start would hide a difference, so others take their
+    place."""
+    n = min(4, model.config.block_size // 2)
+    if not n:  # a context of one token
+        return
+    ids = torch.arange(1, 2 * n + 1, device=model.lm_head.weight.device)[None] % model.config.vocab_size
+    weights = {
+        name: p if p.any() else torch.linspace(-0.1, 0.1, p.numel(), dtype=p.dtype, device=p.device).view(p.shape)
+        for name, p in model.named_parameters()
+    }
+    why, was_training = "", model.training
+    model.eval()
+    try:
+        numbers = (torch.arange(2 * n, device=ids.device) >= n).long()[None]
+        both = functional_call(model, weights, (ids, ids, Documents(numbers)))[0][:, n:]
+        alone = functional_call(model, weights, (ids[:, n:], ids[:, n:]))[0]
+        if not torch.allclose(both, alone, atol=1e-4 * float(alone.abs().max())):
+            why = "a document's logits depend on the document before it"
+    except Exception as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+    finally:
+        model.train(was_training)
+    if why:
+        raise UserError(
+            f"--documents=True: this model (core/model.py) cannot keep the documents of a window apart: {why}. Its "
+            "attention must use the mask, and its positions the numbers, that its cache argument gives"
+        )

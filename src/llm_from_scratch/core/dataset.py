@@ -57,6 +57,8 @@ def _has_tokens(folder: Path) -> bool:
 class TokenData:
     """One split of a dataset: its files (see TokenFile) or arrays as one long sequence of token ids."""
 
+    marks: Shards = ()  # of conversations, see packing.py
+
     def __init__(self, shards: Shards, name: str = "tokens"):
         self.shards = shards
         self.name = name
@@ -71,6 +73,11 @@ class TokenData:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def positions(self) -> int:
+        """Positions of the windows of an epoch."""
+        return len(self)
 
     def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> BackgroundScan | None:
         """Raises UserError if the split is shorter than one window or has an id outside the vocabulary. The ids of a
@@ -99,6 +106,16 @@ class TokenData:
             for start, row in zip(starts, out, strict=True):
                 tokenfile.refuse_outside(self.shards, self.name, bound, int(start), row)
         return out.astype(np.int64, copy=False)
+
+    def order(self, block_size: int, kind: Literal["random", "shuffled"], stride: int | None, seed: int) -> SampleOrder:
+        return SampleOrder(len(self), block_size, kind, stride, seed)
+
+    def batch(
+        self, starts: np.ndarray, block_size: int, share: slice, processes: int = 1, vocab_size: int | None = None
+    ) -> list[np.ndarray]:
+        """Of the windows at starts[share], a process's share of the global batch: inputs and targets, (2, B, T)."""
+        rows = self.windows(starts[share], block_size + 1, vocab_size)
+        return [np.stack((rows[:, :-1], rows[:, 1:]))]  # one copy to the device for both
 
     def _across(self, starts: np.ndarray, length: int) -> np.ndarray:
         first, last = (np.searchsorted(self.starts, ends, side="right") - 1 for ends in (starts, starts + length - 1))
@@ -181,33 +198,34 @@ class BatchLoader:
         data on the device (see load_on_device), read instead of the files."""
         assert batch % world_size == 0
         self.data, self.order, self.batch, self.device = data, order, batch, device
-        self.vocab_size, self.tokens = vocab_size, tokens
+        self.vocab_size, self.tokens, self.world_size = vocab_size, tokens, world_size
         self.rows = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self.ahead: tuple[int, Future[Tensor]] | None = None
+        self.ahead: tuple[int, Future[list[Tensor]]] | None = None
 
-    def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of `step`: (rows, block_size) int64 each, on the device."""
+    def get(self, step: int) -> tuple[Tensor, ...]:
+        """Inputs and targets of `step`: (rows, block_size) int64 each, on the device. Of packed documents also their
+        numbers, (rows, block_size), and the share of each row in the loss, (rows,)."""
         import torch
 
         known, ahead = self.ahead or (None, None)
         made = ahead.result() if ahead and known == step else self._make(step)
         self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
-        made = made.to(self.device, non_blocking=True)
+        both, *others = (part.to(self.device, non_blocking=True) for part in made)
         if self.tokens is not None:
-            places = made[:, None] + torch.arange(self.order.block_size, device=self.device)  # (B, T)
-            made = self.tokens[torch.stack((places, places + 1))].long()  # (2, B, T)
-        return made[0], made[1]
+            places = both[:, None] + torch.arange(self.order.block_size, device=self.device)  # (B, T)
+            both = self.tokens[torch.stack((places, places + 1))].long()  # (2, B, T)
+        return both[0], both[1], *others
 
-    def _make(self, step: int) -> Tensor:
+    def _make(self, step: int) -> list[Tensor]:
         import torch
 
-        made = self.order.starts(step, self.batch)[self.rows]
+        starts = self.order.starts(step, self.batch)
+        made = [starts[self.rows]]
         if self.tokens is None:
-            rows = self.data.windows(made, self.order.block_size + 1, self.vocab_size)
-            made = np.stack((rows[:, :-1], rows[:, 1:]))  # one copy to the device for both
-        batch = torch.from_numpy(made)
-        return batch.pin_memory() if self.device.type == "cuda" else batch
+            made = self.data.batch(starts, self.order.block_size, self.rows, self.world_size, self.vocab_size)
+        batch = map(torch.from_numpy, made)
+        return [part.pin_memory() for part in batch] if self.device.type == "cuda" else list(batch)
 
     def close(self) -> None:
         self.worker.shutdown(wait=True, cancel_futures=True)

@@ -186,7 +186,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
             raise ValueError("vocab_size is not a number of ids")
-        for shard in (s for split in manifest["splits"].values() for s in split["shards"]):
+        splits = manifest["splits"].values()
+        for shard in (s for split in splits for s in [*split["shards"], *split.get("marks", [])]):
             if not isinstance(shard["file"], str) or "\0" in shard["file"]:
                 raise ValueError("a file does not have a name")
             if type(shard["tokens"]) is not int or shard["tokens"] < 0:

@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
 from ..settings import did_you_mean
+from .chat import ChatTemplate, chat_in
 from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
@@ -30,11 +31,20 @@ HF_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
 
 
 class Tokenizer:
-    """The interface of all tokenizers. Ids are 0 to vocab_size - 1. eot_id ends a document (None: no such id)."""
+    """The interface of all tokenizers. Ids are 0 to vocab_size - 1. eot_id ends a document (None: no such id). ends:
+    more ids that end a text or a turn. chat: how conversations are written; None: the model is not for conversations.
+    """
 
     name: str
     vocab_size: int
     eot_id: int | None = None
+    ends: frozenset[int] = frozenset()
+    chat: ChatTemplate | None = None
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends a text or a turn."""
+        return self.ends if self.eot_id is None else self.ends | {self.eot_id}
 
     @property
     def dtype(self) -> np.dtype:
@@ -77,6 +87,9 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         meta = {"format": "llm-from-scratch-tokenizer", "version": 1, "name": self.name, "vocab_size": self.vocab_size}
         meta |= {"eot_id": self.eot_id, "fingerprint": self.fingerprint()} | self._save(Path(folder))
+        meta |= {"ends": sorted(self.ends)} if self.ends else {}
+        if self.chat is not None:
+            meta["chat"] = {"template": self.chat.source, "bos_token": self.chat.bos, "eos_token": self.chat.eos}
         (Path(folder) / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
@@ -97,6 +110,12 @@ class Tokenizer:
             tokenizer = build_tokenizer(Path(folder), meta)
             if tokenizer.fingerprint() != meta["fingerprint"]:
                 raise ValueError("its fingerprint differs")
+            tokenizer.ends = frozenset(tokenizer._known(meta.get("ends", [])).tolist())
+            if chat := meta.get("chat"):
+                texts = [chat[part] for part in ("template", "bos_token", "eos_token")]
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError("its chat template is not a text")
+                tokenizer.chat = ChatTemplate(*texts)
             return tokenizer
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
@@ -317,6 +336,8 @@ class HFTokenizer(Tokenizer):
         names = [name.encode("utf-8", "replace").decode() for name in names if isinstance(name, str)]
         ids = (tokenizer._plain.token_to_id(name) for name in names)
         tokenizer.eot_id = next((i for i in ids if i is not None), None)
+        eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+        tokenizer.chat, tokenizer.ends = chat_in(path.parent, eot, tokenizer.vocab_size)
         return tokenizer
 
     @classmethod

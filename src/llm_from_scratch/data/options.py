@@ -29,6 +29,10 @@ class PrepareOptions:
     """Random seed for the choice of validation documents."""
     text_key: str = "text"
     """Field of a .jsonl line, or column of a .parquet file, with the text."""
+    lines: bool = False
+    """Each line of a text file is a document, and training uses whole documents (--documents)."""
+    chat_template: str | None = None
+    """File with the chat template (Jinja) for conversations. None: the tokenizer's, else a plain one."""
     shard_size: int = 1 << 30
     """Maximum number of tokens per file. A single file is named train.bin or val.bin."""
     workers: int | None = None

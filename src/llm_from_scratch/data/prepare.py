@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.files import read_json, replace_folder, temporary_folder
+from . import chats
 from . import sources as src
 from .encode import ShardWriter, TokenCache, encode_units, units_of
 from .options import PrepareOptions
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
+MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost grows with it
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
 # The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
@@ -52,6 +55,8 @@ class DatasetSpec:
     tokenizer: str
     val_fraction: float
     seed: int
+    chat_template: str | None = None
+    is_chat: bool = False
 
     def all(self) -> list[src.Source]:
         return [source for some in self.sources for source in some]
@@ -160,21 +165,27 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         text = src.KNOWN_TEXTS[known[0]]
         source = text.open(root, key, report)
         if isinstance(source, src.FileSource):
-            source = dataclasses.replace(source, label=_display_path(source.path, root))
+            source = dataclasses.replace(source, label=_display_path(source.path, root), lines=options.lines)
+        if options.chat_template is not None or (options.lines and not isinstance(source, src.FileSource)):
+            raise UserError(f"--chat_template and --lines do not fit the known text {known[0]}: remove them")
         fraction = options.val_fraction or text.val_fraction
         return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed)
     found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]
     real = [{os.path.realpath(path) for path in paths} for paths in found]
     if len(real) == 2 and (twice := real[0] & real[1]):
         raise UserError(f"{min(twice)} is both a training and a validation file")
-    lists: list[list[src.Source]] = [
-        [src.FileSource(path, key, _display_path(path, root, spool)) for path in paths] for paths in found
+    lists: list[list[Any]] = [
+        [src.FileSource(path, key, _display_path(path, root, spool), lines=options.lines) for path in paths]
+        for paths in found
     ]
     size = sum(path.stat().st_size for path in found[0])
     if not size:
         raise _empty(lists[0])
+    is_chat = chats.are_conversations([file for some in lists for file in some], options, report)
     tokenizer = tokenizer or tokenizer_for(size, report)
-    return DatasetSpec(name, lists, tokenizer, options.val_fraction or 0.1, options.seed)
+    return DatasetSpec(
+        name, lists, tokenizer, options.val_fraction or 0.1, options.seed, options.chat_template, is_chat
+    )
 
 
 def tokenizer_for(size: int, report: Report) -> str:
@@ -200,6 +211,13 @@ def build(
     extra: dict[str, Any], report: Report,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes shards, tokenizer and manifest to folder. Returns the manifest."""
+    if spec.is_chat:
+        lists = [[source for source in some if isinstance(source, src.FileSource)] for some in spec.sources]
+        choose = partial(val_documents, fraction=spec.val_fraction, seed=spec.seed)
+        tokenizer, splits, more = chats.build(
+            lists, spec.tokenizer, spec.chat_template, choose, folder, shard_size, report
+        )
+        return _write_manifest(spec, folder, tokenizer, splits, extra | more)
     learns = spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:")
     groups = [Documents(sources) for sources in spec.sources]
     if not learns:
@@ -216,6 +234,9 @@ def build(
     else:
         deque(texts, maxlen=0)
     _check_counts(spec, groups)
+    lines = all(isinstance(source, src.FileSource) and source.lines for source in spec.all())
+    if lines and tokenizer.eot_id is None:
+        tokenizer.ends |= {int(tokenizer.encode("\n")[-1])}
     tokenizer.save(folder)
     mark_ends = tokenizer.eot_id is not None and max(group.count for group in groups) > 1
     units = units_of(_split(spec, groups), mark_ends)
@@ -237,6 +258,14 @@ def build(
     if cache.hits:
         report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
+    extra |= {"document_end": tokenizer.eot_id} if mark_ends else {}
+    extra |= {"units": "lines", "document_end": min(tokenizer.end_ids)} if lines else {}
+    return _write_manifest(spec, folder, tokenizer, splits, extra)
+
+
+def _write_manifest(
+    spec: DatasetSpec, folder: Path, tokenizer: Tokenizer, splits: dict[str, Any], extra: dict[str, Any]
+) -> dict[str, Any]:
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -288,6 +317,11 @@ def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[st
         "shard_size": shard_size,
         "keys": [getattr(source, "text_key", "") for source in spec.all()],
     }
+    if spec.is_chat:
+        template = src.FileSource(Path(spec.chat_template)).identity()["sha256"] if spec.chat_template else ""
+        what["chat"] = [chats.VERSION, template]
+    if any(isinstance(source, src.FileSource) and source.lines for source in spec.all()):
+        what["lines"] = True
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), sum(identities, [])
 
 
@@ -299,7 +333,8 @@ def _manifest(target: Path) -> dict[str, Any]:
 
 
 def _shards_in(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return [shard for split in manifest.get("splits", {}).values() for shard in split["shards"]]
+    splits = manifest.get("splits", {}).values()
+    return [shard for split in splits for shard in [*split["shards"], *split.get("marks", [])]]
 
 
 def _up_to_date(target: Path, request: str) -> bool:
@@ -353,6 +388,8 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
     sizes = [manifest["splits"][split]["bytes"] for split in ("train", "val")]
     if sizes[1] > sizes[0]:
         report("note: the validation split is larger than the training split; use --val_files or another --seed")
+    if manifest.get("units") == "conversations":  # an example was shown when they were written
+        return
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
     text = tokenizer.decode(first)
     shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} characters" if len(text) > EXAMPLE else "")
@@ -366,7 +403,12 @@ def _next_command(target: Path, root: Path, run: str | None) -> str:
     if run:
         options += [f"--init_from={run}", f"--out_dir=out-{target.name}"]
         block_size = min(block_size, read_json(find_checkpoint(run, verify=False) / "model.json")["block_size"])
-    longest = min(entry["tokens"] for entry in _manifest(target)["splits"].values()) - 1  # window
+    manifest = _manifest(target)
+    longest = min(entry["tokens"] for entry in manifest["splits"].values()) - 1  # window
+    if manifest.get("units"):  # windows are filled with documents, and padded
+        wanted = min(64 * -(-int(manifest.get("longest", 0)) // 64), MAX_SUGGESTED)
+        options += [f"--block_size={wanted}"] if wanted > block_size and not run else []
+        longest = block_size
     if not longest:
         return "note: a split of one token is too short to train on: use more text"
     options += [f"--block_size={longest}"] if longest < block_size else []

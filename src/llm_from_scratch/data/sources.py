@@ -49,6 +49,7 @@ class FileSource:
     label: str = ""  # its name in messages and in the manifest (default: the path)
     keep_bom: bool = False
     documents: int | None = None  # unknown before reading
+    lines: bool = False  # each line of a text is a document
 
     @property
     def name(self) -> str:
@@ -56,7 +57,8 @@ class FileSource:
 
     @property
     def reader(self) -> Reader:
-        return READERS.get(self.path.suffix.lower(), READERS[".txt"])
+        found = READERS.get(self.path.suffix.lower(), READERS[".txt"])
+        return LINES if self.lines and not found.many else found
 
     @property
     def has_many(self) -> bool:
@@ -147,6 +149,15 @@ def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
         yield text, True
 
 
+def read_lines(source: FileSource) -> Iterator[str]:
+    """One document per line that is not empty, without its line break."""
+    rest = ""
+    for text, _ in read_plain_text(source):
+        *whole, rest = (rest + text).split("\n")
+        yield from filter(None, whole)
+    yield from filter(None, [rest])
+
+
 def read_json_lines(source: FileSource) -> Iterator[str]:
     """One document per line."""
     offset, key = 0, source.text_key
@@ -205,6 +216,9 @@ READERS = {
     ".jsonl": Reader(read_json_lines),
     ".parquet": Reader(read_parquet),
 }
+
+
+LINES = Reader(read_lines)
 
 
 def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = print) -> list[Path]:

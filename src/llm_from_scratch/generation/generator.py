@@ -37,6 +37,7 @@ from .row_sampler import Sampler, check_bias
 from .speculative import Draft, SpeculativeBatch
 from .text_stream import TextStream, unused_ids
 
+ENDS_EVERY = 16  # steps after which a batch is searched for ended samples; each costs a wait for the device
 NOT_FINITE = "the model's outputs are not finite: its weights are damaged, or its training diverged"
 
 
@@ -84,7 +85,7 @@ class Decoder:
 
 @dataclass
 class Completion:
-    """One sample. text: the continuation of the prompt, up to a stop sequence; tokens: all tokens drawn for it."""
+    """One sample. text: the continuation of the prompt, up to its end; tokens: all tokens drawn for it."""
 
     text: str
     tokens: list[int]
@@ -180,6 +181,10 @@ class Generator:
             raise UserError(f"token id {unknown[0]} is outside the vocabulary: 0 to {self.tokenizer.vocab_size - 1}")
         return known
 
+    def ends(self, params: GenerationConfig) -> frozenset[int]:
+        """The tokens that end a sample."""
+        return frozenset() if params.ignore_eos else self.tokenizer.end_ids
+
     def check(self, params: GenerationConfig) -> None:
         """Raises UserError for settings out of range, and for a logit_bias on an id that is not a token."""
         check_types(params)
@@ -242,8 +247,10 @@ class Generator:
             part = sampler.select(torch.arange(at, at + len(ids))) if sampler else self._sampler(params, ids, seeds)
             with evaluating(self.model):
                 batch = self._batch(ids, params.max_new_tokens, use_cache, overflow)
-                texts = [TextStream(self.bytes_of, prompt[-1], params.stop) for prompt in ids]
-                for _ in self._run(batch, part, texts, params.max_new_tokens, watch=bool(params.stop)):
+                ends = self.ends(params)
+                texts = [TextStream(self.bytes_of, prompt[-1], params.stop, ends) for prompt in ids]
+                every = 1 if params.stop else ENDS_EVERY if ends else params.max_new_tokens
+                for _ in self._run(batch, part, texts, params.max_new_tokens, every):
                     pass
             for text in texts:
                 text.finish()
@@ -268,11 +275,11 @@ class Generator:
         return self._stream(self.encode(prompt, allow_special), params, seed % 2**63, overflow)
 
     def _stream(self, ids: list[int], params: GenerationConfig, seed: int, overflow: Overflow) -> Iterator[str]:
-        text = TextStream(self.bytes_of, ids[-1], params.stop)
+        text = TextStream(self.bytes_of, ids[-1], params.stop, self.ends(params))
         with evaluating(self.model):
             batch = self._batch([ids], params.max_new_tokens, True, overflow)
             sampler = self._sampler(params, [ids], [seed])
-            for pieces in self._run(batch, sampler, [text], params.max_new_tokens, watch=True):
+            for pieces in self._run(batch, sampler, [text], params.max_new_tokens):
                 yield from filter(None, pieces)
         yield from filter(None, [text.finish()])
 
@@ -283,17 +290,16 @@ class Generator:
         return SpeculativeBatch(decoder, prompts[0], steps, self.draft, self.tokenizer.vocab_size, overflow)
 
     def _run(
-        self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, watch: bool
+        self, batch: Batch, sampler: Sampler, texts: list[TextStream], steps: int, every: int = 1
     ) -> Iterator[list[str]]:
-        """Decodes until every row has all its tokens or a stop sequence. Yields the new text of each row.
-
-        watch: check for stop sequences after every step; otherwise at the end, so that the host does not wait for the
-        device.
+        """Decodes until every row has all its tokens or has ended. Yields the new text of each row, of `every` steps at
+        a time, so that the host does not wait for the device in between.
         """
         live, drawn = list(range(len(texts))), []
         for step in range(1, steps + 1):
-            drawn.append(self.next_tokens(batch, sampler, check=watch or step in (1, steps)))
-            if not watch and step < steps:
+            look = step % every == 0 or step == steps
+            drawn.append(self.next_tokens(batch, sampler, check=look or step == 1))
+            if not look:
                 continue
             yield [
                 "".join([texts[row].push(token) for token in column])

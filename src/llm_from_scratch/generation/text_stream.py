@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ..core.tokenizer import TiktokenTokenizer, Tokenizer
 from ..errors import UserError
@@ -12,11 +12,14 @@ from ..errors import UserError
 class TextStream:
     """Tokens to text as they arrive: whole characters only, without any part of a possible stop sequence.
 
-    bytes_of(before, token): the bytes that a token adds after the previous token.
+    bytes_of(before, token): the bytes that a token adds after the previous token. ends: tokens that end the text.
     """
 
-    def __init__(self, bytes_of: Callable[[int, int], bytes], before: int, stop: str | Sequence[str] = ()):
-        self.bytes_of, self.before = bytes_of, before
+    def __init__(
+        self, bytes_of: Callable[[int, int], bytes], before: int, stop: str | Sequence[str] = (),
+        ends: Collection[int] = (),
+    ):  # fmt: skip
+        self.bytes_of, self.before, self.ends = bytes_of, before, ends
         self.stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
         self.tokens: list[int] = []
         self.text = ""  # final text
@@ -25,8 +28,14 @@ class TextStream:
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """Adds a token. Returns the text that has become final."""
+        """Adds a token. Returns the text that has become final. Tokens after the end are dropped."""
+        if self.stopped:
+            return ""
         self.tokens.append(token)
+        if token in self.ends:
+            text = self.finish()
+            self.stopped = True
+            return text
         text = self.utf8.decode(self.bytes_of(self.before, token))
         self.before = token
         return self._give(text)

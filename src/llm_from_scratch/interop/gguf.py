@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import GPTConfig
+from ..core.chat import ChatTemplate, template_of
 from ..core.tokenizer import HFTokenizer, Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights
 from ..errors import UserError, one_line
@@ -70,15 +71,14 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         raise UserError(f"{path} is damaged or not a GGUF file: {type(error).__name__}: {one_line(error)}") from None
 
 
-def read_chat(path: Path) -> dict[str, Any]:
-    """The chat template and its tokens, under their names in a tokenizer_config.json. Raises UserError."""
-    reader = _open(path)
+def _chat(reader: GGUFReader) -> ChatTemplate | None:
+    """The chat template, if there is one."""
     chat = {"chat_template": _value(reader, "tokenizer.chat_template", None)}
     for kind in ("bos", "eos"):
         number = _value(reader, f"tokenizer.ggml.{kind}_token_id", None)
         if number is not None:
             chat[f"{kind}_token"] = reader.fields["tokenizer.ggml.tokens"].contents(number)
-    return chat
+    return template_of(chat)
 
 
 def _open(path: Path) -> GGUFReader:
@@ -170,7 +170,9 @@ def _tokenizer(reader: GGUFReader, path: Path) -> Tokenizer:
     special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = byte_level(vocab, pairs, special, *WORDS[pre])
-    return HFTokenizer(backend.to_str(), "hf", _value(reader, "tokenizer.ggml.eos_token_id", None))
+    made = HFTokenizer(backend.to_str(), "hf", _value(reader, "tokenizer.ggml.eos_token_id", None))
+    made.chat = _chat(reader)
+    return made
 
 
 def export_gguf(

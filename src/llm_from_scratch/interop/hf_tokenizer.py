@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from ..core.chat import chat_in
 from ..core.tokenizer import HF_FILE, MAX_DEFINITION, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, GPT2_SHA256, byte_to_char, gpt2_parts
 from ..errors import UserError, one_line
@@ -24,11 +25,20 @@ PROBE = """The quick brown fox jumps over the lazy dog. It's what they'd SAY: "W
 
 
 def read_tokenizer(folder: Path, gpt2: bool) -> Tokenizer | None:
-    """The tokenizer of a folder in Hugging Face's format; None if it has no supported tokenizer. gpt2: whether the
-    model is GPT-2-shaped, so that vocab.json and merges.txt split words as GPT-2 does. GPT-2's own vocabulary becomes
-    our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a damaged file."""
+    """The tokenizer of a folder in Hugging Face's format, with its chat template and end-of-text ids; None if it has no
+    supported tokenizer. gpt2: whether the model is GPT-2-shaped, so that vocab.json and merges.txt split words as GPT-2
+    does. GPT-2's own vocabulary becomes our gpt2 tokenizer, which gives the same ids faster. Raises UserError for a
+    damaged file."""
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
+    found = _read(folder, gpt2)
+    if found is not None:
+        eot = "" if found.eot_id is None else found.decode([found.eot_id])
+        found.chat, found.ends = chat_in(folder, eot, found.vocab_size)
+    return found
+
+
+def _read(folder: Path, gpt2: bool) -> Tokenizer | None:
     file, backend = folder / HF_FILE, None
     try:
         if file.is_file():

@@ -9,14 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.load import is_pretrained
 from ..config import GenerationConfig
+from ..core.chat import ChatTemplate, read_template
 from ..errors import ApiError, UserError
 from ..generation.batch import Overflow
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
-from ..interop.gguf import is_gguf
-from .chat import ChatTemplate, end_ids, find_template
 from .completions import ChatPlan, Plan, token_text
 from .jobs import JobQueue
 from .metrics import Metrics
@@ -36,25 +34,28 @@ def open_service(
 ) -> Service:
     """The service of a loaded model. found: the checkpoint at the location. Raises UserError for a bad template."""
     path, tokenizer = Path(location), generator.tokenizer
-    folder = path if is_pretrained(location) and path.is_dir() else None
     name = location if not path.exists() else path.resolve().stem if path.is_file() else path.resolve().name
-    eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+    template = tokenizer.chat
+    if options.chat_template is not None:
+        eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+        template = read_template(options.chat_template, *([template.bos, template.eos] if template else [eot, eot]))
+    elif template is not None:
+        template.start()  # reports a template that cannot be used
     run = found.parent if found is not None and (found.parent / "metrics.jsonl").is_file() else None
     return Service(
         generator,
         lambda: Engine(generator, options.max_concurrent, overflow),
         options,
         name=options.model_name or name,
-        template=find_template(options.chat_template, path if is_gguf(path) else folder, eot),
-        ends=end_ids(folder, tokenizer.vocab_size),
+        template=template,
         watch=Path(options.watch) if options.watch is not None else run,
         seed=seed,
     )
 
 
 class Service:
-    """make_engine: builds an engine, also after a failure. ends: the end-of-text ids. seed: for requests
-    without a seed; None: random."""
+    """make_engine: builds an engine, also after a failure. ends: end-of-text ids besides the tokenizer's. seed: for
+    requests without a seed; None: random."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class Service:
     ):
         self.generator, self.options, self.name, self.template = generator, options, name, template
         self.tokenizer, self.block_size = generator.tokenizer, generator.model.config.block_size
-        self.ends = ends | ({self.tokenizer.eot_id} if self.tokenizer.eot_id is not None else set())
+        self.ends = ends | self.tokenizer.end_ids
         self.max_prompt = options.max_prompt_tokens or max(8192, 4 * self.block_size)
         self.supervisor = Supervisor(make_engine, lambda: self.metrics.restarts.inc())
         self.metrics = Metrics(self.supervisor)
@@ -151,7 +152,11 @@ class Service:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same: send one of them", "max_tokens")
-        prompt = self.encode(self.template.render([m.plain() for m in asked.messages]), "messages", special=True)
+        try:
+            text = self.template.render([m.plain() for m in asked.messages])
+        except UserError as error:
+            raise ApiError(400, str(error), "messages") from None
+        prompt = self.encode(text, "messages", special=True)
         length = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
         if length is None:
             length = self.options.max_tokens  # to the end of the turn

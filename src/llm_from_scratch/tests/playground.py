@@ -58,8 +58,8 @@ class Served(Site):
 
     def __init__(self, generator: Generator, run: Path | None = None, chat: bool = False, **options: Any):
         pytest.importorskip("fastapi")
+        from llm_from_scratch.core.chat import ChatTemplate
         from llm_from_scratch.serving.app import make_app
-        from llm_from_scratch.serving.chat import ChatTemplate
         from llm_from_scratch.serving.options import ServeOptions
         from llm_from_scratch.serving.service import Service
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.app import make_app
-from llm_from_scratch.serving.chat import ChatTemplate
 from llm_from_scratch.serving.options import ServeOptions
 from llm_from_scratch.serving.server import listen, make_server
 from llm_from_scratch.serving.service import Service

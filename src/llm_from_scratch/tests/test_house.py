@@ -438,8 +438,8 @@ def test_the_guide_to_adding_a_part_names_what_exists(tmp_path: Path) -> None:
 
 # Tests that cover several modules of their room together.
 ABOUT_SEVERAL = {
-    "training": {"compile", "distributed", "gpu_step", "toys", "edited_models"},
-    "serving": {"life"},
+    "training": {"compile", "distributed", "documents", "gpu_step", "toys", "edited_models"},
+    "serving": {"chat", "life"},
     "generation": {"edited_models"},
     "kernels": {"edited_models"},
 }

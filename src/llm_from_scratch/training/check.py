@@ -31,6 +31,8 @@ class Inputs:
     val_data: TokenData
     global_batch: int
     """Sequences of an update, which every process gets an equal share of."""
+    documents: bool
+    """Whether windows are made of whole documents."""
 
 
 def check(config: Config) -> Inputs:
@@ -59,12 +61,16 @@ def check(config: Config) -> Inputs:
     folder = resolve_dataset(config.data.dataset)
     tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
     ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
+    units, documents = (manifest or {}).get("units"), config.data.documents
+    if units == "conversations" and documents is False:
+        raise UserError(f"{folder} holds conversations, which are trained as documents: remove --documents=False")
+    documents = units is not None if documents == "auto" else documents
     splits = [TokenData.open(folder, split) for split in ("train", "val")]
     for data in sorted(splits, key=len):  # an error of the shortest names a block_size that fits both
         from_scratch = init_from == "scratch"  # otherwise the weights set context and vocabulary
         is_small = sum(shard.nbytes for shard in data.shards) < SMALL
         vocab_size = ids if from_scratch and is_small and config.model.vocab_size is None else None
-        data.check(config.model.block_size if from_scratch else 1, vocab_size)
+        data.check(config.model.block_size if from_scratch and not documents else 1, vocab_size)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
         find_checkpoint(init_from, verify=False)
-    return Inputs(folder, tokenizer, ids, splits[0], splits[1], global_batch)
+    return Inputs(folder, tokenizer, ids, splits[0], splits[1], global_batch, documents)

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.dataset import SampleOrder, TokenData
+from ..core.cache import Documents
+from ..core.dataset import TokenData
+from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError, one_line
 from ..machine.device import Runtime, is_out_of_memory
@@ -62,6 +64,8 @@ def evaluate_split(
     begin = time.perf_counter()
     known = block_size - (stride or block_size)  # tokens of a window that only give context
     starts = np.arange(0, max(1, len(data) - 1 - known), stride or block_size)
+    if isinstance(data, PackedData):
+        known, starts = 0, np.arange(len(data.learned))
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch, known)
     text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
@@ -73,7 +77,7 @@ def estimate_loss(
     batch_size: int | None = None, before_batch: Callable[[], None] = lambda: None,
 ) -> float:  # fmt: skip
     """Mean loss over `windows` random windows, the same ones every time. before_batch: as in evaluate_split."""
-    starts = SampleOrder(len(data), block_size, "random", seed=EVAL_SEED).starts(0, windows)
+    starts = data.order(block_size, "random", None, EVAL_SEED).starts(0, windows)
     size = batch_size or min(windows, windows_at_once(model, block_size))
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, before_batch)
     return nats / total
@@ -94,11 +98,11 @@ def _sum_of_losses(
         try:
             for i in range(0, len(mine), size):
                 before_batch()
-                x, y = _windows(data, mine[i : i + size], block_size, size, runtime.device)
+                x, y, *documents = _windows(data, mine[i : i + size], block_size, size, runtime.device)
                 if known:
                     y[int(mine[i] == 0) :, :known] = -1
                 count = int((y >= 0).sum())
-                nats += loss_of(model, x, y, runtime) * count
+                nats += loss_of(model, x, y, runtime, *map(Documents, documents)) * count
                 tokens += count
             return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
         except Exception as error:
@@ -115,9 +119,15 @@ def _sum_of_losses(
 
 
 def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of a split's text without its first token, which is never predicted."""
+    """UTF-8 bytes of the tokens of a split that are predicted: all but the first, or those learned from documents."""
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], dtype=np.int64)
     total = 0
+    if isinstance(data, PackedData):
+        for at in range(0, len(data.learned), 256):
+            some = np.arange(at, min(at + 256, len(data.learned)))
+            targets = data.batch(some, data.block_size, slice(None), 1)[0][1]
+            total += int(length_of[targets[targets >= 0]].sum())
+        return total
     for shard in data.shards:
         for at in range(0, len(shard), 1 << 24):
             ids = np.asarray(shard[at : at + (1 << 24)])
@@ -134,9 +144,14 @@ def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
 
 def _windows(
     data: TokenData, starts: np.ndarray, block_size: int, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1. Every
-    batch has the same shape, so that a compiled model is compiled once."""
+    batch has the same shape, so that a compiled model is compiled once. Of packed documents also their numbers."""
+    if isinstance(data, PackedData):
+        both, numbers, _ = data.batch(starts, block_size, slice(None), 1)
+        more = ((0, batch_size - len(starts)), (0, 0))
+        x, y = (np.pad(part, more, constant_values=fill) for part, fill in zip(both, (0, -1), strict=True))
+        return tuple(torch.from_numpy(part).to(device) for part in (x, y, np.pad(numbers, more)))
     tokens = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
     is_whole = starts + block_size < len(data)
     tokens[: len(starts)][is_whole] = data.windows(starts[is_whole], block_size + 1)
@@ -147,7 +162,7 @@ def _windows(
     return ids[:, :-1].clamp(min=0), ids[:, 1:].contiguous()
 
 
-def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime) -> float:
+def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor, runtime: Runtime, *documents: Documents) -> float:
     with runtime.autocast():
-        _, loss = model(x, y)
+        _, loss = model(x, y, *documents)
     return float(loss)

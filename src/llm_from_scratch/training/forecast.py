@@ -141,8 +141,7 @@ class Rehearsal:
         """Seconds of one update and of its parts. sequences: of the batch; None: all."""
         self.spans.clear()
         begin = self._now()
-        x, y = self.run.next_batch()
-        train_step(self.run, x[:sequences], y[:sequences])
+        train_step(self.run, *(part[:sequences] for part in self.run.next_batch()))
         self.run.report_steps(wait=True)
         end, gradients = self._now(), self.spans["gradients end"] - begin
         stack = self._span("forward") + self._span("backward")

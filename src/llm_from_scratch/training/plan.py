@@ -89,7 +89,7 @@ def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
     for data in (train, val):
         digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())
         stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
-        for shard in data.shards:
+        for shard in [*data.shards, *data.marks]:
             pieces = -(-len(shard) // PIECE)
             for piece in sorted({*range(0, pieces, stride), pieces - 1}):
                 digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
@@ -100,7 +100,7 @@ def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
 def describe(plan: Plan) -> list[str]:
     """The lines printed at the start: what will run, on what, and what was chosen for the machine."""
     model, runtime = plan.config.model, plan.runtime
-    epochs = plan.last_step * plan.tokens_per_step / len(plan.train_data)
+    epochs = plan.last_step * plan.tokens_per_step / plan.train_data.positions
     return [
         *plan.notes,
         *(f"{name}: {text}" for name, text in runtime.reasons.items()),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
 from ..config import Config
+from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
 from ..core.model import GPT
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
@@ -114,6 +115,8 @@ class Run:
         if plan.weights is not None:
             self.model.load_state_dict(plan.weights)
         checkpoints.check_storable(self.model.state_dict(), self.config.model)
+        if self.config.data.documents:
+            check_documents(self.model)
         self.runtime.place(self.model)
         for line in describe(plan) if lock is not None else ():
             self.say(line)
@@ -123,7 +126,8 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.runtime.device, self.config.system.seed)
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         device, vocab_size = self.runtime.device, self.config.model.vocab_size
-        tokens = load_on_device(device, plan.train_data, vocab_size, self.config.system.data_on_device, self.say)
+        keep = self.config.system.data_on_device if not self.config.data.documents else False
+        tokens = load_on_device(device, plan.train_data, vocab_size, keep, self.say)
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, device, self.runtime.rank, self.runtime.world_size,
             vocab_size, tokens,
@@ -152,8 +156,8 @@ class Run:
 
     # --- one step ---
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this process at the present step: (rows, T) int64 each. Starts the step's timer."""
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """The batch of this process at the present step, as BatchLoader.get() has it. Starts the step's timer."""
         self.saver.report()
         self.timer.start()
         place = self.state.step + self.state.data_shift  # in the order of the data

@@ -12,7 +12,8 @@ from typing import Any
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
 from ..config import Config, GenerationConfig, GPTConfig
-from ..core.dataset import SampleOrder
+from ..core.dataset import TokenData
+from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model
 from ..errors import UserError
@@ -101,6 +102,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes.append(f"tasks at every evaluation: {', '.join(tasks['tasks'])} (estimates do not include them)")
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
     splits = (inputs.train_data, inputs.val_data)
+    config.data.documents = inputs.documents
+    if inputs.documents:
+        config.validate()  # auto is resolved
+        splits = _packed(config, inputs, tokenizer, notes)
     scans = [data.check(config.model.block_size, ids, remember) for data in sorted(splits, key=len)]
     foreign = [data for data in splits if data.largest_id is not None and data.largest_id >= GPT2_IDS]
     if inputs.tokenizer is None and inputs.vocab_size is None and foreign:  # the padding would hide them
@@ -110,7 +115,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             "llm-prepare --tokenizer=FOLDER_OR_FILE"
         )
     kind, stride, seed = config.data.sample_order, config.data.stride, config.system.seed
-    order = SampleOrder(len(inputs.train_data), config.model.block_size, kind, stride, seed)
+    order = splits[0].order(config.model.block_size, kind, stride, seed)
     global_batch, share = inputs.global_batch, inputs.global_batch // runtime.world_size
     asked = config.data.micro_batch
     auto = largest_micro_batch(config, runtime, share) if asked == "auto" else math.gcd(share, config.data.batch_size)
@@ -121,7 +126,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     if training.epochs is not None:
-        per_epoch = order.windows_per_epoch if order.order == "shuffled" else order.tokens / order.block_size
+        is_whole = order.order == "shuffled" or inputs.documents
+        per_epoch = order.windows_per_epoch if is_whole else order.tokens / order.block_size
         training.max_iters = max(1, math.ceil(training.epochs * per_epoch / global_batch))
         training.inclusive_max_iters, training.epochs = False, None
     last_step = training.max_iters + (1 if training.inclusive_max_iters else 0)
@@ -132,7 +138,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         )
     if resumed is not None:
         if runtime.is_master:
-            _same_data(config, inputs, resumed, notes)
+            _same_data(config, *splits, inputs.folder, resumed, notes)
         notes += differences(config, resumed)
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
@@ -145,21 +151,35 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     return plan
 
 
-def _same_data(config: Config, inputs: Inputs, resumed: Checkpoint, notes: list[str]) -> None:
+def _packed(
+    config: Config, inputs: Inputs, tokenizer: Tokenizer | None, notes: list[str]
+) -> tuple[PackedData, PackedData]:  # fmt: skip
+    """Both splits as rows of whole documents."""
+    both = zip((inputs.train_data, inputs.val_data), ("train", "val"), strict=True)
+    train, val = (PackedData.of(data, inputs.folder, split, config.model.block_size, tokenizer) for data, split in both)
+    notes.append(f"documents: {train.summary()}")
+    if train.marks and tokenizer is not None:
+        notes.append(f"example (learned: >>...<<): {train.example(tokenizer)}")
+    return train, val
+
+
+def _same_data(
+    config: Config, train_data: TokenData, val_data: TokenData, folder: Path, resumed: Checkpoint, notes: list[str]
+) -> None:  # fmt: skip
     """Raises UserError if the tokens have changed since the start of the run, unless that is allowed."""
     before = resumed.manifest.get("dataset_sha256")
-    train_hash, both = dataset_hashes(inputs.train_data, inputs.val_data)
+    train_hash, both = dataset_hashes(train_data, val_data)
     if before is None or before == both:
         return
     train = resumed.trainer.get("train_sha256")
     changed = "validation" if train == train_hash else "training or validation" if train is None else "training"
     if not config.training.allow_new_data:
         raise UserError(
-            f"the {changed} tokens in {inputs.folder} have changed since the run started; select the original data "
+            f"the {changed} tokens in {folder} have changed since the run started; select the original data "
             "with --dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
             f"{shlex.quote(f'--init_from={config.training.out_dir}')} and another --out_dir"
         )
-    notes.append(f"{inputs.folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
+    notes.append(f"{folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:

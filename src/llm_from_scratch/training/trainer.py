@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..core.cache import Documents
 from ..errors import Interrupted, MemoryShortError, NotFiniteError, UserError
 from .microbatch import no_memory_for_moments, retry_smaller
 from .optimizer import clip_gradients, set_learning_rates, step_unless
@@ -34,23 +35,26 @@ class Step:
     """Whether weights and moments were left as they were."""
 
 
-def train_step(run: Run, x: Tensor, y: Tensor) -> Step:
+def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
     """One update on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite. Goes
-    through micro-batches that fit in memory. Raises the device's error if memory runs out before the update."""
+    through micro-batches that fit in memory. Raises the device's error if memory runs out before the update.
+
+    packed: of packed documents, their numbers, (rows, T), and the share of each row in the loss, (rows,)."""
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     number, loss = run.state.step, torch.zeros((), device=x.device)
     lr = learning_rate_at(number, config.optimizer.learning_rate, config.scheduler, config.training.max_iters)
     set_learning_rates(optimizer, lr)
 
-    parts = list(zip(x.split(run.micro_batch), y.split(run.micro_batch), strict=True))
+    parts = list(zip(*(t.split(run.micro_batch) for t in (x, y, *packed)), strict=True))
     if run.models.is_recorded and len(parts) > 1:  # otherwise a pass would overwrite the gradients of the previous one
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    for i, (xi, yi) in enumerate(parts):
+    for i, (xi, yi, *of_rows) in enumerate(parts):
         with run.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once
             with run.runtime.autocast():
-                _, part = run.models.train(xi, yi)
-            part = part / len(parts)  # the gradient of the mean, not of the sum
+                _, part = run.models.train(xi, yi, *map(Documents, of_rows[:1]))
+            # the gradient of the mean over all tokens of the batch that are learned, not of the sum
+            part = part * of_rows[1].sum() if of_rows else part / len(parts)
             scaler.scale(part).backward()
         loss += part.detach()
 
@@ -95,8 +99,8 @@ def train(
                             run.write_sample()
                         if run.should_stop_early():
                             break
-                        x, y = run.next_batch()
-                        retry_smaller(lambda x=x, y=y: train_step(run, x, y), run.shrink)  # type: ignore[misc]
+                        batch = run.next_batch()
+                        retry_smaller(lambda batch=batch: train_step(run, *batch), run.shrink)  # type: ignore[misc]
                         run.report_steps(wait=state.step == last)
                 return run.finish()
             except NotFiniteError as error:

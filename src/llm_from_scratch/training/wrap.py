@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..config import Config
+from ..core.cache import Documents
 from ..core.model import GPT, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
@@ -132,11 +133,12 @@ def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: i
     """Whether the compiled model's kernels are recorded and launched together (CUDA graphs). auto: if a GPU would wait
     for launches, and a pass is a whole update. Raises UserError if requested but not supported."""
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
-    if config.model.max_ngram and wanted is True:
-        raise UserError("--cuda_graphs=True does not support max_ngram (sparse gradients); leave it at auto")
+    unfit = "max_ngram (sparse gradients)" if config.model.max_ngram else "documents" * bool(config.data.documents)
+    if unfit and wanted is True:
+        raise UserError(f"--cuda_graphs=True does not support {unfit}; leave it at auto")
     if wanted != "auto":
         return wanted
-    small = sum(p.numel() for p in model.parameters()) <= LAUNCH_BOUND and not config.model.max_ngram
+    small = sum(p.numel() for p in model.parameters()) <= LAUNCH_BOUND and not unfit
     return small and runtime.device.type == "cuda" and runtime.world_size == 1 and micro_batch == sequences
 
 
@@ -172,6 +174,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     """The compiled model, tested on a batch of the run's shape, so that it fails before step 0 if at all."""
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
+    documents = [Documents(x)] if config.data.documents else []
     in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
     compiled: nn.Module = model
     shield_children()
@@ -187,12 +190,12 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
         with forked_random(runtime.device):  # the trial must not move the run's random numbers
             for _ in range(3 if recorded else 1):  # which warms up, records, and replays
                 with runtime.autocast():
-                    _, loss = compiled.train()(x, y)
+                    _, loss = compiled.train()(x, y, *documents)
                 loss.backward()
                 model.zero_grad(set_to_none=True)
                 compiled.eval()
                 with runtime.autocast(), torch.no_grad():
-                    compiled(x, y)
+                    compiled(x, y, *documents)
     finally:
         model.train().zero_grad(set_to_none=True)
     return compiled

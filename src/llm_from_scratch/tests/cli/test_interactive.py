@@ -6,11 +6,14 @@ import builtins
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from llm_from_scratch.cli.interactive import Conversation, converse
+from llm_from_scratch.cli.interactive import Chat, Conversation, converse
 from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.data.chats import conversations
+from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import UserError
 
 Asked = list[tuple[float, str, int]]
@@ -27,7 +30,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Types lines; returns (temperature, prompt, seed) of each answer, and what was printed on standard error.
     None is Ctrl-C."""
 
-    def typed(*lines: str | None, terminal: bool = True) -> tuple[Asked, str]:
+    def typed(*lines: str | None, terminal: bool = True, made: Callable = Conversation) -> tuple[Asked, str]:
         rest, asked = iter(lines), Asked()
 
         def read(prompt: str = "") -> str:
@@ -49,7 +52,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             monkeypatch.setattr(sys, "stdout", Terminal())
         start = GenerationConfig(num_samples=2, temperature=0.5)
         answer = lambda params, prompt, seed: asked.append((params.temperature, prompt, seed))  # noqa: E731
-        assert converse(Conversation(start, 7, answer, check)) == 0
+        assert converse(made(start, 7, answer, check)) == 0
         return asked, capsys.readouterr().err
 
     return typed
@@ -111,3 +114,42 @@ def test_a_mistake_changes_nothing(talk: Talk, line: str, message: str) -> None:
 
 def test_a_pipe_has_no_commands(talk: Talk) -> None:
     assert [prompt for _, prompt, _ in talk("/help", '"""a', terminal=False)[0]] == ["/help", '"""a']
+
+
+def chat(seen: list[tuple[list[str], int]], fails: int | None = None, **options: str) -> Callable[..., Chat]:
+    """A chat whose answers count the messages; Ctrl-C interrupts the one of seed `fails`. seen: gets all contents."""
+
+    def reply(params: GenerationConfig, messages: list[dict[str, str]], seed: int) -> str:
+        seen.append(([m["content"] for m in messages], seed))
+        if seed == fails:
+            raise KeyboardInterrupt
+        return f"answer {len(seen)}"
+
+    return lambda params, seed, _, check: Chat(params, seed, reply, check, **options)
+
+
+def test_a_chat_keeps_its_messages(talk: Talk) -> None:
+    seen: list[tuple[list[str], int]] = []
+    _, errors = talk("a", "b", "/retry", "/retry", "/reset", "/retry", "c", made=chat(seen, system="s"))
+    told = ["s", "a", "answer 1", "b"]
+    assert seen == [(["s", "a"], 7), (told, 8), (told, 9), (told, 10), (["s", "c"], 7)]
+    assert "error: there is no prompt to repeat yet" in errors and "answers your messages" in errors
+
+
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(talk: Talk) -> None:
+    seen: list[tuple[list[str], int]] = []
+    talk("a", "b", "c", "/retry", made=chat(seen, fails=8))
+    assert seen == [
+        (["a"], 7), (["a", "answer 1", "b"], 8), (["a", "answer 1", "c"], 9), (["a", "answer 1", "c"], 10)
+    ]  # fmt: skip
+
+
+def test_a_conversation_is_saved_for_training(talk: Talk, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    _, errors = talk("é?", "/save", f"/save {file}", f"/save {file}", f"/save {file}/x", made=chat([]))
+    assert [messages for _, messages in conversations(FileSource(file))] == [
+        [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "answer 1"}]
+    ]
+    for message in ("/save needs the name of a file", f"{file} exists", "cannot write", "saved 2 messages"):
+        assert message in errors
+    assert "no command /save; " in talk("/save x")[1]

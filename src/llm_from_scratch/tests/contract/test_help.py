@@ -21,7 +21,7 @@ from ..tiny import write_data
 
 ROOT = Path(__file__).resolve().parents[4]
 COMMANDS = (
-    *("train", "plan", "prepare_data", "generate", "serve", "evaluate", "bench", "export", "sample"),
+    *("train", "plan", "prepare_data", "generate", "chat", "serve", "evaluate", "bench", "export", "sample"),
     *("sweep", "scale"),
 )
 PRESETS = sorted(path.stem for folder in ("configs", "config") for path in (ROOT / folder).glob("*.*"))
@@ -109,7 +109,7 @@ def test_the_defaults_shown_are_those_in_force(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("command", ["plan", "generate", "serve", "bench", "sample"])
+@pytest.mark.parametrize("command", ["plan", "generate", "chat", "serve", "bench", "sample"])
 def test_a_preset_is_in_force_in_every_command(
     command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

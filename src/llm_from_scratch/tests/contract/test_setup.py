@@ -606,8 +606,8 @@ def test_every_command_is_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     scripts = dict(re.findall(r'^(llm-[a-z]+) = "([\w.]+):main"$', text, flags=re.MULTILINE))
     assert set(scripts) == {
-        "llm-prepare", "llm-train", "llm-plan", "llm-generate", "llm-serve", "llm-eval", "llm-bench", "llm-export",
-        "llm-sweep", "llm-scale",
+        "llm-prepare", "llm-train", "llm-plan", "llm-generate", "llm-chat", "llm-serve", "llm-eval", "llm-bench",
+        "llm-export", "llm-sweep", "llm-scale",
     }  # fmt: skip
     for module in scripts.values():
         assert callable(importlib.import_module(module).main)

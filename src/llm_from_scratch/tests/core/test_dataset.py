@@ -289,7 +289,7 @@ def test_the_next_batch_is_made_ahead() -> None:
     made: list[int] = []
 
     class Watched(BatchLoader):
-        def _make(self, step: int) -> torch.Tensor:
+        def _make(self, step: int) -> list[torch.Tensor]:
             made.append(step)
             return super()._make(step)
 

@@ -18,7 +18,6 @@ from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.interop.gguf import export_gguf, load_gguf
-from llm_from_scratch.serving.chat import find_template
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = HFTokenizer.train(["the cat sat on the mat; it's 12 o'clock, and the dog sat too. " * 9], 300)
@@ -88,7 +87,7 @@ def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
         for p in (tmp_path / "hf", tmp_path / "m.gguf")
     ]
     assert texts[0] == texts[1]
-    assert find_template(None, tmp_path / "m.gguf") is None
+    assert load_gguf(tmp_path / "m.gguf")[2].chat is None
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -172,6 +171,6 @@ def test_a_real_model(tmp_path):
     path = next(Path(SMOLLM2.origin).parent.glob("*.gguf"))
     generator = Generator.from_checkpoint(str(path))
     assert "Paris" in generator.generate("The capital of France is", max_new_tokens=8, temperature=0)
-    template = find_template(None, path)
+    template = generator.tokenizer.chat
     assert template is not None
     assert template.render([{"role": "user", "content": "Hi"}]).endswith("user\nHi<|im_end|>\n<|im_start|>assistant\n")

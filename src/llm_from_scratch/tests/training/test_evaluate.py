@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_from_scratch.config import GPTConfig, SystemConfig
-from llm_from_scratch.core.dataset import TokenData
+from llm_from_scratch.core.dataset import SampleOrder, TokenData
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer
 from llm_from_scratch.machine import device as runtimes
@@ -183,7 +183,7 @@ def test_bytes_with_a_vocabulary_of_pieces() -> None:
 def test_the_estimate_is_the_mean_over_fixed_windows() -> None:
     model, tokens = make(), data(60)
     found = estimate_loss(model, tokens, 8, 12, RUNTIME)
-    order = evaluate.SampleOrder(60, 8, "random", seed=evaluate.EVAL_SEED)
+    order = SampleOrder(60, 8, "random", seed=evaluate.EVAL_SEED)
     ids = np.concatenate([shard[:] for shard in tokens.shards]).astype(np.int64)
     losses = []
     model.eval()

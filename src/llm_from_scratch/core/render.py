@@ -1,6 +1,6 @@
 """Renders chat templates in a separate process, which may be killed. Started by chat.py with the folder of jinja2;
-reads one JSON line per request and writes one per answer. A template is untrusted code: the sandbox blocks access to
-files and objects, and the limits here bound its memory and time."""
+reads one JSON line per request, a list of [messages, add_generation_prompt], and writes one per answer. A template is
+untrusted code: the sandbox blocks access to files and objects, and the limits here bound its memory and time."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ def main() -> None:
         template = _environment().from_string(source)
     except Exception as error:  # of the template's syntax, or of a constant that jinja2 computes at once
         return _answer(error=_reason(error))
-    _answer(text="")
+    _answer(texts=[])
     for line in requests:
         _limit_time(SECONDS)
         try:
-            _answer(text=_rendered(template, messages=json.loads(line), **tokens))
+            given = ({"messages": m, "add_generation_prompt": opens} for m, opens in json.loads(line))
+            _answer(texts=[_rendered(template, **one, **tokens) for one in given])
         except Exception as error:  # any error of the template
             _answer(error=_reason(error))
         _limit_time(0)
@@ -53,7 +54,7 @@ def _environment() -> jinja2.Environment:
 
 def _rendered(template: jinja2.Template, **variables: Any) -> str:
     parts, length = [], 0
-    for part in template.generate(add_generation_prompt=True, tools=None, **variables):
+    for part in template.generate(tools=None, **variables):
         parts.append(part)
         length += len(part)
         if length > MAX_TEXT:
@@ -74,7 +75,7 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _answer(**content: str) -> None:
+def _answer(**content: Any) -> None:
     sys.stdout.write(json.dumps(content) + "\n")
     sys.stdout.flush()
 

@@ -1,0 +1,230 @@
+"""Documents as the units of training: which there are, and how they are packed into rows.
+
+Every row begins with a document. A document fills one position less than it has tokens, because its first token is not
+predicted. Tokens of other documents are kept apart by the attention mask (Documents in cache.py), so what shares a row
+does not matter: documents are packed once, best fit decreasing, and an epoch is a new order of the rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import DataError, UserError
+from .dataset import SampleOrder, TokenData
+from .tokenfile import BLOCK, Shards, TokenFile, read_manifest
+from .tokenizer import Tokenizer
+
+LEARNED, BEGINS = 1, 2  # bits of a token's mark: the model learns to write it; a document begins with it
+GROUP = 1 << 16  # documents that are packed together, which bounds time and memory
+IN_MEMORY = 1 << 28  # bytes of a split up to which its tokens are kept in memory
+SHOWN = 400  # characters of an example
+
+
+class PackedData(TokenData):
+    """A split of a dataset as rows of whole documents. Long documents are cut into pieces that overlap by one token, so
+    that every token is predicted; of long conversations only the beginning is used."""
+
+    def __init__(self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = ()):
+        """end_id: the id that ends a document. marks: one for each token instead, as in conversations."""
+        super().__init__(shards, name)
+        self.marks, self.block_size = marks, block_size
+        begins, ends = self._documents(end_id)
+        self.documents, self.cropped = len(begins), 0
+        if marks:
+            lengths = np.minimum(ends - begins, block_size + 1)
+            self.cropped = int((ends - begins - lengths).sum())
+            counts = self._count_learned(begins, lengths)
+            used = counts > 0
+            begins, lengths, counts = begins[used], lengths[used], counts[used]
+        else:
+            begins, lengths = _pieces(begins, ends, block_size)
+            counts = lengths - 1
+        if not len(begins):
+            what = f"in its first {block_size + 1} tokens, what the assistant says" if marks else "two tokens"
+            raise UserError(f"{name}: no document has {what}; use a larger --block_size or other data")
+        order, first = best_fit(lengths - 1, block_size)
+        self.begins, self.lengths, self.first = begins[order], lengths[order], first
+        self.learned = np.add.reduceat(counts[order], first[:-1])  # targets of each row
+        self.tokens: np.ndarray | None = None
+        self.token_marks: np.ndarray | None = None
+        if sum(shard.nbytes for shard in shards) <= IN_MEMORY:
+            self.tokens = _all(shards)
+            self.token_marks = _all(marks) if marks else None
+
+    @classmethod
+    def of(cls, data: TokenData, folder: Path, split: str, block_size: int, tokenizer: Tokenizer | None) -> PackedData:
+        """The documents of a prepared split. Raises UserError if their ends are not known."""
+        manifest = read_manifest(folder) or {}
+        if stated := manifest.get("splits", {}).get(split, {}).get("marks"):
+            return cls(data.shards, data.name, block_size, marks=open_marks(folder, stated, data.shards))
+        end_id = manifest.get("document_end", None if tokenizer is None else tokenizer.eot_id)
+        if type(end_id) is not int:
+            ways = "prepare the text with --lines=True (a document per line), or with a tokenizer that has one"
+            raise UserError(f"{folder}: the documents do not end with an end-of-text token: {ways}")
+        return cls(data.shards, data.name, block_size, end_id)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> Any:
+        return super().check(1, vocab_size, remember)
+
+    def order(self, block_size: int, kind: Literal["random", "shuffled"], stride: int | None, seed: int) -> SampleOrder:
+        """The order of the rows, which are numbered from 0."""
+        return SampleOrder(len(self.learned) + 1, 1, kind, None, seed)
+
+    @property
+    def positions(self) -> int:
+        return len(self.learned) * self.block_size
+
+    def batch(
+        self, starts: np.ndarray, block_size: int, share: slice, processes: int = 1, vocab_size: int | None = None
+    ) -> list[np.ndarray]:
+        """Of the rows with the numbers starts[share]: inputs and targets (2, B, T), -1 if not learned; the number of
+        the document at each position, (B, T); and each row's share in the loss of the global batch, (B,), times the
+        number of processes, whose gradients are averaged."""
+        total = int(self.learned[starts].sum())
+        mine = starts[share]
+        tokens = np.zeros((2, len(mine), self.block_size), np.int64)
+        tokens[1] = -1
+        numbers = np.zeros((len(mine), self.block_size), np.int64)
+        first, last = self.first[mine], self.first[mine + 1]
+        count = last - first
+        pieces = np.repeat(first - np.cumsum(count) + count, count) + np.arange(count.sum())  # of all rows, in order
+        lengths = self.lengths[pieces]
+        ids, marks = self._read(self.begins[pieces], lengths)
+        row = np.repeat(np.repeat(np.arange(len(mine)), count), lengths - 1)
+        number = np.repeat(np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count), lengths - 1)
+        filled = np.bincount(row, minlength=len(mine))
+        column = np.arange(len(row)) - np.repeat(np.cumsum(filled) - filled, filled)
+        ends = np.cumsum(lengths)
+        is_input, is_target = np.ones(len(ids), bool), np.ones(len(ids), bool)
+        is_input[ends - 1] = is_target[ends - lengths] = False
+        targets = ids[is_target]
+        if marks is not None:
+            targets = np.where(marks[is_target] & LEARNED, targets, -1)
+        numbers += count[:, None]  # padding is apart from the documents
+        tokens[0, row, column], tokens[1, row, column], numbers[row, column] = ids[is_input], targets, number
+        return [tokens, numbers, (self.learned[mine] * (processes / total)).astype(np.float32)]
+
+    def _read(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tokens of some documents, one after the other, int64, and their marks."""
+        if self.tokens is not None:
+            ends = np.cumsum(lengths)
+            at = np.arange(ends[-1]) + np.repeat(begins - ends + lengths, lengths)
+            return self.tokens[at].astype(np.int64), None if self.token_marks is None else self.token_marks[at]
+        each = list(zip(begins.tolist(), lengths.tolist(), strict=True))
+        ids = np.concatenate([self.windows(np.array([begin]), length)[0] for begin, length in each])
+        if not self.marks:
+            return ids, None
+        marks = TokenData(self.marks, self.name)
+        return ids, np.concatenate([marks.windows(np.array([begin]), length)[0] for begin, length in each])
+
+    def _documents(self, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents begin and end."""
+        found = [np.zeros(1, np.int64)]
+        for at, part in _parts(self.marks or self.shards):
+            found.append(at + np.flatnonzero(part & BEGINS if self.marks else part == end_id) + (not self.marks))
+        edges = np.unique(np.concatenate([*found, [len(self)]]))
+        return edges[:-1], edges[1:]
+
+    def _count_learned(self, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The learned tokens of each document, without its first and those beyond its length."""
+        counts = np.zeros(len(begins), np.int64)
+        for at, part in _parts(self.marks):
+            places = at + np.flatnonzero(part & LEARNED)
+            which = np.searchsorted(begins, places, side="right") - 1
+            inside = (places > begins[which]) & (places < begins[which] + lengths[which])
+            np.add.at(counts, which[inside], 1)
+        return counts
+
+    def summary(self) -> str:
+        """What packing made of the documents, in one line."""
+        targets, used = int(self.learned.sum()), int((self.lengths - 1).sum())
+        parts = [f"{self.documents:,} documents in {len(self.learned):,} rows of {self.block_size}"]
+        parts.append(f"{1 - used / self.positions:.1%} of the positions are padding")
+        if self.marks:
+            parts.append(f"{targets / used:.0%} of the tokens are learned")
+            parts.append(f"{self.cropped / (used + self.cropped):.1%} are cropped (--block_size)")
+        return ", ".join(parts)
+
+    def example(self, tokenizer: Tokenizer) -> str:
+        """The first document of the first row, as marked() shows it."""
+        (_, targets), numbers, _ = self.batch(np.zeros(1, np.int64), self.block_size, slice(0, 1), 1)
+        begin, count = int(self.begins[0]), int((numbers[0] == 0).sum())
+        ids, _ = self._read(np.array([begin]), np.array([count + 1]))
+        return marked(tokenizer, ids, np.concatenate([[False], targets[0, :count] >= 0]))
+
+
+def marked(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> str:
+    """The end of a text on one line, with what is learned in >> and <<."""
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1).tolist(), len(ids)]
+    texts = [tokenizer.decode(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    text = "".join(f">>{text}<<" if learned[a] else text for a, text in zip(edges, texts, strict=False))
+    return json.dumps(text, ensure_ascii=False)[1:-1][-SHOWN:]
+
+
+def open_marks(folder: Path, stated: list[dict[str, Any]], shards: Shards) -> list[TokenFile]:
+    """The files of a split's marks. Raises UserError if they do not belong to its tokens."""
+    marks = [TokenFile(folder / Path(entry["file"]).name, "u1") for entry in stated]
+    if sum(map(len, marks)) != sum(map(len, shards)):
+        raise DataError(f"{folder}: the marks of the conversations do not belong to its tokens; prepare it again")
+    return marks
+
+
+def _all(shards: Shards) -> np.ndarray:
+    return np.concatenate([np.asarray(shard[0 : len(shard)]) for shard in shards])
+
+
+def _parts(shards: Shards) -> Any:
+    """(number of the first token, tokens) of bounded parts."""
+    start = 0
+    for shard in shards:
+        for begin in range(0, len(shard), BLOCK):
+            yield start + begin, np.asarray(shard[begin : begin + BLOCK])
+        start += len(shard)
+
+
+def _pieces(begins: np.ndarray, ends: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Begins and lengths of pieces of at most block_size + 1 tokens that predict every token of the documents but the
+    first."""
+    predicted = ends - begins - 1
+    count = -(-predicted // block_size)
+    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    starts = np.repeat(begins, count) + number * block_size
+    return starts, np.minimum(np.repeat(ends, count) - starts, block_size + 1)
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs items into rows of a capacity: the largest first, each into the fullest row that has room. Returns the
+    items in the order of their rows, and where each row begins in it, with the end."""
+    order, counts = [], [np.zeros(1, np.int64)]
+    for start in range(0, len(sizes), GROUP):
+        group = sizes[start : start + GROUP]
+        made: list[list[int]] = []
+        with_room: dict[int, list[int]] = {}  # room: the rows that have it
+        rooms: list[int] = []  # the keys, sorted
+        for item in np.argsort(-group, kind="stable").tolist():
+            size = int(group[item])
+            at = bisect.bisect_left(rooms, size)
+            if at == len(rooms):
+                row, room = len(made), capacity
+                made.append([])
+            else:
+                room = rooms[at]
+                row = with_room[room].pop()
+                if not with_room[room]:
+                    del with_room[room], rooms[at]
+            made[row].append(start + item)
+            if left := room - size:
+                if left not in with_room:
+                    bisect.insort(rooms, left)
+                with_room.setdefault(left, []).append(row)
+        order.append(np.fromiter((item for row in made for item in row), np.int64))
+        counts.append(np.array([len(row) for row in made]))
+    return np.concatenate(order), np.cumsum(np.concatenate(counts))

@@ -1,0 +1,217 @@
+"""Conversations as training data: JSON lines with messages, or with a prompt and a completion, become tokens and a mark
+for each token (see core/packing.py), by the chat template of the tokenizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.chat import END, PLAIN, Message, read_template
+from ..core.conversations import add_plain_template, encode_conversation, find_turn_ends
+from ..core.packing import BEGINS, LEARNED, marked
+from ..core.tokenizer import Tokenizer
+from ..errors import UserError, one_line
+from ..machine.files import parse_json
+from .encode import ShardWriter
+from .options import PrepareOptions
+from .sources import FileSource
+
+VERSION = 1  # of what is written for the same conversations
+MAX_LINE = 4 << 20  # bytes of a conversation
+BOM = b"\xef\xbb\xbf"  # of UTF-8
+MAX_MESSAGES, MAX_ROLE = 1 << 12, 64
+FIELDS = "messages (a list of objects with role and content), or prompt and completion"
+NO_TEXT = "is not a text, or a list of parts of type text"
+
+
+def are_conversations(files: list[FileSource], options: PrepareOptions, report: Callable[[str], None]) -> bool:
+    """Whether the sources are conversations. Raises UserError if only some are, or if an option has no effect."""
+    chat = [file for file in files if is_conversations(file)]
+    if 0 < len(chat) < len(files):
+        other = next(file for file in files if file not in chat)
+        raise UserError(f"{chat[0].name} holds conversations, {other.name} does not: prepare them separately")
+    if chat and options.lines:
+        raise UserError(f"{chat[0].name} holds conversations: remove --lines")
+    if not chat and options.chat_template is not None:
+        raise UserError(f"--chat_template needs conversations: JSON lines with {FIELDS}")
+    if chat:
+        report(f"{chat[0].name}{', ...' * (len(chat) > 1)}: conversations (JSON lines with messages, or a prompt and a "
+               "completion)")  # fmt: skip
+    return bool(chat)
+
+
+def is_conversations(source: FileSource) -> bool:
+    """Whether the first line that is not blank is a conversation. A field named by --text_key makes it a text."""
+    if source.path.suffix.lower() != ".jsonl" and source.path.name != "stdin.txt":
+        return False
+    with source.path.open("rb") as file:
+        lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
+        line = next(filter(None, lines), b"")
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(row, dict) or source.text_key in row:
+        return False
+    return "messages" in row or {"prompt", "completion"} <= row.keys()
+
+
+def conversations(source: FileSource) -> Iterator[tuple[str, list[Message]]]:
+    """(file and line, messages) of every line. Raises UserError with file and line for another line."""
+    with source.path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"{source.name}, line {number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where} is longer than {MAX_LINE >> 20} MiB: expected one conversation per line")
+            line = line.removeprefix(BOM).strip()
+            if not line:
+                continue
+            try:
+                yield where, messages_of(parse_json(line))
+            except RecursionError:
+                raise UserError(f"{where} is nested too deeply: expected {FIELDS}") from None
+            except ValueError as error:
+                raise UserError(f"{where}: {one_line(error)}") from None
+
+
+def messages_of(row: Any) -> list[Message]:
+    """The messages of a conversation. Raises ValueError with the reason if it is not one, or if nothing is learned."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with {FIELDS}")
+    if "messages" in row:
+        given = row["messages"]
+    elif "prompt" in row and "completion" in row:
+        sides = [("prompt", "user"), ("completion", "assistant")]
+        lists = [row[name] if isinstance(row[name], list) else [{"role": role, "content": row[name]}]
+                 for name, role in sides]  # fmt: skip
+        given = lists[0] + lists[1]
+    else:
+        raise ValueError(f"its fields are {', '.join(map(repr, row))[:100]}: expected {FIELDS}")
+    if not isinstance(given, list) or not 0 < len(given) <= MAX_MESSAGES:
+        raise ValueError(f"messages is not a list of 1 to {MAX_MESSAGES} messages")
+    messages = [_message(message, f"message {number}") for number, message in enumerate(given, 1)]
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the first message is the assistant's: expected one to answer, of the user or the system")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message has the role assistant, so that nothing is learned")
+    return messages
+
+
+def _message(given: Any, where: str) -> Message:
+    if not isinstance(given, dict) or "role" not in given or "content" not in given:
+        raise ValueError(f"{where} is not an object with role and content")
+    role, content = given["role"], given["content"]
+    if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE:
+        raise ValueError(f"{where}: role is not a text of 1 to {MAX_ROLE} characters")
+    if given.get("tool_calls") or given.get("function_call"):
+        raise ValueError(f"{where} calls a tool, which is not supported")
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None  # type: ignore[arg-type]
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: content {NO_TEXT}")
+    for name, text in (("role", role), ("content", content)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: character {error.start} of {name} is half of a surrogate pair") from None
+    return {"role": role, "content": content}
+
+
+def texts_of(sources: list[FileSource], ends: str) -> Iterator[str]:
+    """What a tokenizer is trained on: the messages, as the plain template writes them, and every role."""
+    yield "System:\nUser:\nAssistant:\n"
+    for source in sources:
+        for _, messages in conversations(source):
+            for message in messages:
+                yield f"{message['role'].capitalize()}:\n{message['content']}{ends}\n"
+
+
+def build(
+    lists: list[list[FileSource]], name: str, template: str | None, choose: Callable[[int], np.ndarray], folder: Path,
+    shard_size: int, report: Callable[[str], None],
+) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Writes a dataset of conversations, which are read twice: to count them, and to encode them.
+
+    lists: the files of train and of val, or of one that is split; name: of the tokenizer; template: --chat_template;
+    choose: the mask of the validation conversations of this many. Returns the tokenizer, and the manifest's entries:
+    of the splits, and others. Raises UserError.
+    """
+    learns = name == "char" or name.startswith("bpe:")
+    texts = (text for some in lists for text in texts_of(some, END if name == "char" else ""))
+    tokenizer = Tokenizer.from_name(name, texts if learns else None)
+    counts = [sum(1 for source in some for _ in conversations(source)) for some in lists]
+    if not all(counts) or (len(counts) == 1 and counts[0] < 2):
+        raise UserError(f"{lists[0][0].name}: {counts[0]} conversations are too few to split: add --val_files, or more")
+    give_template(tokenizer, template, next(one for source in lists[0] for one in conversations(source)), report)
+    mask = choose(counts[0]) if len(lists) == 1 else np.zeros(counts[0], dtype=bool)
+
+    def split() -> Iterator[tuple[str, str, list[Message]]]:
+        for group, some in enumerate(lists):
+            each = (one for source in some for one in conversations(source))
+            for number, (where, messages) in enumerate(each):
+                # a file that grows meanwhile may have more
+                yield "val" if group or (number < len(mask) and mask[number]) else "train", where, messages
+
+    splits, longest = write_conversations(tokenizer, split(), folder, shard_size, report)
+    tokenizer.save(folder)
+    return tokenizer, splits, {"units": "conversations", "longest": longest}
+
+
+def give_template(
+    tokenizer: Tokenizer, file: str | None, first: tuple[str, list[Message]], report: Callable[[str], None]
+) -> None:
+    """The tokenizer's chat template: that of --chat_template, its own, or the plain one. first: the first conversation,
+    by which the token is found that ends a turn. Raises UserError."""
+    own = tokenizer.chat
+    if file is not None:
+        eot = "" if tokenizer.eot_id is None else tokenizer.decode([tokenizer.eot_id])
+        tokenizer.chat = read_template(file, *([own.bos, own.eos] if own else [eot, eot]))
+    elif own is None:
+        add_plain_template(tokenizer)
+    whose = file or ("plain (the tokenizer has none)" if own is None else "the model's")
+    report(f"chat template: {whose}; the assistant's turns are learned")
+    assert tokenizer.chat is not None
+    try:
+        if tokenizer.chat.source != PLAIN and not find_turn_ends(tokenizer, first[1]):
+            report("note: no single token ends a turn in this chat template, so the model will not know when to stop")
+    except UserError as error:
+        raise UserError(f"{first[0]}: {error}") from None
+
+
+def write_conversations(
+    tokenizer: Tokenizer, split: Iterator[tuple[str, str, list[Message]]], folder: Path, shard_size: int,
+    report: Callable[[str], None],
+) -> tuple[dict[str, Any], int]:  # fmt: skip
+    """Writes the tokens and the marks of (split, file and line, messages). Returns the manifest's entries of the
+    splits, and the tokens of the longest conversation. Raises UserError with file and line for messages that the
+    template or the tokenizer rejects."""
+    names = ("train", "val")
+    tokens = {name: ShardWriter(folder, name, shard_size, tokenizer.dtype) for name in names}
+    marks = {name: ShardWriter(folder, f"{name}_marks", shard_size, np.dtype("u1")) for name in names}
+    longest, count, reported, example = 0, 0, time.monotonic(), ""
+    for name, where, messages in split:
+        try:
+            sequences = encode_conversation(tokenizer, messages)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        for ids, learned in sequences:
+            mark = learned.astype(np.uint8) * LEARNED
+            mark[0] |= BEGINS
+            tokens[name].append(ids)
+            marks[name].append(mark)
+            longest = max(longest, len(ids))
+            example = example or marked(tokenizer, ids, learned)
+        tokens[name].text_bytes += sum(len(message["content"].encode()) for message in messages)
+        count += 1
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            report(f"  {count:,} conversations so far")
+    report(f"example (learned: >>...<<): {example}")
+    return {name: tokens[name].close() | {"marks": marks[name].close()["shards"]} for name in names}, longest
