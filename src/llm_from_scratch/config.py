@@ -356,6 +356,9 @@ class SystemConfig(Settings):
     """Random seed of weights, dropout, data order and sampling."""
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
+    keep_memory: bool | Literal["auto"] = "auto"
+    """On a CPU: keep the memory of a large model's step for the next one. A sixth faster, with up to a fifth more
+    memory. auto: if twice the estimated memory is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,7 @@ def _training_step(tree: BenchCommand, runtime: Any) -> tuple[Callable[[], Tenso
     from torch.profiler import record_function
 
     from ..core.dataset import SampleOrder
+    from ..training.microbatch import keeps_memory
     from ..training.plan import Plan
     from ..training.run import Run
     from ..training.trainer import train_step
@@ -154,7 +155,8 @@ def _training_step(tree: BenchCommand, runtime: Any) -> tuple[Callable[[], Tenso
     config.scheduler.decay_lr = False
     data, is_real = _data(tree)
     order = SampleOrder(len(data), block_size, seed=tree.system.seed)
-    run = Run(Plan(config, runtime, Path(), None, data, data, order, size, size, tree.options.steps), say=print)
+    plan = Plan(config, runtime, Path(), None, data, data, order, size, size, tree.options.steps)
+    run = Run(replace(plan, keep_memory=keeps_memory(plan)), say=print)
 
     def step() -> Tensor:
         with record_function("data"):  # profiling.py reads these names

@@ -66,12 +66,13 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((peaks.get(self.dtype) for part, peaks in PEAKS if part in name), None)
 
-    def place(self, model: Any) -> None:
-        """Moves a model to the device and sets its compute dtype. The weights stay float32."""
+    def place(self, model: Any, keep_memory: bool = False) -> None:
+        """Moves a model to the device and sets its compute dtype. The weights stay float32. keep_memory: freed memory
+        is kept for a large model too; see keep_freed_memory."""
         model.to(self.device)
         model.compute_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         if self.device.type == "cpu":
-            keep_freed_memory(model.get_num_params() < LARGE)
+            keep_freed_memory(keep_memory or model.get_num_params() < LARGE)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Autocast for float16, which has too small a range for some operations. bfloat16 needs none (see place)."""

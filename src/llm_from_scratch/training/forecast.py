@@ -32,6 +32,7 @@ from .wrap import loss_is_chunked
 
 BUDGET = 3.0  # seconds
 LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, at most, and enough after this many seconds
+KEPT = 0.5  # of gradients and activations: holes in the kept memory of a large model (at most; measured: 0.15 to 0.5)
 HEAP = 1 << 25  # bytes: larger blocks return to the system when freed (glibc's M_MMAP_THRESHOLD_MAX)
 FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run; with fewer tokens, each takes longer
 
@@ -319,6 +320,7 @@ def extrapolate(
     }  # fmt: skip
     memory = {
         "weights": W, "gradients": W, "optimizer": M, "activations": activations, "copies for a checkpoint": copies,
+        "kept for the next step": KEPT * (W + activations) if plan.keeps_more else 0,
         "the program": base,
     }  # fmt: skip
     measured = f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "

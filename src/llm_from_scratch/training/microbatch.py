@@ -23,16 +23,25 @@ ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; more are not faster (measured)
 
 def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> int:
     """The largest divisor of a process's share of the batch that fits in free memory and is still faster."""
-    free = free_memory(runtime.device)
-    enough = ENOUGH_ON_GPU
-    if runtime.device.type == "cpu":
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share the memory
-        free, enough = None if free is None else free // here, ENOUGH_ON_CPU
+    free = _free(runtime)
+    enough = ENOUGH_ON_CPU if runtime.device.type == "cpu" else ENOUGH_ON_GPU
     for size in range(min(local_batch, enough // config.model.block_size), 1, -1):
         if local_batch % size == 0:
             if free is None or training_sizes(config, runtime, size).memory <= SHARE * free:
                 return size
     return 1
+
+
+def keeps_memory(plan: Plan) -> bool:
+    """Whether this process keeps a step's memory for the next one."""
+    asked, free = plan.config.system.keep_memory, _free(plan.runtime)
+    return asked if asked != "auto" else free is not None and 2 * plan.sizes.memory <= free
+
+
+def _free(runtime: Runtime) -> int | None:
+    """Bytes for this process; on a CPU the processes of the machine share them."""
+    free, here = free_memory(runtime.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free if free is None or runtime.device.type != "cpu" else free // here
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:

@@ -16,12 +16,13 @@ from ..core.dataset import SampleOrder, TokenData
 from ..core.sizes import Sizes, meta_model, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
-from ..machine.device import Runtime
+from ..machine.device import LARGE, Runtime
 from .optimizer import optimizer_bytes
 from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
 PIECE = 1 << 16  # tokens
+KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs up to a fifth less"
 MANY_EPOCHS = 10  # a small model has read a text so often that it starts to memorise it
 
 
@@ -42,6 +43,8 @@ class Plan:
     """Sequences of one process in one forward pass, at the start of the run."""
     last_step: int
     """Updates after which the run ends."""
+    keep_memory: bool = False
+    """Whether a step's memory is kept for the next one."""
     start_step: int = 0
     weights: dict[str, Tensor] | None = None
     """Initial weights, unless they come from the seed."""
@@ -68,6 +71,11 @@ class Plan:
     def sizes(self) -> Sizes:
         """Parameters, FLOPs and bytes, with the micro-batch of the start."""
         return training_sizes(self.config, self.runtime, self.micro_batch)
+
+    @property
+    def keeps_more(self) -> bool:
+        """Whether keep_memory makes a difference: a small model's memory is always kept."""
+        return self.keep_memory and self.runtime.device.type == "cpu" and self.sizes.params >= LARGE
 
     @property
     def hashes(self) -> tuple[str, str]:
@@ -111,6 +119,7 @@ def describe(plan: Plan) -> list[str]:
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
         f"{runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
         f"length: {plan.last_step:,} steps, {epochs:.2f} epochs",
+        *([KEPT] if plan.keeps_more else []),
         *_doubts(plan, epochs),
     ]
 

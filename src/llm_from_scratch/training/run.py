@@ -117,7 +117,7 @@ class Run:
         checkpoints.check_storable(self.model.state_dict(), self.config.model)
         if self.config.data.documents:
             check_documents(self.model)
-        self.runtime.place(self.model)
+        self.runtime.place(self.model, plan.keep_memory)
         for line in describe(plan) if lock is not None else ():
             self.say(line)
         self.models = retry_smaller(

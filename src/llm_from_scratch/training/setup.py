@@ -24,7 +24,7 @@ from ..machine import device as runtimes
 from ..settings import did_you_mean
 from .check import Inputs, check
 from .harness import load_tasks
-from .microbatch import largest_micro_batch
+from .microbatch import keeps_memory, largest_micro_batch
 from .plan import Plan, dataset_hashes
 from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
@@ -142,9 +142,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes += differences(config, resumed)
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
-        last_step, resumed.step if resumed is not None else 0, weights, resumed, prompt, notes,
+        last_step, False, resumed.step if resumed is not None else 0, weights, resumed, prompt, notes,
         [scan for scan in scans if scan is not None], tasks,
     )  # fmt: skip
+    plan = dataclasses.replace(plan, keep_memory=keeps_memory(plan))
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
         plan = dataclasses.replace(plan, runtime=compiled_where_it_pays(config, runtime, flops))

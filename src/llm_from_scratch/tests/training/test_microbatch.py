@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,39 @@ def data(tmp_path: Path) -> Path:
 def free(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the free memory, in bytes."""
     return lambda size: monkeypatch.setattr(memory, "free_memory", lambda device: size)
+
+
+def test_memory_is_kept_if_twice_the_estimate_is_free(data: Path, free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = make_plan(tiny_config(data)).sizes.memory
+
+    def kept(size: int | None, **leaves: Any) -> bool:
+        free(size)
+        return make_plan(tiny_config(data, **leaves)).keep_memory
+
+    assert kept(2 * needed) and not kept(2 * needed - 1) and not kept(None)
+    assert kept(0, keep_memory=True) and not kept(1 << 40, keep_memory=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert kept(4 * needed) and not kept(4 * needed - 1)
+
+
+FAULTS = """
+import resource, torch
+from llm_from_scratch.machine.memory import keep_freed_memory
+for keep in (False, True):
+    keep_freed_memory(keep)
+    for _ in range(16):  # the heap grows at first: small blocks lie between the large ones
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)  # 64 MiB
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_kept_memory_is_not_fetched_from_the_system_again() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < 100 < 1000 < returned
 
 
 def gpt2(**leaves: Any) -> Config:
