@@ -99,8 +99,8 @@ class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. llm-train's default: the most
-    recently prepared data."""
+    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. If not given, llm-train
+    uses the most recently prepared data."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None

@@ -22,7 +22,7 @@ COMMANDS = {
     "bench": ("bench", "times a training step"),
     "export": ("export", "writes a model for transformers, llama.cpp or nanoGPT"),
     "sweep": ("sweep", "searches settings by many runs"),
-    "scale": ("scale", "fits the law of loss over sizes and budgets"),
+    "scale": ("scale", "fits a scaling law over sizes and budgets"),
     "demo": ("demo", "trains a small model and samples from it"),
 }
 NAMES = f"one of {', '.join(COMMANDS)}"

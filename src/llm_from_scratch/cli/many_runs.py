@@ -39,7 +39,7 @@ def check_run(parsed: Parsed[Any], over: set[str], has_budget: bool) -> None:
         raise UserError(f"metric={options.metric} needs --final_eval=True; or compare by --metric=val_loss")
     if "dataset" in over and (options.metric != "bits_per_byte" or options.pruner != "none"):
         raise UserError(
-            "losses of different datasets do not compare, because their tokenizers may differ: use "
+            "losses of different datasets are not comparable, because their tokenizers may differ: use "
             "--metric=bits_per_byte --pruner=none"
         )
     both = [name for name in LENGTHS if has_budget and (parsed.on_command_line(name) or name in over)]
@@ -77,7 +77,7 @@ def run_study(
     rows = study.rows()
     failed = _report(study, rows, parsed, options, about)
     if code:
-        announce(f"stopped; continue with: {shlex.join([prog, *argv])}")
+        announce(f"stopped; resume with: {shlex.join([prog, *argv])}")
     return code or failed
 
 
@@ -116,5 +116,5 @@ def _report(study: Study, rows: list[Row], parsed: Parsed[Any], options: Any, ab
         announce(f"{elsewhere} of the trials are unfinished, or run in other processes")
     best = rows[0] if rows and rows[0].loss is not None else None
     if best is not None:
-        announce(f"train the best again: {train_command(study, best, parsed.tree.system.seed)}")
+        announce(f"repeat the best trial: {train_command(study, best, parsed.tree.system.seed)}")
     return int(bool(rows) and all(row.state == "failed" for row in rows))

@@ -1,4 +1,4 @@
-"""llm-scale: trains a ladder of sizes and budgets, and fits the law of loss."""
+"""llm-scale: trains a ladder of sizes and budgets, and fits a scaling law."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ COMMON = (
     "optimizer_type",
     "seed",
 )
-HELP = """Trains models of several sizes for several lengths, and fits the law of loss: what
-a larger model or more training would give. The other options are those of
+HELP = """Trains models of several sizes for several lengths, and fits a scaling law, which
+predicts the loss of larger models and longer runs. Also accepts the options of
 llm-train.
 
   llm-scale quick --dataset=book --sizes=4 --budgets=1Mtokens,4Mtokens
   llm-scale quick --dataset=book --sizes=64,128,256 --budgets=1min,4min
 
-Type the same command again to continue, and on other processes or machines to
-share the work. It writes a table, a plot, and law.json for llm-train --law.
+To resume, run the same command again; to share the work, run it in other
+processes or on other machines. Writes a table, a plot, and law.json for
+llm-train --law.
 """
 
 
@@ -50,15 +51,15 @@ class ScaleOptions:
     """The ladder."""
 
     sizes: str = "4"
-    """Number of sizes up to that of the preset, each about half of the next; or widths: 64,128,256."""
+    """Number of sizes up to the preset's, each with about half the parameters of the next; or widths: 64,128,256."""
     budgets: str = "1Mtokens,4Mtokens"
     """Lengths of the runs: times (1min,4min), tokens or FLOPs."""
     seeds: int = 1
     """Runs of each point with different seeds."""
     name: str = "scale"
-    """The runs are in out-sweep/NAME."""
+    """Name of the ladder; its folder is out-sweep/NAME."""
     workers: int = 1
-    """Runs at a time in this process."""
+    """Parallel runs in this process."""
 
     metric, pruner, budget_each = "bits_per_byte", "none", None  # as of a sweep, and not to be set
 
@@ -84,7 +85,7 @@ class ScaleCommand(Config):
 
 def _main(argv: list[str]) -> int:
     prepared = data_prepared_last()
-    none = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    none = {} if prepared else {"dataset": "none found: run llm-prepare FILE"}
     parsed = parse(
         ScaleCommand, argv, prog="llm-scale [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
         common=COMMON, shown=lambda settings, files: none,
@@ -96,8 +97,8 @@ def _main(argv: list[str]) -> int:
     check_run(parsed, set(), has_budget=True)
     if "dataset" not in parsed.sources:
         if not prepared:
-            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
+            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     from ..training.check import check
 
     check(config)

@@ -1,4 +1,4 @@
-"""llm-sweep: searches settings by many runs."""
+"""llm-sweep: searches settings with many runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMON = (
     "over", "trials", "seeds", "budget_each", "sampler", "pruner", "metric", "name", "workers", "dataset", "max_iters",
     "seed",
 )  # fmt: skip
-HELP = """Trains with many settings and shows which are best. The other options are those of llm-train.
+HELP = """Trains with many combinations of settings and ranks the results. Also accepts the options of llm-train.
 
   llm-sweep quick --dataset=book --over='learning_rate=log(1e-3,1e-1)'
   llm-sweep quick --over='n_layer=2,4,6 dropout=0..0.3' --trials=30 --seeds=3
@@ -32,8 +32,8 @@ HELP = """Trains with many settings and shows which are best. The other options 
 
 --over has a list (2,4,6), a range (0..0.3; 64..512/64 in steps of 64) or a
 logarithmic range (log(1e-4,1e-1)) for each setting. In a YAML preset, over is a
-list of them. Type the same command again to continue a sweep that was stopped
-or killed, and on other processes or machines to share it.
+list of these. To resume a stopped or killed sweep, run the same command again;
+to share it, run the command in other processes or on other machines.
 """
 
 
@@ -52,14 +52,14 @@ class SweepOptions:
     sampler: Literal["auto", "grid", "random", "tpe"] = "auto"
     """grid: every combination of lists. tpe: near good trials (arXiv 1105.5463). auto: grid for lists, else tpe."""
     pruner: Literal["none", "median", "halving"] = "median"
-    """Ends bad trials at an evaluation. median: worse than half of the complete ones, after five. halving: not in the
-    best third (arXiv 1810.05934). none: never."""
+    """Stops bad trials at an evaluation. median: worse than the median of the complete ones, after five. halving: not
+    in the best third (arXiv 1810.05934). none: never."""
     metric: Literal["val_loss_full", "val_loss", "bits_per_byte"] = "val_loss_full"
-    """Compared at the end: loss of the whole validation split, the best estimated loss, or bits per byte."""
+    """Result of a run: loss of the whole validation split, the best estimated loss, or bits per byte."""
     name: str | None = None
-    """The sweep is in out-sweep/NAME. None: the swept settings."""
+    """Name of the sweep; its folder is out-sweep/NAME. None: from the swept settings."""
     workers: int = 1
-    """Runs at a time in this process."""
+    """Parallel runs in this process."""
 
     def validate(self) -> None:
         at_least(self, 1, "trials", "seeds", "workers")
@@ -74,7 +74,7 @@ class SweepCommand(Config):
 
 def _main(argv: list[str]) -> int:
     prepared = data_prepared_last()
-    none = {} if prepared else {"dataset": "none is prepared here: run llm-prepare FILE"}
+    none = {} if prepared else {"dataset": "none found: run llm-prepare FILE"}
     parsed = parse(
         SweepCommand, argv, prog="llm-sweep [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
         common=COMMON, shown=lambda settings, files: none,
@@ -87,8 +87,8 @@ def _main(argv: list[str]) -> int:
     check_run(parsed, set(space), has_budget)
     if "dataset" not in parsed.sources and "dataset" not in space:
         if not prepared:
-            raise UserError("no data is prepared here: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the data prepared last: {config.data.dataset} (another: --dataset=NAME)")
+            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     check_space(space, config)
     if "dataset" not in space:
         from ..training.check import check

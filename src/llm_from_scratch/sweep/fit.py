@@ -1,4 +1,4 @@
-"""Fits the law of loss (training/law.py) to runs.
+"""Fits the scaling law (training/law.py) to runs.
 
 For given exponents the law is linear in E, A and B, so these are solved for exactly (least squares of the relative
 errors, none below zero), and only alpha, beta and R are searched: on a grid that narrows around the best point.

@@ -1,4 +1,4 @@
-"""A ladder of model sizes, and what its runs say about the law of loss."""
+"""A ladder of model sizes, and the table and plot of its scaling law."""
 
 from __future__ import annotations
 

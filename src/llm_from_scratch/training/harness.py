@@ -100,7 +100,7 @@ class TaskModel:
         known: dict[str, Any] = {name: asked.pop(name) for name in SAMPLING if name in asked}
         for name, value in asked.items():
             if value is not None and (name, value) != ("num_beams", 1):
-                raise UserError(f"a task asks for generation with {name}={value}, which is not supported")
+                raise UserError(f"a task requires generation with {name}={value}, which is not supported")
         if length >= self.config.block_size:
             raise UserError(
                 f"a task generates up to {length} tokens, which leaves no room for its prompt in block_size="

@@ -1,4 +1,4 @@
-"""The law of loss: bits per byte of held-out text, as a function of parameters, text and context.
+"""The scaling law: bits per byte of held-out text, as a function of parameters, text and context.
 
     L(N, D, U, T) = E + A / N^alpha + B / D'^beta + C / T^gamma
     D' = U + U R (1 - exp(-(D / U - 1) / R))   if D > U, else D
