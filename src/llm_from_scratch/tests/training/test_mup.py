@@ -121,6 +121,9 @@ def slopes(**optimizer: Any) -> dict[str, float]:
 @pytest.mark.parametrize("optimizer_type", ["adamw", "muon"])
 def test_coordinate_check(optimizer_type: str) -> None:
     scaled = slopes(optimizer_type=optimizer_type, **MUP)
-    assert all(abs(slope) < 0.2 for slope in scaled.values()), scaled
+    assert abs(scaled["activations"]) < 0.1 and abs(scaled["change of activations"]) < 0.1, scaled
+    # tokens of a narrow model share directions, so their logits change a little more
+    assert abs(scaled["change of logits"]) < 0.25, scaled
     plain = slopes(optimizer_type=optimizer_type)
     assert plain["change of logits"] > 0.5, plain
+    assert optimizer_type == "muon" or plain["change of activations"] > 0.5, plain
