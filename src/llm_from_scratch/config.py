@@ -35,10 +35,27 @@ class GPTConfig(Settings):
     """Biases in linear layers and LayerNorms, as in GPT-2. False is slightly better and faster."""
     n_kv_head: int | None = None
     """Key/value heads of grouped-query attention. Must divide n_head. None: one per query head."""
+    head_dim: int | None = None
+    """Width of an attention head. None: n_embd / n_head."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values even if bias=False (as in Qwen2)."""
     pos_embedding: Literal["learned", "rope"] = "learned"
     """Position encoding: a learned table (GPT-2) or rotary embeddings (RoPE, arXiv 2104.09864)."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """Slower rotary frequencies, for a longer context than the model was pretrained with: all of them (linear, arXiv
+    2306.15595), or only the slow ones (llama3, as in Llama 3.1; yarn, arXiv 2309.00071)."""
+    rope_factor: float = 1.0
+    """With rope_scaling: the slow frequencies are divided by this."""
+    rope_original: int | None = None
+    """With llama3 or yarn: the context length of the pretraining."""
+    rope_low: float = 1.0
+    """With llama3 or yarn: frequencies with fewer turns in the original context are divided by rope_factor."""
+    rope_high: float | None = None
+    """With llama3 or yarn: frequencies with more turns in the original context stay. None: 4 (llama3) or 32 (yarn)."""
+    rope_attention: float | None = None
+    """With yarn: factor of the rotated queries and keys. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation layer."""
     norm_eps: float = 1e-5
@@ -68,6 +85,11 @@ class GPTConfig(Settings):
         return self.activation in GATED_ACTIVATIONS
 
     @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
     def mlp_width(self) -> int:
         """Hidden width of the MLP. If gated, it has three matrices: 8/3 gives as many parameters as 4 does."""
         if self.mlp_hidden is not None:
@@ -77,19 +99,28 @@ class GPTConfig(Settings):
     def validate(self) -> None:
         """Raises UserError if the sizes do not fit together."""
         at_least(self, 1, "block_size", "n_layer", "n_head", "n_embd", "vocab_size")
-        at_least(self, 1, "n_kv_head", "mlp_hidden", "ngram_rows")
+        at_least(self, 1, "n_kv_head", "head_dim", "mlp_hidden", "ngram_rows", "rope_original")
         at_least(self, 0, "logit_softcap")
-        above(self, 0, "rope_theta", "norm_eps")
+        above(self, 0, "rope_theta", "norm_eps", "rope_attention")
+        between(self, 1, 1e6, "rope_factor")
+        between(self, 1e-6, 1e6, "rope_low", "rope_high")
         between(self, 0, 1, "dropout", open_right=True)
-        if self.n_embd % self.n_head:
+        if self.head_dim is None and self.n_embd % self.n_head:
             width = 2 if self.pos_embedding == "rope" else 1  # a divisor of a head's width
             fits = [n for n in range(1, min(2 * self.n_head, 1 << 12)) if self.n_embd % (n * width) == 0]
             hint = f"; try n_head={min(fits, key=lambda n: abs(n - self.n_head))}" if fits else ""
             raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}{hint}")
         if self.n_kv_head is not None and self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        if self.pos_embedding == "rope" and (self.n_embd // self.n_head) % 2:
-            raise UserError(f"rope needs an even head width, got n_embd/n_head = {self.n_embd // self.n_head}")
+        if self.pos_embedding == "rope" and self.head_width % 2:
+            raise UserError(f"rope needs an even head width, got n_embd/n_head = {self.head_width}")
+        if self.rope_scaling != "none" and self.pos_embedding != "rope":
+            raise UserError(f"rope_scaling={self.rope_scaling} needs --pos_embedding=rope")
+        if self.rope_scaling in ("llama3", "yarn"):
+            if self.rope_original is None:
+                raise UserError(f"rope_scaling={self.rope_scaling} needs rope_original, the context of the pretraining")
+            above(self, 1, "rope_theta")
+            above(self, self.rope_low, "rope_high")
         if self.max_ngram and not 2 <= self.max_ngram <= 16:
             raise UserError(f"max_ngram={self.max_ngram} is out of range: expected 0, or 2 to 16 tokens")
 

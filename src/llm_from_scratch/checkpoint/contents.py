@@ -12,10 +12,9 @@ No pickle: reading a checkpoint runs no code. Torch is imported when tensors are
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,6 @@ OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
              "optimizer.json", "trainer.json", "config.json", "model.json")  # fmt: skip
 MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
 MAX_PATH = 4096  # characters
-# What torch's types are called in a safetensors file
-STORED = {"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"}
-STORED |= {f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)}
-STORED |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 
 
 @dataclass
@@ -72,7 +67,7 @@ def write_checkpoint(
     """
     import torch
 
-    from ..core.weights import buffers, not_finite, plain_names, tied_names
+    from ..core.weights import buffers, file_of, not_finite, plain_names, tied_names
 
     saved = Checkpoint(path=None, **contents)
     weights = plain_names(saved.model)
@@ -191,7 +186,7 @@ def dataset_option(stored: object) -> str:
 
 def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:
     """Raises UserError if a checkpoint of this model state would be refused, now or when it is loaded."""
-    from ..core.weights import checked_weights, plain_names
+    from ..core.weights import STORED, checked_weights, plain_names
 
     for name, tensor in plain_names(state).items():
         kind = str(getattr(tensor, "dtype", type(tensor).__name__))
@@ -209,27 +204,6 @@ def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:
 def portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors in the form needed for a file: dense, on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def file_of(tensors: dict[str, Tensor]) -> Iterator[Any]:
-    """A safetensors file of dense tensors on the CPU, in chunks. safetensors' own writer needs twice the memory.
-
-    The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little-endian; the header, JSON
-    padded with blanks to a multiple of 8; the tensors' bytes, wide numbers first, so that each is aligned.
-    """
-    import torch
-
-    header: dict[str, Any] = {}
-    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
-    for name in names:
-        tensor, begin = tensors[name], end
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": STORED[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def split_optimizer(optimizer: dict[str, Any] | None) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,17 +6,21 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from ..presets import parse
 from .common import command
+
+if TYPE_CHECKING:
+    from ..checkpoint.contents import Checkpoint
 
 HELP = """Writes a checkpoint for transformers, llama.cpp or nanoGPT.
 
   llm-export --out_dir=out --output=hf-model
   llm-export --out_dir=out --format=gguf --gguf_type=q8_0 --output=model.gguf
   llm-export --out_dir=out --format=nanogpt --output=nanogpt/ckpt.pt
+  llm-export --out_dir=out --output=hf-model --push=me/my-model
 """
 
 
@@ -37,6 +41,15 @@ class Export:
     """Precision of the matrices in a GGUF file."""
     output: str | None = None
     """The file (nanogpt, gguf) or the new folder (hf) to write."""
+    push: str | None = None
+    """Also upload the result to this model on the Hugging Face hub, such as me/my-model (hf, gguf; extra: hf). A new
+    model is private."""
+    title: str | None = None
+    """The model's name in its card and in a GGUF file. None: the name of the output."""
+    author: str | None = None
+    """Author in the card and in a GGUF file."""
+    license: str | None = None
+    """License in the card and in a GGUF file, such as mit or apache-2.0."""
     dataset: str | None = None
     """Name or folder of the data with the tokenizer, if the checkpoint does not have one (nanoGPT's)."""
     overwrite: bool = False
@@ -59,17 +72,18 @@ def main(argv: list[str]) -> None:
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt
 
+    if options.push is not None:
+        from ..interop.hf_files import check_push, push
+
+        if to_nanogpt:
+            raise UserError("--push uploads models in the formats hf and gguf, not nanogpt")
+        check_push(options.push)
     output, location = Path(options.output), options.checkpoint or options.out_dir or ""
     loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
-    if options.format == "gguf":
-        from ..interop.gguf import export_gguf
-
-        export_gguf(loaded.model_config, loaded.model, loaded.tokenizer, output, options.gguf_type)
-        return
     if not to_nanogpt:
-        from ..interop.hf import export_hf
-
-        export_hf(loaded.model_config, loaded.model, loaded.tokenizer, output)
+        _export(options, loaded, output)
+        if options.push is not None:
+            push(output, options.push)
         return
     if output.is_dir():
         output = output / "ckpt.pt"
@@ -78,6 +92,23 @@ def main(argv: list[str]) -> None:
     if output.name == "ckpt.pt":
         command = shlex.join(["python", "sample.py", f"--out_dir={output.parent.resolve()}", "--device=cpu"])
         print(f"next, in a checkout of nanoGPT: {command}")
+
+
+def _export(options: Export, loaded: Checkpoint, output: Path) -> None:
+    from ..interop.gguf import export_gguf
+    from ..interop.hf import export_hf
+    from ..interop.model_card import Facts, model_card
+
+    about = {name: value for name in ("author", "license") if (value := getattr(options, name)) is not None}
+    title, tokenizer = options.title or output.resolve().stem, loaded.tokenizer
+    facts = Facts(title, loaded.model_config, loaded.config, loaded.step, loaded.manifest.get("val_loss"), about)
+    if options.format == "gguf":
+        export_gguf(loaded.model_config, loaded.model, tokenizer, output, options.gguf_type, facts.entries(), free=True)
+    else:
+        export_hf(
+            loaded.model_config, loaded.model, tokenizer, output, model_card(facts, tokenizer), facts.sampling(),
+            free=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

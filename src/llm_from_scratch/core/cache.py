@@ -37,7 +37,7 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        heads, width = config.n_kv_head or config.n_head, config.n_embd // config.n_head
+        heads, width = config.n_kv_head or config.n_head, config.head_width
         self.max_len = max_len or config.block_size
         self.rows, self.room = batch_size, batch_size  # rows in use, rows allocated
         self.n_gram = bool(config.max_ngram)  # its embeddings read the tokens too

@@ -9,7 +9,7 @@ are compared with the modules of this file before they are used, and decoding is
 
 Sources: GPT-2 (Radford et al. 2019) and openai/gpt-2 src/model.py; RoPE arXiv 2104.09864; RMSNorm arXiv 1910.07467;
 SwiGLU arXiv 2002.05202; ReLU^2 arXiv 2109.08668; GQA arXiv 2305.13245; QK-norm arXiv 2010.04245.
-Shapes in comments: B batch, T tokens, C = n_embd, H heads, D = C / H, V vocabulary, S cached length.
+Shapes in comments: B batch, T tokens, C = n_embd, H heads, D their width, V vocabulary, S cached length.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..config import GPTConfig
 from ..errors import UserError
 from .cache import KVCache, LayerCache
 from .ngrams import NGramEmbedding
+from .rope import rotary_angles
 
 
 class Linear(nn.Linear):
@@ -94,21 +95,14 @@ class RotaryPositions(LearnedPositions):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        self.head_dim, self.theta = config.n_embd // config.n_head, config.rope_theta
+        self.angles = rotary_angles(config)
 
     def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        cos, sin = rotary_angles(pos, self.head_dim, self.theta)
+        cos, sin = self.angles(pos)  # (..., 1, T, D/2)
         return cos.to(dtype), sin.to(dtype)
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-
-
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE, float32. positions: (T,) or (B, T). Returns two tensors (..., 1, T, D/2)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[..., None] * theta**-exponent  # (..., T, D/2)
-    return angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # the 1 broadcasts over the heads
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -144,11 +138,11 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_width
         # queries, keys and values of all heads in one product
         heights = tuple(n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head))
-        self.c_attn = Linear(config.n_embd, sum(heights), bias=config.bias, stacked=heights)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, sum(heights), bias=config.bias or config.qkv_bias, stacked=heights)
+        self.c_proj = Linear(heights[0], config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.positions = POSITIONS[config.pos_embedding](config)
@@ -156,7 +150,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: LayerCache | None = None) -> Tensor:
-        B, T, C = x.size()
+        B, T, _ = x.size()
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
         q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
         q, k = self.positions(self.q_norm(q), self.k_norm(k), *where)
@@ -166,7 +160,7 @@ class CausalSelfAttention(nn.Module):
         # a single query without a mask may see every key; torch would align a causal mask at the wrong corner
         causal = mask is None and T > 1
         y = self.attend(q, k, v, mask, causal)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, H D)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -421,7 +415,8 @@ class GPT(nn.Module):
         fwdbwd_per_iter: sequences a step; dt: seconds a step; peak_flops: FLOP/s, by default an A100's in bfloat16.
         """
         cfg = self.config
-        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        width = cfg.n_head * cfg.head_width
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * width * cfg.block_size
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / peak_flops
 
     @torch.no_grad()

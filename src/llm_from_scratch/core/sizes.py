@@ -68,7 +68,7 @@ class Sizes:
     embedding_params: int
     """Parameters that are only looked up, not multiplied."""
     flops_per_token: int
-    """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L C T."""
+    """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L H D T."""
     weights: int
     gradients: int
     optimizer: int
@@ -105,7 +105,7 @@ def sizes(
     params, embedding = count_params(config), embedding_params(config)
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
-    flops = 6 * (params - embedding) + 12 * L * C * T
+    flops = 6 * (params - embedding) + 12 * L * config.n_head * config.head_width * T
     tokens = batch_size * T
     # a block stores the inputs and outputs of its linear layers, and the outputs of its two norms
     blocks = [

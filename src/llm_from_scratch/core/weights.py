@@ -1,10 +1,11 @@
-"""A model's weights from files: configuration and state dict, checked against GPT(config)."""
+"""A model's weights in files: configuration and state dict, checked against GPT(config); safetensors, written."""
 
 from __future__ import annotations
 
+import json
 import math
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from ..errors import DamagedError, UserError
 from .model import GPT
 from .sizes import NoInit, meta_model, meta_tensors, tied_names
 
+# What torch's types are called in a safetensors file
+STORED = {"torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.bool": "BOOL"}
+STORED |= {f"torch.float{bits}": f"F{bits}" for bits in (16, 32, 64)}
+STORED |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 FREE_LAYERS = 64  # that a file may claim with fewer tensors than layers: blocks may share their parameters
 
 
@@ -126,3 +131,22 @@ def build_model(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, tensors[first])
     return model
+
+
+def file_of(tensors: dict[str, Tensor], **metadata: str) -> Iterator[Any]:
+    """A safetensors file of dense tensors on the CPU, in chunks. safetensors' own writer needs twice the memory.
+
+    The format (github.com/huggingface/safetensors): the header's length, 8 bytes, little-endian; the header, JSON
+    padded with blanks to a multiple of 8; the tensors' bytes, wide numbers first, so that each is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    for name in names:
+        tensor, begin = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": STORED[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -286,8 +286,8 @@ class Batch:
 
 def rows_at_once(config: GPTConfig, length: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many rows with this many tokens fit into CACHE_BYTES, or into a quarter of a GPU's free memory."""
-    heads = (config.n_kv_head or config.n_head) / config.n_head
-    row = 2 * config.n_layer * config.n_embd * heads * min(length, config.block_size) * dtype.itemsize
+    width = (config.n_kv_head or config.n_head) * config.head_width
+    row = 2 * config.n_layer * width * min(length, config.block_size) * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else CACHE_BYTES
     return max(1, int(free / row))
 

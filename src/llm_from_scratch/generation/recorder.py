@@ -12,7 +12,7 @@ A record is valid for one number of rows and one window of the cache. Python cod
 random numbers, and writes to the model's own tensors raise CannotRecord. The caller compares a new record with the
 model's own forward (decode_step.py), because Python code may also depend on things that no operation shows.
 
-Shapes: B rows, C channels, H heads, Hkv key heads, D = C / H, S keys in the window, V vocabulary.
+Shapes: B rows, C channels, H heads, Hkv key heads, D their width, S keys in the window, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,25 +1,27 @@
-"""Hugging Face's format, read and written without transformers: GPT-2-, Llama- and Qwen3-shaped models.
+"""Hugging Face's format, read and written without transformers: models shaped like GPT-2, Llama, Mistral and Qwen.
 
 Reading and writing use the same tables of modules and settings, checked against the model in core/model.py. A model
-that the other format cannot represent is refused by name. Source: transformers' models gpt2, llama and qwen3.
+that the other format cannot represent is refused by name. Source: transformers' models gpt2, llama, mistral, qwen2 and
+qwen3, and modeling_rope_utils.py.
 """
 
 from __future__ import annotations
 
-import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import GPTConfig
+from ..core.rope import high_turns
 from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
-from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors
+from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors, file_of
 from ..errors import UserError, one_line
 from ..machine.files import read_json, temporary_folder, to_json
 from .hf_files import damage_is_a_user_error, get_folder, open_weights
@@ -57,6 +59,7 @@ _FIELDS: dict[str, tuple[str | None, Any, str, Any]] = {
     "norm_eps": ("layer_norm_epsilon", 1e-5, "rms_norm_eps", 1e-6),
     "activation": ("activation_function", "gelu_new", "hidden_act", "silu"),
     "tie_embeddings": ("tie_word_embeddings", True, "tie_word_embeddings", False),
+    "head_dim": (None, None, "head_dim", None),
     "bias": (None, None, "attention_bias", False),
 }
 GPT2_FIELDS = {ours: (name, default) for ours, (name, default, _, _) in _FIELDS.items() if name}
@@ -65,6 +68,20 @@ LLAMA_FIELDS = {ours: (name, default) for ours, (_, _, name, default) in _FIELDS
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu2": "relu2"}
 GPT2_ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_python": "gelu"}
 LLAMA_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu"}
+# Their rope_type: {their name in rope_parameters: our setting}
+ROPE = {
+    "default": {},
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor", "original_max_position_embeddings": "rope_original",
+        "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+    },
+    "yarn": {
+        "factor": "rope_factor", "original_max_position_embeddings": "rope_original",
+        "beta_slow": "rope_low", "beta_fast": "rope_high", "attention_factor": "rope_attention",
+    },
+}  # fmt: skip
+WITHOUT_EFFECT = {"partial_rotary_factor": 1, "truncate": True}  # in rope_parameters
 
 
 @dataclass(frozen=True)
@@ -91,7 +108,7 @@ class Family:
         names: dict[str, list[str]] = {}
         for ours, theirs in every_layer(self.modules, config.n_layer).items():
             plain = self.gpt2 and not ours.endswith(("wte", "wpe", "lm_head"))
-            biased = plain or (config.bias and ours.endswith(BIASED))
+            biased = plain or ((config.bias or config.qkv_bias) and ours.endswith(BIASED if config.bias else "c_attn"))
             for kind in ("weight", "bias") if biased else ("weight",):
                 names[f"{ours}.{kind}"] = [f"{name}.{kind}" for name in theirs.split("+")]
         held = meta_tensors(config)
@@ -124,13 +141,26 @@ FAMILIES = {
         COMMON | {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
     ),
     "llama": Family("llama", "LlamaForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
+    # Read only: it is a Llama whose layers see sliding_window tokens, to which the context is cropped.
+    "mistral": Family(
+        "mistral", "MistralForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA | {"bias": False}, COMMON
+    ),
+    "qwen2": Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LLAMA_MODULES,
+        LLAMA_FIELDS,
+        LLAMA_ACTIVATIONS,
+        LLAMA | {"bias": False, "qkv_bias": True},
+        COMMON | {"use_sliding_window": NO},
+    ),
     "qwen3": Family(
         "qwen3",
         "Qwen3ForCausalLM",
         QWEN3_MODULES,
-        LLAMA_FIELDS | {"n_kv_head": ("num_key_value_heads", NEEDED)},
+        LLAMA_FIELDS | {"n_kv_head": ("num_key_value_heads", NEEDED), "head_dim": ("head_dim", 128)},
         LLAMA_ACTIVATIONS,
-        LLAMA | {"qk_norm": True},
+        LLAMA | {"qk_norm": True, "bias": False},
         COMMON | {"attention_bias": NO, "use_sliding_window": NO},
     ),
 }
@@ -142,7 +172,7 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     dict has our names, both of a tied head, and the stored dtype; dropout is 0. The tokenizer is None if the folder has
     none that is supported. Raises UserError if files are inconsistent or core/model.py does not support the model."""
     folder = get_folder(name_or_folder, read_config)
-    family, config = read_config(folder)
+    family, config = read_config(folder, note=partial(print, file=sys.stderr))
     state = read_weights(open_weights(folder), family, config, str(folder))
     tokenizer = read_tokenizer(folder, family.gpt2)
     if tokenizer is not None and tokenizer.vocab_size > int(config.vocab_size or 0):
@@ -150,24 +180,30 @@ def load_pretrained(name_or_folder: str | Path) -> tuple[GPTConfig, dict[str, Te
     return config, state, tokenizer
 
 
-def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None, folder: str | Path) -> None:
+def export_hf(
+    config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenizer | None, folder: str | Path,
+    card: str | None = None, sampling: dict[str, Any] | None = None, free: bool = False,
+) -> None:  # fmt: skip
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load without any flag. folder: new or
-    empty; it appears complete or not at all. If transformers is installed, its logits are compared with ours, and the
-    line printed at the end gives the result. Ids without a token (padding) are suppressed in generation_config.json.
-    Raises UserError for a model that transformers does not support, and if the comparison fails."""
+    empty; it appears complete or not at all, after it was read back (by transformers if it is installed) and its logits
+    were compared with ours. Ids without a token (padding) are suppressed in generation_config.json. card: the text of
+    its README.md. sampling: defaults for generation_config.json. free: empties `weights` once they are written, so that
+    the check needs no memory for a second model. Raises UserError for a model that transformers does not support, and
+    if the comparison fails."""
     folder = Path(folder)
     family = family_of(config)
     names = family.names(config)
     state = checked_weights(weights, config, "the checkpoint")
-    rows = int(config.vocab_size or 0)
+    rows, dtype = int(config.vocab_size or 0), str(state["lm_head.weight"].dtype).split(".")[1]
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they come from different runs"
         )
     described = write_config(family, config)
     eot = None if tokenizer is None else tokenizer.eot_id
+    ends = [] if tokenizer is None or eot is None else [eot, *sorted(tokenizer.ends - {eot})]
     # None must be written: by default, transformers would end a text of Llama at id 2
-    described |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": str(state["lm_head.weight"].dtype).split(".")[1]}
+    described |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": dtype}
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
@@ -175,14 +211,23 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
             backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
             used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
             generation: dict[str, Any] = {f"{kind}_token_id": eot for kind in ("bos", "eos", "pad") if eot is not None}
+            generation |= {"eos_token_id": ends} if len(ends) > 1 else {}
+            if sampling:
+                generation |= {"do_sample": True} | sampling if sampling.get("temperature") else {"do_sample": False}
             if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary
                 generation["suppress_tokens"] = unused
             (made / "generation_config.json").write_bytes(to_json(generation))
             (made / "config.json").write_bytes(to_json(described))
-            file = made / "model.safetensors"
-            save_file(written_weights(state, names, family, config), file, metadata={"format": "pt"})
-            shutil.copymode(made / "config.json", file)  # safetensors makes its files readable by their owner only
-            finding = _compare(state, config, tokenizer, made)
+            if card is not None:
+                (made / "README.md").write_text(card, encoding="utf-8")
+            with open(made / "model.safetensors", "wb") as file:
+                for part in file_of(written_weights(state, names, family, config), format="pt"):
+                    file.write(part)
+            ids, logits = sample_logits(config, state)
+            if free:
+                weights.clear()
+                state.clear()
+            finding = _compare(ids, logits, tokenizer, made)
             if folder.is_dir():
                 folder.rmdir()  # empty; Windows cannot rename onto it
             made.rename(folder)
@@ -191,45 +236,61 @@ def export_hf(config: GPTConfig, weights: dict[str, Tensor], tokenizer: Tokenize
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
 
 
-def read_config(folder: Path) -> tuple[Family, GPTConfig]:
+def read_config(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[Family, GPTConfig]:
     """The GPTConfig for a folder's config.json. Raises UserError if our model does not support it."""
     theirs, where = read_json(folder / "config.json"), str(folder / "config.json")
     family = FAMILIES.get(str(theirs.get("model_type")))
     if family is None:
         raise UserError(f"{where}: model_type={one_line(theirs.get('model_type'))} is not one of {', '.join(FAMILIES)}")
-    values = dict(family.ours)
+    values: dict[str, Any] = {}
     for ours, (name, default) in family.fields.items():
         values[ours] = default if theirs.get(name) is None else theirs[name]
         if values[ours] is NEEDED:
             raise UserError(f"{where} does not set {name}")
+    values |= family.ours
     unusual = {name: theirs.get(name) for name, accepted in family.fixed.items() if theirs.get(name) not in accepted}
     if values["activation"] not in list(family.activations):
         unusual[family.fields["activation"][0]] = values["activation"]
     if family.model_type == "llama" and bool(theirs.get("mlp_bias")) != values["bias"]:
         unusual["mlp_bias"] = f"{theirs.get('mlp_bias')} with attention_bias={values['bias']}"
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    kind, by_layer = rope.get("rope_type", rope.get("type", "default")), any(isinstance(v, dict) for v in rope.values())
-    if kind != "default" or rope.get("partial_rotary_factor", 1) != 1 or by_layer:
-        unusual["rope_parameters"] = rope
-    if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
-        unusual["rope_scaling"] = f"{one_line(theirs['rope_scaling'])} next to rope_parameters"
-    values["rope_theta"] = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    if not family.gpt2:
+        values |= _read_rope(theirs, unusual)
     kinds = theirs.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         unusual["layer_types"] = kinds
+    window = theirs.get("sliding_window", 4096) if family.model_type == "mistral" else None
+    if window is not None and (type(window) is not int or window < 1):
+        unusual["sliding_window"] = window
     if unusual:
         name, value = next(iter(unusual.items()))
         raise UserError(f"{where}: {name}={one_line(value)} is not supported by this program's model")
     config = checked_model_config(values | {"activation": family.activations[values["activation"]]}, where)
-    own = 128 if family.model_type == "qwen3" else None  # Qwen3's default does not follow from its width
-    head_dim = theirs.get("head_dim") or own or config.n_embd // config.n_head
-    if head_dim * config.n_head != config.n_embd:
-        raise UserError(
-            f"{where}: head_dim={one_line(head_dim)} is not supported: expected hidden_size / "
-            f"num_attention_heads = {config.n_embd // config.n_head}"
-        )
+    if config.head_dim == config.n_embd / config.n_head:
+        config.head_dim = None
+    if window is not None and window < config.block_size:
+        note(f"note: {where}: its layers see {window} tokens (sliding_window), so the context is cropped to that")
+        config.block_size = window
     return family, config
+
+
+def _read_rope(theirs: dict[str, Any], unusual: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of RoPE. What our model cannot compute is added to `unusual`."""
+    if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
+        unusual["rope_scaling"] = f"{one_line(theirs['rope_scaling'])} next to rope_parameters"
+    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # since transformers 5, and before
+    rope = {"rope_type": given} if not isinstance(given, dict) else {k: v for k, v in given.items() if v is not None}
+    kind = rope.pop("rope_type", rope.get("type", "default"))
+    names = ROPE.get(str(kind))
+    values = {"rope_theta": rope.pop("rope_theta", theirs.get("rope_theta", 10000.0))}
+    if names and rope.get("factor") is not None:
+        original = theirs.get("original_max_position_embeddings") or theirs["max_position_embeddings"]
+        rope = {"original_max_position_embeddings": original} | rope if len(names) > 1 else rope
+        values |= {names[name]: rope.pop(name) for name in list(rope) if name in names}
+        values |= {"rope_scaling": kind}
+    left = any(v != WITHOUT_EFFECT.get(k) for k, v in rope.items() if k != "type")
+    if names is None or left or (names and "rope_scaling" not in values):
+        unusual["rope_parameters"] = given
+    return values
 
 
 def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
@@ -242,9 +303,12 @@ def write_config(family: Family, config: GPTConfig) -> dict[str, Any]:
     if family.gpt2:
         return theirs | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
     theirs |= {"intermediate_size": config.mlp_width, "num_key_value_heads": config.n_kv_head or config.n_head}
-    theirs |= {"head_dim": config.n_embd // config.n_head, "attention_dropout": config.dropout}
+    theirs |= {"head_dim": config.head_width, "attention_dropout": config.dropout}
     theirs |= {"mlp_bias": config.bias} if family.model_type == "llama" else {}
-    rope = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    rope: dict[str, Any] = {"rope_theta": float(config.rope_theta)}
+    rope["rope_type"] = "default" if config.rope_scaling == "none" else config.rope_scaling
+    values = vars(config) | {"rope_high": high_turns(config)}
+    rope |= {name: values[ours] for name, ours in ROPE[rope["rope_type"]].items() if values[ours] is not None}
     return theirs | {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}  # since transformers 5, and before
 
 
@@ -261,14 +325,16 @@ def family_of(config: GPTConfig) -> Family:
         "learned positions with QK-norm": not rope and config.qk_norm,
         "RoPE with LayerNorm": rope and config.norm == "layernorm",
         f"RoPE with the {config.activation} activation": rope and not gated,
-        "QK-norm with biases": rope and config.qk_norm and config.bias,
+        "QK-norm with biases": rope and config.qk_norm and (config.bias or config.qkv_bias),
+        "learned positions with head_dim": not rope and config.head_width * config.n_head != config.n_embd,
     }
     if found := [what for what, present in obstacles.items() if present]:
         raise UserError(
             f"the model cannot be exported: transformers does not support {found[0]}. Its GPT-2 has learned positions, "
-            "LayerNorm and a plain MLP; its Llama and Qwen3 have RoPE, RMSNorm and SwiGLU"
+            "LayerNorm and a plain MLP; its Llama and Qwen have RoPE, RMSNorm and SwiGLU"
         )
-    return FAMILIES["gpt2" if not rope else "qwen3" if config.qk_norm else "llama"]
+    qwen = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.bias else None
+    return FAMILIES["gpt2" if not rope else qwen or "llama"]
 
 
 def read_weights(
@@ -298,49 +364,56 @@ def read_weights(
 def written_weights(
     state: dict[str, Tensor], names: dict[str, list[str]], family: Family, config: GPTConfig
 ) -> dict[str, Tensor]:
-    """Their tensors of our state dict, each with memory of its own."""
+    """Their tensors of our state dict: views, which need no memory."""
     tensors: dict[str, Tensor] = {}
     tied, kv = tied_names(config), config.n_kv_head or config.n_head
-    stacked = [config.n_embd // config.n_head * count for count in (config.n_head, kv, kv)]
+    stacked = [config.head_width * count for count in (config.n_head, kv, kv)]
     for key, theirs in names.items():
         if key in tied:
             continue
         if key in state:
-            tensor = state[key]
+            tensor = state[key].detach().cpu()
         else:  # GPT-2 always has biases there; zeros change nothing
             weight = state[key.removesuffix("bias") + "weight"]
             tensor = torch.zeros(weight.size(0), dtype=weight.dtype)
         if len(theirs) > 1 and tensor.size(0) != sum(stacked):
             raise UserError(f"{key} has {tensor.size(0)} rows, {family.architecture}'s format needs {sum(stacked)}")
         parts = tensor.split(stacked) if len(theirs) > 1 else (tensor.t() if family.transposed(key) else tensor,)
-        for name, part in zip(theirs, parts, strict=True):
-            tensors[name] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors |= zip(theirs, parts, strict=True)
     return tensors
 
 
 @torch.no_grad()
-def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer | None, folder: Path) -> str:
-    """The result of loading the folder with transformers, in a few words. Raises UserError if its results differ."""
+def sample_logits(config: GPTConfig, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Random ids and the model's logits for them, in float32: to be compared with those of the written file."""
+    shape, seeded = (2, min(config.block_size, 64)), torch.Generator().manual_seed(0)
+    ids = torch.randint(int(config.vocab_size or 0), shape, generator=seeded)
+    model = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
+    return ids, model(ids, targets=ids)[0]
+
+
+@torch.no_grad()
+def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: Path) -> str:
+    """The result of loading the folder with transformers (without it, with our own reader), in a few words. Raises
+    UserError if its results differ."""
     try:
         import transformers
         from transformers.utils import logging
     except ImportError as error:
-        if error.name == "transformers":
-            return "not verified: install transformers to check the export"
-        return f"not verified: transformers cannot be imported ({one_line(error)})"
+        missing = error.name == "transformers"
+        why = "install transformers" if missing else f"transformers cannot be imported ({one_line(error)})"
+        config, state, same = load_pretrained(folder)
+        difference = _difference(logits, sample_logits(config, state)[1], "its")
+        if tokenizer is not None and (same is None or same.fingerprint() != tokenizer.fingerprint()):
+            raise UserError("the export is wrong: its tokenizer is another one") from None
+        return f"read back with the same logits (largest difference {difference:.1e}), but only by this program: {why}"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        ours = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
-        shape, seeded = (2, min(config.block_size, 64)), torch.Generator().manual_seed(0)
-        ids = torch.randint(int(config.vocab_size or 0), shape, generator=seeded)
         with torch.random.fork_rng(devices=[]):
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-        a, b = ours(ids, targets=ids)[0], theirs(ids).logits
-        difference = (a - b).abs().max().item()
-        if not difference <= 1e-4 * max(1.0, a.abs().max().item()):  # this form refuses NaN, too
-            raise UserError(f"the export is wrong: transformers' logits differ from ours by up to {difference:.1e}")
+        difference = _difference(logits, theirs(ids).logits, "transformers'")
         if tokenizer is not None:
             same = transformers.AutoTokenizer.from_pretrained(folder)
             for text in probes(tokenizer):
@@ -355,3 +428,10 @@ def _compare(state: dict[str, Tensor], config: GPTConfig, tokenizer: Tokenizer |
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+
+
+def _difference(ours: Tensor, theirs: Tensor, whose: str) -> float:
+    difference = (ours - theirs).abs().max().item()
+    if not difference <= 1e-4 * max(1.0, ours.abs().max().item()):  # this form refuses NaN, too
+        raise UserError(f"the export is wrong: {whose} logits differ from ours by up to {difference:.1e}")
+    return difference

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -60,6 +61,33 @@ def _download(name: str, files: list[str]) -> Path:
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
         reason = first_line(error)
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
+
+
+def check_push(name: str) -> None:
+    """Raises UserError if push() could not work: before a model is exported for it."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        raise UserError(f"--push={name} is not a name on the hub: expected owner/name")
+    require("huggingface_hub", "hf", "--push", "upload the files yourself")
+
+
+def push(path: Path, name: str) -> None:
+    """Uploads a folder or a file to a model on the hub, which is created (private) if it does not exist."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        repo = api.create_repo(name, private=True, exist_ok=True).repo_id
+        if path.is_dir():
+            api.upload_folder(repo_id=repo, folder_path=path)
+        else:
+            api.upload_file(repo_id=repo, path_or_fileobj=path, path_in_repo=path.name)
+    except Exception as error:  # the client raises its own errors, httpx's and OSError
+        again = shlex.join(["hf", "upload", name, str(path)])
+        raise UserError(
+            f"{path} is complete, but was not uploaded to {name} ({type(error).__name__}: {first_line(error)}). Log in "
+            f"with hf auth login, then upload it with: {again}"
+        ) from None
+    print(f"uploaded {path} to {repo}")
 
 
 def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:

@@ -94,6 +94,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     config["clean_up_tokenization_spaces"] = False  # otherwise decoding would drop the space before a comma
     config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
+    if tokenizer.chat is not None:
+        config["chat_template"] = tokenizer.chat.source
+        texts = {"bos_token": tokenizer.chat.bos, "eos_token": tokenizer.chat.eos}
+        config |= {name: text for name, text in texts.items() if backend.token_to_id(text) is not None}
     (folder / "tokenizer_config.json").write_bytes(to_json(config))
     return backend
 
@@ -123,12 +127,13 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_level(
-    vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None, gpt2: bool = False
-) -> Backend:
+    vocab: dict[str, int], pairs: list[Any], special: dict[str, int], pattern: str | None = None, gpt2: bool = False,
+    whole: bool = True,
+) -> Backend:  # fmt: skip
     """Byte-level BPE. pattern: tiktoken's, which splits words; None: GPT-2's own; "": no splitting. gpt2: GPT-2's own
-    splits what the pattern has left."""
+    splits what the pattern has left. whole: a word that is a token is that token, as in tiktoken (not with gpt2)."""
     model = models.BPE(vocab=vocab | special, merges=pairs)
-    model.ignore_merges = bool(pattern) and not gpt2  # as tiktoken: a word that is a token is that token
+    model.ignore_merges = whole and bool(pattern) and not gpt2
     backend = Backend(model)
     words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None or gpt2)
     if pattern:

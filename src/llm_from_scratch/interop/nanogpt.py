@@ -105,7 +105,9 @@ def check_nanogpt(path: str | Path, config: GPTConfig, overwrite: bool = False, 
     theirs = {
         "activation": ("gelu", "gelu_tanh") if accept_erf_gelu else ("gelu",),
         "n_kv_head": (None, config.n_head),
+        "qkv_bias": (False, config.bias),
         "mlp_hidden": (None, 4 * config.n_embd),
+        "head_dim": (None, config.n_embd // config.n_head),
     }
     free = (*MODEL_ARGS, "rope_theta", "zero_init", "ngram_rows")  # the last three change nothing in such a model
     settings = {name: value for name, value in vars(config).items() if name not in free}

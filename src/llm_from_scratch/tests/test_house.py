@@ -21,6 +21,7 @@ import torch
 
 from llm_from_scratch.config import GATED_ACTIVATIONS, GenerationConfig, GPTConfig, OptimizerConfig, SchedulerConfig
 from llm_from_scratch.core.model import ACTIVATIONS, NORMS, POSITIONS
+from llm_from_scratch.core.rope import SCALINGS
 from llm_from_scratch.generation.sampling import FILTERS
 from llm_from_scratch.training.optimizer import OPTIMIZERS
 from llm_from_scratch.training.scheduler import SCHEDULES
@@ -383,6 +384,7 @@ def test_the_code_keeps_the_rule(rule: str) -> None:
         (GPTConfig, "activation", ACTIVATIONS),
         (GPTConfig, "pos_embedding", POSITIONS),
         (GPTConfig, "norm", NORMS),
+        (GPTConfig, "rope_scaling", SCALINGS),
         (OptimizerConfig, "optimizer_type", OPTIMIZERS),
         (SchedulerConfig, "schedule", SCHEDULES),
     ],

@@ -30,6 +30,7 @@ from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.checkpoint.load import load as load_any
 from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core import weights
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.sizes import meta_model, meta_tensors, tied_names
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
@@ -863,18 +864,18 @@ def test_tensors_are_written_as_safetensors_writes_them() -> None:
             ]
         )
     }  # fmt: skip
-    written = b"".join(bytes(piece) for piece in state.file_of(tensors))
+    written = b"".join(bytes(piece) for piece in weights.file_of(tensors))
     read = load(written)
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
     assert len(written) == len(to_bytes(tensors))
-    assert load(b"".join(state.file_of({}))) == {}
+    assert load(b"".join(weights.file_of({}))) == {}
 
 
 def test_a_file_is_written_without_a_copy_of_its_tensors() -> None:
     weight = torch.zeros(1000)
-    header, content = state.file_of({"weight": weight})
+    header, content = weights.file_of({"weight": weight})
     assert len(content) == 4000 and (len(header) - 8) % 8 == 0
     weight += 1
     assert bytes(content[:4]) == bytes(weight[:1].numpy())  # the tensor's own memory

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core import model as models
-from llm_from_scratch.core.model import GPT, Attention, KVCache, apply_rotary, rotary_angles
+from llm_from_scratch.core.model import GPT, Attention, KVCache, apply_rotary
+from llm_from_scratch.core.rope import plain_angles
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels.cpu import WrittenAttention, plain_attention
 
@@ -138,7 +139,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
     def score(query_at: int, key_at: int) -> float:
         rotated = (
-            apply_rotary(x, *rotary_angles(torch.tensor([at]), 8, 100.0)) for x, at in ((q, query_at), (k, key_at))
+            apply_rotary(x, *plain_angles(torch.tensor([at]), 8, 100.0)) for x, at in ((q, query_at), (k, key_at))
         )
         return float((next(rotated) * next(rotated)).sum())
 
@@ -149,7 +150,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 def test_rotary_pairs_by_hand() -> None:
     """The pair (x[0], x[2]) turns by the position, (x[1], x[3]) by position / theta**(2 / 4)."""
-    cos, sin = rotary_angles(torch.tensor([2]), 4, 100.0)
+    cos, sin = plain_angles(torch.tensor([2]), 4, 100.0)
     assert cos.shape == (1, 1, 2) and cos.dtype == torch.float32
     x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
     a, b = 2.0, 2.0 / 10

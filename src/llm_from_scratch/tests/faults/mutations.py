@@ -32,6 +32,7 @@ from .mutated_files import (
     SavedTokenizer,
     Yaml,
 )  # fmt: skip
+from .mutated_gguf import GGUF
 from .rows import Report, Row
 
 LIMIT, HANG = 3.0, 60.0  # seconds a case: of the processor, which other processes cannot use up, and by the clock
@@ -67,6 +68,7 @@ PARSERS: dict[str, Callable[[Path], Any]] = {
     "YAML": Yaml,
     "command line": CommandLine,
     "metrics.jsonl": Metrics,
+    "GGUF": GGUF,
 }
 
 

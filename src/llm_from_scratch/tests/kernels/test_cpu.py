@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
-from llm_from_scratch.core.model import GPT, ReLUSquared, SwiGLU, apply_rotary, rotary_angles
+from llm_from_scratch.core.model import GPT, ReLUSquared, SwiGLU, apply_rotary
+from llm_from_scratch.core.rope import plain_angles
 from llm_from_scratch.kernels import cpu as kernels
 from llm_from_scratch.kernels.cpu import plain_attention
 from llm_from_scratch.kernels.swap import swap
@@ -104,7 +105,7 @@ def test_dropout_scales_what_it_keeps_and_its_gradient() -> None:
 
 
 def test_rotation_is_the_plain_one() -> None:
-    cos, sin = rotary_angles(torch.arange(5), 8, 100.0)
+    cos, sin = plain_angles(torch.arange(5), 8, 100.0)
     results = []
     for rotate in (apply_rotary, kernels.Rotate.apply):
         fused, (q, _, _) = qkv(2, 3, 3, 5, 8)

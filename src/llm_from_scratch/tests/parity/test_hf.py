@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm_from_scratch.cli import export
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import EOT, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
@@ -50,8 +51,23 @@ def llama(kind: Any = None, **changes: Any) -> Any:
     return (kind or transformers.LlamaConfig)(**{**NONE, **sizes, **changes})
 
 
+def qwen2(**changes: Any) -> Any:
+    return llama(transformers.Qwen2Config, **changes)
+
+
 def qwen3(**changes: Any) -> Any:
     return llama(transformers.Qwen3Config, **changes)
+
+
+def mistral(**changes: Any) -> Any:
+    return llama(transformers.MistralConfig, **{"sliding_window": None, **changes})
+
+
+def scaled(rope_type: str, kind: Callable[..., Any] = llama, **more: Any) -> Any:
+    """Pretrained with 16 tokens, used with 64; a base of 100, so that the frequencies are of every kind."""
+    rope = {"rope_type": rope_type, "rope_theta": 100.0, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 16} if rope_type != "linear" else {}
+    return kind(max_position_embeddings=64, head_dim=16, rope_parameters=rope | more)
 
 
 def theirs(config: Any, folder: Path, **save: Any) -> Any:
@@ -88,14 +104,42 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "llama biases": lambda: llama(attention_bias=True, mlp_bias=True, num_key_value_heads=4),
     "qwen3": qwen3,
     "qwen3 tied": lambda: qwen3(tie_word_embeddings=True),
+    "wide heads": lambda: qwen3(head_dim=24),
+    "narrow heads": lambda: llama(head_dim=4),
+    "qwen2": qwen2,
+    "qwen2 tied": lambda: qwen2(tie_word_embeddings=True),
+    "mistral": mistral,
+    "mistral, a window of the whole context": lambda: mistral(sliding_window=24, head_dim=16),
+    "linear": lambda: scaled("linear"),
+    "llama3": lambda: scaled("llama3", low_freq_factor=0.5, high_freq_factor=2.0),
+    "yarn": lambda: scaled("yarn", qwen2),
+    "yarn, all its settings": lambda: scaled("yarn", qwen3, beta_fast=3.0, beta_slow=0.5, attention_factor=1.3),
 }
 
 
+def assert_same_gradients(ours: GPT, other: Any) -> None:
+    """Of the loss over a whole context, compared under their names."""
+    ids = torch.randint(67, (2, ours.config.block_size), generator=torch.Generator().manual_seed(2))
+    loss = ours(ids[:, :-1], targets=ids[:, 1:])[1]
+    assert loss is not None
+    loss.backward()
+    other(ids, labels=ids).loss.backward()
+    family = hf.family_of(ours.config)
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    found = hf.written_weights(found, family.names(ours.config), family, ours.config)
+    expected = {name: p.grad for name, p in other.named_parameters()}
+    for name in expected.keys() & found.keys():
+        a, b = found[name], expected[name]
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-8, name
+    assert expected.keys() <= found.keys()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_a_folder_that_transformers_saved(name: str, tmp_path: Path) -> None:
+def test_logits_and_gradients_of_a_folder_that_transformers_saved(name: str, tmp_path: Path) -> None:
     other = theirs(CONFIGS[name](), tmp_path)
     ours = GPT.from_pretrained(str(tmp_path))
     assert_same_logits(ours, other)
+    assert_same_gradients(ours, other)
     assert ours.config.dropout == 0.0
     config, state, tokenizer = load_pretrained(tmp_path)
     assert config == ours.config and tokenizer is None and list(state) == list(ours.state_dict())
@@ -171,6 +215,35 @@ def test_both_places_of_rope_theta(tmp_path: Path) -> None:
             assert_same_logits(GPT.from_pretrained(str(tmp_path)), other)
 
 
+def test_the_old_places_of_a_scaling(tmp_path: Path) -> None:
+    """rope_scaling with "type", as before transformers 5; the original context next to it, or the model's own."""
+    theirs(scaled("yarn"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    for old, original in (
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 16),
+        ({"rope_type": "yarn", "type": "yarn", "factor": 4.0}, 64),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 100.0, "rope_scaling": old}))
+        found = load_pretrained(tmp_path)[0]
+        assert (found.rope_scaling, found.rope_factor, found.rope_original) == ("yarn", 4.0, original)
+        assert_same_logits(
+            GPT.from_pretrained(str(tmp_path)), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        )
+
+
+def test_a_sliding_window_crops_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Within the window, every layer sees everything; a longer text would get other logits."""
+    other = theirs(mistral(sliding_window=7), tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    assert ours.config.block_size == 7 and "see 7 tokens (sliding_window)" in capsys.readouterr().err
+    assert_same_logits(ours, other)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]  # 4096 by default
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 5000}))
+    assert load_pretrained(tmp_path)[0].block_size == 4096
+
+
 REFUSED = [
     (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     (gpt2, {"scale_attn_weights": False}, "scale_attn_weights=False"),
@@ -178,7 +251,7 @@ REFUSED = [
     (gpt2, {"activation_function": "relu"}, "activation_function=relu"),
     (gpt2, {"activation_function": ["gelu"]}, "activation_function"),
     (gpt2, {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
-    (gpt2, {"model_type": "gpt_neox"}, "model_type=gpt_neox is not one of gpt2, llama, qwen3"),
+    (gpt2, {"model_type": "gpt_neox"}, "model_type=gpt_neox is not one of gpt2, llama, mistral, qwen2, qwen3"),
     (gpt2, {"model_type": None}, "model_type=None"),
     (gpt2, {"n_head": 5}, "not divisible"),
     (gpt2, {"n_head": 0}, "n_head=0"),
@@ -198,15 +271,23 @@ REFUSED = [
     (llama, {"hidden_act": "gelu"}, "hidden_act=gelu"),
     (llama, {"attention_bias": True}, "mlp_bias=False with attention_bias=True"),
     (llama, {"mlp_bias": True}, "mlp_bias=True with attention_bias=False"),
-    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
-    (llama, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters"),
+    (llama, {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "rope_parameters"),
+    (llama, {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "long_factor": [1.0]}}, "rope_parameters"),
+    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate"),
+    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale"),
+    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "rope_factor='4'"),
+    (llama, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}}, "rope_high=0.5"),
+    (llama, {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "rope_factor=0.5"),
+    (llama, {"rope_parameters": {"rope_type": ["yarn"], "factor": 4.0}}, "rope_parameters"),
+    (llama, {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_parameters"),  # no factor
     (llama, {"rope_scaling": {"rope_type": "default"}}, "rope_scaling"),  # next to rope_parameters
     (llama, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters"),
     (llama, {"rope_parameters": "yarn"}, "rope_parameters"),
     (llama, {"rope_parameters": {"rope_theta": "big"}}, "rope_theta"),
     (llama, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-    (llama, {"head_dim": 16}, "head_dim=16"),
-    (llama, {"head_dim": "8"}, "head_dim=8"),
+    (llama, {"head_dim": 16}, "c_attn"),
+    (llama, {"head_dim": 7}, "even head width"),
+    (llama, {"head_dim": "8"}, "head_dim='8'"),
     (llama, {"hidden_size": None}, "does not set hidden_size"),
     (llama, {"num_key_value_heads": 3}, "n_kv_head=3"),
     (llama, {"num_key_value_heads": 4}, "c_attn"),
@@ -214,14 +295,16 @@ REFUSED = [
     (qwen3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     (qwen3, {"layer_types": 5}, "layer_types=5"),
     (qwen3, {"attention_bias": True}, "attention_bias=True"),
-    (qwen3, {"head_dim": None}, "head_dim=128"),
+    (qwen3, {"head_dim": None}, "c_attn"),  # 128 by default
+    (qwen2, {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
+    (mistral, {"sliding_window": "8"}, "sliding_window=8"),
     (qwen3, {"model_type": "qwen3_moe", "num_experts": 8}, "model_type=qwen3_moe"),
 ]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
-    folders = {make: tmp_path_factory.mktemp(make.__name__) for make in (gpt2, llama, qwen3)}
+    folders = {make: tmp_path_factory.mktemp(make.__name__) for make in (gpt2, llama, qwen2, qwen3, mistral)}
     for make, folder in folders.items():
         theirs(make(), folder)
     return folders
@@ -430,6 +513,7 @@ def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------- export
 
 MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+LONG = MODERN | {"block_size": 64, "head_dim": 16, "rope_theta": 100.0, "rope_factor": 4.0, "rope_original": 16}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2 tanh": ("gpt2", {"activation": "gelu_tanh"}),
@@ -440,7 +524,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama grouped, untied": ("llama", {**MODERN, "n_kv_head": 2, "tie_embeddings": False}),
     "llama biases": ("llama", {**MODERN, "bias": True, "mlp_hidden": 24}),
     "qwen3": ("qwen3", {**MODERN, "qk_norm": True, "n_kv_head": 1, "dropout": 0.1}),
-}
+    "qwen2": ("qwen2", {**MODERN, "qkv_bias": True, "n_kv_head": 2}),
+    "wide heads": ("llama", {**MODERN, "head_dim": 12, "n_kv_head": 2}),
+    "linear": ("llama", {**LONG, "rope_scaling": "linear"}),
+    "llama3": ("qwen3", {**LONG, "rope_scaling": "llama3", "rope_low": 0.5, "qk_norm": True}),
+    "yarn": ("qwen2", {**LONG, "rope_scaling": "yarn", "qkv_bias": True}),
+    "yarn, all its settings": (
+        "llama", {**LONG, "rope_scaling": "yarn", "rope_low": 0.5, "rope_high": 3.0, "rope_attention": 1.3}
+    ),
+}  # fmt: skip
 
 
 def checkpoint(tokenizer: Tokenizer | None = None, padding: int = 0, **changes: Any) -> Any:
@@ -497,6 +589,8 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
         ({**MODERN, "norm": "layernorm"}, "RoPE with LayerNorm"),
         ({**MODERN, "activation": "relu2"}, "RoPE with the relu2 activation"),
         ({**MODERN, "qk_norm": True, "bias": True}, "QK-norm with biases"),
+        ({**MODERN, "qk_norm": True, "qkv_bias": True}, "QK-norm with biases"),
+        ({"head_dim": 16}, "learned positions with head_dim"),
     ],
 )
 def test_what_has_no_name_there_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -521,7 +615,7 @@ def test_export_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(hf, "file_of", full)
     with pytest.raises(UserError, match="No space left on device"):
         export_hf(*parts(checkpoint()), tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "used"]
@@ -559,11 +653,107 @@ def test_without_transformers_it_says_so(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
         export_hf(*parts(checkpoint()), tmp_path / "out")
-    assert "not verified: install transformers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "read back with the same logits" in printed and "only by this program: install transformers" in printed
     assert_same_logits(
         GPT.from_pretrained(str(tmp_path / "out")),
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
     )
+
+
+class Hub:
+    """A stand-in for huggingface_hub.HfApi, which keeps what it was asked for."""
+
+    asked: list[Any] = []
+    error: Exception | None = None
+
+    def create_repo(self, name: str, **options: Any) -> Any:
+        self.asked.append((name, options))
+        return SimpleNamespace(repo_id=f"me/{name}" if "/" not in name else name)
+
+    def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+        if self.error is not None:
+            raise self.error
+        self.asked.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    def upload_file(self, repo_id: str, path_or_fileobj: Path, path_in_repo: str) -> None:
+        self.asked.append((repo_id, path_in_repo, Path(path_or_fileobj).read_bytes()[:4]))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The step folder of a run."""
+    from llm_from_scratch.checkpoint.contents import write_checkpoint
+
+    ck = checkpoint(Tokenizer.from_name("bpe:300", TEXT * 3), **MODERN)
+    settings = {
+        "data": {"dataset": "/home/somebody/data/plays", "batch_size": 4}, "model": {"n_layer": 2, "n_head": 4},
+        "training": {"init_from": "scratch"}, "optimizer": {"learning_rate": 0.002, "beta1": 0.9},
+        "generation": {"temperature": 0.7, "top_k": None, "top_p": 0.9, "start": "secret"},
+    }  # fmt: skip
+    return write_checkpoint(
+        tmp_path / "run", run_id="a", val_loss=1.25, step=300, model_config=ck.model_config, model=ck.model,
+        tokenizer=ck.tokenizer, config=settings,
+    )  # fmt: skip
+
+
+def test_a_model_card_and_an_upload(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+    import yaml
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    argv = [f"--checkpoint={run}", "--author=A. Poet", "--license=mit", "--title=Plays"]
+    assert export.main([*argv, f"--output={tmp_path / 'out'}", "--push=me/plays"]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert Hub.asked == [("me/plays", {"private": True, "exist_ok": True}), ("me/plays", names)]
+    assert capsys.readouterr().out.endswith("uploaded " + str(tmp_path / "out") + " to me/plays\n")
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["license"] == "mit" and header["library_name"] == "transformers" and "\n# Plays\n" in card
+    for line in (
+        "data: plays",
+        "training: 300 steps, validation loss 1.2500",
+        "author: A. Poet",
+        "learning_rate: 0.002",
+    ):
+        assert line in card
+    assert "somebody" not in card and "secret" not in card and "beta1" not in card
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.do_sample, generation.temperature, generation.top_k, generation.top_p) == (True, 0.7, 0, 0.9)
+    # the code in the card works
+    code = card.split("```python\n")[1].split("```")[0].replace("PATH_OR_NAME", str(tmp_path / "out"))
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=2"), {})
+    # a failed upload leaves the folder
+    monkeypatch.setattr(Hub, "error", ConnectionError("the cable\nis cut"))
+    assert export.main([*argv, f"--output={tmp_path / 'again'}", "--push=plays"]) == 2
+    error = capsys.readouterr().err
+    assert "again is complete, but was not uploaded to plays (ConnectionError: the cable)" in error
+    assert "hf upload plays " in error and (tmp_path / "again" / "config.json").is_file()
+    # refused before anything is written
+    for wrong in ("--push=a/b/c", "--format=nanogpt"):
+        assert export.main([*argv, f"--output={tmp_path / 'none'}", "--push=plays", wrong]) == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_gguf_file_is_uploaded_and_describes_itself(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    out = tmp_path / "plays.gguf"
+    argv = [f"--checkpoint={run}", f"--output={out}", "--format=gguf", "--push=me/plays", "--license=mit"]
+    assert export.main(argv) == 0
+    assert Hub.asked[1:] == [("me/plays", "plays.gguf", b"GGUF")]
+    found = {key: field.contents() for key, field in gguf.GGUFReader(out).fields.items()}
+    assert found["general.name"] == "plays" and found["general.license"] == "mit"
+    assert found["general.description"] == "data: plays; training: 300 steps, validation loss 1.2500"
+    assert found["general.sampling.temp"] == pytest.approx(0.7) and found["general.sampling.top_k"] == 0
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizers
