@@ -415,9 +415,9 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
             theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
         difference = _difference(logits, theirs(ids).logits, "transformers'")
         if tokenizer is not None:
-            same = transformers.AutoTokenizer.from_pretrained(folder)
+            auto = transformers.AutoTokenizer.from_pretrained(folder)
             for text in probes(tokenizer):
-                if same.encode(text, add_special_tokens=False) != tokenizer.encode(text).tolist():
+                if auto.encode(text, add_special_tokens=False) != tokenizer.encode(text).tolist():
                     raise UserError("the export is wrong: transformers' tokenizer gives other ids than ours")
         return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
     except UserError:

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from ..config import Config, GPTConfig, to_dict
+from ..config import Config, GPTConfig
 from ..core.sizes import count_params
 from ..core.tokenizer import Tokenizer
 from ..errors import one_line
+from ..settings import to_dict
 
 SHOWN = ("model", "optimizer", "scheduler")  # sections of the settings; the others name files and machines
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}  # ours: llama.cpp's

@@ -250,7 +250,7 @@ def sentence_pieces(prefix: bool = True) -> dict[str, Any]:
     """A SentencePiece vocabulary as llama.cpp's converter writes it: bytes, then pieces by their scores."""
     pieces = ["\u2581t", "he", "\u2581the", "at", "\u2581c", "\u2581cat", "er", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    own = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)]}
+    own: dict[str, Any] = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)]}
     own |= {"scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))], "eos_token_id": 2}
     return {f"tokenizer.ggml.{key}": value for key, value in (own | {"add_space_prefix": prefix}).items()}
 
