@@ -49,12 +49,12 @@ def read_tokenizer(entries: dict[str, Any], where: str) -> Tokenizer:
     else:
         found = f"tokenizer.ggml.model={one_line(kind)} with tokenizer.ggml.pre={one_line(pre)}"
         raise UserError(f"{where}: {found} is not supported; supported: llama, and gpt2 with {', '.join(WORDS)}")
-    found = HFTokenizer(backend.to_str(), "hf", own.get("eos_token_id"))
+    read = HFTokenizer(backend.to_str(), "hf", own.get("eos_token_id"))
     ends = (own.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom"))
-    found.ends = frozenset(i for i in ends if type(i) is int and 0 <= i < found.vocab_size)
+    read.ends = frozenset(i for i in ends if type(i) is int and 0 <= i < read.vocab_size)
     chat = {f"{kind}_token": tokens[own[f"{kind}_token_id"]] for kind in ("bos", "eos") if f"{kind}_token_id" in own}
-    found.chat = template_of(chat | {"chat_template": entries.get(CHAT)})
-    return found
+    read.chat = template_of(chat | {"chat_template": entries.get(CHAT)})
+    return read
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

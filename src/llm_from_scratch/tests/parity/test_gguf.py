@@ -13,6 +13,7 @@ import torch
 from llm_from_scratch.checkpoint.load import is_pretrained, load
 from llm_from_scratch.cli import export
 from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.rope import high_turns
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
@@ -21,6 +22,7 @@ from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.interop.gguf import export_gguf, load_gguf, load_tokenizer
 from llm_from_scratch.interop.gguf_file import GGUFFile
 from llm_from_scratch.interop.gguf_tokenizer import describe_tokenizer, read_tokenizer
+from llm_from_scratch.interop.hf import export_hf, load_pretrained
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = HFTokenizer.train(["the cat sat on the mat; it's 12 o'clock, and the dog sat too. " * 9], 300)
@@ -96,8 +98,6 @@ def test_padding_is_left_out_and_precision_is_chosen(tmp_path):
 
 def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
     model = random_model(**MODELS["llama"])
-    from llm_from_scratch.interop.hf import export_hf
-
     export_hf(model.config, model.state_dict(), TOKENIZER, tmp_path / "hf")
     argv = [f"--checkpoint={tmp_path / 'hf'}", "--format=gguf", "--gguf_type=f32", f"--output={tmp_path / 'm.gguf'}"]
     assert export.main(argv) == 0 and is_pretrained(tmp_path / "m.gguf")
@@ -281,6 +281,38 @@ def test_what_a_file_says_about_itself(tmp_path):
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32", about)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert {key: fields[key].contents() for key in about} == about | {"general.sampling.temp": np.float32(0.8)}
+
+
+TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def chat_tokenizer() -> HFTokenizer:
+    """A tokenizer with a chat template, its tokens, and two tokens that end."""
+    backend = TOKENIZER.backend(special_is_text=False)
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = HFTokenizer(backend.to_str(), "hf", backend.token_to_id("<|im_end|>"))
+    tokenizer.chat = ChatTemplate(TEMPLATE, "<|im_start|>", "<|im_end|>")
+    tokenizer.ends = frozenset({0, tokenizer.vocab_size - 1})
+    return tokenizer
+
+
+def test_the_chat_template_goes_to_both_formats_and_back(tmp_path):
+    tokenizer = chat_tokenizer()
+    model = random_model(**LLAMA, rows=tokenizer.vocab_size)
+    export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
+    export_hf(model.config, model.state_dict(), load_gguf(tmp_path / "m.gguf")[2], tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.meta.json").unlink()  # what other programs read
+    for same in (load_gguf(tmp_path / "m.gguf")[2], load_pretrained(tmp_path / "hf")[2]):
+        assert same is not None and same.chat is not None and same.end_ids == tokenizer.end_ids
+        assert (same.chat.source, same.chat.bos, same.chat.eos) == (TEMPLATE, "<|im_start|>", "<|im_end|>")
+        assert same.eot_id == tokenizer.eot_id
+    transformers = pytest.importorskip("transformers")
+    text = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").apply_chat_template(
+        [{"role": "user", "content": "the cat"}], tokenize=False
+    )
+    assert text == "<|im_start|>user the cat<|im_end|>"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert generation.eos_token_id == [tokenizer.eot_id, 0]
 
 
 def llama_cpp(path: Path) -> Any:
