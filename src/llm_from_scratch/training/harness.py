@@ -23,6 +23,7 @@ from ..errors import Interrupted, UserError, one_line
 from ..generation.generator import Generator
 from ..generation.likelihoods import Ids, Likelihoods, Score
 from ..machine.extras import require
+from ..machine.terminal import note
 
 AT_ONCE = 64  # texts that are generated together
 GENERATED = 256  # tokens, if a task does not say: as in the harness
@@ -143,8 +144,7 @@ def load_tasks(names: str, option: str = "--tasks", fewshot: int | None = None) 
     the harness loads them. fewshot: number of examples in each prompt; None: what the task says. Raises UserError: the
     package is missing, a task is unknown or cannot be loaded."""
     require("lm_eval", "eval", option)
-    # neither bars among our lines, nor processes forked from one that has threads
-    os.environ |= {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1"}
+    os.environ["DISABLE_MULTIPROC"] = "1"  # no processes forked from one that has threads
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
@@ -162,7 +162,8 @@ def load_tasks(names: str, option: str = "--tasks", fewshot: int | None = None) 
         if not path.exists() and name not in manager.all_tasks:
             if path.suffix in (".yaml", ".yml"):
                 raise UserError(f"{option}: no such file: {name}")
-            manager = TaskManager(include_path=[str(folder) for folder in own] or None)  # takes seconds
+            if "hellaswag" not in manager.all_tasks:  # the harness's own, which takes seconds
+                manager = TaskManager(include_path=[str(folder) for folder in own] or None)
             if name not in manager.all_tasks:
                 near = difflib.get_close_matches(name, manager.all_tasks, n=3)
                 hint = f"did you mean {' or '.join(near)}?" if near else "see `lm-eval ls tasks` for its names"
@@ -191,6 +192,19 @@ def evaluate_tasks(model: TaskModel, loaded: dict[str, Any], limit: float | None
     LM.register(TaskModel)  # an instance of LM for the harness, without its base class
     with _harness_errors("evaluating", ", ".join(loaded["tasks"])), contextlib.redirect_stdout(io.StringIO()):
         return lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Drops what the harness prints; other lines on standard error follow at the end."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            yield
+    finally:
+        for line in errors.getvalue().split("\n"):
+            if line and "\r" not in line:
+                note(line)
 
 
 @contextlib.contextmanager

@@ -189,8 +189,8 @@ def write_tasks(folder: Path, texts: list[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, Any]]] = {"choices": [], "texts": [], "answers": []}
     for i, text in enumerate(texts):
-        cut = len(text) // 2
-        others = [other[cut : cut + 2 + j] for j, other in enumerate((texts * 2)[i + 1 : i + 4])]
+        cut = text.index(" ", 2)  # inside a word, the harness's hf model may find a continuation of no token
+        others = [" " + other.split()[0][: 2 + j] for j, other in enumerate((texts * 2)[i + 1 : i + 4])]
         choices = [*others[: i % 4], text[cut : cut + 4], *others[i % 4 :]]
         rows["choices"].append({"question": text[:cut], "choices": choices, "answer": i % 4})
         rows["texts"].append({"text": text})
@@ -233,12 +233,12 @@ def test_tasks_on_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.C
     lines = [line for line in read_metrics(out) if "val_loss" in line]
     assert [line["step"] for line in lines] == [0, 4, 8]
     for line in lines:
-        assert 0 <= line["own_choice/acc"] <= 1 and 0 < line["own_choice/acc_stderr"] < 1
+        assert 0 <= line["own_choice/acc"] <= 1 and 0 <= line["own_choice/acc_stderr"] < 1
         assert f"step {line['step']}/8  own_choice/acc {line['own_choice/acc']:.4g} ± " in printed
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("own_choice/acc")] == [0, 4, 8]
+    assert [event.step for event in events.Tensors("own_choice/acc")] == [0, 4, 8]
 
     assert evaluate.main([f"--out_dir={out}", f"--tasks={tasks / 'choice.yaml'}", "--limit=6", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -258,7 +258,6 @@ def test_tasks_on_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.C
     ):
         assert words in table
     for given, says in (
-        ("own_choice", "unknown task 'own_choice'"),
         ("hellaswg", "unknown task 'hellaswg'; did you mean hellaswag"),
         ("no.yaml", "no such file: no.yaml"),
         (str(tmp_path), "contains no task"),
