@@ -293,10 +293,17 @@ class SchedulerConfig(Settings):
     """Learning rate at the end of the decay, usually learning_rate / 10."""
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
+    lr_ends: dict[int, float] = field(default_factory=dict)
+    """With linear: from each of these steps on, the rate falls towards another end, such as '{0: 900, 200: 1100}'. A
+    run with --budget writes here how its length was adjusted."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
         between(self, 0, 1, "cooldown_frac")
+        at_least({"a step in lr_ends": min(self.lr_ends, default=0)}, 0)
+        above({f"the end in lr_ends from step {step} on": end - step for step, end in self.lr_ends.items()}, 0)
+        if self.lr_ends and self.schedule != "linear":
+            raise UserError(f"lr_ends needs --schedule=linear, not {self.schedule}")
 
 
 @dataclass

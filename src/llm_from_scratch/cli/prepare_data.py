@@ -33,7 +33,9 @@ def main(argv: list[str]) -> None:
 
     folder = prepare(parsed.positionals, **vars(parsed.tree), report=_say)
     tokenizer = parsed.tree.tokenizer
-    if parsed.positionals != ["demo"] and not (tokenizer and Path(tokenizer).exists()):  # those train another model
+    if (
+        parsed.positionals != ["demo"] and not parsed.tree.budget and not (tokenizer and Path(tokenizer).exists())
+    ):  # those train another model
         _note_on_size(folder)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -15,21 +16,26 @@ from typing import Any
 from ..checkpoint.contents import is_dataset_name
 from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError
+from ..machine.budget import Budget, parse_budget
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, leaf_types, nanogpt_defaults, parse
-from ..settings import to_dict
+from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
+from ..settings import flatten, to_dict
+from ..training.law import read_law
 from .common import command, data_prepared_last, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
-OWN_FLAGS = ("print_config", "dry_run")
+OWN_FLAGS = ("print_config", "dry_run", "exportable")
+OWN_VALUES = ("budget", "law")
+STARTED_IN = 1.5  # seconds of imports before a command begins, at most
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
     "n_embd", "block_size", "dropout", "eval_interval", "device", "seed",
 )  # fmt: skip
 HELP = """Trains a GPT, or resumes a run.
 
+  llm-train --dataset=book --budget=10min     choose everything for 10 minutes
   llm-train quick --dataset=book              a short run on prepared data
   llm-train quick --max_iters=3000 --dry_run  estimate time and memory
   llm-train --init_from=resume --out_dir=out  resume a run
@@ -49,7 +55,14 @@ command line overrides all. Without a preset: {default}.
 
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
+    began = time.monotonic() - min(STARTED_IN, time.process_time())
     typed, (flags, argv) = argv, _own_flags(argv)
+    values, argv = ({}, argv) if nanogpt else _own_values(argv)
+    if ("law" in values or flags["exportable"]) and "budget" not in values:
+        raise UserError(
+            f"--{'law' if 'law' in values else 'exportable'} guides the choice of --budget, which is missing"
+        )
+    budget = parse_budget(values["budget"]) if "budget" in values else None
     defaults, base_preset = (nanogpt_defaults(), None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
     text = PLAN_HELP if dry_run else HELP.replace("llm-train", prog)
@@ -70,10 +83,18 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
             chosen = False
             # the settings of the run replace the defaults; this call's settings override them
             parsed = read(argv, defaults={**defaults, **saved})
-    config = parsed.tree
+    config, ends_at, is_auto = parsed.tree, None, parsed.tree.training.init_from == "auto"
     config.training.init_from = begin
     choose_length(parsed)
     config.validate()
+    if chosen and not (flags["print_config"] or defaults):
+        raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+    if budget is not None and begin == "resume":
+        if not is_auto:
+            raise UserError("--budget chooses the settings of a new run; to train a run longer, raise --max_iters")
+        note("resuming with the settings that --budget chose when the run started")
+    elif budget is not None:
+        config, ends_at = _dial(parsed, budget, began, flags["exportable"], values.get("law"))
     if flags["print_config"]:
         shown = to_dict(config)
         if config.training.epochs is not None:
@@ -83,8 +104,6 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
         return 0
     if chosen:
-        if not defaults:
-            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
         note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     from ..training.check import check
 
@@ -95,7 +114,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     from ..training.trainer import train
 
     try:
-        result = train(config, parsed.sources, prog)
+        result = train(config, parsed.sources, prog, ends_at=ends_at)
         drop_lost_output()  # a full disk under the output costs lines, not the run
         speaks = config.logging.progress != "none" and os.environ.get("RANK", "0") == "0"
         if speaks and result.checkpoint is not None and not result.exit_code:
@@ -150,6 +169,40 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
             raise UserError(f"--{name} must be True or False, got {value!r}")
         flags[name] = value.lower() != "false"
     return flags, rest
+
+
+def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Separates --budget and --law from the settings of the run."""
+    values, rest, words = dict[str, str](), list[str](), list(argv)
+    while words:
+        arg = words.pop(0)
+        name, equals, value = arg.removeprefix("--").partition("=")
+        if not arg.startswith("--") or name not in OWN_VALUES:
+            rest.append(arg)
+            continue
+        if not equals and (not words or words[0].startswith("--")):
+            raise UserError(f"--{name} needs a value: --{name}={'10min' if name == 'budget' else 'FILE.json'}")
+        values[name] = value if equals else words.pop(0)
+    return values, rest
+
+
+def _dial(
+    parsed: Parsed[Config], budget: Budget, began: float, exportable: bool, law: str | None
+) -> tuple[Config, float | None]:
+    """The configuration that the budget chooses, and when the run ends. It prints what was chosen."""
+    init_from = parsed.tree.training.init_from
+    if init_from != "scratch":
+        raise UserError(f"--budget chooses a new model, but init_from={init_from!r} gives one: leave one of them out")
+    from ..training.dial import dial  # torch takes seconds
+
+    default, flat = str(find_preset("default")), flatten(parsed.tree)
+    fixed = {name: flat[name] for name, source in parsed.sources.items() if source != default}
+    found = dial(parsed.tree, fixed, budget, began, exportable, read_law(law) if law else None)
+    parsed.tree = found.config
+    if os.environ.get("RANK", "0") == "0" and found.config.logging.progress != "none":
+        for line in found.lines:
+            note(line)
+    return found.config, found.ends_at
 
 
 def choose_length(parsed: Parsed[Any]) -> None:

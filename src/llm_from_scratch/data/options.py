@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UserError
+from ..machine.budget import parse_budget
 from ..settings import at_least, between
 
 
@@ -15,6 +17,9 @@ class PrepareOptions:
     """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (BPE with N ids, trained on the text), a tokenizer.json, or a
     folder with a tokenizer (a run's out_dir, prepared data, a Hugging Face model). None: char below 2 MB of text,
     bpe:4096 below 100 MB, else gpt2."""
+    budget: str | None = None
+    """Choose the tokenizer for a run with this budget (llm-train --budget), such as 10min: a short run needs a small
+    vocabulary."""
     out_dir: str | None = None
     """Output folder. None: data/processed/NAME."""
     name: str | None = None
@@ -41,6 +46,10 @@ class PrepareOptions:
     """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
 
     def validate(self) -> None:
+        if self.budget is not None:
+            parse_budget(self.budget)
+            if self.tokenizer is not None:
+                raise UserError("--budget chooses the tokenizer: remove --tokenizer or --budget")
         between(self, 0, 1, "val_fraction", open_left=True, open_right=True)
         at_least(self, 1, "shard_size")
         at_least(self, 0, "workers")

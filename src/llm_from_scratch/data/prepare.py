@@ -14,6 +14,7 @@ import shlex
 import sys
 import tempfile
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
+from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json, replace_folder, temporary_folder
 from . import chats
 from . import sources as src
@@ -42,6 +44,7 @@ EXAMPLE = 200  # characters; a token of a text with long lines may have thousand
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
 # The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
+BYTES_PER_PARAMETER = 5  # that a well-sized small model reads
 Report = Callable[[str], None]
 
 
@@ -117,7 +120,7 @@ def prepare(
                 replace_folder(target, folder)
         _print_summary(target, root, report)
         if given != ["demo"]:  # which trains by itself
-            report(_next_command(target, root, run))
+            report(_next_command(target, root, run, options.budget))
     return target
 
 
@@ -160,6 +163,8 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     name, key, tokenizer = options.name or _default_name(given[0], root), options.text_key, options.tokenizer
     known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
+        if options.budget:
+            raise UserError(f"the known text {known[0]} has its own tokenizer: remove --budget")
         if len(given) > 1 or options.val_files:
             raise UserError(f"{known[0]} is a built-in source and must be the only one; for a file, write ./{known[0]}")
         text = src.KNOWN_TEXTS[known[0]]
@@ -182,19 +187,36 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     if not size:
         raise _empty(lists[0])
     is_chat = chats.are_conversations([file for some in lists for file in some], options, report)
-    tokenizer = tokenizer or tokenizer_for(size, report)
+    tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
     return DatasetSpec(
         name, lists, tokenizer, options.val_fraction or 0.1, options.seed, options.chat_template, is_chat
     )
 
 
-def tokenizer_for(size: int, report: Report) -> str:
-    """The default tokenizer for a training text of this size in bytes: a short text needs a small vocabulary."""
+def tokenizer_for(size: int, report: Report, budget: Budget | None = None) -> str:
+    """The default tokenizer for a training text of this size in bytes: a short text, or as much as a run with this
+    budget reads of it, needs a small vocabulary."""
+    if budget is not None and (read := text_within(budget)) < size:
+        name = next(name for limit, name in TOKENIZER_BY_SIZE if read < limit)
+        report(f"tokenizer: {name} (a run of {budget.text} reads about {read / 1e6:,.1f} MB of it)")
+        return name
     limits = [0.0, *(limit for limit, _ in TOKENIZER_BY_SIZE)]
     at, name = next((at, name) for at, (limit, name) in enumerate(TOKENIZER_BY_SIZE) if size < limit)
     span = f"below {limits[at + 1] / 1e6:g} MB" if limits[at + 1] < math.inf else f"of {limits[at] / 1e6:g} MB or more"
     report(f"tokenizer: {name} (text {span}; override with --tokenizer=NAME)")
     return name
+
+
+def text_within(budget: Budget) -> float:
+    """Bytes of text that a run with this budget reads if size and text are in balance (law.py)."""
+    if budget.unit == "tokens":
+        return budget.amount
+    flops = budget.amount
+    if budget.unit == "seconds":
+        a = np.ones((512, 512), np.float32)
+        took = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
+        flops *= 2 * 512**3 / took / 2  # a training step reaches about half of the speed of its products
+    return math.sqrt(flops / 6 * BYTES_PER_PARAMETER)
 
 
 def _default_name(first: str, root: Path) -> str:
@@ -396,7 +418,7 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
     report(f"example: {' '.join(map(str, first[:8]))} ... is {shown}")
 
 
-def _next_command(target: Path, root: Path, run: str | None) -> str:
+def _next_command(target: Path, root: Path, run: str | None, budget: str | None = None) -> str:
     """The command that trains on prepared data: from scratch, or from the weights of a run."""
     block_size = Config().model.block_size
     options = [f"--dataset={_dataset_of(target, root)}"]
@@ -409,6 +431,8 @@ def _next_command(target: Path, root: Path, run: str | None) -> str:
         wanted = min(64 * -(-int(manifest.get("longest", 0)) // 64), MAX_SUGGESTED)
         options += [f"--block_size={wanted}"] if wanted > block_size and not run else []
         longest = block_size
+    if budget and longest:
+        return f"next: llm-train {shlex.join([*options, f'--budget={budget}'])}"
     if not longest:
         return "note: a split of one token is too short to train on: use more text"
     options += [f"--block_size={longest}"] if longest < block_size else []

@@ -40,5 +40,5 @@ def parse_budget(text: str) -> Budget:
             amount = number * PREFIXES[prefix]
             if not 1 <= amount < math.inf:
                 raise UserError(f"budget={shown!r}: expected a finite number of {unit} above 0")
-            return Budget(amount, unit, plain)  # type: ignore[arg-type]
+            return Budget(amount, unit, plain)
     raise UserError(f"budget={shown!r}: unknown unit {name!r}; {EXPECTED}")

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -236,6 +237,14 @@ class RunLog:
             fields: dict[str, Any] = {} if left is None else {"left": left}
             status = "  ".join(text for text in self.shown.values() if text)
             self.bar.update(self.task, completed=step, status=status, **fields)
+
+    def expect(self, last: int) -> None:
+        """The run ends after `last` updates, other than planned."""
+        self.last = last
+        if self.remaining is not None:
+            self.remaining.calendar = replace(self.remaining.calendar, last=last)
+        if self.bar is not None:
+            self.bar.update(self.task, total=last)
 
     def train_step(self, step: int, metrics: dict[str, float]) -> None:
         """metrics: loss, lr, grad_norm, time_ms, tokens_per_s, and mfu if the device's peak is known."""

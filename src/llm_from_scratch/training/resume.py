@@ -44,6 +44,7 @@ def differences(config: Config, resumed: Checkpoint) -> list[str]:
     saved, lines = saved_settings(resumed), []
     for name, value in flatten(config).items():
         value = list(value) if isinstance(value, tuple) else value
+        value = {str(key): number for key, number in value.items()} if isinstance(value, dict) else value  # as in JSON
         if name in saved and name not in NOT_COMPARED and saved[name] != value:
             lines.append(f"changed since the checkpoint: {name} {str(saved[name])[:80]} -> {str(value)[:80]}")
     return lines

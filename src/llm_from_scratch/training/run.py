@@ -35,6 +35,7 @@ from .harness import TaskModel, evaluate_tasks, figures
 from .loggers import RunLog, read_metrics
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
+from .pace import Pace
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .report import README, readme, write_readme
@@ -69,7 +70,7 @@ class TrainResult:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, sources: dict[str, str] | None, command: str) -> Iterator[Run]:
+def open_run(config: Config, sources: dict[str, str] | None, command: str, ends_at: float | None) -> Iterator[Run]:
     """Plans a run, starts the machine and builds the run; closes them in the reverse order."""
     training, lock = config.training, FolderLock(Path(config.training.out_dir))
     with contextlib.ExitStack() as cleanup:
@@ -82,6 +83,7 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str) -> It
         runtimes.start(plan.runtime, plan.config.system)
         stop = cleanup.enter_context(StopRequest(plan.runtime.world_size))
         run = Run(plan, stop, lock, command)
+        run.pace = Pace(ends_at, plan)
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
         yield run
@@ -98,8 +100,7 @@ class Run:
         say: prints a line before the log is open; by default on the first process, if the run writes."""
         prints = plan.runtime.is_master and lock is not None
         speaks = prints and plan.config.logging.progress != "none"
-        default: Callable[[str], Any] = announce if speaks else lambda line: None
-        self.say = say or default
+        self.say: Callable[[str], Any] = say or (announce if speaks else lambda line: None)
         self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
@@ -109,6 +110,7 @@ class Run:
         self.mfu: float | None = None
         self.sampled_at = -1
         self.task_model: TaskModel | None = None
+        self.pace = Pace(None, plan)
         self.timer = StepTimer()
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
         self.model = GPT(self.config.model)
@@ -143,11 +145,10 @@ class Run:
             _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
             moved = checkpoints.archive_previous(self.out_dir) if plan.resumed is None else None
             checkpoints.clean_leftovers(self.out_dir)
-        left = Remaining(Calendar.of(plan), self.timer, first)
         mfu = partial(self.model.estimate_mfu, plan.global_batch / self.runtime.world_size)
         self.log = RunLog(
             self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
-            left, self.state.run_id, mfu if self.is_nanogpt else None,
+            Remaining(Calendar.of(plan), self.timer, first), self.state.run_id, mfu if self.is_nanogpt else None,
         )  # fmt: skip
         self.say = self.log.say
         if moved is not None:
@@ -155,6 +156,12 @@ class Run:
         self.saver = Saver(self.plan, self.state, self.log)
 
     # --- one step ---
+
+    def last_step(self) -> int:
+        """Updates after which the run ends. If it has a time to end, they may change on the way."""
+        self.plan = self.saver.plan = self.pace.replan(self.plan, self.state.step, self.log)
+        self.config = self.plan.config
+        return self.plan.last_step
 
     def next_batch(self) -> tuple[Tensor, ...]:
         """The batch of this process at the present step, as BatchLoader.get() has it. Starts the step's timer."""

@@ -70,16 +70,19 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
 
 
 def train(
-    config: Config, sources: dict[str, str] | None = None, command: str = "llm-train", quiet: bool = False
-) -> TrainResult:
-    """Trains a model with these settings and returns the result. quiet: prints nothing.
+    config: Config, sources: dict[str, str] | None = None, command: str = "llm-train", quiet: bool = False,
+    ends_at: float | None = None,
+) -> TrainResult:  # fmt: skip
+    """Trains a model with these settings and returns the result. quiet: prints nothing. ends_at: on time.monotonic();
+    the number of updates is adjusted on the way so that the process ends then.
+
     sources: where each setting was set (see presets.parse); command: what the resume hint names.
     Raises UserError before anything is written if settings, data, weights and machine are not compatible, and
     TrainingError if the run cannot continue.
     """
     if quiet:
         config = replace(config, logging=replace(config.logging, progress="none"))
-    with open_run(config, sources, command) as run:
+    with open_run(config, sources, command, ends_at) as run:
         training, state, last = run.config.training, run.state, run.plan.last_step
         if training.eval_only:
             with contextlib.suppress(Interrupted):
@@ -90,7 +93,7 @@ def train(
         while True:
             try:
                 with contextlib.suppress(Interrupted):  # a signal during an evaluation
-                    while state.step < last and not run.stop.agreed():
+                    while state.step < (last := run.last_step()) and not run.stop.agreed():
                         if state.step % training.eval_interval == 0 and state.evaluated_at != state.step:
                             run.evaluate()
                         if run.saver.is_due():

@@ -31,6 +31,7 @@ from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, tokenizer_for, val_documents
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine.budget import parse_budget
 from llm_from_scratch.presets import parse
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
 from llm_from_scratch.training.check import check
@@ -595,6 +596,35 @@ def test_the_size_of_the_text_chooses_the_tokenizer(size: int, name: str, span: 
     told = Told()
     assert tokenizer_for(size, told) == name
     assert told.lines == [f"tokenizer: {name} (text {span}; override with --tokenizer=NAME)"]
+
+
+@pytest.mark.parametrize(
+    ("size", "budget", "name"),
+    [
+        (10_000_000, "1Mtokens", "char"),  # less is read than there is
+        (10_000_000, "1Gtokens", "bpe:4096"),
+        (1_000_000, "1Gtokens", "char"),
+        # 2e13 / 6 is what N parameters and 5 N bytes cost: 4 MB
+        (1_000_000_000, "2e13flops", "bpe:4096"),
+        (1_000_000_000, "2e12flops", "char"),
+        (1_000_000_000, "1e17flops", "gpt2"),
+    ],
+)
+def test_a_budget_reads_a_part_of_the_text_which_chooses_the_tokenizer(size: int, budget: str, name: str) -> None:
+    assert tokenizer_for(size, Told(), parse_budget(budget)) == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": "soon"}, "budget='soon'"),
+        ({"budget": "1min", "tokenizer": "char"}, "remove --tokenizer or --budget"),
+    ],
+)
+def test_a_budget_that_cannot_choose_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    with pytest.raises(UserError, match=message):
+        prepare("a.txt", root=tmp_path, **settings)
 
 
 @pytest.mark.parametrize("source", ["a.txt", Path("a.txt"), [Path("a.txt")]])

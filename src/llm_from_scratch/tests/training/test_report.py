@@ -226,6 +226,6 @@ def test_a_quiet_run_prints_nothing(tiny_data: Path, capfd: pytest.CaptureFixtur
 
 
 def test_nanogpts_mfu_is_that_of_its_model(tiny_data: Path) -> None:
-    with open_run(config(tiny_data, gradient_accumulation_steps=2), None, "python train.py") as run:
+    with open_run(config(tiny_data, gradient_accumulation_steps=2), None, "python train.py", None) as run:
         assert run.log.nanogpt_mfu is not None
         assert run.log.nanogpt_mfu(2.5) == run.model.estimate_mfu(4 * 2, 2.5)

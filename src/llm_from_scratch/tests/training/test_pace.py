@@ -1,0 +1,234 @@
+"""training/pace.py: a run ends on time, and its stored settings are an ordinary run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_from_scratch.checkpoint.load import load
+from llm_from_scratch.checkpoint.store import find_checkpoint, read_settings
+from llm_from_scratch.cli.train import main
+from llm_from_scratch.config import SchedulerConfig
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.training import pace as pacing
+from llm_from_scratch.training.pace import Pace, with_last_step
+from llm_from_scratch.training.scheduler import learning_rate_at
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.trainer import train
+
+from ..tiny import arguments, tiny_config
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def rates(steps: list[int], last: int, **ends: Any) -> list[float]:
+    config = SchedulerConfig(schedule="linear", warmup_iters=0, min_lr=0.0, **ends)
+    return [learning_rate_at(step, 1.0, config, last) for step in steps]
+
+
+def test_the_rate_bends_towards_the_new_end_by_hand() -> None:
+    # to 100; at 50 it is 0.5, and from there it falls to 0 at 70
+    assert rates([0, 25, 50, 60, 70, 71], 70, lr_ends={0: 100, 50: 70}) == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0])
+    # and again at 60 (0.25), to 110
+    assert rates([60, 85, 110], 110, lr_ends={0: 100, 50: 70, 60: 110}) == pytest.approx([0.25, 0.125, 0])
+
+
+def test_a_bend_changes_no_bit_of_the_steps_before() -> None:
+    before = rates(list(range(50)), 97)
+    assert rates(list(range(50)), 70, lr_ends={0: 97, 50: 70}) == before
+    assert rates(list(range(50)), 97, lr_ends={0: 97}) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosine", "lr_ends": {0: 10}}, "needs --schedule=linear"),
+        ({"schedule": "linear", "lr_ends": {-1: 10}}, "a step in lr_ends"),
+        ({"schedule": "linear", "lr_ends": {5: 5}}, "from step 5"),
+    ],
+)
+def test_ends_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SchedulerConfig(**settings).validate()
+
+
+class Clock:
+    """A clock that each update moves by `seconds`."""
+
+    def __init__(self, seconds: float):
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Log:
+    """Stands in for RunLog: the remaining time is known exactly."""
+
+    def __init__(self, clock: Clock, plan: Any):
+        from llm_from_scratch.training.progress import Calendar
+
+        self.clock, self.calendar, self.remaining, self.last = clock, Calendar.of(plan), self, plan.last_step
+
+    def seconds(self, step: int) -> float:
+        return (self.calendar.last - step) * self.clock.seconds + 3.0
+
+    def expect(self, last: int) -> None:
+        import dataclasses
+
+        self.calendar = dataclasses.replace(self.calendar, last=last)
+
+    def say(self, line: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("speeds", [[1.0], [0.5], [3.0], [1.0, 2.5], [1.0, 0.4, 1.7]])
+def test_a_run_ends_within_two_hundredths_of_the_time_at_any_speed(tiny_data: Path, speeds: list[float]) -> None:
+    """The machine changes its speed in the first two thirds of the run."""
+    plan = make_plan(tiny_config(tiny_data, max_iters=1000, schedule="linear"))
+    clock = Clock(speeds[0])
+    log, pace = Log(clock, plan), Pace(1000.0 + pacing.EXIT, plan, clock)
+    for step in range(10_000):
+        plan = pace.replan(plan, step, log)  # type: ignore[arg-type]
+        if step >= plan.last_step:
+            break
+        clock.seconds = speeds[min(len(speeds) - 1, int(clock.now / 660 * len(speeds)))]
+        clock.now += clock.seconds
+    assert 980 <= clock.now + 3.0 <= 1010
+    assert plan.config.training.max_iters == step == plan.last_step
+    ends = plan.config.scheduler.lr_ends
+    assert not ends or list(ends.values())[-1] == step
+
+
+def test_a_rollback_forgets_later_bends(tiny_data: Path) -> None:
+    plan = make_plan(tiny_config(tiny_data, max_iters=100, schedule="linear"))
+    plan = with_last_step(with_last_step(plan, 20, 80), 60, 90)
+    assert plan.config.scheduler.lr_ends == {0: 100, 20: 80, 60: 90}
+    assert with_last_step(plan, 40, 70).config.scheduler.lr_ends == {0: 100, 20: 80, 40: 70}
+
+
+class Jumping:
+    """In place of Pace: at these steps there is time for as many updates. stop: the step at which the process dies."""
+
+    def __init__(self, limits: dict[int, int], stop: int | None = None):
+        self.limits, self.stop = limits, stop
+
+    def replan(self, plan: Any, step: int, log: Any) -> Any:
+        if step == self.stop:
+            raise KeyboardInterrupt
+        if step in self.limits and step not in plan.config.scheduler.lr_ends:
+            log.expect(self.limits[step])
+            return with_last_step(plan, step, self.limits[step])
+        return plan
+
+
+def paced(data: Path, out_dir: str, pace: Jumping) -> int:
+    """Trains with this pace. Returns the last step."""
+    config = tiny_config(data, out_dir=out_dir, max_iters=40, schedule="linear", eval_interval=16, dropout=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_from_scratch.training.run.Pace", lambda ends_at, plan: pace)
+        return train(config, quiet=True, ends_at=0.0).step
+
+
+def test_the_stored_settings_train_the_same_model_without_a_clock(tiny_data: Path) -> None:
+    assert paced(tiny_data, "paced", Jumping({10: 24, 20: 36})) == 36
+    stored = read_settings(find_checkpoint("paced", "last"))
+    assert stored["scheduler"]["lr_ends"] == {"0": 40, "10": 24, "20": 36} and stored["training"]["max_iters"] == 36
+    leaves = {name: value for section in stored.values() for name, value in section.items()} | {"out_dir": "plain"}
+    leaves["lr_ends"] = {int(step): end for step, end in leaves["lr_ends"].items()}
+    del leaves["dataset"], leaves["stop"]
+    assert train(tiny_config(tiny_data, **leaves), quiet=True).step == 36
+    assert_same("paced", "plain")
+
+
+def test_a_cut_run_resumes_with_the_steps_that_were_planned_last(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of step 16 knows that 24 steps are left, and the resumed run does not look at the clock."""
+    assert paced(tiny_data, "whole", Jumping({10: 24})) == 24
+    with pytest.raises(KeyboardInterrupt):
+        paced(tiny_data, "cut", Jumping({10: 24}, stop=18))
+    assert main(["--init_from=resume", "--out_dir=cut", f"--dataset={tiny_data}"]) == 0
+    assert "changed since the checkpoint" not in capsys.readouterr().out
+    assert_same("whole", "cut")
+
+
+def assert_same(one: str, other: str) -> None:
+    first, second = (load(folder, "last", need_tokenizer=False) for folder in (one, other))
+    assert first.step == second.step and first.model.keys() == second.model.keys()
+    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+
+
+# --- the command ---
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    import yaml
+
+    capsys.readouterr()
+    assert main([*words, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_print_config_shows_an_ordinary_run_with_the_same_result(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A budget of tokens does not depend on the clock."""
+    words = [f"--dataset={tiny_data}", "--budget=1.5ktokens", "--device=cpu", "--dtype=float32", "--n_embd=16",
+             "--n_layer=1", "--n_head=2", "--batch_size=4", "--block_size=16",
+             "--loss_plot=False", "--tensorboard=False"]  # fmt: skip
+    shown = printed_config(capsys, *words, "--out_dir=plain")
+    assert shown["training"]["max_iters"] == 1500 // 64 and shown["model"]["n_embd"] == 16
+    Path("plain.yaml").write_text(json.dumps(shown))
+    assert main(["plain.yaml"]) == 0
+    assert main([*words, "--out_dir=dialed"]) == 0
+    said = capsys.readouterr().err
+    assert "expected: val loss" in said and "why: the lowest" in said
+    assert_same("plain", "dialed")
+
+
+def test_a_budget_of_time_ends_in_time(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The speed of this machine is not known, so only the choice is checked, in --dry_run."""
+    assert main([f"--dataset={tiny_data}", "--budget=10s", "--dry_run", "--device=cpu", "--threads=1"]) == 0
+    said = capsys.readouterr()
+    assert "budget: 10s" in said.err and len(said.err.splitlines()) <= 6
+    assert "tokens/s" in said.err and "nothing was trained" in said.out and not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget=soon"], "budget='soon'"),
+        (["--budget"], "--budget needs a value"),
+        (["--exportable=True"], "needs --budget|missing"),
+        (["--law=x.json"], "missing"),
+        (["--budget=1min", "--law=missing.json"], "missing.json"),
+        (["--budget=1min", "--init_from=gpt2"], "init_from='gpt2'"),
+        (["--budget=1min", "--dataset=nowhere"], "nowhere"),
+        (["--budget=1min", "--n_layer=0"], "n_layer=0"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tiny_data: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    given = words if any("dataset" in word for word in words) else [f"--dataset={tiny_data}", *words]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1
+
+
+def test_a_resumed_run_refuses_a_budget_and_auto_says_that_it_is_kept(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--dataset={tiny_data}", "--out_dir=run", "--progress=none"]
+    assert main([*arguments(max_iters=4), *words]) == 0
+    assert main([*words, "--init_from=resume", "--budget=1min"]) == 2
+    assert "raise --max_iters" in capsys.readouterr().err
+    assert main([*words, "--init_from=auto", "--budget=1min"]) == 0
+    assert "when the run started" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""The dial: --budget. Measures the speed of this machine, chooses the settings (choice.py) and explains the choice."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config, GPTConfig
+from ..machine import device as runtimes
+from ..machine.budget import Budget
+from ..machine.device import Runtime
+from ..machine.memory import free_memory
+from ..machine.processes import sum_over_ranks
+from ..settings import flatten
+from .check import check
+from .choice import LAUNCH, LAUNCH_ON_GPU, Choice, Facts, Speed, choose, settings_of
+from .forecast import forecast, products_per_second
+from .law import Law, text_bits
+from .pace import EXIT
+from .progress import in_words
+from .setup import GPT2_IDS, GPT2_PADDED, make_plan
+
+REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
+SAMPLED = 1 << 19  # tokens that are decoded to see how hard the text is
+
+
+@dataclass(frozen=True)
+class Dialed:
+    """A run that was chosen."""
+
+    config: Config
+    lines: list[str]
+    """What was chosen and why."""
+    ends_at: float | None
+    """On time.monotonic(); None: the length is fixed."""
+
+
+def dial(
+    config: Config, fixed: dict[str, Any], budget: Budget, began: float, exportable: bool = False,
+    law: Law | None = None,
+) -> Dialed:  # fmt: skip
+    """Chooses the settings that the user did not give. fixed: those that were given. began: when the process started,
+    on time.monotonic(). Takes some seconds if the budget is a time. Raises UserError."""
+    runtime = runtimes.resolve(config.system)
+    runtimes.start(runtime, config.system)
+    facts = facts_of(config, fixed, runtime)
+
+    def agreed(value: float) -> float:
+        """The first process's value: its clock counts."""
+        return sum_over_ranks([value * runtime.is_master], runtime.device, runtime.world_size)[0]
+
+    rate = products_per_second(device=runtime.device) * runtime.world_size
+    spent = agreed(time.monotonic() - began)
+    speed = Speed(agreed(rate), LAUNCH_ON_GPU if runtime.device.type == "cuda" else LAUNCH, spent + EXIT)
+    measured = list[GPTConfig]()
+    choices = choose(budget, facts, speed, fixed, exportable, law)
+    is_open = budget.unit == "seconds" and (len(choices) > 1 or not choices[0].is_cut)
+    while is_open and len(measured) < MOST_REHEARSALS and choices[0].model not in measured:
+        left = REHEARSAL_SHARE * budget.amount - (time.monotonic() - began - spent)
+        if agreed(left) <= 0 and measured:
+            break
+        chosen = with_settings(config, settings_of(choices[0], budget, facts, fixed))
+        chosen.system.compile = False  # compiling takes longer than the measurement
+        found = forecast(make_plan(chosen), min(LONGEST_REHEARSAL, REHEARSAL_SHARE * budget.amount / MOST_REHEARSALS))
+        speed = speed.corrected(choices[0], agreed(found.step))
+        speed = dataclasses.replace(speed, start=agreed(time.monotonic() - began) + EXIT)
+        measured.append(choices[0].model)
+        choices = choose(budget, facts, speed, fixed, exportable, law)
+    choice = choices[0]
+    chosen = with_settings(config, settings_of(choice, budget, facts, fixed))
+    chosen.validate()
+    ends_at = began + budget.amount if budget.unit == "seconds" and not choice.is_cut else None
+    took = time.monotonic() - began - spent
+    return Dialed(chosen, explain(choices, chosen, budget, facts, len(measured), took), ends_at)
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """A copy of the configuration with these settings by leaf name."""
+    config = copy.deepcopy(config)
+    sections = {name: getattr(config, section.name) for section in dataclasses.fields(config)
+                for name in flatten(getattr(config, section.name))}  # fmt: skip
+    for name, value in settings.items():
+        setattr(sections[name], name, value)
+    return config
+
+
+def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime) -> Facts:
+    """What the choice depends on, apart from the speed."""
+    smallest = {
+        "block_size": 1,
+        "batch_size": runtime.world_size,
+        "gradient_accumulation_steps": 1,
+        "micro_batch": None,
+    }
+    inputs = check(with_settings(config, {name: value for name, value in smallest.items() if name not in fixed}))
+    sample, tokens = b"", min(SAMPLED, len(inputs.train_data.shards[0]))
+    if inputs.tokenizer is not None:
+        sample = inputs.tokenizer.decode_bytes(inputs.train_data.shards[0][:tokens])
+    size = inputs.vocab_size or GPT2_PADDED
+    memory = free_memory(runtime.device)
+    if memory is not None and runtime.device.type == "cpu":
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Facts(
+        len(inputs.train_data), len(inputs.val_data), GPT2_PADDED if size == GPT2_IDS else size,
+        len(sample) / tokens if sample else 1.0, text_bits(sample), runtime.world_size, memory,
+    )  # fmt: skip
+
+
+def explain(
+    choices: list[Choice], config: Config, budget: Budget, facts: Facts, rehearsals: int, took: float
+) -> list[str]:
+    """The lines that a run prints: what was chosen, why, and the expected loss."""
+    choice, model, optimizer = choices[0], config.model, config.optimizer
+    tables = f", n-grams up to {model.max_ngram}" if model.max_ngram else ""
+    epochs, muon = choice.tokens / facts.train_tokens, optimizer.optimizer_type == "muon"
+    rate = f"{choice.batch * model.block_size / choice.step_seconds:,.0f} tokens/s"
+    speed = f"{rate}, measured in {took:.1f} s" if rehearsals else f"about {rate}"
+    nats = [bits * math.log(2) * facts.bytes_per_token for bits in choice.expected]
+    other = next((some for some in choices if some.model.n_embd != model.n_embd or
+                  some.model.n_layer != model.n_layer), None)  # fmt: skip
+    lines = [
+        f"budget: {budget.text}; {speed}",
+        f"model: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, context {model.block_size}"
+        f"{tables}; dropout {model.dropout:g}",
+        f"training: {choice.steps:,} steps of {choice.batch * model.block_size:,} tokens, {epochs:.2f} epochs; "
+        f"learning rate {optimizer.learning_rate:g}" + (f", muon {optimizer.muon_learning_rate:g}" if muon else ""),
+        f"why: the lowest expected loss of {len(choices)} candidates"
+        + (f"; {other.model.n_layer} layers, width {other.model.n_embd}: {other.expected.bits:.3f} bits per byte"
+           if other is not None else ""),
+        f"expected: val loss {nats[0]:.3f} ({nats[1]:.3f} to {nats[2]:.3f}), {choice.expected.bits:.3f} bits per byte",
+    ]  # fmt: skip
+    if choice.is_cut and budget.unit == "seconds" and choice.seconds < 0.95 * budget.amount:
+        lines.append(
+            f"note: the run takes about {in_words(choice.seconds)}, less than the budget: after {epochs:.0f} epochs "
+            "the text has no more to teach; use more text"
+        )
+    return lines

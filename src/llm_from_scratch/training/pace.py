@@ -1,0 +1,76 @@
+"""Ends a run at a given time: from time to time, the number of updates is chosen again from their speed so far.
+
+The learning rate continues from where it is to the new end (lr_ends), so a change does not touch the steps before it.
+The settings of the finished run train the same model without a clock, and an interrupted run resumes with those in its
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..machine.processes import sum_over_ranks
+from .loggers import RunLog
+from .plan import Plan
+from .progress import Remaining
+
+FIRST = 32  # the first look is after a 32nd of the planned updates,
+PART = 8  # the others after an 8th of those that are left
+SMALL = 0.01  # of the updates that are left: a smaller change is not made
+NOTED = 0.1  # a larger change is printed
+EXIT = 0.7  # seconds from the last line of a run to the end of its process
+
+
+class Pace:
+    """When to look at the clock, and how many updates are left."""
+
+    def __init__(self, ends_at: float | None, plan: Plan, clock: Callable[[], float] = time.monotonic):
+        """ends_at: on the clock; None: the number of updates does not change."""
+        self.ends_at, self.clock, scheduler = (ends_at or 0.0) - EXIT, clock, plan.config.scheduler
+        self.is_free = (
+            ends_at is not None
+            and scheduler.schedule == "linear"
+            and scheduler.decay_lr
+            and scheduler.lr_decay_iters is None
+        )
+        self.next_look = plan.start_step + max(2, (plan.last_step - plan.start_step) // FIRST)
+
+    def replan(self, plan: Plan, step: int, log: RunLog) -> Plan:
+        """The plan with the number of updates that fit into the time. All processes get the same number."""
+        last = plan.last_step
+        if not self.is_free or not self.next_look <= step < last:
+            return plan
+        assert log.remaining is not None
+        fitting = self._fitting(log.remaining, step, last) if plan.runtime.is_master else 0
+        chosen = round(sum_over_ranks([fitting], plan.runtime.device, plan.runtime.world_size)[0])
+        if abs(chosen - last) > max(1, SMALL * (last - step)):
+            if abs(chosen - last) > NOTED * last:
+                log.say(f"pace: {chosen:,} steps fit into the budget instead of {last:,}")
+            log.expect(chosen)
+            plan, last = with_last_step(plan, step, chosen), chosen
+        self.next_look = step + max(1, (last - step) // PART)
+        return plan
+
+    def _fitting(self, left: Remaining, step: int, last: int) -> int:
+        """Updates after which the run would end in time."""
+        ahead, calendar = left.seconds(step), left.calendar
+        if ahead is None:
+            return last
+        left.calendar = replace(calendar, last=step)
+        end = left.seconds(step) or 0.0  # the last evaluation and the last checkpoint
+        left.calendar = calendar
+        update = (ahead - end) / (last - step)
+        return step + max(1, int((self.ends_at - self.clock() - end) / update))
+
+
+def with_last_step(plan: Plan, step: int, last: int) -> Plan:
+    """The plan with another end. From `step` on, the learning rate falls in a straight line from where it is."""
+    scheduler, training = plan.config.scheduler, plan.config.training
+    before = {at: end for at, end in (scheduler.lr_ends or {0: training.max_iters}).items() if at < step}
+    config = replace(
+        plan.config, training=replace(training, max_iters=training.max_iters + last - plan.last_step),
+        scheduler=replace(scheduler, lr_ends={**before, step: last}),
+    )  # fmt: skip
+    return replace(plan, config=config, last_step=last)
