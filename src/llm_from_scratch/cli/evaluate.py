@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from ..training.evaluate import Evaluation
 
 MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
-HELP = """Evaluates a checkpoint on a text file, a folder of texts, or a split of prepared data: loss (nats per token),
-perplexity, bits per byte and the number of tokens. Or on tasks of lm-evaluation-harness.
+HELP = """Evaluates a checkpoint on a split of prepared data, on texts, or on tasks of
+lm-evaluation-harness. Prints loss, perplexity and bits per byte.
 
   llm-eval --out_dir=out                 its validation split
   llm-eval book.txt --out_dir=out        a text
   llm-eval --out_dir=gpt2 --dataset=book --split=train
   llm-eval --out_dir=out --text_files=texts
-  llm-eval --out_dir=out --tasks=questions.yaml,hellaswag --limit=100
-"""
+  llm-eval --out_dir=out --tasks=questions.yaml,hellaswag --limit=100"""
 
 
 @dataclass
@@ -53,18 +52,17 @@ class EvalOptions:
     eval_block_size: int | None = None
     """Window length in tokens. None: the model's block_size."""
     eval_batch_size: int | None = None
-    """Windows, or contexts of tasks, per forward pass. None: automatic. The result does not depend on it."""
+    """Windows or contexts per forward pass. None: automatic."""
     stride: int | None = None
-    """Tokens from one window to the next; each token is then predicted with at least eval_block_size - stride tokens of
-    context. None: eval_block_size, adjacent windows."""
+    """Tokens from one window to the next. None: eval_block_size, so windows are adjacent."""
     text_files: str | None = None
-    """A folder of texts. Prints a line for each file and folder in it, and for all of them."""
+    """A folder of texts. Prints results per file, per folder, and in total."""
     tasks: str | None = None
-    """Tasks of lm-evaluation-harness (extra: eval), comma-separated: YAML files, folders of them, or names."""
+    """lm-evaluation-harness tasks (extra: eval), comma-separated: names, YAML files or folders."""
     num_fewshot: int | None = None
-    """Examples in each prompt of a task. None: what the task says."""
+    """Examples per prompt of a task. None: as the task sets it."""
     limit: float | None = None
-    """Documents per task; below 1: a fraction of them. None: all."""
+    """Documents per task, or, below 1, a fraction. None: all."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the loss of the int8 model of llm-generate and llm-serve (--quantize=int8), on a CPU."""
     json: bool = False
