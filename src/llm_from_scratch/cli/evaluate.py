@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..training.evaluate import Evaluation
 
 MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
-HELP = """Evaluates a checkpoint on a split of prepared data, on texts, or on tasks of
-lm-evaluation-harness. Prints loss, perplexity and bits per byte.
+HELP = """Evaluates a checkpoint on prepared data, texts, or lm-evaluation-harness tasks.
+Prints loss, perplexity and bits per byte.
 
   llm-eval --out_dir=out                 its validation split
   llm-eval book.txt --out_dir=out        a text
@@ -54,7 +54,7 @@ class EvalOptions:
     eval_batch_size: int | None = None
     """Windows or contexts per forward pass. None: automatic."""
     stride: int | None = None
-    """Tokens from one window to the next. None: eval_block_size, so windows are adjacent."""
+    """Distance between windows in tokens. None: eval_block_size."""
     text_files: str | None = None
     """A folder of texts. Prints results per file, per folder, and in total."""
     tasks: str | None = None
@@ -62,7 +62,7 @@ class EvalOptions:
     num_fewshot: int | None = None
     """Examples per prompt of a task. None: as the task sets it."""
     limit: float | None = None
-    """Documents per task, or, below 1, a fraction. None: all."""
+    """Documents per task; below 1: a fraction. None: all."""
     quantize: Literal["none", "int8"] = "none"
     """int8: the loss of the int8 model of llm-generate and llm-serve (--quantize=int8), on a CPU."""
     json: bool = False
