@@ -17,14 +17,14 @@ RESULTS, PLOT = "sweep.json", "sweep.png"
 
 def table(rows: list[Row], metric: str) -> list[str]:
     """The trials as lines, the best first."""
-    names = list(dict.fromkeys(name for row in rows for name in row.settings))
+    names = list(dict.fromkeys(name for row in rows for name in row.point | row.settings))
     shown = [row for row in rows if row.state != "waiting"]
     cells = [["trial", metric, *names, ""]]
     for row in shown:
         loss = "" if row.loss is None else f"{row.loss:.4f}"
         if row.spread is not None:
             loss += f" ± {row.spread:.4f}"
-        cells.append([str(row.number), loss, *(row.settings.get(name, "") for name in names), _note(row)])
+        cells.append([str(row.number), loss, *((row.point | row.settings).get(name, "") for name in names), _note(row)])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
@@ -70,7 +70,7 @@ def _plot(path: Path, rows: list[Row], metric: str, space: Space) -> None:
         1, len(space), figsize=(4 * len(space), 3.5), squeeze=False, sharey=True, constrained_layout=True
     )
     for axes, (name, values) in zip(all_axes[0], space.items(), strict=True):
-        texts = [row.settings[name] for row in rows]
+        texts = [row.point[name] for row in rows]
         places: list[Any] = texts
         with contextlib.suppress(ValueError):  # words
             places = [float(text) for text in texts]

@@ -31,7 +31,9 @@ class Row:
     number: int
     state: str
     """complete, pruned, failed, running or waiting."""
-    settings: dict[str, str]
+    point: dict[str, str] = field(default_factory=dict)
+    """Of the space."""
+    settings: dict[str, str] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     """Seed -> loss of a complete run."""
     message: str = ""
@@ -97,9 +99,12 @@ class Study:
             study = optuna.create_study(study_name=STUDY, storage=self.storage, load_if_exists=True)
             _compare(folder, study.user_attrs.get("setup"), setup)
             if "setup" not in study.user_attrs:
-                for point in self.grid or ():  # a process that was killed here left a part of them
-                    study.enqueue_trial(point, skip_if_exists=True)
                 study.set_user_attr("setup", setup)
+            if self.grid is not None and "grid" not in study.user_attrs:
+                started = bool(study.get_trials(deepcopy=False))  # a process that was killed here left a part of them
+                for point in self.grid:
+                    study.enqueue_trial(point, skip_if_exists=started)
+                study.set_user_attr("grid", True)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -133,7 +138,8 @@ class Study:
             for old in trials:
                 if old.state == self.states.RUNNING and (lock := self._lock(old.number)) is not None:
                     return self._claimed(optuna.trial.Trial(self._study(old.number), old._trial_id), lock)
-            if sum(trial.state != self.states.WAITING for trial in trials) >= self.wanted:
+            waiting = sum(trial.state == self.states.WAITING for trial in trials)
+            if len(trials) - waiting >= self.wanted or (self.grid is not None and not waiting):
                 return None
             trial = self._study(len(trials)).ask()
             lock = self._lock(trial.number)
@@ -150,6 +156,7 @@ class Study:
         point = {name: part.suggest(trial, name) for name, part in self.space.items()}
         settings = self.settings_of(point)
         if "settings" not in trial.user_attrs:
+            trial.set_user_attr("point", point)
             trial.set_user_attr("settings", settings)
         return Claim(trial.number, self.path(trial.number), point, settings, dict(trial.user_attrs), lock, trial)
 
@@ -200,12 +207,10 @@ class Study:
         }  # fmt: skip
         rows = []
         for trial in self._trials():
-            attributes, last = trial.user_attrs, trial.last_step
+            last, noted = trial.last_step, trial.user_attrs
             reached = None if last is None else (last, trial.intermediate_values[last])
-            rows.append(
-                Row(trial.number, names[trial.state], attributes.get("settings", {}), attributes.get("losses", {}),
-                    attributes.get("message", ""), reached)
-            )  # fmt: skip
+            known = {name: noted[name] for name in ("point", "settings", "losses", "message") if name in noted}
+            rows.append(Row(trial.number, names[trial.state], reached=reached, **known))
         order = list(names.values())
         return sorted(rows, key=lambda row: (order.index(row.state), row.loss or 0.0, row.number))
 

@@ -30,6 +30,19 @@ def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
     assert a.claim() is None and b.claim() is None
 
 
+def test_a_grid_has_no_more_trials_than_combinations(tmp_path: Path) -> None:
+    def claimed(trials: int) -> list[dict[str, str]]:
+        study, found = study_in(tmp_path, LISTS, trials, seed=1), []
+        while (claim := study.claim()) is not None:
+            study.finish(claim, "complete", {"1": 1.0})
+            found.append(claim.point)
+        return found
+
+    first = claimed(2)  # fewer than the combinations: drawn
+    rest = claimed(100)
+    assert len(first) == 2 and len(rest) == 4 and not any(point in first for point in rest)
+
+
 def test_a_cut_trial_is_continued_first(tmp_path: Path) -> None:
     first = study_in(tmp_path)
     claims = [first.claim(), first.claim()]

@@ -62,12 +62,13 @@ def test_a_sweep_from_end_to_end(forked: list[list[str]], tiny_data: Path, capsy
     assert sweep.main(words) == 0 and len(forked) == count  # all is done
 
 
+@pytest.mark.slow
 def test_a_budget_of_tokens_sets_the_steps(
     forked: list[list[str]], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    over = ["--over=batch_size=2,8", "--budget_each=1280tokens", "--name=b"]
+    Path("b.yaml").write_text("over: ['batch_size=2,8']\nbudget_each: 1280tokens\nname: b\ndata: {batch_size: 4}\n")
     sizes = [word for word in SETTINGS if not word.startswith(("--max_iters", "--eval_interval", "--batch_size"))]
-    assert sweep.main([*sizes, f"--dataset={tiny_data}", *over]) == 0
+    assert sweep.main(["b.yaml", *sizes, f"--dataset={tiny_data}"]) == 0
     last = [json.loads(Path(f"out-sweep/b/trial-{n}/metrics.jsonl").read_text().splitlines()[-1]) for n in (0, 1)]
     assert [entry["step"] for entry in last] == [80, 20]  # 1280 tokens / (sequences of 8 tokens)
     assert "--eval_interval=8" in forked[0] and "--eval_interval=2" in forked[1]
