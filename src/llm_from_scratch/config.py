@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import UserError
-from .settings import Settings, above, at_least, between, validate
+from .settings import Settings, above, at_least, between, flatten, validate
 
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
@@ -226,6 +226,38 @@ class TrainingConfig(Settings):
 
 
 @dataclass
+class FinetuneConfig(Settings):
+    """Which weights train: all, all but frozen ones, or only adapters (LoRA, arXiv 2106.09685)."""
+
+    lora_rank: int | None = None
+    """Train a low-rank adapter of this rank for each target layer and freeze the weights of init_from. Checkpoints then
+    hold only the adapter. None: off."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by lora_alpha / lora_rank. None: 2 * lora_rank."""
+    lora_targets: tuple[str, ...] = ("transformer.h",)
+    """Layers that get an adapter: whole parts of their names, for example attn, c_attn,c_fc or 'h.[0-3].*'. Default:
+    all linear layers of the blocks."""
+    lora_dropout: float = 0.0
+    """Dropout probability of the adapters' inputs."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
+    before_after: bool | Literal["auto"] = "auto"
+    """Compare texts and loss before and after finetuning, at the end and in the run's README.md. auto: in a
+    terminal."""
+
+    def validate(self) -> None:
+        at_least(self, 1, "lora_rank")
+        above(self, 0, "lora_alpha")
+        between(self, 0, 1, "lora_dropout", open_right=True)
+        plain = FinetuneConfig()
+        for name in ("lora_alpha", "lora_targets", "lora_dropout") if self.lora_rank is None else ():
+            if getattr(self, name) != getattr(plain, name):
+                raise UserError(f"{name} has no effect without lora_rank: set --lora_rank=8, or remove it")
+        if self.lora_rank is not None and self.freeze:
+            raise UserError("lora_rank already freezes all weights: remove --freeze")
+
+
+@dataclass
 class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for everything else."""
 
@@ -424,6 +456,7 @@ class Config(Settings):
     )
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
@@ -438,5 +471,8 @@ class Config(Settings):
         if self.data.documents is True and (self.data.stride is not None or self.system.data_on_device is True):
             name = "data_on_device" if self.data.stride is None else "stride"
             raise UserError(f"{name} has no effect with --documents=True: remove one of them")
+        for name, value in (("optimizer_type", "muon"), ("fp8", True), ("save_nanogpt_ckpt", True)):
+            if self.finetune.lora_rank is not None and flatten(self)[name] == value:
+                raise UserError(f"lora_rank does not support {name}={value}: remove one of them")
         if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
             raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")

@@ -4,6 +4,7 @@
         model.safetensors  optimizer.safetensors  rng.safetensors      tensors
         optimizer.json  trainer.json  config.json  model.json          plain data
         tokenizer.meta.json ...                                        what Tokenizer.save writes
+        adapter.safetensors  adapter.json                              instead of model.safetensors: see adapter.py
         MANIFEST.json                                                  step, run id, val loss, sizes and hashes
 
 No pickle: reading a checkpoint runs no code. Torch is imported when tensors are needed: it takes seconds.
@@ -23,6 +24,7 @@ from .. import __version__
 from ..config import GPTConfig
 from ..errors import DamagedError, UserError
 from . import hashed_folder
+from .adapter import Base, read_base
 from .hashed_folder import MANIFEST, from_json, read_member, to_json
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
 OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
-             "optimizer.json", "trainer.json", "config.json", "model.json")  # fmt: skip
+             "optimizer.json", "trainer.json", "config.json", "model.json",
+             "adapter.safetensors", "adapter.json")  # fmt: skip
 MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
 MAX_PATH = 4096  # characters
 
@@ -41,8 +44,10 @@ MAX_PATH = 4096  # characters
 class Checkpoint:
     """The state of a run after `step` updates. Tensors are on the CPU.
 
-    model: state dict with both names of a tied head. optimizer: {"state": {parameter name: {slot: tensor or number}},
-    "param_groups": [{"names": [...], "lr": ..., ...}]}, or None. trainer: plain data. config: {section: {leaf: value}}.
+    model: state dict with both names of a tied head; empty if there is an adapter and its base is not loaded (see
+    load.py). adapter: {name: A or B} as in core/adapters.py; base: what it adapts (adapter.py). optimizer:
+    {"state": {parameter name: {slot: tensor or number}}, "param_groups": [{"names": [...], "lr": ..., ...}]}, or None.
+    trainer: plain data. config: {section: {leaf: value}}.
     """
 
     path: Path | None
@@ -54,6 +59,8 @@ class Checkpoint:
     rng: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    base: Base | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,14 +81,14 @@ def write_checkpoint(
     for name, first in tied_names(saved.model_config).items():  # a tied tensor is stored under its first name
         if name in weights and first in weights and weights[name].data_ptr() == weights[first].data_ptr():
             del weights[name]
-    weights = portable(weights)
+    weights = portable(weights | saved.adapter)
     moments, numbers = split_optimizer(saved.optimizer)
     if bad := not_finite(weights, buffers(saved.model_config)) or not_finite(moments):
         raise UserError(
             f"step {saved.step} is not saved: {bad} contains values that are not finite; try a lower learning_rate"
         )
     parts: dict[str, Callable[[], Iterable[Any]]] = {
-        "model.safetensors": lambda: file_of(weights),
+        "adapter.safetensors" if saved.base else "model.safetensors": lambda: file_of(weights),
         "optimizer.safetensors": lambda: file_of(moments),
         "rng.safetensors": lambda: file_of(portable(saved.rng)),
         "optimizer.json": lambda: [to_json(numbers)],
@@ -89,6 +96,8 @@ def write_checkpoint(
         "config.json": lambda: [to_json(saved.config)],
         "model.json": lambda: [to_json(dataclasses.asdict(saved.model_config))],
     }
+    if saved.base is not None:
+        parts["adapter.json"] = lambda: [to_json(vars(saved.base))]
     fields = {
         **FORMAT,
         "step": saved.step,
@@ -111,6 +120,7 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
     from safetensors.torch import load
 
     from ..core import weights
+    from ..core.adapters import checked_adapter
 
     path = Path(path)
     manifest = read_manifest(path)
@@ -128,11 +138,17 @@ def load_checkpoint(path: str | Path, weights_only: bool = False) -> Checkpoint:
             raise DamagedError(f"{path / name}: {error}") from None
 
     model_config = weights.checked_model_config(plain("model.json"), str(path))
-    model = weights.checked_weights(tensors("model.safetensors"), model_config, str(path))
-    found = Checkpoint(path, manifest["step"], model_config, model, manifest=manifest)
+    found = Checkpoint(path, manifest["step"], model_config, {}, manifest=manifest)
+    if "adapter.json" in manifest["files"]:
+        found.base = read_base(plain("adapter.json"), str(path))
+        found.adapter = tensors("adapter.safetensors")
+        weights.expected_tensors(model_config, len(found.adapter), str(path))  # before a model of this size is built
+        checked_adapter(found.adapter, model_config, found.base.rank, str(path))
+    else:
+        found.model = weights.checked_weights(tensors("model.safetensors"), model_config, str(path))
     if not weights_only:
         moments, numbers = tensors("optimizer.safetensors"), plain("optimizer.json")
-        found.optimizer = join_optimizer(moments, numbers, model, str(path))
+        found.optimizer = join_optimizer(moments, numbers, found.model | found.adapter, str(path))
         found.rng = tensors("rng.safetensors")
     if others := [name for name in manifest["files"] if name not in OWN_FILES]:
         from ..core.tokenizer import Tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shlex
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..interop import GPT2_NAMES
+from .adapter import weights_hash
 from .contents import Checkpoint, dataset_option, is_dataset_name, load_checkpoint
 from .store import locate, valid_which
 
@@ -17,18 +19,21 @@ if TYPE_CHECKING:
     from ..core.tokenizer import Tokenizer
 
 GPT2_VOCAB = (50257, 50304)
+MAX_CHAIN = 8  # adapters of adapters
 
 
 def load(
     where: str | Path, which: str | int | None = None, dataset: str | None = None, weights_only: bool = False,
-    need_tokenizer: bool = True, set_aside: bool = False,
+    need_tokenizer: bool = True, set_aside: bool = False, merge: bool = True,
+    depth: int = 0,
 ) -> Checkpoint:  # fmt: skip
     """Weights, configuration and tokenizer from any kind of model source. For runs, `which` is as in find_checkpoint.
 
     dataset: a name or folder whose tokenizer to use if the weights have none. A ckpt.pt names its dataset, which is
     looked up in data/. Without a dataset, a vocabulary of GPT-2's size is taken as GPT-2's. weights_only skips the
-    optimizer and the random states. Raises UserError if nothing is found, or if need_tokenizer is set and there is no
-    tokenizer.
+    optimizer and the random states. An adapter is merged into its base; with merge=False, `model` is the base. depth:
+    number of adapters that were loaded on the way to this one. Raises UserError if nothing is found, or if
+    need_tokenizer is set and there is no tokenizer.
     """
     if is_pretrained(where):
         return load_hf(where, dataset, need_tokenizer)
@@ -39,9 +44,39 @@ def load(
     )  # fmt: skip
     if isinstance(which, int) and found.step != which:
         raise UserError(f"{found.path} is at step {found.step}, not {which}")
+    if found.base is not None:
+        _add_base(found, merge, depth)
     if found.tokenizer is None:
         found.tokenizer = _tokenizer_for(found, dataset, need_tokenizer)
     return found
+
+
+def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
+    """Loads the weights that an adapter was trained on. Raises UserError if they are gone or have changed."""
+    from ..core.adapters import merged
+    from ..core.weights import cropped
+
+    base, config, path = found.base, found.model_config, found.path
+    assert base is not None and path is not None
+    places = base.places(path.parent)
+    place = next((p for p in places if is_pretrained(p) or os.path.lexists(p)), None)
+    if place is None or Path(place).resolve() in (path.resolve(), path.parent.resolve()):
+        raise UserError(f"{path} is an adapter of {places[0]}, which does not exist: put it back there")
+    if depth == MAX_CHAIN:
+        raise UserError(f"{path} is an adapter of an adapter, and so on {depth} times: the chain is too long")
+    try:
+        loaded = load(place, weights_only=True, need_tokenizer=False, depth=depth + 1)
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of {place}, which cannot be loaded: {error}") from None
+    shape = dataclasses.replace(loaded.model_config, dropout=config.dropout, block_size=config.block_size)
+    if weights_hash(loaded.model) != base.sha256 or shape != config:
+        raise UserError(
+            f"{path} is an adapter of {place}, which has changed since the adapter was trained (the SHA-256 of its "
+            "weights differs): restore it"
+        )
+    found.model = cropped(loaded.model, loaded.model_config, config.block_size)
+    if merge:
+        found.model = merged(config, found.model, found.adapter, base.scale)
 
 
 def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:

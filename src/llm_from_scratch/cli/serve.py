@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 from ..config import SystemConfig
+from ..errors import UserError
 from ..machine.extras import require
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
 from ..settings import validate
-from .common import command
+from .common import check_location, command
 from .generate import SourceOptions, SpeedOptions, announce, load_generator, location_of
+
+if TYPE_CHECKING:
+    from ..generation.batch import Overflow
+    from ..serving.service import Service
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 COMMON = (
@@ -67,6 +72,7 @@ def main(argv: list[str]) -> int:
         seed = tree.system.seed if "seed" in parsed.sources else None
         service = open_service(generator, options, location, found, tree.engine.overflow, seed)
         announce(generator, found)
+        add_adapters(service, location, source, tree.engine.overflow, seed)
         server = make_server(make_app(service), service)
         print(f"serving {service.name} at {url(options, bound)}", flush=True)
         sys.setswitchinterval(0.0001)  # less waiting for the GIL in the engine's thread
@@ -75,6 +81,37 @@ def main(argv: list[str]) -> int:
         if server.should_exit:  # by a signal: the end of the interpreter takes seconds on a busy machine
             os._exit(0)
     return 0
+
+
+def add_adapters(service: Service, location: str, source: SourceOptions, overflow: Overflow, seed: int | None) -> None:
+    """Serves the adapters of --adapters. Raises UserError if one is not an adapter of the served model."""
+    from ..checkpoint.adapter import weights_hash
+    from ..checkpoint.load import load
+    from ..checkpoint.store import find_checkpoint, load_checkpoint
+    from ..core.adapters import merged
+    from ..core.weights import build_model, cropped
+    from ..generation.generator import Generator
+    from ..serving.service import open_service
+
+    options, base = service.options, service.generator
+    if not options.adapters:
+        return
+    served = weights_hash(load(location, source.which, source.dataset, weights_only=True).model)
+    for name, folder in options.adapters.items():
+        check_location(folder, None)
+        path = find_checkpoint(folder, verify=False)
+        found = load_checkpoint(path, weights_only=True) if path.is_dir() else None
+        if found is None or found.base is None or found.base.sha256 != served:
+            raise UserError(f"--adapters: {folder} is not an adapter of {location}")
+        weights = cropped(base.model.state_dict(), base.model.config, found.model_config.block_size)
+        model = build_model(found.model_config, merged(found.model_config, weights, found.adapter, found.base.scale))
+        weight = base.model.lm_head.weight
+        tokenizer = found.tokenizer or base.tokenizer
+        generator = Generator(model, tokenizer, weight.device, weight.dtype, base.quantize)
+        generator.graphed = base.graphed
+        own = replace(options, model_name=name, adapters={}, watch=None)
+        service.add(open_service(generator, own, folder, path, overflow, seed))
+        announce(generator, path)
 
 
 if __name__ == "__main__":

@@ -65,10 +65,12 @@ class Sizes:
     """What a model costs. Memory in bytes."""
 
     params: int
+    trained: int
+    """Parameters that train: all, unless some are frozen."""
     embedding_params: int
     """Parameters that are only looked up, not multiplied."""
     flops_per_token: int
-    """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L H D T."""
+    """Forward and backward, PaLM's count (arXiv 2204.02311, appendix B): 6 N + 12 L H D T; 4 for a frozen parameter."""
     weights: int
     gradients: int
     optimizer: int
@@ -95,17 +97,20 @@ def embedding_params(config: GPTConfig) -> int:
 
 def sizes(
     config: GPTConfig, batch_size: int, element_size: int = 4, gradient_checkpointing: bool = False,
-    optimizer: int = 0, chunked_loss: bool = False,
+    optimizer: int = 0, chunked_loss: bool = False, model: GPT | None = None,
 ) -> Sizes:  # fmt: skip
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation.
 
     optimizer: bytes of its moments, which it declares itself (training.optimizer.optimizer_bytes); chunked_loss: never
-    all logits at once, but the head's gradient twice.
+    all logits at once, but the head's gradient twice; model: GPT(config) on the meta device with adapters or frozen
+    parameters.
     """
-    params, embedding = count_params(config), embedding_params(config)
+    parameters, embedding = list((model or meta_model(config)).parameters()), embedding_params(config)
+    params, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
     C, T, L, V = config.n_embd, config.block_size, config.n_layer, config.vocab_size or 0
     # nanoGPT's convention: the position table multiplies nothing; nor does an untied token table
-    flops = 6 * (params - embedding) + 12 * L * config.n_head * config.head_width * T
+    flops = 4 * (params - embedding) + 2 * min(trained, params - embedding)
+    flops += 12 * L * config.n_head * config.head_width * T
     tokens = batch_size * T
     # a block stores the inputs and outputs of its linear layers, and the outputs of its two norms
     blocks = [
@@ -116,4 +121,4 @@ def sizes(
     # logits, and their float32 log-softmax and gradient; or the head's gradient, and its scaled copy
     loss = 8 * V * C if chunked_loss else tokens * V * (element_size + 8)
     activations = tokens * (saved + 2 * C) * element_size + loss
-    return Sizes(params, embedding, flops, 4 * params, 4 * params, optimizer, activations)
+    return Sizes(params, trained, embedding, flops, 4 * params, 4 * trained, optimizer, activations)

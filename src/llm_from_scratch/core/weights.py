@@ -150,3 +150,12 @@ def file_of(tensors: dict[str, Tensor], **metadata: str) -> Iterator[Any]:
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def cropped(state: dict[str, Tensor], config: GPTConfig, block_size: int) -> dict[str, Tensor]:
+    """The state dict of a model with a shorter context."""
+    if block_size == config.block_size:
+        return state
+    model = build_model(config, state)
+    model.crop_block_size(block_size)
+    return model.state_dict()

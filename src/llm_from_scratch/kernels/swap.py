@@ -31,12 +31,13 @@ def swap(
     replacements: Mapping[type, type],
     say: Callable[[str], None],
     keep: Collection[nn.Module] = (),
+    lasting: bool = False,
 ) -> int:
     """Replaces the class of every module whose class is a key. Returns the number of replaced modules.
 
     A replacement is a subclass of its key without parameters of its own. A deliberate approximation, such as float8,
-    has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged. If
-    a replacement differs or fails, say reports it and the original module stays.
+    has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged;
+    lasting: unswap() does not undo it. If a replacement differs or fails, say reports it and the original module stays.
     """
     left = set(keep)
     chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
@@ -54,7 +55,8 @@ def swap(
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[which] = verdict
         if verdicts[which] is None:
-            _plain[replacement] = plain
+            if not lasting:
+                _plain[replacement] = plain
             module.__class__ = replacement
             count += 1
     return count

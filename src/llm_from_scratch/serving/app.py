@@ -43,11 +43,12 @@ def make_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(service.supervisor.watch())
+        watching = [asyncio.create_task(one.supervisor.watch()) for one in service.all]
         yield
-        watching.cancel()
-        service.queue.end_all()
-        await asyncio.to_thread(service.supervisor.engine.close)
+        for one, task in zip(service.all, watching, strict=True):
+            task.cancel()
+            one.queue.end_all()
+            await asyncio.to_thread(one.supervisor.engine.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     options = service.options
@@ -70,20 +71,23 @@ def make_app(service: Service) -> FastAPI:
 
     bodies, workers, renderer = Bodies(options.max_body_bytes), CapacityLimiter(WORKERS), CapacityLimiter(1)
 
-    async def understood(request: Request, kind: type[T], use: Callable[[T], U]) -> U:
-        """Parses a request's body and calls `use` on it: in a thread if it is long, because encoding takes time, or a
-        chat, because its template may."""
+    async def understood(request: Request, kind: type[T], use: Callable[[Service, T], U]) -> tuple[Service, U]:
+        """Parses a request's body and calls `use` on the model that it names and on it: in a thread if it is long,
+        because encoding takes time, or a chat, because its template may."""
         raw = await bodies.read(request)
         asked = protocol.read(kind, raw)
-        service.check_model(asked.model)
+        model = service.named(asked.model)
         if isinstance(asked, protocol.ChatRequest):
-            return await to_thread.run_sync(use, asked, limiter=renderer)
-        return use(asked) if len(raw) < SHORT else await to_thread.run_sync(use, asked, limiter=workers)
+            return model, await to_thread.run_sync(use, model, asked, limiter=renderer)
+        done = use(model, asked) if len(raw) < SHORT else await to_thread.run_sync(use, model, asked, limiter=workers)
+        return model, done
 
-    async def answer(request: Request, kind: type[T], use: Callable[[T], Plan]) -> Response:
+    async def answer(request: Request, kind: type[T], use: Callable[[Service, T], Plan]) -> Response:
         began = time.monotonic()
-        service.queue.check()  # before reading the body: refusing must be cheap
-        return Answer(await understood(request, kind, use), service.queue, service.metrics, began)
+        if not service.others:
+            service.queue.check()  # before reading the body: refusing must be cheap
+        model, plan = await understood(request, kind, use)
+        return Answer(plan, model.queue, service.metrics, began)
 
     def get(path: str) -> Callable[[Any], Any]:
         return app.api_route(path, methods=["GET", "HEAD"])
@@ -99,12 +103,11 @@ def make_app(service: Service) -> FastAPI:
 
     @get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [service.about()]})
+        return json_response({"object": "list", "data": [one.about() for one in service.all]})
 
     @get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        service.check_model(name)
-        return json_response(service.about())
+        return json_response(service.named(name).about())
 
     @get("/v1/info")
     async def info() -> Response:
@@ -112,19 +115,19 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await answer(request, protocol.CompletionRequest, service.completion)
+        return await answer(request, protocol.CompletionRequest, Service.completion)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await answer(request, protocol.ChatRequest, service.chat)
+        return await answer(request, protocol.ChatRequest, Service.chat)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        return json_response(await understood(request, protocol.TokenizeRequest, service.tokenize))
+        return json_response((await understood(request, protocol.TokenizeRequest, Service.tokenize))[1])
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        return json_response(await understood(request, protocol.DetokenizeRequest, service.detokenize))
+        return json_response((await understood(request, protocol.DetokenizeRequest, Service.detokenize))[1])
 
     # the routes below read files, so they are not async: FastAPI calls them in threads
 

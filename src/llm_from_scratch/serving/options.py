@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
 from ..settings import above, at_least
 
 KEY_VARIABLE = "LLM_API_KEY"
+MODEL_NAME = r"[\w./:@+-]{1,200}"
 
 
 @dataclass
@@ -26,6 +27,9 @@ class ServeOptions:
     """API key for clients. None: from the environment variable LLM_API_KEY, which the process list does not show."""
     model_name: str | None = None
     """Name of the model in the API. None: the name of its folder."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Runs that trained an adapter (LoRA) of the served model, as further models of the API: '{poet: out-a, coder:
+    out-b}'. They share the weights that no adapter touches."""
     chat_template: str | None = None
     """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
     watch: str | None = None
@@ -57,8 +61,11 @@ class ServeOptions:
         above(self, 0, "max_seconds")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise UserError("api_key must have at least one character, only visible ASCII and no spaces")
-        if self.model_name is not None and not re.fullmatch(r"[\w./:@+-]{1,200}", self.model_name):
+        if self.model_name is not None and not re.fullmatch(MODEL_NAME, self.model_name):
             raise UserError(f"model_name={self.model_name!r} may only contain letters, digits and ./:@+-_")
+        for name in self.adapters:
+            if not re.fullmatch(MODEL_NAME, name):
+                raise UserError(f"adapters: the name {name[:100]!r} may only contain letters, digits and ./:@+-_")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise UserError(f"cors_origins: {origin!r} is not an origin such as https://app.example.org")

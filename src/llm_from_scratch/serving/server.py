@@ -83,6 +83,8 @@ class Connection(H11Protocol):
         # this response has no CORS headers, so it is not used for pages of other origins
         if not data.startswith(GENERATING) or self.service.options.cors_origins or self.conn.trailing_data[0]:
             return False
+        if self.service.others:  # the body names the model, and so the queue
+            return False
         length, begin = LENGTH.search(data), data.find(b"\r\n\r\n") + 4
         if length is None or not length.end() < begin or int(length[1]) != len(data) - begin:
             return False
@@ -132,9 +134,9 @@ class Server(uvicorn.Server):
     """On the first SIGTERM or Ctrl-C, refuses new requests and gives running ones drain_seconds, less the time to end;
     then they end with the text so far. On the second, the process exits."""
 
-    def __init__(self, config: uvicorn.Config, queue: JobQueue, drain_seconds: float):
+    def __init__(self, config: uvicorn.Config, queues: list[JobQueue], drain_seconds: float):
         super().__init__(config)
-        self.queue, self.drain_seconds = queue, drain_seconds - 2 * _closing(drain_seconds)
+        self.queues, self.drain_seconds = queues, drain_seconds - 2 * _closing(drain_seconds)
         self.deadline = max(1.0, drain_seconds - _closing(drain_seconds) / 4)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -149,13 +151,15 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self.queue.draining = True
-        if self.queue.jobs:
+        jobs = sum(len(queue.jobs) for queue in self.queues)
+        for queue in self.queues:
+            queue.draining = True
+            asyncio.get_running_loop().call_later(self.drain_seconds, queue.end_all)
+        if jobs:
             note(
-                f"llm-serve: stopping; {len(self.queue.jobs)} requests have {self.drain_seconds:g} s to finish "
+                f"llm-serve: stopping; {jobs} requests have {self.drain_seconds:g} s to finish "
                 "(press again to stop immediately)"
             )
-        asyncio.get_running_loop().call_later(self.drain_seconds, self.queue.end_all)
 
 
 def listen(options: ServeOptions) -> socket.socket:
@@ -201,7 +205,7 @@ def make_server(app: FastAPI, service: Service) -> Server:
         h11_max_incomplete_event_size=MAX_HEADERS,
         backlog=1024,
     )
-    return Server(config, service.queue, options.drain_seconds)
+    return Server(config, [one.queue for one in service.all], options.drain_seconds)
 
 
 def _closing(drain_seconds: float) -> float:

@@ -70,6 +70,7 @@ class Service:
         seed: int | None = None,
     ):
         self.generator, self.options, self.name, self.template = generator, options, name, template
+        self.others: dict[str, Service] = {}  # further models of the server, by name
         self.tokenizer, self.block_size = generator.tokenizer, generator.model.config.block_size
         self.ends = ends | self.tokenizer.end_ids
         self.max_prompt = options.max_prompt_tokens or max(8192, 4 * self.block_size)
@@ -82,7 +83,22 @@ class Service:
 
     # status and model
 
+    @property
+    def all(self) -> list[Service]:
+        """This model and the others."""
+        return [self, *self.others.values()]
+
+    def add(self, other: Service) -> None:
+        """Serves another model under its name. Raises UserError if the name is taken."""
+        if other.name in (self.name, *self.others):
+            raise UserError(f"two models are named {other.name}: choose another name in --adapters or --model_name")
+        self.others[other.name] = other
+        self.metrics.supervisors.append(other.supervisor)
+
     def health(self) -> str:
+        return next((status for one in self.all if (status := one.own_health()) != "ok"), "ok")
+
+    def own_health(self) -> str:
         if self.queue.draining:
             return "the server is shutting down"
         if not self.supervisor.alive:
@@ -123,11 +139,14 @@ class Service:
             },
         }
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError."""
-        if name is not None and name != self.name:
-            message = f"no model {name[:100]!r}: this server serves {self.name}"
+    def named(self, name: str | None) -> Service:
+        """The model of this name; None: this one. Raises ApiError."""
+        if name is None or name == self.name:
+            return self
+        if name not in self.others:
+            message = f"no model {name[:100]!r}: this server serves {', '.join(one.name for one in self.all)}"
             raise ApiError(404, message, "model", "model_not_found")
+        return self.others[name]
 
     # requests: encoding takes time, so these run in a thread; they raise ApiError
 

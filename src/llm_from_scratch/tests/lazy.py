@@ -18,4 +18,5 @@ class Lazy:
 
 
 openai: Any = Lazy("openai")
+peft: Any = Lazy("peft")
 transformers: Any = Lazy("transformers")

@@ -40,6 +40,8 @@ def check(config: Config) -> Inputs:
     before. Writes nothing. Raises UserError."""
     init_from = config.training.init_from
     config.validate()
+    if init_from == "scratch" and config.finetune.lora_rank is not None:
+        raise UserError("lora_rank trains an adapter of an existing model: name it with --init_from=FOLDER")
     check_extras(config)
     if config.training.eval_tasks is not None:
         require("lm_eval", "eval", "--eval_tasks")

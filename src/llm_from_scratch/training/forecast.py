@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import FinetuneConfig
 from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
@@ -145,6 +146,8 @@ class Rehearsal:
         train_step(self.run, *(part[:sequences] for part in self.run.next_batch()))
         self.run.report_steps(wait=True)
         end, gradients = self._now(), self.spans["gradients end"] - begin
+        if "backward begins" in self.spans:  # frozen embeddings need no gradient, so nothing marks the end
+            self.spans.setdefault("backward ends", self.spans["gradients end"])
         stack = self._span("forward") + self._span("backward")
         return {"gradients": gradients, "stack": stack, "update": end - begin - gradients}
 
@@ -180,6 +183,10 @@ class Rehearsal:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
             self.run.model(*self.run.loader.get(0))
         return Split.of(found.values())
+
+    def trained(self) -> Split:
+        """Bytes of the weights that train."""
+        return Split.of((p in self.of_stack, p.nbytes) for p in self.run.model.parameters() if p.requires_grad)
 
     def held(self) -> tuple[Split, Split]:
         """Bytes of the weights, and of the optimizer's moments."""
@@ -220,7 +227,9 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
 def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
     """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each."""
     model, rows = plan.config.model, plan.micro_batch
-    if plan.runtime.device.type == "cuda" or plan.runtime.compile:
+    settings, plain = plan.config.finetune, FinetuneConfig()
+    by_name = settings.freeze or settings.lora_targets != plain.lora_targets  # perhaps of single layers
+    if plan.runtime.device.type == "cuda" or plan.runtime.compile or by_name:
         return model.n_layer, rows  # a GPU is fast; and the run reuses what was compiled
     rate = products_per_second() / 2  # a step reaches about half of it
 
@@ -293,42 +302,44 @@ def extrapolate(
     evaluation = 2 * -(-windows // at_once) * at_once * per_window
     looked = peak_memory(plan.runtime.device)
 
-    weights, moments = rehearsal.held()
+    (weights, moments), learned = rehearsal.held(), rehearsal.trained()
     saved = rehearsal.saved()
-    W, M = weights.deeper(deep), moments.deeper(deep)
+    W, G, M = weights.deeper(deep), learned.deeper(deep), moments.deeper(deep)
+    written = M + (W if plan.base is None else G)  # in a checkpoint
     before = base + weights.whole + moments.whole
     # temporary memory, and the part that does not grow with the sequences
-    moment = max(0.0, trained - before - max(saved.whole, weights.whole))
-    fixed = max(0.0, at_first - base - weights.whole - max(saved.whole / small.micro_batch, weights.whole))
+    moment = max(0.0, trained - before - max(saved.whole, learned.whole))
+    fixed = max(0.0, at_first - base - weights.whole - max(saved.whole / small.micro_batch, learned.whole))
     fixed = min(fixed, moment)
     moment = wide * (moment - fixed) + fixed
     activations = wide * saved.deeper(deep) + moment
     if plan.micro_steps == 1:  # gradients are made while activations are freed
-        activations = max(activations - W, moment)
+        activations = max(activations - G, moment)
     if looked > trained:  # an evaluation needs more than a step
-        activations = max(activations, (looked - before) * at_once / tried - W)
+        activations = max(activations, (looked - before) * at_once / tried - G)
     saves = Calendar.of(plan).saves(plan.start_step)
     copies = 0.0
     if plan.runtime.device.type == "cpu":  # otherwise they are in another memory
-        copies = W + M
-        if free is not None and 2 * copies > free - copies - max(W, activations):
+        copies = written
+        if free is not None and 2 * copies > free - W - M - max(G, activations):
             copies = 0.0  # if memory is short, a save makes no copy
         if not saves:  # the last one is made after the step's memory was freed, if the allocator returned it
-            large: float = sum(p.nbytes for p in rehearsal.run.model.parameters() if p.nbytes > HEAP)
+            parameters = rehearsal.run.model.parameters()
+            large: float = sum(p.nbytes for p in parameters if p.nbytes > HEAP and p.requires_grad)
             logits = 4 * plan.micro_batch * model.block_size * (model.vocab_size or 0)
             if logits > HEAP and not small.config.training.chunked_loss:
                 large += wide * saved.rest + moment - fixed
             copies = max(0.0, copies - large)
-    calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(W + M))
+    calendar = dataclasses.replace(Calendar.of(plan), save_bytes=int(written))
     steps, evaluations = max(0, plan.last_step - plan.start_step), calendar.evaluations(plan.start_step)
     final = calendar.final_seconds(model.block_size / per_window, steps * step)
     seconds = {
         "steps": steps * step, "evaluations": evaluations * evaluation + final,
-        "checkpoints": (saves * SAVE_BESIDE + SAVE_AWAITED) * (W + M), "start": ran + built * W / weights.whole,
+        "checkpoints": (saves * SAVE_BESIDE + SAVE_AWAITED) * written, "start": ran + built * W / weights.whole,
     }  # fmt: skip
     memory = {
-        "weights": W, "gradients": W, "optimizer": M, "activations": activations, "copies for a checkpoint": copies,
-        "kept for the next step": KEPT * (W + activations) if plan.keeps_more else 0,
+        "weights": W, "gradients": G, "optimizer": M, "activations": activations, "copies for a checkpoint": copies,
+        "kept for the next step": KEPT * (G + activations) if plan.keeps_more else 0,
         "the program": base,
     }  # fmt: skip
     measured = f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "

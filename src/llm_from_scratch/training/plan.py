@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.adapter import Base
 from ..checkpoint.store import Checkpoint
 from ..config import Config
+from ..core.adapters import trained_model
 from ..core.dataset import SampleOrder, TokenData
-from ..core.sizes import Sizes, meta_model, sizes
+from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
 from ..machine.device import LARGE, Runtime
@@ -48,6 +50,8 @@ class Plan:
     start_step: int = 0
     weights: dict[str, Tensor] | None = None
     """Initial weights, unless they come from the seed."""
+    base: Base | None = None
+    """The model whose adapter is trained, if one is."""
     resumed: Checkpoint | None = None
     prompt: list[int] = field(default_factory=list)
     """Token ids that the samples of --sample_interval continue; empty without samples."""
@@ -85,9 +89,10 @@ class Plan:
 
 def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
     """Parameters, FLOPs and bytes of training with micro-batches of this size."""
-    moments = optimizer_bytes(meta_model(config.model), config.optimizer)
+    model = trained_model(config)
+    moments = optimizer_bytes(model, config.optimizer)
     recomputes, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
-    return sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked)
+    return sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
 
 
 @functools.lru_cache(maxsize=2)
@@ -105,6 +110,12 @@ def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
     return hashes[0], hashes[1]
 
 
+def count_of(sizes: Sizes) -> str:
+    """The number of parameters, and the share that trains if some are frozen."""
+    share = f" ({sizes.trained:,} of them train: {sizes.trained / sizes.params:.2%})"
+    return f"{sizes.params:,} parameters{share * (sizes.trained < sizes.params)}"
+
+
 def describe(plan: Plan) -> list[str]:
     """The lines printed at the start: what will run, on what, and what was chosen for the machine."""
     model, runtime = plan.config.model, plan.runtime
@@ -115,7 +126,7 @@ def describe(plan: Plan) -> list[str]:
         *([f"processes: {runtime.world_size} ({runtime.backend})"] if runtime.world_size > 1 else []),
         f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
         "tokens",
-        f"model: {plan.sizes.params:,} parameters, vocabulary {model.vocab_size:,}, context {model.block_size}",
+        f"model: {count_of(plan.sizes)}, vocabulary {model.vocab_size:,}, context {model.block_size}",
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
         f"{runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
         f"length: {plan.last_step:,} steps, {epochs:.2f} epochs",

@@ -46,7 +46,7 @@ class Calendar:
         return cls(
             plan.last_step, training.eval_interval, training.save_interval, not training.inclusive_max_iters,
             training.final_eval, plan.tokens_per_step, 2 * windows * block_size, len(plan.val_data),
-            plan.sizes.weights + plan.sizes.optimizer,
+            (plan.sizes.weights if plan.base is None else plan.sizes.gradients) + plan.sizes.optimizer,
         )  # fmt: skip
 
     def evaluations(self, step: int) -> int:

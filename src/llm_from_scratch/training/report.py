@@ -18,8 +18,9 @@ from ..errors import UserError
 from ..interop.hf import family_of
 from ..machine.files import open_whole, read_file
 from ..settings import to_dict
+from . import before_after
 from .loggers import METRICS, read_entries
-from .plan import Plan
+from .plan import Plan, count_of
 from .resume import NOT_COMPARED, eval_command, resume_command
 from .state import TrainState
 
@@ -52,10 +53,13 @@ def readme(plan: Plan, state: TrainState, command: str) -> str:
     out_dir = Path(plan.config.training.out_dir)
     best, last = _checkpoint(out_dir, "best"), _checkpoint(out_dir, "last")
     picture = ["![loss](loss.png)", ""] if (out_dir / "loss.png").exists() else []
+    compared = before_after.read(out_dir / before_after.FILE, state.run_id)
+    text = "\n".join(before_after.lines(compared)) if compared else ""
+    comparison = ["", *(f"    {line}" for line in text.splitlines()), ""] if text else []
     settings = yaml.safe_dump(changed_settings(plan.config), sort_keys=False, allow_unicode=True)
     return "\n".join([
         f"# {out_dir.resolve().name}", "", *(f"- {line}" for line in _results(plan, state, best, last)), "",
-        *picture, "```sh", *_commands(plan, state, command, best != last), "```", "",
+        *picture, *comparison, "```sh", *_commands(plan, state, command, best != last), "```", "",
         "Settings that differ from the defaults, as a preset:", "", "```yaml", settings.rstrip(), "```", "", "",
     ])  # fmt: skip
 
@@ -83,7 +87,7 @@ def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) 
     final = next((e for e in reversed(entries) if "val_loss_full" in e and e["step"] == state.step), None)
     tokenizer = f", tokenizer {plan.tokenizer.name}" if plan.tokenizer is not None else ""
     lines = [
-        f"model: {plan.sizes.params:,} parameters, {_counted(model.n_layer, 'layer')}, "
+        f"model: {count_of(plan.sizes)}, {_counted(model.n_layer, 'layer')}, "
         f"{_counted(model.n_head, 'head')}, width {model.n_embd}, context {model.block_size}, "
         f"vocabulary {model.vocab_size:,}",
         f"data: `{plan.folder.as_posix()}`, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "

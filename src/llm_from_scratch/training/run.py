@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
 from ..config import Config
+from ..core.adapters import load_adapter
 from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
 from ..core.model import GPT
@@ -29,6 +30,7 @@ from ..machine.device import forked_random
 from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
+from . import before_after
 from .evaluate import Evaluation, estimate_loss, evaluate_split
 from .guards import Finding, StepGuard, all_finite
 from .harness import TaskModel, evaluate_tasks, figures
@@ -86,6 +88,7 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, ends_
         run.pace = Pace(ends_at, plan)
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
+        before_after.begin(run.plan, run.log, run.state.run_id, run.continued)
         yield run
 
 
@@ -300,17 +303,20 @@ class Run:
         self.say(f"stopping early: {patience} evaluations without a better val loss than {state.best_val_loss:.4f}")
         return True
 
-    @torch.no_grad()
     def write_sample(self) -> None:
-        """Logs a text that the model continues. Its draws do not change training's random numbers."""
+        """Logs a text that the model continues."""
         self.sampled_at = self.state.step
-        if not self.runtime.is_master:
-            return
-        generation, tokenizer = self.config.generation, self.plan.tokenizer
-        assert tokenizer is not None  # make_plan refuses samples without one
-        prompt, tokens = self.plan.prompt, generation.max_new_tokens
+        prompt, tokens = self.plan.prompt, self.config.generation.max_new_tokens
         if not prompt:  # only the last sample
             prompt, tokens = [int(self.plan.train_data.shards[0][0])], min(tokens, SHORT_SAMPLE)
+        if self.runtime.is_master:
+            self.log.sample(self.state.step, self.continued(prompt, tokens))
+
+    @torch.no_grad()
+    def continued(self, prompt: list[int], tokens: int) -> str:
+        """The prompt, continued by the model. Its draws do not change training's random numbers."""
+        generation, tokenizer = self.config.generation, self.plan.tokenizer
+        assert tokenizer is not None  # make_plan refuses samples without one
         idx = torch.tensor([prompt], device=self.runtime.device)
         self.model.eval()
         with forked_random(self.runtime.device), self.runtime.autocast(), self._eager():
@@ -318,8 +324,7 @@ class Run:
             temperature = max(generation.temperature, 1e-5)
             out = self.model.generate(idx, tokens, temperature, generation.top_k or None)
         self.model.train()
-        text = tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
-        self.log.sample(self.state.step, text)
+        return tokenizer.decode([i for i in out[0].tolist() if i < tokenizer.vocab_size])
 
     def save(self) -> None:
         """Saves the state of this step, unless that is done. A thread writes it."""
@@ -351,8 +356,9 @@ class Run:
         }
 
     def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
-        """Restores all but the weights from a checkpoint. Returns what cannot be restored."""
-        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime, self.config.model.dropout > 0)
+        """Restores all but the model's own weights from a checkpoint. Returns what cannot be restored."""
+        load_adapter(self.model, saved.adapter)
+        notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime, self.config)
         self.guard.detector.recent = self.state.recent_losses
         return notes
 
@@ -365,11 +371,11 @@ class Run:
         if state.rollbacks >= limit:
             raise TrainingError(f"{error}; stopped: max_rollbacks={limit} reached; the last good checkpoint is kept")
         try:
-            saved = load(self.out_dir, "last", need_tokenizer=False)
+            saved = load(self.out_dir, "last", need_tokenizer=False, merge=False)
         except UserError as reason:
             raise TrainingError(f"{error}; stopped: no checkpoint to return to ({reason})") from None
         rollbacks, reached, shift = state.rollbacks + 1, state.step, state.data_shift
-        self.model.load_state_dict(saved.model)
+        self.model.load_state_dict(saved.model, strict=not saved.adapter)
         self._restore(saved)
         state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
         state.saved_at = -1  # the checkpoint does not contain the rollback
@@ -407,6 +413,7 @@ class Run:
                 self.say(f"the run is complete; to evaluate it: {eval_command(self.config)}")
         if not stopped and state.step:
             self.log.plot()
+            before_after.end(self.plan, self.log, state.run_id, self.continued)
         if state.step and self.runtime.is_master:
             with self.log.writing(README):
                 if not write_readme(self.out_dir / README, readme(self.plan, state, self.command)):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..checkpoint import store as checkpoints
 from ..checkpoint.store import Checkpoint
+from ..core.adapters import adapter_of
 from ..core.model import GPT
 from ..errors import SaveError, UserError
 from ..machine.device import is_out_of_memory
@@ -69,8 +70,10 @@ class Saver:
         if not plan.runtime.is_master:
             return
         rest = {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.hashes[0]}
+        adapter = adapter_of(model)
         contents = {
-            "step": state.step, "model": model.state_dict(), "optimizer": optimizer_state(optimizer),
+            "step": state.step, "model": {} if adapter else model.state_dict(), "adapter": adapter, "base": plan.base,
+            "optimizer": optimizer_state(optimizer),
             "trainer": vars(state) | rest, "rng": rng, "config": to_dict(plan.config), "model_config": model.config,
             "tokenizer": plan.tokenizer,
         }  # fmt: skip

@@ -9,13 +9,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.adapter import Base, base_of
 from ..checkpoint.load import is_pretrained, load
 from ..checkpoint.store import Checkpoint, resolved_init
 from ..config import Config, GenerationConfig, GPTConfig
+from ..core.adapters import scale_of
 from ..core.dataset import TokenData
 from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
-from ..core.weights import build_model
+from ..core.weights import cropped
 from ..errors import UserError
 from ..generation.prompt import first_text, read_start
 from ..interop.nanogpt import check_nanogpt
@@ -49,7 +51,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         refuse_unfit(runtime.device, runtime.dtype)
     folder, notes = inputs.folder, list[str]()
     tokenizer, vocab_size = _vocabulary(inputs, notes)
-    resumed, weights = None, None
+    resumed, weights, base = None, None, None
     if init_from != "scratch":
         is_resumed = init_from == "resume"
         if not is_resumed and not is_pretrained(init_from) and not Path(init_from).exists():
@@ -58,7 +60,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         loaded = load(
             training.out_dir if is_resumed else init_from, "last" if is_resumed else None, dataset=str(folder),
             weights_only=not is_resumed, need_tokenizer=False,
-            set_aside=is_resumed and runtime.is_master and not training.eval_only,
+            set_aside=is_resumed and runtime.is_master and not training.eval_only, merge=not is_resumed,
         )  # fmt: skip
         weights, theirs = loaded.model, loaded.tokenizer
         _fit(config, loaded.model_config, sources or {}, notes, may_crop=not is_resumed)
@@ -69,10 +71,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
                 f"another, {theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with "
                 f"--tokenizer={source if Path(source).is_dir() else theirs.name}"
             )
-        if config.model.block_size < loaded.model_config.block_size:
-            model = build_model(loaded.model_config, weights)
-            model.crop_block_size(config.model.block_size)
-            weights = model.state_dict()
+        base = _base(config, loaded)
+        weights = cropped(weights, loaded.model_config, config.model.block_size)
         if is_resumed:
             resumed, runtime = loaded, same_machine(config, runtime, loaded)
             notes.append(f"resuming from {loaded.path} at step {loaded.step}")
@@ -142,7 +142,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes += differences(config, resumed)
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
-        last_step, False, resumed.step if resumed is not None else 0, weights, resumed, prompt, notes,
+        last_step, False, resumed.step if resumed is not None else 0, weights, base, resumed, prompt, notes,
         [scan for scan in scans if scan is not None], tasks,
     )  # fmt: skip
     plan = dataclasses.replace(plan, keep_memory=keeps_memory(plan))
@@ -150,6 +150,23 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
         plan = dataclasses.replace(plan, runtime=compiled_where_it_pays(config, runtime, flops))
     return plan
+
+
+def _base(config: Config, loaded: Checkpoint) -> Base | None:
+    """The model that the run trains an adapter of. Raises UserError if a resumed run trained something else."""
+    training, settings = config.training, config.finetune
+    if training.init_from == "resume":
+        ranks = loaded.base and loaded.base.rank, settings.lora_rank
+        if ranks[0] != ranks[1]:
+            raise UserError(
+                f"the run in {training.out_dir} has lora_rank={ranks[0]}, not {ranks[1]}: leave --lora_rank out, or "
+                f"start a new run from it ({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
+            )
+        return loaded.base
+    if settings.lora_rank is None:
+        return None
+    found, scale = loaded.path, scale_of(settings)
+    return base_of(loaded.model, found, training.init_from, Path(training.out_dir), settings.lora_rank, scale)
 
 
 def _packed(
@@ -226,6 +243,7 @@ def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list
         if item.name == "dropout" or wanted == has or (item.name == "vocab_size" and wanted is None):
             continue
         if item.name == "block_size" and may_crop and wanted < has:
+            notes.append(f"context: shortened from the {has:,} tokens of the weights to {wanted:,} (--block_size)")
             loaded = dataclasses.replace(loaded, block_size=wanted)
             continue
         if sources.get(item.name) == COMMAND_LINE:

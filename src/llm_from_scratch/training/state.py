@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..checkpoint.store import Checkpoint
+from ..config import Config
 from ..errors import UserError, one_line
 from ..machine.device import Runtime
 from .optimizer import load_optimizer_state
@@ -81,7 +82,7 @@ _KINDS = {"run_id": (str,), "recent_losses": (list,), "best_val_loss": (int, flo
 
 def restore(
     saved: Checkpoint, state: TrainState, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    runtime: Runtime, dropout: bool,
+    runtime: Runtime, config: Config,
 ) -> list[str]:  # fmt: skip
     """Restores optimizer, scaler, counters and random states. Returns what cannot be restored, one line each. Raises
     UserError if the checkpoint's entries do not belong to a run."""
@@ -113,7 +114,7 @@ def restore(
         if processes == runtime.world_size and all(f"{kind}.{runtime.rank}" in saved.rng for kind in generators):
             for kind, (_, put) in generators.items():
                 put(saved.rng[f"{kind}.{runtime.rank}"])
-        elif dropout:
+        elif config.model.dropout + config.finetune.lora_dropout > 0:
             others = "other processes or devices than the checkpoint's"
             why = others if saved.rng else "the checkpoint does not contain random states"
             notes.append(f"{why}: dropout masks will differ, not bit-exact")

@@ -47,7 +47,7 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
 
     parts = list(zip(*(t.split(run.micro_batch) for t in (x, y, *packed)), strict=True))
     if run.models.is_recorded and len(parts) > 1:  # otherwise a pass would overwrite the gradients of the previous one
-        for p in model.parameters():
+        for p in (p for p in model.parameters() if p.requires_grad):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for i, (xi, yi, *of_rows) in enumerate(parts):
         with run.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once

@@ -1,4 +1,5 @@
-"""Everything applied around the model, in this order: kernels, recomputation, compilation, data parallelism."""
+"""Everything applied around the model, in this order: adapters, kernels, recomputation, compilation, data
+parallelism."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ import torch
 import torch.nn as nn
 
 from ..config import Config
+from ..core.adapters import adapter_of, freeze, unfreeze
 from ..core.cache import Documents
 from ..core.model import GPT, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
+from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
@@ -45,11 +48,13 @@ class Wrapped:
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
-    """Swaps kernels in, then applies recomputation, compilation and data parallelism. The optimizer is built
-    afterwards.
+    """Attaches adapters, swaps kernels in, then applies recomputation, compilation and data parallelism. The optimizer
+    is built afterwards.
 
     Raises UserError if compile=True is set and compilation fails; with auto, training continues in eager mode.
     """
+    if config.finetune.lora_rank is not None and not adapter_of(model):  # else from an attempt that ran out of memory
+        attach(model, config.finetune, config.system.seed)
     exchange(model, config, runtime, micro_batch, say)
     compiled, is_recorded = None, False
     if runtime.compile:
@@ -68,6 +73,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     """Swaps in all kernels and applies recomputation."""
     again = any(isinstance(m, Float8Linear) for m in model.modules())
     unswap(model)  # of an attempt with another micro-batch or a compiler
+    unfreeze(model)  # swap compares the gradients of frozen weights too
     replacements: dict[type, type] = {}
     keep: list[nn.Module] = []
     if runtime.device.type == "cpu":
@@ -85,7 +91,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements[NextTokenLoss] = ChunkedLoss
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
-    swap(model, replacements, say, keep)
+    swap(model, with_adapters(replacements), say, keep)
     set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
@@ -94,6 +100,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         count = sum(isinstance(m, Float8Linear) for m in model.modules())
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
     recompute(model, config, runtime, micro_batch, say)
+    freeze(model, config.finetune)
 
 
 def fitting_libraries(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> dict[str, str]:

@@ -37,6 +37,7 @@ MILLIONS: dict[str, tuple[float, float]] = {
     "configs/gpt2-124m.yaml": (124.0, 125.0),
     "configs/modern-124m.yaml": (123.0, 125.0),
     "configs/finetune.yaml": (124.3, 124.5),
+    "configs/lora.yaml": (124.3, 124.5),
 }
 # What the data of a preset gives the model; GPT-2's tokens otherwise.
 RACES = ("configs/speedrun.yaml", "configs/three-minutes.yaml")  # every second counts

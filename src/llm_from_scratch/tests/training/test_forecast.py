@@ -105,6 +105,7 @@ def test_memory_adds_up(tiny_data: Path, accumulation: int, monkeypatch: pytest.
     plan = planned(tiny_data, gradient_accumulation_steps=accumulation)
     rehearsal = Rehearsal(reduced_plan(plan, 2, 2))
     monkeypatch.setattr(rehearsal, "held", lambda: (Split(20, 5), Split(40, 10)))
+    monkeypatch.setattr(rehearsal, "trained", lambda: Split(20, 5))
     monkeypatch.setattr(rehearsal, "saved", lambda: Split(200, 30))
     base, fixed, moment = 1000, 10, 60
     peaks = [base + (20 + 5) + 230 // 2 + fixed]  # after one sequence of two; from then on all there is

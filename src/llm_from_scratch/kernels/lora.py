@@ -1,0 +1,91 @@
+"""Linear layers with a low-rank adapter, put into a model by kernels/swap.py. Their tensors: core/adapters.py."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from ..config import FinetuneConfig
+from ..core.adapters import add_parameters, change, stacked
+from ..core.model import GPT
+from ..errors import UserError, one_line
+from ..machine.device import forked_random
+from .swap import kind_of, swap
+
+TOLERANCE = 1e-4  # of an adapted layer's output, from that of a plain layer with the merged weight
+
+
+@functools.cache
+def adapted(plain: Any) -> Any:
+    """The class of linear layers of this class with an adapter."""
+
+    class Adapted(plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return add_change(self, x, super().forward(x), self.lora_B)
+
+        def exact(self, x: Tensor) -> Tensor:
+            """forward with the adapter at zero, for the comparison in kernels.swap."""
+            return add_change(self, x, super().forward(x), torch.zeros_like(self.lora_B))
+
+    Adapted.__name__ = Adapted.__qualname__ = f"Adapted{plain.__name__}"
+    return Adapted
+
+
+def add_change(layer: Any, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """y + scale * B A x. x: (..., I); y: (..., O)."""
+    h = F.linear(layer.lora_dropout(x), layer.lora_A.to(x.dtype))  # (..., M R)
+    heights = stacked(layer)
+    b = torch.block_diag(*b.split(heights)) if len(heights) > 1 else b  # (O, M R)
+    flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.to(h.dtype).t(), alpha=layer.lora_scale)
+    return flat.view(y.shape)
+
+
+def attach(model: GPT, settings: FinetuneConfig, seed: int) -> None:
+    """Adapts the target layers of a model with the loaded weights. B is zero: at first, the adapters change nothing.
+    Raises UserError if no layer matches, or if one that does cannot be adapted."""
+    if buffers := set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        raise UserError(f"lora_rank does not support {min(buffers)}: a checkpoint of an adapter holds no buffers")
+    names, lines = add_parameters(model, settings, seed), list[str]()
+    layers = {name: model.get_submodule(name) for name in names}
+    before: dict[str, Any] = {name: type(layer) for name, layer in layers.items()}
+    chosen = set(layers.values())
+    others = [module for module in model.modules() if module not in chosen]
+    swap(model, {kind: adapted(kind) for kind in set(before.values())}, lines.append, keep=others, lasting=True)
+    reasons: dict[Any, str | None] = {}  # by kind
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        if kind not in reasons:
+            is_adapted = type(layer) is adapted(before[name])
+            reasons[kind] = _why_not_merged(layer) if is_adapted else "; ".join(lines) or "the model does not call it"
+        if reasons[kind]:
+            raise UserError(f"--lora_rank cannot adapt {name}: {reasons[kind]}. Leave it out of --lora_targets")
+
+
+@torch.no_grad()
+def _why_not_merged(layer: Any) -> str | None:
+    """Why an adapter cannot be merged into a layer's weight, found by trying; None if it can."""
+    generator, device, training = torch.Generator().manual_seed(0), layer.weight.device, layer.training
+    x, b = (torch.randn(*s, generator=generator).to(device) for s in ((4, layer.in_features), layer.lora_B.shape))
+    weight = layer.weight + layer.lora_scale * change(layer.lora_A, b, stacked(layer))
+    try:
+        with forked_random(device):
+            layer.eval()
+            expected = functional_call(layer, {"weight": weight, "lora_B": torch.zeros_like(b)}, (x,))
+            found = functional_call(layer, {"lora_B": b}, (x,))
+    except Exception as error:
+        return f"it fails ({type(error).__name__}: {one_line(error, 100)})"
+    finally:
+        layer.train(training)
+    apart = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return None if apart <= TOLERANCE else f"it is not linear in its weight (relative difference {apart:.0e})"
+
+
+def with_adapters(replacements: dict[type, type]) -> dict[type, type]:
+    """The replacements of linear layers, for layers with adapters too."""
+    linear: dict[Any, Any] = {plain: other for plain, other in replacements.items() if issubclass(plain, nn.Linear)}
+    return replacements | {adapted(plain): adapted(other) for plain, other in linear.items()}

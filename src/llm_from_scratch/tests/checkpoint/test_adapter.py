@@ -1,0 +1,131 @@
+"""Checkpoints of adapters: what they hold, how they find their base, what happens if it is gone or has changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_from_scratch.checkpoint import hashed_folder
+from llm_from_scratch.checkpoint.adapter import weights_hash
+from llm_from_scratch.checkpoint.load import load
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.core.adapters import merged
+from llm_from_scratch.errors import DamagedError, UserError
+from llm_from_scratch.training.trainer import train
+
+from ..tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("here")
+LORA: dict[str, Any] = {"init_from": "base", "out_dir": "run", "lora_rank": 2, "eval_interval": 100, "max_iters": 3}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run `base` and an adapter of it, `run`."""
+    folder = tmp_path_factory.mktemp("adapter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(tiny_config(tiny_data, out_dir="base", max_iters=2, n_layer=2))
+        train(tiny_config(tiny_data, **LORA))
+    return folder
+
+
+@pytest.fixture
+def runs(trained: Path, here: Path) -> Path:
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    return here
+
+
+def test_a_checkpoint_holds_only_the_adapter(runs: Path) -> None:
+    step = find_checkpoint("run", "last")
+    names = {path.name for path in step.iterdir()}
+    assert {"adapter.safetensors", "adapter.json", "MANIFEST.json"} <= names and "model.safetensors" not in names
+    saved = load_checkpoint(step)
+    assert saved.base is not None and saved.base.rank == 2 and saved.base.scale == 2.0 and not saved.model
+    assert saved.base.sha256 == weights_hash(load("base").model)
+    assert len(saved.adapter) == 2 * 4 * 2 and any(t.any() for n, t in saved.adapter.items() if n.endswith("lora_B"))
+    assert saved.optimizer is not None and set(saved.optimizer["state"]) == set(saved.adapter)
+
+
+def test_load_merges_the_adapter_into_its_base(runs: Path) -> None:
+    found, base, alone = load("run"), load("base"), load("run", merge=False)
+    expected = merged(base.model_config, base.model, alone.adapter, 2.0)
+    assert all(torch.equal(found.model[name], expected[name]) for name in expected)
+    assert all(torch.equal(alone.model[name], base.model[name]) for name in expected)
+    changed = {name for name in expected if not torch.equal(found.model[name], base.model[name])}
+    assert changed == {name.replace("lora_B", "weight") for name in alone.adapter if name.endswith("lora_B")}
+    assert found.tokenizer is not None
+
+
+def rewrite_base(step: Path, **changes: Any) -> None:
+    """Changes adapter.json, with good hashes."""
+    manifest = hashed_folder.read_manifest(step)
+    content = json.loads((step / "adapter.json").read_text()) | changes
+    entry = hashed_folder.write_synced(step / "adapter.json", [json.dumps(content).encode()])
+    manifest["files"]["adapter.json"] = entry
+    (step / "MANIFEST.json").write_bytes(hashed_folder.with_own_hash(manifest))
+
+
+def test_a_base_that_moved_together_with_the_run_is_found(runs: Path) -> None:
+    rewrite_base(find_checkpoint("run", "last"), path=str(runs / "nowhere"))
+    (runs / "elsewhere").mkdir()
+    for name in ("base", "run"):
+        (runs / name).rename(runs / "elsewhere" / name)
+    assert load("elsewhere/run").step == 3
+
+
+def test_a_base_that_is_gone_or_changed_is_one_line(runs: Path, tiny_data: Path) -> None:
+    step = find_checkpoint("run", "last")
+    rewrite_base(step, path=str(runs / "nowhere"), near=None)
+    with pytest.raises(UserError, match=r"is an adapter of .*nowhere, which does not exist: put it back there"):
+        load("run")
+    rewrite_base(step, path=str(step), near=None)
+    with pytest.raises(UserError, match="which does not exist"):
+        load("run")
+    train(tiny_config(tiny_data, out_dir="other", max_iters=1, n_layer=2))
+    rewrite_base(step, path=str(runs / "other"), near=None)
+    with pytest.raises(UserError, match=r"is an adapter of .*other, which has changed since .*: restore it"):
+        load("run")
+
+
+def test_adapters_of_adapters_load_and_a_circle_ends(runs: Path, tiny_data: Path) -> None:
+    train(tiny_config(tiny_data, **{**LORA, "init_from": "run", "out_dir": "second", "lora_targets": ("mlp",)}))
+    first, second = load("run").model, load("second")
+    assert second.base is not None and second.base.sha256 == weights_hash(first)
+    rewrite_base(find_checkpoint("run", "last"), path=str(runs / "second"), near=None)
+    with pytest.raises(UserError, match="the chain is too long"):
+        load("second")
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "rank": {"rank": 3},
+    "no rank": {"rank": 0},
+    "huge rank": {"rank": 1 << 60},
+    "text": {"rank": "2"},
+    "scale": {"scale": float("inf")},
+    "path": {"path": "a\0b"},
+    "long path": {"path": "x" * 5000},
+    "list": {"path": ["base"]},
+    "unknown": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_hostile_adapter_is_damaged(runs: Path, change: str) -> None:
+    rewrite_base(find_checkpoint("run", "last"), **HOSTILE[change])
+    with pytest.raises(DamagedError):
+        load("run")
+
+
+def test_the_hash_is_of_names_shapes_and_numbers_in_any_precision() -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
+    same = weights_hash(state)
+    assert same == weights_hash({"b": state["b"], "a": state["a"].bfloat16()})
+    assert same != weights_hash({**state, "a": state["a"].reshape(3, 2)})
+    assert same != weights_hash({**state, "a": state["a"] + 1e-6})
+    assert same != weights_hash({"c": state["a"], "b": state["b"]})

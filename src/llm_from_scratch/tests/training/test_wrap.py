@@ -1,0 +1,158 @@
+"""Runs with adapters or frozen parameters: what trains, what resumes bit for bit, what is counted and refused."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_from_scratch.checkpoint.load import load
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.core.adapters import adapter_of
+from llm_from_scratch.errors import NotFiniteError, UserError
+from llm_from_scratch.training.forecast import forecast
+from llm_from_scratch.training.plan import describe
+from llm_from_scratch.training.run import open_run
+from llm_from_scratch.training.setup import make_plan
+from llm_from_scratch.training.trainer import train, train_step
+
+from ..tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("here")
+SETTINGS: dict[str, Any] = {
+    "init_from": "base", "lora_rank": 2, "lora_dropout": 0.1, "dropout": 0.1, "schedule": "constant",
+    "eval_interval": 1000, "save_interval": 1000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(tiny_config(tiny_data, out_dir=str(folder / "base"), max_iters=2, n_layer=2))
+    return folder / "base"
+
+
+@pytest.fixture
+def base(tiny_data: Path, trained: Path, here: Path) -> Path:
+    """The data of a run in the folder `base`."""
+    shutil.copytree(trained, "base")
+    return tiny_data
+
+
+def assert_same_end(one: str, other: str) -> None:
+    first, second = (load_checkpoint(find_checkpoint(name, "last")) for name in (one, other))
+    assert first.step == second.step and first.adapter
+    assert all(torch.equal(first.adapter[name], second.adapter[name]) for name in first.adapter)
+    assert first.optimizer is not None and second.optimizer is not None
+    for name, slots in first.optimizer["state"].items():
+        for slot, value in slots.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(second.optimizer["state"][name][slot]))
+
+
+def test_a_resumed_adapter_is_bit_equal_to_an_uninterrupted_one(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_config(base, **SETTINGS, out_dir="whole", max_iters=5))
+    train(tiny_config(base, **SETTINGS, out_dir="parts", max_iters=2))
+    capsys.readouterr()
+    train(tiny_config(base, **{**SETTINGS, "init_from": "resume"}, out_dir="parts", max_iters=5))
+    assert "not bit-exact" not in capsys.readouterr().out
+    assert_same_end("whole", "parts")
+
+
+@pytest.mark.slow
+def test_an_adapter_cut_at_random_steps_resumes_bit_equal(base: Path) -> None:
+    train(tiny_config(base, **SETTINGS, out_dir="whole", max_iters=12))
+    for cut in random.Random(0).sample(range(1, 12), 6):
+        train(tiny_config(base, **SETTINGS, out_dir=f"cut-{cut}", max_iters=cut))
+        train(tiny_config(base, **{**SETTINGS, "init_from": "resume"}, out_dir=f"cut-{cut}", max_iters=12))
+        assert_same_end("whole", f"cut-{cut}")
+
+
+def test_only_the_adapter_trains(base: Path) -> None:
+    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train") as run:
+        plain = {n: t.clone() for n, t in run.model.state_dict().items() if "lora" not in n}
+        train_step(run, *run.next_batch())
+        train_step(run, *run.next_batch())
+        held = [p for group in run.optimizer.param_groups for p in group["params"]]
+        assert {id(p) for p in held} == {id(p) for p in adapter_of(run.model).values()}
+        assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in plain.items())
+        assert all(t.any() for t in adapter_of(run.model).values())
+        assert all(torch.equal(t, load("base").model[name]) for name, t in plain.items())
+
+
+def test_frozen_parameters_keep_their_values_and_have_no_state(base: Path) -> None:
+    train(tiny_config(base, init_from="base", out_dir="run", freeze=("wte", "h.0"), max_iters=2))
+    before, after = load("base").model, load_checkpoint(find_checkpoint("run", "last"))
+    kept = {name for name, t in after.model.items() if torch.equal(t, before[name])}
+    assert kept == {n for n in before if "wte" in n or "lm_head" in n or ".h.0." in n}
+    assert after.optimizer is not None and kept.isdisjoint(after.optimizer["state"])
+
+
+def test_the_plan_and_the_forecast_count_what_trains(base: Path) -> None:
+    plan = make_plan(tiny_config(base, **SETTINGS, out_dir="run"))
+    layers = [(16, 48, 3), (16, 16, 1), (16, 64, 1), (64, 16, 1)]  # inputs, outputs, stacked matrices
+    trained = 2 * sum(2 * (count * inputs + outputs) for inputs, outputs, count in layers)
+    whole = make_plan(tiny_config(base, init_from="base", out_dir="run")).sizes
+    sizes = plan.sizes
+    assert sizes.trained == trained and sizes.params == whole.params + trained
+    assert sizes.gradients == 4 * trained and sizes.optimizer == 8 * trained
+    assert whole.trained == whole.params
+    told = next(line for line in describe(plan) if line.startswith("model:"))
+    assert f"{sizes.params:,} parameters ({trained:,} of them train: {trained / sizes.params:.2%})" in told
+    found = forecast(plan, budget=0.2)
+    counters = 4 * 2 * 8  # a step for each of the tensors
+    assert found.bytes["gradients"] == 4 * trained and found.bytes["optimizer"] == 8 * trained + counters
+    assert all(seconds >= 0 for seconds in found.seconds.values()) and found.step > 0
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "scratch": ({"init_from": "scratch"}, "name it with --init_from"),
+    "no match": ({"lora_targets": ("c_fcc",)}, r"--lora_targets='c_fcc' matches nothing; .*mlp\.c_fc"),
+    "muon": ({"optimizer_type": "muon"}, "lora_rank does not support optimizer_type=muon"),
+    "fp8": ({"fp8": True}, "lora_rank does not support fp8=True"),
+    "ckpt.pt": ({"save_nanogpt_ckpt": True}, "lora_rank does not support save_nanogpt_ckpt=True"),
+    "freeze": ({"freeze": ("wte",)}, "remove --freeze"),
+    "alone": ({"lora_rank": None}, "lora_dropout has no effect without lora_rank"),
+    "rank": ({"lora_rank": 0}, "lora_rank=0 is out of range"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_contradict_each_other_are_refused(base: Path, case: str) -> None:
+    changes, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        train(tiny_config(base, **{**SETTINGS, **changes}, out_dir="run"))
+
+
+def test_a_resumed_run_keeps_its_kind(base: Path) -> None:
+    train(tiny_config(base, **SETTINGS, out_dir="run", max_iters=1))
+    for change, message in (
+        ({"lora_rank": 3}, "has lora_rank=2, not 3"),
+        ({"lora_targets": ("c_fc",)}, "other layers than --lora_targets"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tiny_config(base, **{**SETTINGS, "init_from": "resume", **change}, out_dir="run", max_iters=2))
+    with pytest.raises(UserError, match="has lora_rank=None, not 2"):
+        train(tiny_config(base, **{**SETTINGS, "init_from": "resume"}, out_dir="base", max_iters=3))
+
+
+def test_a_shorter_context_is_told(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_config(base, init_from="base", out_dir="run", block_size=4, lora_rank=1, max_iters=1))
+    assert "context: shortened from the 8 tokens of the weights to 4 (--block_size)" in capsys.readouterr().out
+    found = load("run")
+    assert found.model_config.block_size == 4 and found.model["transformer.wpe.weight"].shape[0] == 4
+    train(tiny_config(base, init_from="resume", out_dir="run", block_size=4, lora_rank=1, max_iters=2))
+
+
+def test_a_roll_back_restores_the_adapter(base: Path) -> None:
+    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train") as run:
+        train_step(run, *run.next_batch())
+        saved = {name: t.detach().clone() for name, t in adapter_of(run.model).items()}
+        run.save()
+        train_step(run, *run.next_batch())
+        run.roll_back(NotFiniteError("broken"))
+        assert run.state.step == 1
+        assert all(torch.equal(t, saved[name]) for name, t in adapter_of(run.model).items())
