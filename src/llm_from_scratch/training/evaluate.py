@@ -78,8 +78,7 @@ def estimate_loss(
 ) -> float:  # fmt: skip
     """Mean loss over `windows` random windows, the same ones every time. before_batch: as in evaluate_split."""
     starts = data.order(block_size, "random", None, EVAL_SEED).starts(0, windows)
-    size = batch_size or min(windows, windows_at_once(model, block_size))
-    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, size, before_batch)
+    nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch)
     return nats / total
 
 
@@ -89,8 +88,8 @@ def _sum_of_losses(
 ) -> list[float]:  # fmt: skip
     """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out. The
     first `known` tokens of each window do not count, except of the first window."""
-    size = size or windows_at_once(model, block_size)
     mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
+    size = size or even_size(len(mine), windows_at_once(model, block_size))
     was_training = model.training
     while True:
         nats, tokens = 0.0, 0
@@ -140,6 +139,11 @@ def windows_at_once(model: torch.nn.Module, block_size: int) -> int:
     """Sequences per evaluation batch: enough tokens to keep the device busy, few enough for the logits to fit."""
     config: Any = model.config
     return max(1, min(16384, LOGITS_LIMIT // config.vocab_size) // block_size)
+
+
+def even_size(windows: int, most: int) -> int:
+    """The size of as few batches as possible, all of which are full or nearly so: a batch is padded to its size."""
+    return -(-windows // max(1, -(-windows // most))) or 1
 
 
 def _windows(

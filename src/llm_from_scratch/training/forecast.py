@@ -23,7 +23,7 @@ from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
 from ..machine.memory import free_memory, peak_memory, total_memory
-from .evaluate import estimate_loss, windows_at_once
+from .evaluate import estimate_loss, even_size, windows_at_once
 from .microbatch import retry_smaller
 from .plan import Plan
 from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
@@ -294,7 +294,7 @@ def extrapolate(
     trained = peak_memory(plan.runtime.device)
 
     windows = plan.config.training.eval_iters * plan.config.data.batch_size
-    whole_batch = min(windows, windows_at_once(rehearsal.run.model, model.block_size))
+    whole_batch = even_size(windows, windows_at_once(rehearsal.run.model, model.block_size))
     at_once = rehearsal.run.eval_batch or whole_batch
     tried = min(at_once, max(1, int(budget / 8 / took["gradients"] * 3 * small.micro_batch)))
     rehearsal.evaluated(tried)

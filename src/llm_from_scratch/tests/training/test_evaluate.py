@@ -211,15 +211,22 @@ def test_dropout_is_off_and_the_mode_comes_back(training: bool) -> None:
 
 
 def test_every_batch_has_the_same_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiled model is then compiled once."""
-    shapes = set()
+    """A compiled model is then compiled once. A batch is hardly padded."""
+    shapes = []
     model = make()
     forward = model.forward
 
     def watch(idx: torch.Tensor, targets: torch.Tensor) -> Any:
-        shapes.add(tuple(idx.shape))
+        shapes.append(tuple(idx.shape))
         return forward(idx, targets)
 
     monkeypatch.setattr(model, "forward", watch)
     evaluate_split(model, data(101), 8, RUNTIME, batch_size=4)
-    assert shapes == {(4, 8)}
+    assert set(shapes) == {(4, 8)}
+    shapes.clear()
+    monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 8)
+    estimate_loss(model, data(101), 8, 10, RUNTIME)
+    assert shapes == [(5, 8)] * 2  # not 8 and 2 padded to 8
+    shapes.clear()
+    evaluate_split(model, data(8 * 17), 8, RUNTIME)
+    assert shapes == [(6, 8)] * 3
