@@ -4,8 +4,8 @@ python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--litgpt=P
 
 char-512      4 layers, 128 wide, block_size 512: 500 tokens, one sequence; nanoGPT's generate()
 char-64       the same with block_size 64: 5 samples of 500 tokens, exact beyond the context; nanoGPT's, 5 times
-gpt2-fp32     124M shape, one sequence, 64 tokens; transformers, litgpt, llama.cpp
-gpt2-half     the same with --dtype=bfloat16; transformers
+gpt2-fp32     124M shape, one sequence, 64 tokens; torch's products; transformers, litgpt, llama.cpp
+gpt2-half     the same with --dtype=bfloat16; llama.cpp's f16
 gpt2-int8     the same in int8; llama.cpp's q8_0
 streams-*     124M shape, 16 sequences, total; one sequence; fp32, half, int8
 first-token   124M shape, a prompt of 512 tokens, float32; transformers
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import copy
 import importlib.util
 import json
 import os
@@ -53,6 +54,16 @@ def generator_of(model: Any, vocab_size: int, **options: Any) -> Any:
     from llm_from_scratch.generation.generator import Generator
 
     return Generator(model, CharTokenizer("".join(map(chr, range(0x10000, 0x10000 + vocab_size)))), **options)
+
+
+def with_torch(generator: Any) -> Any:
+    """The generator without the compiled kernel."""
+    os.environ["LLM_KERNEL"] = "torch"
+    try:
+        generator.decoder  # noqa: B018  reads the variable
+    finally:
+        del os.environ["LLM_KERNEL"]
+    return generator
 
 
 def ours(generator: Any, prompts: list[list[int]], tokens: int, samples: int = 1, **params: Any) -> Run:
@@ -143,12 +154,13 @@ def one_stream(dtype: str, options: argparse.Namespace) -> dict[str, Run]:
     tokens = 64
     runs = {
         "ours": ours(generator_of(model, 50257, dtype=kind), [prompt(16)], tokens, **GREEDY),
+        "ours, torch": ours(with_torch(generator_of(model, 50257, dtype=kind)), [prompt(16)], tokens, **GREEDY),
         "transformers": timed(transformers_run(theirs.to(kind), prompt(16), tokens), tokens),
     }
     if dtype == "fp32" and options.litgpt is not None:
         job = {"prompt": prompt(16), "tokens": tokens, "threads": options.threads}
         runs["litgpt"] = in_process(options.litgpt, "litgpt_process", job)
-    return runs | (llama(model, "f32", options.threads) if dtype == "fp32" else {})
+    return runs | llama(copy.deepcopy(model).float(), "f32" if dtype == "fp32" else "f16", options.threads)
 
 
 def first_token() -> dict[str, Run]:
@@ -209,6 +221,8 @@ def int8(options: argparse.Namespace) -> dict[str, Run]:
     model, _ = gpt2()
     tokens = 64
     runs = {"ours": ours(generator_of(model, 50257, quantize="int8"), [prompt(16)], tokens, **GREEDY)}
+    quantized = with_torch(generator_of(model, 50257, quantize="int8"))
+    runs["ours, torch"] = ours(quantized, [prompt(16)], tokens, **GREEDY)
     runs["ours, fp32"] = ours(generator_of(model, 50257), [prompt(16)], tokens, **GREEDY)
     return runs | llama(model, "q8_0", options.threads)
 

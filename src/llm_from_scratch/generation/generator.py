@@ -56,7 +56,7 @@ class Decoder:
         graphed: bool = True,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
     ):
-        self.model, self.linears = model, Linears(model, quantize)
+        self.model, self.linears = model, Linears(model, quantize, not compiled, say)
         self.device, self.dtype = self.linears.device, self.linears.dtype  # dtype: of activations and the cache
         self.recorded = DecodeStep(model, self.linears, compiled, graphed, say)
         self.cacheable = works_with_cache(model, self.linears)

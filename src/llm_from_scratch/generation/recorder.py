@@ -314,6 +314,8 @@ class Recorder(TorchDispatchMode):
         if not isinstance(product, Dense):
             self.exact[self.constant(product)] = functools.partial(exactly, *weights)
             self.write(product, (rows,), {}, y)
+        elif product.is_few(len(rows)):
+            self.write(product.few, (rows,), {}, y)
         elif product.is_wide(len(rows)):
             y = y.t().contiguous().t()  # the memory layout of a product from the other side
             self.write(product, (rows,), {}, y)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,13 @@ from torch.overrides import TorchFunctionMode
 from ..core.model import GPT
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
+from .compiled import Kernel, find_kernel, to_int8
 
 Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix above which a few rows are multiplied faster from its other side
 FEW = 64  # rows up to which that holds
+KERNEL_ROWS = 16  # rows up to which the compiled kernel is faster than torch in float32
+LARGE = 1 << 22  # weights of the linear layers above which the compiled kernel is used
 
 
 def has_half() -> bool:
@@ -35,11 +39,13 @@ def has_int8() -> bool:
 class Dense:
     """x @ weight.T + bias. weight: (out, in); x: (N, in)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False):
+    def __init__(self, weight: Tensor, bias: Tensor | None, head: bool = False, kernel: Kernel | None = None):
+        self.few = kernel.rows(weight, bias) if kernel and weight.dtype == torch.float32 else None
         self.wide = weight.device.type == "cpu" and weight.numel() >= WIDE
         # (in, out) is faster for one row if there are more outputs than inputs. But a matrix that is wide enough
         # for the product from the left needs (out, in), except the head, which does not fit in a cache either way
-        if weight.device.type == "cpu" and weight.size(0) > weight.size(1) and (head or not self.wide):
+        wider = weight.device.type == "cpu" and weight.size(0) > weight.size(1)
+        if wider and (head or not self.wide) and self.few is None:
             weight = weight.t().contiguous().t()
         self.weight, self.transposed, self.bias = weight, weight.t(), bias
 
@@ -47,7 +53,13 @@ class Dense:
         """Whether this many rows are multiplied from the other side."""
         return self.wide and 1 < rows <= FEW and torch.get_num_threads() > 1
 
+    def is_few(self, rows: int) -> bool:
+        """Whether this many rows are multiplied by the compiled kernel."""
+        return self.few is not None and rows <= KERNEL_ROWS
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self.few is not None and self.is_few(len(x)):
+            return self.few(x)
         if self.is_wide(len(x)):
             y = torch.mm(self.weight, x.t()).t()
             return y if self.bias is None else y + self.bias
@@ -100,11 +112,18 @@ class Linears:
     """The linear layers for decoding: one product per weight, built once.
 
     quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Otherwise float16
-    weights on a CPU with slow products in the model's half precision, else the weights unchanged. Raises UserError if
-    the device has no int8 products.
+    weights on a CPU with slow products in the model's half precision, else the weights unchanged. kernels: a large
+    model may use the compiled kernel (compiled.py). say: reports why it does not. Raises UserError if the device has no
+    int8 products.
     """
 
-    def __init__(self, model: GPT, quantize: Quantize = "none"):
+    def __init__(
+        self,
+        model: GPT,
+        quantize: Quantize = "none",
+        kernels: bool = True,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ):
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         if quantize == "int8" and not (device.type == "cpu" and has_int8()):
             raise UserError(f"quantize=int8 needs a CPU with fbgemm or qnnpack, not {device}; leave it out")
@@ -115,13 +134,23 @@ class Linears:
             self.kind, self.dtype = Int8, torch.float32
         elif device.type == "cpu" and half and has_half():
             self.kind, self.dtype = Half, torch.float32
+        size = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        fits = kernels and device.type == "cpu" and self.dtype == torch.float32
+        self.kernel = find_kernel(say, size >= LARGE) if fits else None
         self.products: dict[Any, Any] = {}
         self.packed: dict[int, Any] = {}  # by the identity of the weight: products that approximate
         self.kept: list[Any] = []  # so that identities stay unique
         for module in model.modules() if self.kind is not Dense else ():
             if isinstance(module, torch.nn.Linear):
-                self.packed[id(module.weight)] = self.kind(module.weight.detach(), _detached(module.bias))
+                self.packed[id(module.weight)] = self._packed(module.weight.detach(), _detached(module.bias))
                 self.kept += [module.weight, module.bias]
+
+    def _packed(self, weight: Tensor, bias: Tensor | None) -> Any:
+        if self.kernel is not None:
+            held, scales = to_int8(weight) if self.kind is Int8 else (weight, None)
+            if (product := self.kernel.rows(held, bias, scales)) is not None:
+                return product
+        return self.kind(weight, bias)
 
     def product(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Any:
         """x -> x @ weight.T + bias, for x of this dtype."""
@@ -131,7 +160,7 @@ class Linears:
         if key not in self.products:
             head = weight.size(0) == self.model.config.vocab_size
             weights = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-            self.products[key] = Dense(*weights, head)
+            self.products[key] = Dense(*weights, head, self.kernel)
             self.kept += [weight, bias]
         return self.products[key]
 

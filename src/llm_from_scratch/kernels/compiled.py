@@ -1,0 +1,190 @@
+"""Products of a few rows by a kernel in C (rows.c), which the system's compiler builds on first use.
+
+The library is kept in the user's cache folder, under a hash of its source. Each process compares it with torch before
+it is used. Without a compiler, or if anything fails, products remain torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UserError, one_line
+from ..machine.extras import DISTRIBUTION
+from ..machine.files import open_whole
+
+VARIABLE = "LLM_KERNEL"
+CHOICES = ("auto", "compiled", "torch")
+SOURCE = Path(__file__).with_name("rows.c")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
+LIMIT = 60  # seconds to compile
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+FEW = 32  # rows up to which the kernel is faster than torch in float16 and bfloat16
+WHOLE = 64  # the number of inputs is a multiple of it
+
+
+class _Matrix(ctypes.Structure):
+    """Matrix of rows.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("kind", "has_avx512")),
+        *((name, ctypes.c_long) for name in ("outputs", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("weights", "scales", "sums", "bias")),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The loaded library."""
+
+    multiply: Any
+    has_avx512: bool
+
+    def rows(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Rows | None:
+        """The product with a matrix, (out, in), which is used in place; None if it does not fit. scales: of int8."""
+        fits = weight.size(1) % WHOLE == 0 and weight.is_contiguous() and weight.dtype in KINDS
+        return Rows(self, weight, bias, scales) if fits and weight.device.type == "cpu" else None
+
+
+class Rows:
+    """x @ weight.T + bias. x: (N, inputs), float32. In int8, and up to FEW rows, a row does not depend on others."""
+
+    def __init__(self, kernel: Kernel, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
+        self.kernel, self.weight, self.scales = kernel, weight, scales
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.sums = None if scales is None else weight.sum(1, dtype=torch.int32)
+        self.outputs, inputs = weight.shape
+        others = [None if t is None else t.data_ptr() for t in (scales, self.sums, self.bias)]
+        numbers = KINDS[weight.dtype], kernel.has_avx512, self.outputs, inputs
+        self.matrix = _Matrix(*numbers, weight.data_ptr(), *others)
+        self.address = ctypes.addressof(self.matrix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) > FEW and self.scales is None:  # a prompt: the arithmetic is the limit
+            return F.linear(x, self.weight.float(), self.bias)
+        x = x.contiguous()
+        y = x.new_empty(len(x), self.outputs)
+        if self.kernel.multiply(self.address, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
+            raise MemoryError
+        return y
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights, and a scale per output, float32."""
+    scales = weight.abs().amax(dim=1).float().clamp(min=1e-12).div(127)
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    for part, given, scale in zip(rounded.split(1024), weight.split(1024), scales.split(1024), strict=True):
+        part.copy_(given.float().div(scale[:, None]).round_())
+    return rounded, scales
+
+
+def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None:
+    """The compiled kernel, for a large model or if LLM_KERNEL=compiled; otherwise None. say: reports why it is not
+    used. Raises UserError for a wrong value of LLM_KERNEL."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    if wanted not in CHOICES:
+        raise UserError(f"{VARIABLE}={wanted}: expected {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
+    if wanted == "torch" or (wanted == "auto" and not large):
+        return None
+    missing = lacking()
+    found = missing or load_kernel()
+    if isinstance(found, Kernel):
+        return found
+    if wanted == "compiled" or not missing:
+        say(f"decoding with torch's products: {found}")
+    return None
+
+
+def compiler_here() -> str | None:
+    given = os.environ.get("CC")
+    return next(filter(None, map(shutil.which, [given] if given else ["cc", "gcc", "clang"])), None)
+
+
+def lacking() -> str | None:
+    """What this machine lacks for the kernel."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the compiled kernel is for Linux on x86-64"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "the compiled kernel needs AVX2"
+    return None if compiler_here() else "there is no C compiler (CC, cc, gcc or clang)"
+
+
+@functools.cache
+def load_kernel() -> Kernel | str:
+    """The library, compiled if it is not in the cache; or why it cannot be used."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
+        compiler = compiler_here()
+        assert compiler is not None
+        key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS]).encode()).hexdigest()
+        path = folder / f"rows-{key[:32]}.so"
+        try:
+            library = _open(path)
+        except OSError:  # not there, or damaged
+            compile_library(compiler, path)
+            library = _open(path)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return f"the kernel cannot be compiled or loaded ({one_line(error)})"
+    library.multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
+    level = min(library.instructions(), 2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1)
+    if not level:
+        return "the compiled kernel needs AVX2"
+    kernel = Kernel(library.multiply, level == 2)
+    return kernel if is_right(kernel) else "the compiled kernel gives other results"
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Loads a library that no other user could have written."""
+    for place in (path, path.parent):
+        info = place.stat()
+        if info.st_uid != os.getuid() or info.st_mode & 0o022:
+            raise OSError(f"{place} can be written by other users")
+    return ctypes.CDLL(str(path))
+
+
+def compile_library(compiler: str, path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "rows.so"
+        command = [compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+            raise OSError(f"{compiler}: {one_line(said)}")
+        data = target.read_bytes()
+    with open_whole(path, f".{path.name}.{os.getpid()}") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(data)
+
+
+@torch.inference_mode()
+def is_right(kernel: Kernel) -> bool:
+    """Compares every kind of product with torch's, for a few shapes."""
+    random = torch.Generator().manual_seed(0)
+    for rows, outputs in ((1, 33), (7, 18)):
+        x = torch.randn(rows, 3 * WHOLE, generator=random)
+        weight, bias = torch.randn(outputs, x.size(1), generator=random), torch.randn(outputs, generator=random)
+        for dtype in KINDS:
+            held, scales = to_int8(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+            allowed = 1e-6 if scales is None else 0.02  # the rows of int8 are rounded too
+            exact = held.double() if scales is None else held * scales[:, None].double()
+            product = kernel.rows(held, bias, scales)
+            expected = x.double() @ exact.T + bias
+            if product is None or not (product(x) - expected).norm() <= allowed * expected.norm():
+                return False
+    return True

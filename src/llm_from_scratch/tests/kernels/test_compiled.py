@@ -1,0 +1,216 @@
+"""The compiled kernel of few rows: against float64, on every instruction set here, and when it cannot be had."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.kernels import compiled
+from llm_from_scratch.kernels.compiled import Kernel, find_kernel, to_int8
+
+from ..memorised import TOKENIZER, memorised
+
+N = 192  # inputs
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
+
+
+def none(line: str) -> None:
+    raise AssertionError(line)
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    if compiled.lacking():
+        pytest.skip(str(compiled.lacking()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        compiled.load_kernel.cache_clear()
+        found = find_kernel(none)
+        assert found is not None
+        yield found
+        compiled.load_kernel.cache_clear()
+
+
+def levels(kernel: Kernel) -> list[Kernel]:
+    return [kernel] + [dataclasses.replace(kernel, has_avx512=False)] * kernel.has_avx512
+
+
+def held(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return to_int8(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+
+
+def by_hand(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+    """In float64; of int8 with rows rounded to 127 steps of their largest number."""
+    x, weight = x.double(), weight.double()
+    if scales is not None:
+        step = x.abs().amax(1, keepdim=True) / 127
+        x, weight = torch.where(step > 0, (x / step).round() * step, 0), weight * scales.double()[:, None]
+    return x @ weight.T
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_those_of_float64(kernel: Kernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for here in levels(kernel):
+        for rows, outputs in ((1, 1), (1, 70), (2, 5), (3, 16), (5, 131), (65, 7)):
+            x, bias = torch.randn(rows, N) * torch.logspace(-3, 3, rows)[:, None], torch.randn(outputs)
+            weight, scales = held(torch.randn(outputs, N), dtype)
+            expected = by_hand(x, weight, scales)
+            for b in (bias, None):
+                product = here.rows(weight, b, scales)
+                assert product is not None
+                error = (product(x) - (expected if b is None else expected + b)).norm(dim=1)
+                assert (error <= 1e-6 * (expected.norm(dim=1) + bias.norm())).all(), (here, rows, outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_neighbours(kernel: Kernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(67 if dtype == torch.int8 else compiled.FEW, N)
+    x[3, 5], x[9, 7], x[20] = torch.nan, torch.inf, 0
+    weight, scales = held(torch.randn(37, N), dtype)
+    for here in levels(kernel):
+        product = here.rows(weight, torch.ones(37), scales)
+        assert product is not None
+        together = product(x)
+        alone = torch.cat([product(row[None]) for row in x])
+        torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
+        assert not together[[3, 9]].isfinite().any() and together[[2, 4, 8, 10]].isfinite().all()
+        assert (together[20] == 1).all()
+
+
+def test_threads_do_not_change_a_result(kernel: Kernel) -> None:
+    torch.manual_seed(0)
+    x, weight, before = torch.randn(1, N), torch.randn(1500, N), torch.get_num_threads()
+    product = kernel.rows(weight, None)
+    assert product is not None
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(product(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_matrix_that_does_not_fit_is_refused(kernel: Kernel) -> None:
+    assert kernel.rows(torch.randn(8, 65), None) is None
+    assert kernel.rows(torch.randn(64, 8).t(), None) is None
+    assert kernel.rows(torch.randn(8, 64).double(), None) is None
+
+
+@pytest.mark.parametrize("how", ["float32", "float16", "int8"])
+def test_a_model_continues_its_text_as_with_torch(
+    kernel: Kernel, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for wanted in ("torch", "compiled"):
+        monkeypatch.setenv(compiled.VARIABLE, wanted)
+        model = copy.deepcopy(memorised("gpt2"))
+        dtype = torch.float16 if how == "float16" else None
+        generator = Generator(model, TOKENIZER, dtype=dtype, quantize="int8" if how == "int8" else "none")
+        assert (generator.decoder.linears.kernel is not None) == (wanted == "compiled")
+        prompts = [[1, 2, 3], [4], [5, 6]]
+        texts.append(
+            [s.tokens for s in generator.generate(prompts, GenerationConfig(max_new_tokens=12, temperature=0.0))]
+        )
+        assert generator.decoder.recorded.records and generator.decoder.recorded.failure is None
+    assert texts[0] == texts[1] and capsys.readouterr().err == ""
+
+
+def test_a_small_model_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(compiled.VARIABLE, raising=False)
+    monkeypatch.setattr(compiled, "load_kernel", lambda: pytest.fail("compiled"))
+    assert Generator(memorised("modern"), TOKENIZER).decoder.linears.kernel is None
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (None, "there is no C compiler (CC, cc, gcc or clang)"),
+        ("echo 'rows.c:1: fatal error: no header' >&2; exit 1", "rows.c:1: fatal error: no header)"),
+        ("exit 0", "No such file or directory"),
+        ("while [ $1 != -o ]; do shift; done; echo no library > $2", "file too short"),
+    ],
+)
+def test_what_fails_is_one_line(
+    compiler: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", script(tmp_path / "cc", compiler) if compiler else str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for wanted in ("auto", "compiled"):
+        compiled.load_kernel.cache_clear()
+        monkeypatch.setenv(compiled.VARIABLE, wanted)
+        said: list[str] = []
+        assert find_kernel(said.append) is None
+        if wanted == "auto" and compiler is None:  # most machines without a compiler do not miss it
+            assert said == []
+        else:
+            assert len(said) == 1 and said[0].startswith("decoding with torch's products: ") and reason in said[0]
+    compiled.load_kernel.cache_clear()
+    assert not list(tmp_path.glob("cache/*/.*"))
+
+
+def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, "fast")
+    with pytest.raises(UserError, match="LLM_KERNEL=fast: expected auto, compiled or torch"):
+        find_kernel(none)
+
+
+def test_a_kernel_with_other_results_is_not_used(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled.is_right(kernel)
+
+    def wrong(address: int, x: int, y: int, rows: int, threads: int) -> int:
+        done = kernel.multiply(address, x, y, rows, threads)
+        torch.frombuffer((ctypes.c_float * 4).from_address(y), dtype=torch.float32)[3] += 0.1
+        return done
+
+    assert not compiled.is_right(dataclasses.replace(kernel, multiply=wrong))
+
+
+def test_the_library_is_kept_whole_and_private(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = (Path(os.environ["XDG_CACHE_HOME"]) / "gptsmith").iterdir()
+    folder = tmp_path / "gptsmith"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "compile_library", lambda compiler, path: path.write_bytes(made.read_bytes()))
+    (folder / made.name).write_bytes(made.read_bytes()[:40])  # damaged: built again
+    compiled.load_kernel.cache_clear()
+    assert find_kernel(none) is not None
+    folder.chmod(0o777)
+    compiled.load_kernel.cache_clear()
+    said: list[str] = []
+    assert find_kernel(said.append) is None and "can be written by other users" in said[0]
+
+
+@pytest.mark.slow
+def test_processes_that_compile_at_once(tmp_path: Path) -> None:
+    program = (
+        "from llm_from_scratch.kernels.compiled import find_kernel\n" "import sys; sys.exit(find_kernel(print) is None)"
+    )
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), compiled.VARIABLE: "compiled"}
+    if compiled.lacking():
+        pytest.skip(str(compiled.lacking()))
+    runs = [subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [(run.communicate()[0], run.returncode) for run in runs] == [(b"", 0)] * 3
+    assert [path.suffix for path in (tmp_path / "gptsmith").iterdir()] == [".so"]
