@@ -164,7 +164,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     known = [argument for argument in given if argument in src.KNOWN_TEXTS]
     if known:
         if options.budget:
-            raise UserError(f"the known text {known[0]} has its own tokenizer: remove --budget")
+            raise UserError(f"the built-in source {known[0]} has its own tokenizer: remove --budget")
         if len(given) > 1 or options.val_files:
             raise UserError(f"{known[0]} is a built-in source and must be the only one; for a file, write ./{known[0]}")
         text = src.KNOWN_TEXTS[known[0]]
@@ -172,7 +172,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         if isinstance(source, src.FileSource):
             source = dataclasses.replace(source, label=_display_path(source.path, root), lines=options.lines)
         if options.chat_template is not None or (options.lines and not isinstance(source, src.FileSource)):
-            raise UserError(f"--chat_template and --lines do not fit the known text {known[0]}: remove them")
+            raise UserError(f"{known[0]} does not support --chat_template and --lines: remove them")
         fraction = options.val_fraction or text.val_fraction
         return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed)
     found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]

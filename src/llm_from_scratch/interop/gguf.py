@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: the families of hf.py, whose tables of modules are used with gguf's own names.
+"""GGUF, llama.cpp's format, for the model families of hf.py: its tables of modules, with gguf's names for the tensors.
 Written with the package gguf. Source: llama.cpp's convert_hf_to_gguf.py, llama-context.cpp and llama-vocab.cpp."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dial: --budget. Measures the speed of this machine, chooses the settings (choice.py) and explains the choice."""
+"""--budget: measures the speed of this machine, chooses the settings (choice.py) and explains the choice."""
 
 from __future__ import annotations
 
