@@ -114,15 +114,15 @@ class TaskModel:
         return tuple(self.tokenizer.encode(text, allow_special=True).tolist())
 
     def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Token ids of both, divided where the context's tokens end. Spaces at its end belong to the continuation,
-        because many tokens begin with one."""
-        bare = context.rstrip()
-        whole, n = self._encode(context + continuation), len(self._encode(bare))
+        """Token ids of both: those of the context, then those of the whole text after as many tokens. Spaces at the end
+        of the context belong to the continuation, because many tokens begin with one."""
+        before, whole = self._encode(context.rstrip()), self._encode(context + continuation)
         if not whole:
             raise UserError("a task has an empty continuation after an empty context, which has no likelihood")
-        n = min(n, len(whole) - 1)  # its last character may belong to the continuation's first token
-        if n:
-            return whole[:n], whole[n:]
+        if len(before) >= len(whole):  # its end and the continuation are one token
+            before = whole[:-1]
+        if before:
+            return before, whole[len(before) :]
         return ((self.first,), whole) if whole[0] != self.first or len(whole) < 2 else (whole[:1], whole[1:])
 
 

@@ -65,6 +65,11 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation() -> None:
     assert seen[2] == ((tokenizer.eot_id,), tuple(tokenizer.encode("the").tolist()))
     assert seen[3] == ((tokenizer.eot_id,), tuple(tokenizer.encode(" the").tolist()))
     seen.clear()
+    model.loglikelihood([asked("the c", "at"), asked("the c", "at on the mat")])  # a border inside a token
+    before, longer = (tuple(tokenizer.encode(text).tolist()) for text in ("the c", "the cat on the mat"))
+    assert len(before) >= len(whole) and before != longer[: len(before)]
+    assert seen == [(tuple(whole[:-1]), tuple(whole[-1:])), (before, longer[len(before) :])]
+    seen.clear()
     model.loglikelihood([asked("", "<|endoftext|>the")])
     assert seen == [((tokenizer.eot_id,), tuple(tokenizer.encode("the").tolist()))]
 
