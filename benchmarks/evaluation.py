@@ -1,11 +1,12 @@
 """Scores on three tasks and their wall clock: llm-eval --tasks compared with lm-evaluation-harness's own `hf` model.
 
 python benchmarks/evaluation.py --model=MODEL [--text=FILE] [--documents=40] [--rounds=1] [--threads=N] [--hf_batch=8]
-       [--server=True]
+       [--server=True] [--clock=wall|cpu]
 
 --model: a Hugging Face folder, a GGUF file or a run. `hf` reads our export of it. The tasks are made of the text (tiny
 Shakespeare of LLM_TEST_DATA_DIR by default): the right one of four continuations without and with three examples, the
 likelihood of whole texts, and greedy texts of 32 tokens. --server: also the harness's `local-completions` on llm-serve.
+On a shared machine, --clock=cpu --threads=1 compares processor time.
 Needs `pip install 'lm_eval[hf,api]'`. Prints a table, and a line of JSON last.
 """
 
@@ -69,7 +70,9 @@ def main() -> None:
     parser.add_argument("--hf_batch", type=int, default=8)
     parser.add_argument("--server", default="False")
     parser.add_argument("--tasks", default=",".join(KINDS))
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -89,10 +92,10 @@ def main() -> None:
 
     def score(who: str, kind: str, model: Any, folder: Path) -> None:
         tasks = load_tasks(str(folder / f"{kind}.yaml"))
-        begin = time.perf_counter()
+        begin = clock()
         with contextlib.redirect_stdout(io.StringIO()):
             found = lm_eval.evaluate(lm=model, task_dict=tasks, bootstrap_iters=10, log_samples=False)
-        times.setdefault(who, {}).setdefault(kind, []).append(time.perf_counter() - begin)
+        times.setdefault(who, {}).setdefault(kind, []).append(clock() - begin)
         results.setdefault(who, {}).update(
             {name: value for name, value in figures(found).items() if not name.endswith("_stderr")}
         )
