@@ -27,7 +27,7 @@ from .common import command, data_prepared_last, used_a_path
 # untrusted, so it cannot switch on wandb either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run", "exportable")
-OWN_VALUES = ("budget", "law")
+OWN_VALUES = {"budget": "10min", "law": "FILE.json", "cooldown": "0.2"}  # name: an example
 STARTED_IN = 1.5  # seconds of imports before a command begins, at most
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
@@ -77,12 +77,15 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
     # by data_prepared_last; nanoGPT's defaults, which also lie under its presets, name openwebtext
     chosen = not (nanogpt or "dataset" in parsed.sources or parsed.files[0].endswith(".py"))
+    cooldown: dict[str, Any] = {}
+    if "cooldown" in values:
+        begin, cooldown = "resume", _cooldown(parsed, values["cooldown"], writes=not (dry_run or any(flags.values())))
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources, prog, typed)
         if saved is not None:
             chosen = False
             # the settings of the run replace the defaults; this call's settings override them
-            parsed = read(argv, defaults={**defaults, **saved})
+            parsed = read(argv, defaults={**defaults, **saved, **cooldown})
     config, ends_at, is_auto = parsed.tree, None, parsed.tree.training.init_from == "auto"
     config.training.init_from = begin
     choose_length(parsed)
@@ -172,7 +175,7 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
 
 
 def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separates --budget and --law from the settings of the run."""
+    """Separates --budget, --law and --cooldown from the settings of the run."""
     values, rest, words = dict[str, str](), list[str](), list(argv)
     while words:
         arg = words.pop(0)
@@ -181,7 +184,7 @@ def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             rest.append(arg)
             continue
         if not equals and (not words or words[0].startswith("--")):
-            raise UserError(f"--{name} needs a value: --{name}={'10min' if name == 'budget' else 'FILE.json'}")
+            raise UserError(f"--{name} needs a value: --{name}={OWN_VALUES[name]}")
         values[name] = value if equals else words.pop(0)
     return values, rest
 
@@ -203,6 +206,25 @@ def _dial(
         for line in found.lines:
             note(line)
     return found.config, found.ends_at
+
+
+def _cooldown(parsed: Parsed[Config], share: str, writes: bool) -> dict[str, Any]:
+    """Prepares the run of --cooldown, and returns its settings. writes: whether the command may write."""
+    given = [name for name in ("max_iters", "epochs", "schedule", "lr_decay_iters") if parsed.on_command_line(name)]
+    if given or not writes:
+        raise UserError(
+            f"--cooldown sets the length and the schedule of a new run: remove --{(given or ['dry_run'])[0]}"
+        )
+    training = parsed.tree.training
+    if training.init_from in ("scratch", "resume", "auto"):
+        raise UserError("--cooldown begins at a step of a run: give its folder, --init_from=OUT_DIR/step-N")
+    from ..training.branch import begin_cooldown
+
+    try:
+        number = float(share)
+    except ValueError:
+        raise UserError(f"cooldown={share!r} is not a number: give a share of the steps so far, such as 0.2") from None
+    return begin_cooldown(training.init_from, training.out_dir, number)
 
 
 def choose_length(parsed: Parsed[Any]) -> None:

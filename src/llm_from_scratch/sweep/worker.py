@@ -177,6 +177,10 @@ class Trial:
         self.process.send_signal(signum)
         return False
 
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
     def _loss(self, seed: int) -> float:
         """The loss of a complete run. Raises TrainingError."""
         path = self.folder(seed) / METRICS
@@ -251,7 +255,7 @@ def run_trials(study: Study, runs: Runs, workers: int, say: Callable[[str], Any]
         while waiting := [trial for trial in waiting if trial.process and trial.process.poll() is None]:
             if len(stops) > 1:
                 for trial in waiting:
-                    trial.end(signal.SIGKILL)
+                    trial.kill()
             time.sleep(PAUSE)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,0 +1,63 @@
+"""Cool-downs from a step of a run with a constant rate: one run gives models of several lengths.
+
+The step's checkpoint is copied to another folder. The new run resumes from it with the schedule wsd, whose cool-down
+begins at this step. It is an ordinary run: its settings are stored, and it resumes exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.store import find_checkpoint, list_checkpoints, read_settings
+from ..config import SchedulerConfig
+from ..errors import UserError
+from ..machine.files import replace_folder, temporary_folder
+from .scheduler import learning_rate_at
+
+
+def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
+    """Copies a checkpoint to out_dir. Returns the settings of the new run that differ from those of the old one, by
+    leaf name. source: a step folder, or a run (its last step). share: steps of the cool-down, as a share of the steps
+    before it. Raises UserError."""
+    if not 0 < share <= 10:
+        raise UserError(f"cooldown={share:g} is out of range: expected a share of the steps so far, such as 0.2")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--cooldown copies a checkpoint in one process: start it without torchrun, then resume with it")
+    found = find_checkpoint(source, "last" if list_checkpoints(source) else None)
+    steps = {path.resolve(): step for step, path in list_checkpoints(found.parent)}
+    if found.resolve() not in steps:
+        raise UserError(f"--cooldown needs a step folder of a run, with its optimizer state; {found} is not one")
+    step, target = steps[found.resolve()], Path(out_dir) / found.name
+    _check_rate(found, step)
+    others = [path for _, path in list_checkpoints(out_dir) if path.name != found.name]
+    if others or target.resolve() == found.resolve():
+        hint = shlex.join(["--init_from=resume", f"--out_dir={out_dir}"])
+        raise UserError(f"{out_dir} already holds a run: choose another --out_dir, or resume that run with {hint}")
+    if not target.exists():
+        with temporary_folder(target) as folder:
+            shutil.copytree(found, folder, dirs_exist_ok=True)
+            replace_folder(target, folder)
+    last = step + max(1, round(share * step))
+    return {
+        "schedule": "wsd", "decay_lr": True, "cooldown_frac": (last - step) / last, "lr_decay_iters": None,
+        "max_iters": last, "inclusive_max_iters": False, "epochs": None,
+    }  # fmt: skip
+
+
+def _check_rate(folder: Path, step: int) -> None:
+    """Raises UserError unless the learning rate of the step is the peak, where a cool-down begins."""
+    settings = read_settings(folder)
+    known = {item.name for item in dataclasses.fields(SchedulerConfig)}
+    scheduler = SchedulerConfig(**{name: value for name, value in settings["scheduler"].items() if name in known})
+    peak, max_iters = settings["optimizer"]["learning_rate"], settings["training"]["max_iters"]
+    rate = learning_rate_at(step, peak, scheduler, max_iters)
+    if step < 1 or rate != peak:
+        raise UserError(
+            f"a cool-down begins at the peak rate, but step {step} of this run has {rate:.3g}, not {peak:.3g}: choose "
+            "another step, or train with --schedule=constant or wsd"
+        )
