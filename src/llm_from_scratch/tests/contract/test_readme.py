@@ -441,19 +441,24 @@ def known_settings() -> set[str]:
     from llm_from_scratch.cli.export import Export
     from llm_from_scratch.cli.generate import GenerateCommand
     from llm_from_scratch.cli.prepare_data import PrepareOptions
+    from llm_from_scratch.cli.scale import ScaleOptions
     from llm_from_scratch.cli.serve import ServeCommand
-    from llm_from_scratch.cli.train import OWN_FLAGS
+    from llm_from_scratch.cli.sweep import SweepOptions
+    from llm_from_scratch.cli.train import OWN_FLAGS, OWN_VALUES
 
-    trees = (Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions, ServeCommand)
-    return {leaf for tree in trees for leaf in leaf_types(tree)} | set(OWN_FLAGS)
+    trees = (
+        Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions, ScaleOptions, ServeCommand,
+        SweepOptions,
+    )  # fmt: skip
+    return {leaf for tree in trees for leaf in leaf_types(tree)} | {*OWN_FLAGS, *OWN_VALUES}
 
 
 # Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just
-# clean-all`, of `./just storm`, of every command and of the benchmarks; vLLM's `--served-model-name`
+# clean-all`, of `./just storm`, of every command and of the benchmarks; vLLM's `--served-model-name`; the harness's
 OTHER_OPTIONS = {
     "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
     "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
-    "served", "version", "completion", "cases",
+    "served", "version", "completion", "cases", "model", "model_args", "include_path", "array",
 }  # fmt: skip
 
 
@@ -478,13 +483,16 @@ def test_paths_and_links_exist(document: str) -> None:
         assert any((base / path).exists() for base in bases) or path in MADE_BY_RUNS, path
 
 
-# Folders that the commands make
+# Files and folders that the commands make
 MADE_BY_RUNS = {
     "data/processed/",
     "data/processed/NAME/",
     "data/raw/",
     "data/cache/",
     "out_dir/step-N/",
+    "trial-N/",
+    "seed-S/",
+    "settings.yaml",
     "out_dir/step-00000250/",
     "out_dir/previous-ID/",
     "tensorboard/",
