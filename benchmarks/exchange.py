@@ -116,6 +116,8 @@ def in_llama_cpp(model: Path, folder: Path, prompts: list[str], tokens: int, kin
         )  # fmt: skip
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 512, 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it is less precise
     server, ours, exact = xllamacpp.Server(params), Generator.from_checkpoint(str(path)), load(model)
     reference = build_model(exact.model_config, exact.model).eval()
     banned = [[i, False] for i in ends_of(ours)]

