@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,28 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
 
 def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:
     """Weights from a GGUF file, a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
-    from ..interop.gguf import is_gguf, load_gguf
+    from ..interop.gguf import load_gguf
     from ..interop.hf import load_pretrained
 
     config, weights, tokenizer = load_gguf(Path(where)) if is_gguf(Path(where)) else load_pretrained(where)
     found = Checkpoint(Path(where), 0, config, weights)
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
     return found
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def named_tokenizer(name: str, texts: Iterable[str] | None = None) -> Tokenizer:
+    """Tokenizer.from_name, and also the tokenizer of a GGUF file. Raises UserError."""
+    from ..core.tokenizer import Tokenizer
+
+    if not is_gguf(Path(name)):
+        return Tokenizer.from_name(name, texts)
+    from ..interop.gguf import load_tokenizer
+
+    return load_tokenizer(Path(name))
 
 
 def is_pretrained(where: str | Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.load import named_tokenizer
 from ..core.chat import END, PLAIN, Message, read_template
 from ..core.conversations import add_plain_template, encode_conversation, find_turn_ends
 from ..core.packing import BEGINS, LEARNED, marked
@@ -145,7 +146,7 @@ def build(
     """
     learns = name == "char" or name.startswith("bpe:")
     texts = (text for some in lists for text in texts_of(some, END if name == "char" else ""))
-    tokenizer = Tokenizer.from_name(name, texts if learns else None)
+    tokenizer = named_tokenizer(name, texts if learns else None)
     counts = [sum(1 for source in some for _ in conversations(source)) for some in lists]
     if not all(counts) or (len(counts) == 1 and counts[0] < 2):
         raise UserError(f"{lists[0][0].name}: {counts[0]} conversations are too few to split: add --val_files, or more")

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.load import is_gguf, named_tokenizer
 from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
 from ..core.dataset import resolve_dataset
@@ -101,7 +102,7 @@ def prepare(
         run = options.tokenizer
         if run and (list_checkpoints(run) or (Path(run) / "model.json").is_file()):  # a run's folder, a step's
             options.tokenizer = str(find_checkpoint(run, verify=False))
-        else:
+        elif run and not is_gguf(Path(run)):
             run = None
         spec = _make_spec(given, options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
@@ -243,14 +244,14 @@ def build(
     learns = spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:")
     groups = [Documents(sources) for sources in spec.sources]
     if not learns:
-        tokenizer = Tokenizer.from_name(spec.tokenizer)  # before reading, so that a wrong name fails early
+        tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
     # Without an end-of-text id, documents end with a line break. A single text is not changed.
     if spec.tokenizer == "char" if learns else tokenizer.eot_id is None:
         for group in groups:
             group.separator = "\n" if len(group.sources) > 1 or group.sources[0].has_many else ""
     texts = (text for group in groups for _, text, _ in group.pieces(report))
     if learns:
-        tokenizer = Tokenizer.from_name(spec.tokenizer, texts)
+        tokenizer = named_tokenizer(spec.tokenizer, texts)
     elif stated := spec.sources[0][0].documents:
         groups[0].count = stated  # from the hub, which saves a pass over the network
     else:
@@ -424,7 +425,8 @@ def _next_command(target: Path, root: Path, run: str | None, budget: str | None 
     options = [f"--dataset={_dataset_of(target, root)}"]
     if run:
         options += [f"--init_from={run}", f"--out_dir=out-{target.name}"]
-        block_size = min(block_size, read_json(find_checkpoint(run, verify=False) / "model.json")["block_size"])
+        if not is_gguf(Path(run)):
+            block_size = min(block_size, read_json(find_checkpoint(run, verify=False) / "model.json")["block_size"])
     manifest = _manifest(target)
     longest = min(entry["tokens"] for entry in manifest["splits"].values()) - 1  # window
     if manifest.get("units"):  # windows are filled with documents, and padded

@@ -51,10 +51,6 @@ GGUFType = Literal["f32", "f16", "q8_0"]
 TOLERANCE = {"f32": 1e-5, "f16": 1e-2, "q8_0": 1e-1}  # of logits, read back
 
 
-def is_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" and path.is_file()
-
-
 def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     """Settings, weights in float32 (dequantized one at a time) and tokenizer. Raises UserError if the file is damaged
     or core/model.py does not support the model."""

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from llm_from_scratch.checkpoint.load import is_pretrained, load
-from llm_from_scratch.cli import export
+from llm_from_scratch.checkpoint.load import is_pretrained, load, named_tokenizer
+from llm_from_scratch.cli import export, prepare_data
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.chat import ChatTemplate
+from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.rope import high_turns
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.interop.gguf import export_gguf, load_gguf, load_tokenizer
+from llm_from_scratch.interop.gguf import export_gguf, load_gguf
 from llm_from_scratch.interop.gguf_file import GGUFFile
 from llm_from_scratch.interop.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
@@ -221,12 +222,25 @@ def test_char_and_byte_tokenizers_come_back(spec, tmp_path):
     tokenizer = Tokenizer.from_name(spec, TEXT)
     model = random_model(**LLAMA, rows=tokenizer.vocab_size)
     export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
-    for same in (load_gguf(tmp_path / "m.gguf")[2], load_tokenizer(tmp_path / "m.gguf")):
+    for same in (load_gguf(tmp_path / "m.gguf")[2], named_tokenizer(str(tmp_path / "m.gguf"))):
         assert same.fingerprint() == tokenizer.fingerprint() and same.name == spec
     entries = GGUFFile(tmp_path / "m.gguf").entries
     entries["tokenizer.ggml.tokens"][5] = "\\x61\\x62"  # two characters
     with pytest.raises(UserError, match="one character or one byte"):
         read_tokenizer(entries, "x")
+
+
+def test_data_is_prepared_with_the_tokenizer_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = random_model(**MODELS["llama"])
+    export_gguf(model.config, model.state_dict(), TOKENIZER, Path("m.gguf"), "f32")
+    Path("cats.txt").write_text("the cat sat on the mat, and the dog sat too. " * 40)
+    assert prepare_data.main(["cats.txt", "--tokenizer=m.gguf"]) == 0
+    assert "--init_from=m.gguf --out_dir=out-cats" in capsys.readouterr().out
+    data = TokenData.open(tmp_path / "data" / "processed" / "cats", "train")
+    ids = data.windows(np.array([0]), 20)[0].tolist()
+    text = TOKENIZER.decode(ids)
+    assert text == ("the cat sat on the mat, and the dog sat too. " * 4)[: len(text)]
 
 
 def test_user_defined_tokens_and_the_other_patterns(tmp_path):
