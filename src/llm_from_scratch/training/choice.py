@@ -25,14 +25,16 @@ from .progress import FORWARD_SHARE, SAVE_AWAITED, SAVE_BESIDE
 
 # (layers, width): each step about doubles the parameters. Narrow models have heads of 32 dimensions, others of 64.
 SHAPES = (
-    (1, 64), (1, 128), (2, 128), (4, 128), (4, 192), (6, 256), (6, 320), (8, 384), (8, 512), (12, 512), (12, 768),
+    (1, 128), (2, 128), (4, 128), (4, 192), (6, 256), (6, 320), (8, 384), (8, 512), (12, 512), (12, 768),
     (16, 1024), (24, 1024), (24, 1536), (32, 2048), (40, 2560), (48, 4096),
 )  # fmt: skip
 CONTEXTS = (64, 128, 256, 512, 1024)
+CONTEXT_BY_WIDTH = ((256, 256), (512, 512), (math.inf, 1024))  # longer ones are untested for narrow models
 SHORT = 64  # context of the models that are counted
 FEW_IDS = 1024  # ids of a vocabulary for which n-gram embeddings were measured
 MEMORY_SHARE = 0.7  # of the device's memory that a run may be planned to use
 FINAL_SHARE = 0.05  # of the budget for the evaluation of the whole validation split; if it takes longer, it is left out
+LEAST_SHARE = 0.1  # of the budget that is left for updates
 EVAL_SHARE = 0.02  # of the budget for evaluations on the way
 MOST_EPOCHS = 60  # passes over the text after which more training does not help
 MOST_PARAMETERS = 10  # per token of the text; larger models memorise it
@@ -131,11 +133,14 @@ def choose(
     exportable: only models that transformers has. law: for all candidates; None: the laws of this project. Raises
     UserError if none fits."""
     fixed, base = fixed or {}, flatten(Config())
+    shapes = [
+        (settings, _model({**base, **settings, **fixed}, facts)) for settings in candidates(facts, fixed, exportable)
+    ]
     found: list[Choice] = []
-    for settings in candidates(facts, fixed, exportable):
-        model = _model({**base, **settings, **fixed}, facts)
-        if model is not None:
-            found += _filled(budget, facts, speed, settings, fixed, model, law)
+    for fewest in (FEWEST_STEPS, 1):
+        if not found:
+            found = [choice for settings, model in shapes if model is not None
+                     for choice in _filled(budget, facts, speed, settings, fixed, model, law, fewest)]  # fmt: skip
     if not found:
         raise UserError(
             f"no run fits into --budget={budget.text} with {facts.train_tokens:,} training tokens and these settings: "
@@ -157,6 +162,8 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
         kinds = [True]
     seen = set()
     for (layers, width), context, ngrams in itertools.product(SHAPES, contexts, kinds):
+        if context > next(most for limit, most in CONTEXT_BY_WIDTH if width <= limit) and "block_size" not in fixed:
+            continue
         width = fixed.get("n_embd", width)
         heads = max(1, width // (32 if width < WIDE else 64))
         while width % heads or (width // heads) % 2:  # a width that the user gave
@@ -215,9 +222,9 @@ def _small_counts(values: tuple[Any, ...]) -> tuple[tuple[float, ...], tuple[flo
 
 def _filled(
     budget: Budget, facts: Facts, speed: Speed, settings: dict[str, Any], fixed: dict[str, Any], model: GPTConfig,
-    law: Law | None,
+    law: Law | None, fewest: int,
 ) -> Iterator[Choice]:  # fmt: skip
-    """The run of this model that uses the budget, if there is one."""
+    """The run of this model that uses the budget, if it has enough steps."""
     total, params, arithmetic = _counts(model)
     if facts.memory is not None and 16 * total > MEMORY_SHARE * facts.memory:
         return
@@ -225,12 +232,13 @@ def _filled(
         if not {"n_layer", "n_embd"} & fixed.keys():
             return
     T, accumulation = model.block_size, fixed.get("gradient_accumulation_steps", 1)
-    tokens, most = 1e5, MOST_EPOCHS * facts.train_tokens
+    tokens, most, overhead = 1e5, MOST_EPOCHS * facts.train_tokens, 0.0
     for _ in range(6):  # the batch depends on the tokens, and they on the time of an update
         batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, facts.processes)
         step = speed.seconds(model, arithmetic, batch * T)
         if budget.unit == "seconds":
-            tokens = _time_for_updates(budget, facts, speed, step / (batch * T), total) / step * batch * T
+            overhead = _overhead(budget, facts, speed, step / (batch * T), total)
+            tokens = (budget.amount - overhead) / step * batch * T
         else:
             tokens = budget.amount / (arithmetic if budget.unit == "flops" else 1)
         is_cut = tokens > most
@@ -241,7 +249,7 @@ def _filled(
                 return
             tokens, is_cut = wanted, True
     steps = int(tokens / (batch * T))
-    if steps < 1 or (steps < FEWEST_STEPS and not is_cut):
+    if steps < (1 if is_cut else fewest):
         return
     if model.max_ngram and "ngram_rows" not in fixed:
         rows = 1 << min(18, max(12, round(math.log2(tokens / 8))))
@@ -251,16 +259,17 @@ def _filled(
     expected = used.predict(
         params, steps * batch * T * size, facts.train_tokens * size, T * size, None if law else facts.text_bits
     )
-    seconds = steps * step + speed.start
+    seconds = steps * step + (overhead if budget.unit == "seconds" else speed.start)
     yield Choice(settings, model, int(params), arithmetic, steps, batch, step, expected, seconds, is_cut)
 
 
-def _time_for_updates(budget: Budget, facts: Facts, speed: Speed, per_token: float, params: float) -> float:
-    """Seconds of the budget that remain for updates."""
+def _overhead(budget: Budget, facts: Facts, speed: Speed, per_token: float, params: float) -> float:
+    """Seconds of the budget that are not for updates."""
     final = facts.val_tokens * FORWARD_SHARE * per_token
     final = final if final <= FINAL_SHARE * budget.amount else 0.0
     saved = 12 * params * SAVE_AWAITED
-    return max(0.0, budget.amount * (1 - EVAL_SHARE) - speed.start - final - saved)
+    # a machine that was slow to start still trains something
+    return min((1 - LEAST_SHARE) * budget.amount, EVAL_SHARE * budget.amount + speed.start + final + saved)
 
 
 def sequences(tokens: float, context: int, processes: int) -> int:

@@ -116,5 +116,5 @@ def read_law(path: str | Path) -> Law:
 
 
 # Fitted to runs on tiny Shakespeare, Python's documentation and Python's sources (benchmarks/RESULTS.md).
-PLAIN = Law(E=1.0, A=30.0, alpha=0.34, B=45.0, beta=0.32, C=2.0, gamma=0.6, R=8.0, spread=0.06, text_bits=2.354)
-NGRAMS = Law(E=1.0, A=20.0, alpha=0.34, B=12.0, beta=0.25, C=2.0, gamma=0.6, R=1.0, spread=0.06, text_bits=2.354)
+PLAIN = Law(E=1.52, A=20.4, alpha=0.34, B=50.0, beta=0.335, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.354)
+NGRAMS = Law(E=1.81, A=5.0, alpha=0.34, B=140.0, beta=0.47, C=8.0, gamma=1.0, R=1.0, spread=0.06, text_bits=2.354)

@@ -59,7 +59,7 @@ def test_every_choice_is_a_run_and_more_budget_never_chooses_less(text: str, pro
 
 def test_a_budget_of_time_is_used_and_of_tokens_or_arithmetic_is_met() -> None:
     choice = chosen("2min")
-    assert 105 < choice.seconds <= 120 and choice.steps * choice.step_seconds == pytest.approx(choice.seconds - 4)
+    assert 105 < choice.seconds <= 120 and choice.steps * choice.step_seconds < choice.seconds - 4
     by_tokens = chosen("2Mtokens")
     assert 0.99 < by_tokens.tokens / 2e6 <= 1
     by_flops = chosen("1e13flops")
