@@ -113,7 +113,7 @@ class Comparison:
                 self.options.threads, "cpu",
             )  # fmt: skip
             chosen = self.folder / "dial.yaml"
-            settings = yaml.safe_load(text[text.index("model:\n") :])
+            settings = yaml.safe_load(text[text.index("model:\n") : text.index("\nbudget: ") + 1])
             chosen.write_text(yaml.safe_dump(settings))
             steps, _ = self.settled(str(chosen))
             took, _ = self.train(str(chosen), f"--max_iters={steps}", "--final_eval=False")

@@ -16,8 +16,8 @@ from .loggers import RunLog
 from .plan import Plan
 from .progress import Remaining
 
-FIRST = 32  # the first look is after a 32nd of the planned updates,
-PART = 8  # the others after an 8th of those that are left
+FIRST = 2  # updates before the first look at the clock; then after twice as many, and so on, because the plan may be
+PART = 8  # far off; later after an 8th of those that are left
 SMALL = 0.01  # of the updates that are left: a smaller change is not made
 NOTED = 0.1  # a larger change is printed
 EXIT = 0.7  # seconds from the last line of a run to the end of its process
@@ -35,7 +35,7 @@ class Pace:
             and scheduler.decay_lr
             and scheduler.lr_decay_iters is None
         )
-        self.next_look = plan.start_step + max(2, (plan.last_step - plan.start_step) // FIRST)
+        self.first, self.next_look = plan.start_step, plan.start_step + FIRST
 
     def replan(self, plan: Plan, step: int, log: RunLog) -> Plan:
         """The plan with the number of updates that fit into the time. All processes get the same number."""
@@ -50,7 +50,7 @@ class Pace:
                 log.say(f"pace: {chosen:,} steps fit into the budget instead of {last:,}")
             log.expect(chosen)
             plan, last = with_last_step(plan, step, chosen), chosen
-        self.next_look = step + max(1, (last - step) // PART)
+        self.next_look = step + max(1, min(step - self.first, (last - step) // PART))
         return plan
 
     def _fitting(self, left: Remaining, step: int, last: int) -> int:
