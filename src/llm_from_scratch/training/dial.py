@@ -67,7 +67,7 @@ def dial(
         chosen = with_settings(config, settings_of(choices[0], budget, facts, fixed))
         chosen.system.compile = False  # compiling takes longer than the measurement
         found = forecast(make_plan(chosen), min(LONGEST_REHEARSAL, REHEARSAL_SHARE * budget.amount / MOST_REHEARSALS))
-        speed = speed.corrected(choices[0], agreed(found.step))
+        speed = speed.corrected(choices[0], agreed(found.step * found.busy))
         speed = dataclasses.replace(speed, start=agreed(time.monotonic() - began) + EXIT)
         measured.append(choices[0].model)
         choices = choose(budget, facts, speed, fixed, exportable, law)

@@ -55,6 +55,8 @@ class Forecast:
     calibration: float
     """Seconds of the rehearsal."""
     measured: str
+    busy: float = 1.0
+    """Mean over median of the measured updates. More than 1 if other programs take the processor."""
 
     @property
     def total(self) -> float:
@@ -272,6 +274,11 @@ def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
     )  # fmt: skip
 
 
+def seconds_of(timed: dict[str, float]) -> float:
+    """Of an update, from Rehearsal.timed()."""
+    return timed["gradients"] + timed["update"]
+
+
 def extrapolate(
     plan: Plan, rehearsal: Rehearsal, base: int, free: int | None, budget: float, begin: float, ran: float
 ) -> Forecast:
@@ -347,6 +354,7 @@ def extrapolate(
     return Forecast(
         step, plan.tokens_per_step / step, seconds, {name: int(size) for name, size in memory.items()},
         total_memory(plan.runtime.device), time.perf_counter() - begin, measured,
+        statistics.fmean(map(seconds_of, passes)) / statistics.median(map(seconds_of, passes)),
     )  # fmt: skip
 
 
