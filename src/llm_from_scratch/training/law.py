@@ -1,21 +1,21 @@
-"""The scaling law: bits per byte of held-out text, as a function of parameters, text and context.
+"""The scaling law: bits per character of held-out text, as a function of parameters, text and context.
 
     L(N, D, U, T) = E + A / N^alpha + B / D'^beta + C / T^gamma
     D' = U + U R (1 - exp(-(D / U - 1) / R))   if D > U, else D
 
-N: parameters that are multiplied (without embeddings). D: bytes of text trained on. U: bytes of different text. T:
-bytes of context. The form in N and D is that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be
-worth as much if nothing were repeated. Bytes instead of tokens, so that tokenizers compare.
+N: parameters that are multiplied (without embeddings). D: text trained on. U: different text. T: context. Amounts of text
+are in characters (a law of llm-scale: bytes), not in tokens, so that tokenizers compare. The form in N and D is that of
+arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth as much if nothing were repeated.
 
-The constants hold for texts as hard as the text they were fitted on. `text_bits` is the size of that text after bz2, in
-bits per byte. For another text, the loss is multiplied by the ratio of the two sizes.
+The constants hold for texts as hard as the text they were fitted on. `text_bits` is its conditional entropy: bits per
+character if the two before it are known. For another text, the loss is multiplied by the ratio of the two entropies.
 """
 
 from __future__ import annotations
 
-import bz2
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..machine.files import read_json
 
-SAMPLE = 1 << 20  # bytes of text that are compressed: about 0.1 s
+SAMPLE = 100_000  # characters of a text that are counted
+EASIEST, HARDEST = 0.4, 2.0  # limits of the ratio of two texts: a very short text says little
 INTERVAL = 2.0  # standard deviations: about 95% of the runs
 
 
 class Prediction(NamedTuple):
-    """An expected loss in bits per byte, and the interval that holds it in 95 of 100 runs."""
+    """An expected loss in bits per character (or byte), and the interval that holds it in 95 of 100 runs."""
 
     bits: float
     low: float
@@ -51,7 +52,7 @@ class Law:
     spread: float = 0.05
     """Standard deviation of measured / predicted - 1."""
     text_bits: float | None = None
-    """Bits per byte of the fitted text after bz2. None: the law is for one text and is not scaled."""
+    """Of the fitted text. None: the law is for one text and is not scaled."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -71,7 +72,7 @@ class Law:
         return unique * (1 + self.R * -math.expm1((1 - seen / unique) / self.R))
 
     def bits(self, params: float, seen: float, unique: float = math.inf, context: float = math.inf) -> float:
-        """Bits per byte of a text as hard as the fitted one."""
+        """The loss of a text as hard as the fitted one."""
         of_data = self.B / self.worth(seen, unique) ** self.beta
         return self.E + self.A / params**self.alpha + of_data + self.C / context**self.gamma
 
@@ -88,16 +89,24 @@ class Law:
         context: float = math.inf,
         text_bits: float | None = None,
     ) -> Prediction:
-        """The expected loss of a text that bz2 compresses to text_bits. None: as hard as the fitted one."""
-        scale = text_bits / self.text_bits if text_bits and self.text_bits else 1.0
+        """The expected loss of a text with these text_bits. None: as hard as the fitted one."""
+        scale = min(HARDEST, max(EASIEST, text_bits / self.text_bits)) if text_bits and self.text_bits else 1.0
         bits, factor = scale * self.bits(params, seen, unique, context), math.exp(INTERVAL * self.spread)
         return Prediction(bits, bits / factor, bits * factor)
 
 
-def text_bits(text: bytes) -> float | None:
-    """Bits per byte of the first megabyte after bz2; None without text."""
+def text_bits(text: str) -> float | None:
+    """Bits of a character if the two before it are known, over the first characters of a text; None if it is too short."""
     part = text[:SAMPLE]
-    return 8 * len(bz2.compress(part)) / len(part) if part else None
+    count = len(part) - 2
+    if count < 1:
+        return None
+    three, two = Counter(zip(part, part[1:], part[2:])), Counter(zip(part[:-2], part[1:-1]))
+    return (_entropy(three, count) - _entropy(two, count)) or None
+
+
+def _entropy(counts: Counter, total: int) -> float:
+    return -sum(n / total * math.log2(n / total) for n in counts.values())
 
 
 def read_law(path: str | Path) -> Law:
