@@ -31,11 +31,13 @@ SHAPES = (
 CONTEXTS = (64, 128, 256, 512, 1024)
 CONTEXT_BY_WIDTH = ((256, 256), (512, 512), (math.inf, 1024))  # longer ones are untested for narrow models
 SHORT = 64  # context of the models that are counted
+ENOUGH_FOR_NGRAMS = 300_000  # tokens of text; with 98,000, models without were better
 FEW_IDS = 1024  # ids of a vocabulary for which n-gram embeddings were measured
 MEMORY_SHARE = 0.7  # of the device's memory that a run may be planned to use
 FINAL_SHARE = 0.05  # of the budget for the evaluation of the whole validation split; if it takes longer, it is left out
 LEAST_SHARE = 0.1  # of the budget that is left for updates
 EVAL_SHARE = 0.02  # of the budget for evaluations on the way
+MOST_EPOCHS_OF_NGRAMS = 4  # more are untested
 MOST_EPOCHS = 60  # passes over the text after which more training does not help
 MOST_PARAMETERS = 10  # per token of the text; larger models memorise it
 FEWEST_STEPS = 20
@@ -53,12 +55,18 @@ class Facts:
     train_tokens: int
     val_tokens: int
     vocab_size: int
-    bytes_per_token: float = 1.0
+    characters: float = 1.0
+    """Of a token, in the mean."""
+    bytes_per_character: float = 1.0
     text_bits: float | None = None
-    """Bits per byte of the text after bz2; None if the text is unknown."""
+    """How hard the text is (law.py); None if it is unknown."""
     processes: int = 1
     memory: int | None = None
     """Bytes of the device of one process."""
+
+    def unit(self, law: Law | None) -> float:
+        """Amount of text in a token, in the unit of a law: characters, or bytes if llm-scale fitted it."""
+        return self.characters * (self.bytes_per_character if law is not None else 1.0)
 
     @property
     def longest(self) -> int:
@@ -155,7 +163,12 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
     """The architecture of each candidate by leaf name, without the user's settings."""
     contexts = [size for size in CONTEXTS if size <= facts.longest] or [max(1, facts.longest)]
     kinds = [False]
-    may_count = facts.processes == 1 and facts.vocab_size <= FEW_IDS and fixed.get("optimizer_type", "muon") == "muon"
+    may_count = (
+        facts.processes == 1
+        and facts.vocab_size <= FEW_IDS
+        and facts.train_tokens >= ENOUGH_FOR_NGRAMS
+        and fixed.get("optimizer_type", "muon") == "muon"
+    )
     if may_count and not exportable and "max_ngram" not in fixed:
         kinds.append(True)
     if fixed.get("max_ngram"):
@@ -232,7 +245,8 @@ def _filled(
         if not {"n_layer", "n_embd"} & fixed.keys():
             return
     T, accumulation = model.block_size, fixed.get("gradient_accumulation_steps", 1)
-    tokens, most, overhead = 1e5, MOST_EPOCHS * facts.train_tokens, 0.0
+    tokens, overhead = 1e5, 0.0
+    most = (MOST_EPOCHS_OF_NGRAMS if model.max_ngram else MOST_EPOCHS) * facts.train_tokens
     for _ in range(6):  # the batch depends on the tokens, and they on the time of an update
         batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, facts.processes)
         step = speed.seconds(model, arithmetic, batch * T)
@@ -255,10 +269,10 @@ def _filled(
         rows = 1 << min(18, max(12, round(math.log2(tokens / 8))))
         settings = {**settings, "ngram_rows": rows}
         model = dataclasses.replace(model, ngram_rows=rows)
-    used, size = law or (NGRAMS if model.max_ngram else PLAIN), facts.bytes_per_token
-    expected = used.predict(
-        params, steps * batch * T * size, facts.train_tokens * size, T * size, None if law else facts.text_bits
-    )
+    used, size = law or (NGRAMS if model.max_ngram else PLAIN), facts.unit(law)
+    expected = used.predict(params, steps * batch * T * size, facts.train_tokens * size, T * size, facts.text_bits)
+    if law is None:
+        expected = Prediction(*(bits / facts.bytes_per_character for bits in expected))
     seconds = steps * step + (overhead if budget.unit == "seconds" else speed.start)
     yield Choice(settings, model, int(params), arithmetic, steps, batch, step, expected, seconds, is_cut)
 
@@ -284,9 +298,7 @@ def _by_balance(found: list[Choice], facts: Facts, law: Law | None) -> list[Choi
 
     def is_balanced(choice: Choice) -> bool:
         used = law or (NGRAMS if choice.model.max_ngram else PLAIN)
-        return choice.params <= used.balanced(
-            choice.tokens * facts.bytes_per_token, facts.train_tokens * facts.bytes_per_token
-        )
+        return choice.params <= used.balanced(choice.tokens * facts.unit(law), facts.train_tokens * facts.unit(law))
 
     smallest = min(choice.params for choice in found)
     fit = [choice for choice in found if is_balanced(choice) or choice.params == smallest]

@@ -26,7 +26,7 @@ from .progress import in_words
 from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
-SAMPLED = 1 << 19  # tokens that are decoded to see how hard the text is
+SAMPLED = 1 << 17  # tokens that are decoded to see how hard the text is
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,17 @@ def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime) -> Facts:
         "micro_batch": None,
     }
     inputs = check(with_settings(config, {name: value for name, value in smallest.items() if name not in fixed}))
-    sample, tokens = b"", min(SAMPLED, len(inputs.train_data.shards[0]))
+    sample, tokens = "", min(SAMPLED, len(inputs.train_data.shards[0]))
     if inputs.tokenizer is not None:
-        sample = inputs.tokenizer.decode_bytes(inputs.train_data.shards[0][:tokens])
+        sample = inputs.tokenizer.decode(inputs.train_data.shards[0][:tokens])
     size = inputs.vocab_size or GPT2_PADDED
     memory = free_memory(runtime.device)
     if memory is not None and runtime.device.type == "cpu":
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Facts(
         len(inputs.train_data), len(inputs.val_data), GPT2_PADDED if size == GPT2_IDS else size,
-        len(sample) / tokens if sample else 1.0, text_bits(sample), runtime.world_size, memory,
+        len(sample) / tokens if sample else 1.0, len(sample.encode()) / len(sample) if sample else 1.0,
+        text_bits(sample), runtime.world_size, memory,
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def explain(
     epochs, muon = choice.tokens / facts.train_tokens, optimizer.optimizer_type == "muon"
     rate = f"{choice.batch * model.block_size / choice.step_seconds:,.0f} tokens/s"
     speed = f"{rate}, measured in {took:.1f} s" if rehearsals else f"about {rate}"
-    nats = [bits * math.log(2) * facts.bytes_per_token for bits in choice.expected]
+    nats = [bits * math.log(2) * facts.bytes_per_character * facts.characters for bits in choice.expected]
     other = next((some for some in choices if some.model.n_embd != model.n_embd or
                   some.model.n_layer != model.n_layer), None)  # fmt: skip
     lines = [

@@ -3,9 +3,9 @@
     L(N, D, U, T) = E + A / N^alpha + B / D'^beta + C / T^gamma
     D' = U + U R (1 - exp(-(D / U - 1) / R))   if D > U, else D
 
-N: parameters that are multiplied (without embeddings). D: text trained on. U: different text. T: context. Amounts of text
-are in characters (a law of llm-scale: bytes), not in tokens, so that tokenizers compare. The form in N and D is that of
-arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth as much if nothing were repeated.
+N: parameters that are multiplied (without embeddings). D: text trained on. U: different text. T: context. Amounts of
+text are in characters (a law of llm-scale: bytes), not in tokens, so that tokenizers compare. The form in N and D is
+that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth as much if nothing were repeated.
 
 The constants hold for texts as hard as the text they were fitted on. `text_bits` is its conditional entropy: bits per
 character if the two before it are known. For another text, the loss is multiplied by the ratio of the two entropies.
@@ -96,12 +96,12 @@ class Law:
 
 
 def text_bits(text: str) -> float | None:
-    """Bits of a character if the two before it are known, over the first characters of a text; None if it is too short."""
+    """Bits of a character if the two before it are known, in the first characters of a text; None for too few."""
     part = text[:SAMPLE]
     count = len(part) - 2
     if count < 1:
         return None
-    three, two = Counter(zip(part, part[1:], part[2:])), Counter(zip(part[:-2], part[1:-1]))
+    three, two = Counter(zip(part, part[1:], part[2:], strict=False)), Counter(zip(part[:-2], part[1:-1], strict=True))
     return (_entropy(three, count) - _entropy(two, count)) or None
 
 

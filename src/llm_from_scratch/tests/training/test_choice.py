@@ -17,12 +17,12 @@ from llm_from_scratch.training.dial import with_settings
 from llm_from_scratch.training.scheduler import learning_rate_at
 
 LAPTOP = Speed(flops=1e11)
-BOOK = Facts(1_000_000, 110_000, 65, 1.0, 2.35)
+BOOK = Facts(1_000_000, 110_000, 65, 1.0, 1.0, 2.57)
 TEXTS = {
-    "three lines": Facts(90, 11, 25, 1.0, 6.0),
+    "three lines": Facts(90, 11, 25, 1.0, 1.0, 0.5),
     "book": BOOK,
-    "30 MB": Facts(9_000_000, 1_000_000, 4096, 3.3, 1.5),
-    "100 GB": Facts(25_000_000_000, 12_000_000, 50304, 4.4, 2.2),
+    "30 MB": Facts(9_000_000, 1_000_000, 4096, 3.3, 1.0, 1.9),
+    "100 GB": Facts(25_000_000_000, 12_000_000, 50304, 4.4, 1.01, 2.5),
 }
 
 
@@ -85,6 +85,12 @@ def test_an_exportable_choice_is_one_of_transformers_models() -> None:
     assert not config.model.max_ngram
     config.model.vocab_size = 65
     family_of(config.model)  # raises UserError if transformers has no such model
+
+
+def test_a_script_of_two_bytes_halves_the_bits_per_byte() -> None:
+    cyrillic = dataclasses.replace(BOOK, bytes_per_character=2.0)
+    one, two = chosen("1Mtokens").expected, chosen("1Mtokens", cyrillic).expected
+    assert two == pytest.approx(tuple(bits / 2 for bits in one))
 
 
 def test_what_cannot_fit_is_refused_in_one_line() -> None:

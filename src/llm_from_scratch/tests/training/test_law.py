@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,10 +48,13 @@ def test_the_stored_laws_fall_with_parameters_text_and_context(law: Law) -> None
     assert law.bits(1e6, 1e6, 1e6, 512) < base < 8
 
 
-def test_the_size_of_a_text_after_bz2() -> None:
-    text = b"to be or not to be, that is the question. " * 20
-    assert text_bits(text) == pytest.approx(8 * len(bz2.compress(text)) / len(text))
-    assert text_bits(b"") is None
+def test_the_entropy_of_a_character_after_two_others() -> None:
+    text = "abaabb" * 200
+    pairs = Counter(zip(text[:-2], text[1:-1], strict=False))
+    triples = Counter(zip(text, text[1:], text[2:], strict=False))
+    by_hand = sum(n * math.log2(pairs[a, b] / n) for (a, b, _), n in triples.items()) / (len(text) - 2)
+    assert text_bits(text) == pytest.approx(by_hand)
+    assert text_bits("ab") is None and text_bits("aaaa" * 9) is None
 
 
 def test_a_law_from_a_file(tmp_path: Path) -> None:
