@@ -12,6 +12,7 @@ import functools
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -144,6 +145,10 @@ def copy_checkout(folder: Path) -> Path:
     ):
         place.write_text(text(), encoding="utf-8")
     (copy / "prompt.txt").write_text("the ", encoding="utf-8")
+    talk = [{"prompt": f"{n}?", "completion": "You are brief."} for n in range(30)]
+    (copy / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talk), encoding="utf-8")
+    sums = [f"{a:02}+{b:02}={str(f'{a + b:03}')[::-1]}\n" for a in range(20) for b in range(20)]
+    (copy / "sums.txt").write_text("".join(sums), encoding="utf-8")
     ids = np.random.default_rng(0).integers(0, 50257, size=3000).astype("<u2")
     for split, count in (("train", 3000), ("val", 300)):
         ids[:count].tofile(copy / "data" / "openwebtext" / f"{split}.bin")
@@ -230,6 +235,7 @@ SIZES: dict[str, Callable[[list[str]], list[str]]] = {
     "demo": train_sizes,
     "sample": lambda words: SAMPLE_SIZES,
     "generate": lambda words: SAMPLE_SIZES,
+    "chat": lambda words: ["--max_new_tokens=8"],
     "bench": lambda words: BENCH_SIZES,
     "sweep": many_runs_sizes,
     "scale": many_runs_sizes,
@@ -279,7 +285,7 @@ def clone(args: list[str]) -> int:
 
 
 def call_shortened(module: str, args: list[str]) -> int:
-    if "--interactive" in args:
+    if "--interactive" in args or module == "chat":
         sys.stdin = io.TextIOWrapper(io.BytesIO(b"the \n"), encoding="utf-8")
     return call_in_process(module, *args, *(SIZES[module](args) if module in SIZES else []))
 
