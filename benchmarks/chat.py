@@ -3,8 +3,8 @@
     python benchmarks/chat.py                                  # a small model from scratch, on bytes
     python benchmarks/chat.py --init_from=FILE.gguf --steps=60 --learning_rate=1e-4
 
-The answers cannot be known, so a model that was not trained on them gives none. Prints the exact answers before and after
-training, and one line of JSON.
+The answers cannot be known, so a model that was not trained on them gives none. Prints the exact answers before and
+after training, and one line of JSON.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def main(argv: list[str]) -> int:
     _check_source(parsed)
     check_location(options.out_dir, options.which)
     from ..checkpoint.load import load
+    from ..core.packing import in_units
     from ..core.weights import build_model
     from ..machine import device as runtimes
     from ..training.evaluate import combined, evaluate_split
@@ -124,6 +125,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
     if options.stride is not None and options.stride > block_size:
         raise UserError(f"stride={options.stride} exceeds the window of {block_size} tokens: tokens would be skipped")
+    if not parsed.positionals and options.text_files is None:
+        data = [in_units(data[0], options.split, block_size, tokenizer)]
+        if data[0].is_packed and options.stride is not None:
+            raise UserError(f"{data[0].name} holds documents, which --stride does not apply to: remove it")
     for part in data:
         part.check(1, model.config.vocab_size)
 

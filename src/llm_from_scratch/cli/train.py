@@ -121,13 +121,20 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         drop_lost_output()  # a full disk under the output costs lines, not the run
         speaks = config.logging.progress != "none" and os.environ.get("RANK", "0") == "0"
         if speaks and result.checkpoint is not None and not result.exit_code:
-            sampler = "python sample.py" if nanogpt else "llm-generate"
+            sampler = "python sample.py" if nanogpt else "llm-chat" if _is_chat(result.checkpoint) else "llm-generate"
             announce(f"sample from it: {sampler} {shlex.join([f'--out_dir={result.out_dir}'])}")
         return result.exit_code
     except TrainingError as error:
         drop_lost_output()
         note(f"error: {error}")
         return 1
+
+
+def _is_chat(checkpoint: Path) -> bool:
+    from ..core.tokenizer import META_FILE
+    from ..machine.files import read_json
+
+    return (checkpoint / META_FILE).is_file() and "chat" in read_json(checkpoint / META_FILE)
 
 
 def _print_help(

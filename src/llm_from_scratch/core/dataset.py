@@ -58,6 +58,7 @@ class TokenData:
     """One split of a dataset: its files (see TokenFile) or arrays as one long sequence of token ids."""
 
     marks: Shards = ()  # of conversations, see packing.py
+    is_packed = False
 
     def __init__(self, shards: Shards, name: str = "tokens"):
         self.shards = shards

@@ -29,6 +29,8 @@ class PackedData(TokenData):
     """A split of a dataset as rows of whole documents. Long documents are cut into pieces that overlap by one token, so
     that every token is predicted; of long conversations only the beginning is used."""
 
+    is_packed = True
+
     def __init__(self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = ()):
         """end_id: the id that ends a document. marks: one for each token instead, as in conversations."""
         super().__init__(shards, name)
@@ -159,6 +161,15 @@ class PackedData(TokenData):
         begin, count = int(self.begins[0]), int((numbers[0] == 0).sum())
         ids, _ = self._read(np.array([begin]), np.array([count + 1]))
         return marked(tokenizer, ids, np.concatenate([[False], targets[0, :count] >= 0]))
+
+
+def in_units(data: TokenData, split: str, block_size: int, tokenizer: Tokenizer | None) -> TokenData:
+    """A split as packed documents if it was prepared as documents (conversations, lines), else unchanged."""
+    first = data.shards[0]
+    folder = first.path.parent if isinstance(first, TokenFile) else None
+    if folder is None or (read_manifest(folder) or {}).get("units") is None:
+        return data
+    return PackedData.of(data, folder, split, block_size, tokenizer)
 
 
 def marked(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> str:

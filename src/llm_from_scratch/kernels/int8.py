@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..core.cache import Documents
 from ..core.model import GPT
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
@@ -202,6 +203,6 @@ class Scorer(torch.nn.Module):
         super().__init__()
         self.model, self.config, self.linears = model, model.config, Linears(model, quantize)
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    def forward(self, idx: Tensor, targets: Tensor, *documents: Documents) -> tuple[Tensor | None, Tensor]:
         with self.linears.computing():
-            return self.model(idx, targets)
+            return self.model(idx, targets, *documents)

@@ -176,3 +176,16 @@ def test_documents_with_other_settings(lines: Path, options: dict[str, Any]) -> 
         assert float(ours.grad_norm) == pytest.approx(float(theirs.grad_norm), rel=1e-4)
     if options.get("dropout"):
         assert np.isfinite(float(train_step(opened(make_plan(tiny_config(lines, **CHAT, **options))), *batch).loss))
+
+
+def test_llm_eval_measures_what_training_does(chats: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from llm_from_scratch.cli import evaluate
+
+    result = train(tiny_config(chats, out_dir="e", final_eval=True, **CHAT), quiet=True)
+    assert result.final is not None
+    for quantize, apart in (("none", 1e-6), ("int8", 0.05)):
+        assert not evaluate.main(["--out_dir=e", f"--dataset={chats}", "--json", f"--quantize={quantize}"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(result.final.loss, rel=apart) and found["tokens"] == result.final.tokens
+    assert evaluate.main(["--out_dir=e", f"--dataset={chats}", "--stride=4"]) == 2
+    assert "remove it" in capsys.readouterr().err
