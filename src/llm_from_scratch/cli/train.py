@@ -17,6 +17,7 @@ from ..checkpoint.contents import is_dataset_name
 from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.budget import Budget, parse_budget
+from ..machine.files import read_json
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
 from ..settings import flatten, to_dict
@@ -132,7 +133,6 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
 
 def _is_chat(checkpoint: Path) -> bool:
     from ..core.tokenizer import META_FILE
-    from ..machine.files import read_json
 
     return (checkpoint / META_FILE).is_file() and "chat" in read_json(checkpoint / META_FILE)
 
