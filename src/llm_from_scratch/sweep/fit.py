@@ -54,7 +54,8 @@ def fit(points: list[Point], seed: int = 0, resamples: int = RESAMPLES) -> Fit:
             "add sizes or budgets"
         )
     law, draws = _best(points), np.random.default_rng(seed)
-    found: dict[str, list[float]] = {name: [] for name in ("E", "A", "alpha", "B", "beta", "R")}
+    names = ["E", "A", "alpha", "B", "beta", *(["R"] if any(p.seen > p.unique for p in points) else [])]
+    found: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(resamples):
         drawn = [points[i] for i in draws.integers(len(points), size=len(points))]
         if _differ(drawn):
@@ -80,6 +81,7 @@ def _best(points: list[Point]) -> Law:
     half["beta"], best = half["alpha"], (math.inf, Law(0, 0, 1, 0, 1))
     for _ in range(ROUNDS):
         axes = {name: middle * np.exp(np.linspace(-1, 1, POINTS) * half[name]) for name, middle in middles.items()}
+        axes |= {name: np.clip(axes[name], *EXPONENTS) for name in ("alpha", "beta")}
         for worth in axes["R"] if is_repeated else R:
             best = min(best, _solved(N, worth_of(D, U, worth), L, axes["alpha"], axes["beta"], worth), key=_error)
         middles = {name: getattr(best[1], name) for name in middles}
@@ -117,4 +119,4 @@ def _solved(N: Any, D: Any, L: Any, alphas: Any, betas: Any, R: float) -> tuple[
     i = int(errors.argmin())
     E, A, B = solutions[i].tolist()
     a, b = float(alpha[i, 0]), float(beta[i, 0])
-    return float(errors[i]), Law(E=E, A=A * at_N**a, alpha=a, B=B * at_D**b, beta=b, R=float(R))
+    return float(errors[i]), Law(E=E, A=A * float(at_N) ** a, alpha=a, B=B * float(at_D) ** b, beta=b, R=float(R))
