@@ -7,6 +7,7 @@ stays JSON, folders get a new manifest, archives get correct checksums; the othe
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -68,8 +69,7 @@ PARSERS: dict[str, Callable[[Path], Any]] = {
     "YAML": Yaml,
     "command line": CommandLine,
     "metrics.jsonl": Metrics,
-    "GGUF": GGUF,
-}
+} | ({"GGUF": GGUF} if importlib.util.find_spec("gguf") else {})
 
 
 def run(count: int, seed: int, folder: Path) -> Report:
