@@ -57,6 +57,8 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     with _opened(path) as file:
         arch = file.entries.get("general.architecture")
         family = FAMILIES_THERE.get(str(arch))
+        if file.entries.get("split.count", 1) != 1:
+            raise UserError(f"{path} is one of {one_line(file.entries['split.count'])} parts: merge them first")
         if family is None:
             raise UserError(f"{path}: the architecture {one_line(arch)} is not one of {', '.join(FAMILIES_THERE)}")
         config = _config(file, family, str(path))

@@ -23,6 +23,7 @@ from .torch_file import load_plain
 
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 FETCHED += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+FETCHED += ["chat_template.jinja", "generation_config.json"]  # the ids that end a turn
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")  # constants in old files
 
 

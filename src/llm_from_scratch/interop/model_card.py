@@ -48,6 +48,13 @@ class Facts:
             )
         return lines
 
+    def changed(self) -> str:
+        """The settings that differ from the defaults, as YAML; empty if there are none."""
+        plain = to_dict(Config())
+        found = {name: {k: v for k, v in self.section(name).items() if plain[name].get(k) != v} for name in SHOWN}
+        found = {name: values for name, values in found.items() if values}
+        return _yaml(found) if found else ""
+
     def sampling(self) -> dict[str, Any]:
         """The run's settings for sampling; empty if they are not known."""
         known = self.section("generation")
@@ -60,6 +67,8 @@ class Facts:
         found |= {f"general.{name}": value for name, value in self.about.items()}
         if made := self.training():
             found["general.description"] = "; ".join(made)
+        if changed := self.changed():
+            found["gptsmith.settings"] = changed
         return found | {f"general.sampling.{SAMPLING[name]}": value for name, value in self.sampling().items()}
 
 
@@ -77,11 +86,8 @@ def model_card(facts: Facts, tokenizer: Tokenizer | None) -> str:
     ]
     parts = ["---", _yaml(header), "---", "", f"# {facts.title}", "", *(f"- {line}" for line in lines), ""]
     parts += ["```python", *_usage(tokenizer), "```", ""]
-    plain = to_dict(Config())
-    changed = {name: {k: v for k, v in facts.section(name).items() if plain[name].get(k) != v} for name in SHOWN}
-    if any(changed.values()):
-        changed = {name: values for name, values in changed.items() if values}
-        parts += ["Settings that differ from the defaults of gptsmith:", "", "```yaml", _yaml(changed), "```", ""]
+    if changed := facts.changed():
+        parts += ["Settings that differ from the defaults of gptsmith:", "", "```yaml", changed, "```", ""]
     return "\n".join(parts)
 
 

@@ -137,6 +137,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
         (("add_float32", "llama.rope.scaling.yarn_log_multiplier", 0.1), "yarn_log_multiplier=0.1"),
         (("add_uint32", "llama.rope.dimension_count", 4), "dimension_count=4"),
         (("add_uint32", "llama.expert_count", 8), "expert_count=8"),
+        (("add_uint16", "split.count", 3), "one of 3 parts"),
         (("add_uint32", "llama.attention.value_length", 64), "value_length=64"),
         (("add_string", "tokenizer.ggml.pre", "viking"), "pre=viking"),
         (("add_string", "tokenizer.ggml.model", "bert"), "model=bert"),

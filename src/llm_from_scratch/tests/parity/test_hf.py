@@ -463,6 +463,7 @@ def test_only_named_files_are_fetched_and_the_config_first(
     assert asked[0] == ["config.json"]
     listing = ["pytorch_model.bin", "modeling.py", "64.tflite", "onnx/model.onnx", "rust_model.ot", "README.md"]
     listing += ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt"]
+    listing += ["chat_template.jinja", "generation_config.json"]
     kept = list(huggingface_hub.utils.filter_repo_objects(listing, allow_patterns=asked[1]))
     assert kept == listing[6:]
     # a folder that only happens to be called so is not meant
@@ -753,6 +754,7 @@ def test_a_gguf_file_is_uploaded_and_describes_itself(
     found = {key: field.contents() for key, field in gguf.GGUFReader(out).fields.items()}
     assert found["general.name"] == "plays" and found["general.license"] == "mit"
     assert found["general.description"] == "data: plays; training: 300 steps, validation loss 1.2500"
+    assert "learning_rate: 0.002" in found["gptsmith.settings"]
     assert found["general.sampling.temp"] == pytest.approx(0.7) and found["general.sampling.top_k"] == 0
 
 
