@@ -121,7 +121,7 @@ def train(minutes: float, words: list[str], speed_only: bool = False) -> dict[st
     from llm_from_scratch.training.trainer import train_step
 
     parsed = parse(Config, words, prog="finetune.py")
-    with open_run(parsed.tree, parsed.sources, "llm-train") as run:
+    with open_run(parsed.tree, parsed.sources, "llm-train", None) as run:
         block_size = run.config.model.block_size
 
         def loss() -> float:

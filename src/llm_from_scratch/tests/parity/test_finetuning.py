@@ -67,7 +67,7 @@ def losses(config: Any, model: Any, steps: int, begin: Callable[[Run], None] = l
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.learning_rate, betas=(0.9, 0.99), eps=1e-8)
     found = []
-    with open_run(config, None, "llm-train") as run:
+    with open_run(config, None, "llm-train", None) as run:
         begin(run)
         for _ in range(steps):
             x, y = run.next_batch()

@@ -72,7 +72,7 @@ def test_an_adapter_cut_at_random_steps_resumes_bit_equal(base: Path) -> None:
 
 
 def test_only_the_adapter_trains(base: Path) -> None:
-    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train") as run:
+    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train", None) as run:
         plain = {n: t.clone() for n, t in run.model.state_dict().items() if "lora" not in n}
         train_step(run, *run.next_batch())
         train_step(run, *run.next_batch())
@@ -148,7 +148,7 @@ def test_a_shorter_context_is_told(base: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_roll_back_restores_the_adapter(base: Path) -> None:
-    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train") as run:
+    with open_run(tiny_config(base, **SETTINGS, out_dir="run"), None, "llm-train", None) as run:
         train_step(run, *run.next_batch())
         saved = {name: t.detach().clone() for name, t in adapter_of(run.model).items()}
         run.save()
