@@ -1,12 +1,13 @@
-"""Full finetuning against LoRA, on the same text from the same weights for the same time: held-out loss, peak memory,
-parameters that train; and with --peft the tokens per second of LoRA by peft and transformers.
+"""Full finetuning against LoRA, on the same text from the same weights for the same time or number of steps: held-out
+loss, peak memory, parameters that train; and with --peft the speed of LoRA by peft and transformers.
 
-python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10] [--rank=8] [--block_size=256] [--batch=8]
-       [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--peft] [--threads=N] [SETTING ...]
+python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=8] [--block_size=256]
+       [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--peft] [--threads=N] [SETTING ...]
 
 The text is prepared with the model's tokenizer in a temporary folder. Each method trains in a fresh process, whose peak
 is its resident memory (VmHWM); the learning rate warms up and stays constant. The loss is that of the same windows of
-the validation split before, every --minutes / 5, and at the end. SETTINGs are those of llm-train. Prints a table, and a
+the validation split before, in the middle and at the end. Speed is in tokens per second of processor time, so that
+other programs do not change it much. SETTINGs are those of llm-train. Prints a table, and a
 line of JSON last.
 """
 
@@ -24,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-WINDOWS = 64  # of the validation split
-SPEED_STEPS = 6  # of the comparison with peft, after a first one
+WINDOWS = 16  # of the validation split
+SPEED_STEPS = 3  # of the comparison with peft, after a first one
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--steps", type=int, help="instead of --minutes")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
@@ -53,7 +55,7 @@ def main() -> None:
         for method in options.methods.split(","):
             own = [f"--lora_rank={options.rank}"] if method == "lora" else []
             own += [f"--out_dir={folder}/{method}", f"--learning_rate={rates[method]}"]
-            results[method] = child("train", options.minutes, [*common, *own, *settings])
+            results[method] = child("train", options.steps or options.minutes / 1e3, [*common, *own, *settings])
             show(method, results[method])
         if options.peft:
             own = [f"--lora_rank={options.rank}", f"--out_dir={folder}/speed"]
@@ -113,7 +115,8 @@ def peak() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def train(minutes: float, words: list[str], speed_only: bool = False) -> dict[str, Any]:
+def train(amount: float, words: list[str], speed_only: bool = False) -> dict[str, Any]:
+    """amount: steps, or below 1: thousandths of a minute."""
     from llm_from_scratch.config import Config
     from llm_from_scratch.presets import parse
     from llm_from_scratch.training.evaluate import estimate_loss
@@ -127,20 +130,21 @@ def train(minutes: float, words: list[str], speed_only: bool = False) -> dict[st
         def loss() -> float:
             return estimate_loss(run.models.compiled, run.plan.val_data, block_size, WINDOWS, run.runtime, 4)
 
-        def step() -> None:
+        def done() -> float:
+            """The part of the run that is behind."""
+            of = SPEED_STEPS if speed_only else amount if amount >= 1 else amount * 1e3 * 60
+            return (steps if speed_only or amount >= 1 else time.perf_counter() - began) / of
+
+        losses, steps, spent = [] if speed_only else [loss()], -1 if speed_only else 0, 0.0
+        began = time.perf_counter()
+        while done() < 1:
+            begin, before = time.process_time(), done()
             train_step(run, *run.next_batch())
             run.report_steps(wait=True)
-
-        losses, spent, marks, steps = [] if speed_only else [loss()], 0.0, 1, 0
-        if speed_only:
-            step()
-        while (steps < SPEED_STEPS) if speed_only else (spent < 60 * minutes):
-            begin = time.perf_counter()
-            step()
-            spent, steps = spent + time.perf_counter() - begin, steps + 1
-            if not speed_only and spent >= 12 * minutes * marks:
+            steps += 1
+            spent += time.process_time() - begin if steps else 0.0  # the first one of a measurement of speed
+            if not speed_only and (before < 0.5 <= done() or done() >= 1):
                 losses.append(loss())
-                marks += 1
         sizes, tokens = run.plan.sizes, steps * run.plan.tokens_per_step
         return {"losses": losses, "steps": steps, "tokens_per_s": tokens / spent, "peak": peak(),
                 "trained": sizes.trained, "params": sizes.params}  # fmt: skip
@@ -161,13 +165,13 @@ def train_peft(threads: int, words: list[str]) -> dict[str, Any]:
     ids = torch.randint(base.config.vocab_size, (batch, block_size + 1), generator=torch.Generator().manual_seed(0))
     begin = 0.0
     for step in range(1 + SPEED_STEPS):
-        begin = time.perf_counter() if step == 1 else begin
+        begin = time.process_time() if step == 1 else begin
         logits = model(input_ids=ids[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     return {"tokens_per_s": SPEED_STEPS * batch * block_size / seconds, "peak": peak()}
 
 
