@@ -2,7 +2,8 @@
 loss, peak memory, parameters that train; and with --peft the speed of LoRA by peft and transformers.
 
 python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=8] [--block_size=256]
-       [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--peft] [--threads=N] [SETTING ...]
+       [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--windows=16] [--peft] [--threads=N]
+       [SETTING ...]
 
 The text is prepared with the model's tokenizer in a temporary folder. Each method trains in a fresh process, whose peak
 is its resident memory (VmHWM); the learning rate warms up and stays constant. The loss is that of the same windows of
@@ -25,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-WINDOWS = 16  # of the validation split
 SPEED_STEPS = 3  # of the comparison with peft, after a first one
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--methods", default="full,lora")
     parser.add_argument("--rates", default="full:5e-5,lora:1e-3")
+    parser.add_argument("--windows", type=int, default=16, help="of the validation split")
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--threads", type=int)
     options, settings = parser.parse_known_args()
@@ -55,7 +56,9 @@ def main() -> None:
         for method in options.methods.split(","):
             own = [f"--lora_rank={options.rank}"] if method == "lora" else []
             own += [f"--out_dir={folder}/{method}", f"--learning_rate={rates[method]}"]
-            results[method] = child("train", options.steps or options.minutes / 1e3, [*common, *own, *settings])
+            results[method] = child(
+                "train", options.steps or options.minutes / 1e3, [*common, *own, *settings], options.windows
+            )
             show(method, results[method])
         if options.peft:
             own = [f"--lora_rank={options.rank}", f"--out_dir={folder}/speed"]
@@ -102,9 +105,9 @@ def prepared(options: Any, folder: Path) -> Path:
     return data
 
 
-def child(what: str, number: float, words: list[str]) -> dict[str, Any]:
+def child(what: str, number: float, words: list[str], windows: int = 0) -> dict[str, Any]:
     """The last line of a fresh process of this program, as JSON."""
-    command = [sys.executable, __file__, f"--child={what}", str(number), *words]
+    command = [sys.executable, __file__, f"--child={what}", str(number), str(windows), *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -115,27 +118,27 @@ def peak() -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def train(amount: float, words: list[str], speed_only: bool = False) -> dict[str, Any]:
-    """amount: steps, or below 1: thousandths of a minute."""
+def train(amount: float, windows: int, words: list[str]) -> dict[str, Any]:
+    """amount: steps, or below 1: thousandths of a minute. windows: of the loss; 0: the speed of a few steps alone."""
     from llm_from_scratch.config import Config
     from llm_from_scratch.presets import parse
     from llm_from_scratch.training.evaluate import estimate_loss
     from llm_from_scratch.training.run import open_run
     from llm_from_scratch.training.trainer import train_step
 
-    parsed = parse(Config, words, prog="finetune.py")
+    parsed, is_speed = parse(Config, words, prog="finetune.py"), not windows
     with open_run(parsed.tree, parsed.sources, "llm-train", None) as run:
         block_size = run.config.model.block_size
 
         def loss() -> float:
-            return estimate_loss(run.models.compiled, run.plan.val_data, block_size, WINDOWS, run.runtime, 4)
+            return estimate_loss(run.models.compiled, run.plan.val_data, block_size, windows, run.runtime, 4)
 
         def done() -> float:
             """The part of the run that is behind."""
-            of = SPEED_STEPS if speed_only else amount if amount >= 1 else amount * 1e3 * 60
-            return (steps if speed_only or amount >= 1 else time.perf_counter() - began) / of
+            of = SPEED_STEPS if is_speed else amount if amount >= 1 else amount * 1e3 * 60
+            return (steps if is_speed or amount >= 1 else time.perf_counter() - began) / of
 
-        losses, steps, spent = [] if speed_only else [loss()], -1 if speed_only else 0, 0.0
+        losses, steps, spent = [] if is_speed else [loss()], -1 if is_speed else 0, 0.0
         began = time.perf_counter()
         while done() < 1:
             begin, before = time.process_time(), done()
@@ -143,7 +146,7 @@ def train(amount: float, words: list[str], speed_only: bool = False) -> dict[str
             run.report_steps(wait=True)
             steps += 1
             spent += time.process_time() - begin if steps else 0.0  # the first one of a measurement of speed
-            if not speed_only and (before < 0.5 <= done() or done() >= 1):
+            if not is_speed and (before < 0.5 <= done() or done() >= 1):
                 losses.append(loss())
         sizes, tokens = run.plan.sizes, steps * run.plan.tokens_per_step
         return {"losses": losses, "steps": steps, "tokens_per_s": tokens / spent, "peak": peak(),
@@ -177,8 +180,8 @@ def train_peft(threads: int, words: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1].startswith("--child="):
-        kind, number, rest = sys.argv[1].removeprefix("--child="), float(sys.argv[2]), sys.argv[3:]
-        answer = train_peft(int(number), rest) if kind == "peft" else train(number, rest, kind == "speed")
-        print(json.dumps(answer))
+        number, windows, rest = float(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+        is_peft = sys.argv[1] == "--child=peft"
+        print(json.dumps(train_peft(int(number), rest) if is_peft else train(number, windows, rest)))
     else:
         main()
