@@ -20,6 +20,7 @@ from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.serving.options import ServeOptions
 from llm_from_scratch.serving.service import Service, open_service
 
+from ..edited import Edit, EditedCopy
 from ..tiny import arguments, write_data
 
 SHAPE = {"n_layer": 2, "pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
@@ -126,3 +127,43 @@ def test_adapters_answer_by_name(runs: Path) -> None:
             generator = Generator.from_checkpoint(name, device="cpu", dtype="float32")
             params = GenerationConfig(num_samples=1, max_new_tokens=20, temperature=0.0)
             assert found["choices"][0]["text"] == generator.generate(["bo"], params)[0].text and found["model"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "use", "refused"),
+    [
+        (
+            "self.gate = Linear(config.n_embd, config.n_embd)",
+            "x = x + self.gate(self.ln_2(x)).sigmoid() * self.mlp(self.ln_2(x))",
+            "",
+        ),
+        (
+            'self.register_buffer("calls", torch.zeros(2))',
+            "x = x + self.mlp(self.ln_2(x)) + self.calls.sum() * 0",
+            "lora_rank does not support transformer.h.0.calls",
+        ),
+    ],
+)
+def test_an_edited_model_trains_adapters_or_is_refused_by_name(
+    tmp_path: Path, line: str, use: str, refused: str
+) -> None:
+    before = "self.ln_2 = make_norm(config)\n"
+    edits = [
+        Edit("core/model.py", before, f"{before}        {line}\n"),
+        Edit("core/model.py", "x = x + self.mlp(self.ln_2(x))\n", f"{use}\n"),
+    ]
+    copy = EditedCopy(tmp_path / "copy", edits)
+    write_data(copy.folder / "data" / "d")
+    words = arguments(dataset="data/d", dropout=0.0)
+    copy.run("cli.train", *words, "--out_dir=base")
+    told = copy.run("cli.train", *words, *LORA, "--out_dir=run", code=2 if refused else 0)
+    assert refused in told
+    if not refused:
+        assert "transformer.h.0.gate.lora_A" in load_file_names(copy.folder / "run")
+        text = copy.run("cli.generate", "--out_dir=run", "--start=bo", "--device=cpu", "--max_new_tokens=8")
+        assert "bo" in text
+
+
+def load_file_names(run: Path) -> str:
+    return (find_checkpoint(run, "last", verify=False) / "adapter.safetensors").read_bytes()[:4000].decode("latin-1")
