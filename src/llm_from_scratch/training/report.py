@@ -1,4 +1,4 @@
-"""The README.md of a run: results, the best checkpoint, commands, settings."""
+"""The result of a run, and its README.md: results, the best checkpoint, commands, settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..interop.hf import family_of
 from ..machine.files import open_whole, read_file
 from ..settings import to_dict
 from . import before_after
-from .loggers import METRICS, read_entries
+from .evaluate import Evaluation
+from .loggers import METRICS, read_entries, read_metrics
 from .plan import Plan, count_of
 from .resume import NOT_COMPARED, eval_command, resume_command
 from .state import TrainState
@@ -27,6 +29,25 @@ from .state import TrainState
 README = "README.md"
 MARK = "<!-- Rewritten at the end of each run in this folder, unless you edit it. {} -->\n"
 LIMIT = 1 << 20  # bytes; a longer file is the user's
+
+
+@dataclass
+class TrainResult:
+    """The result of a run."""
+
+    step: int
+    out_dir: Path
+    checkpoint: Path | None
+    best_val_loss: float
+    final: Evaluation | None
+    """The whole validation split at the last step; None if turned off, too long, or the run was stopped."""
+    exit_code: int
+    """0, 128 + the number of the signal that stopped the run, or 1 if the last state could not be saved."""
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """The run's metrics.jsonl as columns."""
+        return read_metrics(self.out_dir)
 
 
 def write_readme(path: Path, text: str) -> bool:

@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ from . import before_after
 from .evaluate import Evaluation, estimate_loss, evaluate_split
 from .guards import Finding, StepGuard, all_finite
 from .harness import TaskModel, evaluate_tasks, figures
-from .loggers import RunLog, read_metrics
+from .loggers import RunLog
 from .microbatch import halved, retry_smaller
 from .optimizer import make_optimizer
 from .pace import Pace
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
-from .report import README, readme, write_readme
+from .report import README, TrainResult, readme, write_readme
 from .resume import eval_command, not_bit_exact, resume_command
 from .saver import Saver
 from .scheduler import learning_rate_at
@@ -50,25 +50,6 @@ from .state import TrainState, restore
 from .wrap import wrap
 
 SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
-
-
-@dataclass
-class TrainResult:
-    """The result of a run."""
-
-    step: int
-    out_dir: Path
-    checkpoint: Path | None
-    best_val_loss: float
-    final: Evaluation | None
-    """The whole validation split at the last step; None if turned off, too long, or the run was stopped."""
-    exit_code: int
-    """0, 128 + the number of the signal that stopped the run, or 1 if the last state could not be saved."""
-
-    @property
-    def metrics(self) -> dict[str, list[Any]]:
-        """The run's metrics.jsonl as columns."""
-        return read_metrics(self.out_dir)
 
 
 @contextlib.contextmanager
