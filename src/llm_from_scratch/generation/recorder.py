@@ -133,6 +133,7 @@ class Recorder(TorchDispatchMode):
         self.variables: dict[tuple[int, torch.dtype], str] = {place(t): name for name, t in inputs.items()}
         self.tensors = dict(inputs)  # by name of the variable
         self.views: dict[Any, str] = {}
+        self.masks: dict[Any, Tensor] = {}  # to add to scores, by the memory and layout of masks of booleans
         self.made: dict[int, Tensor] = {}  # by its memory, what the step itself creates
         self.origin: dict[int, Tensor] = {}  # weights in another dtype, by identity of the tensors in their place
         self.kept: list[Tensor] = []  # so that identities stay unique
@@ -195,6 +196,7 @@ class Recorder(TorchDispatchMode):
 
     def _make_writable(self, target: Tensor, func: Any) -> None:
         """Allows an operation to write into a tensor that is created in this step, and again in every replay."""
+        self.masks.clear()
         name = self.variables.get(place(target))
         if name in self.inputs or (name is None and place(target)[0] not in self.made):
             raise CannotRecord(f"a tensor that outlives the step is written to ({func})")
@@ -334,6 +336,16 @@ class Recorder(TorchDispatchMode):
         error = self.call(torch.erf, self.call(torch.mul, given, math.sqrt(0.5)))
         return self.call(torch.addcmul, half, half, error).view(x.shape)
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *rest: Any, **how: Any) -> Any:
+        """With a mask of numbers, made once for all layers: torch makes it from booleans in every layer."""
+        if mask is None or mask.dtype != torch.bool or q.device.type != "cpu" or not self.varies([mask]):
+            return None
+        key = place(mask), layout(mask), q.dtype
+        if key not in self.masks:
+            numbers = [torch.tensor(number, dtype=q.dtype) for number in (0.0, -math.inf)]
+            self.masks[key] = self.call(torch.where, mask, *numbers)
+        return self.call(quick(aten.scaled_dot_product_attention.default), q, k, v, self.masks[key], *rest, **how)
+
     def rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor | None:
         """x / sqrt(norm(x)^2 / n + eps) * weight: torch on a CPU needs three times as long."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or len(shape) != 1 or eps is None:
@@ -350,6 +362,7 @@ class Recorder(TorchDispatchMode):
 RULES: dict[Any, Callable[..., Any]] = {
     aten.gelu.default: Recorder.gelu,
     aten.rms_norm.default: Recorder.rms_norm,
+    aten.scaled_dot_product_attention.default: Recorder.attention,
 }
 FUSED = {
     (torch.mm, torch.add): torch.addmm,
