@@ -106,6 +106,16 @@ def test_a_large_window_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(decoder.recorded.records) == [(2, BLOCK)]
 
 
+def test_the_mask_is_made_once_for_all_layers() -> None:
+    model = model_of("gpt2")
+    decoder, cache, new = Decoder(model), KVCache(model.config, 1), ids(1, 1)[:, 0]
+    with torch.inference_mode():
+        decoder.step(new, cache)
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.where: lambda *_, **__: 1}) as found:
+            decoder.step(new, cache)
+    assert model.config.n_layer > 1 and found.get_flop_counts()["Global"][torch.ops.aten.where] == 1
+
+
 def test_rows_of_one_length_and_a_window_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is a new record when the longest row outgrows the window, and when rows come or go."""
     monkeypatch.setattr(window, "BUCKET", 4)
