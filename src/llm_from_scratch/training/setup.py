@@ -33,6 +33,10 @@ from .wrap import compiled_where_it_pays
 
 COMMAND_LINE = "command line"
 KNOWN_INITS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+LONGER = (  # settings of the model that may differ from those of rotary weights
+    "block_size", "rope_theta", "rope_scaling", "rope_factor", "rope_original", "rope_low", "rope_high",
+    "rope_attention",
+)  # fmt: skip
 GPT2_IDS, GPT2_PADDED = 50257, 50304  # 64 divides the padded size: faster matrix products
 
 
@@ -236,8 +240,10 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
 
 
 def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:
-    """Gives the model the shape of the loaded weights. Dropout may differ, and the context may be shortened."""
+    """Gives the model the shape of the loaded weights. Dropout may differ, the context may be shortened, and with
+    rotary positions be longer."""
     replaced = []
+    longer = LONGER if config.finetune.lora_rank is None else LONGER[:1]  # an adapter's base keeps its positions
     for item in dataclasses.fields(GPTConfig):
         wanted, has = getattr(config.model, item.name), getattr(loaded, item.name)
         if item.name == "dropout" or wanted == has or (item.name == "vocab_size" and wanted is None):
@@ -247,6 +253,10 @@ def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list
             loaded = dataclasses.replace(loaded, block_size=wanted)
             continue
         if sources.get(item.name) == COMMAND_LINE:
+            if may_crop and item.name in longer and loaded.pos_embedding == "rope":
+                notes.append(f"{item.name}: {wanted} instead of the {has} of the weights")
+                loaded = dataclasses.replace(loaded, **{item.name: wanted})
+                continue
             raise UserError(f"--{item.name}={wanted} contradicts the loaded weights, which have {has}; leave it out")
         replaced.append(f"{item.name}={has}")
     config.model = dataclasses.replace(loaded, dropout=config.model.dropout)

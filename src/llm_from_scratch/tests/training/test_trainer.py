@@ -228,6 +228,22 @@ def test_resuming_with_another_shape_is_refused_on_the_command_line_and_announce
     assert changed.model.n_layer == 2  # the caller's settings are the caller's
 
 
+def test_rotary_weights_continue_with_a_longer_context(tiny_data: Path) -> None:
+    """As asked for on the command line, with a scaling. A learned table has no more rows."""
+    train(tiny_config(tiny_data, out_dir="short", pos_embedding="rope"))
+    longer = {"block_size": 24, "rope_scaling": "yarn", "rope_factor": 3.0, "rope_original": 8}
+    asked = tiny_config(tiny_data, out_dir="long", init_from="short", pos_embedding="rope", **longer)
+    sources = dict.fromkeys(longer, "command line")
+    plan = make_plan(asked, sources)
+    found = {name: getattr(plan.config.model, name) for name in longer}
+    assert found == longer and "block_size: 24 instead of the 8 of the weights" in plan.notes
+    train(asked, sources)
+    assert {name: getattr(saved("long").model_config, name) for name in longer} == longer
+    train(tiny_config(tiny_data, out_dir="table"))
+    with pytest.raises(UserError, match="--block_size=24 contradicts the loaded weights, which have 8"):
+        make_plan(tiny_config(tiny_data, out_dir="x", init_from="table", block_size=24), {"block_size": "command line"})
+
+
 # --- what must not matter ---
 
 
