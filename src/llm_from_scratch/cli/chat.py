@@ -23,6 +23,7 @@ GGUF file with a chat template.
   llm-chat --init_from=FOLDER --system="You are brief."
 
 At a terminal, /help lists commands. PRESETs are files with these settings."""
+ALIASES = {"system": "system_prompt"}  # system is a section of settings
 DEFAULTS = {"interactive": True, "max_new_tokens": 1024}
 
 
@@ -46,7 +47,10 @@ class ChatCommand:
 
 @command
 def main(argv: list[str]) -> int:
-    words = ["--system_prompt" + arg[8:] if arg.partition("=")[0] == "--system" else arg for arg in argv]
+    words = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        words.append(f"--{ALIASES.get(name[2:], name[2:])}{equals}{value}" if name[:2] == "--" else arg)
     parsed = parse(ChatCommand, words, prog="llm-chat [PRESET ...]", description=HELP, defaults=DEFAULTS, common=COMMON)
     tree, source = parsed.tree, parsed.tree.source
     validate(tree)

@@ -443,6 +443,7 @@ def test_what_is_not_run_is_well_formed(command: Command) -> None:
 
 def known_settings() -> set[str]:
     from llm_from_scratch.cli.bench import BenchCommand
+    from llm_from_scratch.cli.chat import ALIASES, ChatOptions
     from llm_from_scratch.cli.evaluate import EvalCommand
     from llm_from_scratch.cli.export import Export
     from llm_from_scratch.cli.generate import GenerateCommand
@@ -454,9 +455,9 @@ def known_settings() -> set[str]:
 
     trees = (
         Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions, ScaleOptions, ServeCommand,
-        SweepOptions,
+        SweepOptions, ChatOptions,
     )  # fmt: skip
-    return {leaf for tree in trees for leaf in leaf_types(tree)} | {*OWN_FLAGS, *OWN_VALUES}
+    return {leaf for tree in trees for leaf in leaf_types(tree)} | {*OWN_FLAGS, *OWN_VALUES, *ALIASES}
 
 
 # Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just

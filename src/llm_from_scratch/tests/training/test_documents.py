@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train, train_step
 
-from ..tiny import read_metrics, tiny_config
+from ..tiny import arguments, read_metrics, tiny_config
 
 CHAT: dict[str, Any] = {
     "block_size": 32,
@@ -189,3 +192,35 @@ def test_llm_eval_measures_what_training_does(chats: Path, here: Path, capsys: p
         assert found["loss"] == pytest.approx(result.final.loss, rel=apart) and found["tokens"] == result.final.tokens
     assert evaluate.main(["--out_dir=e", f"--dataset={chats}", "--stride=4"]) == 2
     assert "remove it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_two_processes_weigh_by_token(chats: Path, here: Path) -> None:
+    """Their shares of a batch have different numbers of learned tokens; the loss is that of one process."""
+    Path("two.py").write_text("import sys\nfrom llm_from_scratch.cli.train import main\nsys.exit(main())\n")
+    settings = {**CHAT, "batch_size": 3, "gradient_accumulation_steps": 2, "dropout": 0.0, "beta2": 0.95}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py",
+         *arguments(**{**settings, "dataset": chats, "out_dir": "two", "backend": "gloo"})],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "processes: 2 (gloo)" in done.stdout, done.stderr
+    train(tiny_config(chats, out_dir="one", **settings), quiet=True)
+    one, two = (read_metrics(Path(name)) for name in ("one", "two"))
+    assert len(one) == len(two) > 6
+    for a, b in zip(one, two, strict=True):
+        for key in {"loss", "train_loss", "val_loss", "grad_norm", "lr"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_compiled_steps_keep_documents_apart(lines: Path) -> None:
+    """--compile=True gives the losses of eager mode."""
+    losses = []
+    for compiled in (True, False):
+        run = opened(make_plan(tiny_config(lines, **{**CHAT, "compile": compiled})))
+        assert run.models.is_compiled == compiled
+        losses.append([float(train_step(run, *run.next_batch()).loss) for _ in range(3)])
+        run.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

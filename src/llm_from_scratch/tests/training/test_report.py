@@ -61,7 +61,8 @@ def test_the_settings_are_a_preset_of_the_run(tiny_data: Path) -> None:
     train(given)
     Path("again.yaml").write_text("\n".join(block(Path(OUT, "README.md").read_text(), "yaml")))
     read = flatten(parse(Config, ["again.yaml"], prog="llm-train").tree)
-    assert read | {"out_dir": OUT} == flatten(given) and read["n_layer"] == 1
+    # the choice of auto is stored
+    assert read | {"out_dir": OUT} == flatten(given) | {"documents": False} and read["n_layer"] == 1
 
 
 @pytest.mark.parametrize("command", ["llm-train", pytest.param("all of them", marks=pytest.mark.slow)])
