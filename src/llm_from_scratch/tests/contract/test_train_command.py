@@ -23,6 +23,7 @@ from llm_from_scratch.config import Config
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.presets import nanogpt_defaults, parse
 from llm_from_scratch.settings import flatten
+from llm_from_scratch.training import forecast
 
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, write_data
 
@@ -129,7 +130,12 @@ def test_dry_run_tells_and_writes_nothing(project: Path, capsys: pytest.CaptureF
     assert files(project) == before
 
 
-def test_the_length_is_said_once(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_length_is_said_once(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "forecast", lambda plan: None)  # it measures steps, which takes most of the time
+    monkeypatch.setattr(forecast, "lines", lambda plan, found: [])
+
     def steps(*argv: str) -> int:
         small = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=10"]
         assert train.main([*argv, "--dry_run", "--dataset=tiny", *small]) == 0
