@@ -124,6 +124,6 @@ def read_law(path: str | Path) -> Law:
         raise UserError(f"{path}: {error}") from None
 
 
-# Fitted to runs on tiny Shakespeare, Python's documentation and Python's sources (benchmarks/RESULTS.md).
-PLAIN = Law(E=1.52, A=20.4, alpha=0.34, B=50.0, beta=0.335, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.354)
-NGRAMS = Law(E=1.81, A=5.0, alpha=0.34, B=140.0, beta=0.47, C=8.0, gamma=1.0, R=1.0, spread=0.06, text_bits=2.354)
+# Fitted by hand to runs on tiny Shakespeare with up to 2 million characters; docs/SCALING.md compares them.
+PLAIN = Law(E=1.52, A=20.4, alpha=0.34, B=50.0, beta=0.335, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.571)
+NGRAMS = Law(E=1.81, A=5.0, alpha=0.34, B=140.0, beta=0.47, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.571)
