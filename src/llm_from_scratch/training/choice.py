@@ -273,7 +273,7 @@ def _filled(
     expected = used.predict(params, steps * batch * T * size, facts.train_tokens * size, T * size, facts.text_bits)
     if law is None:
         expected = Prediction(*(bits / facts.bytes_per_character for bits in expected))
-    seconds = steps * step + (overhead if budget.unit == "seconds" else speed.start)
+    seconds = steps * step + (overhead if budget.unit == "seconds" and not is_cut else speed.start)
     yield Choice(settings, model, int(params), arithmetic, steps, batch, step, expected, seconds, is_cut)
 
 
@@ -349,7 +349,7 @@ def _rounded(rate: float) -> float:
 def _evaluations(choice: Choice, budget: Budget, facts: Facts) -> dict[str, Any]:
     """How often and how much a run evaluates, and what it writes at its end."""
     is_timed = budget.unit == "seconds"  # if not, the settings must not depend on the speed
-    seconds = budget.amount if is_timed else choice.steps * choice.step_seconds
+    seconds = min(budget.amount, choice.seconds) if is_timed else choice.steps * choice.step_seconds
     per_token = choice.step_seconds / (choice.batch * choice.model.block_size)
     is_short = is_timed and seconds < 120
     saved = 12 * _counts(choice.model)[0] * SAVE_BESIDE
