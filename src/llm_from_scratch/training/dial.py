@@ -126,12 +126,12 @@ def explain(
                   some.model.n_layer != model.n_layer), None)  # fmt: skip
     lines = [
         f"budget: {budget.text}; {speed}",
-        f"model: {model.n_layer} layers, width {model.n_embd}, {model.n_head} heads, context {model.block_size}"
+        f"model: {_layers(model)}, width {model.n_embd}, {model.n_head} heads, context {model.block_size}"
         f"{tables}; dropout {model.dropout:g}",
         f"training: {choice.steps:,} steps of {choice.batch * model.block_size:,} tokens, {epochs:.2f} epochs; "
         f"learning rate {optimizer.learning_rate:g}" + (f", muon {optimizer.muon_learning_rate:g}" if muon else ""),
         f"why: the lowest expected loss of {len(choices)} candidates"
-        + (f"; {other.model.n_layer} layers, width {other.model.n_embd}: {other.expected.bits:.3f} bits per byte"
+        + (f"; {_layers(other.model)}, width {other.model.n_embd}: {other.expected.bits:.3f} bits per byte"
            if other is not None else ""),
         f"expected: val loss {nats[0]:.3f} ({nats[1]:.3f} to {nats[2]:.3f}), {choice.expected.bits:.3f} bits per byte",
     ]  # fmt: skip
@@ -141,3 +141,7 @@ def explain(
             "the text has no more to teach; use more text"
         )
     return lines
+
+
+def _layers(model: GPTConfig) -> str:
+    return f"{model.n_layer} layer{'s' * (model.n_layer > 1)}"
