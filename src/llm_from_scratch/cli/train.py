@@ -18,6 +18,7 @@ from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError
 from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json
+from ..machine.processes import process_age
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
 from ..settings import flatten, to_dict
@@ -29,7 +30,6 @@ from .common import command, data_prepared_last, used_a_path
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
 OWN_FLAGS = ("print_config", "dry_run", "exportable")
 OWN_VALUES = {"budget": "10min", "law": "FILE.json", "cooldown": "0.2"}  # name: an example
-STARTED_IN = 1.5  # seconds of imports before a command begins, at most
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
     "n_embd", "block_size", "dropout", "eval_interval", "device", "seed",
@@ -56,7 +56,7 @@ command line overrides all. Without a preset: {default}.
 
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
-    began = time.monotonic() - min(STARTED_IN, time.process_time())
+    began = time.monotonic() - process_age(time.process_time())
     typed, (flags, argv) = argv, _own_flags(argv)
     values, argv = ({}, argv) if nanogpt else _own_values(argv)
     if ("law" in values or flags["exportable"]) and "budget" not in values:

@@ -3,8 +3,10 @@ torch.compile start. Imports torch only to communicate."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+YOUNG, OLD = 1.5, 30.0  # seconds that a command's imports take, and that they take at most on a busy machine
 
 
 def distributed_env() -> tuple[int, int, int]:
@@ -32,6 +36,17 @@ def distributed_env() -> tuple[int, int, int]:
     if not 0 <= rank < world or local_rank < 0:
         raise UserError(f"RANK={rank} must be between 0 and WORLD_SIZE - 1 = {world - 1}")
     return rank, local_rank, world
+
+
+def process_age(otherwise: float) -> float:
+    """Seconds since this process started. `otherwise`: the answer if the system does not tell, or if the process is so
+    old that it must have done something else before."""
+    with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+        if 0 <= age < OLD:
+            return age
+    return min(otherwise, YOUNG)
 
 
 def stop() -> None:

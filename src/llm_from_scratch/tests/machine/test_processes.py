@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_python_3_10_refuses_a_directory_that_shadows_modules(here: Path, monkey
 
 def test_a_package_of_ours_does_not_shadow_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "llm_from_scratch" not in processes.shadowing(Path(processes.__file__).parents[2])
+
+
+def test_the_age_of_a_process() -> None:
+    program = "import time; time.sleep(0.2)\nfrom llm_from_scratch.machine.processes import process_age as age\n"
+    begin = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", program + "print(age(0.01))"], capture_output=True, text=True).stdout
+    assert 0.15 < float(said) <= time.monotonic() - begin + 0.02
+
+
+def test_an_old_process_has_done_something_else_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "OLD", 0.0)
+    assert processes.process_age(0.5) == 0.5 and processes.process_age(99.0) == processes.YOUNG
