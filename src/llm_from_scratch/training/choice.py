@@ -177,7 +177,7 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
     for (layers, width), context, ngrams in itertools.product(SHAPES, contexts, kinds):
         if context > next(most for limit, most in CONTEXT_BY_WIDTH if width <= limit) and "block_size" not in fixed:
             continue
-        width = fixed.get("n_embd", width)
+        width, context = fixed.get("n_embd", width), fixed.get("block_size", context)
         heads = max(1, width // (32 if width < WIDE else 64))
         while width % heads or (width // heads) % 2:  # a width that the user gave
             heads -= 1

@@ -76,7 +76,7 @@ def dial(
     chosen.validate()
     ends_at = began + budget.amount if budget.unit == "seconds" and not choice.is_cut else None
     took = time.monotonic() - began - spent
-    return Dialed(chosen, explain(choices, chosen, budget, facts, len(measured), took), ends_at)
+    return Dialed(chosen, explain(choices, chosen, budget, facts, fixed, len(measured), took), ends_at)
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
@@ -113,8 +113,9 @@ def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime) -> Facts:
 
 
 def explain(
-    choices: list[Choice], config: Config, budget: Budget, facts: Facts, rehearsals: int, took: float
-) -> list[str]:
+    choices: list[Choice], config: Config, budget: Budget, facts: Facts, fixed: dict[str, Any], rehearsals: int,
+    took: float,
+) -> list[str]:  # fmt: skip
     """The lines that a run prints: what was chosen, why, and the expected loss."""
     choice, model, optimizer = choices[0], config.model, config.optimizer
     tables = f", n-grams up to {model.max_ngram}" if model.max_ngram else ""
@@ -135,7 +136,8 @@ def explain(
            if other is not None else ""),
         f"expected: val loss {nats[0]:.3f} ({nats[1]:.3f} to {nats[2]:.3f}), {choice.expected.bits:.3f} bits per byte",
     ]  # fmt: skip
-    if choice.is_cut and budget.unit == "seconds" and choice.seconds < 0.95 * budget.amount:
+    is_short = budget.unit == "seconds" and choice.seconds < 0.95 * budget.amount
+    if choice.is_cut and is_short and not {"max_iters", "epochs"} & fixed.keys():
         lines.append(
             f"note: the run takes about {in_words(choice.seconds)}, less than the budget: after {epochs:.0f} epochs "
             "the text has no more to teach; use more text"

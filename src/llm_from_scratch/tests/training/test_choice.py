@@ -75,6 +75,8 @@ def test_settings_by_hand_are_kept() -> None:
     config = configured(chosen("1min", **fixed), "1min", **fixed)
     values = flatten(config)
     assert {name: values[name] for name in fixed} == fixed and config.training.max_iters > 100
+    shape = {"n_layer": 3, "n_embd": 96, "block_size": 48, "max_ngram": 0}
+    assert len(choose(parse_budget("1min"), BOOK, LAPTOP, shape)) == 1
     short = chosen("1min", max_iters=200)
     assert short.steps == 200 and short.is_cut and short.seconds < 60
 
