@@ -101,8 +101,7 @@ class Speed:
         ngrams = bool(choice.model.max_ngram)
         factors = dict(self.factors)
         factors[ngrams] = factors.get(ngrams, 1.0) * measured / choice.step_seconds
-        if not ngrams and True not in factors:
-            factors[True] = factors[False]
+        factors.setdefault(not ngrams, factors[ngrams])  # the other kind is not measured yet
         return dataclasses.replace(self, factors=tuple(sorted(factors.items())))
 
 

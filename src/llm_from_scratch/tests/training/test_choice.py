@@ -123,6 +123,8 @@ def test_large_runs_have_large_batches_shared_by_all_processes() -> None:
 def test_a_measurement_corrects_the_speed() -> None:
     choice = chosen("1min", exportable=True)
     speed = LAPTOP.corrected(choice, 3 * choice.step_seconds)
+    with_ngrams, slower = chosen("1min", max_ngram=6), chosen("1min", speed=speed, max_ngram=6)
+    assert slower.step_seconds / slower.batch > 2 * with_ngrams.step_seconds / with_ngrams.batch  # not yet measured
     assert speed.seconds(choice.model, choice.arithmetic, choice.batch * choice.model.block_size) == pytest.approx(
         3 * choice.step_seconds
     )
