@@ -21,6 +21,7 @@ from llm_from_scratch.presets import (
     parse,
     preset,
 )  # fmt: skip
+from llm_from_scratch.serving.options import ServeOptions
 from llm_from_scratch.settings import flatten
 
 
@@ -377,3 +378,15 @@ def test_build_reads_plain_data() -> None:
 def test_leaf_types_are_the_fields() -> None:
     assert leaf_types(Config).keys() == flatten(Config()).keys()
     assert leaf_types(Config)["n_layer"] is int
+
+
+@pytest.mark.parametrize("text", ["{poet: out-a, coder: out-b}", '{"poet": "out-a", "coder": "out-b"}'])
+def test_names_and_folders_are_a_dictionary(text: str) -> None:
+    tree = parse(ServeOptions, [f"--adapters={text}"], prog="test").tree
+    assert tree.adapters == {"poet": "out-a", "coder": "out-b"}
+
+
+@pytest.mark.parametrize("text", ["poet", "{poet: 1}", "[a]", "{a: [b]}", "{a: *b}", "{" * 2000])
+def test_other_dictionaries_of_names_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="adapters must be written as"):
+        parse(ServeOptions, [f"--adapters={text}"], prog="test")
