@@ -59,7 +59,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
         name, tensor = item
         numbers = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().reshape(-1)
         head = f"{name} {tuple(tensor.shape)} {numbers.dtype} ".encode()
-        return hashlib.sha256(head + hashlib.sha256(memoryview(numbers.numpy())).digest()).digest()
+        content: Any = numbers.numpy()
+        return hashlib.sha256(head + hashlib.sha256(content).digest()).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
         return hashlib.sha256(b"".join(pool.map(digest, sorted(state.items())))).hexdigest()
