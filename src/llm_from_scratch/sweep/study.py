@@ -93,8 +93,10 @@ class Study:
             "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
         }[pruner]()
         with self._alone():
-            backends: Any = optuna.storages.journal  # type: ignore[attr-defined]
-            journal = backends.JournalFileBackend(str(folder / JOURNAL), lock_obj=_JournalLock(folder / JOURNAL))
+            storages: Any = optuna.storages
+            journal = storages.journal.JournalFileBackend(
+                str(folder / JOURNAL), lock_obj=_JournalLock(folder / JOURNAL)
+            )
             self.storage: Any = optuna.storages.JournalStorage(journal)
             study = optuna.create_study(study_name=STUDY, storage=self.storage, load_if_exists=True)
             _compare(folder, study.user_attrs.get("setup"), setup)
