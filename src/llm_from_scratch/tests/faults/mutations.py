@@ -69,7 +69,9 @@ PARSERS: dict[str, Callable[[Path], Any]] = {
     "YAML": Yaml,
     "command line": CommandLine,
     "metrics.jsonl": Metrics,
-} | ({"GGUF": GGUF} if importlib.util.find_spec("gguf") else {})
+}
+if importlib.util.find_spec("gguf"):
+    PARSERS["GGUF"] = GGUF
 
 
 def run(count: int, seed: int, folder: Path) -> Report:
