@@ -127,7 +127,12 @@ class TaskModel:
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What a text follows: the end-of-text token, else a line break, else the token 0."""
+    """What a text follows: the token that begins a text if there is one, else the end-of-text token, else a line break,
+    else the token 0."""
+    if tokenizer.chat is not None and tokenizer.chat.bos:
+        ids = tokenizer.encode(tokenizer.chat.bos, allow_special=True)
+        if len(ids) == 1:
+            return int(ids[0])
     if tokenizer.eot_id is not None:
         return tokenizer.eot_id
     with contextlib.suppress(UserError):

@@ -13,6 +13,7 @@ import torch
 
 from llm_from_scratch.cli import evaluate
 from llm_from_scratch.config import GenerationConfig, GPTConfig
+from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer
 from llm_from_scratch.errors import UserError
@@ -113,7 +114,11 @@ def test_generation_that_is_refused(model: TaskModel, kwargs: dict[str, Any], sa
 
 
 def test_what_a_text_follows() -> None:
-    assert first_token(HFTokenizer.train(["abc abd"], 260)) == 0
+    tokenizer = HFTokenizer.train(["abc abd"], 260)
+    assert first_token(tokenizer) == 0
+    for begin, token in (("a", tokenizer.encode("a")[0]), ("", 0), ("not one token", 0)):
+        tokenizer.chat = ChatTemplate("", bos=begin)
+        assert first_token(tokenizer) == token
     assert first_token(ByteTokenizer()) == 10
     assert first_token(CharTokenizer.from_text(["ab\n"])) == 0
     assert first_token(CharTokenizer.from_text(["xab"])) == 0
