@@ -140,7 +140,8 @@ def test_the_stored_settings_train_the_same_model_without_a_clock(tiny_data: Pat
     assert stored["scheduler"]["lr_ends"] == {"0": 40, "10": 24, "20": 36} and stored["training"]["max_iters"] == 36
     leaves = {name: value for section in stored.values() for name, value in section.items()} | {"out_dir": "plain"}
     leaves["lr_ends"] = {int(step): end for step, end in leaves["lr_ends"].items()}
-    del leaves["dataset"], leaves["stop"]
+    leaves = {name: tuple(value) if isinstance(value, list) else value for name, value in leaves.items()}
+    del leaves["dataset"]
     assert train(tiny_config(tiny_data, **leaves), quiet=True).step == 36
     assert_same("paced", "plain")
 
