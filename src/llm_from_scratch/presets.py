@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
 import itertools
@@ -30,7 +29,7 @@ import tyro
 
 from .config import Config
 from .errors import UserError, one_line
-from .settings import did_you_mean, flatten
+from .settings import did_you_mean, flatten, type_hints
 
 PACKAGE = Path(__file__).resolve().parent
 ROOTS = (PACKAGE.parent.parent, PACKAGE / "_presets")  # a checkout, an installed package
@@ -199,19 +198,17 @@ def nanogpt_defaults() -> dict[str, Any]:
     return _read_python(path, {}, leaf_types(Config))
 
 
-@functools.cache
 def leaf_types(tree_type: type) -> dict[str, Any]:
     """{leaf name: type} of a dataclass tree."""
     leaves: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(tree_type).items():
+    for name, hint in type_hints(tree_type).items():
         leaves |= leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore
     return leaves
 
 
-@functools.cache
 def _sections(tree_type: type) -> dict[str, set[str]]:
     """{section: its leaf names} of a dataclass tree."""
-    hints = typing.get_type_hints(tree_type)
+    hints = type_hints(tree_type)
     return {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}  # type: ignore
 
 

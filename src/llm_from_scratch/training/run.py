@@ -84,7 +84,8 @@ class Run:
         say: prints a line before the log is open; by default on the first process, if the run writes."""
         prints = plan.runtime.is_master and lock is not None
         speaks = prints and plan.config.logging.progress != "none"
-        self.say: Callable[[str], Any] = say or (announce if speaks else lambda line: None)
+        default: Callable[[str], Any] = announce if speaks else lambda line: None
+        self.say = say or default
         self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
