@@ -326,8 +326,8 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With linear: from each of these steps on, the rate falls towards another end, such as '{0: 900, 200: 1100}'. Written
-    by a run with a budget (--budget), whose length is adjusted."""
+    """With linear: from each of these steps on, the rate falls towards another end, such as '{0: 900, 200: 1100}'.
+    Written by a run with a budget (--budget), whose length is adjusted."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
