@@ -37,8 +37,7 @@ COMMON = (
 HELP = """Trains a GPT, or resumes a run.
 
   llm-train --dataset=book --budget=10min     choose everything for 10 minutes
-  llm-train quick --dataset=book              a short run on prepared data
-  llm-train quick --max_iters=3000 --dry_run  estimate time and memory
+  llm-train quick --dataset=book --dry_run    estimate time and memory
   llm-train --init_from=resume --out_dir=out  resume a run
   llm-train quick my.yaml --print_config      show the settings
 """
