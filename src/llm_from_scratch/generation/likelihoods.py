@@ -117,10 +117,11 @@ class Likelihoods:
         last = self._tensor([count - 1 for count in counts])
         logits = self.decoder.read(self._padded(rests), cache, last)[:, 0].float()  # (B, V)
         cache.advance(counts)
-        totals, best = logits.logsumexp(dim=1).tolist(), logits.argmax(dim=1).tolist()
-        chosen = logits[[row for row, _ in rows], [after[0] for _, after in rows]].tolist()
-        for (row, after), logit in zip(rows, chosen, strict=True):
-            self.found[batch[row], after] = logit - totals[row], best[row] == after[0]
+        best = logits.argmax(dim=1).tolist()
+        # log_softmax, as in the harness and in our server: logsumexp differs from it by 1e-5 for large vocabularies
+        chosen = logits.log_softmax(dim=1)[[row for row, _ in rows], [after[0] for _, after in rows]].tolist()
+        for (row, after), likelihood in zip(rows, chosen, strict=True):
+            self.found[batch[row], after] = likelihood, best[row] == after[0]
         del logits
         rows = sorted((pair for pair in rows if len(pair[1]) > 1), key=lambda pair: -len(pair[1]))
         vocab_size, reached = self.config.vocab_size or 1, cache.end
@@ -151,7 +152,7 @@ class Likelihoods:
 def _score(logits: Tensor, targets: Tensor) -> Score:
     """Of tokens, (T,), under logits, (T, V)."""
     logits = logits.float()
-    likelihoods = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    likelihoods = logits.log_softmax(dim=1).gather(1, targets[:, None])
     return float(likelihoods.double().sum()), bool((logits.argmax(dim=1) == targets).all())
 
 
