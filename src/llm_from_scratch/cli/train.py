@@ -39,7 +39,6 @@ HELP = """Trains a GPT, or resumes a run.
   llm-train --dataset=book --budget=10min     choose everything for 10 minutes
   llm-train quick --dataset=book --dry_run    estimate time and memory
   llm-train --init_from=resume --out_dir=out  resume a run
-  llm-train quick my.yaml --print_config      show the settings
 """
 PLAN_HELP = """Estimates time, memory and finish time of a run without training. The same as
 llm-train --dry_run.

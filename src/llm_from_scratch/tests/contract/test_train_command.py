@@ -473,7 +473,7 @@ def test_a_loss_that_explodes_is_exit_code_1(project: Path, capsys: pytest.Captu
 
 
 def test_a_closed_pipe_and_ctrl_c_are_quiet(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     from llm_from_scratch.training import trainer
