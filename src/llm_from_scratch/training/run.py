@@ -102,7 +102,7 @@ class Run:
         if plan.weights is not None:
             self.model.load_state_dict(plan.weights)
         checkpoints.check_storable(self.model.state_dict(), self.config.model)
-        if self.config.data.documents:
+        if self.config.data.documents is True:
             check_documents(self.model)
         self.runtime.place(self.model, plan.keep_memory)
         for line in describe(plan) if lock is not None else ():
@@ -113,7 +113,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.config.optimizer, self.runtime.device, self.config.system.seed)
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         device, vocab_size = self.runtime.device, self.config.model.vocab_size
-        keep = self.config.system.data_on_device if not self.config.data.documents else False
+        keep = self.config.data.documents is not True and self.config.system.data_on_device
         tokens = load_on_device(device, plan.train_data, vocab_size, keep, self.say)
         self.loader = BatchLoader(
             plan.train_data, plan.order, plan.global_batch, device, self.runtime.rank, self.runtime.world_size,

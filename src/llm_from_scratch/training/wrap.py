@@ -140,7 +140,7 @@ def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: i
     """Whether the compiled model's kernels are recorded and launched together (CUDA graphs). auto: if a GPU would wait
     for launches, and a pass is a whole update. Raises UserError if requested but not supported."""
     wanted, sequences = config.system.cuda_graphs, config.data.batch_size * config.training.gradient_accumulation_steps
-    unfit = "max_ngram (sparse gradients)" if config.model.max_ngram else "documents" * bool(config.data.documents)
+    unfit = "max_ngram (sparse gradients)" if config.model.max_ngram else "documents" * (config.data.documents is True)
     if unfit and wanted is True:
         raise UserError(f"--cuda_graphs=True does not support {unfit}; leave it at auto")
     if wanted != "auto":
@@ -181,7 +181,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     """The compiled model, tested on a batch of the run's shape, so that it fails before step 0 if at all."""
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
-    documents = [Documents(x)] if config.data.documents else []
+    documents = [Documents(x)] if config.data.documents is True else []
     in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
     compiled: nn.Module = model
     shield_children()

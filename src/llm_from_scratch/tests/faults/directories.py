@@ -36,7 +36,7 @@ def _flip(path: Path, rng: random.Random) -> None:
 
 
 def _member(path: Path, rng: random.Random) -> Path:
-    return path / rng.choice(cp.OWN_FILES)
+    return path / rng.choice([name for name in cp.OWN_FILES if (path / name).exists()])
 
 
 def _empty(path: Path, rng: random.Random) -> None:

@@ -103,7 +103,7 @@ def test_no_update_needs_a_number_from_the_device(
     total_norm = torch.nn.utils.get_total_norm
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: total_norm(grads).as_subclass(OnGPU))
     monkeypatch.setattr(setup, "refuse_unfit", lambda *_: None)
-    monkeypatch.setattr(Runtime, "place", lambda runtime, model: setattr(model, "compute_dtype", torch.bfloat16))
+    monkeypatch.setattr(Runtime, "place", lambda runtime, model, keep: setattr(model, "compute_dtype", torch.bfloat16))
     monkeypatch.setattr(parallel, "cpu_replacements", lambda *_: ({}, []))
     plan = make_plan(tiny_config(tiny_data, **settings))
     run = Run(plan)
