@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import FinetuneConfig
+from ..core.cache import Documents
 from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
@@ -165,9 +166,9 @@ class Rehearsal:
 
     def one_sequence(self) -> None:
         """Forward and backward over one sequence, without an update: loads what torch loads at the first use."""
-        x, y = self.run.loader.get(0)
+        x, y, *packed = self.run.loader.get(0)
         with self.run.runtime.autocast():
-            _, loss = self.run.models.train(x[:1], y[:1])
+            _, loss = self.run.models.train(x[:1], y[:1], *(Documents(numbers[:1]) for numbers in packed[:1]))
         loss.backward()
         self.run.model.zero_grad(set_to_none=True)
 
@@ -182,8 +183,9 @@ class Rehearsal:
                 found.setdefault(storage.data_ptr(), (self.inside, storage.nbytes()))
             return tensor
 
+        x, y, *packed = self.run.loader.get(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
-            self.run.model(*self.run.loader.get(0))
+            self.run.model(x, y, *map(Documents, packed[:1]))
         return Split.of(found.values())
 
     def trained(self) -> Split:

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.cli import train as command
 from llm_from_scratch.core.model import Attention
 from llm_from_scratch.core.packing import PackedData
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.training import forecast as forecasts
 from llm_from_scratch.training.evaluate import evaluate_split
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
@@ -224,3 +226,18 @@ def test_compiled_steps_keep_documents_apart(lines: Path) -> None:
         losses.append([float(train_step(run, *run.next_batch()).loss) for _ in range(3)])
         run.close()
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("data", ["chats", "lines"])
+def test_a_run_on_documents_is_estimated(
+    data: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """From a rehearsal of fewer sequences, whose first pass is over one of them."""
+    monkeypatch.setattr(forecasts, "rehearsal_size", lambda plan, budget: (1, 2))
+    monkeypatch.setattr(forecasts, "SETTLED", 0.0)
+    monkeypatch.setattr(forecasts, "MOST", 2)
+    settings = {**CHAT, "n_layer": 2, "dataset": request.getfixturevalue(data), "out_dir": tmp_path / "run"}
+    assert command.main([*arguments(**settings), "--documents=True", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "of 1 of 2 layers and 2 of 6 sequences" in out and "time: about" in out
