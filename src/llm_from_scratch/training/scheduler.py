@@ -29,8 +29,10 @@ def cosine(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
 
 
 def linear(step: int, peak: float, config: SchedulerConfig, end: int) -> float:
-    """A straight line from the peak to min_lr, then min_lr. lr_ends bends it without changing the steps before."""
+    """A straight line from the peak to min_lr, then min_lr. lr_ends bends it without changing the steps before; the
+    last line ends at `end`, which a longer run moves."""
     left, lines = 1.0, sorted((config.lr_ends or {0: end}).items())
+    lines[-1] = (lines[-1][0], end)
     for (begin, aim), (until, _) in zip(lines, [*lines[1:], (step, 0)], strict=True):
         left *= 1.0 - _done(min(step, until), max(config.warmup_iters, begin), int(aim))
     return _between(step, peak, config, end, left)

@@ -43,6 +43,13 @@ def test_a_bend_changes_no_bit_of_the_steps_before() -> None:
     assert rates(list(range(50)), 97, lr_ends={0: 97}) == before
 
 
+def test_a_longer_run_learns_until_its_new_end_by_hand() -> None:
+    # at 50 it is 0.5, and from there it falls to 0 at 150 instead of 70
+    longer = rates([25, 50, 75, 100, 150], 150, lr_ends={0: 100, 50: 70})
+    assert longer == pytest.approx([0.75, 0.5, 0.375, 0.25, 0])
+    assert rates([50, 100, 200], 200, lr_ends={0: 100}) == pytest.approx([0.75, 0.5, 0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
