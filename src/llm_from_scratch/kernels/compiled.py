@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ class Kernel:
 
 
 class Rows:
-    """x @ weight.T + bias. x: (N, inputs), float32. In int8, and up to FEW rows, a row does not depend on others."""
+    """x @ weight.T + bias, in float32. x: (N, inputs). In int8, and up to FEW rows, a row does not depend on others."""
 
     def __init__(self, kernel: Kernel, weight: Tensor, bias: Tensor | None, scales: Tensor | None):
         self.kernel, self.weight, self.scales = kernel, weight, scales
@@ -75,13 +76,13 @@ class Rows:
         self.address = ctypes.addressof(self.matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
+        kind, x = x.dtype, x.float().contiguous()  # an edited model may cast
         if len(x) > FEW and self.scales is None:  # a prompt: the arithmetic is the limit
-            return F.linear(x, self.weight.float(), self.bias)
-        x = x.contiguous()
+            return F.linear(x, self.weight.float(), self.bias).to(kind)
         y = x.new_empty(len(x), self.outputs)
         if self.kernel.multiply(self.address, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
             raise MemoryError
-        return y
+        return y.to(kind)
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +111,17 @@ def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None
     return None
 
 
-def compiler_here() -> str | None:
-    given = os.environ.get("CC")
-    return next(filter(None, map(shutil.which, [given] if given else ["cc", "gcc", "clang"])), None)
+def compiler_here() -> list[str] | None:
+    """The compiler's path, and the other words of CC="ccache gcc"."""
+    given = os.environ.get("CC", "")
+    try:
+        words = shlex.split(given)
+    except ValueError:  # a quote that is not closed
+        words = [given]
+    for first in words[:1] or ("cc", "gcc", "clang"):
+        if path := shutil.which(first):
+            return [path, *words[1:]]
+    return None
 
 
 def lacking() -> str | None:
@@ -131,7 +140,7 @@ def load_kernel() -> Kernel | str:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
         compiler = compiler_here()
         assert compiler is not None
-        key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS]).encode()).hexdigest()
+        key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS]).encode()).hexdigest()
         path = folder / f"rows-{key[:32]}.so"
         try:
             library = _open(path)
@@ -157,15 +166,15 @@ def _open(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def compile_library(compiler: str, path: Path) -> None:
+def compile_library(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "rows.so"
-        command = [compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+        command = [*compiler, *FLAGS, "-o", str(target), str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-            raise OSError(f"{compiler}: {one_line(said)}")
+            raise OSError(f"{shlex.join(compiler)}: {one_line(said)}")
         data = target.read_bytes()
     with open_whole(path, f".{path.name}.{os.getpid()}") as file:
         os.fchmod(file.fileno(), 0o600)
@@ -176,7 +185,7 @@ def compile_library(compiler: str, path: Path) -> None:
 def is_right(kernel: Kernel) -> bool:
     """Compares every kind of product with torch's, for a few shapes."""
     random = torch.Generator().manual_seed(0)
-    for rows, outputs in ((1, 33), (7, 18)):
+    for rows, outputs in ((1, 33), (7, 18), (2, 256)):  # the last by several threads
         x = torch.randn(rows, 3 * WHOLE, generator=random)
         weight, bias = torch.randn(outputs, x.size(1), generator=random), torch.randn(outputs, generator=random)
         for dtype in KINDS:

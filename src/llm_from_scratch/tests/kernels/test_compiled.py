@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +108,19 @@ def test_threads_do_not_change_a_result(kernel: Kernel) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_edited_model_may_cast_its_rows(kernel: Kernel, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(256, N).to(dtype), torch.randn(256).to(dtype)
+    product = kernel.rows(weight, bias)
+    assert product is not None
+    for rows in (1, 3, compiled.FEW + 1):
+        x = torch.randn(rows, N).to(dtype)
+        found = product(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=0.02, atol=0.1)
+
+
 def test_a_matrix_that_does_not_fit_is_refused(kernel: Kernel) -> None:
     assert kernel.rows(torch.randn(8, 65), None) is None
     assert kernel.rows(torch.randn(64, 8).t(), None) is None
@@ -169,6 +183,28 @@ def test_what_fails_is_one_line(
             assert len(said) == 1 and said[0].startswith("decoding with torch's products: ") and reason in said[0]
     compiled.load_kernel.cache_clear()
     assert not list(tmp_path.glob("cache/*/.*"))
+
+
+def test_the_compiler_may_have_several_words(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = (Path(os.environ["XDG_CACHE_HOME"]) / "gptsmith").iterdir()
+    wrapper, commands = script(tmp_path / "my wrapper", 'exec "$@"'), []
+
+    def build(compiler: list[str], path: Path) -> None:
+        commands.append(compiler)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_bytes(made.read_bytes())
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "compile_library", build)
+    for words in ([wrapper, "gcc"], [wrapper, "gcc", "-DA"]):
+        monkeypatch.setenv("CC", shlex.join(words))
+        compiled.load_kernel.cache_clear()
+        assert find_kernel(none) is not None and commands[-1] == words
+    assert len(list((tmp_path / "gptsmith").iterdir())) == 2  # a library for each command
+    monkeypatch.setenv("CC", "gcc '")
+    assert compiled.compiler_here() is None
+    monkeypatch.setenv("CC", "")
+    assert compiled.compiler_here() is not None
 
 
 def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
