@@ -189,9 +189,8 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         raise _empty(lists[0])
     is_chat = chats.are_conversations([file for some in lists for file in some], options, report)
     tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
-    return DatasetSpec(
-        name, lists, tokenizer, options.val_fraction or 0.1, options.seed, options.chat_template, is_chat
-    )
+    fraction = options.val_fraction or 0.1
+    return DatasetSpec(name, lists, tokenizer, fraction, options.seed, options.chat_template, is_chat)
 
 
 def tokenizer_for(size: int, report: Report, budget: Budget | None = None) -> str:
@@ -258,10 +257,11 @@ def build(
         deque(texts, maxlen=0)
     _check_counts(spec, groups)
     lines = all(isinstance(source, src.FileSource) and source.lines for source in spec.all())
-    if lines and tokenizer.eot_id is None:
-        tokenizer.ends |= {int(tokenizer.encode("\n")[-1])}
+    end = tokenizer.eot_id  # not another id of tokenizer.end_ids, which may have a smaller one: this one is written
+    if lines and end is None:
+        tokenizer.ends |= {end := int(tokenizer.encode("\n")[-1])}
     tokenizer.save(folder)
-    mark_ends = tokenizer.eot_id is not None and max(group.count for group in groups) > 1
+    mark_ends = tokenizer.eot_id is not None and (lines or max(group.count for group in groups) > 1)
     units = units_of(_split(spec, groups), mark_ends)
     if workers is None:
         workers = 0 if tokenizer.name in ("char", "byte") else _choose_workers(spec)
@@ -281,8 +281,8 @@ def build(
     if cache.hits:
         report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
-    extra |= {"document_end": tokenizer.eot_id} if mark_ends else {}
-    extra |= {"units": "lines", "document_end": min(tokenizer.end_ids)} if lines else {}
+    extra |= {"document_end": end} if lines or mark_ends else {}
+    extra |= {"units": "lines"} if lines else {}
     return _write_manifest(spec, folder, tokenizer, splits, extra)
 
 

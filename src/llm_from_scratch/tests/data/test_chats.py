@@ -224,6 +224,36 @@ def test_lines_are_documents(tmp_path: Path) -> None:
         assert sorted(found) == sorted(lines)
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_lines_end_with_the_id_that_is_written(tmp_path: Path, first: int) -> None:
+    """As Qwen2.5-Instruct: the generation config lists an end with a smaller id than that of the end-of-text token."""
+    backend = HFTokenizer.train(["ab ba " * 50], 270).backend(special_is_text=False)
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    (tmp_path / "train.txt").write_text("ab ba\n" * first)
+    (tmp_path / "val.txt").write_text("ba\n")
+    given = {"root": tmp_path, "report": lambda line: None, "tokenizer": str(tmp_path), "lines": True}
+    folder = prepare(train_files=["train.txt"], val_files=["val.txt"], **given)
+    end = Tokenizer.load(folder).eot_id
+    assert Tokenizer.load(folder).end_ids == {0, end} and read_json(folder / "manifest.json")["document_end"] == end
+    for split, count in (("train", first), ("val", 1)):
+        data = TokenData.open(folder, split)
+        assert data.shards[0][len(data) - 1] == end
+        assert PackedData.of(data, folder, split, 32, None).documents == count
+
+
+def test_lines_of_a_chat_tokenizer_without_an_end_of_text_end_with_a_line_break(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.ends = frozenset({3})
+    tokenizer.save(tmp_path / "chat")
+    (tmp_path / "t.txt").write_text("a\nb\nc\nd\n")
+    folder = prepare("t.txt", root=tmp_path, report=print, tokenizer=str(tmp_path / "chat"), lines=True)
+    assert read_json(folder / "manifest.json")["document_end"] == 10
+    assert PackedData.of(TokenData.open(folder, "train"), folder, "train", 8, None).documents == 3
+
+
 @pytest.mark.slow
 def test_mutated_files_end_in_our_errors(tmp_path: Path) -> None:
     rng, path = random.Random(5), tmp_path / "c.jsonl"
