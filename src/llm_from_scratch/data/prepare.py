@@ -43,6 +43,7 @@ VERSION = 1  # of the manifest and of the hash of a request
 MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost grows with it
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
+READ_BESIDE = ("meta.pkl", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")  # template, ends
 # The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
 BYTES_PER_PARAMETER = 5  # that a well-sized small model reads
@@ -328,7 +329,8 @@ def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[st
     """A hash of everything that determines the result, and the identities of the sources."""
     identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)
-    own_files = [p for p in (given, *(given / file for file in (*TOKENIZER_FILES, "meta.pkl"))) if p.is_file()]
+    beside = given.parent if given.is_file() else given
+    own_files = [p for p in (given, *(beside / file for file in (*TOKENIZER_FILES, *READ_BESIDE))) if p.is_file()]
     what = {
         "version": VERSION,
         "sources": [*identities, []][:2],
@@ -343,8 +345,7 @@ def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[st
     if spec.is_chat:
         template = src.FileSource(Path(spec.chat_template)).identity()["sha256"] if spec.chat_template else ""
         what["chat"] = [chats.VERSION, template]
-    if any(isinstance(source, src.FileSource) and source.lines for source in spec.all()):
-        what["lines"] = True
+    what |= {"lines": 2} if any(getattr(source, "lines", False) for source in spec.all()) else {}  # a version
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), sum(identities, [])
 
 
@@ -378,9 +379,8 @@ def _refuse_foreign(target: Path) -> None:
     ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
     names = sorted(path.name for path in target.glob("*"))
     if foreign := [name for name in names if name not in ours and not name.startswith(CHECKED)]:
-        raise UserError(
-            f"{target} contains {foreign[0]}, which llm-prepare did not write: choose another --out_dir or --name"
-        )
+        what = f"{target} contains {foreign[0]}, which llm-prepare did not write"
+        raise UserError(f"{what}: choose another --out_dir or --name")
 
 
 @contextlib.contextmanager

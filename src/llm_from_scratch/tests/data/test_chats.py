@@ -254,6 +254,34 @@ def test_lines_of_a_chat_tokenizer_without_an_end_of_text_end_with_a_line_break(
     assert PackedData.of(TokenData.open(folder, "train"), folder, "train", 8, None).documents == 3
 
 
+@pytest.mark.parametrize("name", ["", "tokenizer.json"])
+def test_an_edited_chat_template_is_not_up_to_date(tmp_path: Path, name: str) -> None:
+    own = tmp_path / "model"
+    own.mkdir()
+    HFTokenizer.train(["ab ba " * 50], 270).backend(special_is_text=False).save(str(own / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("ab ba " * 20)
+    edits = [
+        ("tokenizer_config.json", '{"chat_template": "zero"}'),
+        ("tokenizer_config.json", '{"chat_template": "zero", "bos_token": "a"}'),
+        ("chat_template.jinja", "one"),
+        ("chat_template.jinja", "two"),
+        ("generation_config.json", '{"eos_token_id": 5}'),
+        ("generation_config.json", '{"eos_token_id": 7}'),
+    ]
+    found = []
+    for file, content in edits:
+        (own / file).write_text(content)
+        for is_known in (False, True):
+            said: list[str] = []
+            folder = prepare("a.txt", root=tmp_path, report=said.append, tokenizer=str(own / name))
+            assert any("up to date" in line for line in said) == is_known, (file, content)
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer.chat is not None
+        found.append((tokenizer.chat.source, tokenizer.chat.bos, sorted(tokenizer.ends)))
+    start = [("zero", "<|endoftext|>", []), ("zero", "a", [])]
+    assert found == [*start, ("one", "a", []), ("two", "a", []), ("two", "a", [5]), ("two", "a", [7])]
+
+
 @pytest.mark.slow
 def test_mutated_files_end_in_our_errors(tmp_path: Path) -> None:
     rng, path = random.Random(5), tmp_path / "c.jsonl"
