@@ -178,7 +178,7 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
             continue
         width, context = fixed.get("n_embd", width), fixed.get("block_size", context)
         heads = max(1, width // (32 if width < WIDE else 64))
-        while width % heads or (width // heads) % 2:  # a width that the user gave
+        while heads > 1 and (width % heads or (width // heads) % 2):  # a width that the user gave
             heads -= 1
         settings: dict[str, Any] = {
             "n_layer": layers, "n_embd": width, "n_head": heads, "block_size": context, "dropout": 0.0, "bias": False,
@@ -247,7 +247,7 @@ def _filled(
     tokens, overhead = 1e5, 0.0
     most = (MOST_EPOCHS_OF_NGRAMS if model.max_ngram else MOST_EPOCHS) * facts.train_tokens
     for _ in range(6):  # the batch depends on the tokens, and they on the time of an update
-        batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, facts.processes)
+        batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, accumulation * facts.processes)
         step = speed.seconds(model, arithmetic, batch * T)
         if budget.unit == "seconds":
             overhead = _overhead(budget, facts, speed, step / (batch * T), total)
@@ -285,11 +285,11 @@ def _overhead(budget: Budget, facts: Facts, speed: Speed, per_token: float, para
     return min((1 - LEAST_SHARE) * budget.amount, EVAL_SHARE * budget.amount + speed.start + final + saved)
 
 
-def sequences(tokens: float, context: int, processes: int) -> int:
+def sequences(tokens: float, context: int, multiple: int) -> int:
     """Sequences of an update in a run of this many tokens: few small updates learn less than many, and large runs gain
-    from large batches."""
+    from large batches. multiple: the number is divisible by it."""
     wanted = min(1 << 19, max(512.0, BATCH_TOKENS * math.sqrt(tokens / 4e6)))
-    return processes * max(1, round(wanted / context / processes))
+    return multiple * max(1, round(wanted / context / multiple))
 
 
 def _by_balance(found: list[Choice], facts: Facts, law: Law | None) -> list[Choice]:
@@ -307,10 +307,11 @@ def _by_balance(found: list[Choice], facts: Facts, law: Law | None) -> list[Choi
 def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, Any]) -> dict[str, Any]:
     """All settings of the run by leaf name, without those that the user gave."""
     steps, model = choice.steps, choice.model
+    batch_size = choice.batch // fixed.get("gradient_accumulation_steps", 1)
     epochs = choice.tokens / facts.train_tokens
     dropout = next(value for limit, value in DROPOUT_BY_EPOCHS if epochs <= limit)
     settings = {
-        **choice.settings, "sample_order": "shuffled", "batch_size": choice.batch, "max_iters": steps,
+        **choice.settings, "sample_order": "shuffled", "batch_size": batch_size, "max_iters": steps,
         "dropout": 0.0 if model.max_ngram else dropout, "schedule": "linear", "min_lr": 0.0, "lr_decay_iters": None,
         "warmup_iters": steps // 50 if model.n_embd > WIDE else 0,
     }  # fmt: skip
@@ -319,7 +320,7 @@ def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, A
     if "gradient_accumulation_steps" not in fixed:
         settings["gradient_accumulation_steps"] = 1
     settings |= rates(steps, model, fixed.get("optimizer_type", "muon"), epochs)
-    settings |= _evaluations(choice, budget, facts)
+    settings |= _evaluations(choice, budget, facts, batch_size)
     return {name: value for name, value in settings.items() if name not in fixed}
 
 
@@ -345,7 +346,7 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def _evaluations(choice: Choice, budget: Budget, facts: Facts) -> dict[str, Any]:
+def _evaluations(choice: Choice, budget: Budget, facts: Facts, batch_size: int) -> dict[str, Any]:
     """How often and how much a run evaluates, and what it writes at its end."""
     is_timed = budget.unit == "seconds"  # if not, the settings must not depend on the speed
     seconds = min(budget.amount, choice.seconds) if is_timed else choice.steps * choice.step_seconds
@@ -355,7 +356,7 @@ def _evaluations(choice: Choice, budget: Budget, facts: Facts) -> dict[str, Any]
     count = 1 if is_short or (is_timed and 10 * saved > EVAL_SHARE * seconds) else 10
     windows = EVAL_SHARE * seconds / (count + 1) / (2 * FORWARD_SHARE * per_token * choice.model.block_size)
     settings: dict[str, Any] = {
-        "eval_interval": max(1, choice.steps // count), "eval_iters": min(200, max(1, int(windows / choice.batch))),
+        "eval_interval": max(1, choice.steps // count), "eval_iters": min(200, max(1, int(windows / batch_size))),
         "final_eval": facts.val_tokens * FORWARD_SHARE * per_token <= FINAL_SHARE * seconds,
     }  # fmt: skip
     return settings | ({"loss_plot": False, "tensorboard": False} if is_short else {})

@@ -81,6 +81,26 @@ def test_settings_by_hand_are_kept() -> None:
     assert short.steps == 200 and short.is_cut and short.seconds < 60
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("given", [{}, {"batch_size": 6}])
+def test_accumulated_gradients_train_no_more_than_the_budget(given: dict[str, Any], processes: int) -> None:
+    facts = dataclasses.replace(BOOK, processes=processes)
+    fixed: Any = {**given, "gradient_accumulation_steps": 3, "n_layer": 2, "n_embd": 128, "block_size": 64}
+    choice = chosen("2Mtokens", facts, **fixed)
+    config = configured(choice, "2Mtokens", facts, **fixed)
+    batch_size, accumulation = config.data.batch_size, config.training.gradient_accumulation_steps
+    assert accumulation == 3 and batch_size % processes == 0 and batch_size == given.get("batch_size", batch_size)
+    trained = config.training.max_iters * batch_size * accumulation * config.model.block_size
+    assert trained == choice.tokens and 0.98 * 2e6 < trained <= 2e6
+
+
+def test_a_width_that_heads_cannot_share_evenly() -> None:
+    assert chosen("1min", n_embd=65, n_head=5, pos_embedding="learned").model.n_head == 5
+    assert chosen("1min", n_embd=65, pos_embedding="learned").model.n_head == 1
+    with pytest.raises(UserError):  # rotary positions need even heads
+        chosen("1min", n_embd=65, n_head=5)
+
+
 def test_an_exportable_choice_is_one_of_transformers_models() -> None:
     assert configured(chosen("10s"), "10s").model.max_ngram
     config = configured(chosen("10s", exportable=True), "10s")
