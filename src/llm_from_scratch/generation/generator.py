@@ -158,12 +158,17 @@ class Generator:
 
     @property
     def decoder(self) -> Decoder:
-        """Rebuilt when a parameter or buffer changes (edits through `.data` are not detected). Raises UserError."""
+        """Rebuilt when a parameter or buffer changes. Edits through `.data` and updates of torch's fused optimizers are
+        not detected: call weights_changed() after them. Raises UserError."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         weights = [(0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
         if self._decoder is None or self._decoder[0] != weights:
             self._decoder = weights, Decoder(self.model, self.quantize, self.compiled, self.graphed, self._say)
         return self._decoder[1]
+
+    def weights_changed(self) -> None:
+        """The decoder is rebuilt before its next use."""
+        self._decoder = None
 
     def _say(self, line: str) -> None:
         if line not in self._said:

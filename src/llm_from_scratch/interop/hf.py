@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,9 @@ def export_hf(
     family = family_of(config)
     names = family.names(config)
     state = checked_weights(weights, config, "the checkpoint")
-    rows, dtype = int(config.vocab_size or 0), str(state["lm_head.weight"].dtype).split(".")[1]
+    # the widest: a merged adapter has float32 matrices in a bfloat16 model, which must not be rounded on loading
+    widest = reduce(torch.promote_types, (t.dtype for t in state.values() if t.is_floating_point()))
+    rows, dtype = int(config.vocab_size or 0), str(widest).split(".")[1]
     if tokenizer is not None and tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: they come from different runs"

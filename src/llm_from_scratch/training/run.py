@@ -261,6 +261,7 @@ class Run:
             generator = Generator(self.model, self.plan.tokenizer)
             generator.graphed = False  # their memory is needed for training
             self.task_model = TaskModel(generator, before_batch=self.stop.interrupt)
+        self.task_model.generator.weights_changed()
         with forked_random(self.runtime.device), self._eager():
             return figures(evaluate_tasks(self.task_model, self.plan.tasks, self.config.training.eval_limit))
 

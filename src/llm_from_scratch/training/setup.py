@@ -166,11 +166,22 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
                 f"the run in {training.out_dir} has lora_rank={ranks[0]}, not {ranks[1]}: leave --lora_rank out, or "
                 f"start a new run from it ({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
             )
+        if loaded.base is not None and loaded.base.scale != scale_of(settings):
+            raise UserError(
+                f"the run in {training.out_dir} has lora_alpha={loaded.base.scale * loaded.base.rank:g}, not "
+                f"{scale_of(settings) * loaded.base.rank:g}: leave --lora_alpha out, or start a new run from it "
+                f"({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
+            )
         return loaded.base
     if settings.lora_rank is None:
         return None
-    found, scale = loaded.path, scale_of(settings)
-    return base_of(loaded.model, found, training.init_from, Path(training.out_dir), settings.lora_rank, scale)
+    found, out_dir = loaded.path, Path(training.out_dir)
+    is_moved = found is not None and found.resolve().parent == out_dir.resolve() and not is_pretrained(found)
+    if is_moved and not training.eval_only:  # by archive_previous
+        raise UserError(
+            f"{out_dir} holds the base of the adapter, which a new run would move: choose another --out_dir"
+        )
+    return base_of(loaded.model, found, training.init_from, out_dir, settings.lora_rank, scale_of(settings))
 
 
 def _packed(

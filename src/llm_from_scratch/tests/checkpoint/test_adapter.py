@@ -16,6 +16,7 @@ from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.core.adapters import merged
 from llm_from_scratch.errors import DamagedError, UserError
+from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 
 from ..tiny import tiny_config
@@ -129,3 +130,26 @@ def test_the_hash_is_of_names_shapes_and_numbers_in_any_precision() -> None:
     assert same != weights_hash({**state, "a": state["a"].reshape(3, 2)})
     assert same != weights_hash({**state, "a": state["a"] + 1e-6})
     assert same != weights_hash({"c": state["a"], "b": state["b"]})
+
+
+@pytest.mark.parametrize("init_from", ["base", "base/step-00000002", "./base", "run"])
+def test_a_run_does_not_move_its_base_away(runs: Path, tiny_data: Path, init_from: str) -> None:
+    out_dir = init_from.removeprefix("./").partition("/")[0]
+    before = sorted(runs.rglob("*"))
+    with pytest.raises(UserError, match=f"^{out_dir} holds the base of the adapter, .*: choose another --out_dir$"):
+        make_plan(tiny_config(tiny_data, **LORA | {"init_from": init_from, "out_dir": out_dir}))
+    assert sorted(runs.rglob("*")) == before
+
+
+def test_a_base_in_a_folder_within_out_dir_stays_there(runs: Path, tiny_data: Path) -> None:
+    (runs / "new").mkdir()
+    (runs / "base").rename(runs / "new" / "base")
+    train(tiny_config(tiny_data, **LORA | {"init_from": "new/base", "out_dir": "new"}))
+    assert load("new").step == 3
+
+
+def test_another_lora_alpha_on_resume_is_refused(runs: Path, tiny_data: Path) -> None:
+    more = {"init_from": "resume", "lora_alpha": 8.5, "max_iters": 4}
+    with pytest.raises(UserError, match="has lora_alpha=4, not 8.5: leave --lora_alpha out"):
+        make_plan(tiny_config(tiny_data, **LORA | more))
+    make_plan(tiny_config(tiny_data, **LORA | more | {"lora_alpha": 4.0}))  # the default, by name

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llm_from_scratch.cli import export
 from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core.adapters import merged
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import EOT, CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
@@ -577,6 +578,21 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     export_hf(*parts(ck), tmp_path / "out")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert load_pretrained(tmp_path / "out")[1]["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_merged_adapter_of_a_bfloat16_model_is_not_rounded(tmp_path: Path) -> None:
+    ck, name = checkpoint(**MODERN), "transformer.h.1.attn.c_proj"
+    state = {key: tensor.bfloat16() for key, tensor in ck.model.items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    a, b = torch.randn(2, 32), torch.randn(32, 2) * 1e-3
+    whole = merged(ck.model_config, state, {f"{name}.lora_A": a, f"{name}.lora_B": b}, 2.0)
+    export_hf(ck.model_config, whole, None, tmp_path / "out")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = state[f"{name}.weight"].double() + 2.0 * b.double() @ a.double()
+    found = other.model.layers[1].self_attn.o_proj.weight
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-6
+    untouched = other.model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(untouched, state["transformer.h.0.attn.c_proj.weight"].float())
 
 
 @pytest.mark.parametrize(

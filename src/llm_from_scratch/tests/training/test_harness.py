@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -280,6 +281,31 @@ def test_tasks_on_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.C
     assert evaluate.main([f"--out_dir={out}", f"--tasks={tmp_path / 'broken.yaml'}"]) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and "broken.yaml failed" in told.err
+
+
+@pytest.mark.parametrize("fused", ["on", "off"])
+def test_each_evaluation_scores_the_weights_of_its_step(
+    fused: str, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's fused optimizers change weights without a new version of the tensor."""
+    decoders = []
+
+    def scores(model: TaskModel, *_: Any) -> dict[str, Any]:
+        fresh = TaskModel(Generator(copy.deepcopy(model.generator.model), model.tokenizer))
+        text = [SimpleNamespace(args=("b", "obabo"))]
+        prompt = [SimpleNamespace(args=("bo", {"max_gen_toks": 5}))]
+        found = model.loglikelihood(text)
+        assert found == fresh.loglikelihood(text)
+        assert model.generate_until(prompt) == fresh.generate_until(prompt)
+        decoders.append(model.generator.decoder)
+        return {"results": {"fixed": {"text,none": found[0][0]}}}
+
+    monkeypatch.setattr("llm_from_scratch.training.check.require", lambda *_: None)
+    monkeypatch.setattr("llm_from_scratch.training.setup.load_tasks", lambda *_: {"tasks": {"fixed": None}})
+    monkeypatch.setattr("llm_from_scratch.training.run.evaluate_tasks", scores)
+    train(tiny_config(tiny_data, out_dir=str(tmp_path), eval_tasks="fixed", fused=fused, learning_rate=0.05))
+    lines = [line["fixed/text"] for line in read_metrics(tmp_path) if "val_loss" in line]
+    assert len(set(lines)) == len(lines) == len(set(decoders)) == 3
 
 
 @needs_harness
