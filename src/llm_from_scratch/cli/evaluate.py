@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -126,7 +127,7 @@ def main(argv: list[str]) -> int:
     if options.stride is not None and options.stride > block_size:
         raise UserError(f"stride={options.stride} exceeds the window of {block_size} tokens: tokens would be skipped")
     if not parsed.positionals and options.text_files is None:
-        data = [in_units(data[0], options.split, block_size, tokenizer)]
+        data = [in_units(data[0], options.split, block_size, tokenizer, _documents(loaded, options.dataset))]
         if data[0].is_packed and options.stride is not None:
             raise UserError(f"{data[0].name} holds documents, which --stride does not apply to: remove it")
     for part in data:
@@ -246,6 +247,20 @@ def _trained_on(model: Checkpoint, argv: list[str]) -> str:
     if not is_dataset_name(name):
         raise used_a_path(f"the run of {model.path}", name, "llm-eval", argv)
     return name
+
+
+def _documents(model: Checkpoint, dataset: str | None) -> bool | None:
+    """Whether the run of a model was trained on whole documents, if it is evaluated on its own data; None: unknown."""
+    from ..core.dataset import resolve_dataset
+
+    saved = model.config.get("data")
+    documents, name = (saved.get(key) for key in ("documents", "dataset")) if isinstance(saved, dict) else (None, None)
+    if not isinstance(documents, bool) or not isinstance(name, str):
+        return None
+    is_own = dataset in (None, name)
+    with contextlib.suppress(UserError, OSError, ValueError):  # the run's data is somewhere else
+        is_own = is_own or resolve_dataset(str(dataset)).resolve() == resolve_dataset(name).resolve()
+    return documents if is_own else None
 
 
 def _split(name: str, split: str, tokenizer: Tokenizer | None) -> TokenData:

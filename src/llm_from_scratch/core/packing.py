@@ -163,11 +163,16 @@ class PackedData(TokenData):
         return marked(tokenizer, ids, np.concatenate([[False], targets[0, :count] >= 0]))
 
 
-def in_units(data: TokenData, split: str, block_size: int, tokenizer: Tokenizer | None) -> TokenData:
-    """A split as packed documents if it was prepared as documents (conversations, lines), else unchanged."""
+def in_units(
+    data: TokenData, split: str, block_size: int, tokenizer: Tokenizer | None, documents: bool | None = None
+) -> TokenData:
+    """A split as packed documents, or unchanged. documents: whether to pack them; None: if it was prepared as documents
+    (conversations, lines)."""
     first = data.shards[0]
     folder = first.path.parent if isinstance(first, TokenFile) else None
-    if folder is None or (read_manifest(folder) or {}).get("units") is None:
+    if folder is None or documents is False:
+        return data
+    if documents is None and (read_manifest(folder) or {}).get("units") is None:
         return data
     return PackedData.of(data, folder, split, block_size, tokenizer)
 

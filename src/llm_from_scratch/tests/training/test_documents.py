@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.cli import evaluate
 from llm_from_scratch.cli import train as command
 from llm_from_scratch.core.model import Attention
 from llm_from_scratch.core.packing import PackedData
@@ -241,3 +242,29 @@ def test_a_run_on_documents_is_estimated(
     assert command.main([*arguments(**settings), "--documents=True", "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "of 1 of 2 layers and 2 of 6 sequences" in out and "time: about" in out
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_llm_eval_gives_the_final_loss_of_a_run(
+    here: Path, lines: Path, capsys: pytest.CaptureFixture[str], documents: bool
+) -> None:
+    """Also of documents in data that was not prepared as documents, and of plain windows in data that was."""
+    folder = lines
+    if documents:
+        for name in "abcdefgh":
+            (here / f"{name}.txt").write_text(f"{name} and {name}. " * (1 + ord(name) % 5))
+        sources = [f"{name}.txt" for name in "abcdefgh"]
+        folder = prepare(sources, root=here, report=print, tokenizer="bpe:270", name="several", val_fraction=0.4)
+    config = tiny_config(folder, out_dir="run", final_eval=True, documents=documents, **CHAT)
+    final = train(config, quiet=True).final
+    assert final is not None
+    plan = make_plan(dataclasses.replace(config, training=dataclasses.replace(config.training, out_dir="other")))
+    packed = PackedData.of(plan.val_data, folder, "val", 32, None)
+    counts = {True: packed.learned.sum(), False: len(plan.val_data) - 1}
+    assert final.tokens == counts[documents] != counts[not documents]
+    (here / "link").symlink_to(folder)
+    for name in (folder, "link"):
+        capsys.readouterr()
+        assert evaluate.main(["--out_dir=run", f"--dataset={name}", "--json", "--device=cpu"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["loss"] == pytest.approx(final.loss, rel=1e-6) and found["tokens"] == final.tokens
