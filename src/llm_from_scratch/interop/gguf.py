@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import GPTConfig
 from ..core.rope import SCALINGS, attention_factor, frequency_divisors, high_turns
 from ..core.tokenizer import Tokenizer
-from ..core.weights import checked_model_config, checked_weights
+from ..core.weights import checked_model_config, checked_weights, expected_tensors
 from ..errors import UserError, one_line
 from ..machine.extras import require
 from ..machine.files import temporary_folder
@@ -63,6 +63,7 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
             raise UserError(f"{path}: the architecture {one_line(arch)} is not one of {', '.join(FAMILIES_THERE)}")
         config = _config(file, family, str(path))
         tokenizer = read_tokenizer(file.entries, str(path))
+        expected_tensors(config, len(file.tensors), str(path))  # before names are made for each of its layers
         return config, read_weights(_tensors(file, family, config), family, config, str(path)), tokenizer
 
 
@@ -104,8 +105,9 @@ def _config(file: GGUFFile, family: Family, where: str) -> GPTConfig:
     for key, value in theirs.items():
         if key not in own or value != own[key]:
             raise UserError(f"{where}: {arch}.{key}={one_line(value)} is not supported by this program's model")
-    if config.rope_scaling == "llama3" and not torch.allclose(
-        file.read(DIVISORS), frequency_divisors(config), rtol=1e-4
+    if config.rope_scaling == "llama3" and (
+        held[DIVISORS].shape != (config.head_width // 2,)  # first: a width that the file only claims needs no memory
+        or not torch.allclose(file.read(DIVISORS), frequency_divisors(config), rtol=1e-4)
     ):
         raise UserError(f"{where}: {DIVISORS} is not supported by this program's model: it is not Llama 3's scaling")
     return config

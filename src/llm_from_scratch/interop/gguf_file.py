@@ -95,13 +95,15 @@ class GGUFFile:
         begin = -(-(min(self.size, MAX_HEADER) - self.left) // align) * align
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         for name, shape, kind, offset in found:
-            if kind not in sizes or not shape or shape[-1] % sizes[kind][0]:
+            if kind not in sizes or not shape or 0 in shape or shape[-1] % sizes[kind][0]:
                 raise ValueError(f"the tensor {name} has the type {kind} and the shape {shape}")
             block, width = sizes[kind]
             size = math.prod(shape) // block * width
             if begin + offset + size > self.size:
                 raise ValueError(f"the tensor {name} is cut off")
             self.tensors[name] = Stored(kind, shape, begin + offset, size)
+        if sum(stored.size for stored in self.tensors.values()) > self.size:
+            raise ValueError("its tensors overlap")  # read one by one, they would need more memory than the file has
 
     def read(self, name: str) -> Tensor:
         """A tensor in float32, dequantized in chunks. Raises ValueError if the package gguf does not know its type."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT
-from llm_from_scratch.core.rope import high_turns
+from llm_from_scratch.core.rope import frequency_divisors, high_turns
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
@@ -24,6 +25,8 @@ from llm_from_scratch.interop.gguf import export_gguf, load_gguf
 from llm_from_scratch.interop.gguf_file import GGUFFile
 from llm_from_scratch.interop.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
+
+from ..faults.mutated_gguf import packed
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = HFTokenizer.train(["the cat sat on the mat; it's 12 o'clock, and the dog sat too. " * 9], 300)
@@ -169,6 +172,40 @@ def test_damaged_files_are_named(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(UserError, match=r"m\.gguf"):
             load(path)
+
+
+def test_a_small_file_does_not_take_more_memory_than_it_has(tmp_path, monkeypatch):
+    """Tensors at one place, shapes with a 0, and widths and layers that are only claimed are refused by the header."""
+    path = tmp_path / "m.gguf"
+    for tensors, says in (
+        ([(f"blk.{i}.attn_q.weight", (64, 64)) for i in range(64 * 9)], "its tensors overlap"),
+        ([("token_embd.weight", (1 << 50, 0))], "the shape"),
+        ([("token_embd.weight", (0, 32))], "the shape"),
+    ):
+        header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 0)
+        for name, shape in tensors:
+            header += packed(name)[4:] + struct.pack("<IQQIQ", 2, *shape[::-1], gguf.GGMLQuantizationType.F32, 0)
+        path.write_bytes(header + bytes(64 * 64 * 4 + 32))
+        with pytest.raises(ValueError, match=says):
+            GGUFFile(path)
+    path.unlink()
+    model = random_model(**MODELS["llama, llama3"])
+    export_gguf(model.config, model.state_dict(), TOKENIZER, path, "f32")
+    whole, computed = path.read_bytes(), []
+    monkeypatch.setattr("llm_from_scratch.interop.gguf.frequency_divisors", computed.append)
+    monkeypatch.setattr("llm_from_scratch.interop.gguf.read_weights", computed.append)
+    wide, number = ("rope.dimension_count", "attention.key_length", "attention.value_length"), (1 << 31) - 2
+    for keys, says in ((wide, "rope_freqs.weight is not supported"), (("block_count",), "n_layer=2147483646 but only")):
+        data = bytearray(whole)
+        for key in keys:
+            at = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+            data[at : at + 4] = struct.pack("<I", number)
+        path.write_bytes(data)
+        if keys != wide:
+            monkeypatch.setattr("llm_from_scratch.interop.gguf.frequency_divisors", frequency_divisors)
+        with pytest.raises(UserError, match=says):
+            load_gguf(path)
+    assert computed == []
 
 
 KINDS = ("F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q2_K Q3_K Q4_K Q5_K Q6_K").split()
