@@ -3,6 +3,7 @@ tokenizers, which llama.cpp can express as its "rwkv": the longest token that ma
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, normalizers
@@ -41,15 +42,16 @@ def read_tokenizer(entries: dict[str, Any], where: str) -> Tokenizer:
     tokens = [str(token) for token in own["tokens"]]
     types = own.get("token_type", [NORMAL] * len(tokens))
     if kind == "rwkv":
-        return _single(tokens, where)
-    if kind == "gpt2" and pre in WORDS:
-        backend = _byte_level(tokens, types, own["merges"], pre)
+        read = _single(tokens, where)
+        tokens = [read.decode([i]) for i in range(read.vocab_size)]
+    elif kind == "gpt2" and pre in WORDS:
+        read = HFTokenizer(_byte_level(tokens, types, own["merges"], pre).to_str(), "hf", own.get("eos_token_id"))
     elif kind == "llama":
         backend = _sentence_pieces(tokens, types, own["scores"], own.get("add_space_prefix", True))
+        read = HFTokenizer(backend.to_str(), "hf", own.get("eos_token_id"))
     else:
         found = f"tokenizer.ggml.model={one_line(kind)} with tokenizer.ggml.pre={one_line(pre)}"
         raise UserError(f"{where}: {found} is not supported; supported: llama, and gpt2 with {', '.join(WORDS)}")
-    read = HFTokenizer(backend.to_str(), "hf", own.get("eos_token_id"))
     ends = (own.get(f"{kind}_token_id") for kind in ("eos", "eot", "eom"))
     read.ends = frozenset(i for i in ends if type(i) is int and 0 <= i < read.vocab_size)
     chat = {f"{kind}_token": tokens[own[f"{kind}_token_id"]] for kind in ("bos", "eos") if f"{kind}_token_id" in own}
@@ -63,6 +65,9 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         every = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
         tokens = ["".join(f"\\x{byte:02x}" for byte in token) for token in every]
         entries: dict[str, Any] = {"model": "rwkv", "tokens": tokens, "token_type": [NORMAL] * len(tokens)}
+        if tokenizer.end_ids:  # first the one that the chat template writes
+            eos = "" if tokenizer.chat is None else tokenizer.chat.eos
+            entries["eos_token_id"] = min(tokenizer.end_ids, key=lambda i: (tokenizer.decode([i]) != eos, i))
     else:
         eot = tokenizer.eot_id
         if eot is None:
@@ -73,8 +78,10 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         entries = _merged(tokenizer) | {"bos_token_id": eot, "eos_token_id": eot, "add_bos_token": False}
         if tokenizer.chat is not None and tokenizer.chat.bos in entries["tokens"]:
             entries["bos_token_id"] = entries["tokens"].index(tokenizer.chat.bos)
-        if others := sorted(tokenizer.ends - {eot}):
-            entries["eot_token_id"] = others[0]
+    others = sorted(tokenizer.end_ids - {entries.get("eos_token_id")})
+    entries |= zip(("eot_token_id", "eom_token_id"), others, strict=False)
+    if others[2:]:
+        print(f"note: a GGUF file has three ids that end a turn; left out: {str(others[2:])[1:-1]}", file=sys.stderr)
     found = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     return found if tokenizer.chat is None else found | {CHAT: tokenizer.chat.source}
 

@@ -203,17 +203,19 @@ def export_hf(
         )
     described = write_config(family, config)
     eot = None if tokenizer is None else tokenizer.eot_id
-    ends = [] if tokenizer is None or eot is None else [eot, *sorted(tokenizer.ends - {eot})]
+    # a char or byte tokenizer has no end of a text, but its chat model has an end of a turn
+    ends = [] if tokenizer is None else sorted(tokenizer.end_ids, key=lambda i: (i != eot, i))
+    end = ends[0] if ends else None
     # None must be written: by default, transformers would end a text of Llama at id 2
-    described |= {"bos_token_id": eot, "eos_token_id": eot, "dtype": dtype}
+    described |= {"bos_token_id": eot, "eos_token_id": end, "dtype": dtype}
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
         with temporary_folder(folder) as made:
             backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
             used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
-            generation: dict[str, Any] = {f"{kind}_token_id": eot for kind in ("bos", "eos", "pad") if eot is not None}
-            generation |= {"eos_token_id": ends} if len(ends) > 1 else {}
+            special = {"bos": eot, "eos": ends if len(ends) > 1 else end, "pad": end}
+            generation: dict[str, Any] = {f"{kind}_token_id": i for kind, i in special.items() if i is not None}
             if sampling:
                 generation |= {"do_sample": True} | sampling if sampling.get("temperature") else {"do_sample": False}
             if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary

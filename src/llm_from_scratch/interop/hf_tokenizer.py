@@ -95,9 +95,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> Back
     config["clean_up_tokenization_spaces"] = False  # otherwise decoding would drop the space before a comma
     config |= {"eos_token": eot, "bos_token": eot} if eot == EOT else {"eos_token": eot} if eot else {}
     if tokenizer.chat is not None:
-        config["chat_template"] = tokenizer.chat.source
         texts = {"bos_token": tokenizer.chat.bos, "eos_token": tokenizer.chat.eos}
-        config |= {name: text for name, text in texts.items() if backend.token_to_id(text) is not None}
+        tokens = {name: text for name, text in texts.items() if backend.token_to_id(text) is not None}
+        config |= tokens
+        # a text that is not a token there, such as the byte tokenizer's end of a turn, is set in the template
+        literals = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items() if text}
+        own = "".join(f"{{% set {name} = {text} %}}\n" for name, text in literals.items() if name not in tokens)
+        config["chat_template"] = own + tokenizer.chat.source
     (folder / "tokenizer_config.json").write_bytes(to_json(config))
     return backend
 
