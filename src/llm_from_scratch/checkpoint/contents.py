@@ -25,7 +25,7 @@ from ..config import GPTConfig
 from ..errors import DamagedError, UserError
 from . import hashed_folder
 from .adapter import Base, read_base
-from .hashed_folder import MANIFEST, from_json, read_member, to_json
+from .hashed_folder import MANIFEST, from_json, read_member, to_json, with_own_hash, write_synced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,6 +181,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if type(step) is not int or not 0 <= step < 1 << 53 or not is_loss:
         raise DamagedError(f"{path / MANIFEST}: step or val_loss is not a number in range")
     return manifest
+
+
+def write_run_id(path: Path, run_id: str) -> None:
+    """Makes a copy of a step directory that of another run. Raises DamagedError."""
+    manifest = read_manifest(path)
+    trainer = from_json(read_member(path, "trainer.json", manifest), path)
+    entry = write_synced(path / "trainer.json", [to_json({**trainer, "run_id": run_id})])
+    files = {**manifest["files"], "trainer.json": entry}
+    write_synced(path / MANIFEST, [with_own_hash({**manifest, "run_id": run_id, "files": files})])
 
 
 def read_settings(path: Path) -> dict[str, Any]:

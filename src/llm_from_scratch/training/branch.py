@@ -1,22 +1,25 @@
 """Cool-downs from a step of a run with a constant rate: one run gives models of several lengths.
 
 The step's checkpoint is copied to another folder. The new run resumes from it with the schedule wsd, whose cool-down
-begins at this step. It is an ordinary run: its settings are stored, and it resumes exactly.
+begins at this step. It is an ordinary run, with its own id: its settings are stored, and it resumes exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.contents import read_manifest, write_run_id
 from ..checkpoint.store import find_checkpoint, list_checkpoints, read_settings
-from ..config import SchedulerConfig
+from ..config import Config, SchedulerConfig
 from ..errors import UserError
 from ..machine.files import replace_folder, temporary_folder
+from ..settings import flatten
 from .scheduler import learning_rate_at
 
 
@@ -33,31 +36,45 @@ def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
     if found.resolve() not in steps:
         raise UserError(f"--cooldown needs a step folder of a run, with its optimizer state; {found} is not one")
     step, target = steps[found.resolve()], Path(out_dir) / found.name
-    _check_rate(found, step)
+    scheduler = _check_rate(found, step)
     others = [path for _, path in list_checkpoints(out_dir) if path.name != found.name]
     if others or target.resolve() == found.resolve():
         hint = shlex.join(["--init_from=resume", f"--out_dir={out_dir}"])
         raise UserError(f"{out_dir} already holds a run: choose another --out_dir, or resume that run with {hint}")
-    if not target.exists():
+    if target.exists():
+        if _content(target) != _content(found):
+            raise UserError(f"{out_dir} holds a step of another run: choose another --out_dir")
+    else:
         with temporary_folder(target) as folder:
             shutil.copytree(found, folder, dirs_exist_ok=True)
+            write_run_id(folder, secrets.token_hex(6))
             replace_folder(target, folder)
     last = step + max(1, round(share * step))
     return {
         "schedule": "wsd", "decay_lr": True, "cooldown_frac": (last - step) / last, "lr_decay_iters": None,
+        "lr_ends": {}, "warmup_iters": min(scheduler.warmup_iters, step),  # decay_lr=False has no warm-up
         "max_iters": last, "inclusive_max_iters": False, "epochs": None,
     }  # fmt: skip
 
 
-def _check_rate(folder: Path, step: int) -> None:
-    """Raises UserError unless the learning rate of the step is the peak, where a cool-down begins."""
-    settings = read_settings(folder)
-    known = {item.name for item in dataclasses.fields(SchedulerConfig)}
-    scheduler = SchedulerConfig(**{name: value for name, value in settings["scheduler"].items() if name in known})
-    peak, max_iters = settings["optimizer"]["learning_rate"], settings["training"]["max_iters"]
-    rate = learning_rate_at(step, peak, scheduler, max_iters)
+def _content(folder: Path) -> dict[str, Any]:
+    """The hashes of a step's files, without the one that holds the id of the run."""
+    return {name: entry for name, entry in read_manifest(folder)["files"].items() if name != "trainer.json"}
+
+
+def _check_rate(folder: Path, step: int) -> SchedulerConfig:
+    """The schedule of the step's run. Raises UserError unless the learning rate of the step is the peak, where a
+    cool-down begins."""
+    settings = flatten(Config())  # of what is missing: the new run will have the defaults too
+    for section in read_settings(folder).values():
+        settings |= section if isinstance(section, dict) else {}
+    scheduler = SchedulerConfig(**{item.name: settings[item.name] for item in dataclasses.fields(SchedulerConfig)})
+    scheduler.lr_ends = {int(begin): end for begin, end in scheduler.lr_ends.items()}  # JSON has text keys
+    peak = settings["learning_rate"]
+    rate = learning_rate_at(step, peak, scheduler, settings["max_iters"])
     if step < 1 or rate != peak:
         raise UserError(
             f"a cool-down begins at the peak rate, but step {step} of this run has {rate:.3g}, not {peak:.3g}: choose "
             "another step, or train with --schedule=constant or wsd"
         )
+    return scheduler
