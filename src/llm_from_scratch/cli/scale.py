@@ -102,9 +102,12 @@ def _main(argv: list[str]) -> int:
     from ..training.check import check
 
     check(config)
+    from ..sweep.fit import FEWEST, fit, too_few
     from ..sweep.ladder import law_json, lines, measured, plot, shapes
 
     models = shapes(config.model, sizes)
+    if (runs := len(models) * len(budgets) * options.seeds) < FEWEST:
+        raise too_few(runs)
     space: Space = {"budget": Choices(tuple(budgets)), "n_embd": Choices(tuple(models))}
     folder = Path(FOLDER) / options.name
     about = {
@@ -118,8 +121,6 @@ def _main(argv: list[str]) -> int:
     if code := run_study(study, parsed, options, about, argv, "llm-scale"):
         return code
     points = [measured(run) for row in study.rows() if row.loss is not None for run in study.runs(row)]
-    from ..sweep.fit import fit
-
     found = fit(points)
     table = lines(points, found)
     print("\n".join(table))

@@ -46,13 +46,15 @@ class Fit:
     """Constant -> the interval that holds it in 9 of 10 resamples of the runs."""
 
 
+def too_few(runs: int) -> UserError:
+    kinds = "of two sizes and two budgets or more"
+    return UserError(f"a law needs at least {FEWEST} runs, {kinds}; there are {runs}: add sizes or budgets")
+
+
 def fit(points: list[Point], seed: int = 0, resamples: int = RESAMPLES) -> Fit:
     """Raises UserError if the runs are too few, or do not differ in both size and budget."""
     if len(points) < FEWEST or not _differ(points):
-        raise UserError(
-            f"a law needs at least {FEWEST} runs, of two sizes and two budgets or more; there are {len(points)}: "
-            "add sizes or budgets"
-        )
+        raise too_few(len(points))
     law, draws = _best(points), np.random.default_rng(seed)
     names = ["E", "A", "alpha", "B", "beta", *(["R"] if any(p.seen > p.unique for p in points) else [])]
     found: dict[str, list[float]] = {name: [] for name in names}

@@ -7,6 +7,7 @@ trial without a lock was cut: the next worker continues it.
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ class Study:
 
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        setup = json.loads(json.dumps(setup))  # as the journal returns it: the keys of a dict are text
         self.folder, self.space, self.wanted, self.seed = folder, space, trials, seed
         self.settings_of, self.states = settings_of, optuna.trial.TrialState
         self.grid = combinations(space) if sampler in ("auto", "grid") else None

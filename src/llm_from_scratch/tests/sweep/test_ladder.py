@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_from_scratch.cli import scale
 from llm_from_scratch.cli.scale import ScaleOptions
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
@@ -18,7 +19,7 @@ from llm_from_scratch.sweep.ladder import law_json, lines, measured, shapes
 from llm_from_scratch.training.law import Law, read_law
 from llm_from_scratch.training.trainer import train
 
-from ..tiny import tiny_config
+from ..tiny import arguments, tiny_config
 
 MODEL = GPTConfig(n_layer=4, n_head=4, n_embd=128)
 
@@ -43,6 +44,16 @@ def test_options() -> None:
             options.points()
     with pytest.raises(UserError, match="budget='1mim'"):
         ScaleOptions(budgets="1mim,4min").points()
+
+
+def test_a_ladder_that_is_too_small_does_not_train(
+    here: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = arguments(dataset=tiny_data, final_eval=True, sizes="8,16", budgets="1ktokens,2ktokens")
+    words = [word for word in words if not word.startswith("--max_iters")]
+    assert scale.main(words) == 2
+    said = "a law needs at least 6 runs, of two sizes and two budgets or more; there are 4: add sizes or budgets\n"
+    assert capsys.readouterr().err.endswith(said) and not Path("out-sweep").exists()
 
 
 def test_what_a_run_says(tmp_path: Path, tiny_data: Path) -> None:

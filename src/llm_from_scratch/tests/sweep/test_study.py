@@ -147,3 +147,13 @@ def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
 def test_a_grid_needs_lists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sampler=grid needs lists"):
         study_in(tmp_path, sampler="grid")
+
+
+def test_settings_with_numbers_as_keys_are_the_same_sweep(tmp_path: Path) -> None:
+    for bias in (-1.5, -1.5, 2.0):
+        setup = {"settings": {"generation": {"logit_bias": {5: bias}}, "training": {"betas": (0.9, 0.95)}}}
+        if bias < 0:
+            Study(tmp_path, RANGES, setup, 2)
+        else:
+            with pytest.raises(UserError, match="another settings.logit_bias|another settings.generation.logit_bias"):
+                Study(tmp_path, RANGES, setup, 2)
