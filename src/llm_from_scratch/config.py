@@ -175,8 +175,9 @@ class TrainingConfig(Settings):
     """Batches per split in each evaluation. Always the same batches."""
     eval_only: bool = False
     """Evaluate once and stop."""
-    final_eval: bool = True
-    """Evaluate the whole validation split when the run ends."""
+    final_eval: bool | Literal["always"] = True
+    """Evaluate the whole validation split when the run ends. True: unless it takes over 2 minutes and longer than the
+    training."""
     eval_tasks: str | None = None
     """Tasks of lm-evaluation-harness to score at every evaluation (extra: eval): YAML files, folders of them, or names,
     comma-separated."""

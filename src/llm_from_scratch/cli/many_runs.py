@@ -87,6 +87,8 @@ def _runs(parsed: Parsed[Any], options: Any, shared: Path) -> Runs:
     config = parsed.tree
     seeds = [config.system.seed + k for k in range(options.seeds)]
     small = {name: value for name, value in SMALL.items() if name not in parsed.sources}
+    if options.metric != "val_loss":  # without it, a trained trial would have no result
+        small["final_eval"] = "always"
     threads, devices = _share(config, options.workers)
     return Runs(
         shared, seeds, options.metric, config.training.init_from, options.budget_each,

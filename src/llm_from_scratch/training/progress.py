@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # it imports torch
     from .plan import Plan
@@ -30,7 +30,7 @@ class Calendar:
     save_interval: int | None
     evaluates_last: bool
     """Whether the run evaluates after its last update. nanoGPT's count of steps does not."""
-    final_eval: bool
+    final_eval: bool | Literal["always"]
     step_tokens: int
     """Tokens of an update."""
     eval_tokens: int
@@ -61,7 +61,8 @@ class Calendar:
     def final_seconds(self, rate: float, trained: float) -> float:
         """Duration of the last evaluation, given tokens/s and the seconds of updates so far; 0 if it is skipped."""
         seconds = self.final_tokens / rate if rate and self.final_eval else 0.0
-        return seconds if seconds <= max(LONG_FINAL_EVALUATION, trained) else 0.0
+        is_run = self.final_eval == "always" or seconds <= max(LONG_FINAL_EVALUATION, trained)
+        return seconds if is_run else 0.0
 
 
 def _multiples(interval: int, begin: int, end: int) -> int:

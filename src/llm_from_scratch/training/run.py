@@ -414,7 +414,7 @@ class Run:
     def _evaluate_whole(self) -> Evaluation | None:
         plan, runtime = self.plan, self.runtime
         expected = len(plan.val_data) / self.eval_rate if self.eval_rate else 0.0
-        is_long = expected > max(LONG_FINAL_EVALUATION, self.timer.total)
+        is_long = self.config.training.final_eval is True and expected > max(LONG_FINAL_EVALUATION, self.timer.total)
         if any_rank(is_long, runtime.device, runtime.world_size):  # their clocks differ
             skipped = f"skipped: about {expected / 60:.0f} min. To run it: {eval_command(self.config)}"
             self.say(f"evaluation of the whole validation split {skipped}")

@@ -58,6 +58,7 @@ def test_a_sweep_from_end_to_end(forked: list[list[str]], tiny_data: Path, capsy
     assert failed["message"] == "n_embd=16 is not divisible by n_head=3; try n_head=2"
     again = "llm-train out-sweep/a/settings.yaml --n_head=2 --seed=1337 --out_dir=out-best"
     assert out.splitlines()[-1] == f"repeat the best trial: {again}"
+    assert all("--final_eval=always" in command for command in forked)  # however long: it is the result
     count = len(forked)
     assert sweep.main(words) == 0 and len(forked) == count  # all is done
 

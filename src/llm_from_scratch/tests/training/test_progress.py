@@ -61,6 +61,21 @@ def test_the_calendar_is_what_happens(tiny_data: Path, settings: dict[str, Any],
         )  # nothing predicts the first
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("final_eval", "expected"), [(True, False), ("always", True), (False, False)])
+def test_a_long_last_evaluation(tiny_data: Path, final_eval: Any, expected: bool, monkeypatch: Any) -> None:
+    """Of 200 tokens or so, at a rate of a token in a million seconds."""
+    config, evaluate = tiny_config(tiny_data, out_dir="run", final_eval=final_eval, max_iters=1), Run.evaluate
+
+    def slowly(self: Run) -> None:
+        evaluate(self)
+        self.eval_rate = 1e-6
+
+    monkeypatch.setattr(Run, "evaluate", slowly)
+    assert (Calendar.of(make_plan(config)).final_seconds(1e-6, trained=60.0) > 0) == expected
+    assert (train(config, quiet=True).final is not None) == expected
+
+
 class Simulated:
     """A run on a clock of its own."""
 
