@@ -16,7 +16,7 @@ from typing import Any
 from ..checkpoint.contents import is_dataset_name
 from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError
-from ..machine.budget import Budget, parse_budget
+from ..machine.budget import Budget, Deadline, parse_budget
 from ..machine.files import read_json
 from ..machine.processes import process_age
 from ..machine.terminal import announce, drop_lost_output, note
@@ -85,7 +85,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
             chosen = False
             # the settings of the run replace the defaults; this call's settings override them
             parsed = read(argv, defaults={**defaults, **saved, **cooldown})
-    config, ends_at, is_auto = parsed.tree, None, parsed.tree.training.init_from == "auto"
+    config, deadline, is_auto = parsed.tree, None, parsed.tree.training.init_from == "auto"
     config.training.init_from = begin
     choose_length(parsed)
     config.validate()
@@ -96,7 +96,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
             raise UserError("--budget chooses the settings of a new run; to train a run longer, raise --max_iters")
         note("resuming with the settings that --budget chose when the run started")
     elif budget is not None:
-        config, ends_at = _dial(parsed, budget, began, flags["exportable"], values.get("law"))
+        config, deadline = _dial(parsed, budget, began, flags["exportable"], values.get("law"))
     if flags["print_config"]:
         shown = to_dict(config)
         if config.training.epochs is not None:
@@ -116,7 +116,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     from ..training.trainer import train
 
     try:
-        result = train(config, parsed.sources, prog, ends_at=ends_at)
+        result = train(config, parsed.sources, prog, deadline=deadline)
         drop_lost_output()  # a full disk under the output costs lines, not the run
         speaks = config.logging.progress != "none" and os.environ.get("RANK", "0") == "0"
         if speaks and result.checkpoint is not None and not result.exit_code:
@@ -196,7 +196,7 @@ def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _dial(
     parsed: Parsed[Config], budget: Budget, began: float, exportable: bool, law: str | None
-) -> tuple[Config, float | None]:
+) -> tuple[Config, Deadline | None]:
     """The configuration that the budget chooses, and when the run ends. It prints what was chosen."""
     init_from = parsed.tree.training.init_from
     if init_from != "scratch":
@@ -210,7 +210,7 @@ def _dial(
     if os.environ.get("RANK", "0") == "0" and found.config.logging.progress != "none":
         for line in found.lines:
             note(line)
-    return found.config, found.ends_at
+    return found.config, found.deadline
 
 
 def _cooldown(parsed: Parsed[Config], share: str, writes: bool) -> dict[str, Any]:

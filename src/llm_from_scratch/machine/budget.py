@@ -21,6 +21,15 @@ class Budget(NamedTuple):
     """As the user wrote it."""
 
 
+class Deadline(NamedTuple):
+    """The time at which a run ends."""
+
+    at: float
+    """On time.monotonic()."""
+    may_extend: bool = True
+    """Whether the run gets more updates than planned if there is time for them; it gets fewer if there is not."""
+
+
 def parse_budget(text: str) -> Budget:
     """Raises UserError if the text is not a positive amount with a unit."""
     plain = text.strip().lower()

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Config, GPTConfig
 from ..machine import device as runtimes
-from ..machine.budget import Budget
+from ..machine.budget import Budget, Deadline
 from ..machine.device import Runtime
 from ..machine.memory import free_memory
 from ..machine.processes import sum_over_ranks
@@ -26,6 +26,7 @@ from .progress import in_words
 from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
+COMPILED_ON_GPU = 1200.0  # seconds: in shorter runs on a GPU, compiling takes longer than it saves
 SAMPLED = 1 << 17  # tokens that are decoded to see how hard the text is
 
 
@@ -36,8 +37,8 @@ class Dialed:
     config: Config
     lines: list[str]
     """What was chosen and why."""
-    ends_at: float | None
-    """On time.monotonic(); None: the length is fixed."""
+    deadline: Deadline | None
+    """None: the length is fixed."""
 
 
 def dial(
@@ -54,6 +55,7 @@ def dial(
         """The first process's value: its clock counts."""
         return sum_over_ranks([value * runtime.is_master], runtime.device, runtime.world_size)[0]
 
+    facts = dataclasses.replace(facts, memory=least_over_ranks(facts.memory, runtime))  # all choose the same model
     rate = products_per_second(device=runtime.device) * runtime.world_size
     spent = agreed(time.monotonic() - began)
     speed = Speed(agreed(rate), LAUNCH_ON_GPU if runtime.device.type == "cuda" else LAUNCH, spent + EXIT)
@@ -73,10 +75,20 @@ def dial(
         choices = choose(budget, facts, speed, fixed, exportable, law)
     choice = choices[0]
     chosen = with_settings(config, settings_of(choice, budget, facts, fixed))
+    if runtime.device.type == "cuda" and budget.unit == "seconds" and budget.amount < COMPILED_ON_GPU:
+        chosen.system.compile = fixed.get("compile", False)
     chosen.validate()
-    ends_at = began + budget.amount if budget.unit == "seconds" and not choice.is_cut else None
+    deadline = None
+    if budget.unit == "seconds" and fixed.get("max_iters") is None and fixed.get("epochs") is None:
+        deadline = Deadline(began + budget.amount, may_extend=not choice.is_cut)
     took = time.monotonic() - began - spent
-    return Dialed(chosen, explain(choices, chosen, budget, facts, fixed, len(measured), took), ends_at)
+    return Dialed(chosen, explain(choices, chosen, budget, facts, fixed, len(measured), took), deadline)
+
+
+def least_over_ranks(memory: int | None, runtime: Runtime) -> int | None:
+    """The smallest amount of all processes; None if it is unknown in one of them."""
+    own = [float(memory or 0) if rank == runtime.rank else 0.0 for rank in range(runtime.world_size)]
+    return int(min(sum_over_ranks(own, runtime.device, runtime.world_size))) or None
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:

@@ -7,10 +7,12 @@ checkpoint.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..machine.budget import Deadline
 from ..machine.processes import sum_over_ranks
 from .loggers import RunLog
 from .plan import Plan
@@ -26,11 +28,12 @@ EXIT = 0.7  # seconds from the last line of a run to the end of its process
 class Pace:
     """When to look at the clock, and how many updates are left."""
 
-    def __init__(self, ends_at: float | None, plan: Plan, clock: Callable[[], float] = time.monotonic):
-        """ends_at: on the clock; None: the number of updates does not change."""
-        self.ends_at, self.clock, scheduler = (ends_at or 0.0) - EXIT, clock, plan.config.scheduler
+    def __init__(self, deadline: Deadline | None, plan: Plan, clock: Callable[[], float] = time.monotonic):
+        """deadline: on the clock; None: the number of updates does not change."""
+        self.ends_at, self.clock, scheduler = (deadline.at if deadline else 0.0) - EXIT, clock, plan.config.scheduler
+        self.most = plan.last_step if deadline and not deadline.may_extend else math.inf
         self.is_free = (
-            ends_at is not None
+            deadline is not None
             and scheduler.schedule == "linear"
             and scheduler.decay_lr
             and scheduler.lr_decay_iters is None
@@ -62,7 +65,8 @@ class Pace:
         end = left.seconds(step) or 0.0  # the last evaluation and the last checkpoint
         left.calendar = calendar
         update = (ahead - end) / (last - step)
-        return step + max(1, int((self.ends_at - self.clock() - end) / update))
+        fitting = step + max(1, int((self.ends_at - self.clock() - end) / update))
+        return int(min(fitting, self.most))
 
 
 def with_last_step(plan: Plan, step: int, last: int) -> Plan:

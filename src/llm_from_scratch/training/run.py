@@ -26,6 +26,7 @@ from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..generation.generator import Generator
 from ..kernels.products import libraries_of
 from ..machine import device as runtimes
+from ..machine.budget import Deadline
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
@@ -53,7 +54,7 @@ SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
 
 
 @contextlib.contextmanager
-def open_run(config: Config, sources: dict[str, str] | None, command: str, ends_at: float | None) -> Iterator[Run]:
+def open_run(config: Config, sources: dict[str, str] | None, command: str, deadline: Deadline | None) -> Iterator[Run]:
     """Plans a run, starts the machine and builds the run; closes them in the reverse order."""
     training, lock = config.training, FolderLock(Path(config.training.out_dir))
     with contextlib.ExitStack() as cleanup:
@@ -66,7 +67,7 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, ends_
         runtimes.start(plan.runtime, plan.config.system)
         stop = cleanup.enter_context(StopRequest(plan.runtime.world_size))
         run = Run(plan, stop, lock, command)
-        run.pace = Pace(ends_at, plan)
+        run.pace = Pace(deadline, plan)
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
         before_after.begin(run.plan, run.log, run.state.run_id, run.continued)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import Config
 from ..core.cache import Documents
 from ..errors import Interrupted, MemoryShortError, NotFiniteError, UserError
+from ..machine.budget import Deadline
 from .microbatch import no_memory_for_moments, retry_smaller
 from .optimizer import clip_gradients, set_learning_rates, step_unless
 from .run import Run, TrainResult, open_run
@@ -71,10 +72,10 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
 
 def train(
     config: Config, sources: dict[str, str] | None = None, command: str = "llm-train", quiet: bool = False,
-    ends_at: float | None = None,
+    deadline: Deadline | None = None,
 ) -> TrainResult:  # fmt: skip
-    """Trains a model with these settings and returns the result. quiet: prints nothing. ends_at: on time.monotonic();
-    the number of updates is adjusted on the way so that the process ends then.
+    """Trains a model with these settings and returns the result. quiet: prints nothing. deadline: the number of
+    updates is adjusted on the way so that the process ends then.
 
     sources: where each setting was set (see presets.parse); command: what the resume hint names.
     Raises UserError before anything is written if settings, data, weights and machine are not compatible, and
@@ -82,7 +83,7 @@ def train(
     """
     if quiet:
         config = replace(config, logging=replace(config.logging, progress="none"))
-    with open_run(config, sources, command, ends_at) as run:
+    with open_run(config, sources, command, deadline) as run:
         training, state, last = run.config.training, run.state, run.plan.last_step
         if training.eval_only:
             with contextlib.suppress(Interrupted):

@@ -14,6 +14,7 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, read_settings
 from llm_from_scratch.cli.train import main
 from llm_from_scratch.config import SchedulerConfig
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine.budget import Deadline
 from llm_from_scratch.training import pace as pacing
 from llm_from_scratch.training.pace import Pace, with_last_step
 from llm_from_scratch.training.scheduler import learning_rate_at
@@ -98,7 +99,7 @@ def test_a_run_ends_within_two_hundredths_of_the_time_at_any_speed(tiny_data: Pa
     """The machine changes its speed in the first two thirds of the run."""
     plan = make_plan(tiny_config(tiny_data, max_iters=1000, schedule="linear"))
     clock = Clock(speeds[0])
-    log, pace = Log(clock, plan), Pace(1000.0 + pacing.EXIT, plan, clock)
+    log, pace = Log(clock, plan), Pace(Deadline(1000.0 + pacing.EXIT), plan, clock)
     for step in range(10_000):
         plan = pace.replan(plan, step, log)  # type: ignore[arg-type]
         if step >= plan.last_step:
@@ -109,6 +110,21 @@ def test_a_run_ends_within_two_hundredths_of_the_time_at_any_speed(tiny_data: Pa
     assert plan.config.training.max_iters == step == plan.last_step
     ends = plan.config.scheduler.lr_ends
     assert not ends or list(ends.values())[-1] == step
+
+
+def test_a_run_of_limited_length_is_only_shortened(tiny_data: Path) -> None:
+    """1,000 updates are planned for 1,000 s, with 3 s for the end."""
+    for seconds, least, most in ((0.1, 1000, 1000), (2.0, 480, 500)):
+        plan, clock = make_plan(tiny_config(tiny_data, max_iters=1000, schedule="linear")), Clock(seconds)
+        log = Log(clock, plan)
+        pace = Pace(Deadline(1000.0 + pacing.EXIT, may_extend=False), plan, clock)
+        for step in range(1001):
+            plan = pace.replan(plan, step, log)  # type: ignore[arg-type]
+            if step >= plan.last_step:
+                break
+            clock.now += clock.seconds
+        assert least <= step <= most
+        assert bool(plan.config.scheduler.lr_ends) == (step < 1000)
 
 
 def test_a_rollback_forgets_later_bends(tiny_data: Path) -> None:
@@ -137,8 +153,8 @@ def paced(data: Path, out_dir: str, pace: Jumping) -> int:
     """Trains with this pace. Returns the last step."""
     config = tiny_config(data, out_dir=out_dir, max_iters=40, schedule="linear", eval_interval=16, dropout=0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_from_scratch.training.run.Pace", lambda ends_at, plan: pace)
-        return train(config, quiet=True, ends_at=0.0).step
+        patch.setattr("llm_from_scratch.training.run.Pace", lambda deadline, plan: pace)
+        return train(config, quiet=True, deadline=Deadline(0.0)).step
 
 
 def test_the_stored_settings_train_the_same_model_without_a_clock(tiny_data: Path) -> None:
