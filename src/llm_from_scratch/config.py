@@ -156,9 +156,9 @@ class TrainingConfig(Settings):
     out_dir: str = "out"
     """Folder for checkpoints, README.md, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a GPT-2 name
-    (gpt2, gpt2-medium, gpt2-large, gpt2-xl); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts a
-    new run from these weights."""
+    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a name on
+    Hugging Face (gpt2 to gpt2-xl, owner/name); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts
+    a new run from these weights."""
     max_iters: int = 1000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False

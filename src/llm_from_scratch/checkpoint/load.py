@@ -1,4 +1,4 @@
-"""The one loader: a run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name to a Checkpoint."""
+"""The one loader: a run's folder, a step folder, a ckpt.pt, a Hugging Face folder or name to a Checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..interop import GPT2_NAMES
+from ..interop import GPT2_NAMES, is_hub_id
 from .adapter import weights_hash
 from .contents import Checkpoint, dataset_option, is_dataset_name, load_checkpoint
 from .store import locate, valid_which
@@ -36,7 +36,7 @@ def load(
     number of adapters that were loaded on the way to this one. Raises UserError if nothing is found, or if
     need_tokenizer is set and there is no tokenizer.
     """
-    if is_pretrained(where):
+    if is_pretrained(where, hub=which is None and depth == 0):  # a file never names what to download
         return load_hf(where, dataset, need_tokenizer)
     which = valid_which(which)
     found = locate(
@@ -60,7 +60,7 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
     base, config, path = found.base, found.model_config, found.path
     assert base is not None and path is not None
     places = base.places(path.parent)
-    place = next((p for p in places if is_pretrained(p) or os.path.lexists(p)), None)
+    place = next((p for p in places if is_pretrained(p, hub=False) or os.path.lexists(p)), None)
     if place is None or Path(place).resolve() in (path.resolve(), path.parent.resolve()):
         raise UserError(f"{path} is an adapter of {places[0]}, which does not exist: put it back there")
     if depth == MAX_CHAIN:
@@ -83,8 +83,11 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
 def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:
     """Weights from a GGUF file, a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
     from ..interop.gguf import load_gguf
-    from ..interop.hf import load_pretrained
+    from ..interop.hf import load_pretrained, read_config
+    from ..interop.hf_files import get_folder
 
+    if is_hub_id(str(where)):  # its folder in the cache, by which an adapter finds its base
+        where = get_folder(where, read_config)
     config, weights, tokenizer = load_gguf(Path(where)) if is_gguf(Path(where)) else load_pretrained(where)
     found = Checkpoint(Path(where), 0, config, weights)
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
@@ -106,12 +109,14 @@ def named_tokenizer(name: str, texts: Iterable[str] | None = None) -> Tokenizer:
     return load_tokenizer(Path(name))
 
 
-def is_pretrained(where: str | Path) -> bool:
-    """Whether this is a GPT-2 name, a GGUF file or a folder in Hugging Face's format, not a run or a checkpoint."""
+def is_pretrained(where: str | Path, hub: bool = True) -> bool:
+    """Whether this is a GPT-2 name, a GGUF file or a folder in Hugging Face's format, not a run or a checkpoint.
+    hub: or owner/name of a model on Hugging Face."""
     path = Path(where)
     # os.path, not Path: False on an I/O error, which the reader of the folder reports
     is_folder = os.path.isfile(path / "config.json") and not os.path.isfile(path / "MANIFEST.json")
-    return is_folder or path.suffix == ".gguf" or (str(where) in GPT2_NAMES and not path.exists())
+    is_name = (str(where) in GPT2_NAMES and not path.exists()) or (hub and is_hub_id(str(where)))
+    return is_folder or path.suffix == ".gguf" or is_name
 
 
 def _load_nanogpt(path: Path, weights_only: bool) -> Checkpoint:

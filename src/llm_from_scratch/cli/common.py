@@ -80,7 +80,7 @@ def check_location(location: str, which: str | None) -> None:
     from ..checkpoint.load import is_pretrained
     from ..checkpoint.store import find_checkpoint
 
-    if not is_pretrained(location):
+    if not is_pretrained(location, hub=which is None):
         find_checkpoint(location, which, verify=False)
     elif which is not None:
         raise UserError(f"which={which!r} selects a checkpoint of a run, but {location} is not a run: remove --which")

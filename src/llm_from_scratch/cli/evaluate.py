@@ -43,7 +43,7 @@ class EvalOptions:
     """Checkpoint and data."""
 
     out_dir: str = "out"
-    """A run's folder, a step folder, a ckpt.pt, a Hugging Face folder or a GPT-2 name."""
+    """A run's folder, a step folder, a ckpt.pt, or a Hugging Face folder or name."""
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
     dataset: str | None = None

@@ -141,7 +141,7 @@ def location_of(parsed: Parsed[Any]) -> str:
 def load_generator(
     location: str, which: str | None, dataset: str | None, system: SystemConfig, speed: SpeedOptions | None = None
 ) -> tuple[Generator, Path | None]:
-    """The generator of a run, checkpoint, Hugging Face folder or GPT-2 name, and the path. Raises UserError."""
+    """The generator of a run, checkpoint, Hugging Face folder or name, and the path. Raises UserError."""
     check_location(location, which)
     speed = speed or SpeedOptions()
     if speed.draft not in (None, "lookup"):

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UserError, first_line, one_line
 from ..machine.extras import require
 from ..machine.files import read_json
-from . import GPT2_NAMES
+from . import GPT2_NAMES, is_hub_id
 from .torch_file import load_plain
 
 FETCHED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
@@ -36,11 +36,12 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         return folder
     if folder.exists() and name not in GPT2_NAMES:
         raise UserError(f"{folder} does not contain config.json: expected a folder in Hugging Face's format")
-    if name not in GPT2_NAMES and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
+    if name not in GPT2_NAMES and not is_hub_id(name):
         raise UserError(
             f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
         )
-    require("huggingface_hub", "hf", f"downloading {name} from Hugging Face", "name a folder that holds it")
+    purpose = f"there is no folder {name}; downloading it from Hugging Face"
+    require("huggingface_hub", "hf", purpose, "name a folder that holds it")
     check(_download(name, FETCHED[:1]))
     folder = _download(name, FETCHED)
     if not list(folder.glob("*.safetensors")):
@@ -60,6 +61,8 @@ def _download(name: str, files: list[str]) -> Path:
         kind = type(error).__name__
         if re.search("LocalEntryNotFound|Connect|Offline|Timeout", kind):
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
+        if kind == "RepositoryNotFoundError":
+            raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face has no such model.") from None
         reason = first_line(error)
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 

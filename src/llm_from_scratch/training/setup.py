@@ -20,6 +20,7 @@ from ..core.tokenizer import Tokenizer
 from ..core.weights import cropped
 from ..errors import UserError
 from ..generation.prompt import first_text, read_start
+from ..interop import is_hub_id
 from ..interop.nanogpt import check_nanogpt
 from ..kernels.float8 import refuse_unfit
 from ..machine import device as runtimes
@@ -69,7 +70,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         weights, theirs = loaded.model, loaded.tokenizer
         _fit(config, loaded.model_config, sources or {}, notes, may_crop=not is_resumed)
         if theirs is not None and tokenizer is not None and theirs.fingerprint() != tokenizer.fingerprint():
-            source = training.out_dir if is_resumed else init_from
+            source = str(loaded.path) if is_hub_id(init_from) else training.out_dir if is_resumed else init_from
             raise UserError(
                 f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), {source} with "
                 f"another, {theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with "

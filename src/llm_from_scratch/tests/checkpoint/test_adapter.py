@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from llm_from_scratch.checkpoint import hashed_folder
 from llm_from_scratch.checkpoint.adapter import weights_hash
 from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.cli.common import check_location
 from llm_from_scratch.core.adapters import merged
 from llm_from_scratch.errors import DamagedError, UserError
+from llm_from_scratch.interop.hf import export_hf
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 
@@ -153,3 +156,55 @@ def test_another_lora_alpha_on_resume_is_refused(runs: Path, tiny_data: Path) ->
     with pytest.raises(UserError, match="has lora_alpha=4, not 8.5: leave --lora_alpha out"):
         make_plan(tiny_config(tiny_data, **LORA | more))
     make_plan(tiny_config(tiny_data, **LORA | more | {"lora_alpha": 4.0}))  # the default, by name
+
+
+def test_an_adapter_of_a_model_on_the_hub(runs: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is loaded from the cache. What adapter.json names is never downloaded."""
+    asked: list[str] = []
+    cached, base = runs / "cache" / "snapshot", load("base")
+    cached.parent.mkdir()
+    monkeypatch.setitem(sys.modules, "transformers", None)  # which takes seconds to import
+    export_hf(base.model_config, base.model, base.tokenizer, cached)
+
+    def download(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    train(tiny_config(tiny_data, **LORA | {"init_from": "owner/model-1.5", "out_dir": "hub"}))
+    assert set(asked) == {"owner/model-1.5"}
+    asked.clear()
+    found = load("hub", merge=False)
+    assert found.step == 3 and found.base is not None and found.base.path == str(cached)
+    assert all(torch.equal(found.model[name], tensor) for name, tensor in base.model.items())
+    rewrite_base(find_checkpoint("hub", "last"), path="owner/model-1.5", near=None)
+    with pytest.raises(UserError, match=r"is an adapter of owner/model-1.5, which does not exist"):
+        load("hub")
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("LocalEntryNotFoundError", "Hugging Face could not be reached"),
+        ("RepositoryNotFoundError", "Hugging Face has no such model"),
+    ],
+)
+def test_a_mistyped_folder_may_be_a_name_on_the_hub(
+    here: Path, tiny_data: Path, kind: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise type(kind, (Exception,), {})("some\nlines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    expected = f"^Cannot load 'runs/a': no such folder, and {message}.$"
+    with pytest.raises(UserError, match=expected):
+        load("runs/a")
+    with pytest.raises(UserError, match=expected):
+        make_plan(tiny_config(tiny_data, init_from="runs/a"))
+    check_location("runs/a", None)  # before torch is imported
+    for ask in (load, check_location):
+        with pytest.raises(UserError, match="no checkpoint runs/a"):
+            ask("runs/a", "best")  # only a run has a best checkpoint
+    with pytest.raises(UserError, match="no checkpoint runs/a"):
+        make_plan(tiny_config(tiny_data, init_from="resume", out_dir="runs/a"))
