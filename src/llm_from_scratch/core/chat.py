@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
+MAX_HELD = 1 << 26  # characters of the texts of a conversation that is written anew for each turn
 SECONDS = 20.0  # to wait for an answer where the system does not limit the time of a process, as render.py asks it to
 # For tokenizers without a template. Every turn ends with eos_token.
 PLAIN = (
@@ -48,15 +49,26 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation, which ends where the assistant's turn begins. May take seconds, so call it in a
         thread. Raises UserError if the template rejects the messages or does not end."""
-        return self.render_all([(messages, True)])[0]
+        return self.render_parts(messages, [(len(messages), True)])[0][1]
 
-    def render_all(self, asked: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-        """The texts of some (messages, whether the assistant's turn begins at the end), as render()."""
+    def render_parts(self, messages: Sequence[Message], asked: Sequence[tuple[int, bool]]) -> list[tuple[int, str]]:
+        """The texts of some (how many of the messages, whether the assistant's turn begins at the end), as render().
+        Of each: how many characters of the text before it begins with (all or none), and the others."""
+        found: list[tuple[int, str]] = []
+        held = 0
         try:
             with self.lock:
                 if self.process is None or self.process.poll() is not None:
                     self._start()
-                return self._ask([[list(messages), opens] for messages, opens in asked])
+                for number in range(len(asked)):
+                    kept, text = self._ask([list(messages), list(asked)] if number == 0 else None)
+                    held += len(text)
+                    if held > MAX_HELD:
+                        assert self.process is not None
+                        _end(self.process)
+                        raise ValueError(f"the texts of its turns have more than {MAX_HELD:,} characters together")
+                    found.append((kept, text))
+                return found
         except (OSError, ValueError) as error:
             raise UserError(f"the chat template rejects these messages: {error}") from None
 
@@ -71,15 +83,17 @@ class ChatTemplate:
         weakref.finalize(self, _end, self.process)
         self._ask([self.source, {"bos_token": self.bos, "eos_token": self.eos}])
 
-    def _ask(self, content: Any) -> list[str]:
-        """The process's answer. Raises ValueError with the reason if there is none; the process is then gone."""
+    def _ask(self, content: Any = None) -> tuple[int, str]:
+        """The process's answer to a request, or its next one. Raises ValueError with the reason if there is none, or
+        if it took too much, when the process is gone."""
         process = self.process
         assert process is not None and process.stdin is not None and process.stdout is not None
         timer = threading.Timer(SECONDS, process.kill)
         timer.start()
         try:
-            process.stdin.write(json.dumps(content).encode() + b"\n")
-            process.stdin.flush()
+            if content is not None:
+                process.stdin.write(json.dumps(content).encode() + b"\n")
+                process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
@@ -91,7 +105,7 @@ class ChatTemplate:
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer["texts"]
+        return answer["kept"], answer["text"]
 
 
 def _end(process: subprocess.Popen) -> None:

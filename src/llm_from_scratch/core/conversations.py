@@ -48,31 +48,48 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> li
     """
     assert tokenizer.chat is not None
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    texts = tokenizer.chat.render_all([(messages[: i + k], not k) for i in turns for k in (0, 1)])
-    spans = []
-    for before, after in zip(texts[::2], texts[1::2], strict=True):
-        if not after.startswith(before) or len(after) == len(before):
+    parts = tokenizer.chat.render_parts(messages, [(i + k, not k) for i in turns for k in (0, 1)])
+    text, spans = "", list[tuple[int, int]]()
+    separate: list[tuple[np.ndarray, np.ndarray]] = []  # the turns, if they are not those of one text
+    for (kept, prompt), (same, turn) in zip(parts[::2], parts[1::2], strict=True):
+        begin = kept + len(prompt)
+        if same != begin or not turn:
             raise UserError("the chat template does not continue a prompt as it writes the assistant's turn")
-        spans.append((len(before), len(after)))
-    afters = texts[1::2]
-    if all(later.startswith(text) for text, later in zip(afters, afters[1:], strict=False)):
-        return [_encode(tokenizer, afters[-1], spans)] if afters else []
-    return [_encode(tokenizer, text, [span]) for text, span in zip(afters, spans, strict=True)]
+        after = text[:kept] + prompt + turn
+        if not separate and not after.startswith(text):
+            separate = [_encode(tokenizer, text[: span[1]], [span]) for span in spans]
+        spans.append((begin, len(after)))
+        if separate:
+            separate.append(_encode(tokenizer, after, spans[-1:]))
+        text = after
+    return separate or ([_encode(tokenizer, text, spans)] if spans else [])
 
 
 def _encode(tokenizer: Tokenizer, text: str, spans: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of a text, and whether they are in one of the spans, up to the token that ends the turn."""
+    """Tokens of a text, and whether they are in one of the spans, up to the token that ends the turn. The last span
+    ends with the text."""
     cuts = [cut for span in spans for cut in span]
     ids = tokenizer.encode(text, allow_special=True)
-    heads = [tokenizer.encode(text[:cut], allow_special=True) for cut in cuts]
-    if all(np.array_equal(ids[: len(head)], head) for head in heads):
-        edges = [len(head) for head in heads]
-    else:  # a token would span the border between a prompt and the answer, which the model is never asked for
-        parts = [tokenizer.encode(text[a:b], allow_special=True) for a, b in zip([0, *cuts], cuts, strict=False)]
-        ids, edges = np.concatenate(parts), np.cumsum([len(part) for part in parts]).tolist()
+    parts = [tokenizer.encode(text[a:b], allow_special=True) for a, b in zip([0, *cuts], cuts, strict=False)]
+    joined, edges = np.concatenate(parts), np.cumsum([len(part) for part in parts]).tolist()
+    if not np.array_equal(ids, joined):
+        heads = _heads(tokenizer, text, cuts, ids)
+        # without them, a token would span the border between a prompt and the answer: the model is never asked for it
+        ids, edges = (joined, edges) if heads is None else (ids, heads)
     learned, ends = np.zeros(len(ids), dtype=bool), list(tokenizer.end_ids)
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         found = np.flatnonzero(np.isin(ids[begin:end], ends))
         learned[begin : begin + found[-1] + 1 if len(found) else end] = True
     last = int(np.flatnonzero(learned)[-1]) + 1
     return ids[:last], learned[:last]
+
+
+def _heads(tokenizer: Tokenizer, text: str, cuts: list[int], ids: np.ndarray) -> list[int] | None:
+    """How many tokens the text has up to each cut; None if they are not the first ones of ids."""
+    edges = []
+    for cut in cuts:
+        head = tokenizer.encode(text[:cut], allow_special=True)
+        if not np.array_equal(ids[: len(head)], head):
+            return None
+        edges.append(len(head))
+    return edges

@@ -1,5 +1,6 @@
 """Renders chat templates in a separate process, which may be killed. Started by chat.py with the folder of jinja2;
-reads one JSON line per request, a list of [messages, add_generation_prompt], and writes one per answer. A template is
+reads one JSON line per request, messages and a list of [how many of them, add_generation_prompt], and writes one line
+for each text: how many characters of the text before it begins with (all or none), and the others. A template is
 untrusted code: the sandbox blocks access to files and objects, and the limits here bound its memory and time."""
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jinja2  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 
 MEMORY = 192 << 20  # bytes of address space
-SECONDS = 1.0  # of processor time for a conversation, and for reading the template; then the system ends the process
+SECONDS = 1.0  # of processor time for a text, and for reading the template; then the system ends the process
 MAX_TEXT = 4 << 20  # characters of a rendered conversation
 
 
@@ -30,12 +31,18 @@ def main() -> None:
         template = _environment().from_string(source)
     except Exception as error:  # of the template's syntax, or of a constant that jinja2 computes at once
         return _answer(error=_reason(error))
-    _answer(texts=[])
+    _answer(kept=0, text="")
     for line in requests:
+        before = ""
         _limit_time(SECONDS)
         try:
-            given = ({"messages": m, "add_generation_prompt": opens} for m, opens in json.loads(line))
-            _answer(texts=[_rendered(template, **one, **tokens) for one in given])
+            messages, asked = json.loads(line)
+            for count, opens in asked:
+                _limit_time(SECONDS)
+                text = _rendered(template, messages=messages[:count], add_generation_prompt=opens, **tokens)
+                kept = len(before) if text.startswith(before) else 0
+                _answer(kept=kept, text=text[kept:])
+                before = text
         except Exception as error:  # any error of the template
             _answer(error=_reason(error))
         _limit_time(0)

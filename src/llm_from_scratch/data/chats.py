@@ -24,7 +24,7 @@ from .sources import FileSource
 VERSION = 1  # of what is written for the same conversations
 MAX_LINE = 4 << 20  # bytes of a conversation
 BOM = b"\xef\xbb\xbf"  # of UTF-8
-MAX_MESSAGES, MAX_ROLE = 1 << 12, 64
+MAX_MESSAGES, MAX_ROLE = 1 << 10, 64  # a template is rendered up to each message of the assistant
 FIELDS = "messages (a list of objects with role and content), or prompt and completion"
 NO_TEXT = "is not a text, or a list of parts of type text"
 
@@ -92,8 +92,10 @@ def messages_of(row: Any) -> list[Message]:
         given = lists[0] + lists[1]
     else:
         raise ValueError(f"its fields are {', '.join(map(repr, row))[:100]}: expected {FIELDS}")
-    if not isinstance(given, list) or not 0 < len(given) <= MAX_MESSAGES:
+    if not isinstance(given, list) or not given:
         raise ValueError(f"messages is not a list of 1 to {MAX_MESSAGES} messages")
+    if len(given) > MAX_MESSAGES:
+        raise ValueError(f"{len(given):,} messages are more than {MAX_MESSAGES:,}: divide the conversation")
     messages = [_message(message, f"message {number}") for number, message in enumerate(given, 1)]
     if messages[0]["role"] == "assistant":
         raise ValueError("the first message is the assistant's: expected one to answer, of the user or the system")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_from_scratch.core import chat
 from llm_from_scratch.core.chat import END, ChatTemplate
 from llm_from_scratch.core.conversations import encode_conversation
 from llm_from_scratch.core.dataset import TokenData
@@ -77,6 +78,54 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_for_each(tmp_pa
     tokenizer.chat = ChatTemplate("{{ messages | length }}")
     with pytest.raises(UserError, match="does not continue a prompt"):
         learned(tokenizer)
+
+
+def test_a_long_conversation_is_one_sequence(tmp_path: Path) -> None:
+    """200 messages of 2 KB, whose prompts together have 40 MB."""
+    texts = [f"{number:04}" * 512 for number in range(200)]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    write(tmp_path / "c.jsonl", {"messages": messages}, ask("a", "b"))
+    folder = prepare("c.jsonl", root=tmp_path, report=print, tokenizer="byte", seed=1)
+    tokenizer, found = Tokenizer.load(folder), {}
+    for split in ("train", "val"):
+        ids, marks = (
+            np.fromfile(folder / f"{split}{kind}", dtype) for kind, dtype in ((".bin", "<u2"), ("_marks.bin", "u1"))
+        )
+        found[len(ids) > 99] = tokenizer.decode(ids), tokenizer.decode(ids[marks & 1 == 1]), int((marks & 2 == 2).sum())
+    whole = "".join(f"{('User', 'Assistant')[n % 2]}:\n{text}{END}\n" for n, text in enumerate(texts))
+    assert found[True] == (whole[:-1], "".join(text + END for text in texts[1::2]), 1)
+    assert found[False] == (f"User:\na{END}\nAssistant:\nb{END}", f"b{END}", 1)
+
+
+def test_texts_of_a_conversation_that_is_rewritten_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.chat = ChatTemplate(FORGETFUL)
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "#" * (n % 2) + "ab" * 50} for n in range(40)]
+    tokenizer.ends = frozenset({ord(">")})
+    assert len(encode_conversation(tokenizer, messages)) == 20
+    monkeypatch.setattr(chat, "MAX_HELD", 9999)
+    with pytest.raises(UserError, match="more than 9,999 characters together"):
+        encode_conversation(tokenizer, messages)
+    assert len(encode_conversation(tokenizer, messages[:2])) == 1  # the process was started again
+
+
+def test_a_conversation_of_too_many_messages_is_refused(tmp_path: Path) -> None:
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "x" * 900} for n in range(4096)]
+    path = write(tmp_path / "c.jsonl", {"messages": messages[:1024]}, {"messages": messages})
+    with pytest.raises(UserError, match="line 2: 4,096 messages are more than 1,024: divide the conversation"):
+        list(chats.conversations(FileSource(path)))
+
+
+@pytest.mark.slow
+def test_the_longest_conversations_need_bounded_memory() -> None:
+    resource = pytest.importorskip("resource")
+    tokenizer = ByteTokenizer()
+    chats.give_template(tokenizer, None, FIRST, print)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "x" * 4000} for n in range(chats.MAX_MESSAGES)]
+    ((ids, learned),) = encode_conversation(tokenizer, messages)
+    assert learned.sum() == 4001 * len(messages) // 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10  # kilobytes
 
 
 def test_a_token_never_spans_prompt_and_answer() -> None:
@@ -234,7 +283,7 @@ def test_lines_end_with_the_id_that_is_written(tmp_path: Path, first: int) -> No
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')
     (tmp_path / "train.txt").write_text("ab ba\n" * first)
     (tmp_path / "val.txt").write_text("ba\n")
-    given = {"root": tmp_path, "report": lambda line: None, "tokenizer": str(tmp_path), "lines": True}
+    given: dict[str, Any] = {"root": tmp_path, "report": lambda line: None, "tokenizer": str(tmp_path), "lines": True}
     folder = prepare(train_files=["train.txt"], val_files=["val.txt"], **given)
     end = Tokenizer.load(folder).eot_id
     assert Tokenizer.load(folder).end_ids == {0, end} and read_json(folder / "manifest.json")["document_end"] == end
@@ -278,7 +327,7 @@ def test_an_edited_chat_template_is_not_up_to_date(tmp_path: Path, name: str) ->
         tokenizer = Tokenizer.load(folder)
         assert tokenizer.chat is not None
         found.append((tokenizer.chat.source, tokenizer.chat.bos, sorted(tokenizer.ends)))
-    start = [("zero", "<|endoftext|>", []), ("zero", "a", [])]
+    start: list[Any] = [("zero", "<|endoftext|>", []), ("zero", "a", [])]
     assert found == [*start, ("one", "a", []), ("two", "a", []), ("two", "a", [5]), ("two", "a", [7])]
 
 

@@ -263,8 +263,8 @@ def test_llm_eval_gives_the_final_loss_of_a_run(
     counts = {True: packed.learned.sum(), False: len(plan.val_data) - 1}
     assert final.tokens == counts[documents] != counts[not documents]
     (here / "link").symlink_to(folder)
-    for name in (folder, "link"):
+    for dataset in (folder, here / "link"):
         capsys.readouterr()
-        assert evaluate.main(["--out_dir=run", f"--dataset={name}", "--json", "--device=cpu"]) == 0
+        assert evaluate.main(["--out_dir=run", f"--dataset={dataset}", "--json", "--device=cpu"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["loss"] == pytest.approx(final.loss, rel=1e-6) and found["tokens"] == final.tokens
