@@ -27,7 +27,7 @@ from ..tiny import QUICK, arguments, write_data
 PACKAGE = Path(llm_from_scratch.__file__).resolve().parent
 BLOCK = "self.ln_2 = make_norm(config)\n"
 ADD_MLP = "x = x + self.mlp(self.ln_2(x))\n"
-ATTENTION = "self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)\n"
+ATTENTION = "self.c_proj = Linear(heights[0], config.n_embd, bias=config.bias)\n"
 MLP = "self.c_proj = Linear(config.mlp_width, config.n_embd, bias=config.bias)\n"
 
 

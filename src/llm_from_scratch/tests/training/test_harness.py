@@ -235,7 +235,10 @@ def test_a_uniform_model_has_eight_bits_per_byte(tasks: Path) -> None:
 
 @needs_harness
 @pytest.mark.slow
-def test_tasks_on_the_command_line(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_on_the_command_line(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a task without files makes the harness search the working directory for some
     out, data = tmp_path / "run", write_data(tmp_path / "data")
     names = f"{tasks},{tasks / 'rolling.yaml'}"
     settings = {"block_size": 16, "eval_tasks": str(tasks / "choice.yaml"), "eval_limit": 6, "tensorboard": True}
