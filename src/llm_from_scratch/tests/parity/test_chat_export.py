@@ -29,11 +29,11 @@ def test_the_end_of_a_turn_without_an_end_of_text(spec, tmp_path):
     for same in (load_gguf(tmp_path / "m.gguf")[2], load_pretrained(tmp_path / "hf")[2]):
         assert same is not None and same.chat is not None and same.end_ids == {end} and same.eot_id is None
         assert (same.chat.source, same.chat.eos) == (tokenizer.chat.source, "\x03")
-        assert same.chat.render_all([(TALK, False)]) == [expected]
+        assert same.chat.render_parts(TALK, [(2, False)]) == [(0, expected)]
     (tmp_path / "hf" / "tokenizer.meta.json").unlink()  # what other programs read
     other = load_pretrained(tmp_path / "hf")[2]
     assert other is not None and other.chat is not None and other.end_ids == {end}
-    assert other.chat.render_all([(TALK, False)]) == [expected]
+    assert other.chat.render_parts(TALK, [(2, False)]) == [(0, expected)]
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.apply_chat_template(TALK, tokenize=False) == expected
