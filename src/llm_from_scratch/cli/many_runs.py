@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..machine.files import write_whole
 from ..machine.processes import shield_children
-from ..machine.terminal import announce
-from ..presets import Parsed
+from ..machine.terminal import announce, note
+from ..presets import Parsed, parse
 from ..settings import to_dict
 from ..sweep.results import RESULTS, table, train_command, write_results
 from ..sweep.study import SETTINGS, Row, Study
+from .common import data_prepared_last
+from .train import choose_length
 
 if TYPE_CHECKING:  # it imports what --help does not need
     from ..sweep.worker import Runs
@@ -26,8 +29,22 @@ LENGTHS = ("max_iters", "epochs")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
 
+def read_command(tree_type: type, argv: list[str], prog: str, text: str, common: Sequence[str]) -> Parsed[Any]:
+    """The settings of a command line, checked. Raises UserError."""
+    prepared = data_prepared_last()
+    none = {} if prepared else {"dataset": "none found: run llm-prepare FILE"}
+    parsed: Parsed[Any] = parse(
+        tree_type, argv, prog=f"{prog} [PRESET ...]", description=text, defaults=prepared, base_preset="default",
+        common=common, shown=lambda settings, files: none,
+    )  # fmt: skip
+    choose_length(parsed)
+    parsed.tree.validate()
+    return parsed
+
+
 def check_run(parsed: Parsed[Any], over: set[str], has_budget: bool) -> None:
-    """Raises UserError if settings do not suit the runs. over: what is swept; has_budget: it sets their length."""
+    """Raises UserError if settings do not suit the runs, or if no data is named or prepared. over: what is swept;
+    has_budget: it sets their length."""
     config, options = parsed.tree, parsed.tree.options
     if parsed.on_command_line("out_dir"):
         raise UserError(f"the runs are written to {FOLDER}/NAME: choose it with --name instead of --out_dir")
@@ -47,6 +64,10 @@ def check_run(parsed: Parsed[Any], over: set[str], has_budget: bool) -> None:
         raise UserError(f"the budget and {both[0]} both set the length of a run; remove one")
     if "seed" in over and options.seeds > 1:
         raise UserError("seed and seeds both set the seeds of the runs; remove one")
+    if "dataset" not in parsed.sources and "dataset" not in over:
+        if not data_prepared_last():
+            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
 
 
 def run_settings(parsed: Parsed[Any], has_budget: bool) -> dict[str, Any]:

@@ -11,14 +11,12 @@ from ..errors import UserError
 from ..machine.budget import parse_budget
 from ..machine.extras import is_installed
 from ..machine.files import to_json, write_whole
-from ..machine.terminal import announce, note
-from ..presets import parse
+from ..machine.terminal import announce
 from ..settings import at_least
 from ..sweep.space import Choices, Space
 from ..sweep.study import Study
-from .common import command, data_prepared_last
-from .many_runs import FOLDER, check_run, run_settings, run_study
-from .train import choose_length
+from .common import command
+from .many_runs import FOLDER, check_run, read_command, run_settings, run_study
 
 LAW, TABLE, PLOT = "law.json", "scale.md", "scale.png"
 COMMON = (
@@ -84,21 +82,10 @@ class ScaleCommand(Config):
 
 
 def _main(argv: list[str]) -> int:
-    prepared = data_prepared_last()
-    none = {} if prepared else {"dataset": "none found: run llm-prepare FILE"}
-    parsed = parse(
-        ScaleCommand, argv, prog="llm-scale [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
-        common=COMMON, shown=lambda settings, files: none,
-    )  # fmt: skip
+    parsed = read_command(ScaleCommand, argv, "llm-scale", HELP, COMMON)
     config, options = parsed.tree, parsed.tree.options
-    choose_length(parsed)
-    config.validate()
     sizes, budgets = options.points()
     check_run(parsed, set(), has_budget=True)
-    if "dataset" not in parsed.sources:
-        if not prepared:
-            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     from ..training.check import check
 
     check(config)

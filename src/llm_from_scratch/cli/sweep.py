@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import Config
-from ..errors import UserError
 from ..machine.budget import parse_budget
-from ..machine.terminal import note
-from ..presets import parse
 from ..settings import at_least
 from ..sweep.space import check_space, combinations, parse_space
 from ..sweep.study import Study
-from .common import command, data_prepared_last
-from .many_runs import FOLDER, check_run, run_settings, run_study
-from .train import choose_length
+from .common import command
+from .many_runs import FOLDER, check_run, read_command, run_settings, run_study
 
 TRIALS = 20
 COMMON = (
@@ -73,22 +69,11 @@ class SweepCommand(Config):
 
 
 def _main(argv: list[str]) -> int:
-    prepared = data_prepared_last()
-    none = {} if prepared else {"dataset": "none found: run llm-prepare FILE"}
-    parsed = parse(
-        SweepCommand, argv, prog="llm-sweep [PRESET ...]", description=HELP, defaults=prepared, base_preset="default",
-        common=COMMON, shown=lambda settings, files: none,
-    )  # fmt: skip
+    parsed = read_command(SweepCommand, argv, "llm-sweep", HELP, COMMON)
     config, options = parsed.tree, parsed.tree.options
-    choose_length(parsed)
-    config.validate()
     space = parse_space(options.over)
     has_budget = options.budget_each is not None
     check_run(parsed, set(space), has_budget)
-    if "dataset" not in parsed.sources and "dataset" not in space:
-        if not prepared:
-            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     check_space(space, config)
     if "dataset" not in space:
         from ..training.check import check

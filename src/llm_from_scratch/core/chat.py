@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
-MAX_HELD = 1 << 26  # characters of the texts of a conversation that is written anew for each turn
+MAX_HELD = 1 << 26  # characters of one conversation's texts, if the template rewrites it for each turn
 SECONDS = 20.0  # to wait for an answer where the system does not limit the time of a process, as render.py asks it to
 # For tokenizers without a template. Every turn ends with eos_token.
 PLAIN = (

@@ -150,7 +150,7 @@ class Trial:
             # a run that somebody stopped or killed continues; if it happens again, memory may be short
             if deaths == DEATHS or not (code < 0 or code - 128 in STOPS):
                 raise TrainingError(_error(_last_lines(folder / OUTPUT), code))
-            until = time.monotonic() + 1  # whoever ends all processes of a job also ends this one
+            until = time.monotonic() + 1  # a scheduler that ends all processes of a job also ends this one
             while time.monotonic() < until:
                 yield
 
@@ -192,7 +192,7 @@ class Trial:
 
 
 class Judge:
-    """Reports the evaluations of a run to the study, which decides whether it goes on."""
+    """Reports the evaluations of a run to the study, which decides whether it continues."""
 
     def __init__(self, study: Study, claim: Claim, folder: Path):
         self.study, self.claim, self.folder = study, claim, folder

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llm_from_scratch.cli import bench, train
+from llm_from_scratch.cli import bench, many_runs, train
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.presets import parse
 from llm_from_scratch.settings import flatten
@@ -71,7 +71,7 @@ def in_force(command: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict
         raise Read
 
     with monkeypatch.context() as patch, pytest.raises(Read):
-        patch.setattr(module, "parse", read)
+        patch.setattr(many_runs if command in ("sweep", "scale") else module, "parse", read)
         importlib.import_module(f"llm_from_scratch.cli.{command}").main([*words])
     return {name: as_shown(value) for name, value in values[0].items()}
 
