@@ -423,6 +423,9 @@ class SystemConfig(Settings):
     run continues in eager mode."""
     backend: str = "auto"
     """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
+    collective_timeout: float = 600.0
+    """With several processes: seconds after which a process that does not answer ends the run. A process that has died
+    ends it sooner."""
     seed: int = 1337
     """Random seed of weights, dropout, data order and sampling."""
     threads: int | None = None
@@ -440,6 +443,7 @@ class SystemConfig(Settings):
     def validate(self) -> None:
         between(self, 0, 2**63 - 1, "seed")
         at_least(self, 1, "threads")
+        between(self, 5, 7 * 86400, "collective_timeout")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):

@@ -13,8 +13,23 @@ def first_line(error: object) -> str:
     return one_line(str(error).strip().partition("\n")[0]) or repr(error)
 
 
+def listed(numbers: list[int]) -> str:
+    """Ascending whole numbers as text: 0 to 3, 6, 8 to 9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 class UserError(ValueError):
     """A mistake the user can fix. The message states what was wrong, what was expected and what to do."""
+
+
+class SharedError(UserError):
+    """A mistake that every process of a run finds: rank 0 reports it."""
 
 
 class DamagedError(UserError):
@@ -39,6 +54,10 @@ class NotFiniteError(TrainingError):
 
 class MemoryShortError(TrainingError):
     """Not even the smallest micro-batch fits in memory. Weights and moments are those of the last step."""
+
+
+class PeerMemoryError(MemoryError):
+    """Another process ran out of memory in this step: all processes repeat it with smaller micro-batches."""
 
 
 class Interrupted(Exception):

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from ..errors import DamagedError, UserError
 from ..errors import SaveError as SaveError
 from ..interop.torch_file import is_ours
-from ..machine.files import make_folder, remove_tree, sync_folder
+from ..machine.files import make_folder, read_json, remove_tree, sync_folder
+from ..machine.processes import is_restarted, launch
 from . import hashed_folder
 from .contents import OWN_FILES as OWN_FILES
 from .contents import Checkpoint, read_manifest, read_settings, verify_checkpoint, write_checkpoint
@@ -55,10 +56,19 @@ def save_checkpoint(
     return final
 
 
+def _last_launch(out_dir: str) -> object:
+    """The launch that wrote the newest checkpoint."""
+    for _, path in reversed(list_checkpoints(out_dir)):
+        with contextlib.suppress(UserError):
+            return read_json(path / "trainer.json").get("launch")
+    return None
+
+
 def resolved_init(init_from: str, out_dir: str) -> str:
-    """auto is resume if out_dir holds a checkpoint, a damaged one too (never a silent fresh start), else scratch."""
+    """auto is resume if out_dir holds a checkpoint, a damaged one too (never a silent fresh start), else scratch. So is
+    any other value when torchrun restarts a run that has saved."""
     if init_from != "auto":
-        return init_from
+        return "resume" if is_restarted() and _last_launch(out_dir) == launch() else init_from
     kept = ("step-*", "damaged-step-*", "ckpt.pt")
     return "resume" if any(True for pattern in kept for _ in Path(out_dir).glob(pattern)) else "scratch"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..checkpoint.contents import dataset_option
-from ..errors import OutputError, UserError, one_line
+from ..errors import OutputError, SharedError, UserError, one_line
+from ..machine.processes import distributed_env
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
 
 
@@ -34,7 +35,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         sys.stdout.flush()
         return code
     except UserError as error:
-        note(f"error: {one_line(error, None)}")
+        if not isinstance(error, SharedError) or distributed_env()[0] == 0:
+            note(f"error: {one_line(error, None)}")
         return 2
     except KeyboardInterrupt:
         note("interrupted")

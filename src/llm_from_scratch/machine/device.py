@@ -13,6 +13,7 @@ import torch
 
 from ..config import SystemConfig
 from ..errors import UserError
+from . import processes
 from .memory import keep_freed_memory
 from .processes import distributed_env
 from .processes import stop as stop
@@ -57,6 +58,11 @@ class Runtime:
     @property
     def is_master(self) -> bool:
         return self.rank == 0
+
+    @property
+    def can_regroup(self) -> bool:
+        """Whether processes whose exchange of gradients failed can start another one."""
+        return self.world_size > 1 and self.backend == "gloo"
 
     @property
     def peak_flops(self) -> float | None:
@@ -184,6 +190,6 @@ def start(runtime: Runtime, config: SystemConfig) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if runtime.world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend=runtime.backend)
+        processes.start(runtime.backend, runtime.rank, runtime.world_size, config.collective_timeout)
     # each process drops out other activations; weights are broadcast from rank 0
     torch.manual_seed(config.seed + runtime.rank)

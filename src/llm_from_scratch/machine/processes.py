@@ -5,16 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import sys
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import TrainingError, UserError
+from .watch import Watch
 
 if TYPE_CHECKING:
     import torch
 
+watch: Watch | None = None
+"""Of the processes of this process group."""
+starts = 0
 YOUNG, OLD = 1.5, 30.0  # seconds that a command's imports take, and that they take at most on a busy machine
 
 
@@ -38,6 +45,17 @@ def distributed_env() -> tuple[int, int, int]:
     return rank, local_rank, world
 
 
+def launch() -> str:
+    """Identifies this start of torchrun: the same after its restarts. Empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return name if name != "none" else f"{platform.node()}-{os.getppid()}"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started the processes again after one of them failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
 def process_age(otherwise: float) -> float:
     """Seconds since this process started. `otherwise`: the answer if the system does not tell, or if the process is so
     old that it must have done something else before."""
@@ -49,12 +67,67 @@ def process_age(otherwise: float) -> float:
     return min(otherwise, YOUNG)
 
 
-def stop() -> None:
-    """Leaves the process group, if there is one."""
+def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
+    """Joins the other processes of torchrun and begins to watch them. timeout: seconds that an exchange may take.
+    Raises UserError, with the likely reason, if the processes do not find each other."""
+    global watch, starts
     import torch.distributed as dist
 
+    from .preflight import diagnosed
+
+    patience, found = timedelta(seconds=timeout), None
+    starts += 1
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        own = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience, wait_for_workers=False
+        )
+        # without what an earlier group of this process has left there
+        store, own = (dist.PrefixStore(f"start-{starts}", part) for part in (store, own))
+        found = Watch(own, rank, world_size, timeout)
+        # the watch ends a hanging exchange after the timeout, with a better message than torch's
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=patience + timedelta(seconds=2)
+        )
+        dist.barrier()
+        found.begin()
+        watch = found
+    except (RuntimeError, ValueError) as error:
+        raise diagnosed(error, backend, rank, None if found is None else found.missing()) from None
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    global watch
+    import torch.distributed as dist
+
+    if watch is not None:
+        watch.end()
+        watch = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def failures_named() -> Iterator[None]:
+    """A failed exchange becomes a TrainingError that names the process that caused it. Any other error that ends this
+    process is made known to the others as their reason to end."""
+    try:
+        yield
+    except BaseException as error:
+        if watch is None:
+            raise
+        if not is_failed_exchange(error):
+            watch.fail(error)
+            raise
+        raise TrainingError(watch.explain(error)) from None
+
+
+def is_failed_exchange(error: BaseException) -> bool:
+    """Whether an error is that of an exchange with another process, which has gone or does not answer."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def wait_for_all(world_size: int) -> None:

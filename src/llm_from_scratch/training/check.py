@@ -10,7 +10,7 @@ from ..checkpoint.store import find_checkpoint
 from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
 from ..core.tokenizer import Tokenizer, tokenizer_of
-from ..errors import UserError
+from ..errors import SharedError, UserError
 from ..machine.extras import require
 from ..machine.files import check_writable
 from ..machine.processes import distributed_env
@@ -50,9 +50,11 @@ def check(config: Config) -> Inputs:
     _, _, world_size = distributed_env()
     global_batch = config.data.batch_size * config.training.gradient_accumulation_steps
     if global_batch % world_size:
-        raise UserError(
+        counts = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
+        raise SharedError(
             f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
-            f"divided among {world_size} processes; choose a multiple of {world_size}"
+            f"divided among {world_size} processes: start {counts} of them, which changes the speed but not the "
+            f"batches, or choose a multiple of {world_size}"
         )
     share, micro_batch = global_batch // world_size, config.data.micro_batch
     if isinstance(micro_batch, int) and share % micro_batch:

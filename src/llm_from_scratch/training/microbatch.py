@@ -13,6 +13,7 @@ from ..config import Config
 from ..errors import MemoryShortError, TrainingError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
+from ..machine.processes import is_failed_exchange
 from .plan import Plan, training_sizes
 
 T = TypeVar("T")
@@ -45,12 +46,13 @@ def _free(runtime: Runtime) -> int | None:
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:
-    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again."""
+    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again. The exchange
+    with another process that ran out of memory fails too; shrink() raises if that was not the reason."""
     while True:
         try:
             return attempt()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not is_failed_exchange(error):
                 raise
             reason = str(error)
         shrink(reason)  # outside the except block: the error's traceback keeps the tensors of the step alive
@@ -67,13 +69,13 @@ def no_memory_for_moments(plan: Plan) -> Iterator[None]:
         raise TrainingError(_message(plan, "for the optimizer's moments", str(error), "")) from None
 
 
-def halved(plan: Plan, micro_batch: int, reason: str) -> int:
-    """Half of the micro-batch, or the next smaller divisor of the batch. reason: the allocator's message. Raises
-    MemoryShortError if it cannot be smaller."""
+def halved(plan: Plan, micro_batch: int, reason: str, together: bool) -> int:
+    """Half of the micro-batch, or the next smaller divisor of the batch. reason: the allocator's message; together:
+    whether all processes do the same. Raises MemoryShortError if it cannot be smaller."""
     runtime = plan.runtime
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    if micro_batch == 1 or runtime.world_size > 1:  # other processes wait in an exchange of gradients
+    if micro_batch == 1 or (runtime.world_size > 1 and not together):  # others wait in an exchange
         size = "one sequence" if micro_batch == 1 else f"{micro_batch} sequences"
         smaller = "" if micro_batch == 1 else f"lower --batch_size (now {plan.config.data.batch_size}), "
         raise MemoryShortError(_message(plan, f"with {size} at a time", reason, smaller))

@@ -26,6 +26,7 @@ from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..generation.generator import Generator
 from ..kernels.products import libraries_of
 from ..machine import device as runtimes
+from ..machine import processes
 from ..machine.budget import Deadline
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
@@ -41,6 +42,7 @@ from .optimizer import make_optimizer
 from .pace import Pace
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
+from .ranks import agreed, regroup
 from .report import README, TrainResult, readme, write_readme
 from .resume import eval_command, not_bit_exact, resume_command
 from .saver import Saver
@@ -48,7 +50,7 @@ from .scheduler import learning_rate_at
 from .setup import make_plan
 from .signals import StopRequest
 from .state import TrainState, restore
-from .wrap import wrap
+from .wrap import Wrapped, wrap
 
 SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
 
@@ -65,9 +67,13 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, deadl
         plan = make_plan(config, sources)
         cleanup.callback(runtimes.stop)
         runtimes.start(plan.runtime, plan.config.system)
+        cleanup.enter_context(processes.failures_named())
+        plan = agreed(plan)
         stop = cleanup.enter_context(StopRequest(plan.runtime.world_size))
         run = Run(plan, stop, lock, command)
         run.pace = Pace(deadline, plan)
+        if processes.watch is not None:
+            processes.watch.follow(lambda: run.state.step, resume_command(run.config, command, plan.runtime.world_size))
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
         before_after.begin(run.plan, run.log, run.state.run_id, run.continued)
@@ -91,7 +97,7 @@ class Run:
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
         self.is_nanogpt = command.endswith("train.py")  # its lines, and no others
-        self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step)
+        self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step, launch=processes.launch())
         self.eval_rate: float | None = None  # tokens/s
         self.mfu: float | None = None
         self.sampled_at = -1
@@ -108,6 +114,7 @@ class Run:
         self.runtime.place(self.model, plan.keep_memory)
         for line in describe(plan) if lock is not None else ():
             self.say(line)
+        self.models: Wrapped | None = None
         self.models = retry_smaller(
             lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say), self.shrink
         )
@@ -167,11 +174,15 @@ class Run:
         return self.models.train.no_sync()  # type: ignore[operator]
 
     def shrink(self, reason: str) -> None:
-        """Halves the micro-batch. reason: the allocator's message. Raises MemoryShortError if it cannot be smaller."""
+        """Halves the micro-batch of all processes. reason: the allocator's message; empty if another process ran short.
+        Raises MemoryShortError if it cannot be smaller."""
         self.model.zero_grad(set_to_none=True)
         self.scaler.scale(torch.zeros((), device=self.runtime.device))  # its scale exists from the first use on
         self.scaler.update(self.scaler.get_scale())  # unchanged, but the gradients no longer count as unscaled
-        self.micro_batch = halved(self.plan, self.micro_batch, reason)
+        together = self.runtime.can_regroup and self.models is not None
+        if together:
+            regroup(self.models, self.guard, self.runtime, reason)
+        self.micro_batch = halved(self.plan, self.micro_batch, reason or "on another process", together)
         batch = self.plan.global_batch // self.runtime.world_size
         self.say(
             f"warning: out of memory: from now on the batch of {batch} sequences is split into "
@@ -211,7 +222,7 @@ class Run:
             state.skipped_in_a_row += 1
             self.say(f"warning: {found}, skipped; {state.skipped_in_a_row} in a row")
             too_many = state.skipped_in_a_row >= self.config.training.max_skipped_steps
-            if too_many or not all_finite(self.model):
+            if too_many or not all_finite(self.model, self.runtime):
                 raise self._not_finite(found)
         # else float16 searches for the largest scale of the gradients that does not overflow
 
@@ -219,7 +230,7 @@ class Run:
         """The error with its diagnosis."""
         begins = self.plan.order.starts(found.step + self.state.data_shift, self.plan.global_batch).tolist()
         shown = ", ".join(map(str, begins[:8])) + (", ..." if len(begins) > 8 else "")
-        weights = "finite" if all_finite(self.model) else "not finite"
+        weights = "finite" if all_finite(self.model, self.runtime) else "not finite"
         dtype = str(self.runtime.dtype).removeprefix("torch.")
         return NotFiniteError(
             f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
@@ -381,7 +392,7 @@ class Run:
                 self.evaluate()
             except Interrupted:
                 stopped = True
-        if state.step and not all_finite(self.model):
+        if state.step and not all_finite(self.model, self.runtime):
             raise self._not_finite(Finding(state.step, self._learning_rate(), math.nan, math.nan))
         if state.step > 0 or stopped:  # the resume command needs a checkpoint
             self.save()

@@ -14,6 +14,7 @@ from ..checkpoint.store import Checkpoint
 from ..config import Config
 from ..errors import UserError, one_line
 from ..machine.device import Runtime
+from ..machine.processes import launch
 from .optimizer import load_optimizer_state
 from .resume import saved_settings
 
@@ -37,6 +38,8 @@ class TrainState:
     rollbacks: int = 0
     data_shift: int = 0
     """Steps by which rollbacks have advanced the order of the data."""
+    launch: str = ""
+    """The start of torchrun that trains; see processes.launch."""
 
 
 def copied(state: Any) -> Any:
@@ -77,7 +80,10 @@ def _generators(runtime: Runtime) -> dict[str, tuple[Callable[[], Tensor], Calla
     return found
 
 
-_KINDS = {"run_id": (str,), "recent_losses": (list,), "best_val_loss": (int, float), "val_loss": (int, float)}
+_KINDS = {
+    "run_id": (str,), "launch": (str,), "recent_losses": (list,), "best_val_loss": (int, float),
+    "val_loss": (int, float),
+}  # fmt: skip
 
 
 def restore(
@@ -106,7 +112,7 @@ def restore(
                 raise ValueError(f"{name} is {str(value)[:40]}")
             setattr(state, name, value)
         state.recent_losses = [(int(step), float(loss)) for step, loss in state.recent_losses]
-        state.step = saved.step
+        state.step, state.launch = saved.step, launch()
         # if the run stopped before the evaluation of this step, it is saved again afterwards: it may be the best
         state.saved_at = saved.step if state.evaluated_at == saved.step else -1
         generators = _generators(runtime)

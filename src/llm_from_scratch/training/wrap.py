@@ -26,6 +26,7 @@ from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.processes import shield_children
+from .ranks import data_parallel
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
@@ -64,8 +65,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
             exchange(model, config, runtime, micro_batch, say)
     train = model if compiled is None else compiled
     if runtime.world_size > 1:
-        ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-        train = nn.parallel.DistributedDataParallel(train, device_ids=ids)
+        train = data_parallel(train, runtime)
     return Wrapped(model if compiled is None else compiled, train, compiled is not None, is_recorded)
 
 

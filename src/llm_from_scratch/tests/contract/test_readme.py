@@ -52,7 +52,8 @@ READ_ONLY = (
 DOCUMENTS = ("README.md", "AGENTS.md", "CONTRIBUTING.md") + tuple(
     sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if f"docs/{path.name}" not in READ_ONLY)
 )
-COPIED = ("assets", "config", "configs", "data", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE", "just*")
+COPIED = ("assets", "config", "configs", "data", "launch", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE",
+          "just*")  # fmt: skip
 
 # What is not run by default: (pattern, mark, reason). What has a mark is run by the test below of that mark.
 NOT_RUN = [

@@ -1,0 +1,64 @@
+"""What the processes of a run decide together: before it starts, and when one of them runs out of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+
+from ..machine.device import Runtime
+from ..machine.preflight import preflight
+from ..settings import to_dict
+from .guards import StepGuard
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .wrap import Wrapped
+
+OWN = ("device", "threads")  # settings that may differ between machines
+
+
+def agreed(plan: Plan) -> Plan:
+    """The plan, with the smallest micro-batch of any process, and notes about hosts and network. All take part. Raises
+    UserError if the processes would not train the same model on the same batches."""
+    runtime = plan.runtime
+    if runtime.world_size == 1:
+        return plan
+    settings = to_dict(plan.config)
+    for name in OWN:
+        del settings["system"][name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    facts = {
+        "the first step": plan.start_step, "the number of training tokens": len(plan.train_data),
+        "the number of validation tokens": len(plan.val_data), "the precision": str(runtime.dtype),
+        "the checksum of the settings": digest[:12],
+    }  # fmt: skip
+    lines = preflight(runtime.device, facts)
+    smallest = torch.tensor(plan.micro_batch, device=runtime.device)
+    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+    return dataclasses.replace(plan, micro_batch=int(smallest), notes=[*plan.notes, *lines])
+
+
+def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The model for training: it averages gradients over the processes, with connections of its own."""
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    group = torch.distributed.new_group() if runtime.can_regroup else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, process_group=group)
+
+
+def regroup(models: Wrapped, guard: StepGuard, runtime: Runtime, reason: str) -> None:
+    """Replaces the exchange of gradients, which has failed or would never end, by a new one. All take part. reason: why
+    it fails in this process; empty if its own judge() found out that another one failed."""
+    group: Any = models.train.process_group
+    models.train = models.compiled
+    gc.collect()  # the hooks of the old one on the parameters
+    torch.distributed.destroy_process_group(group)
+    del group  # closes its connections: a process that waits for this one gets an error
+    if reason:
+        guard.judge_short(runtime.device)
+    models.train = data_parallel(models.compiled, runtime)
