@@ -1,4 +1,4 @@
-"""torchrun --nnodes=1:2 on this machine: a second node joins, then its torchrun is killed. The weights are compared with
+"""torchrun --nnodes=1:2 here: a second node joins, then its torchrun is killed. The weights are compared with
 those of runs with the same sequence of numbers of processes, none of which was interrupted.
 
 python benchmarks/elastic.py [--join=5] [--leave=5] -- quick --dataset=NAME --max_iters=300
@@ -25,7 +25,7 @@ TRAIN = ["-m", "llm_from_scratch.cli.train", "--device=cpu", "--backend=gloo", "
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--join", type=float, default=5, help="seconds after the first step until the second node comes")
+    parser.add_argument("--join", type=float, default=5, help="seconds from the first step to the second node")
     parser.add_argument("--leave", type=float, default=5, help="seconds until it is killed")
     parser.add_argument("argv", nargs="+", help="what llm-train gets; with --max_iters=N")
     options = parser.parse_args()

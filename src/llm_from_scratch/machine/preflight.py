@@ -76,9 +76,8 @@ def _store_problem(address: str, port: int) -> str:
             except ConnectionRefusedError:
                 reason = f"nothing listens at {address}:{port}: is rank 0 running, and MASTER_ADDR its machine?"
             except OSError:
-                reason = (
-                    f"{place[0]}:{port} does not answer: a firewall, another network, or a wrong MASTER_ADDR"
-                    + (f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else "")
+                reason = f"{place[0]}:{port} does not answer: a firewall, another network, or a wrong MASTER_ADDR" + (
+                    f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else ""
                 )
             else:
                 return f"{address}:{port} answers, but is not torch's store: choose another port"
