@@ -440,7 +440,7 @@ def test_the_guide_to_adding_a_part_names_what_exists(tmp_path: Path) -> None:
 
 # Tests that cover several modules of their room together.
 ABOUT_SEVERAL = {
-    "training": {"compile", "distributed", "documents", "gpu_step", "toys", "edited_models"},
+    "training": {"compile", "distributed", "documents", "faults", "gpu_step", "toys", "edited_models"},
     "serving": {"chat", "life"},
     "generation": {"edited_models"},
     "kernels": {"edited_models"},

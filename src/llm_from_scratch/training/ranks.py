@@ -6,19 +6,16 @@ import dataclasses
 import gc
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn as nn
 
 from ..machine.device import Runtime
 from ..machine.preflight import preflight
 from ..settings import to_dict
 from .guards import StepGuard
-
-if TYPE_CHECKING:
-    from .plan import Plan
-    from .wrap import Wrapped
+from .plan import Plan
+from .wrap import Wrapped, data_parallel
 
 OWN = ("device", "threads")  # settings that may differ between machines
 
@@ -42,13 +39,6 @@ def agreed(plan: Plan) -> Plan:
     smallest = torch.tensor(plan.micro_batch, device=runtime.device)
     torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
     return dataclasses.replace(plan, micro_batch=int(smallest), notes=[*plan.notes, *lines])
-
-
-def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """The model for training: it averages gradients over the processes, with connections of its own."""
-    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    group = torch.distributed.new_group() if runtime.can_regroup else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, process_group=group)
 
 
 def regroup(models: Wrapped, guard: StepGuard, runtime: Runtime, reason: str) -> None:

@@ -26,7 +26,6 @@ from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.processes import shield_children
-from .ranks import data_parallel
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
@@ -67,6 +66,13 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     if runtime.world_size > 1:
         train = data_parallel(train, runtime)
     return Wrapped(model if compiled is None else compiled, train, compiled is not None, is_recorded)
+
+
+def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The model for training: it averages gradients over the processes, with connections of its own."""
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    group = torch.distributed.new_group() if runtime.can_regroup else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, process_group=group)
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:

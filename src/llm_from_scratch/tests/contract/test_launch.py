@@ -39,7 +39,7 @@ def test_the_slurm_script_is_valid_and_queues_itself_again() -> None:
 
 def test_the_spot_task_is_valid() -> None:
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    assert set(task) == {"name", "num_nodes", "resources", "envs", "workdir", "setup", "run"}
+    assert set(task) == {"name", "num_nodes", "resources", "envs", "file_mounts", "workdir", "setup", "run"}
     assert subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True).returncode == 0
     train_options(task["run"])
     assert find_preset(task["envs"]["PRESET"]).is_file() and task["resources"]["use_spot"] is True
