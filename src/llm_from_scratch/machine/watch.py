@@ -219,7 +219,9 @@ class Watch:
         return {rank: json.loads(text) for rank, text in zip(ranks, found, strict=True)}
 
     def _reset(self) -> None:
-        self._seen, self._heard, self._is_reported, self._stack = None, time.monotonic(), False, None
+        self._seen: dict[str, Any] = {}
+        self._stack: list[Any] = []
+        self._heard, self._is_reported = time.monotonic(), False
 
     def _name(self, rank: int) -> str:
         host, pid, *_ = self.who[rank]
