@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import UserError
+from .mixture import read_mixture
 from .settings import Settings, above, at_least, between, flatten, validate
 
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
@@ -130,8 +131,8 @@ class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. If not given, llm-train
-    uses the most recently prepared data."""
+    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. A mixture: '{book: 0.7, code: 0.3}'.
+    If not given, llm-train uses the most recently prepared data."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
@@ -141,12 +142,17 @@ class DataConfig(Settings):
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
+    data_cache: float = 100.0
+    """Disk space (GiB) in data/cache/remote for the shards of a dataset in an object store, such as
+    --dataset=s3://bucket/name (extra: remote). Windows of larger data are shuffled within parts of it."""
     documents: bool | Literal["auto"] = "auto"
     """Train on whole documents: a window begins with a document, and documents that share a window do not see each
     other. auto: for conversations and documents of one line each (llm-prepare --lines=True)."""
 
     def validate(self) -> None:
         at_least(self, 1, "batch_size", "micro_batch", "stride")
+        above(self, 0, "data_cache")
+        read_mixture(self.dataset)
 
 
 @dataclass
@@ -481,3 +487,5 @@ class Config(Settings):
                 raise UserError(f"lora_rank does not support {name}={value}: remove one of them")
         if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
             raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")
+        if self.optimizer.forget_ngrams and read_mixture(self.data.dataset):
+            raise UserError("forget_ngrams needs one dataset: the epochs of a mixture's parts end at different steps")

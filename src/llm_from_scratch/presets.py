@@ -285,6 +285,8 @@ def _as_text(key: str, value: Any, leaves: dict[str, Any], source: Path | None =
     if any(typing.get_origin(kind) is dict for kind in kinds):
         names = any(typing.get_args(kind) == (str, str) for kind in kinds)
         return repr(_as_names(key, value) if names else _as_dict(key, value))
+    if key == "dataset" and isinstance(value, dict):
+        return json.dumps(value)  # a mixture, as on the command line
     if isinstance(value, (dict, list, tuple)):
         raise UserError(f"{key} must be one value, got {_short(value)}" + (f" in {source}" if source else ""))
     text = str(value)
@@ -396,7 +398,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
     assigned = {n.id for n in ast.walk(source) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     values: dict[str, Any] = {}
     for name, value in names.items():
-        if name.startswith("__") or not isinstance(value, (int, float, str, list, tuple, type(None))):
+        if name.startswith("__") or not isinstance(value, (int, float, str, list, tuple, dict, type(None))):
             continue
         if name in leaves and (name in assigned or value is not before.get(name)):
             values[name] = value

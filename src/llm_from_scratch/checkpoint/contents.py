@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..config import GPTConfig
 from ..errors import DamagedError, UserError
+from ..mixture import read_mixture
 from . import hashed_folder
 from .adapter import Base, read_base
 from .hashed_folder import MANIFEST, from_json, read_member, to_json, with_own_hash, write_synced
@@ -198,8 +199,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def is_dataset_name(value: object) -> bool:
-    """Whether a stored dataset is a name, looked up in data/. A path from a checkpoint is never followed."""
-    return isinstance(value, str) and Path(value).name == value and value[:1] not in ("", ".")
+    """Whether a stored dataset is a name, looked up in data/, or a mixture of names. A path from a checkpoint is never
+    followed."""
+    try:
+        names = [part.name for part in read_mixture(value)] if isinstance(value, str) else []
+    except UserError:
+        return False
+    return all(isinstance(n, str) and Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
 
 
 def dataset_option(stored: object) -> str:

@@ -15,6 +15,7 @@ from ..config import SystemConfig
 from ..errors import UserError
 from ..machine.files import read_file
 from ..machine.terminal import note
+from ..mixture import read_mixture
 from ..presets import Parsed, parse
 from ..settings import above, at_least
 from .common import check_location, command, used_a_path
@@ -105,10 +106,9 @@ def main(argv: list[str]) -> int:
     _check_source(parsed)
     check_location(options.out_dir, options.which)
     from ..checkpoint.load import load
-    from ..core.packing import in_units
     from ..core.weights import build_model
     from ..machine import device as runtimes
-    from ..training.evaluate import combined, evaluate_split
+    from ..training.evaluate import combined, evaluate_parts
 
     runtimes.resolve_device(system.device)  # report a missing device before reading anything
     if options.tasks is not None:
@@ -120,14 +120,15 @@ def main(argv: list[str]) -> int:
     elif options.text_files is not None:
         data = _texts(options.text_files, tokenizer)
     else:
-        data = [_split(options.dataset or _trained_on(loaded, argv), options.split, tokenizer)]
+        data = []
     block_size = options.eval_block_size or model.config.block_size
     if block_size > model.config.block_size:
         raise UserError(f"eval_block_size={block_size} exceeds the model's block_size={model.config.block_size}")
     if options.stride is not None and options.stride > block_size:
         raise UserError(f"stride={options.stride} exceeds the window of {block_size} tokens: tokens would be skipped")
     if not parsed.positionals and options.text_files is None:
-        data = [in_units(data[0], options.split, block_size, tokenizer, _documents(loaded, options.dataset))]
+        name, documents = options.dataset or _trained_on(loaded, argv), _documents(loaded, options.dataset)
+        data = [_prepared(name, options.split, tokenizer, block_size, documents)]
         if data[0].is_packed and options.stride is not None:
             raise UserError(f"{data[0].name} holds documents, which --stride does not apply to: remove it")
     for part in data:
@@ -143,8 +144,8 @@ def main(argv: list[str]) -> int:
             from ..kernels.int8 import Scorer
 
             scored = Scorer(model.to(runtime.device), options.quantize)
-        results = [
-            evaluate_split(scored, part, block_size, runtime, tokenizer, options.eval_batch_size, stride=options.stride)
+        found = [
+            evaluate_parts(scored, part, block_size, runtime, tokenizer, options.eval_batch_size, stride=options.stride)
             for part in data
         ]
     finally:
@@ -152,20 +153,24 @@ def main(argv: list[str]) -> int:
     if not runtime.is_master:
         return 0
     windows = {"block_size": block_size} | ({"stride": options.stride} if options.stride is not None else {})
+    results = [result for result, _ in found]
     if options.text_files is None:
-        _report(results[0], windows, data[0].name, options.json)
-        return 0
-    domains: dict[str, list[Evaluation]] = {}
-    for part, result in zip(data, results, strict=True):  # by the first part of its path below the folder
-        domains.setdefault(Path(part.name).relative_to(options.text_files).parts[0], []).append(result)
-    each = {name: combined(group) for name, group in domains.items()}
+        whole, each = found[0]
+        name, total = data[0].name, f"{data[0].name}, weighted"
+    else:
+        domains: dict[str, list[Evaluation]] = {}
+        for part, result in zip(data, results, strict=True):  # by the first part of its path below the folder
+            domains.setdefault(Path(part.name).relative_to(options.text_files).parts[0], []).append(result)
+        each = {name: combined(group) for name, group in domains.items()}
+        whole, name, total = combined(results), options.text_files, f"total of {options.text_files}"
     if options.json:
-        parts = {name: _figures(result) for name, result in each.items()}
-        print(json.dumps(_figures(combined(results)) | windows | {"data": options.text_files, "domains": parts}))
+        parts = {"domains": {part: _figures(result) for part, result in each.items()}} if each else {}
+        seconds = {} if options.text_files else {"seconds": round(whole.seconds, 3)}
+        print(json.dumps(_figures(whole) | windows | {"data": name} | seconds | parts))
         return 0
-    for name, result in each.items():
-        _report(result, windows, name, as_json=False)
-    _report(combined(results), windows, f"total of {options.text_files}", as_json=False)
+    for part, result in each.items():
+        _report(result, windows, part)
+    _report(whole, windows, total if each else name)
     return 0
 
 
@@ -221,10 +226,7 @@ def _score(names: str, options: EvalOptions, system: SystemConfig) -> int:
     return 0
 
 
-def _report(result: Evaluation, windows: dict[str, int], name: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_figures(result) | windows | {"data": name, "seconds": round(result.seconds, 3)}))
-        return
+def _report(result: Evaluation, windows: dict[str, int], name: str) -> None:
     bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
     apart = f", {windows['stride']} apart" if "stride" in windows else ""
     print(
@@ -261,6 +263,19 @@ def _documents(model: Checkpoint, dataset: str | None) -> bool | None:
     with contextlib.suppress(UserError, OSError, ValueError):  # the run's data is somewhere else
         is_own = is_own or resolve_dataset(str(dataset)).resolve() == resolve_dataset(name).resolve()
     return documents if is_own else None
+
+
+def _prepared(name: str, split: str, tokenizer: Tokenizer | None, block_size: int, documents: bool | None) -> TokenData:
+    """A split of a dataset or of all parts of a mixture, packed if it was trained so."""
+    from ..core.mixed import Mixture
+    from ..core.packing import in_units
+
+    mixture = read_mixture(name)
+    parts = [
+        in_units(_split(part, split, tokenizer), split, block_size, tokenizer, documents)
+        for part in [part.name for part in mixture] or [name]
+    ]
+    return Mixture(mixture, parts) if mixture else parts[0]
 
 
 def _split(name: str, split: str, tokenizer: Tokenizer | None) -> TokenData:

@@ -4,6 +4,7 @@ shards of them: raw little-endian token ids, uint16 (nanoGPT's format) or uint32
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..errors import UserError
+from ..mixture import read_mixture
 from . import tokenfile
+from .remote import SOURCE as REMOTE
+from .remote import RemoteFile, is_url, local_folder, open_remote, source_of
 from .tokenfile import BLOCK, BackgroundScan, Shards, open_shards, refuse_outside
 from .tokenfile import read_manifest as read_manifest
 
@@ -27,10 +31,14 @@ TOKEN_BYTES = 4  # int32, torch's smallest index type for every vocabulary
 
 
 def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
-    """The folder of a dataset, given as a folder or as a NAME in data/ or data/processed/ below root. Raises UserError
-    if there is none (with the command that makes it) or if both places have one."""
+    """The folder of a dataset, given as a folder, as a NAME in data/ or data/processed/ below root, or as an address in
+    an object store. Raises UserError if there is none (with the command that makes it) or if both places have one."""
     if not str(name):
         raise UserError("the dataset's name is empty; expected a name or a folder with train.bin and val.bin")
+    if read_mixture(str(name)):
+        raise UserError(f"{str(name)!r} is a mixture, but this command needs one dataset: name one of its parts")
+    if is_url(str(name)):
+        return local_folder(str(name), root)
     places = [Path(root) / "data" / name, Path(root) / "data" / "processed" / name]
     found = [place for place in places if _has_tokens(place)] if not Path(name).is_absolute() else []
     if len(found) == 2:
@@ -51,7 +59,8 @@ def resolve_dataset(name: str | Path, root: str | Path = ".") -> Path:
 
 
 def _has_tokens(folder: Path) -> bool:
-    return any((folder / f"{split}{tail}.bin").is_file() for split in ("train", "val") for tail in ("", "_000000"))
+    names = [f"{split}{tail}.bin" for split in ("train", "val") for tail in ("", "_000000")]
+    return any((folder / name).is_file() for name in (*names, REMOTE)) or any(folder.glob("*.ds"))
 
 
 class TokenData:
@@ -59,6 +68,7 @@ class TokenData:
 
     marks: Shards = ()  # of conversations, see packing.py
     is_packed = False
+    group: int | None = None  # tokens of an epoch that are read before others, if not all fit into --data_cache
 
     def __init__(self, shards: Shards, name: str = "tokens"):
         self.shards = shards
@@ -68,8 +78,15 @@ class TokenData:
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])  # start of each shard, and the end
 
     @classmethod
-    def open(cls, folder: str | Path, split: str) -> TokenData:
-        """Raises UserError if the split is missing, empty or not in the format of its manifest."""
+    def open(cls, folder: str | Path, split: str, data_cache: float = 100.0) -> TokenData:
+        """Raises UserError if the split is missing, empty or not in the format of its manifest. data_cache: GiB for
+        downloaded shards."""
+        if url := source_of(Path(folder)):
+            limit = int(data_cache * (1 << 30))
+            files, fits = open_remote(url, Path(folder), split, limit)
+            data = cls(files, f"{url} ({split})")
+            data.group = None if fits else limit // 4 // files[0].dtype.itemsize
+            return data
         return cls(open_shards(Path(folder), split), f"{Path(folder).as_posix()} ({split})")
 
     def __len__(self) -> int:
@@ -79,6 +96,11 @@ class TokenData:
     def positions(self) -> int:
         """Positions of the windows of an epoch."""
         return len(self)
+
+    @property
+    def weighted(self) -> list[tuple[str, float, TokenData]]:
+        """(name, weight, data) of the parts of a mixture; of other data, only this."""
+        return [("", 1.0, self)]
 
     def check(self, block_size: int, vocab_size: int | None, remember: bool = True) -> BackgroundScan | None:
         """Raises UserError if the split is shorter than one window or has an id outside the vocabulary. The ids of a
@@ -92,9 +114,10 @@ class TokenData:
         if vocab_size is None:
             return None
         self.vocab_size = vocab_size
-        if sum(shard.nbytes for shard in self.shards) > tokenfile.SCAN_LIMIT:
-            return BackgroundScan(self.shards, self.name, vocab_size, remember)
-        self.largest_id = tokenfile.scan(self.shards, self.name, vocab_size, remember)
+        shards = [shard for shard in self.shards if not isinstance(shard, RemoteFile)]  # their hashes are checked
+        if sum(shard.nbytes for shard in shards) > tokenfile.SCAN_LIMIT:
+            return BackgroundScan(shards, self.name, vocab_size, remember)
+        self.largest_id = tokenfile.scan(shards, self.name, vocab_size, remember)
         return None
 
     def windows(self, starts: np.ndarray, length: int, vocab_size: int | None = None) -> np.ndarray:
@@ -145,6 +168,7 @@ class SampleOrder:
     order: Literal["random", "shuffled"] = "random"
     stride: int | None = None
     seed: int = 1337
+    samples = math.inf  # after which the data is used up
 
     @property
     def last_start(self) -> int:
@@ -164,7 +188,7 @@ class SampleOrder:
         """Start positions of the global batch of `step`: (batch,) int64."""
         if self.order == "random":
             # a counter-based generator keyed by the step needs no earlier draws
-            return _generator(self.seed, step).integers(0, self.last_start + 1, size=batch)
+            return generator(self.seed, step).integers(0, self.last_start + 1, size=batch)
         index = np.arange(step * batch, (step + 1) * batch)
         epochs, places = np.divmod(index, self.windows_per_epoch)
         out = np.empty(batch, dtype=np.int64)
@@ -178,12 +202,12 @@ class SampleOrder:
 def _epoch_starts(order: SampleOrder, epoch: int) -> np.ndarray:
     """The ordered start positions of one epoch of shuffled windows: (windows_per_epoch,) int64."""
     spacing = order.stride or order.block_size
-    rng = _generator(order.seed, epoch)
+    rng = generator(order.seed, epoch)
     shift = int(rng.integers(0, min(spacing - 1, order.last_start) + 1))
     return rng.permutation(order.windows_per_epoch) * spacing + shift
 
 
-def _generator(seed: int, counter: int) -> np.random.Generator:
+def generator(seed: int, counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), counter]))
 
 

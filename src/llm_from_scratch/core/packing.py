@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from ..errors import DataError, UserError
 from .dataset import SampleOrder, TokenData
-from .tokenfile import BLOCK, Shards, TokenFile, read_manifest
+from .remote import RemoteFile
+from .tokenfile import BLOCK, Shards, TokenFile, document_ends, read_manifest
 from .tokenizer import Tokenizer
 
 LEARNED, BEGINS = 1, 2  # bits of a token's mark: the model learns to write it; a document begins with it
@@ -31,12 +33,16 @@ class PackedData(TokenData):
 
     is_packed = True
 
-    def __init__(self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = ()):
-        """end_id: the id that ends a document. marks: one for each token instead, as in conversations."""
+    def __init__(
+        self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = (),
+        ends: np.ndarray | None = None,
+    ):  # fmt: skip
+        """end_id: the id that ends a document. ends: where documents end instead. marks: one for each token instead, as
+        in conversations."""
         super().__init__(shards, name)
         self.marks, self.block_size = marks, block_size
-        begins, ends = self._documents(end_id)
-        self.documents, self.cropped = len(begins), 0
+        begins, ends = self._documents(end_id) if ends is None else (np.concatenate([[0], ends[:-1]]), ends)
+        self.documents, self.cropped, self.cut = len(begins), 0, 0
         if marks:
             lengths = np.minimum(ends - begins, block_size + 1)
             self.cropped = int((ends - begins - lengths).sum())
@@ -44,6 +50,7 @@ class PackedData(TokenData):
             used = counts > 0
             begins, lengths, counts = begins[used], lengths[used], counts[used]
         else:
+            self.cut = int((ends - begins > block_size + 1).sum())
             begins, lengths = _pieces(begins, ends, block_size)
             counts = lengths - 1
         if not len(begins):
@@ -64,6 +71,8 @@ class PackedData(TokenData):
         manifest = read_manifest(folder) or {}
         if stated := manifest.get("splits", {}).get(split, {}).get("marks"):
             return cls(data.shards, data.name, block_size, marks=open_marks(folder, stated, data.shards))
+        if (ends := document_ends(data.shards)) is not None:
+            return cls(data.shards, data.name, block_size, ends=ends)
         end_id = manifest.get("document_end", None if tokenizer is None else tokenizer.eot_id)
         if type(end_id) is not int:
             ways = "prepare the text with --lines=True (a document per line), or with a tokenizer that has one"
@@ -87,11 +96,13 @@ class PackedData(TokenData):
     def batch(
         self, starts: np.ndarray, block_size: int, share: slice, processes: int = 1, vocab_size: int | None = None
     ) -> list[np.ndarray]:
-        """Of the rows with the numbers starts[share]: inputs and targets (2, B, T), -1 if not learned; the number of
-        the document at each position, (B, T); and each row's share in the loss of the global batch, (B,), times the
-        number of processes, whose gradients are averaged."""
-        total = int(self.learned[starts].sum())
-        mine = starts[share]
+        """Of the rows with the numbers starts[share], as rows() returns them; and each row's share in the loss of the
+        global batch."""
+        return [*self.rows(starts[share]), shares_of(self.learned, starts, share, processes)]
+
+    def rows(self, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the rows with these numbers: inputs and targets (2, B, T), -1 if not learned; and the number of the
+        document at each position, (B, T)."""
         tokens = np.zeros((2, len(mine), self.block_size), np.int64)
         tokens[1] = -1
         numbers = np.zeros((len(mine), self.block_size), np.int64)
@@ -112,7 +123,7 @@ class PackedData(TokenData):
             targets = np.where(marks[is_target] & LEARNED, targets, -1)
         numbers += count[:, None]  # padding is apart from the documents
         tokens[0, row, column], tokens[1, row, column], numbers[row, column] = ids[is_input], targets, number
-        return [tokens, numbers, (self.learned[mine] * (processes / total)).astype(np.float32)]
+        return tokens, numbers
 
     def _read(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The tokens of some documents, one after the other, int64, and their marks."""
@@ -153,6 +164,8 @@ class PackedData(TokenData):
         if self.marks:
             parts.append(f"{targets / used:.0%} of the tokens are learned")
             parts.append(f"{self.cropped / (used + self.cropped):.1%} are cropped (--block_size)")
+        if self.cut:
+            parts.append(f"{self.cut:,} longer documents are cut into pieces, and nothing is cropped")
         return ", ".join(parts)
 
     def example(self, tokenizer: Tokenizer) -> str:
@@ -161,6 +174,30 @@ class PackedData(TokenData):
         begin, count = int(self.begins[0]), int((numbers[0] == 0).sum())
         ids, _ = self._read(np.array([begin]), np.array([count + 1]))
         return marked(tokenizer, ids, np.concatenate([[False], targets[0, :count] >= 0]))
+
+
+def shares_of(learned: np.ndarray, starts: np.ndarray, share: slice, processes: int) -> np.ndarray:
+    """The share of the rows starts[share] in the loss of the global batch, (B,), times the number of processes, whose
+    gradients are averaged. learned: the targets of each row."""
+    return (learned[starts[share]] * (processes / int(learned[starts].sum()))).astype(np.float32)
+
+
+def short_documents(data: TokenData, folder: Path, block_size: int) -> str | None:
+    """The advice for documents that are short compared with the windows, as far as it is known where they end."""
+    end_id = (read_manifest(folder) or {}).get("document_end")
+    if (ends := document_ends(data.shards)) is not None:
+        count, tokens = len(ends), len(data)
+    elif type(end_id) is int:
+        first = np.asarray(data.shards[0][:BLOCK])
+        count, tokens = int((first == end_id).sum()), len(first)
+    else:
+        return None
+    if count * block_size < 2 * tokens:
+        return None
+    return (
+        f"note: the documents of {folder} have about {tokens / count:,.0f} tokens, and windows of {block_size} mix "
+        "them: --documents=True trains on whole documents, each on its own"
+    )
 
 
 def in_units(
@@ -185,9 +222,13 @@ def marked(tokenizer: Tokenizer, ids: np.ndarray, learned: np.ndarray) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1][-SHOWN:]
 
 
-def open_marks(folder: Path, stated: list[dict[str, Any]], shards: Shards) -> list[TokenFile]:
+def open_marks(folder: Path, stated: list[dict[str, Any]], shards: Shards) -> Sequence[TokenFile]:
     """The files of a split's marks. Raises UserError if they do not belong to its tokens."""
-    marks = [TokenFile(folder / Path(entry["file"]).name, "u1") for entry in stated]
+    first, marks = shards[0], list[TokenFile]()
+    if isinstance(first, RemoteFile):
+        marks = [RemoteFile(first.cache, entry, "u1") for entry in stated]
+    else:
+        marks = [TokenFile(folder / Path(entry["file"]).name, "u1") for entry in stated]
     if sum(map(len, marks)) != sum(map(len, shards)):
         raise DataError(f"{folder}: the marks of the conversations do not belong to its tokens; prepare it again")
     return marks

@@ -129,6 +129,8 @@ def open_shards(folder: Path, split: str) -> list[TokenFile]:
     manifest = read_manifest(folder)
     dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
     stated = _stated(folder, split, manifest)
+    if manifest is None and not any(os.path.lexists(path) for path in stated) and any(folder.glob("*.ds")):
+        return _datatrove_shards(folder, split)
     shards = []
     for path, tokens in stated.items():
         if not os.path.lexists(path):
@@ -167,6 +169,45 @@ def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[P
     if gap := next((number for number in range(min(found), max(found)) if number not in found), None):
         raise UserError(f"{folder} has {len(found)} files of the {split} split, but number {gap} is missing")
     return {found[number]: None for number in sorted(found)}
+
+
+def _datatrove_shards(folder: Path, split: str) -> list[TokenFile]:
+    """The shards that datatrove wrote: NAME.ds with the ids, NAME.ds.index with the ends of the documents. The
+    validation split is the shards whose names begin with val, or else the last one."""
+    files = [path for path in sorted(folder.glob("*.ds")) if path.stat().st_size]
+    val = [path for path in files if path.name.startswith("val")] or files[-1:]
+    chosen = val if split == "val" else [path for path in files if path not in val]
+    if not chosen:
+        raise UserError(
+            f"{folder} has {len(files)} .ds file with tokens, but needs two: the last one is the validation split"
+        )
+    shards = []
+    for path in chosen:
+        ends = _read_index(path)
+        width, rest = divmod(path.stat().st_size, int(ends[-1]) if len(ends) and ends[-1] else 1)
+        if rest or width not in (2, 4) or (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
+            raise DataError(f"{path} and its index do not belong together: prepare the shard again")
+        shards.append(TokenFile(path, f"<u{width}"))
+    if len({shard.dtype for shard in shards}) > 1:
+        raise DataError(f"{folder} has .ds files with 2 and with 4 bytes per token: put them into two folders")
+    return shards
+
+
+def _read_index(path: Path) -> np.ndarray:
+    index = path.with_name(path.name + ".index")
+    try:
+        return np.frombuffer(index.read_bytes(), "<u8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {index} ({one_line(error)}): datatrove writes it next to {path.name}") from None
+
+
+def document_ends(shards: Shards) -> np.ndarray | None:
+    """Where the documents of datatrove's shards end, over all shards; None for other shards."""
+    if not all(isinstance(shard, TokenFile) and shard.path.suffix == ".ds" for shard in shards):
+        return None
+    starts = np.cumsum([0] + [len(shard) for shard in shards])
+    each = [_read_index(shard.path).astype(np.int64) for shard in shards if isinstance(shard, TokenFile)]
+    return np.unique(np.concatenate([start + ends for start, ends in zip(starts, each, strict=False)]))
 
 
 def _every_second_is_zero(shard: TokenFile) -> bool:

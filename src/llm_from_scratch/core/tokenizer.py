@@ -392,7 +392,20 @@ def tokenizer_of(folder: str | Path) -> Tokenizer | None:
     if Tokenizer.exists(folder):
         return Tokenizer.load(folder)
     meta = Path(folder) / "meta.pkl"
+    if not meta.is_file() and (described := sorted(Path(folder).glob("*.ds.metadata"))):
+        return _of_datatrove(Path(folder), described[0])
     return Tokenizer.from_nanogpt_meta(meta) if meta.is_file() else None
+
+
+def _of_datatrove(folder: Path, described: Path) -> Tokenizer | None:
+    """The tokenizer of datatrove's shards, which name it. None: GPT-2's, or unknown."""
+    with described.open(encoding="utf-8", errors="replace") as file:
+        name = one_line(file.readline(256).partition("|")[0])
+    if (folder / HF_FILE).is_file():
+        return HFTokenizer.from_file(folder / HF_FILE)
+    if name in ("gpt2", "openai-community/gpt2", "Unknown Tokenizer", ""):
+        return None
+    raise UserError(f"the shards in {folder} were made with {name}: copy its {HF_FILE} into the folder")
 
 
 def safe_cut(text: str, limit: int) -> int:

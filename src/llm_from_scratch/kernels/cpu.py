@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,15 +86,16 @@ class CPURotaryPositions(RotaryPositions):
 
 
 class CPUAttention(Attention):
-    """Attention with a written-out gradient for training. Falls back to torch's kernel without gradients or with a
-    mask."""
+    """Attention with a written-out gradient for training, also of documents that share rows. Falls back to torch's
+    kernel without gradients or with the mask of a cache."""
 
     keeps_weights = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        if causal and torch.is_grad_enabled():
+        of_rows = mask is not None and mask.shape == (q.size(0), 1, q.size(2), k.size(2))
+        if (causal or of_rows) and torch.is_grad_enabled():
             q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a rotation leaves them in float32
-            return CausalAttention.apply(q, k, v, self.dropout if self.training else 0.0, self.keeps_weights)
+            return CausalAttention.apply(q, k, v, self.dropout if self.training else 0.0, self.keeps_weights, mask)
         return super().forward(q, k, v, mask, causal)
 
 
@@ -164,68 +165,87 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v; a token attends to itself and the tokens before it.
+    """softmax(q k^T / sqrt(D)) v; a token attends to itself and the tokens before it, or as the mask has it.
 
     q: (B, H, T, D); k, v: (B, Hkv, T, D) with Hkv dividing H. Processes a few sequences at a time, and in them blocks
     of queries with the keys that any of them attends to. keep: store the attention weights in q's dtype instead of
     recomputing them in backward (dropout implies it). A dropped weight is stored with its sign flipped, so that weight
-    and mask are one tensor.
+    and mask are one tensor. mask: (B, 1, T, T), True if a query may attend to a key. Keys that no query of a block may
+    attend to are left out, so that short documents cost less than one long one.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float, keep: bool, mask: Tensor | None = None
+    ) -> Tensor:
         B, H, T, D = q.shape
         y = torch.empty(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # the next product needs the heads side by side
         weights, scale = [], 1.0
-        for rows in _rows(B, H, T):
+        ctx.plan = [(rows, _blocks(T) if mask is None else masked_blocks(mask[rows, 0])) for rows in _rows(B, H, T)]
+        for rows, blocks in ctx.plan:
             qr, kr, vr = _heads(q[rows]), _heads(k[rows], H), _heads(v[rows], H)  # (b H, T, D)
             out = torch.empty_like(qr)
-            for at, end in _blocks(T):
-                used = p = _weights(qr, kr, at, end)
+            for block in blocks:
+                used = p = _weights(qr, kr, block)
                 if dropout:
-                    mask, scale = keep_mask(p.shape, dropout, p.dtype)
-                    used = p * mask
-                    p = torch.mul(p, mask.mul_(2).sub_(1), out=mask)
+                    kept, scale = keep_mask(p.shape, dropout, p.dtype)
+                    used = p * kept
+                    p = torch.mul(p, kept.mul_(2).sub_(1), out=kept)
                 weights += [p] if keep or dropout else []
-                out[:, at:end] = torch.bmm(used, vr[:, :end])
+                out[:, block.queries] = torch.bmm(used, vr[:, block.keys])
             y[rows] = out.view(-1, H, T, D)
         ctx.save_for_backward(q, k, v, *weights)
         ctx.dropout, ctx.scale = dropout, scale
         return y.mul_(scale) if dropout else y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, *weights = ctx.saved_tensors
-        (B, H, T, D), (dy,) = q.shape, grads
+        (_, H, T, D), (dy,) = q.shape, grads
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         saved = iter(weights)
-        for rows in _rows(B, H, T):
+        for rows, blocks in ctx.plan:
             qr, kr, vr, dr = _heads(q[rows]), _heads(k[rows], H), _heads(v[rows], H), _heads(dy[rows])
             if ctx.dropout:
                 dr = dr * ctx.scale
             dqr, dkr, dvr = torch.empty_like(qr), torch.zeros_like(kr), torch.zeros_like(vr)
-            for at, end in _blocks(T):
-                p, dout = next(saved) if weights else _weights(qr, kr, at, end), dr[:, at:end]
-                dp = torch.bmm(dout, vr[:, :end].transpose(1, 2))
+            for block in blocks:
+                queries, keys = block.queries, block.keys
+                p, dout = next(saved) if weights else _weights(qr, kr, block), dr[:, queries]
+                dp = torch.bmm(dout, vr[:, keys].transpose(1, 2))
                 used = p
                 if ctx.dropout:
                     used = p.relu()
                     dp = torch.ops.aten.threshold_backward(dp, p, 0)  # zero if the weight was dropped
                     p = p.abs()
-                dvr[:, :end] += torch.bmm(used.transpose(1, 2), dout)
+                dvr[:, keys] += torch.bmm(used.transpose(1, 2), dout)
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(1 / math.sqrt(D))
-                dqr[:, at:end] = torch.bmm(ds, kr[:, :end])
-                dkr[:, :end] += torch.bmm(ds.transpose(1, 2), qr[:, at:end])
+                dqr[:, queries] = torch.bmm(ds, kr[:, keys])
+                dkr[:, keys] += torch.bmm(ds.transpose(1, 2), qr[:, queries])
             dq[rows] = dqr.view(-1, H, T, D)
             dk[rows] = _summed(dkr, k.size(1), H)
             dv[rows] = _summed(dvr, k.size(1), H)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
-def _weights(q: Tensor, k: Tensor, at: int, end: int) -> Tensor:
-    """Attention weights of queries at ... end: (b H, T, D) each to (b H, end - at, end)."""
-    scores = torch.bmm(q[:, at:end], k[:, :end].transpose(1, 2)).mul_(1 / math.sqrt(q.size(-1)))
-    scores[:, :, at:].add_(_future(end - at, scores.dtype))
+class Block(NamedTuple):
+    """Queries that are computed at once, and the keys that any of them attends to."""
+
+    queries: slice
+    keys: slice
+    hidden: Tensor | None = None
+    """(b, queries, keys), True if a query may not attend to a key; None: causal."""
+
+
+def _weights(q: Tensor, k: Tensor, block: Block) -> Tensor:
+    """Attention weights of a block: (b H, T, D) each to (b H, queries, keys)."""
+    scores = torch.bmm(q[:, block.queries], k[:, block.keys].transpose(1, 2)).mul_(1 / math.sqrt(q.size(-1)))
+    if block.hidden is None:
+        size = block.queries.stop - block.queries.start
+        scores[:, :, block.queries.start :].add_(_future(size, scores.dtype))
+    else:
+        rows = block.hidden.size(0)
+        scores.view(rows, -1, *scores.shape[1:]).masked_fill_(block.hidden[:, None], -math.inf)
     return scores.softmax(dim=-1)
 
 
@@ -235,8 +255,20 @@ def _rows(B: int, H: int, T: int) -> Iterator[slice]:
     return (slice(at, min(B, at + size)) for at in range(0, B, size))
 
 
-def _blocks(T: int) -> Iterator[tuple[int, int]]:
-    return ((at, min(T, at + QUERIES)) for at in range(0, T, QUERIES))
+def _blocks(T: int) -> list[Block]:
+    ends = [(at, min(T, at + QUERIES)) for at in range(0, T, QUERIES)]
+    return [Block(slice(at, end), slice(0, end)) for at, end in ends]
+
+
+def masked_blocks(mask: Tensor) -> list[Block]:
+    """mask: (b, T, T), True if a query may attend to a key."""
+    blocks = []
+    for queries in (block.queries for block in _blocks(mask.size(1))):
+        part = mask[:, queries]
+        (used,) = part.any(1).any(0).nonzero(as_tuple=True)
+        keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+        blocks.append(Block(queries, keys, ~part[:, :, keys]))
+    return blocks
 
 
 def _heads(t: Tensor, H: int | None = None) -> Tensor:

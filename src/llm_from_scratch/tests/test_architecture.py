@@ -35,10 +35,11 @@ BELOW: dict[str, set[str]] = {
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "settings": {"errors"},
-    "config": {"errors", "settings"},
+    "mixture": {"errors", "settings"},
+    "config": {"errors", "settings", "mixture"},
     "presets": {"errors", "settings", "config"},
-    **{room: {"errors", "settings", "config", *below} for room, below in BELOW.items()},
-    "cli": {"errors", "settings", "config", "presets", *BELOW},
+    **{room: {"errors", "settings", "mixture", "config", *below} for room, below in BELOW.items()},
+    "cli": {"errors", "settings", "mixture", "config", "presets", *BELOW},
 }
 # nanoGPT's API has these two methods on the model, so they reach upward, when they are called.
 UPWARD = {

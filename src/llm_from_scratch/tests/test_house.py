@@ -35,7 +35,7 @@ MOST_LINES = 15_000
 # Imports inside functions: packages of the extras, whose absence is reported in one line when they are needed; slow
 # ones, which commands that must answer at once do not wait for; and modules that not every system has.
 OPTIONAL = {
-    *("datasets", "fastapi", "filelock", "gguf", "huggingface_hub", "jinja2", "lm_eval", "matplotlib"),
+    *("datasets", "fastapi", "filelock", "fsspec", "gguf", "huggingface_hub", "jinja2", "lm_eval", "matplotlib"),
     "prometheus_client",
     *("pyarrow", "tensorboard", "tiktoken", "tiktoken_ext", "tokenizers", "transformers", "uvicorn", "wandb", "yaml"),
     *("safetensors", "tyro", "rich"),
@@ -440,7 +440,7 @@ def test_the_guide_to_adding_a_part_names_what_exists(tmp_path: Path) -> None:
 
 # Tests that cover several modules of their room together.
 ABOUT_SEVERAL = {
-    "training": {"compile", "distributed", "documents", "faults", "gpu_step", "toys", "edited_models"},
+    "training": {"compile", "distributed", "documents", "faults", "gpu_step", "mixtures", "toys", "edited_models"},
     "serving": {"chat", "life"},
     "generation": {"edited_models"},
     "kernels": {"edited_models"},

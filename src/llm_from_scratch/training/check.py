@@ -9,11 +9,13 @@ from ..checkpoint.load import is_pretrained
 from ..checkpoint.store import find_checkpoint
 from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
+from ..core.mixed import Mixture
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from ..errors import SharedError, UserError
 from ..machine.extras import require
 from ..machine.files import check_writable
 from ..machine.processes import distributed_env
+from ..mixture import Part, read_mixture
 from .loggers import check_extras
 
 SMALL = 1 << 26  # bytes of a split whose ids are checked at once
@@ -23,7 +25,8 @@ SMALL = 1 << 26  # bytes of a split whose ids are checked at once
 class Inputs:
     """What a run reads, opened."""
 
-    folder: Path
+    folders: tuple[Path, ...]
+    """Of the dataset, or of the parts of a mixture."""
     tokenizer: Tokenizer | None
     vocab_size: int | None
     """Ids of the data; None if neither a tokenizer nor a manifest gives it."""
@@ -33,6 +36,10 @@ class Inputs:
     """Sequences of an update, which every process gets an equal share of."""
     documents: bool
     """Whether windows are made of whole documents."""
+
+    @property
+    def folder(self) -> Path:
+        return self.folders[0]
 
 
 def check(config: Config) -> Inputs:
@@ -62,14 +69,15 @@ def check(config: Config) -> Inputs:
             f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
             "divisor, or auto"
         )
-    folder = resolve_dataset(config.data.dataset)
-    tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
-    ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
-    units, documents = (manifest or {}).get("units"), config.data.documents
-    if units == "conversations" and documents is False:
+    mixture = read_mixture(config.data.dataset)
+    folders = tuple(map(resolve_dataset, [part.name for part in mixture] or [config.data.dataset]))
+    tokenizer, ids = _one_tokenizer(folders)
+    units, documents = [(read_manifest(folder) or {}).get("units") for folder in folders], config.data.documents
+    if "conversations" in units and documents is False:
+        folder = folders[units.index("conversations")]
         raise UserError(f"{folder} holds conversations, which are trained as documents: remove --documents=False")
-    documents = units is not None if documents == "auto" else documents
-    splits = [TokenData.open(folder, split) for split in ("train", "val")]
+    documents = any(units) if documents == "auto" else documents
+    splits = [_open(config, folders, mixture, split) for split in ("train", "val")]
     for data in sorted(splits, key=len):  # an error of the shortest names a block_size that fits both
         from_scratch = init_from == "scratch"  # otherwise the weights set context and vocabulary
         is_small = sum(shard.nbytes for shard in data.shards) < SMALL
@@ -77,4 +85,33 @@ def check(config: Config) -> Inputs:
         data.check(config.model.block_size if from_scratch and not documents else 1, vocab_size)
     if init_from not in ("scratch", "resume") and Path(init_from).exists() and not is_pretrained(init_from):
         find_checkpoint(init_from, verify=False)
-    return Inputs(folder, tokenizer, ids, splits[0], splits[1], global_batch, documents)
+    return Inputs(folders, tokenizer, ids, splits[0], splits[1], global_batch, documents)
+
+
+def _open(config: Config, folders: tuple[Path, ...], mixture: list[Part], split: str) -> TokenData:
+    parts = [TokenData.open(folder, split, config.data.data_cache) for folder in folders]
+    if large := next((part for part in parts if part.group is not None), None):
+        if config.data.sample_order == "random" or config.data.documents is True:
+            what = "--documents=True" if config.data.documents is True else "--sample_order=random"
+            raise UserError(f"{what} reads all shards of {large.name}, which do not fit into --data_cache: raise it")
+        return Mixture(mixture or [Part(large.name, 1.0)], parts)  # its order has groups
+    return Mixture(mixture, parts) if mixture else parts[0]
+
+
+def _one_tokenizer(folders: tuple[Path, ...]) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer of all folders and the number of their ids, as far as they are known. Raises UserError if a mixture
+    has several."""
+    found = []
+    for folder in folders:
+        tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
+        ids = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else None
+        found.append((tokenizer, ids, tokenizer.fingerprint() if tokenizer else ids))
+        if found[-1][2] != found[0][2]:
+            names = [f"{name.name} ({count} ids)" if name else "an unknown one" for name, count, _ in found]
+            raise UserError(
+                f"the parts of a mixture need the same tokenizer: {folders[0]} has {names[0]}, {folder} {names[-1]}. "
+                f"Prepare {folder} again with --tokenizer={folders[0]}"
+            )
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"the mixture names one dataset twice ({', '.join(map(str, folders))}): give it one weight")
+    return found[0][:2]

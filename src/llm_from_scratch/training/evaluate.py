@@ -71,6 +71,22 @@ def evaluate_split(
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
 
+def evaluate_parts(
+    model: torch.nn.Module, data: TokenData, *rest: Any, **options: Any
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """evaluate_split, and the evaluations of the parts of a mixture by name. The whole is then that of a text that has
+    the parts in the proportions of their weights."""
+    found = [(name, weight, evaluate_split(model, part, *rest, **options)) for name, weight, part in data.weighted]
+    parts = [part for _, _, part in found]
+    if len(parts) == 1:
+        return parts[0], {name: part for name, _, part in found if name}
+    loss = math.fsum(weight * part.loss for _, weight, part in found)
+    tokens, seconds = sum(part.tokens for part in parts), sum(part.seconds for part in parts)
+    per_token = math.fsum(weight * (part.text_bytes or 0) / part.tokens for _, weight, part in found)
+    text_bytes = None if None in [part.text_bytes for part in parts] else round(tokens * per_token)
+    return Evaluation(loss, tokens, text_bytes, seconds), {name: part for name, _, part in found}
+
+
 @torch.no_grad()
 def estimate_loss(
     model: torch.nn.Module, data: TokenData, block_size: int, windows: int, runtime: Runtime,

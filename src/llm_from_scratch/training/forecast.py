@@ -202,7 +202,9 @@ class Rehearsal:
     def evaluated(self, windows: int) -> Split:
         """Seconds to evaluate `windows` windows at once."""
         run, begin, block_size = self.run, self._now(), self.plan.config.model.block_size
-        estimate_loss(run.models.compiled, self.plan.val_data, block_size, windows, run.runtime, windows)
+        parts = self.plan.val_data.weighted
+        for _, _, part in parts:
+            estimate_loss(run.models.compiled, part, block_size, -(-windows // len(parts)), run.runtime, windows)
         return Split(self._span("forward"), self._now() - begin - self._span("forward"))
 
 

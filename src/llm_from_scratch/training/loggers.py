@@ -289,16 +289,19 @@ class RunLog:
         if scores := {name: value for name, value in metrics.items() if "/" in name}:
             self.say(f"step {step}/{self.last}  {scores_line(scores)}")
 
-    def final(self, step: int, found: Evaluation) -> None:
-        """The loss of the whole validation split at the end of the run."""
+    def final(self, step: int, found: Evaluation, parts: dict[str, float] | None = None) -> None:
+        """The loss of the whole validation split at the end of the run. parts: of the parts of a mixture, by name."""
+        of_parts = {f"val_loss_full/{name}": loss for name, loss in (parts or {}).items()}
         metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
         text = f"final: val loss {found.loss:.4f} (whole split), perplexity {found.perplexity:.2f}"
         if (bits := found.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"
-        self._log(step, metrics)
+        self._log(step, metrics | of_parts)
         self._text(step, "final", text)
         self.say(text)
+        if of_parts:
+            self.say(f"final: {scores_line(of_parts)}")
 
     def sample(self, step: int, text: str) -> None:
         """A text sample written during training."""

@@ -32,6 +32,7 @@ class Pace:
         """deadline: on the clock; None: the number of updates does not change."""
         self.ends_at, self.clock, scheduler = (deadline.at if deadline else 0.0) - EXIT, clock, plan.config.scheduler
         self.most = plan.last_step if deadline and not deadline.may_extend else math.inf
+        self.most = min(self.most, plan.order.samples / plan.global_batch)
         self.is_free = (
             deadline is not None
             and scheduler.schedule == "linear"

@@ -15,6 +15,8 @@ from ..checkpoint.store import Checkpoint
 from ..config import Config
 from ..core.adapters import trained_model
 from ..core.dataset import SampleOrder, TokenData
+from ..core.mixed import MixedOrder, Mixture
+from ..core.remote import RemoteFile
 from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
@@ -82,6 +84,10 @@ class Plan:
         return self.keep_memory and self.runtime.device.type == "cpu" and self.sizes.params >= LARGE
 
     @property
+    def data_name(self) -> str:
+        return self.train_data.name if isinstance(self.train_data, Mixture) else self.folder.as_posix()
+
+    @property
     def hashes(self) -> tuple[str, str]:
         """Identify the training tokens, and the tokens of both splits."""
         return dataset_hashes(self.train_data, self.val_data)
@@ -95,7 +101,7 @@ def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
     return sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=64)
 def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
     """Of the training split, and of both: all tokens, or samples from all parts of a split above HASHED bytes."""
     digest, hashes = hashlib.sha256(), []
@@ -104,10 +110,21 @@ def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
         stride = max(1, sum(shard.nbytes for shard in data.shards) // HASHED)
         for shard in [*data.shards, *data.marks]:
             pieces = -(-len(shard) // PIECE)
+            if isinstance(shard, RemoteFile):
+                digest.update(shard.sha256.encode())
+                continue
             for piece in sorted({*range(0, pieces, stride), pieces - 1}):
                 digest.update(shard[piece * PIECE : (piece + 1) * PIECE].tobytes())
         hashes.append(digest.hexdigest())
     return hashes[0], hashes[1]
+
+
+def part_hashes(train: TokenData, val: TokenData) -> dict[str, str]:
+    """Identify the tokens of each part of a mixture, by name."""
+    if not isinstance(train, Mixture) or not isinstance(val, Mixture):
+        return {}
+    parts = zip(train.names, train.parts, val.parts, strict=True)
+    return {part.name: dataset_hashes(own, theirs)[1] for part, own, theirs in parts}
 
 
 def count_of(sizes: Sizes) -> str:
@@ -124,12 +141,12 @@ def describe(plan: Plan) -> list[str]:
         *plan.notes,
         *(f"{name}: {text}" for name, text in runtime.reasons.items()),
         *([f"processes: {runtime.world_size} ({runtime.backend})"] if runtime.world_size > 1 else []),
-        f"data: {plan.folder.as_posix()}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
-        "tokens",
+        f"data: {plan.data_name}, {len(plan.train_data):,} training and {len(plan.val_data):,} validation tokens",
         f"model: {count_of(plan.sizes)}, vocabulary {model.vocab_size:,}, context {model.block_size}",
         f"tokens per iteration will be: {plan.tokens_per_step:,} ({plan.global_batch} sequences: "
         f"{runtime.world_size} x {plan.micro_steps} x {plan.micro_batch})",
         f"length: {plan.last_step:,} steps, {epochs:.2f} epochs",
+        *(plan.order.lines(plan.last_step * plan.global_batch) if isinstance(plan.order, MixedOrder) else []),
         *([KEPT] if plan.keeps_more else []),
         *_doubts(plan, epochs),
     ]

@@ -111,7 +111,7 @@ def _results(plan: Plan, state: TrainState, best: str | None, last: str | None) 
         f"model: {count_of(plan.sizes)}, {_counted(model.n_layer, 'layer')}, "
         f"{_counted(model.n_head, 'head')}, width {model.n_embd}, context {model.block_size}, "
         f"vocabulary {model.vocab_size:,}",
-        f"data: `{plan.folder.as_posix()}`, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
+        f"data: `{plan.data_name}`, {len(plan.train_data):,} training and {len(plan.val_data):,} validation "
         f"tokens{tokenizer}",
         f"length: step {state.step:,} of {plan.last_step:,}, {tokens:,} tokens, "
         f"{tokens / len(plan.train_data):.2f} epochs",

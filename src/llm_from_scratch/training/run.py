@@ -33,7 +33,7 @@ from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
 from . import before_after
-from .evaluate import Evaluation, estimate_loss, evaluate_split
+from .evaluate import Evaluation, estimate_loss, evaluate_parts
 from .guards import Finding, StepGuard, all_finite
 from .harness import TaskModel, evaluate_tasks, figures
 from .loggers import RunLog
@@ -246,14 +246,19 @@ class Run:
         self.report_steps(wait=True)
         state, windows = self.state, self.config.training.eval_iters * self.config.data.batch_size
         block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
+        parts: dict[str, float] = {}
         for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
-            losses[split] = estimate_loss(
-                self.models.compiled, data, block_size, windows, self.runtime, self.eval_batch, self.stop.interrupt
-            )
+            losses[split], each = 0.0, -(-windows // len(data.weighted))
+            for name, weight, part in data.weighted:
+                loss = estimate_loss(
+                    self.models.compiled, part, block_size, each, self.runtime, self.eval_batch, self.stop.interrupt
+                )
+                losses[split] += weight * loss
+                parts |= {f"{split}_loss/{name}": loss} if name else {}
         self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
-        metrics |= ({"mfu": self.mfu} if self.mfu is not None else {}) | self._score_tasks()
+        metrics |= ({"mfu": self.mfu} if self.mfu is not None else {}) | parts | self._score_tasks()
         self.log.evaluation(state.step, metrics, min(losses["val"], state.best_val_loss))
         if not math.isfinite(sum(losses.values())):
             raise self._not_finite(Finding(state.step, lr, sum(losses.values()), math.nan))
@@ -431,11 +436,11 @@ class Run:
             skipped = f"skipped: about {expected / 60:.0f} min. To run it: {eval_command(self.config)}"
             self.say(f"evaluation of the whole validation split {skipped}")
             return None
-        final = evaluate_split(
+        final, parts = evaluate_parts(
             self.models.compiled, plan.val_data, self.config.model.block_size, runtime, plan.tokenizer,
             self.eval_batch, self.stop.interrupt,
         )  # fmt: skip
-        self.log.final(self.state.step, final)
+        self.log.final(self.state.step, final, {name: part.loss for name, part in parts.items()})
         return final
 
     def result(self, final: Evaluation | None = None) -> TrainResult:

@@ -21,7 +21,7 @@ from ..machine.memory import free_memory
 from ..settings import to_dict
 from .loggers import RunLog
 from .optimizer import optimizer_state
-from .plan import Plan
+from .plan import Plan, part_hashes
 from .state import TrainState, copied, random_states
 
 
@@ -70,6 +70,8 @@ class Saver:
         if not plan.runtime.is_master:
             return
         rest = {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.hashes[0]}
+        if parts := part_hashes(plan.train_data, plan.val_data):
+            rest["parts"] = parts
         adapter = adapter_of(model)
         contents = {
             "step": state.step, "model": {} if adapter else model.state_dict(), "adapter": adapter, "base": plan.base,

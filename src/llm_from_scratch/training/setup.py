@@ -15,7 +15,8 @@ from ..checkpoint.store import Checkpoint, resolved_init
 from ..config import Config, GenerationConfig, GPTConfig
 from ..core.adapters import scale_of
 from ..core.dataset import TokenData
-from ..core.packing import PackedData
+from ..core.mixed import MixedOrder, Mixture
+from ..core.packing import PackedData, short_documents
 from ..core.tokenizer import Tokenizer
 from ..core.weights import cropped
 from ..errors import UserError
@@ -28,7 +29,7 @@ from ..settings import did_you_mean
 from .check import Inputs, check
 from .harness import load_tasks
 from .microbatch import keeps_memory, largest_micro_batch
-from .plan import Plan, dataset_hashes
+from .plan import Plan, dataset_hashes, part_hashes
 from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
 
@@ -107,6 +108,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         notes.append(f"tasks at every evaluation: {', '.join(tasks['tasks'])} (estimates do not include them)")
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
     splits = (inputs.train_data, inputs.val_data)
+    if config.data.documents == "auto" and not inputs.documents:
+        parts = zip([data for _, _, data in splits[0].weighted], inputs.folders, strict=True)
+        found = (short_documents(data, folder, config.model.block_size) for data, folder in parts)
+        notes += [line for line in found if line is not None]
     config.data.documents = inputs.documents
     if inputs.documents:
         config.validate()  # auto is resolved
@@ -141,6 +146,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             f"warning: warmup_iters={config.scheduler.warmup_iters} covers the whole run of {last_step} steps; "
             "the learning rate never reaches its peak"
         )
+    if isinstance(order, MixedOrder) and not training.eval_only:
+        order.refuse_longer(last_step * global_batch, global_batch)
     if resumed is not None:
         if runtime.is_master:
             _same_data(config, *splits, inputs.folder, resumed, notes)
@@ -187,14 +194,25 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
 
 def _packed(
     config: Config, inputs: Inputs, tokenizer: Tokenizer | None, notes: list[str]
-) -> tuple[PackedData, PackedData]:  # fmt: skip
+) -> tuple[TokenData, TokenData]:  # fmt: skip
     """Both splits as rows of whole documents."""
-    both = zip((inputs.train_data, inputs.val_data), ("train", "val"), strict=True)
-    train, val = (PackedData.of(data, inputs.folder, split, config.model.block_size, tokenizer) for data, split in both)
-    notes.append(f"documents: {train.summary()}")
-    if train.marks and tokenizer is not None:
-        notes.append(f"example (learned: >>...<<): {train.example(tokenizer)}")
-    return train, val
+
+    def packed(data: TokenData, folder: Path, split: str) -> PackedData:
+        found = PackedData.of(data, folder, split, config.model.block_size, tokenizer)
+        if split == "train":
+            of = f" of {folder.name}" if len(inputs.folders) > 1 else ""
+            notes.append(f"documents{of}: {found.summary()}")
+            if found.marks and tokenizer is not None:
+                notes.append(f"example (learned: >>...<<): {found.example(tokenizer)}")
+        return found
+
+    def of_all(data: TokenData, split: str) -> TokenData:
+        if not isinstance(data, Mixture):
+            return packed(data, inputs.folder, split)
+        parts = zip(data.parts, inputs.folders, strict=True)
+        return Mixture(data.names, [packed(part, folder, split) for part, folder in parts])
+
+    return of_all(inputs.train_data, "train"), of_all(inputs.val_data, "val")
 
 
 def _same_data(
@@ -207,13 +225,21 @@ def _same_data(
         return
     train = resumed.trainer.get("train_sha256")
     changed = "validation" if train == train_hash else "training or validation" if train is None else "training"
+    where = _changed_parts(train_data, val_data, resumed) or str(folder)
     if not config.training.allow_new_data:
         raise UserError(
-            f"the {changed} tokens in {folder} have changed since the run started; select the original data "
+            f"the {changed} tokens in {where} have changed since the run started; select the original data "
             "with --dataset, allow the change with --allow_new_data=True, or start a new run from its weights with "
             f"{shlex.quote(f'--init_from={config.training.out_dir}')} and another --out_dir"
         )
-    notes.append(f"{folder}: the {changed} tokens have changed since the run started (--allow_new_data)")
+    notes.append(f"{where}: the {changed} tokens have changed since the run started (--allow_new_data)")
+
+
+def _changed_parts(train_data: TokenData, val_data: TokenData, resumed: Checkpoint) -> str:
+    """The parts of a mixture whose tokens are not those of the checkpoint."""
+    before, now = resumed.trainer.get("parts"), part_hashes(train_data, val_data)
+    before = before if isinstance(before, dict) else {}
+    return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
+from llm_from_scratch.core.cache import Documents
 from llm_from_scratch.core.model import GPT, ReLUSquared, SwiGLU, apply_rotary
 from llm_from_scratch.core.rope import plain_angles
 from llm_from_scratch.kernels import cpu as kernels
@@ -59,13 +61,33 @@ def test_attention_without_gradients_or_with_a_mask_is_torchs(monkeypatch: pytes
         torch.testing.assert_close(kernels.CPUAttention(0.0)(q, k, v, None, True), expected)
 
 
-def test_dropped_attention_weights_have_their_gradients() -> None:
+@pytest.mark.parametrize("ends", [[9, 20, 70, 71, 130], [130], list(range(1, 131, 3))], ids=["some", "one", "many"])
+def test_attention_of_documents_is_the_plain_one(ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of documents of different lengths; keys of other documents are left out, not only masked."""
+    number = torch.bucketize(torch.arange(130), torch.tensor(ends), right=True)
+    numbers = torch.stack((number, number.flip(0).max() - number.flip(0), torch.zeros(130, dtype=torch.long)))
+    mask, results = Documents(numbers).mask, []
+    monkeypatch.setattr(kernels, "WEIGHTS", 2 * 4 * 64 * 130)  # two sequences at a time
+    for attend in (kernels.WrittenAttention(0.0), kernels.CPUAttention(0.0), kernels.LeanCPUAttention(0.0)):
+        fused, (q, k, v) = qkv(3, 4, 2, 130, 4)
+        y = attend(q, k, v, mask, False)
+        y.backward(torch.randn(y.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(1)))
+        results.append((y.detach(), fused.grad))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(results[2], results[1], atol=0, rtol=0)
+    widths = [block.keys.stop - block.keys.start for block in kernels.masked_blocks(mask[:1, 0])]
+    assert max(widths) <= 64 + max(np.diff([0, *ends, 130]))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_dropped_attention_weights_have_their_gradients(documents: bool) -> None:
     """Finite differences under one and the same mask."""
+    mask = Documents((torch.arange(70) // 30)[None]).mask if documents else None
     _, (q, k, v) = qkv(1, 2, 1, 70, 3)
 
     def with_one_mask(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return kernels.CausalAttention.apply(*inputs, 0.4, False)
+        return kernels.CausalAttention.apply(*inputs, 0.4, False, mask)
 
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
     assert torch.autograd.gradcheck(with_one_mask, inputs, fast_mode=True)
