@@ -432,6 +432,15 @@ class SystemConfig(Settings):
     collective_timeout: float = 600.0
     """With several processes: seconds after which a process that does not answer ends the run. A process that has died
     ends it sooner."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How processes share a model. ddp: each holds all of it. fsdp: each holds a part of every parameter, gradient and
+    moment (FSDP2). hsdp: fsdp within groups of processes, ddp between them. auto: ddp if all fits on each device, else
+    fsdp."""
+    shard_group: int | None = None
+    """With hsdp: processes that share one copy of the model. None: the processes of a node."""
+    reshard_after_forward: bool = True
+    """With fsdp and hsdp: free a block's weights after its forward pass and gather them again for its backward pass.
+    False: a third less traffic, but more memory."""
     seed: int = 1337
     """Random seed of weights, dropout, data order and sampling."""
     threads: int | None = None
@@ -454,6 +463,11 @@ class SystemConfig(Settings):
             raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise UserError(f"backend={self.backend!r} is not one of auto, nccl, gloo")
+        at_least(self, 2, "shard_group")
+        if self.shard_group is not None and self.parallel != "hsdp":
+            raise UserError("shard_group needs --parallel=hsdp")
+        if not self.reshard_after_forward and self.parallel == "ddp":
+            raise UserError("reshard_after_forward has no effect with --parallel=ddp: remove one of them")
 
 
 @dataclass

@@ -54,15 +54,24 @@ class Runtime:
     """Setting -> what was chosen and why, for the announcement."""
     products: dict[str, str] | None = None
     """Libraries of the linear layers' products on a CPU (kernels/products.py); None: to be measured."""
+    parallel: str = "ddp"
+    """How processes share the model: ddp, fsdp or hsdp."""
+    shards: int = 1
+    """Processes that share one copy of the model."""
 
     @property
     def is_master(self) -> bool:
         return self.rank == 0
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are sharded (FSDP2), so that every forward pass needs all processes."""
+        return self.parallel != "ddp"
+
+    @property
     def can_regroup(self) -> bool:
         """Whether processes whose exchange of gradients failed can start another one."""
-        return self.world_size > 1 and self.backend == "gloo"
+        return self.world_size > 1 and self.backend == "gloo" and not self.is_sharded
 
     @property
     def peak_flops(self) -> float | None:
@@ -189,7 +198,7 @@ def start(runtime: Runtime, config: SystemConfig) -> None:
         torch.cuda.set_device(runtime.device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    if runtime.world_size > 1 and not torch.distributed.is_initialized():
+    if (runtime.world_size > 1 or runtime.is_sharded) and not torch.distributed.is_initialized():
         processes.start(runtime.backend, runtime.rank, runtime.world_size, config.collective_timeout)
     # each process drops out other activations; weights are broadcast from rank 0
     torch.manual_seed(config.seed + runtime.rank)

@@ -18,6 +18,7 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 watch: Watch | None = None
 """Of the processes of this process group."""
@@ -65,6 +66,15 @@ def process_age(otherwise: float) -> float:
         if 0 <= age < OLD:
             return age
     return min(otherwise, YOUNG)
+
+
+def device_mesh(device: torch.device, world_size: int, shards: int) -> DeviceMesh:
+    """All processes, in groups of `shards` neighbours: (shard,), or (replicate, shard) for several groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if shards == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def start(backend: str, rank: int, world_size: int, timeout: float) -> None:

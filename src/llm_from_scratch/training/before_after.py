@@ -56,7 +56,8 @@ def begin(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
     training, wanted = plan.config.training, plan.config.finetune.before_after
     is_new = training.init_from not in ("scratch", "resume") and not training.eval_only
     wanted = (log.is_watched and log.nanogpt_mfu is None) if wanted == "auto" else wanted
-    if not wanted or not is_new or plan.tokenizer is None or not plan.runtime.is_master:
+    unfit = not plan.runtime.is_master or plan.runtime.is_sharded  # which writes with all processes
+    if not wanted or not is_new or plan.tokenizer is None or unfit:
         return
     texts = prompts_from(plan.val_data, plan.tokenizer)
     ids = [plan.tokenizer.encode(text).tolist() for text in texts]

@@ -105,19 +105,22 @@ def _sum_of_losses(
     """(nats, tokens) of the windows, over all processes, in batches of `size`, or smaller ones if memory runs out. The
     first `known` tokens of each window do not count, except of the first window."""
     mine = starts[runtime.rank :: runtime.world_size]  # the same sum, whatever batch size a process ends with
-    size = size or even_size(len(mine), windows_at_once(model, block_size))
+    # a sharded model needs all processes for a batch: with fewer windows, one takes part with an empty batch
+    share = -(-len(starts) // runtime.world_size) if runtime.is_sharded else len(mine)
+    size = size or even_size(share, windows_at_once(model, block_size))
     was_training = model.training
     while True:
         nats, tokens = 0.0, 0
         model.eval()
         try:
-            for i in range(0, len(mine), size):
+            for i in range(0, share, size):
                 before_batch()
                 x, y, *documents = _windows(data, mine[i : i + size], block_size, size, runtime.device)
                 if known:
-                    y[int(mine[i] == 0) :, :known] = -1
+                    y[int(0 in mine[i : i + 1]) :, :known] = -1
                 count = int((y >= 0).sum())
-                nats += loss_of(model, x, y, runtime, *map(Documents, documents)) * count
+                loss = loss_of(model, x, y, runtime, *map(Documents, documents))
+                nats += loss * count if count else 0.0
                 tokens += count
             return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
         except Exception as error:

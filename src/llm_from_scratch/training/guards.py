@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import PeerMemoryError, TrainingError, listed
 from ..machine.device import Runtime
 from ..machine.processes import any_rank
+from .sharding import local
 from .signals import SIGNALS, StopRequest
 
 CHECK = 100  # steps between two comparisons of the ranks' parameters: about a ten-thousandth of the time
@@ -164,5 +165,5 @@ def checksum(model: torch.nn.Module) -> Tensor | None:
 
 def all_finite(model: torch.nn.Module, runtime: Runtime) -> bool:
     """Whether every parameter of every process is finite. All take part. Waits for the device."""
-    finite = torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all()
+    finite = torch.stack([local(p.detach()).isfinite().all() for p in model.parameters()]).all()
     return not any_rank(not finite, runtime.device, runtime.world_size)

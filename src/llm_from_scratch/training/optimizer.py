@@ -16,6 +16,7 @@ from .adamw import AdamW
 from .muon import Muon
 from .mup import scale_by_width
 from .rule import Dither, Rule, Slots
+from .sharding import local, shard_of, total_norm
 
 OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon}  # --optimizer_type
 SPARSE = "adagrad"  # the rule for tables whose gradients are sparse
@@ -138,10 +139,10 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     gradients do not count: the size of a step does not depend on theirs."""
     parameters = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
     with torch.profiler.record_function("clipping"):  # a name that llm-bench --profile reads
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # torch scales by 1 what needs no clipping, a pass over all gradients; a GPU would wait for this comparison
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        # scaling by 1 would be a pass over all gradients; a GPU would wait for this comparison
         if limit and not (norm.device.type == "cpu" and norm + 1e-6 <= limit):
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+            torch._foreach_mul_([local(p.grad) for p in parameters], (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 
@@ -189,7 +190,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
                     device = p.device if group.get("fused") else "cpu"
                     state[p][key] = torch.as_tensor(value, dtype=torch.float32, device=device)
                 elif isinstance(value, Tensor):
-                    state[p][key] = value.to(p.device, slots[key][1] if key in slots else p.dtype)
+                    state[p][key] = shard_of(p, value.to(slots[key][1] if key in slots else p.dtype))
     optimizer.state.clear()
     optimizer.state.update(state)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,13 @@ class Plan:
 
 
 def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
-    """Parameters, FLOPs and bytes of training with micro-batches of this size."""
+    """Parameters, FLOPs and bytes of training with micro-batches of this size, in one process."""
     model = trained_model(config)
     moments = optimizer_bytes(model, config.optimizer)
     recomputes, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
-    return sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
+    found = sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
+    parts = ("weights", "gradients", "optimizer") if runtime.is_sharded else ()
+    return replace(found, **{name: -(-getattr(found, name) // runtime.shards) for name in parts})
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,14 +22,15 @@ BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
 
 def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
     """The notice that the machine, or a setting chosen for it, has changed since the checkpoint."""
-    before = _machine(resumed)
+    before = saved_machine(resumed)
     if not before:
         return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
 
 
-def _machine(resumed: Checkpoint) -> dict[str, Any]:
+def saved_machine(resumed: Checkpoint) -> dict[str, Any]:
+    """What the checkpoint says about the machine that made it."""
     found = resumed.trainer.get("machine")
     return found if isinstance(found, dict) else {}
 
@@ -52,7 +53,7 @@ def differences(config: Config, resumed: Checkpoint) -> list[str]:
 
 def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runtime:
     """For automatic settings: the values chosen for the run on this kind of device."""
-    before = _machine(resumed)
+    before = saved_machine(resumed)
     if before.get("device") != runtime.device.type:
         return runtime
     system, reasons = config.system, dict(runtime.reasons)
@@ -82,7 +83,7 @@ def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chos
     saved, flat = saved_settings(resumed), flatten(config)
     if any(saved.get(name, flat[name]) != flat[name] for name in BATCH):
         return chosen
-    micro = _machine(resumed).get("micro_batch")
+    micro = saved_machine(resumed).get("micro_batch")
     if type(micro) is not int or micro < 1 or local_batch % micro:
         return chosen
     return micro if micro < chosen or config.data.micro_batch == "auto" else chosen

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..config import OptimizerConfig
+from .sharding import local, new_zeros
 
 PIECES = {"cuda": 1 << 24}  # elements of a float32 copy: a GPU is fast with few kernels,
 PIECE = 1 << 17  # a CPU with copies that stay in its cache
@@ -38,9 +39,7 @@ class Rule:
 
     def new_state(self, p: Tensor) -> dict[str, Any]:
         """The state of a parameter before its first step."""
-        return {
-            slot: torch.zeros(shape, dtype=dtype, device=p.device) for slot, (shape, dtype) in self.slots(p).items()
-        }
+        return {slot: new_zeros(p, shape, dtype) for slot, (shape, dtype) in self.slots(p).items()}
 
     def step(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None) -> None:
         """Steps the parameters of a group that have gradients. found_inf: 0-dim, 1 to skip the step; None: do not."""
@@ -68,22 +67,25 @@ class Dither:
         self.seed = seed
         self.tables: dict[torch.device, Tensor] = {}
 
-    def round(self, pairs: list[tuple[Tensor, Tensor]], name: str, count: int, index: int) -> None:
+    def round(self, pairs: list[tuple[Tensor, Tensor]], name: str, count: int, index: int, skipped: int = 0) -> None:
         """target (bfloat16) = values (float32, overwritten) for one or two pairs of flat tensors, with independent
-        noises. They are the elements from `index` on of the named tensor, at its rounding number `count`."""
+        noises. They are elements of the named tensor, from `index` on without the first `skipped`, at its rounding
+        number `count`. An element gets the same noise however many are skipped."""
         device, length = pairs[0][1].device, pairs[0][1].numel()
         size = piece_of(device)
         if device not in self.tables:
             generator = torch.Generator().manual_seed(self.seed)
             self.tables[device] = torch.randint(1 << 16, (2, size), generator=generator, dtype=torch.int32).to(device)
-        for begin in range(0, length, size):
+        for begin in range(skipped // size * size, skipped + length, size):
             key = _mixed(self.seed, zlib.crc32(name.encode()), count, index + begin) & 0xFFFF
+            first, last = max(begin, skipped), min(begin + size, skipped + length)
             for row, (target, values) in enumerate(pairs):
-                if length > size:
-                    target, values = target[begin : begin + size], values[begin : begin + size]
+                if last - first < length:
+                    part = slice(first - skipped, last - skipped)
+                    target, values = target[part], values[part]
                 raw = values.view(torch.int32)
                 # the probability of a carry into the upper half is the lower half's fraction
-                raw += self.tables[device][row, : raw.numel()] ^ key
+                raw += self.tables[device][row, first - begin : last - begin] ^ key
                 raw >>= 16
                 target.view(torch.int16).copy_(raw)
 
@@ -105,13 +107,13 @@ def _mixed(*words: int) -> int:
 
 
 def pieces(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any, slice]]]:
-    """Cuts tensors into flat pieces and groups small ones: lists of (name, tensor, part of it)."""
+    """Cuts the local rows of tensors into flat pieces and groups small ones: lists of (name, tensor, part of it)."""
     batch: list[tuple[str, Any, slice]] = []
     size = 0
     for name, p in named:
-        limit = piece_of(p.device)
-        for begin in range(0, p.numel(), limit):
-            part = slice(begin, min(begin + limit, p.numel()))
+        limit, length = piece_of(p.device), local(p).numel()
+        for begin in range(0, length, limit):
+            part = slice(begin, min(begin + limit, length))
             if batch and size + part.stop - begin > limit:
                 yield batch
                 batch, size = [], 0

@@ -21,7 +21,6 @@ from ..config import Config
 from ..core.adapters import load_adapter
 from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
-from ..core.model import GPT
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..generation.generator import Generator
 from ..kernels.products import libraries_of
@@ -33,6 +32,7 @@ from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.terminal import announce
 from . import before_after
+from .construction import build
 from .evaluate import Evaluation, estimate_loss, evaluate_parts
 from .guards import Finding, StepGuard, all_finite
 from .harness import TaskModel, evaluate_tasks, figures
@@ -105,9 +105,7 @@ class Run:
         self.pace = Pace(None, plan)
         self.timer = StepTimer()
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
-        self.model = GPT(self.config.model)
-        if plan.weights is not None:
-            self.model.load_state_dict(plan.weights)
+        self.model = build(self.config, self.runtime, plan.weights, self.say)
         checkpoints.check_storable(self.model.state_dict(), self.config.model)
         if self.config.data.documents is True:
             check_documents(self.model)
@@ -166,12 +164,6 @@ class Run:
         for scan in self.plan.scans:
             scan.raise_if_bad()
         return self.loader.get(place)
-
-    def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """Around the forward and backward pass of a micro-batch: processes exchange gradients in the last one only."""
-        if self.runtime.world_size == 1 or is_last:
-            return contextlib.nullcontext()
-        return self.models.train.no_sync()  # type: ignore[operator]
 
     def shrink(self, reason: str) -> None:
         """Halves the micro-batch of all processes. reason: the allocator's message; empty if another process ran short.
@@ -309,8 +301,9 @@ class Run:
         prompt, tokens = self.plan.prompt, self.config.generation.max_new_tokens
         if not prompt:  # only the last sample
             prompt, tokens = [int(self.plan.train_data.shards[0][0])], min(tokens, SHORT_SAMPLE)
+        text = self.continued(prompt, tokens) if self.runtime.is_master or self.runtime.is_sharded else ""
         if self.runtime.is_master:
-            self.log.sample(self.state.step, self.continued(prompt, tokens))
+            self.log.sample(self.state.step, text)
 
     @torch.no_grad()
     def continued(self, prompt: list[int], tokens: int) -> str:
@@ -352,6 +345,7 @@ class Run:
             "micro_batch": self.micro_batch,
             "threads": torch.get_num_threads(),
             "processes": self.runtime.world_size,
+            **({"parallel": self.runtime.parallel} if self.runtime.world_size > 1 else {}),
             "torch": torch.__version__,
         }
 
@@ -425,7 +419,8 @@ class Run:
     def _wants_last_sample(self) -> bool:
         """Of the finished model: if the run writes samples, or if somebody watches it in a terminal. A sample costs
         about half a second, much of a short run."""
-        wanted = self.config.training.sample_interval or (self.log.is_watched and self.plan.tokenizer is not None)
+        seen = self.log.is_watched and not self.runtime.is_sharded  # then all processes write it, and one knows
+        wanted = self.config.training.sample_interval or (seen and self.plan.tokenizer is not None)
         return bool(wanted) and not self.is_nanogpt and self.state.step not in (self.sampled_at, self.plan.start_step)
 
     def _evaluate_whole(self) -> Evaluation | None:

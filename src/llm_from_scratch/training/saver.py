@@ -22,6 +22,7 @@ from ..settings import to_dict
 from .loggers import RunLog
 from .optimizer import optimizer_state
 from .plan import Plan, part_hashes
+from .sharding import gathered
 from .state import TrainState, copied, random_states
 
 
@@ -67,17 +68,16 @@ class Saver:
         plan, state = self.plan, self.state
         state.saved_at = state.step
         rng = random_states(plan.runtime)
+        adapter = adapter_of(model)
+        states = gathered({"model": {} if adapter else model.state_dict(), "optimizer": optimizer_state(optimizer)})
         if not plan.runtime.is_master:
             return
         rest = {"scaler": scaler.state_dict(), "machine": machine, "train_sha256": plan.hashes[0]}
         if parts := part_hashes(plan.train_data, plan.val_data):
             rest["parts"] = parts
-        adapter = adapter_of(model)
         contents = {
-            "step": state.step, "model": {} if adapter else model.state_dict(), "adapter": adapter, "base": plan.base,
-            "optimizer": optimizer_state(optimizer),
-            "trainer": vars(state) | rest, "rng": rng, "config": to_dict(plan.config), "model_config": model.config,
-            "tokenizer": plan.tokenizer,
+            **states, "step": state.step, "adapter": adapter, "base": plan.base, "trainer": vars(state) | rest,
+            "rng": rng, "config": to_dict(plan.config), "model_config": model.config, "tokenizer": plan.tokenizer,
         }  # fmt: skip
         assert self._saved is None
         self._saved = Saved(state.step)

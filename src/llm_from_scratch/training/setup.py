@@ -29,6 +29,7 @@ from ..settings import did_you_mean
 from .check import Inputs, check
 from .harness import load_tasks
 from .microbatch import keeps_memory, largest_micro_batch
+from .parallel import with_parallel
 from .plan import Plan, dataset_hashes, part_hashes
 from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
@@ -93,6 +94,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             f"{folder}: " + ("leave --vocab_size out" if weights is None else "the weights belong to another tokenizer")
         )
     config.model.validate()
+    runtime = with_parallel(config, runtime, resumed)
     if training.save_nanogpt_ckpt:
         check_nanogpt(Path(training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
         if config.model.activation == "gelu_tanh":

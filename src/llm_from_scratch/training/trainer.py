@@ -51,7 +51,7 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
         for p in (p for p in model.parameters() if p.requires_grad):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for i, (xi, yi, *of_rows) in enumerate(parts):
-        with run.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once
+        with run.models.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once
             with run.runtime.autocast():
                 _, part = run.models.train(xi, yi, *map(Documents, of_rows[:1]))
             # the gradient of the mean over all tokens of the batch that are learned, not of the sum

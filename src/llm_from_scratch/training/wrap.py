@@ -1,16 +1,20 @@
-"""Everything applied around the model, in this order: adapters, kernels, recomputation, compilation, data
-parallelism."""
+"""Everything applied around the model, in this order: adapters, kernels, recomputation, compilation, data parallelism
+(DDP, or shards by FSDP2)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from ..config import Config
 from ..core.adapters import adapter_of, freeze, unfreeze
@@ -25,7 +29,9 @@ from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, se
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
-from ..machine.processes import shield_children
+from ..machine.processes import device_mesh, shield_children
+from .optimizer import sparse_tables
+from .sharding import placed_as, replace_parameters, rows_of
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
@@ -41,10 +47,21 @@ class Wrapped:
     compiled: nn.Module
     """For evaluation; compiled if the run compiles."""
     train: nn.Module
-    """For training; averages gradients over the processes."""
+    """For training; averages gradients over the processes. If sharded, the same module as `compiled`."""
     is_compiled: bool
     is_recorded: bool = False
     """Whether a pass replays a CUDA graph. Its results, gradients included, are in memory that the next pass reuses."""
+    adds_shards: bool = True
+    """If sharded: whether gradients are exchanged after every micro-batch, so that none is kept whole."""
+
+    def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch: processes exchange gradients in the last one only,
+        unless that would need memory."""
+        if isinstance(self.train, nn.parallel.DistributedDataParallel) and not is_last:
+            return self.train.no_sync()
+        if hasattr(self.train, "set_requires_gradient_sync"):
+            self.train.set_requires_gradient_sync(is_last or self.adds_shards)
+        return contextlib.nullcontext()
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:
@@ -59,13 +76,18 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     compiled, is_recorded = None, False
     if runtime.compile:
         compiled, is_recorded = _compile(model, config, runtime, micro_batch, say)
-        if compiled is None:  # it failed: continue as if it had not been tried
+        if compiled is None and not runtime.is_sharded:  # it failed: continue as if it had not been tried
             runtime = dataclasses.replace(runtime, compile=False)
             exchange(model, config, runtime, micro_batch, say)
+    elif runtime.is_sharded:
+        shard(model, config, runtime)
     train = model if compiled is None else compiled
-    if runtime.world_size > 1:
+    if runtime.world_size > 1 and not runtime.is_sharded:
         train = data_parallel(train, runtime)
-    return Wrapped(model if compiled is None else compiled, train, compiled is not None, is_recorded)
+    return Wrapped(
+        model if compiled is None else compiled, train, compiled is not None, is_recorded,
+        config.system.reshard_after_forward,
+    )  # fmt: skip
 
 
 def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
@@ -84,6 +106,8 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     keep: list[nn.Module] = []
     if runtime.device.type == "cpu":
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile)
+    if runtime.is_sharded:
+        replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
     libraries = fitting_libraries(model, config, runtime, micro_batch)
     if any(ONEDNN in found for found in libraries.values()):
         replacements |= {Linear: CPULinear, Head: CPUHead}
@@ -107,6 +131,31 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
     recompute(model, config, runtime, micro_batch, say)
     freeze(model, config.finetune)
+
+
+@torch.no_grad()
+def shard(model: GPT, config: Config, runtime: Runtime) -> None:
+    """Shards the blocks, then the rest of the model, with FSDP2. Each process keeps its rows of every parameter: those
+    in its attribute `rows`, if it has one. Tables with sparse gradients stay whole."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")  # takes a second to import
+    tables = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
+    rows, empty = dict[str, Tensor](), dict[nn.Parameter, nn.Parameter]()
+    for name, p in model.named_parameters():
+        if p not in tables:
+            own = rows_of(len(p), runtime.shards, runtime.rank % runtime.shards)
+            rows[name] = getattr(p, "rows", None) if hasattr(p, "rows") else p[own].clone()
+            empty[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+    replace_parameters(model, empty)
+    half = (torch.bfloat16, torch.float32) if runtime.dtype == torch.bfloat16 else ()  # weights, sums of gradients
+    settings: dict[str, Any] = {"mp_policy": fsdp.MixedPrecisionPolicy(*half)}
+    settings["mesh"] = device_mesh(runtime.device, runtime.world_size, runtime.shards)
+    settings |= {"ignored_params": tables} if tables else {}
+    for block in model.transformer.h:
+        fsdp.fully_shard(block, reshard_after_forward=config.system.reshard_after_forward, **settings)
+    fsdp.fully_shard(model, **settings)
+    named = [(name, p) for name, p in model.named_parameters() if name in rows]
+    made = {p: nn.Parameter(placed_as(p, rows.pop(name), p.shape), p.requires_grad) for name, p in named}
+    replace_parameters(model, made)
 
 
 def fitting_libraries(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> dict[str, str]:
@@ -188,7 +237,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
     documents = [Documents(x)] if config.data.documents is True else []
-    in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0
+    in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0 or runtime.is_sharded
     compiled: nn.Module = model
     shield_children()
     try:
@@ -200,6 +249,8 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
             compiled.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
         else:
             compiled = torch.compile(model)  # type: ignore[assignment]
+        if runtime.is_sharded:
+            shard(model, config, runtime)
         with forked_random(runtime.device):  # the trial must not move the run's random numbers
             for _ in range(3 if recorded else 1):  # which warms up, records, and replays
                 with runtime.autocast():
@@ -211,4 +262,6 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
                     compiled(x, y, *documents)
     finally:
         model.train().zero_grad(set_to_none=True)
+        if runtime.is_sharded:
+            model.reshard()  # without a backward pass, the parameters outside the blocks are whole
     return compiled
