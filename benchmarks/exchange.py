@@ -85,12 +85,13 @@ def in_transformers(model: Path, folder: Path, prompts: list[str], tokens: int) 
     text = (Path(__file__).parent / "RESULTS.md").read_text(encoding="utf-8")
     ids = torch.from_numpy(ours.tokenizer.encode(text)[:2000].astype(np.int64))[None]
     a, b = ours.model(ids, targets=ids)[0], theirs(ids).logits
+    tokens_in = ids.size(1)
     found: dict[str, Any] = {"logits": ((a - b).abs().max() / b.abs().max()).item(), "texts": 0}
     for prompt in prompts:
         ids = torch.from_numpy(ours.tokenizer.encode(prompt).astype(np.int64))[None]
         row = theirs.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[0, ids.size(1) :]
         found["texts"] += [ours.tokenizer.decode(row.tolist())] == greedy(ours, prompt, tokens)
-    print(f"logits of {ids.size(1)} tokens: {found['logits']:.1e} of the largest; greedy texts of {tokens} tokens in "
+    print(f"logits of {tokens_in} tokens: {found['logits']:.1e} of the largest; greedy texts of {tokens} tokens in "
           f"transformers: {found['texts']} of {len(prompts)}")  # fmt: skip
     return found
 

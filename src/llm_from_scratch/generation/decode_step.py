@@ -20,9 +20,10 @@ from ..core.cache import KVCache
 from ..core.model import GPT
 from ..errors import CannotRecord, one_line
 from ..kernels.int8 import Linears
+from .compiled_step import compiled_step
 from .cuda_graphs import GraphedStep
-from .recorder import Record, Recorder, mapped, record, tensors
-from .window import Window
+from .recorder import PARAMETERS, Record, Recorder, mapped, tensors
+from .window import StandIn, Window
 
 MOST = 256  # records; one more replaces the oldest
 TRIAL = 24  # tokens
@@ -79,6 +80,28 @@ def record_last(model: GPT, ids: Tensor, linears: Linears, attention: int) -> Re
     return recorder.record(logits[:, -1:], "whole")
 
 
+@torch.inference_mode()
+def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
+    """The decode step of the model for the cache's rows and window. Raises CannotRecord."""
+    window, every = Window.of(cache), PARAMETERS
+    values: dict[str, Any] = dict(
+        zip(every, (*window.inputs(ids, cache, frozenset(every)), *window.parts), strict=True)
+    )
+    inputs = {name: t for name, t in values.items() if isinstance(t, Tensor)}
+    for name in ("keys", "values", "memory"):  # the last is the one that other views are taken of
+        inputs |= {f"{name}[{i}]": t for i, t in enumerate(values[name])}
+    shown = inputs["visible"][:, None, None]
+    positions = inputs["lengths"][:, None] if cache.ragged else inputs["lengths"][:1]
+    recorder = Recorder(linears, inputs)
+    stand_in: Any = StandIn(window, positions, shown, inputs["where"])
+    with linears.computing(exact=True), recorder:
+        logits = model(inputs["ids"][:, None], cache=stand_in)[0]
+    logits = recorder.shaped(logits, (-1, logits.size(-1)))
+    found = recorder.record(logits, cache.ragged)
+    found.kernel = compiled_step(recorder, logits)
+    return found
+
+
 class DecodeStep:
     """The decode step of a model. compiled: use torch.compile; graphed: otherwise, use CUDA graphs on CUDA."""
 
@@ -96,6 +119,7 @@ class DecodeStep:
         self.records: dict[Any, Record] = {}
         self.programs: set[str] = set()  # compared with the model's own forward
         self.failure: str | None = None
+        self.in_kernel = linears.kernel is not None and not compiled
 
     @torch.inference_mode()
     def last(self, ids: Tensor) -> Tensor:
@@ -113,7 +137,7 @@ class DecodeStep:
         """ids: (B,), the newest token of each row. Stores its keys and values; returns logits, (B, V)."""
         if cache.end >= cache.max_len:
             raise ValueError(f"{cache.end} cached + 1 new tokens exceed the cache's max_len={cache.max_len}")
-        window = Window.of(cache, whole=self.compiled)  # a growing window would be compiled again
+        window = Window.of(cache, self.compiled, self.in_kernel)  # a growing window would be compiled again
         key = window.key, cache.ragged
         found = self.records.get(key)
         if found is None or found.program not in self.programs:
@@ -147,9 +171,9 @@ class DecodeStep:
             while len(self.records) >= MOST:
                 self.records.pop(next(iter(self.records)))
             if found.program in self.programs:
-                return found
+                return found if cache is None else self._in_kernel(found)
             if cache is not None:
-                window = Window.of(cache, whole=self.compiled)
+                window = Window.of(cache, self.compiled, self.in_kernel)
                 inputs, partly = (*window.inputs(ids, cache, found.needs), *window.parts), cache.end + 1 < window.size
             expected = self.own(ids, cache, exact=True)
             logits = found.exact(*inputs)
@@ -165,6 +189,17 @@ class DecodeStep:
         # without a masked key, code that confuses the size of the window with the length would pass
         if partly:
             self.programs.add(found.program)
+        return found if cache is None else self._in_kernel(found, inputs)
+
+    def _in_kernel(self, found: Record, inputs: tuple[Any, ...] | None = None) -> Record:
+        """The record with its compiled step, which is compared with the other one if there are inputs."""
+        if not self.in_kernel or found.kernel is None:
+            self.in_kernel = False
+        elif inputs is None or near(found.kernel(*inputs), found.step(*inputs)):
+            found.step = found.kernel
+        else:
+            self.in_kernel = False
+            self.say("decoding with torch's operations: the compiled step gives different logits")
         return found
 
     def _fail(self, reason: str) -> None:

@@ -32,15 +32,12 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.cache import KVCache
-from ..core.model import GPT
 from ..errors import CannotRecord
 from ..kernels.int8 import Dense, Linears
-from .window import StandIn, Window
 
 aten = torch.ops.aten
+PARAMETERS = ("ids", "lengths", "visible", "where", "tokens", "memory", "keys", "values")  # of a recorded step
 SMALL = 1 << 12  # numbers up to which GELU may be faster in parts
-PARAMETERS = "ids, lengths, visible, where, tokens, memory, keys, values"  # those after ids may be left out
 
 
 @dataclass
@@ -54,6 +51,8 @@ class Record:
     """The parameters that the step reads."""
     program: Any
     """Equal for records that differ only in sizes."""
+    kernel: Callable[..., Tensor] | None = None
+    """The same step in the compiled kernel, if it has the operations."""
 
 
 @dataclass
@@ -65,6 +64,8 @@ class Line:
     words: list[str]
     options: dict[str, str]
     several: bool = False
+    given: tuple[Any, dict[str, Any], Any] | None = None
+    """The arguments and the result. None for a view."""
 
     def names(self) -> set[str]:
         return set(re.findall(r"\bx\d+\b", " ".join([*self.words, *self.options.values()])))
@@ -225,12 +226,19 @@ class Recorder(TorchDispatchMode):
     def write(self, function: Any, args: Any, kwargs: Any, found: Any) -> None:
         words, options = [self.text(a) for a in args], {name: self.text(a) for name, a in kwargs.items()}
         targets = tuple([self.variable(t) for t in tensors(found)])
-        self.lines.append(Line(targets, function, words, options, isinstance(found, (list, tuple))))
+        several = isinstance(found, (list, tuple))
+        self.lines.append(Line(targets, function, words, options, several, (args, kwargs, found)))
 
     def variable(self, t: Tensor) -> str:
         name = f"x{len(self.tensors)}"
         self.tensors[name], self.variables[place(t)] = t, name
         return name
+
+    def origin_of(self, t: Tensor) -> str | None:
+        """The variable that t is a view of; "memory" for the whole cache; None for a constant."""
+        found = self.names.get(id(t), self.variables.get(place(t), ""))
+        found = self.variables.get(place(t), "") if found.startswith("c") else found
+        return found.partition("[")[0].replace("keys", "memory").replace("values", "memory") or None
 
     def constant(self, value: Any) -> str:
         if id(value) not in self.names:
@@ -255,32 +263,31 @@ class Recorder(TorchDispatchMode):
         return self.constant(a)
 
     def record(self, logits: Tensor, kind: object) -> Record:
-        source = self.source(logits)
-        code = compile(source, "<decode step>", "exec")
-
-        def function(constants: dict[str, Any]) -> Callable[..., Tensor]:
-            exec(code, constants)  # source generated below from names of operations and numbers
-            return constants["step"]
-
+        logits = self.shaped(logits, (-1, logits.size(-1)))
+        result = self.text(logits)
+        source = self.source(result, self._fused(result))
         kinds = [(c.dtype, c.ndim) if isinstance(c, Tensor) else id(c) for c in self.constants.values()]
         program = re.sub(r"(?<![\w.])\d+(?![\w.])", "n", source) + f"{kinds}, {kind}"
-        exact = function({**self.constants, **self.exact})
-        step = function(self.constants) if self.exact else exact
+        exact = function_of(source, {**self.constants, **self.exact})
+        step = function_of(source, self.constants) if self.exact else exact
         body = source.partition("\n")[2]
-        needs = frozenset(name for name in PARAMETERS.split(", ") if re.search(rf"\b{name}\b", body))
+        needs = frozenset(name for name in PARAMETERS if re.search(rf"\b{name}\b", body))
         return Record(step, exact, needs, program)
 
-    def source(self, logits: Tensor) -> str:
-        result = self.text(self.shaped(logits, (-1, logits.size(-1))))
-        code, needed = [f"return {result}"], {result}
-        for line in reversed(self._fused(result)):
+    def source(self, result: str, lines: list[Line]) -> str:
+        code, needed = [f"return {result}"], set(re.findall(r"\bx\d+\b", result))
+        for line in reversed(lines):
             if line.targets and needed.isdisjoint(line.targets):
                 continue
             needed |= line.names()
             words = [*line.words, *(f"{name}={word}" for name, word in line.options.items())]
             to = "".join(f"{target}, " if line.several else f"{target} " for target in line.targets)
             code.append(f"{to}{'= ' * bool(to)}{self.constant(line.function)}({', '.join(words)})")
-        return f"def step({PARAMETERS.replace(',', '=None,')}=None):\n    " + "\n    ".join(reversed(code)) + "\n"
+        return (
+            f"def step({', '.join(f'{name}=None' for name in PARAMETERS)}):\n    "
+            + "\n    ".join(reversed(code))
+            + "\n"
+        )
 
     def _fused(self, result: str) -> list[Line]:
         """The lines, with a product that is only added to something as one operation."""
@@ -376,24 +383,10 @@ SEEDED: dict[Any, Callable[[Any], Any]] = {
 }
 
 
+def function_of(source: str, constants: dict[str, Any]) -> Callable[..., Any]:
+    exec(compile(source, "<decode step>", "exec"), constants)  # generated from names of operations and numbers
+    return constants["step"]
+
+
 def exactly(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-@torch.inference_mode()
-def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
-    """The decode step of the model for the cache's rows and window. Raises CannotRecord."""
-    window, every = Window.of(cache), PARAMETERS.split(", ")
-    values: dict[str, Any] = dict(
-        zip(every, (*window.inputs(ids, cache, frozenset(every)), *window.parts), strict=True)
-    )
-    inputs = {name: t for name, t in values.items() if isinstance(t, Tensor)}
-    for name in ("keys", "values", "memory"):  # the last is the one that other views are taken of
-        inputs |= {f"{name}[{i}]": t for i, t in enumerate(values[name])}
-    shown = inputs["visible"][:, None, None]
-    positions = inputs["lengths"][:, None] if cache.ragged else inputs["lengths"][:1]
-    recorder = Recorder(linears, inputs)
-    stand_in: Any = StandIn(window, positions, shown, inputs["where"])
-    with linears.computing(exact=True), recorder:
-        logits = model(inputs["ids"][:, None], cache=stand_in)[0]
-    return recorder.record(logits, cache.ragged)

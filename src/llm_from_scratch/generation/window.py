@@ -1,4 +1,5 @@
-"""The part of a KV cache that a decode step reads: 64 keys, 128, ... as the longest row grows.
+"""The part of a KV cache that a decode step reads: 64 keys, 128, 192, ... as the longest row grows; 512, 1,024, 2,048,
+... for a compiled step, which skips masked keys.
 
 A step recorded for one Window is valid until the longest row outgrows it, and for every other cache with the same
 sizes. Positions beyond a row's length are masked. A StandIn replaces the cache while a step is recorded.
@@ -18,14 +19,16 @@ from ..core.cache import KVCache
 from ..errors import CannotRecord
 
 BUCKET = 64  # keys by which a window grows
+DOUBLING = 512  # keys of the smallest window of a compiled step
 
 
 class Window:
     """Views of a cache's memory, and the inputs of a decode step."""
 
-    def __init__(self, cache: KVCache, whole: bool = False):
+    def __init__(self, cache: KVCache, whole: bool = False, compiled: bool = False):
         L, _, room, heads, max_len, width = cache.kv.shape
-        size = max_len if whole else min(max_len, BUCKET * (cache.end // BUCKET + 1))
+        fitting = max(DOUBLING, 1 << cache.end.bit_length()) if compiled else BUCKET * (cache.end // BUCKET + 1)
+        size = max_len if whole else min(max_len, fitting)
         self.kv, self.rows, self.size = cache.kv, cache.rows, size
         self.key = (cache.rows, self.size, cache.kv.shape, cache.kv.dtype)
         self.memory = [cache.kv[i].view(-1, width) for i in range(L)]  # (2 room Hkv max_len, D): to write
@@ -40,11 +43,11 @@ class Window:
         self.parts = (self.tokens, self.memory, self.keys, self.values)
 
     @staticmethod
-    def of(cache: KVCache, whole: bool = False) -> Window:
+    def of(cache: KVCache, whole: bool = False, compiled: bool = False) -> Window:
         """The window for the cache's next step, stored with the cache. whole: of all the memory."""
         window: Window | None = cache.window
         if window is None or window.kv is not cache.kv or window.rows != cache.rows or cache.end >= window.size:
-            window = cache.window = Window(cache, whole)
+            window = cache.window = Window(cache, whole, compiled)
         return window
 
     def inputs(self, ids: Tensor, cache: KVCache, needs: frozenset[str]) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,5 @@
-"""Products of a few rows by a kernel in C (rows.c), which the system's compiler builds on first use.
+"""Products of a few rows, and whole decode steps, by a kernel in C (rows.c, step.c), which the system's compiler builds
+on first use.
 
 The library is kept in the user's cache folder, under a hash of its source. Each process compares it with torch before
 it is used. Without a compiler, or if anything fails, products remain torch's.
@@ -31,7 +32,7 @@ from ..machine.files import open_whole
 
 VARIABLE = "LLM_KERNEL"
 CHOICES = ("auto", "compiled", "torch")
-SOURCE = Path(__file__).with_name("rows.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
 LIMIT = 60  # seconds to compile
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -54,6 +55,8 @@ class Kernel:
     """The loaded library."""
 
     multiply: Any
+    run: Any
+    """run(operations, count, blocks, threads): see step.c."""
     has_avx512: bool
 
     def rows(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Rows | None:
@@ -95,14 +98,16 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None:
-    """The compiled kernel, for a large model or if LLM_KERNEL=compiled; otherwise None. say: reports why it is not
-    used. Raises UserError for a wrong value of LLM_KERNEL."""
+    """The compiled kernel, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
+    reports why it is not used. Raises UserError for a wrong value of LLM_KERNEL."""
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
         raise UserError(f"{VARIABLE}={wanted}: expected {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
-    if wanted == "torch" or (wanted == "auto" and not large):
+    if wanted == "torch":
         return None
     missing = lacking()
+    if wanted == "auto" and not large and (missing or not library_path().exists()):
+        return None
     found = missing or load_kernel()
     if isinstance(found, Kernel):
         return found
@@ -133,18 +138,23 @@ def lacking() -> str | None:
     return None if compiler_here() else "there is no C compiler (CC, cc, gcc or clang)"
 
 
+def library_path() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
+    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    key = hashlib.sha256("\0".join([*texts, *(compiler_here() or []), *FLAGS]).encode()).hexdigest()
+    return folder / f"rows-{key[:32]}.so"
+
+
 @functools.cache
 def load_kernel() -> Kernel | str:
     """The library, compiled if it is not in the cache; or why it cannot be used."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / DISTRIBUTION
-        compiler = compiler_here()
-        assert compiler is not None
-        key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS]).encode()).hexdigest()
-        path = folder / f"rows-{key[:32]}.so"
+        path = library_path()
         try:
             library = _open(path)
         except OSError:  # not there, or damaged
+            compiler = compiler_here()
+            assert compiler is not None
             compile_library(compiler, path)
             library = _open(path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -153,7 +163,8 @@ def load_kernel() -> Kernel | str:
     level = min(library.instructions(), 2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1)
     if not level:
         return "the compiled kernel needs AVX2"
-    kernel = Kernel(library.multiply, level == 2)
+    library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
+    kernel = Kernel(library.multiply, library.run, level == 2)
     return kernel if is_right(kernel) else "the compiled kernel gives other results"
 
 
@@ -170,7 +181,7 @@ def compile_library(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "rows.so"
-        command = [*compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+        command = [*compiler, *FLAGS, "-o", str(target), *map(str, SOURCES), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)

@@ -13,6 +13,7 @@ import pytest
 # before torch is imported, and inherited by every process that a test starts
 FOLDER = "LLM_TEST_SHARED"
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("LLM_KERNEL", "torch")  # a library that some test builds must not change the others
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # the tests say themselves when they run under torchrun
 

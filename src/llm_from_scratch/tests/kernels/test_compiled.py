@@ -33,11 +33,12 @@ def none(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+def kernel() -> Iterator[Kernel]:
     if compiled.lacking():
         pytest.skip(str(compiled.lacking()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
+        patch.setenv(compiled.VARIABLE, "auto")
         compiled.load_kernel.cache_clear()
         found = find_kernel(none)
         assert found is not None
@@ -146,10 +147,21 @@ def test_a_model_continues_its_text_as_with_torch(
     assert texts[0] == texts[1] and capsys.readouterr().err == ""
 
 
-def test_a_small_model_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(compiled.VARIABLE, raising=False)
-    monkeypatch.setattr(compiled, "load_kernel", lambda: pytest.fail("compiled"))
-    assert Generator(memorised("modern"), TOKENIZER).decoder.linears.kernel is None
+def test_a_small_model_does_not_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, "auto")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "load_kernel", lambda: pytest.fail("compiled"))
+        assert Generator(memorised("modern"), TOKENIZER).decoder.linears.kernel is None
+    if not compiled.lacking():
+        place = compiled.library_path()
+        place.parent.mkdir()
+        place.touch()
+        monkeypatch.setattr(compiled, "load_kernel", lambda: "damaged")
+        assert Generator(memorised("modern"), TOKENIZER).decoder.linears.kernel is None
+        assert "decoding with torch's products: damaged" in capsys.readouterr().err  # it uses a library that is there
 
 
 def script(path: Path, text: str) -> str:

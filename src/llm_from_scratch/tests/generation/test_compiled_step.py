@@ -1,0 +1,208 @@
+"""generation/compiled_step.py and kernels/step.c: each operation against torch, and whole steps against the record."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_from_scratch.config import GenerationConfig
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.errors import CannotRecord
+from llm_from_scratch.generation import compiled_step, decode_step
+from llm_from_scratch.generation.compiled_step import Builder, CompiledStep
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.generation.recorder import Line
+from llm_from_scratch.kernels import compiled
+from llm_from_scratch.kernels.compiled import Kernel, find_kernel
+
+from ..memorised import OPTIONS, TOKENIZER, memorised
+from .test_decode_step import model_of
+
+x, y, z = torch.randn((3, 2, 5, 24), generator=torch.Generator().manual_seed(0))
+ids = torch.tensor([[3], [0], [4]])
+heads = torch.randn(2, 4, 1, 24, generator=torch.Generator().manual_seed(1))
+keys = torch.randn(2, 2, 7, 2, 24, generator=torch.Generator().manual_seed(2))
+mask = torch.zeros(2, 1, 1, 7).index_fill_(3, torch.tensor([1, 5, 6]), -torch.inf)
+mask[1, 0, 0, 6] = 0.5
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    if compiled.lacking():
+        pytest.skip(str(compiled.lacking()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
+        patch.setenv(compiled.VARIABLE, "compiled")
+        compiled.load_kernel.cache_clear()
+        found = find_kernel(print)
+        assert found is not None
+        yield found
+
+
+def run(kernel: Kernel, function: Any, *args: Any, **options: Any) -> Tensor:
+    """The result of a step that is this operation alone."""
+    expected = function(*args, **options)
+    builder = Builder(lambda t: "y" if t.untyped_storage()._cdata == expected.untyped_storage()._cdata else None)
+    builder.reserve("y", expected)
+    builder.translate(Line((), function, [], {}, given=(args, options, expected)))
+    step = CompiledStep(kernel, builder, (), None, expected)
+    with torch.inference_mode():
+        step()
+        at = step.at
+        arena = CompiledStep.arena[at : at + expected.untyped_storage().nbytes() // 4]
+        return arena.as_strided(expected.shape, expected.stride(), 0).clone()
+
+
+OPERATIONS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    **{name: (getattr(torch, name), (x,), {}) for name in ("neg", "sqrt", "square", "relu", "sigmoid", "exp", "tanh")},
+    **{name: (getattr(torch, name), (x.abs() + 0.1,), {}) for name in ("rsqrt", "reciprocal", "sqrt")},
+    **{name: (getattr(torch, name), (3 * x,), {}) for name in ("erf", "cos", "sin")},
+    **{name: (getattr(torch, name), (x, y), {}) for name in ("mul", "div", "maximum", "minimum")},
+    "silu": (torch._C._nn.silu, (20 * x,), {}),
+    "gelu": (torch._C._nn.gelu, (3 * x,), {}),
+    "gelu_tanh": (torch._C._nn.gelu, (3 * x,), {"approximate": "tanh"}),
+    "a view": (torch.sigmoid, (x.transpose(0, 1)[:, ::2],), {}),
+    "add": (torch.add, (x, y), {"alpha": 0.5}),
+    "add a number": (torch.add, (x, 2), {}),
+    "a row": (torch.sub, (x, y[0, 0]), {"alpha": 3.0}),
+    "a column": (torch.mul, (x, y[..., :1]), {}),
+    "addcmul": (torch.addcmul, (x, y, z), {"value": -1}),
+    "addcmul with a number": (torch.addcmul, (torch.tensor(0.1), x, y), {"value": 0.25}),
+    "concatenation": (torch.cat, ((x, y[..., :3], z), -1), {}),
+    "reshape": (torch.reshape, (x.transpose(0, 1), (10, 24)), {}),
+    "to": (torch.Tensor.to, (ids, torch.float32), {}),
+    "where": (torch.where, (x > 0, torch.tensor(0.0), y), {}),
+    "norm": (torch.linalg.vector_norm, (x, 2, -1, True), {}),
+    "layer_norm": (torch.layer_norm, (x, (24,), y[0, 0], z[0, 0], 1e-3), {}),
+    "layer_norm without weights": (torch.layer_norm, (3 + x, (24,)), {}),
+    "embedding": (torch.embedding, (x[0], ids), {}),
+    "attention": (torch._C._nn.scaled_dot_product_attention, (heads, keys[0].transpose(1, 2).repeat_interleave(2, 1),
+                  keys[1].transpose(1, 2).repeat_interleave(2, 1), mask), {}),
+    "grouped attention": (torch._C._nn.scaled_dot_product_attention, (heads, keys[0].transpose(1, 2),
+                          keys[1].transpose(1, 2), mask), {"enable_gqa": True, "scale": 0.3}),
+    "attention without a mask": (torch._C._nn.scaled_dot_product_attention, (heads, heads.expand(2, 4, 9, 24).clone(),
+                                 heads.expand(2, 4, 9, 24).contiguous() * 2), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_torchs(name: str, kernel: Kernel) -> None:
+    function, args, options = OPERATIONS[name]
+    torch.testing.assert_close(
+        run(kernel, function, *args, **options), function(*args, **options), rtol=2e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 0.0])
+def test_extreme_numbers(value: float, kernel: Kernel) -> None:
+    given = torch.full((3, 24), value)
+    for function in (torch.sigmoid, torch._C._nn.silu, torch.relu, torch.tanh, torch.exp):
+        if not (function is torch._C._nn.silu and value == -float("inf")):  # torch: NaN
+            torch.testing.assert_close(run(kernel, function, given), function(given), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "options"),
+    [
+        (torch.cumsum, (x, -1), {}),
+        (torch.add, (x.double(), y.double()), {}),
+        (torch.linalg.vector_norm, (x, 1, -1, True), {}),
+        (torch.linalg.vector_norm, (x, 2, 1, True), {}),
+        (torch.div, (x, y), {"rounding_mode": "floor"}),
+        (torch.add, (x[None, None], y), {}),
+        (torch._C._nn.scaled_dot_product_attention, (heads, heads, heads), {"is_causal": True}),
+    ],
+)
+def test_other_arguments_stay_with_torch(function: Any, args: Any, options: Any) -> None:
+    with pytest.raises(CannotRecord):
+        Builder(lambda t: None).translate(Line((), function, [], {}, given=(args, options, function(*args, **options))))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_a_wrong_index_is_an_error(wrong: int, kernel: Kernel) -> None:
+    table, rows = x[0].clone(), ids.clone()
+    found = torch.embedding(table, rows)
+    builder = Builder(lambda t: "y" if t.data_ptr() == found.data_ptr() else None)
+    builder.reserve("y", found)
+    builder.translate(Line((), torch.embedding, [], {}, given=((table, rows), {}, found)))
+    step = CompiledStep(kernel, builder, (), None, found)
+    assert torch.equal(step(), found)
+    rows[1] = wrong
+    with pytest.raises(IndexError, match="out of range"):
+        step()
+
+
+def texts(model: GPT, wanted: str, patch: pytest.MonkeyPatch, quantize: Any = "none") -> tuple[Any, Generator]:
+    patch.setenv(compiled.VARIABLE, wanted)
+    generator = Generator(model, TOKENIZER, quantize=quantize)
+    config = GenerationConfig(max_new_tokens=14, temperature=0.0)
+    found = [s.tokens for prompts in ([[1, 2, 3]], [[1, 2], [5]]) for s in generator.generate(prompts, config)]
+    return found, generator
+
+
+def steps(generator: Generator) -> list[Callable[..., Tensor]]:
+    return [record.step for key, record in generator.decoder.recorded.records.items() if len(key) == 2 and key[0]]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_whole_step_is_compiled(option: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = memorised(option)
+    expected, _ = texts(model, "torch", monkeypatch)
+    found, generator = texts(model, "compiled", monkeypatch)
+    assert found == expected
+    used = [step for step in steps(generator) if isinstance(step, CompiledStep)]
+    assert used and all(len(step.made) <= 1 for step in used)  # at most the sum of n-gram embeddings is torch's
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_logits_are_those_of_the_record(quantize: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart: list[float] = []
+
+    def near(found: Tensor, expected: Tensor) -> bool:
+        apart.append(((found - expected).norm() / expected.norm()).item())
+        return True
+
+    monkeypatch.setattr(decode_step, "near", near)
+    _, generator = texts(model_of("modern"), "compiled", monkeypatch, quantize)
+    assert generator.decoder.recorded.in_kernel and len(apart) >= 4 and max(apart) < 1e-5
+
+
+class Unusual(nn.Module):
+    """An MLP with an operation that the kernel does not have."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.mlp(given) + F.softplus(given)
+
+
+def test_an_edited_model_decodes_with_torch(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy.deepcopy(memorised("modern"))
+    for block in model.transformer.h:
+        block.mlp = Unusual(block.mlp)
+    expected, _ = texts(model, "torch", monkeypatch)
+    found, generator = texts(model, "compiled", monkeypatch)
+    assert found == expected and not any(isinstance(step, CompiledStep) for step in steps(generator))
+
+
+def test_a_step_with_other_logits_is_not_used(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = memorised("modern")
+    expected, _ = texts(model, "torch", monkeypatch)
+    monkeypatch.setitem(compiled_step.CODES, "add", compiled_step.CODES["sub"])
+    found, generator = texts(model, "compiled", monkeypatch)
+    assert found == expected and not generator.decoder.recorded.in_kernel
+    assert "decoding with torch's operations: the compiled step gives different logits" in capsys.readouterr().err
