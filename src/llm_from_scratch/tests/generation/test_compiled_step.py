@@ -152,7 +152,9 @@ def steps(generator: Generator) -> list[Callable[..., Tensor]]:
     return [record.step for key, record in generator.decoder.recorded.records.items() if len(key) == 2 and key[0]]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=() if o in ("gpt2", "modern") else pytest.mark.slow) for o in OPTIONS]
+)
 def test_a_whole_step_is_compiled(option: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     model = memorised(option)
     expected, _ = texts(model, "torch", monkeypatch)
