@@ -76,6 +76,10 @@ class CannotRecord(RuntimeError):
     """A model's decode step cannot be recorded, or a record differs from the model. The model's own forward runs."""
 
 
+class EncoderDiffersError(Exception):
+    """The fast encoder's ids differ from the tokenizer's. The tokenizer's own encoder continues."""
+
+
 class StopForward(Exception):
     """Ends a forward pass when the rest is not needed."""
 

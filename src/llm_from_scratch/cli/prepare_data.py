@@ -22,7 +22,7 @@ DESCRIPTION = """Tokenizes texts for training.
 
 A SOURCE is a file (.txt and .md: one document; .jsonl: one per line, or conversations; .parquet: one per row), a
 folder, a glob, - for standard input, or a built-in source: shakespeare_char, shakespeare, openwebtext, python_docs.
-Files are looked up here, then in data/raw. The validation split is the end of a single text, a random choice of several
+Files are looked up here, then in data/raw. The validation split is the end of a single text, about a tenth of several
 documents, or the texts in --val_files. If nothing has changed, a second run does no work."""
 
 

@@ -195,9 +195,10 @@ class CharTokenizer(Tokenizer):
         if not chars or len(set(chars)) != len(chars):
             raise UserError("a char vocabulary needs at least one character and no duplicates")
         self.chars, self.vocab_size = chars, len(chars)
-        self._codes = _code_points(chars)
-        self._table = np.full(int(self._codes.max()) + 1, -1, np.int32)  # code point -> id, -1 if unknown
-        self._table[self._codes] = np.arange(len(chars), dtype=np.int32)
+        self._codes = np.frombuffer(chars.encode("utf-32-le"), "<u4")
+        # code point -> id, or the number of ids if it is unknown, as all after the last one are
+        self._table = np.full(int(self._codes.max()) + 2, len(chars), np.min_scalar_type(len(chars)))
+        self._table[self._codes] = np.arange(len(chars))
 
     @classmethod
     def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
@@ -210,11 +211,9 @@ class CharTokenizer(Tokenizer):
         return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        codes = _code_points(text)
-        ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        unknown = (ids < 0) | (codes >= len(self._table))
-        if unknown.any():
-            char = chr(codes[unknown.argmax()])
+        ids = self._table.take(_code_points(text), mode="clip")
+        if ids.max(initial=0) == self.vocab_size:
+            char = text[int(ids.argmax())]
             raise UserError(
                 f"This model never saw the character {char!r} (U+{ord(char):04X}). Remove it, or retrain with "
                 "--tokenizer=byte."
@@ -457,5 +456,5 @@ def build_tokenizer(folder: Path, meta: dict[str, Any]) -> Tokenizer:
 
 
 def _code_points(text: str) -> np.ndarray:
-    """Shape (len(text),), uint32."""
-    return np.frombuffer(text.encode("utf-32-le"), "<u4")
+    """Shape (len(text),), of integers. Raises UnicodeEncodeError for a lone surrogate."""
+    return np.frombuffer(text.encode(), "u1") if text.isascii() else np.frombuffer(text.encode("utf-32-le"), "<u4")

@@ -3,6 +3,7 @@ for each token (see core/packing.py), by the chat template of the tokenizer."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..machine.files import parse_json
 from .encode import ShardWriter
 from .options import PrepareOptions
 from .sources import FileSource
+from .split import Split, choose_by_hash, hash_document
 
 VERSION = 1  # of what is written for the same conversations
 MAX_LINE = 4 << 20  # bytes of a conversation
@@ -137,23 +139,27 @@ def texts_of(sources: list[FileSource], ends: str) -> Iterator[str]:
 
 
 def build(
-    lists: list[list[FileSource]], name: str, template: str | None, choose: Callable[[int], np.ndarray], folder: Path,
-    shard_size: int, report: Callable[[str], None],
+    lists: list[list[FileSource]], name: str, template: str | None, rule: Split, folder: Path, shard_size: int,
+    report: Callable[[str], None],
 ) -> tuple[Tokenizer, dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Writes a dataset of conversations, which are read twice: to count them, and to encode them.
 
     lists: the files of train and of val, or of one that is split; name: of the tokenizer; template: --chat_template;
-    choose: the mask of the validation conversations of this many. Returns the tokenizer, and the manifest's entries:
-    of the splits, and others. Raises UserError.
+    rule: how one is split. Returns the tokenizer, and the manifest's entries: of the splits, and others. Raises
+    UserError.
     """
     learns = name == "char" or name.startswith("bpe:")
     texts = (text for some in lists for text in texts_of(some, END if name == "char" else ""))
     tokenizer = named_tokenizer(name, texts if learns else None)
-    counts = [sum(1 for source in some for _ in conversations(source)) for some in lists]
-    if not all(counts) or (len(counts) == 1 and counts[0] < 2):
-        raise UserError(f"{lists[0][0].name}: {counts[0]} conversations are too few to split: add --val_files, or more")
+    hashes = [
+        [hash_document(json.dumps(messages), rule.seed) for source in some for _, messages in conversations(source)]
+        for some in lists
+    ]
+    if not all(hashes) or (len(lists) == 1 and len(hashes[0]) < 2):
+        count = len(hashes[0])
+        raise UserError(f"{lists[0][0].name}: {count} conversations are too few to split: add --val_files, or more")
     give_template(tokenizer, template, next(one for source in lists[0] for one in conversations(source)), report)
-    mask = choose(counts[0]) if len(lists) == 1 else np.zeros(counts[0], dtype=bool)
+    mask = choose_by_hash(hashes[0], rule.fraction) if len(lists) == 1 else np.zeros(len(hashes[0]), dtype=bool)
 
     def split() -> Iterator[tuple[str, str, list[Message]]]:
         for group, some in enumerate(lists):
@@ -164,7 +170,7 @@ def build(
 
     splits, longest = write_conversations(tokenizer, split(), folder, shard_size, report)
     tokenizer.save(folder)
-    return tokenizer, splits, {"units": "conversations", "longest": longest}
+    return tokenizer, splits, {"units": "conversations", "longest": longest, "split": rule.describe()}
 
 
 def give_template(

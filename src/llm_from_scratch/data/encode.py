@@ -1,13 +1,19 @@
-"""Encoding of texts in units of about a megabyte: worker processes, the token cache and the shard files."""
+"""Encoding of texts in units of about a megabyte: worker processes, the token cache, and the shard files with their
+progress, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -17,13 +23,22 @@ from typing import Any
 
 import numpy as np
 
-from ..core.tokenizer import Tokenizer
-from ..machine.files import write_whole
+from ..core.tokenizer import Tokenizer, safe_cut
+from ..errors import EncoderDiffersError, UserError
+from ..machine.files import read_json, to_json, write_whole
 from ..machine.processes import shield_children
+from .fast_bpe import FastTokenizer
+from .meter import Meter
 
 UNIT = 1 << 20  # characters per unit
 KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space
 VERSION = 1  # of the cache format
+PROGRESS = "progress.json"  # in the temporary folder
+SAVE_EVERY = 1 << 24  # tokens between two records of the progress
+SAMPLE = 1 << 12  # characters of a unit that are encoded twice
+MAX_FAILURES = 3  # of worker processes, without a finished unit between them
+# spawn: forking a process with threads may hang, and not every system can fork
+START_METHOD = "spawn"
 
 
 @dataclass
@@ -42,8 +57,7 @@ class ShardWriter:
     def append(self, ids: np.ndarray) -> None:
         while len(ids):
             if self._file is None:
-                self._file = (self.folder / f"{self.split}_{len(self.done):06d}.bin").open("wb")
-                self._hash = hashlib.sha256()
+                self._file, self._hash = self._path(len(self.done)).open("wb"), hashlib.sha256()
             part = np.ascontiguousarray(ids[: self.size - self.tokens % self.size], dtype=self.dtype)
             self._file.write(part.data)
             self._hash.update(part.data)
@@ -52,19 +66,55 @@ class ShardWriter:
             if self.tokens % self.size == 0:
                 self._end_shard()
 
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.split}_{number:06d}.bin"
+
+    def _entry(self) -> dict[str, Any]:
+        tokens = self.tokens - self.size * len(self.done)
+        return {"file": Path(self._file.name).name, "tokens": tokens, "sha256": self._hash.hexdigest()}
+
     def _end_shard(self) -> None:
         if self._file is None:
             return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        tokens = self.tokens - self.size * len(self.done)
-        self.done.append({"file": Path(self._file.name).name, "tokens": tokens, "sha256": self._hash.hexdigest()})
+        self.done.append(self._entry())
         self._file = None
+
+    def state(self) -> dict[str, Any]:
+        """What restore() needs: the files with their hashes. The last one may be incomplete."""
+        if self._file is not None:
+            self._file.flush()
+        shards = [*self.done, *([self._entry()] if self._file is not None else [])]
+        return {"tokens": self.tokens, "bytes": self.text_bytes, "shards": shards}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the tokens of an earlier state. Raises ValueError if its files have changed."""
+        if self._file is not None:
+            self._file.close()
+        self.tokens, self.text_bytes, self.done, self._file = state["tokens"], state["bytes"], [], None
+        for number, shard in enumerate(state["shards"]):
+            self._file, self._hash = self._path(number).open("r+b"), hashlib.sha256()
+            left = shard["tokens"] * self.dtype.itemsize
+            while left and (block := self._file.read(min(left, 1 << 20))):
+                self._hash.update(block)
+                left -= len(block)
+            if left or self._hash.hexdigest() != shard["sha256"]:
+                raise ValueError(f"{shard['file']} has changed")
+            self._file.truncate()
+            if shard["tokens"] == self.size:
+                self._file.close()
+                self._file = None
+                self.done.append(shard)
 
     def close(self) -> dict[str, Any]:
         """Closes the files and returns the split's manifest entry. A single shard is named as in nanoGPT."""
         self._end_shard()
+        number = len(self.done)
+        while self._path(number).exists():  # of a run that got further, then went back
+            self._path(number).unlink()
+            number += 1
         if len(self.done) == 1:
             os.replace(self.folder / self.done[0]["file"], self.folder / f"{self.split}.bin")
             self.done[0]["file"] = f"{self.split}.bin"
@@ -80,17 +130,19 @@ class Unit:
     pieces: list[tuple[str, bool]] = field(default_factory=list)
     characters: int = 0
 
-    def key(self, tokenizer: Tokenizer) -> tuple[str, int]:
-        """The cache key of the tokens, and the size of the texts in bytes."""
+    def size(self) -> int:
+        """Bytes of the texts."""
+        return sum(len(text.encode("utf-8", "replace")) for text, _ in self.pieces)
+
+    def key(self, tokenizer: Tokenizer) -> str:
+        """The cache key of the tokens."""
         digest = hashlib.sha256(f"{VERSION} {tokenizer.fingerprint()} {self.mark_ends}".encode())
-        size = 0
         for text, ends in self.pieces:
             data = text.encode("utf-8", "replace")
-            size += len(data)
             digest.update(b"%d %d " % (len(data), ends) + data)
-        return digest.hexdigest(), size
+        return digest.hexdigest()
 
-    def encode(self, tokenizer: Tokenizer) -> np.ndarray:
+    def encode(self, tokenizer: Tokenizer | FastTokenizer) -> np.ndarray:
         parts = [np.empty(0, tokenizer.dtype)]
         for text, ends in self.pieces:
             parts.append(tokenizer.encode(text))
@@ -148,45 +200,125 @@ class TokenCache:
                 path.unlink(missing_ok=True)
 
 
+def write_shards(
+    units: Callable[[], Iterable[Unit]], tokenizer: Tokenizer, folder: Path, shard_size: int, workers: int,
+    cache: TokenCache, fast: bool, request: str, meter: Meter, report: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Encodes the units into shards. Returns the manifest's entries of the splits. units: reads them from the first.
+    fast: with FastTokenizer, until it differs: the shard is then made again without it. Resumes from the progress that
+    an earlier run of the same request has left in the folder."""
+    shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
+    done = 0
+
+    def state() -> dict[str, Any]:
+        return {"request": request, "units": done, "splits": {split: s.state() for split, s in shards.items()}}
+
+    def restore(earlier: dict[str, Any]) -> int:
+        for split, writer in shards.items():
+            writer.restore(earlier["splits"][split])
+        return earlier["units"]
+
+    start = state()
+    if earlier := read_progress(folder, request):
+        try:
+            done = restore(earlier)
+            report(f"resuming after {sum(s.tokens for s in shards.values()):,} tokens of an interrupted run")
+        except (OSError, ValueError, KeyError, TypeError):
+            done = restore(start)
+            report("the shards of an interrupted run are damaged: starting again")
+    whole, saved = state(), sum(s.tokens for s in shards.values())  # when the last shard was completed; when saved
+    while True:
+        rest = itertools.islice(units(), done, None)
+        try:
+            for unit, size, ids in encode_units(rest, tokenizer, folder, cache, workers, report, fast):
+                writer = shards[unit.split]
+                shards_before = len(writer.done)
+                writer.append(ids)
+                writer.text_bytes += size
+                done += 1
+                tokens = sum(s.tokens for s in shards.values())
+                if len(writer.done) > shards_before:
+                    whole = state()
+                if len(writer.done) > shards_before or tokens - saved >= SAVE_EVERY:
+                    saved = tokens
+                    write_whole(folder / PROGRESS, to_json(state()))
+                meter.update(tokens, size)
+            break
+        except EncoderDiffersError as error:
+            report(f"{error}: continuing without it")
+            fast, done = False, restore(whole)
+            write_whole(folder / PROGRESS, to_json(whole))
+        except BaseException:
+            if (folder / PROGRESS).exists():
+                report("the tokens so far are kept: run the same command again to resume")
+            raise
+    (folder / PROGRESS).unlink(missing_ok=True)
+    return {split: s.close() for split, s in shards.items()}
+
+
+def read_progress(folder: Path, request: str) -> dict[str, Any] | None:
+    """The progress of an interrupted run of the same request, if there is one in the folder."""
+    with contextlib.suppress(UserError):
+        if (folder / PROGRESS).is_file() and (state := read_json(folder / PROGRESS)).get("request") == request:
+            return state
+    return None
+
+
 def encode_units(
     units: Iterable[Unit], tokenizer: Tokenizer, saved: Path, cache: TokenCache, workers: int,
-    report: Callable[[str], None],
+    report: Callable[[str], None], fast: bool = False,
 ) -> Iterator[tuple[Unit, int, np.ndarray]]:  # fmt: skip
     """Yields (unit, bytes of its text, ids) in order. saved: the folder from which the workers load the tokenizer.
-    With 0 workers, this process encodes. About two units per worker are in memory."""
-    pool = None
-    if workers:
+    With 0 workers, this process encodes. About two units per worker are in memory. Raises EncoderDiffersError."""
+    encode = UnitEncoder(tokenizer, saved, fast and not workers)
+    pool: concurrent.futures.ProcessPoolExecutor | None = None
+    failures = 0
+    waiting: deque[_Waiting] = deque()
+
+    def start_pool() -> concurrent.futures.ProcessPoolExecutor:
         shield_children()
-        # spawn: forking a process with threads may hang, and not every system can fork
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (str(saved),))
-    waiting: deque[tuple[Unit, int, str, Any]] = deque()
+        context = multiprocessing.get_context(START_METHOD)
+        return concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (str(saved), fast))
+
+    def submit(one: _Waiting) -> None:
+        assert pool is not None
+        try:
+            with blocked_interrupts():
+                one.future = pool.submit(_encode_in_worker, one.unit)
+        except BrokenProcessPool as error:  # handled when the result is read
+            one.future = concurrent.futures.Future()
+            one.future.set_exception(error)
 
     def finish() -> tuple[Unit, int, np.ndarray]:
-        nonlocal pool
-        unit, size, key, ids = waiting.popleft()
-        if isinstance(ids, np.ndarray):
-            return unit, size, ids
-        try:
-            ids = ids.result() if ids else unit.encode(tokenizer)
-        except BrokenProcessPool:
-            if pool is not None:
-                report("the worker processes failed; continuing without them")
+        nonlocal pool, failures
+        first = waiting.popleft()
+        if first.ids is not None:  # from the cache
+            return first.unit, first.size, first.ids
+        while first.ids is None:
+            if pool is None or first.future is None:
+                first.ids = encode(first.unit)
+                break
+            try:
+                first.ids, failures = first.future.result(), 0
+            except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
-                pool = None
-            ids = unit.encode(tokenizer)
-        cache.put(key, ids)
-        return unit, size, ids
+                failures += 1
+                pool = start_pool() if failures < MAX_FAILURES else None
+                report("a worker process was killed: starting new ones" if pool else
+                       "the worker processes failed; continuing without them")  # fmt: skip
+                for one in (first, *waiting):
+                    if pool is not None and one.ids is None:
+                        submit(one)
+        cache.put(first.key, first.ids)
+        return first.unit, first.size, first.ids
 
     try:
+        pool = start_pool() if workers else None
         for unit in units:
-            key, size = unit.key(tokenizer)
-            ids: Any = cache.get(key)
-            if ids is None and pool is not None:
-                # a broken pool is reported when a result is read
-                with contextlib.suppress(BrokenProcessPool), blocked_interrupts():
-                    ids = pool.submit(_encode_in_worker, unit)
-            waiting.append((unit, size, key, ids))
+            key = unit.key(tokenizer) if cache.folder is not None else ""
+            waiting.append(one := _Waiting(unit, unit.size(), key, cache.get(key)))
+            if one.ids is None and pool is not None:
+                submit(one)
             while len(waiting) > 2 * workers:
                 yield finish()
         while waiting:
@@ -196,7 +328,45 @@ def encode_units(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_WORKER_TOKENIZER: list[Tokenizer] = []
+@dataclass
+class _Waiting:
+    """A unit whose ids are not yet written."""
+
+    unit: Unit
+    size: int
+    key: str
+    ids: np.ndarray | None
+    future: concurrent.futures.Future[np.ndarray] | None = None
+
+
+class UnitEncoder:
+    """Encodes units in this process. fast: by gigatoken, compared with the tokenizer on a part of every unit."""
+
+    def __init__(self, tokenizer: Tokenizer, saved: Path, fast: bool) -> None:
+        self.tokenizer, self.saved, self.use_fast = tokenizer, saved, fast
+
+    @functools.cached_property
+    def fast(self) -> FastTokenizer:
+        return FastTokenizer(self.tokenizer, self.saved)
+
+    def __call__(self, unit: Unit) -> np.ndarray:
+        if not self.use_fast:
+            return unit.encode(self.tokenizer)
+        ids = unit.encode(self.fast)
+        self.fast.compare(sample([text for text, _ in unit.pieces]))
+        return ids
+
+
+def sample(texts: list[str]) -> str:
+    """A part of one of the texts, the same in every run: about SAMPLE characters, cut between words."""
+    texts = [text for text in texts if text] or [""]
+    random = zlib.crc32(texts[0][:SAMPLE].encode("utf-8", "replace"))
+    text = texts[random % len(texts)]
+    begin = safe_cut(text, random % max(1, len(text) - SAMPLE)) if len(text) > SAMPLE else 0
+    return text[begin : begin + safe_cut(text[begin:], SAMPLE)] if len(text) - begin > SAMPLE else text[begin:]
+
+
+_WORKER: list[UnitEncoder] = []
 
 
 @contextlib.contextmanager
@@ -212,11 +382,19 @@ def blocked_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_worker(saved: str) -> None:
+def start_worker(saved: str, fast: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER_TOKENIZER[:] = [Tokenizer.load(saved)]
+    _WORKER[:] = [UnitEncoder(Tokenizer.load(saved), Path(saved), fast)]
+
+
+def _end_with_parent() -> None:
+    """A worker would wait forever for the next unit of a run that was killed."""
+    if parent := multiprocessing.parent_process():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _encode_in_worker(unit: Unit) -> np.ndarray:
-    return unit.encode(_WORKER_TOKENIZER[0])
+    return _WORKER[0](unit)

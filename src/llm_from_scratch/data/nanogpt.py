@@ -11,7 +11,8 @@ from pathlib import Path
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
 from ..machine.files import temporary_folder, write_whole
-from .prepare import DatasetSpec, Report, build, disk_errors
+from .encode import read_progress
+from .prepare import DatasetSpec, Report, build, disk_errors, hash_request
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
 
@@ -39,12 +40,13 @@ def prepare_shakespeare(folder: str | Path, tokenizer_name: str, report: Report 
 
 def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: Report = print) -> None:
     """Writes train.bin and val.bin of OpenWebText, streamed. The splits have the same documents as nanoGPT's, but in
-    the order of the dataset. An interrupted run resumes from folder/cache. Raises UserError."""
+    the order of the dataset. The same call resumes an interrupted run. Raises UserError."""
     folder = Path(folder)
     with disk_errors():
-        spec = DatasetSpec("openwebtext", [[HubSource.open(OPENWEBTEXT)]], "gpt2", 0.0005, 2357)
-        with temporary_folder(folder / "openwebtext") as built:
-            manifest = build(spec, built, sys.maxsize, workers, folder / "cache", {}, report)
+        spec = DatasetSpec("openwebtext", [[HubSource.open(OPENWEBTEXT)]], "gpt2", 0.0005, 2357, permuted=True)
+        request, _ = hash_request(spec, sys.maxsize)
+        with temporary_folder(folder / "openwebtext", lambda built: read_progress(built, request) is not None) as built:
+            manifest = build(spec, built, sys.maxsize, workers, folder / "cache", {"request": request}, report)
             for split, entry in manifest["splits"].items():
                 os.replace(built / f"{split}.bin", folder / f"{split}.bin")
                 report(f"{split}.bin: {entry['tokens']:,} tokens")

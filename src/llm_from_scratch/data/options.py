@@ -31,7 +31,7 @@ class PrepareOptions:
     val_fraction: float | None = None
     """Fraction of the characters (one text) or documents (several) for validation. None: 0.1; openwebtext: 0.0005."""
     seed: int = 2357
-    """Random seed for the choice of validation documents."""
+    """Seed of the hash that chooses the validation documents."""
     text_key: str = "text"
     """Field of a .jsonl line, or column of a .parquet file, with the text."""
     lines: bool = False
@@ -43,7 +43,7 @@ class PrepareOptions:
     workers: int | None = None
     """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
-    """Cache of encoded parts, used to resume an interrupted run. None: no cache."""
+    """Cache of encoded parts for the next run, unless the fast encoder is used. None: no cache."""
 
     def validate(self) -> None:
         if self.budget is not None:

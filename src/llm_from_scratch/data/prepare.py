@@ -1,6 +1,6 @@
 """Preparation of a dataset: sources -> documents -> tokens -> shards and a manifest. Texts are streamed in units of
-about a megabyte, so memory is bounded. The token cache keeps encoded units, so an interrupted run can resume. The
-dataset is built in a temporary folder, which is renamed when it is complete."""
+about a megabyte, so memory is bounded. The dataset is built in a temporary folder, which is renamed when it is
+complete. An interrupted run leaves it with its progress, and the same command resumes from there."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ import json
 import math
 import os
 import shlex
-import sys
 import tempfile
-import time
 import timeit
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +31,11 @@ from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json, replace_folder, temporary_folder
 from . import chats
 from . import sources as src
-from .encode import ShardWriter, TokenCache, encode_units, units_of
+from .encode import TokenCache, read_progress, units_of, write_shards
+from .fast_bpe import FAST_FROM, can_encode
+from .meter import Meter
 from .options import PrepareOptions
+from .split import Documents, Split, choose_split, empty, size_of
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
@@ -62,32 +61,10 @@ class DatasetSpec:
     seed: int
     chat_template: str | None = None
     is_chat: bool = False
+    permuted: bool = False  # the documents of val are nanoGPT's choice
 
     def all(self) -> list[src.Source]:
         return [source for some in self.sources for source in some]
-
-
-@dataclass
-class Documents:
-    """The documents of some sources, counted while they are read. separator: added at their ends if missing."""
-
-    sources: list[src.Source]
-    separator: str = ""
-    count: int = 0
-    characters: int = 0
-
-    def pieces(self, report: Report | None = None) -> Iterator[tuple[int, str, bool]]:
-        """(number of the document, text, ends) in order. report: receives the names of empty sources."""
-        self.count = self.characters = 0
-        for source in self.sources:
-            before = self.count
-            for text, ends in source.pieces():
-                text += self.separator if ends and not text.endswith(self.separator) else ""
-                yield self.count, text, ends
-                self.count += ends
-                self.characters += len(text)
-            if report and self.count == before and len(self.sources) > 1:
-                report(f"{source.name} is empty and ignored")
 
 
 def prepare(
@@ -109,13 +86,13 @@ def prepare(
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
         target = root / (options.out_dir or Path("data/processed") / spec.name)
-        request, identities = _hash_request(spec, options.shard_size)
+        request, identities = hash_request(spec, options.shard_size)
         if _up_to_date(target, request):
             report(f"{_display_path(target, root)} is up to date: sources and settings have not changed")
             os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
-            with temporary_folder(target) as folder:
+            with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
                 cache = root / options.cache_dir if options.cache_dir else None
                 extra = {"request": request, "sources": identities}
                 build(spec, folder, options.shard_size, options.workers, cache, extra, report)
@@ -124,35 +101,6 @@ def prepare(
         if given != ["demo"]:  # which trains by itself
             report(_next_command(target, root, run, options.budget))
     return target
-
-
-def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
-    """The mask of the validation documents, (count,) bool: the first of a seeded permutation, as in nanoGPT
-    (train_test_split of the library datasets)."""
-    chosen = min(max(math.ceil(count * fraction), 1), count - 1)
-    mask = np.zeros(count, dtype=bool)
-    mask[np.random.default_rng(seed).permutation(count)[:chosen]] = True
-    return mask
-
-
-def _split(spec: DatasetSpec, groups: list[Documents]) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, ends) of all pieces, each split in the order of the sources."""
-    first = groups[0]
-    if len(groups) == 2:
-        for split, group in zip(("train", "val"), groups, strict=True):
-            yield from ((split, text, ends) for _, text, ends in group.pieces())
-    elif first.count == 1:
-        border, seen = int(first.characters * (1 - spec.val_fraction)), 0
-        for _, text, _ in first.pieces():
-            head = text[: max(0, border - seen)]
-            yield "train", head, False
-            yield "val", text[len(head) :], False
-            seen += len(text)
-    else:
-        mask = val_documents(first.count, spec.val_fraction, spec.seed)
-        for number, text, ends in first.pieces():
-            # a dataset may have more documents than its stated length
-            yield "val" if number < len(mask) and mask[number] else "train", text, ends
 
 
 def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: Path, report: Report) -> DatasetSpec:
@@ -176,7 +124,8 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         if options.chat_template is not None or (options.lines and not isinstance(source, src.FileSource)):
             raise UserError(f"{known[0]} does not support --chat_template and --lines: remove them")
         fraction = options.val_fraction or text.val_fraction
-        return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed)
+        permuted = known[0] == "openwebtext"
+        return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed, permuted=permuted)
     found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]
     real = [{os.path.realpath(path) for path in paths} for paths in found]
     if len(real) == 2 and (twice := real[0] & real[1]):
@@ -187,7 +136,7 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     ]
     size = sum(path.stat().st_size for path in found[0])
     if not size:
-        raise _empty(lists[0])
+        raise empty(lists[0])
     is_chat = chats.are_conversations([file for some in lists for file in some], options, report)
     tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
     fraction = options.val_fraction or 0.1
@@ -236,55 +185,67 @@ def build(
     """Writes shards, tokenizer and manifest to folder. Returns the manifest."""
     if spec.is_chat:
         lists = [[source for source in some if isinstance(source, src.FileSource)] for some in spec.sources]
-        choose = partial(val_documents, fraction=spec.val_fraction, seed=spec.seed)
+        rule = Split("hash" if len(lists) == 1 else "files", spec.val_fraction, spec.seed)
         tokenizer, splits, more = chats.build(
-            lists, spec.tokenizer, spec.chat_template, choose, folder, shard_size, report
+            lists, spec.tokenizer, spec.chat_template, rule, folder, shard_size, report
         )
         return _write_manifest(spec, folder, tokenizer, splits, extra | more)
-    learns = spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:")
     groups = [Documents(sources) for sources in spec.sources]
-    if not learns:
-        tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
-    # Without an end-of-text id, documents end with a line break. A single text is not changed.
-    if spec.tokenizer == "char" if learns else tokenizer.eot_id is None:
-        for group in groups:
-            group.separator = "\n" if len(group.sources) > 1 or group.sources[0].has_many else ""
-    texts = (text for group in groups for _, text, _ in group.pieces(report))
-    if learns:
-        tokenizer = named_tokenizer(spec.tokenizer, texts)
-    elif stated := spec.sources[0][0].documents:
-        groups[0].count = stated  # from the hub, which saves a pass over the network
-    else:
-        deque(texts, maxlen=0)
-    _check_counts(spec, groups)
+    total = sum(size_of(source) for source in spec.all())
+    request = extra.get("request", "")
+    tokenizer = _tokenizer(spec, groups, folder, request, total, report)
+    split = choose_split(groups, spec.val_fraction, spec.seed, spec.permuted, report)
     lines = all(isinstance(source, src.FileSource) and source.lines for source in spec.all())
     end = tokenizer.eot_id  # not another id of tokenizer.end_ids, which may have a smaller one: this one is written
     if lines and end is None:
         tokenizer.ends |= {end := int(tokenizer.encode("\n")[-1])}
     tokenizer.save(folder)
-    mark_ends = tokenizer.eot_id is not None and (lines or max(group.count for group in groups) > 1)
-    units = units_of(_split(spec, groups), mark_ends)
+    mark_ends = tokenizer.eot_id is not None and (lines or split.several)
     if workers is None:
-        workers = 0 if tokenizer.name in ("char", "byte") else _choose_workers(spec)
-    cache = TokenCache(cache_dir / "tokens" if cache_dir else None, tokenizer.dtype)
-    shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
-    reported = time.monotonic()
-    for unit, size, ids in encode_units(units, tokenizer, folder, cache, workers, report):
-        shards[unit.split].append(ids)
-        shards[unit.split].text_bytes += size
-        if time.monotonic() - reported > 10:
-            reported = time.monotonic()
-            report(f"  {sum(s.tokens for s in shards.values()):,} tokens so far")
-    splits = {split: s.close() for split, s in shards.items()}
-    for split, entry in splits.items():
+        workers = 0 if tokenizer.name in ("char", "byte") else _choose_workers(total)
+    fast = can_encode(tokenizer) and (total or FAST_FROM) >= FAST_FROM
+    # to read cached tokens takes longer than to encode fast
+    cache = TokenCache(cache_dir / "tokens" if cache_dir and not fast else None, tokenizer.dtype)
+    meter = Meter(total, lambda: sum(group.position for group in groups), report)
+    try:
+        splits = write_shards(
+            lambda: units_of(split.apply(groups), mark_ends), tokenizer, folder, shard_size, workers, cache, fast,
+            request, meter, report,
+        )  # fmt: skip
+    finally:
+        meter.close()
+    for name, entry in splits.items():
         if not entry["tokens"]:
-            raise UserError(f"the {split} split of {spec.name} would be empty: use more text or change --val_fraction")
+            raise UserError(f"the {name} split of {spec.name} would be empty: use more text or change --val_fraction")
     if cache.hits:
         report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
     cache.finish()
     extra |= {"document_end": end} if lines or mark_ends else {}
     extra |= {"units": "lines"} if lines else {}
-    return _write_manifest(spec, folder, tokenizer, splits, extra)
+    return _write_manifest(spec, folder, tokenizer, splits, extra | {"split": split.describe()})
+
+
+def _tokenizer(
+    spec: DatasetSpec, groups: list[Documents], folder: Path, request: str, total: int, report: Report
+) -> Tokenizer:
+    """The tokenizer of a dataset: by name, trained on the documents, or that of the interrupted run in the folder."""
+    if read_progress(folder, request):
+        with contextlib.suppress(UserError):
+            tokenizer = Tokenizer.load(folder)
+            _set_separators(groups, tokenizer.eot_id is None)
+            return tokenizer
+    if spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:"):
+        _set_separators(groups, spec.tokenizer == "char")
+        return named_tokenizer(spec.tokenizer, (text for group in groups for _, text, _ in group.pieces(report)))
+    tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
+    _set_separators(groups, tokenizer.eot_id is None)
+    return tokenizer
+
+
+def _set_separators(groups: list[Documents], needed: bool) -> None:
+    """Without an end-of-text id, documents end with a line break. A single text is not changed."""
+    for group in groups:
+        group.separator = "\n" if needed and group.may_be_many else ""
 
 
 def _write_manifest(
@@ -304,28 +265,13 @@ def _write_manifest(
     return manifest
 
 
-def _check_counts(spec: DatasetSpec, groups: list[Documents]) -> None:
-    for group in groups:
-        if not group.count:
-            raise _empty(group.sources)
-    first = groups[0]
-    if len(groups) == 1 and first.count == 1 and int(first.characters * (1 - spec.val_fraction)) == 0:
-        raise UserError(f"{first.sources[0].name} is too short to split: {first.characters} characters")
-
-
-def _empty(sources: list[src.Source]) -> UserError:
-    names = ", ".join(source.name for source in sources[:3])
-    return UserError(f"{names} {'is' if len(sources) == 1 else 'are'} empty: expected text to prepare")
-
-
-def _choose_workers(spec: DatasetSpec) -> int:
-    """All cores if the input is large, else none."""
-    sizes = (s.path.stat().st_size if isinstance(s, src.FileSource) else sys.maxsize for s in spec.all())
+def _choose_workers(total: int) -> int:
+    """All cores if the input is large or of unknown size (0), else none."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores > 1 and sum(sizes) >= POOL_FROM else 0
+    return cores if cores > 1 and (total or POOL_FROM) >= POOL_FROM else 0
 
 
-def _hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
+def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
     identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)

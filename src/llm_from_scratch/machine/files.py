@@ -120,24 +120,31 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder next to target, deleted at the end unless it was renamed."""
+def temporary_folder(target: Path, resumes: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
+    """A folder next to target, deleted at the end unless it was renamed, or `resumes` is true of it: then it is given
+    again to the next caller for which this is still true."""
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # After a killed process: restore the folder that it was replacing, delete the rest.
-    for old in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
-        kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
-        if kind in ("building", "previous") and pid.isdecimal() and not _is_alive(int(pid)):
-            if kind == "previous" and not target.exists():
-                os.rename(old, target)
-            else:
-                shutil.rmtree(old, ignore_errors=True)
     folder = target.with_name(f".{target.name}.building-{os.getpid()}")
-    folder.mkdir()
+    if folder.exists() and not resumes(folder):  # an earlier process had the same number
+        shutil.rmtree(folder, ignore_errors=True)
+    # After a killed process: restore the folder that it was replacing, continue or delete what it was building.
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*-*")):
+        kind, _, pid = old.name[len(target.name) + 2 :].partition("-")
+        if kind not in ("building", "previous") or not pid.isdecimal() or _is_alive(int(pid)) or old == folder:
+            continue
+        if kind == "previous" and not target.exists():
+            os.rename(old, target)
+        elif kind == "building" and not folder.exists() and resumes(old):
+            os.rename(old, folder)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not resumes(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_folder(target: Path, folder: Path) -> None:

@@ -40,7 +40,7 @@ OPTIONAL = {
     *("pyarrow", "tensorboard", "tiktoken", "tiktoken_ext", "tokenizers", "transformers", "uvicorn", "wandb", "yaml"),
     *("safetensors", "tyro", "rich"),
     *("fcntl", "msvcrt", "pydoc_data", "readline", "resource"),
-    "optuna",
+    *("gigatoken", "optuna"),
 }
 # torch and numpy take seconds; these modules of Python, which checkpoints need, a twentieth of the time of --help
 SLOW = {"torch", "numpy", "hashlib", "pickletools"}

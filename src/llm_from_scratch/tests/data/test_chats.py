@@ -23,6 +23,7 @@ from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.files import read_json
+from llm_from_scratch.tests.data.test_prepare import in_hash_split
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -209,13 +210,18 @@ def test_a_dataset_of_conversations(tmp_path: Path) -> None:
     assert manifest["units"] == "conversations" and tokenizer.chat is not None and len(tokenizer.end_ids) == 1
     assert any("example (learned: >>...<<): User:\\nWhat is" in line for line in said)
     texts: dict[str, list[str]] = {}
-    for split, count in (("train", 36), ("val", 4)):
+    sides = [("prompt", "user"), ("completion", "assistant")]
+    is_val = [in_hash_split([{"role": role, "content": row[name]} for name, role in sides]) for row in rows]
+    for split, count in (("train", is_val.count(False)), ("val", is_val.count(True))):
         data = PackedData.of(TokenData.open(folder, split), folder, split, 100, tokenizer)
         assert data.documents == count and data.cropped == 0
         (x, y), numbers, _ = data.batch(np.arange(len(data.learned)), 100, slice(None))
         texts[split] = tokenizer.decode(y[y >= 0]).split(END)[:-1]
         assert len(texts[split]) == count and f"{count} documents" in data.summary()
-    assert sorted(texts["train"] + texts["val"]) == sorted(row["completion"] for row in rows)
+    for split, wanted in (("train", False), ("val", True)):
+        chosen = [row["completion"] for row, val in zip(rows, is_val, strict=True) if val == wanted]
+        assert sorted(texts[split]) == sorted(chosen)
+    assert manifest["split"] == {"by": "hash", "val_fraction": 0.1, "seed": 2357}
     again: list[str] = []
     assert prepare("sums.jsonl", root=tmp_path, report=again.append, tokenizer="char") == folder
     assert "up to date" in again[0] or "up to date" in again[1]
@@ -269,7 +275,7 @@ def test_lines_are_documents(tmp_path: Path) -> None:
             assert ids[-1] == end
             found += [tokenizer.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == end) + 1)[:-1]]
             data = PackedData.of(TokenData.open(folder, split), folder, split, 32, tokenizer)
-            assert data.documents == (45 if split == "train" else 5)
+            assert data.documents == sum(in_hash_split(line) == (split == "val") for line in lines)
         assert sorted(found) == sorted(lines)
 
 

@@ -29,7 +29,8 @@ from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
 from llm_from_scratch.data import encode, nanogpt, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
-from llm_from_scratch.data.prepare import prepare, tokenizer_for, val_documents
+from llm_from_scratch.data.prepare import prepare, tokenizer_for
+from llm_from_scratch.data.split import val_documents
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.budget import parse_budget
 from llm_from_scratch.presets import parse
@@ -190,18 +191,40 @@ def test_line_breaks_and_byte_order_mark(here: Path, monkeypatch: pytest.MonkeyP
 # several documents
 
 
-def test_several_documents_are_split_by_document(here: Path, small: None) -> None:
+def in_hash_split(document: Any, fraction: float = 0.1, seed: int = 2357) -> bool:
+    """Whether a document is for validation, by the rule in docs/DATA.md. Conversations count as their JSON."""
+    text = document if isinstance(document, str) else json.dumps(document)
+    digest = hashlib.sha256(f"{seed} {text}".removesuffix("\n").encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def test_several_documents_are_split_by_a_hash(here: Path, small: None) -> None:
     few, long = stories(399), real_text()[:12_000]  # the long one comes in pieces
-    texts = write_jsonl(here / "d.jsonl", [*few[:5], long, *few[5:]])
-    folder = prepare(["d.jsonl"], tokenizer="gpt2", val_fraction=0.03, seed=5)
+    texts = [*few[:5], long, *few[5:]]
     reference = reference_gpt2()
-    # what the library `datasets` does in train_test_split: the first of a permutation validate
-    chosen = set(np.random.default_rng(5).permutation(400)[:12].tolist())
-    want: dict[str, list[int]] = {"train": [], "val": []}
-    for number, text in enumerate(texts):
-        want["val" if number in chosen else "train"] += [*reference.encode_ordinary(text), EOT]
-    assert tokens(folder, "train") == want["train"] and tokens(folder, "val") == want["val"]
-    assert tokens(folder, "val").count(EOT) == 12
+    for name, documents in (("first", texts), ("more", [*stories(500)[400:], *texts[::-1], "a new one"])):
+        write_jsonl(here / f"{name}.jsonl", documents)
+        folder = prepare([f"{name}.jsonl"], tokenizer="gpt2", val_fraction=0.03, seed=5)
+        want: dict[str, list[int]] = {"train": [], "val": []}
+        for text in documents:
+            is_val = in_hash_split(text, 0.03, 5) if text is not long else in_hash_split(first_piece(long), 0.03, 5)
+            want["val" if is_val else "train"] += [*reference.encode_ordinary(text), EOT]
+        assert tokens(folder, "train") == want["train"] and tokens(folder, "val") == want["val"]
+        assert manifest_of(folder)["split"] == {"by": "hash", "val_fraction": 0.03, "seed": 5}
+        assert tokens(folder, "val").count(EOT) > 3
+
+
+def first_piece(text: str) -> str:
+    return next(sources.split_document(text))[0]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+@pytest.mark.parametrize("texts", [["one", "two"], ["same"] * 3, ["one", "two", "three", "four"]])
+def test_few_documents_leave_no_split_empty(here: Path, texts: list[str], fraction: float) -> None:
+    write_jsonl(here / "d.jsonl", texts)
+    folder = prepare(["d.jsonl"], tokenizer="byte", val_fraction=fraction)
+    got = [bytes(tokens(folder, split)).decode().splitlines() for split in ("train", "val")]
+    assert sorted(sum(got, [])) == sorted(texts) and min(map(len, got)) == 1
 
 
 def test_where_no_id_ends_a_document_a_line_break_does(here: Path) -> None:

@@ -1,0 +1,254 @@
+"""Encoding in worker processes, its progress, and the fast encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.data import encode, sources
+from llm_from_scratch.data import prepare as module
+from llm_from_scratch.data.encode import ShardWriter
+from llm_from_scratch.data.fast_bpe import FastTokenizer
+from llm_from_scratch.data.meter import Meter
+from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.machine.extras import is_installed
+from llm_from_scratch.tests.data.test_prepare import Told, left_behind, manifest_of, stories, write_jsonl
+from llm_from_scratch.tests.texts import real_text
+
+needs_gigatoken = pytest.mark.skipif(not is_installed("gigatoken"), reason="needs gigatoken")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pieces, units and records of the progress; the fast encoder for any text."""
+    monkeypatch.setattr(sources, "PIECE", 5000)
+    monkeypatch.setattr(encode, "UNIT", 7000)
+    monkeypatch.setattr(encode, "SAVE_EVERY", 3000)
+    monkeypatch.setattr(module, "FAST_FROM", 0)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))}
+
+
+# the shards
+
+
+@pytest.mark.parametrize("size", [7, 10, 100])
+def test_a_writer_continues_after_any_state(here: Path, size: int) -> None:
+    ids = np.arange(45, dtype="<u2")
+    for cut in (0, 3, 10, 20, 44):
+        for kept in ("all", "later tokens"):
+            folder = here / f"{cut} {kept}"
+            folder.mkdir()
+            writer = ShardWriter(folder, "train", size, ids.dtype)
+            writer.append(ids[:cut])
+            state = json.loads(json.dumps(writer.state()))
+            if kept == "later tokens":  # written after the state was recorded
+                writer.append(ids[cut:] + 1)
+                writer.state()
+            other = ShardWriter(folder, "train", size, ids.dtype)
+            other.restore(state)
+            other.append(ids[cut:])
+            entry = other.close()
+            files = [folder / shard["file"] for shard in entry["shards"]]
+            assert np.concatenate([np.fromfile(file, "<u2") for file in files]).tolist() == ids.tolist()
+            assert sorted(folder.iterdir()) == files and entry["tokens"] == 45
+
+
+def test_a_changed_shard_is_found(here: Path) -> None:
+    writer = ShardWriter(here, "val", 10, np.dtype("<u2"))
+    writer.append(np.arange(25, dtype="<u2"))
+    state = writer.state()
+    for number, change in ((0, b"\7"), (2, b"")):
+        path = here / f"val_{number:06d}.bin"
+        before = path.read_bytes()
+        path.write_bytes(change + before[1:] if change else before[:-2])
+        with pytest.raises(ValueError, match=path.name):
+            ShardWriter(here, "val", 10, np.dtype("<u2")).restore(state)
+        path.write_bytes(before)
+
+
+# interrupted runs
+
+
+@pytest.mark.parametrize("shard_size", [5000, 1 << 30])
+def test_an_interrupted_run_continues(
+    here: Path, small: None, monkeypatch: pytest.MonkeyPatch, shard_size: int
+) -> None:
+    write_jsonl(here / "d.jsonl", stories(1500))
+    whole = prepare(["d.jsonl"], tokenizer="byte", out_dir="whole", shard_size=shard_size, cache_dir=None)
+    plain, done = encode.Unit.encode, [0]
+
+    def failing(unit: encode.Unit, tokenizer: Any) -> np.ndarray:
+        done[0] += 1
+        if done[0] == 6:
+            raise KeyboardInterrupt
+        return plain(unit, tokenizer)
+
+    monkeypatch.setattr(encode.Unit, "encode", failing)
+    settings: dict[str, Any] = {"tokenizer": "byte", "shard_size": shard_size, "cache_dir": None}
+    with pytest.raises(KeyboardInterrupt):
+        prepare(["d.jsonl"], **settings)
+    kept = [p for p in (here / "data/processed").iterdir() if "building" in p.name]
+    assert len(kept) == 1
+    told = Told()
+    folder = prepare(["d.jsonl"], **settings, report=told)
+    assert "resuming after" in told
+    assert bytes_of(folder) == bytes_of(whole) and manifest_of(folder)["splits"] == manifest_of(whole)["splits"]
+    assert [p.name for p in (here / "data/processed").iterdir()] == ["d"]
+    # of another request, or damaged, it is not used
+    for case in ("another", "damaged"):
+        done[0] = 0
+        settings["seed"] = 3 if case == "another" else 4
+        with pytest.raises(KeyboardInterrupt):
+            prepare(["d.jsonl"], **settings)
+        if case == "another":
+            settings["seed"] = 5
+        else:
+            shard = next((here / "data/processed").glob(".d.building-*/train_000000.bin"))
+            shard.write_bytes(b"\1\0" + shard.read_bytes()[2:])
+        done[0] = 100
+        told = Told()
+        folder = prepare(["d.jsonl"], **settings, report=told)
+        assert "resuming" not in told and ("damaged" in told) == (case == "damaged")
+        fresh = prepare(["d.jsonl"], **settings, out_dir="fresh")
+        assert bytes_of(folder) == bytes_of(fresh)
+        assert left_behind(here / "data/processed") == [str(p) for p in here.glob("data/processed/d/*.bin")]
+
+
+ROOT = Path(module.__file__).resolve().parents[2]
+SMALL = (
+    "import multiprocessing, sys; from llm_from_scratch.data import encode, prepare, sources\n"
+    "sources.PIECE, encode.UNIT, encode.SAVE_EVERY, prepare.FAST_FROM = 5000, 7000, 3000, 0\n"
+)
+
+
+def command(settings: dict[str, Any], start_method: str = "spawn") -> list[str]:
+    """A process that prepares d.jsonl in small units."""
+    code = f"{SMALL}encode.START_METHOD = {start_method!r}\nprepare.prepare(['d.jsonl'], **{settings!r})"
+    return [sys.executable, "-c", f"if __name__ == '__main__':\n {code.replace(chr(10), chr(10) + ' ')}"]
+
+
+def children_of(pid: int) -> list[int]:
+    found = [p for p in Path("/proc").glob("[0-9]*/stat") if p.parent.name.isdecimal()]
+    parents = {}
+    for path in found:
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+    return [child for child, parent in parents.items() if parent == pid]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds worker processes as Linux lists them")
+def test_runs_and_workers_killed_at_random_moments(here: Path, small: None) -> None:
+    """Any number of kills of the run, of a worker or of both, and the same bytes in the end."""
+    write_jsonl(here / "d.jsonl", stories(3000))
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "shard_size": 20_000, "cache_dir": None, "workers": 2}
+    whole = prepare(["d.jsonl"], **settings | {"out_dir": "whole", "workers": 0})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    chance, killed = random.Random(0), {"run": 0, "worker": 0}
+    for _ in range(12):
+        process = subprocess.Popen(command(settings), env=environment, stdout=subprocess.PIPE, text=True)
+        try:
+            process.wait(0.5 + 2.5 * chance.random())
+        except subprocess.TimeoutExpired:
+            what = chance.choice(["run", "worker"])
+            workers = children_of(process.pid)
+            for pid in chance.sample(workers, min(1, len(workers))) if what == "worker" else [process.pid]:
+                os.kill(pid, signal.SIGKILL)
+                killed[what] += 1
+        said = process.communicate(timeout=120)[0]
+        if process.returncode == 0:
+            folder = here / "data/processed/d"
+            assert bytes_of(folder) == bytes_of(whole), said
+            assert [p.name for p in (here / "data/processed").iterdir()] == ["d"]
+            (folder / "manifest.json").write_text("{}")  # make it again
+    assert min(killed.values()) > 1
+    assert subprocess.run(command(settings), env=environment, timeout=120).returncode == 0
+    assert bytes_of(here / "data/processed/d") == bytes_of(whole)
+
+
+@pytest.mark.slow
+def test_any_workers_start_method_and_locale_give_the_same(here: Path, small: None) -> None:
+    write_jsonl(here / "d.jsonl", [*stories(600), "naïve café 日本語 😀", "a\x00b\r\nc\x1b"])
+    (here / "d.txt").write_text(real_text()[:50_000] + "naïve café 日本語 😀", encoding="utf-8")
+    whole = prepare(["d.jsonl"], tokenizer="gpt2", out_dir="whole", workers=0, cache_dir=None)
+    cases = [(1, "spawn", "C"), (2, "fork", "C"), (3, "spawn", "en_US.CP1252"), (5, "fork", "POSIX")]
+    for workers, start_method, locale in cases:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": locale, "PYTHONUTF8": "0"}
+        environment |= {"PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "cp1252"}
+        settings = {"tokenizer": "gpt2", "out_dir": f"o{workers}", "workers": workers, "cache_dir": None}
+        done = subprocess.run(command(settings, start_method), env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert bytes_of(here / f"o{workers}") == bytes_of(whole)
+
+
+# the fast encoder
+
+
+class Differing(FastTokenizer):
+    """Of which the ids are wrong after some texts."""
+
+    encoded = 0
+
+    def __init__(self, tokenizer: Tokenizer, saved: Path) -> None:
+        self.tokenizer, self.eot_id, self.dtype = tokenizer, tokenizer.eot_id, tokenizer.dtype
+
+    def encode(self, text: str) -> np.ndarray:
+        Differing.encoded += 1
+        return self.tokenizer.encode(text) + np.uint16(Differing.encoded > 250)
+
+
+@pytest.mark.parametrize("shard_size", [4000, 1 << 30])
+def test_an_encoder_that_differs_is_no_longer_used(
+    here: Path, small: None, monkeypatch: pytest.MonkeyPatch, shard_size: int
+) -> None:
+    write_jsonl(here / "d.jsonl", stories(600))
+    whole = prepare(["d.jsonl"], tokenizer="byte", out_dir="whole", shard_size=shard_size, cache_dir=None)
+    monkeypatch.setattr(module, "can_encode", lambda tokenizer: True)
+    monkeypatch.setattr(encode, "FastTokenizer", Differing)
+    monkeypatch.setattr(Differing, "encoded", 0)
+    told = Told()
+    folder = prepare(["d.jsonl"], tokenizer="byte", shard_size=shard_size, workers=0, report=told)
+    assert Differing.encoded > 250 and "gigatoken's ids differ from those of byte for " in told
+    assert bytes_of(folder) == bytes_of(whole) and manifest_of(folder)["splits"] == manifest_of(whole)["splits"]
+
+
+def test_the_sample_is_a_part_of_a_text_and_differs_between_units() -> None:
+    text = real_text()
+    units = [[text[k * 20_000 : (k + 1) * 20_000], text[k : k + 50]] for k in range(20)]
+    samples = [encode.sample(unit) for unit in units]
+    assert all(any(one in part for part in unit) for one, unit in zip(samples, units, strict=True))
+    assert len(set(samples)) == 20 and max(map(len, samples)) <= encode.SAMPLE
+    assert encode.sample([]) == encode.sample(["", ""]) == ""
+    assert len({text.find(one) % 20_000 for one in samples}) > 10
+
+
+def test_the_meter_reports_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, read, told = [100.0], [0], Told()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    meter = Meter(1_000_000_000, lambda: read[0], told)
+    for now[0], read[0] in ((101, 100_000_000), (106, 150_000_000), (112, 210_000_000)):
+        meter.update(1_234_567, 50_000_000)
+    meter.close()
+    # 10 MB/s of the sources since the first call, at 101 s: 790 MB are left
+    assert told.lines == ["  1,234,567 tokens, 13.6 MB/s, 21%, 0:01:19 left"]
