@@ -197,6 +197,9 @@ class TrainingConfig(Settings):
     """Number of recent checkpoints to keep, in addition to the best and the final one."""
     keep_every: int | None = None
     """Also keep the checkpoints at multiples of this step."""
+    mirror: str | None = None
+    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). A run whose out_dir is lost or
+    damaged resumes from there. Not stored: give it again to resume."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None
@@ -230,6 +233,11 @@ class TrainingConfig(Settings):
             raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:
             raise UserError("out_dir is empty: choose a folder for the run, for example --out_dir=out")
+        if self.mirror is not None and not re.fullmatch(r"memory|[a-z0-9+]+://(?![^/]*:[^/]*@).+", self.mirror):
+            raise UserError(
+                f"mirror={self.mirror!r} is not a URL such as s3://BUCKET/FOLDER or file:///FOLDER; keys belong in the "
+                "environment, not in the URL"
+            )
 
 
 @dataclass

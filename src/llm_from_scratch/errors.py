@@ -40,6 +40,10 @@ class SaveError(UserError):
     """A file or checkpoint could not be written. The previous one is untouched; `__cause__` is the OSError."""
 
 
+class OtherRunError(UserError):
+    """A mirror that holds the checkpoints of another run."""
+
+
 class DataError(UserError):
     """Token data that does not have the expected form, or no longer has it."""
 

@@ -29,9 +29,10 @@ from ..machine.files import (
     sync_folder,
     to_json,
 )  # fmt: skip
+from ..machine.team import ALONE, Team
 
 MANIFEST = "MANIFEST.json"
-LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt|README\.md)")
+LEFTOVER = re.compile(r"\.tmp-(step-\d+|remove-step-.+|ckpt\.pt|README\.md|shared)")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
@@ -40,44 +41,66 @@ def write_folder(
     parts: Mapping[str, Callable[[], Iterable[Any]]],
     fields: dict[str, Any],
     write_more: Callable[[Path], None] | None = None,
+    team: Team = ALONE,
 ) -> None:
-    """Writes the folder `final` and verifies it, replacing one that is there.
+    """Writes the folder `final` and verifies it, replacing one that is there. Raises SaveError.
 
     parts: {file name: function that yields its content in chunks (bytes or buffers)}. fields: plain data for the
-    manifest. write_more(folder) may write further files. Raises SaveError.
+    manifest. write_more(folder) may write further files. team: processes that call this together, each with parts of
+    its own, which it writes, hashes, syncs and reads back; the first one does the rest.
     """
     out, tmp, old = final.parent, final.with_name(f".tmp-{final.name}"), final.with_name(f"{final.name}.old")
     files: dict[str, dict[str, Any]] = {}
-    try:
+
+    def begin() -> None:
         make_folder(out)
         remove_tree(tmp)
         os.mkdir(tmp)
+
+    def write() -> dict[str, dict[str, Any]]:
         for name, make in parts.items():
             files[name] = write_synced(tmp / name, make())
+        if not team.is_first:
+            sync_folder(tmp)
+        return files
+
+    def publish() -> None:
         if write_more is not None:
             write_more(tmp)
-            for path in sorted(path for path in tmp.iterdir() if path.name not in files):
-                files[path.name] = write_synced(path, [path.read_bytes()])
-        write_synced(tmp / MANIFEST, [with_own_hash({**fields, "files": files})])
+            for path in sorted(path for path in tmp.iterdir() if path.name not in everything):
+                everything[path.name] = files[path.name] = write_synced(path, [path.read_bytes()])
+        write_synced(tmp / MANIFEST, [with_own_hash({**fields, "files": everything})])
         sync_folder(tmp)
         if os.path.lexists(final):
             _make_way(final, old)
         os.rename(tmp, final)
         sync_folder(out)
-        verify(final)
-        remove_folder(old)
+
+    def read_back() -> None:
+        verify(final, files)
+
+    try:
+        team.first(begin)
+        everything = {name: entry for theirs in team.all(write) for name, entry in theirs.items()}
+        team.first(publish)
+        team.all(read_back)
+        if team.is_first:
+            remove_folder(old)
     except DamagedError as error:
-        raise SaveError(
-            f"the disk returned different bytes than were written: {error}; moved to {set_aside(final)}"
-        ) from None
+        moved = f"; moved to {set_aside(final)}" if team.is_first else ""
+        raise SaveError(f"the disk returned different bytes than were written: {error}{moved}") from None
+    except SaveError:  # of another process
+        raise
     except OSError as error:
-        shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted
+        if team.is_first:
+            shutil.rmtree(tmp, ignore_errors=True)  # before the free bytes are counted
         sizes = [files[n]["size"] if n in files else sum(len(piece) for piece in parts[n]()) for n in parts]
         raise SaveError(f"cannot write {final}: {error}; {space_for(out, sum(sizes))}") from error
     except UserError as error:  # out of memory or file handles, for example: the state of the file is unknown
         raise SaveError(f"cannot read back {final}: {error}") from error
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if team.is_first:
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _make_way(final: Path, old: Path) -> None:
@@ -121,11 +144,11 @@ def read_member(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     return b"".join(_verified(folder / name, entry, entry["size"] + 1))
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Reads back every file of a hashed folder, in chunks. Returns its manifest; raises DamagedError."""
+def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Reads back files of a hashed folder (None: all), in chunks. Returns its manifest; raises DamagedError."""
     manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        for _ in _verified(folder / name, entry, 1 << 20):
+    for name in manifest["files"] if names is None else names:
+        for _ in _verified(folder / name, manifest["files"][name], 1 << 20):
             pass
     return manifest
 

@@ -26,21 +26,21 @@ MAX_CHAIN = 8  # adapters of adapters
 def load(
     where: str | Path, which: str | int | None = None, dataset: str | None = None, weights_only: bool = False,
     need_tokenizer: bool = True, set_aside: bool = False, merge: bool = True,
-    depth: int = 0,
+    depth: int = 0, lazily: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """Weights, configuration and tokenizer from any kind of model source. For runs, `which` is as in find_checkpoint.
 
     dataset: a name or folder whose tokenizer to use if the weights have none. A ckpt.pt names its dataset, which is
     looked up in data/. Without a dataset, a vocabulary of GPT-2's size is taken as GPT-2's. weights_only skips the
     optimizer and the random states. An adapter is merged into its base; with merge=False, `model` is the base. depth:
-    number of adapters that were loaded on the way to this one. Raises UserError if nothing is found, or if
-    need_tokenizer is set and there is no tokenizer.
+    number of adapters that were loaded on the way to this one. lazily: as in load_checkpoint. Raises UserError if
+    nothing is found, or if need_tokenizer is set and there is no tokenizer.
     """
     if is_pretrained(where, hub=which is None and depth == 0):  # a file never names what to download
         return load_hf(where, dataset, need_tokenizer)
     which = valid_which(which)
     found = locate(
-        Path(where), which, set_aside, lambda path: load_checkpoint(path, weights_only),
+        Path(where), which, set_aside, lambda path: load_checkpoint(path, weights_only, lazily),
         lambda path: _load_nanogpt(path, weights_only),
     )  # fmt: skip
     if isinstance(which, int) and found.step != which:

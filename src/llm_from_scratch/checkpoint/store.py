@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from ..errors import SaveError as SaveError
 from ..interop.torch_file import is_ours
 from ..machine.files import make_folder, read_json, remove_tree, sync_folder
 from ..machine.processes import is_restarted, launch
+from ..machine.team import ALONE, Team
 from . import hashed_folder
 from .contents import OWN_FILES as OWN_FILES
 from .contents import Checkpoint, read_manifest, read_settings, verify_checkpoint, write_checkpoint
@@ -47,11 +50,12 @@ class _Entry:
 
 
 def save_checkpoint(
-    out_dir: str | Path, *, keep_last: int | None = None, keep_every: int | None = None, **contents: Any
-) -> Path:
+    out_dir: str | Path, *, keep_last: int | None = None, keep_every: int | None = None, team: Team = ALONE,
+    **contents: Any,
+) -> Path:  # fmt: skip
     """Writes a checkpoint (see write_checkpoint), then prunes if keep_last is given. Returns its folder."""
-    final = write_checkpoint(out_dir, **contents)
-    if keep_last is not None:
+    final = write_checkpoint(out_dir, team=team, **contents)
+    if keep_last is not None and team.is_first:
         prune(final, keep_last, keep_every)
     return final
 
@@ -62,6 +66,29 @@ def _last_launch(out_dir: str) -> object:
         with contextlib.suppress(UserError):
             return read_json(path / "trainer.json").get("launch")
     return None
+
+
+def check_shared(out_dir: Path, team: Team) -> None:
+    """Raises UserError unless all processes see the same folder. All take part."""
+    mark = out_dir / ".tmp-shared"
+
+    def begin() -> str:
+        token = secrets.token_hex(8)
+        make_folder(out_dir)
+        mark.write_text(token)
+        return token
+
+    try:
+        token = team.first(begin)
+        found = team.gather((socket.gethostname(), mark.is_file() and mark.read_text() == token))
+    finally:
+        if team.is_first:
+            mark.unlink(missing_ok=True)
+    if blind := sorted({host for host, sees in found if not sees}):
+        raise UserError(
+            f"out_dir={out_dir} is not the same folder on all machines: {', '.join(blind)} does not see the files of "
+            f"{found[0][0]}; choose a folder on a shared file system"
+        )
 
 
 def resolved_init(init_from: str, out_dir: str) -> str:
@@ -81,9 +108,17 @@ def prune(verified: Path, keep_last: int, keep_every: int | None = None) -> list
         entries = [e for e in find_entries(verified.parent, skip_foreign=True) if e.manifest is not None]
     except OSError:  # the next save removes the rest
         return []
-    kept = {e.step for e in [*entries[: max(1, keep_last)], *_by_val_loss(entries)[:1]]}
-    kept |= {e.step for e in entries if e.path == verified or (keep_every and e.step % keep_every == 0)}
+    losses = {e.step: e.val_loss for e in reversed(entries)}
+    kept = kept_steps(losses, keep_last, keep_every) | {e.step for e in entries if e.path == verified}
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]
+
+
+def kept_steps(losses: dict[int, float | None], keep_last: int, keep_every: int | None = None) -> set[int]:
+    """The steps that a run keeps: the newest, the one with the lowest val loss, multiples of keep_every. losses: val
+    losses by step."""
+    best = min(((loss, -step) for step, loss in losses.items() if loss is not None), default=None)
+    kept = {*sorted(losses)[-max(1, keep_last) :], *(step for step in losses if keep_every and step % keep_every == 0)}
+    return kept if best is None else kept | {-best[1]}
 
 
 def clean_leftovers(out_dir: str | Path) -> None:

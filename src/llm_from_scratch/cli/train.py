@@ -26,8 +26,8 @@ from ..training.law import read_law
 from .common import command, data_prepared_last, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
-# untrusted, so it cannot switch on wandb either.
-NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log"}
+# untrusted, so it cannot switch on wandb or a mirror either.
+NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log", "mirror"}
 OWN_FLAGS = ("print_config", "dry_run", "exportable")
 OWN_VALUES = {"budget": "10min", "law": "FILE.json", "cooldown": "0.2"}  # name: an example
 COMMON = (
@@ -73,12 +73,20 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     parsed: Parsed[Config] = read(argv, defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it
 
-    begin = resolved_init(parsed.tree.training.init_from, parsed.tree.training.out_dir)
+    training, is_first = parsed.tree.training, os.environ.get("RANK", "0") == "0"
+    writes = not (dry_run or any(flags.values()))
+    resumes = training.init_from in ("resume", "auto") and not training.eval_only
+    if training.mirror is not None and resumes and writes:
+        parsed.tree.validate()
+        from ..checkpoint.mirror import restore
+
+        restore(training.mirror, Path(training.out_dir), is_first, note)
+    begin = resolved_init(training.init_from, training.out_dir)
     # by data_prepared_last; nanoGPT's defaults, which also lie under its presets, name openwebtext
     chosen = not (nanogpt or "dataset" in parsed.sources or parsed.files[0].endswith(".py"))
     cooldown: dict[str, Any] = {}
     if "cooldown" in values:
-        begin, cooldown = "resume", _cooldown(parsed, values["cooldown"], writes=not (dry_run or any(flags.values())))
+        begin, cooldown = "resume", _cooldown(parsed, values["cooldown"], writes)
     if begin == "resume":
         saved = _saved_settings(parsed.tree, parsed.sources, prog, typed)
         if saved is not None:

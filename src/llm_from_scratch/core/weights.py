@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,9 +62,11 @@ def expected_tensors(config: GPTConfig, held: int, where: str) -> dict[str, Tens
         raise DamagedError(f"{where}: {error}") from None
 
 
-def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> dict[str, Tensor]:
+def checked_weights(
+    model: dict[str, Tensor], config: GPTConfig, where: str, numbers: bool = True
+) -> dict[str, Tensor]:  # fmt: skip
     """The state dict under its plain names, with every name of a tied tensor. Raises DamagedError if names, shapes or
-    types are not those of GPT(config), or a number is not finite."""
+    types are not those of GPT(config), or (numbers) a number is not finite."""
     state = plain_names(model)
     if len(state) != len(model):
         raise DamagedError(f"{where} contains a tensor twice")
@@ -93,7 +95,7 @@ def checked_weights(model: dict[str, Tensor], config: GPTConfig, where: str) -> 
         if state[name].data_ptr() != state[first].data_ptr() and not bool((state[name] == state[first]).all()):
             raise DamagedError(f"{where}: {name} and {first} differ, but the model ties them")
         state[name] = state[first]
-    if bad := not_finite(state, buffers(config)):
+    if numbers and (bad := not_finite(state, buffers(config))):
         raise DamagedError(f"{where}: {bad} contains values that are not finite")
     return state
 
@@ -103,7 +105,7 @@ def buffers(config: GPTConfig) -> set[str]:
     return {name for name, _ in meta_model(config).named_buffers(remove_duplicate=False)}
 
 
-def not_finite(tensors: dict[str, Tensor], buffers: Collection[str] = ()) -> str | None:
+def not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str] = ()) -> str | None:
     """The name of a tensor with a NaN or an infinity, or None. A buffer may hold infinities: masks do."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():

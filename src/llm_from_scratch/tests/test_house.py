@@ -47,6 +47,7 @@ SLOW = {"torch", "numpy", "hashlib", "pickletools"}
 # Modules that commands read before they load torch; there, the slow ones and modules of ours that import them may wait.
 BEFORE_TORCH = (
     *("", "cli.", "checkpoint.", "core.dataset", "core.resident", "core.tokenfile", "interop.", "machine.processes"),
+    "machine.team",
     *("training.setup", "sweep."),
 )
 # Settings that name files and folders

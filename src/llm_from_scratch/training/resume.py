@@ -16,7 +16,7 @@ from ..machine import device as runtimes
 from ..machine.device import Runtime
 from ..settings import flatten
 
-NOT_COMPARED = {"init_from", "eval_only", "allow_new_data", "progress"}  # settings of a call, not of the run
+NOT_COMPARED = {"init_from", "eval_only", "allow_new_data", "progress", "mirror"}  # settings of a call, not of the run
 BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
 
 
@@ -97,6 +97,7 @@ def resume_command(config: Config, command: str, processes: int = 1) -> str:
     # not read from a checkpoint either
     words += [f"--start={config.generation.start}"] if config.generation.start.startswith("FILE:") else []
     words += ["--wandb_log=True"] if config.logging.wandb_log else []
+    words += [f"--mirror={config.training.mirror}"] if config.training.mirror is not None else []
     under_torchrun = f"  (with torchrun, {processes} processes)" if processes > 1 else ""
     return f"{shlex.join(words)}{under_torchrun}"
 

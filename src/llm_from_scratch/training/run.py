@@ -30,6 +30,7 @@ from ..machine.budget import Deadline
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
+from ..machine.team import Team
 from ..machine.terminal import announce
 from . import before_after
 from .construction import build
@@ -45,9 +46,10 @@ from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .ranks import agreed, regroup
 from .report import README, TrainResult, readme, write_readme
 from .resume import eval_command, not_bit_exact, resume_command
-from .saver import Saver
+from .saver import Saver, take_folder
 from .scheduler import learning_rate_at
 from .setup import make_plan
+from .shares import load_weights
 from .signals import StopRequest
 from .state import TrainState, restore
 from .wrap import Wrapped, wrap
@@ -129,13 +131,8 @@ class Run:
             for line in self._restore(plan.resumed) + not_bit_exact(self._machine(), plan.resumed):
                 self.say(line)
         # the first to write: all that can fail before step 0 has succeeded
-        moved, first = None, plan.start_step
-        wait_for_all(self.runtime.world_size)  # all processes have read their weights: the folder may be moved now
-        if lock is not None and self.runtime.is_master and not self.config.training.eval_only:
-            lock.acquire()
-            _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
-            moved = checkpoints.archive_previous(self.out_dir) if plan.resumed is None else None
-            checkpoints.clean_leftovers(self.out_dir)
+        first, team = plan.start_step, Team(self.runtime.rank, self.runtime.world_size)
+        moved = take_folder(plan, lock, team) if lock is not None and not self.config.training.eval_only else None
         mfu = partial(self.model.estimate_mfu, plan.global_batch / self.runtime.world_size)
         self.log = RunLog(
             self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
@@ -144,7 +141,7 @@ class Run:
         self.say = self.log.say
         if moved is not None:
             self.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
-        self.saver = Saver(self.plan, self.state, self.log)
+        self.saver = Saver(self.plan, self.state, self.log, team)
 
     # --- one step ---
 
@@ -365,11 +362,11 @@ class Run:
         if state.rollbacks >= limit:
             raise TrainingError(f"{error}; stopped: max_rollbacks={limit} reached; the last good checkpoint is kept")
         try:
-            saved = load(self.out_dir, "last", need_tokenizer=False, merge=False)
+            saved = load(self.out_dir, "last", need_tokenizer=False, merge=False, lazily=self.runtime.world_size > 1)
         except UserError as reason:
             raise TrainingError(f"{error}; stopped: no checkpoint to return to ({reason})") from None
         rollbacks, reached, shift = state.rollbacks + 1, state.step, state.data_shift
-        self.model.load_state_dict(saved.model, strict=not saved.adapter)
+        load_weights(self.model, saved.model)
         self._restore(saved)
         state.rollbacks, state.data_shift, state.skipped_in_a_row = rollbacks, shift + reached - saved.step, 0
         state.saved_at = -1  # the checkpoint does not contain the rollback
@@ -395,7 +392,7 @@ class Run:
             raise self._not_finite(Finding(state.step, self._learning_rate(), math.nan, math.nan))
         if state.step > 0 or stopped:  # the resume command needs a checkpoint
             self.save()
-            self.saver.report(wait=True)
+            self.saver.finish(stopped)
         wait_for_all(self.runtime.world_size)  # torchrun ends the writing process when another one leaves
         if stopped:
             hint = resume_command(self.config, self.command, self.runtime.world_size)

@@ -68,6 +68,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             training.out_dir if is_resumed else init_from, "last" if is_resumed else None, dataset=str(folder),
             weights_only=not is_resumed, need_tokenizer=False,
             set_aside=is_resumed and runtime.is_master and not training.eval_only, merge=not is_resumed,
+            lazily=runtime.world_size > 1,
         )  # fmt: skip
         weights, theirs = loaded.model, loaded.tokenizer
         _fit(config, loaded.model_config, sources or {}, notes, may_crop=not is_resumed)

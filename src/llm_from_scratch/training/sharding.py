@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -50,11 +49,6 @@ def shard_of(like: Any, whole: Tensor) -> Tensor:
     if not is_sharded(like):
         return whole.to(like.device)
     return placed_as(like, whole[own_rows(like)].to(like.device, copy=True).contiguous(), tuple(whole.shape))
-
-
-def gathered(tree: Any) -> Any:
-    """Nested data with sharded tensors whole. All processes call it."""
-    return tree_map_only(Tensor, lambda t: t.full_tensor() if is_sharded(t) else t, tree)
 
 
 def new_zeros(like: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

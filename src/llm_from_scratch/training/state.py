@@ -43,16 +43,26 @@ class TrainState:
 
 
 def copied(state: Any) -> Any:
-    """A copy of nested state on the CPU, which later steps do not change. Names of one tensor share one copy."""
+    """A copy of nested state on the CPU, which later steps do not change. Names of one tensor share one copy. From a
+    GPU the copies run together, to pinned memory."""
     known: dict[tuple, Tensor] = {}
+    devices: set[torch.device] = set()
 
     def copy(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if key not in known:
-            known[key] = tensor.detach().to("cpu", copy=True)
+        if key not in known and tensor.is_cuda:
+            devices.add(tensor.device)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            known[key] = host.copy_(tensor, non_blocking=True)
+        elif key not in known:
+            known[key] = tensor.to("cpu", copy=True)
         return known[key]
 
-    return tree_map_only(Tensor, copy, state)
+    result = tree_map_only(Tensor, copy, state)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return result
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:

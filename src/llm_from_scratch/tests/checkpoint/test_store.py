@@ -299,8 +299,8 @@ def test_a_manifest_with_wrong_fields_is_refused(tmp_path: Path, fields: dict[st
 
 def test_a_newer_format_is_not_taken_for_damage(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    reseal(save(tmp_path, 2), version=2)
-    with pytest.raises(UserError, match="version 2; this program reads version 1") as error:
+    reseal(save(tmp_path, 2), version=3)
+    with pytest.raises(UserError, match="version 3; this program reads versions 1 and 2") as error:
         load_any(tmp_path, set_aside=True)
     assert not isinstance(error.value, cp.DamagedError)
     assert (tmp_path / "step-00000002").exists()
@@ -502,7 +502,7 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
 def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
-    reseal(tmp_path / "step-00000002", version=2)  # of a program to come
+    reseal(tmp_path / "step-00000002", version=3)  # of a program to come
     assert save(tmp_path, 4, keep_last=1).exists()
     assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000004"]
 

@@ -197,8 +197,11 @@ def reseal(files: Files) -> bytes:
     """A manifest for the present files, as a liar writes it."""
     body = json.loads(files[cp.MANIFEST])
     body.pop("sha256")
-    for name in body["files"]:
-        body["files"][name] = {"size": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+    body["files"] = {
+        name: {"size": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        for name in body["files"]
+        if name in files
+    }
     text = json.dumps(body, indent=1, sort_keys=True) + "\n"
     body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()

@@ -27,7 +27,7 @@ from .rows import Report, Row
 
 ROWS = (
     "cuts", "kills", "processes", "operations", "power", "flips", "directories", "signals", "numbers", "endurance",
-    "ranks", "data_files", "hostile", "mutations",  # last: a library that it calls starts threads
+    "ranks", "data_files", "hostile", "mutations", "shards",  # last: a library starts threads, and threads write shards
 )  # fmt: skip
 SHOWN = 5  # failures printed of a row
 
