@@ -73,17 +73,21 @@ def seconds(work: Callable[[int], object], count: int) -> float:
     return (time.process_time() - begin) / count
 
 
-def of_steps(plan: Any, rounds: int = 3) -> float:
-    run = Run(plan)
-    batches = [run.loader.get(step) for step in range(STEPS)]
-    run.loader.close()
-    for batch in batches[:3]:
-        train_step(run, *batch)
-    return statistics.median(seconds(lambda step: train_step(run, *batches[step]), STEPS) for _ in range(rounds))
+def of_steps(*plans: Any, rounds: int = 3) -> list[float]:
+    """Processor time of a training step of each run, medians of interleaved rounds."""
+    steps = []
+    for plan in plans:
+        run = Run(plan)
+        batches = [run.loader.get(step) for step in range(STEPS)]
+        run.loader.close()
+        steps.append(lambda step, run=run, batches=batches: train_step(run, *batches[step]))
+        seconds(steps[-1], 3)
+    found = [[seconds(step, STEPS) for step in steps] for _ in range(rounds)]
+    return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
 def loader() -> dict[str, float]:
-    found = {"step_ms": 1e3 * of_steps(planned("one"))}
+    found = {"step_ms": 1e3 * of_steps(planned("one"))[0]}
     address = "file://" + str(Path("data/processed/one").resolve())
     for name, dataset in (("one dataset", "one"), ("mixture", "{one: 0.7, two: 0.3}"), ("store", address)):
         with loader_of(planned(dataset)) as one:
@@ -109,10 +113,9 @@ def memory() -> dict[str, float]:
 def attention() -> dict[str, float]:
     found = {}
     for block_size, dropout in ((128, 0.0), (512, 0.0), (256, 0.1)):
-        plain, packed = (
-            of_steps(planned("short", documents=documents, block_size=block_size, dropout=dropout), 5)
-            for documents in (False, True)
-        )
+        how = {"block_size": block_size, "dropout": dropout}
+        plans = (planned("short", documents=documents, **how) for documents in (False, True))
+        plain, packed = of_steps(*plans, rounds=5)
         found |= {f"{block_size}, dropout {dropout:g}: plain, ms": 1e3 * plain, "packed / plain": packed / plain}
         print(f"context {block_size}, dropout {dropout:g}: plain {1e3 * plain:.1f} ms, packed {packed / plain:.3f} x")
     return found

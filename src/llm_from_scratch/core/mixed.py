@@ -22,6 +22,7 @@ from .tokenfile import BackgroundScan
 
 ONE = 24  # bits of a fraction; numbers of samples may have 39
 ROUNDS = 6  # of the permutation
+CHUNK = 4096  # samples
 U32 = np.uint64(0xFFFFFFFF)
 
 
@@ -125,6 +126,7 @@ class MixedOrder(SampleOrder):
     phases: tuple[Phase, ...] = field(init=False)
     samples: float = field(init=False, default=math.inf)
     """After which all parts are used up."""
+    made: dict[int, np.ndarray] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", self._phases())
@@ -145,11 +147,26 @@ class MixedOrder(SampleOrder):
         return math.inf if epochs is None else max(1, int(epochs * self.orders[part].windows_per_epoch))
 
     def starts(self, step: int, batch: int) -> np.ndarray:
-        which, numbers = self.assigned(np.arange(step * batch, (step + 1) * batch))
+        begin, end = step * batch, (step + 1) * batch
+        found = np.concatenate([self._chunk(n) for n in range(begin // CHUNK, -(-end // CHUNK))], axis=1)
+        which, starts = found[:, begin % CHUNK :][:, :batch]
+        if self.order == "shuffled":
+            return starts
+        ends = np.array([order.last_start + 1 for order in self.orders])
+        return np.array(self.first)[which] + generator(self.seed, step).integers(0, ends[which])
+
+    def _chunk(self, number: int) -> np.ndarray:
+        """Parts and shuffled starts of CHUNK samples, (2, CHUNK), which are made at once to save time."""
+        if (found := self.made.get(number)) is None:
+            which, numbers = self.assigned(np.arange(number * CHUNK, (number + 1) * CHUNK))
+            found = np.stack((which, self._shuffled(which, numbers)))
+            if len(self.made) > 1:
+                self.made.clear()
+            self.made[number] = found
+        return found
+
+    def _shuffled(self, which: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         out = np.array(self.first)[which]
-        if self.order == "random":
-            ends = np.array([order.last_start + 1 for order in self.orders])
-            return out + generator(self.seed, step).integers(0, ends[which])
         epochs, places = np.divmod(numbers, np.array([order.windows_per_epoch for order in self.orders])[which])
         for index, epoch in {*zip(which.tolist(), epochs.tolist(), strict=True)}:
             here = (which == index) & (epochs == epoch)

@@ -26,11 +26,13 @@ MANY_ROWS = 2048  # of a token table, of which a batch reads few
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
-def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dict[type, type], list[nn.Module]]:
+def cpu_replacements(
+    model: GPT, in_bfloat16: bool, compiled: bool, documents: bool = False
+) -> tuple[dict[type, type], list[nn.Module]]:
     """The replacements for kernels.swap on a CPU, {class: replacement}, and the modules that stay unchanged.
 
     compiled: the blocks are compiled. The compiler fuses everything except attention as well or better, and short
-    attention too.
+    attention too. documents: rows are shared by documents, whose attention is faster here from some length on.
     """
     found: dict[type, type] = {RMSNorm: CPURMSNorm, nn.Dropout: CPUDropout}
     dropout, config, table = model.config.dropout > 0, model.config, model.transformer.wte
@@ -40,7 +42,7 @@ def cpu_replacements(model: GPT, in_bfloat16: bool, compiled: bool) -> tuple[dic
     in_blocks = [m for m in model.transformer.h.modules() if compiled and isinstance(m, (RMSNorm, nn.Dropout))]
     if not compiled:
         found[RotaryPositions] = CPURotaryPositions
-    if in_bfloat16 or dropout:
+    if in_bfloat16 or dropout or (documents and config.block_size > SHORT):
         found[Attention] = eager_attention() if compiled else CPUAttention
     if compiled and not dropout and model.config.block_size <= SHORT:
         found[Attention] = WrittenAttention

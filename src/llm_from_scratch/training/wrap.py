@@ -105,7 +105,8 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     replacements: dict[type, type] = {}
     keep: list[nn.Module] = []
     if runtime.device.type == "cpu":
-        replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile)
+        packed = config.data.documents is True
+        replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
     libraries = fitting_libraries(model, config, runtime, micro_batch)

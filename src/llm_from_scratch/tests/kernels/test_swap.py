@@ -155,6 +155,8 @@ def test_a_replacement_that_raises_is_left_out() -> None:
 def test_dropout_and_attention_are_chosen_by_dtype_and_dropout() -> None:
     assert cpu_replacements(model(), False, False)[0].get(models.Attention) is None
     assert cpu_replacements(model(dropout=0.1), False, False)[0][models.Attention] is CPUAttention
+    for length, chosen in ((128, None), (256, CPUAttention)):  # of documents
+        assert cpu_replacements(model(block_size=length), False, False, True)[0].get(models.Attention) is chosen
     assert cpu_replacements(model(), True, False)[0][nn.Dropout] is CPUDropout
 
 
