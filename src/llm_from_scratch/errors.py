@@ -76,6 +76,10 @@ class OutputError(RuntimeError):
     """Standard output cannot be written. `__cause__` is the OSError."""
 
 
+class Removed(Exception):
+    """A filter removes a document; the text is the reason."""
+
+
 class CannotRecord(RuntimeError):
     """A model's decode step cannot be recorded, or a record differs from the model. The model's own forward runs."""
 

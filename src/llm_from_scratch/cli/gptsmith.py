@@ -13,6 +13,7 @@ from .common import command
 # Subcommand: (its module in cli/, what it does)
 COMMANDS = {
     "prepare": ("prepare_data", "tokenizes texts"),
+    "inspect": ("inspect_data", "shows what is in a dataset"),
     "train": ("train", "trains from scratch, resumes a run, or finetunes"),
     "plan": ("plan", "estimates time and memory of a run"),
     "generate": ("generate", "continues a text"),

@@ -19,9 +19,11 @@ DESCRIPTION = """Tokenizes texts for training.
   llm-prepare 'notes/**/*.md' --name=notes --tokenizer=bpe:1024
   llm-prepare train.jsonl --val_files=val.jsonl --text_key=content
   llm-prepare chats.jsonl --tokenizer=FOLDER_OF_A_MODEL
+  llm-prepare my-project --include='*.py' --dedup=near
 
-A SOURCE is a file (.txt and .md: one document; .jsonl: one per line, or conversations; .parquet: one per row), a
-folder, a glob, - for standard input, or a built-in source: shakespeare_char, shakespeare, openwebtext, python_docs.
+A SOURCE is a file (text, Markdown, HTML, EPUB, PDF, notebook: one document; .jsonl: one per line, or conversations;
+.parquet: one per row; compressed or in an archive), a folder, a glob, - for standard input, a URL, hf:OWNER/NAME, or a
+built-in source: shakespeare_char, shakespeare, python_docs, openwebtext, fineweb-edu, tinystories.
 Files are looked up here, then in data/raw. The validation split is the end of a single text, about a tenth of several
 documents, or the texts in --val_files. If nothing has changed, a second run does no work."""
 
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> None:
     parsed = parse(PrepareOptions, argv, prog="llm-prepare [SOURCE ...]", description=DESCRIPTION, presets=False)
     from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 
-    folder = prepare(parsed.positionals, **vars(parsed.tree), report=_say)
+    folder = prepare(parsed.positionals, **vars(parsed.tree), report=say)
     tokenizer = parsed.tree.tokenizer
     if (
         parsed.positionals != ["demo"] and not parsed.tree.budget and not (tokenizer and Path(tokenizer).exists())
@@ -51,13 +53,13 @@ def _note_on_size(folder: Path) -> None:
     params = count_params(replace(Config().model, vocab_size=manifest["vocab_size"]))
     if params > tokens:
         fewer = ", or fewer tokenizer ids" if manifest["vocab_size"] > 1000 else ""
-        _say(
+        say(
             f"note: {tokens:,} training tokens for the {params:,} parameters of llm-train's default model: use a "
             f"smaller one (llm-train quick) or more text{fewer}"
         )
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Prints and flushes a line. Characters that the terminal cannot show are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

@@ -20,7 +20,7 @@ from ..errors import UserError, one_line
 from ..machine.files import parse_json
 from .encode import ShardWriter
 from .options import PrepareOptions
-from .sources import FileSource
+from .sources import FileSource, Source
 from .split import Split, choose_by_hash, hash_document
 
 VERSION = 1  # of what is written for the same conversations
@@ -31,14 +31,14 @@ FIELDS = "messages (a list of objects with role and content), or prompt and comp
 NO_TEXT = "is not a text, or a list of parts of type text"
 
 
-def are_conversations(files: list[FileSource], options: PrepareOptions, report: Callable[[str], None]) -> bool:
+def are_conversations(sources: list[Source], options: PrepareOptions, report: Callable[[str], None]) -> bool:
     """Whether the sources are conversations. Raises UserError if only some are, or if an option has no effect."""
-    chat = [file for file in files if is_conversations(file)]
-    if 0 < len(chat) < len(files):
-        other = next(file for file in files if file not in chat)
+    chat = [source for source in sources if isinstance(source, FileSource) and is_conversations(source)]
+    if 0 < len(chat) < len(sources):
+        other = next(source for source in sources if source not in chat)
         raise UserError(f"{chat[0].name} holds conversations, {other.name} does not: prepare them separately")
-    if chat and options.lines:
-        raise UserError(f"{chat[0].name} holds conversations: remove --lines")
+    if chat and (useless := options.given("lines", "separator", "encoding", "bad_files")):
+        raise UserError(f"{chat[0].name} holds conversations: remove --{' and --'.join(useless)}")
     if not chat and options.chat_template is not None:
         raise UserError(f"--chat_template needs conversations: JSON lines with {FIELDS}")
     if chat:
@@ -49,9 +49,9 @@ def are_conversations(files: list[FileSource], options: PrepareOptions, report: 
 
 def is_conversations(source: FileSource) -> bool:
     """Whether the first line that is not blank is a conversation. A field named by --text_key makes it a text."""
-    if source.path.suffix.lower() != ".jsonl" and source.path.name != "stdin.txt":
+    if source.suffix != ".jsonl" and source.path.name != "stdin.txt":
         return False
-    with source.path.open("rb") as file:
+    with source.open() as file:
         lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
         line = next(filter(None, lines), b"")
     try:
@@ -65,7 +65,7 @@ def is_conversations(source: FileSource) -> bool:
 
 def conversations(source: FileSource) -> Iterator[tuple[str, list[Message]]]:
     """(file and line, messages) of every line. Raises UserError with file and line for another line."""
-    with source.path.open("rb") as file:
+    with source.open() as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"{source.name}, line {number}"
             if len(line) > MAX_LINE:

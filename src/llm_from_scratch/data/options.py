@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import UserError
 from ..machine.budget import parse_budget
 from ..settings import at_least, between
+
+CLEANING = (
+    *("unicode", "min_chars", "max_chars", "language", "quality", "personal_data", "decontaminate", "dedup"),
+    "boilerplate",
+)
 
 
 @dataclass
@@ -36,6 +43,35 @@ class PrepareOptions:
     """Field of a .jsonl line, or column of a .parquet file, with the text."""
     lines: bool = False
     """Each line of a text file is a document, and training uses whole documents (--documents)."""
+    separator: str = ""
+    r"""Text between the documents of a text file, such as '\n\n' or '<|endoftext|>'."""
+    include: tuple[str, ...] = ()
+    """Patterns of the files to read in folders and archives, as in .gitignore: '*.py', 'src/'. Then the rules of
+    .gitignore files apply."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of the files to leave out, as in .gitignore."""
+    encoding: str = "utf-8"
+    """Encoding of text files."""
+    bad_files: Literal["stop", "skip"] = "stop"
+    """skip: name a file that cannot be read (damaged, wrong encoding), and continue."""
+    unicode: Literal["none", "NFC", "NFKC"] = "none"
+    """Unicode normalisation."""
+    min_chars: int = 0
+    """Remove documents with fewer characters."""
+    max_chars: int | None = None
+    """Remove documents with more characters."""
+    language: tuple[str, ...] = ()
+    """Keep only documents in these languages, such as en."""
+    quality: tuple[Literal["gopher", "c4"], ...] = ()
+    """Quality rules for English web pages: those of Gopher, of C4, or both."""
+    personal_data: Literal["keep", "mask"] = "keep"
+    """mask: replace e-mail and IP addresses, phone, card and account numbers."""
+    decontaminate: tuple[str, ...] = ()
+    """Evaluation texts: remove documents that share 13 words in a row with them."""
+    dedup: Literal["none", "exact", "near"] = "none"
+    """exact: keep the first of equal documents. near: also of documents that differ in some words."""
+    boilerplate: int = 0
+    """Remove lines that occur in at least this number of documents. 0: none."""
     chat_template: str | None = None
     """File with the chat template (Jinja) for conversations. None: the tokenizer's, else a plain one."""
     shard_size: int = 1 << 30
@@ -45,6 +81,14 @@ class PrepareOptions:
     cache_dir: str | None = "data/cache"
     """Cache of encoded parts for the next run, unless the fast encoder is used. None: no cache."""
 
+    def given(self, *names: str) -> list[str]:
+        """Those of the settings that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+    def text_separator(self) -> str:
+        """separator, as typed in a shell."""
+        return self.separator.replace(r"\n", "\n").replace(r"\t", "\t").replace("\r\n", "\n")
+
     def validate(self) -> None:
         if self.budget is not None:
             parse_budget(self.budget)
@@ -52,4 +96,12 @@ class PrepareOptions:
                 raise UserError("--budget chooses the tokenizer: remove --tokenizer or --budget")
         between(self, 0, 1, "val_fraction", open_left=True, open_right=True)
         at_least(self, 1, "shard_size")
-        at_least(self, 0, "workers")
+        at_least(self, 0, "workers", "min_chars", "max_chars", "boilerplate")
+        if self.lines and self.separator:
+            raise UserError("--lines and --separator both divide a text: remove one of them")
+        try:
+            self.encoding = codecs.lookup(self.encoding).name
+            "".encode(self.encoding)  # not one from bytes to bytes
+        except LookupError:
+            expected = "expected utf-8, utf-16, latin-1, cp1252 or another of Python"
+            raise UserError(f"encoding={self.encoding!r} is unknown: {expected}") from None

@@ -28,14 +28,15 @@ from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.budget import Budget, parse_budget
-from ..machine.files import read_json, replace_folder, temporary_folder
-from . import chats
+from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder
+from . import chats, cleaning
 from . import sources as src
+from .cleaning_report import FILES as REPORTS
 from .encode import TokenCache, read_progress, units_of, write_shards
 from .fast_bpe import FAST_FROM, can_encode
 from .meter import Meter
-from .options import PrepareOptions
-from .split import Documents, Split, choose_split, empty, size_of
+from .options import CLEANING, PrepareOptions
+from .split import Documents, Split, choose_split, empty
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest and of the hash of a request
@@ -87,16 +88,27 @@ def prepare(
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
         target = root / (options.out_dir or Path("data/processed") / spec.name)
         request, identities = hash_request(spec, options.shard_size)
+        plain = dataclasses.replace(options, include=(), exclude=())
+        evaluation = src.find_sources(options.decontaminate, root, Path(spool), plain, report)
+        request = cleaning.extend_request(request, options, evaluation, spec.is_chat)
         if _up_to_date(target, request):
-            report(f"{_display_path(target, root)} is up to date: sources and settings have not changed")
+            report(f"{src.display_path(target, root)} is up to date: sources and settings have not changed")
             os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
             with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
                 cache = root / options.cache_dir if options.cache_dir else None
-                extra = {"request": request, "sources": identities}
+                extra: dict[str, Any] = {"request": request, "sources": identities}
+                parts = (cache or Path(spool)) / f"cleaning-{request[:16]}"
+                if options.given(*CLEANING):
+                    total = sum(source.size for source in spec.all())
+                    workers = _choose_workers(total) if options.workers is None else options.workers
+                    spec.sources, extra["cleaning"] = cleaning.clean(
+                        spec.sources, options, evaluation, parts, folder, workers, report
+                    )
                 build(spec, folder, options.shard_size, options.workers, cache, extra, report)
                 replace_folder(target, folder)
+                remove_tree(parts)
         _print_summary(target, root, report)
         if given != ["demo"]:  # which trains by itself
             report(_next_command(target, root, run, options.budget))
@@ -120,24 +132,23 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
         text = src.KNOWN_TEXTS[known[0]]
         source = text.open(root, key, report)
         if isinstance(source, src.FileSource):
-            source = dataclasses.replace(source, label=_display_path(source.path, root), lines=options.lines)
-        if options.chat_template is not None or (options.lines and not isinstance(source, src.FileSource)):
-            raise UserError(f"{known[0]} does not support --chat_template and --lines: remove them")
+            source = dataclasses.replace(source, label=src.display_path(source.path, root), lines=options.lines)
+        useless = options.given("chat_template", "separator", "include", "exclude", "encoding", "bad_files")
+        useless += ["lines"] if options.lines and not isinstance(source, src.FileSource) else []
+        if useless:
+            raise UserError(f"{known[0]} does not support --{' and --'.join(useless)}: remove it")
         fraction = options.val_fraction or text.val_fraction
         permuted = known[0] == "openwebtext"
         return DatasetSpec(name, [[source]], tokenizer or text.tokenizer, fraction, options.seed, permuted=permuted)
-    found = [src.find_files(some, root, spool, report) for some in (given, options.val_files) if some]
-    real = [{os.path.realpath(path) for path in paths} for paths in found]
-    if len(real) == 2 and (twice := real[0] & real[1]):
+    lists = [src.find_sources(some, root, spool, options, report) for some in (given, options.val_files) if some]
+    if len(lists) == 2 and (twice := {source.key for source in lists[0]} & {source.key for source in lists[1]}):
         raise UserError(f"{min(twice)} is both a training and a validation file")
-    lists: list[list[Any]] = [
-        [src.FileSource(path, key, _display_path(path, root, spool), lines=options.lines) for path in paths]
-        for paths in found
-    ]
-    size = sum(path.stat().st_size for path in found[0])
+    size = sum(source.size for source in lists[0])
+    if any(isinstance(source, src.HubSource) for source in lists[0]):
+        size = 1 << 40  # unknown, but not small
     if not size:
         raise empty(lists[0])
-    is_chat = chats.are_conversations([file for some in lists for file in some], options, report)
+    is_chat = chats.are_conversations([source for some in lists for source in some], options, report)
     tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
     fraction = options.val_fraction or 0.1
     return DatasetSpec(name, lists, tokenizer, fraction, options.seed, options.chat_template, is_chat)
@@ -191,11 +202,11 @@ def build(
         )
         return _write_manifest(spec, folder, tokenizer, splits, extra | more)
     groups = [Documents(sources) for sources in spec.sources]
-    total = sum(size_of(source) for source in spec.all())
+    total = sum(source.size for source in spec.all())
     request = extra.get("request", "")
     tokenizer = _tokenizer(spec, groups, folder, request, total, report)
     split = choose_split(groups, spec.val_fraction, spec.seed, spec.permuted, report)
-    lines = all(isinstance(source, src.FileSource) and source.lines for source in spec.all())
+    lines = all(getattr(source, "lines", False) for source in spec.all())
     end = tokenizer.eot_id  # not another id of tokenizer.end_ids, which may have a smaller one: this one is written
     if lines and end is None:
         tokenizer.ends |= {end := int(tokenizer.encode("\n")[-1])}
@@ -291,6 +302,8 @@ def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str
     if spec.is_chat:
         template = src.FileSource(Path(spec.chat_template)).identity()["sha256"] if spec.chat_template else ""
         what["chat"] = [chats.VERSION, template]
+    reading = [source.reading() for source in spec.all() if isinstance(source, src.FileSource)]
+    what |= {"reading": reading} if any(reading) else {}
     what |= {"lines": 2} if any(getattr(source, "lines", False) for source in spec.all()) else {}  # a version
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(), sum(identities, [])
 
@@ -322,7 +335,8 @@ def _refuse_foreign(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: choose another --out_dir")
     manifest = _manifest(target)
-    ours = {MANIFEST, *TOKENIZER_FILES, *(shard["file"] for shard in _shards_in(manifest))} if manifest else set()
+    shards = {shard["file"] for shard in _shards_in(manifest)}
+    ours = shards | {MANIFEST, *TOKENIZER_FILES, *REPORTS} if manifest else set()
     names = sorted(path.name for path in target.glob("*"))
     if foreign := [name for name in names if name not in ours and not name.startswith(CHECKED)]:
         what = f"{target} contains {foreign[0]}, which llm-prepare did not write"
@@ -338,18 +352,11 @@ def disk_errors() -> Iterator[None]:
         raise UserError(f"cannot write{where}: {error.strerror or error}") from None
 
 
-def _display_path(path: Path, root: Path, spool: Path | None = None) -> str:
-    """A path for messages: relative to root if inside it."""
-    if spool is not None and path.parent == spool:
-        return "standard input"
-    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
-
-
 def _print_summary(target: Path, root: Path, report: Report) -> None:
     """Reports sizes and a decoded example."""
     manifest, tokenizer = _manifest(target), Tokenizer.load(target)
     kind = "" if tokenizer.name == manifest["name"] else f"tokenizer {tokenizer.name}, "
-    report(f"{_display_path(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
+    report(f"{src.display_path(target, root)}: {kind}vocabulary of {tokenizer.vocab_size:,}, {manifest['dtype']}")
     for split, entry in manifest["splits"].items():
         files = ", ".join(shard["file"] for shard in entry["shards"][:2])
         files += ", ..." if len(entry["shards"]) > 2 else ""
@@ -389,7 +396,7 @@ def _next_command(target: Path, root: Path, run: str | None, budget: str | None 
 
 def _dataset_of(target: Path, root: Path) -> str:
     """The shortest --dataset that means this folder."""
-    for name in (target.name, _display_path(target, root)):
+    for name in (target.name, src.display_path(target, root)):
         with contextlib.suppress(UserError):
             if resolve_dataset(name).resolve() == target.resolve():
                 return name

@@ -1,72 +1,107 @@
 """Text sources: files, folders, globs, standard input and built-in sources, read as a stream of documents.
 
 A source yields pieces (text, ends) of bounded size: a long document is cut where the tokens stay the same, and `ends`
-marks its last piece. A new file format is a reader in READERS, a new built-in source an entry in KNOWN_TEXTS.
+marks its last piece. A new file format is a reader in readers.READERS, a new built-in source an entry in KNOWN_TEXTS.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
+import dataclasses
 import glob
 import hashlib
-import io
-import json
 import os
 import shlex
 import shutil
 import sys
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
-from ..core.tokenizer import cut_text, safe_cut
 from ..core.vocab_files import call_with_timeout, check_reachable
 from ..errors import UserError, one_line
 from ..machine.extras import missing
 from ..machine.files import open_file, write_whole
+from ..machine.terminal import note
 from ..settings import did_you_mean
+from . import stores
+from .archives import decompress
+from .options import PrepareOptions
+from .readers import ARCHIVE, LINES, READERS, SEPARATED, TEXT, WHOLE, Reader, reader_of, split_document, suffixes
+from .selection import Selection, is_hidden, walk
 
-PIECE = 1 << 20  # maximum characters per piece
 RAW = Path("data/raw")
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 OPENWEBTEXT = "Skylion007/openwebtext"
+ALL = Selection()
+HUB = "hf:"  # hf:owner/name or hf:owner/name:configuration
 
 
 @dataclass(frozen=True)
 class FileSource:
     """One file, read by the reader of its suffix, or as plain text."""
 
-    path: Path
+    path: Path  # of a remote file or an archive's member: its name
     text_key: str = "text"
     label: str = ""  # its name in messages and in the manifest (default: the path)
     keep_bom: bool = False
     documents: int | None = None  # unknown before reading
     lines: bool = False  # each line of a text is a document
+    separator: str = ""  # between the documents of a text
+    encoding: str = "utf-8"
+    selection: Selection = ALL  # in an archive
+    skip_bad: bool = False
+    url: str = ""
+    stream: Any = field(default=None, compare=False)  # of an archive's member
+    said: set[str] = field(default_factory=set, compare=False)
 
     @property
     def name(self) -> str:
         return self.label or self.path.as_posix()
 
     @property
+    def suffix(self) -> str:
+        """Of the decompressed content."""
+        return suffixes(self.path.name)[0]
+
+    @property
     def reader(self) -> Reader:
-        found = READERS.get(self.path.suffix.lower(), READERS[".txt"])
-        return LINES if self.lines and not found.many else found
+        found = reader_of(self.path.name) or TEXT
+        return found if not found.is_text else LINES if self.lines else SEPARATED if self.separator else found
 
     @property
     def has_many(self) -> bool:
         """Whether it may contain more than one document."""
         return self.reader.many
 
+    @property
+    def key(self) -> str:
+        """The same for the same file."""
+        return self.name if self.url else os.path.realpath(self.path)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        with _reading(self.name):
+            return stores.size(self.url) if self.url else self.path.stat().st_size
+
+    def open(self) -> IO[bytes]:
+        """The decompressed content."""
+        raw = self.stream or (stores.open_url(self.url) if self.url else self.path.open("rb"))
+        packed = suffixes(self.path.name)[1]
+        return decompress(packed, raw, self.name) if packed else raw
+
     def identity(self) -> dict[str, Any]:
-        """The content's hash, by which a change is detected."""
+        """By which a change is detected: the hash of the content, or the version that a server states."""
+        if self.url:
+            return {"path": self.name, "bytes": self.size, "version": stores.version(self.url)}
         with _reading(self.name), self.path.open("rb") as file:
             digest, size = hashlib.sha256(), 0
             while block := file.read(1 << 20):
@@ -74,11 +109,45 @@ class FileSource:
                 size += len(block)
         return {"path": self.name, "bytes": size, "sha256": digest.hexdigest()}
 
+    def reading(self) -> dict[str, Any]:
+        """The settings that determine its documents, if they are not the usual ones."""
+        given = {name: getattr(self, name) for name in ("separator", "encoding", "skip_bad")}
+        given |= {"include": self.selection.include, "exclude": self.selection.exclude}
+        return {name: value for name, value in given.items() if value and value != "utf-8"}
+
     def pieces(self) -> Iterator[tuple[str, bool]]:
-        """The documents in pieces. Raises UserError: unreadable, not UTF-8, a broken line, a missing field or extra."""
-        with _reading(self.name):
-            for item in self.reader.read(self):
-                yield from split_document(item) if isinstance(item, str) else [item]
+        """The documents in pieces. Raises UserError: unreadable, damaged, not text, a missing field or extra."""
+        try:
+            with _reading(self.name):
+                for item in self._checked() if self.skip_bad and not self.has_many else self.reader.read(self):
+                    yield from split_document(item) if isinstance(item, str) else [item]
+        except UserError as error:
+            self.refuse(error)
+        except Exception as error:
+            if not self.url:
+                raise
+            self.refuse(UserError(f"reading {self.name} failed ({one_line(error)}): run the same command again"))
+
+    def _checked(self) -> Iterator[Any]:
+        """The pieces of the only document, after all of it was read: a part of it must not be kept."""
+        if self.stream is None:
+            deque(self.reader.read(self), maxlen=0)
+            yield from self.reader.read(self)
+            return
+        pieces, size = [], 0
+        for piece in self.reader.read(self):
+            pieces.append(piece)
+            if (size := size + len(piece[0])) > WHOLE:
+                raise UserError(f"{self.name} is too large to check it in its archive: extract it")
+        yield from pieces
+
+    def refuse(self, error: UserError) -> None:
+        """Raises the error, or with --bad_files=skip, prints it once."""
+        if not self.skip_bad:
+            raise error
+        if str(error) not in self.said:
+            self.said.add(str(error))
+            note(f"skipped: {error}")
 
 
 @dataclass(frozen=True)
@@ -89,10 +158,16 @@ class HubSource:
     text_key: str
     documents: int | None
     rows: Any  # iterable of {column: value}
+    config: str = ""  # of a dataset with several
     has_many = True
+    size = 0  # unknown
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.config}"
 
     @classmethod
-    def open(cls, name: str, text_key: str = "text") -> HubSource:
+    def open(cls, name: str, text_key: str = "text", config: str = "") -> HubSource:
         """Raises UserError without the extra or the network."""
         try:
             import datasets
@@ -102,129 +177,100 @@ class HubSource:
             offline = any(os.environ.get(f"HF_{part}_OFFLINE", "0") not in ("0", "") for part in ("HUB", "DATASETS"))
             if not offline and not Path(name).exists():  # datasets would wait half a minute
                 check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-            rows = datasets.load_dataset(name, split="train", streaming=True)
+            rows = datasets.load_dataset(name, *filter(None, [config]), split="train", streaming=True)
             info = (rows.info.splits or {}).get("train")
         except Exception as error:
             advice = "check the network, or run llm-prepare on its files (.parquet, .jsonl)"
             raise UserError(f"cannot load the dataset {name} ({one_line(error)}): {advice}") from None
-        return cls(name, text_key, info.num_examples if info and info.num_examples else None, rows)
+        return cls(name, text_key, info.num_examples if info and info.num_examples else None, rows, config)
 
     def identity(self) -> dict[str, Any]:
         version = str(getattr(self.rows, "info", ""))[:4096]
-        return {"dataset": self.name, "documents": self.documents, "version": version}
+        config = {"config": self.config} if self.config else {}
+        return {"dataset": self.name, "documents": self.documents, "version": version, **config}
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         try:
             for row in self.rows:
-                yield from split_document(row[self.text_key])
+                if not isinstance(text := row.get(self.text_key), str):
+                    has = f"does not have a text {self.text_key!r} (it has {', '.join(map(repr, row))})"
+                    raise UserError(f"{self.name} {has}: see --text_key")
+                yield from split_document(text)
+        except UserError:
+            raise
         except Exception as error:
             advice = "run the same command again to resume from the cache"
             raise UserError(f"reading {self.name} failed ({one_line(error)}): {advice}") from None
 
 
-Source = FileSource | HubSource
+class Source(Protocol):
+    """Documents with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 if unknown."""
+        ...
+
+    @property
+    def documents(self) -> int | None: ...
+
+    @property
+    def has_many(self) -> bool: ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def pieces(self) -> Iterator[tuple[str, bool]]: ...
 
 
-def split_document(text: str) -> Iterator[tuple[str, bool]]:
-    """The pieces of one document; none if it is empty."""
-    parts = list(cut_text(text, PIECE)) if text else []
-    yield from ((part, i == len(parts) - 1) for i, part in enumerate(parts))
+def find_sources(
+    arguments: Sequence[str], root: Path, spool: Path, options: PrepareOptions, report: Any = print
+) -> list[Source]:
+    """The sources that arguments name: URLs, datasets on the hub (hf:owner/name), and find_files. Each once. Raises
+    UserError."""
+    found: dict[str, Source] = {}
+    common = FileSource(
+        Path(), options.text_key, lines=options.lines, separator=options.text_separator(), encoding=options.encoding,
+        selection=Selection(options.include, options.exclude), skip_bad=options.bad_files == "skip",
+    )  # fmt: skip
+    selective = [a for a in arguments if (root / a).is_dir() or (root / RAW / a).is_dir() or "://" in a]
+    selective += [a for a in arguments if reader_of(a) is ARCHIVE or glob.has_magic(a)]
+    if (useless := options.given("include", "exclude")) and not selective:
+        raise UserError(f"--{useless[0]} selects files in folders and archives: name one, or remove it")
+    for argument in arguments:
+        some: list[Source] = []
+        if argument.startswith(HUB):
+            name, _, config = argument.removeprefix(HUB).partition(":")
+            some = [HubSource.open(name, common.text_key, config)]
+        elif "://" in argument:
+            urls = stores.find(argument, lambda name: common.selection.accepts(name, reader_of(name) is not None))
+            named = [(Path(stores.file_name(url)), stores.shown(url), url) for url in urls]
+            some = [dataclasses.replace(common, path=path, label=label, url=url) for path, label, url in named]
+        else:
+            for path in find_files([argument], root, spool, report, common.selection):
+                some.append(dataclasses.replace(common, path=path, label=display_path(path, root, spool)))
+        found |= {source.key: source for source in some if source.key not in found}
+    return list(found.values())
 
 
-def read_plain_text(source: FileSource) -> Iterator[tuple[str, bool]]:
-    """Pieces of one document. As in Python: UTF-8, every line break as "\\n". A byte order mark is dropped."""
-    text = ""
-    encoding = "utf-8" if source.keep_bom else "utf-8-sig"
-    with source.path.open("rb") as raw, io.TextIOWrapper(raw, encoding) as file:
-        try:
-            while block := file.read(PIECE):
-                text += block
-                while len(text) > PIECE:
-                    cut = safe_cut(text, PIECE)
-                    yield text[:cut], False
-                    text = text[cut:]
-        except UnicodeDecodeError as error:
-            raise _not_utf8(source.name, raw.tell() - len(error.object) + error.start, error) from None
-    if text:
-        yield text, True
+def display_path(path: Path, root: Path, spool: Path | None = None) -> str:
+    """A path for messages: relative to root if inside it."""
+    if spool is not None and path.parent == spool:
+        return "standard input"
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
-def read_lines(source: FileSource) -> Iterator[str]:
-    """One document per line that is not empty, without its line break."""
-    rest = ""
-    for text, _ in read_plain_text(source):
-        *whole, rest = (rest + text).split("\n")
-        yield from filter(None, whole)
-    yield from filter(None, [rest])
-
-
-def read_json_lines(source: FileSource) -> Iterator[str]:
-    """One document per line."""
-    offset, key = 0, source.text_key
-    with source.path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{source.name}, line {number}"
-            try:
-                row = json.loads(text) if (text := line.decode("utf-8").lstrip("\ufeff").strip()) else None
-            except UnicodeDecodeError as error:
-                raise _not_utf8(source.name, offset + error.start, error) from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where} is not JSON ({error}): expected one object per line") from None
-            offset += len(line)
-            if text:
-                if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    has = f"its fields are {', '.join(map(repr, row))}" if isinstance(row, dict) else "not an object"
-                    raise UserError(f"{where} does not have the text field {key!r} ({has}): see --text_key")
-                yield row[key]
-
-
-def read_parquet(source: FileSource) -> Iterator[str]:
-    """One document per row."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        instead = "convert the text to .txt, .md or .jsonl"
-        raise missing("pyarrow", "data", f"{source.name}: reading .parquet", instead) from None
-    key = source.text_key
-    try:
-        with parquet.ParquetFile(source.path) as table:
-            if key not in table.schema_arrow.names:
-                names = ", ".join(map(repr, table.schema_arrow.names))
-                raise UserError(f"{source.name} does not have a column {key!r} (it has {names}): see --text_key")
-            kind = table.schema_arrow.field(key).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{source.name}: column {key!r} contains {kind}, not text: see --text_key")
-            for batch in table.iter_batches(batch_size=256, columns=[key]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {source.name} as parquet: {one_line(error)}") from None
-
-
-@dataclass(frozen=True)
-class Reader:
-    """many: read() yields documents. Otherwise it yields the pieces (text, ends) of one document."""
-
-    read: Callable[[FileSource], Iterator[str] | Iterator[tuple[str, bool]]]
-    many: bool = True
-
-
-READERS = {
-    ".txt": Reader(read_plain_text, many=False),
-    ".md": Reader(read_plain_text, many=False),
-    ".jsonl": Reader(read_json_lines),
-    ".parquet": Reader(read_parquet),
-}
-
-
-LINES = Reader(read_lines)
-
-
-def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = print) -> list[Path]:
+def find_files(
+    arguments: Sequence[str], root: Path, spool: Path, report: Any = print, selection: Selection = ALL
+) -> list[Path]:
     """The files named by files, folders, globs and "-" (standard input, copied to the folder spool), each once.
-    Searches root, then data/raw. A folder gives its files with a suffix in READERS, sorted. Raises UserError if an
-    argument matches nothing."""
+    Searches root, then data/raw. A folder gives the selected files, sorted. Raises UserError if an argument matches
+    nothing."""
     files: dict[str, Path] = {}
     for argument in arguments:
         if not argument:
@@ -234,20 +280,21 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
             with found[0].open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         else:
-            found = _matches(root, argument)
-        others = _other_files(root / argument, argument.rstrip("/"), len(found))
+            found = _matches(root, argument, selection, report)
+        others = "" if selection.include else _other_files(root / argument, argument.rstrip("/"), len(found))
         if found and others:
             report(f"{argument}: reading {len(found)} of its files{others}")
-        if not found and (found := _matches(root / RAW, argument)):
+        if not found and (found := _matches(root / RAW, argument, selection, report)):
             report(f"reading {argument} from {RAW.as_posix()}")
         if not found:
             names = [name for name in KNOWN_TEXTS if name != "demo"]
             hint = did_you_mean(argument, names, f"built-in sources: {', '.join(names)}", similarity=0.75)
             if (root / argument).is_dir():
-                hint = f"the folder contains no {', '.join(READERS)} file{others}"
+                wanted = "file that --include selects" if selection.include else f"{', '.join(READERS)} file"
+                hint = f"the folder contains no {wanted}{others}"
             raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}: {hint}")
         for path in found:
-            if path.suffix.lower() not in READERS and argument != "-":
+            if reader_of(path.name) is None and argument != "-" and not selection.include:
                 report(f"reading {path.as_posix()} as plain text")
             files.setdefault(os.path.realpath(path), path)
     return list(files.values())
@@ -255,7 +302,9 @@ def find_files(arguments: Sequence[str], root: Path, spool: Path, report: Any = 
 
 def _other_files(folder: Path, argument: str, found: int) -> str:
     """How to read the most common kind of other texts in a folder, if there are more of them than of those found."""
-    others = [path for path in _files_in(folder) if path.suffix and path.suffix.lower() not in READERS]
+    if not folder.is_dir():
+        return ""
+    others = [path for path in walk(folder) if path.suffix and reader_of(path.name) is None]
     for suffix, count in Counter(path.suffix for path in others).most_common():
         example = next(path for path in others if path.suffix == suffix)
         with contextlib.suppress(OSError), example.open("rb") as file:
@@ -264,28 +313,33 @@ def _other_files(folder: Path, argument: str, found: int) -> str:
     return ""
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files below a folder that are not hidden, sorted."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    shown = [name for name in files if not any(part.startswith(".") for part in name.parts)]
-    return [files[name] for name in sorted(shown, key=Path.as_posix)]
-
-
-def _matches(base: Path, argument: str) -> list[Path]:
+def _matches(base: Path, argument: str, selection: Selection, report: Any) -> list[Path]:
     path = base / argument
     with _reading(argument):
         if path.is_fifo():
             command = f"llm-prepare - < {shlex.quote(argument)}"
             raise UserError(f"{argument} is a pipe; read it from standard input instead: {command}")
         if path.is_dir():
-            return [p for p in _files_in(path) if p.suffix.lower() in READERS]
+            return selection.files(path, lambda file: reader_of(file.name) is not None, report)
         if path.exists():
             os.close(open_file(path))  # refuses devices, which never end
             return [path]
         if glob.has_magic(argument):
-            names = sorted(glob.glob(str(path), recursive=True))
-            return [p for name in names for p in (_matches(base, name) if os.path.isdir(name) else [Path(name)])]
+            found = [_matches(base, str(p), selection, report) if p.is_dir() else [p] for p in _glob(path)]
+            return [path for some in found for path in some]
     return []
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """The paths that match, sorted. ** does not enter linked folders: two links that lead upwards would have no end."""
+    parts = pattern.parts
+    if "**" not in parts:
+        return sorted(map(Path, glob.glob(str(pattern))), key=str)
+    at = parts.index("**")
+    found: set[Path] = set()
+    for top in map(Path, glob.glob(str(Path(*parts[:at])))):
+        found.update(path for path in top.glob(str(Path(*parts[at:]))) if not is_hidden(str(path.relative_to(top))))
+    return sorted(found, key=str)
 
 
 @contextlib.contextmanager
@@ -294,12 +348,6 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-def _not_utf8(name: str, offset: int, error: UnicodeDecodeError) -> UserError:
-    wide = offset == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    hint = "it looks like UTF-16" if wide else f"byte 0x{error.object[error.start]:02x}, {error.reason}"
-    return UserError(f"{name} is not UTF-8 text: byte offset {offset} ({hint}); save it as UTF-8 and run again")
 
 
 def demo_file(root: Path, report: Any = print) -> Path:
@@ -373,6 +421,12 @@ KNOWN_TEXTS = {
     "shakespeare": KnownText(lambda root, key, report: FileSource(shakespeare_file(root, "shakespeare", report), key)),
     # 8 million documents, so a small fraction is enough for validation (nanoGPT's)
     "openwebtext": KnownText(lambda root, key, report: HubSource.open(OPENWEBTEXT, key), val_fraction=0.0005),
+    "fineweb-edu": KnownText(
+        lambda root, key, report: HubSource.open("HuggingFaceFW/fineweb-edu", key, "sample-10BT"), val_fraction=0.0005
+    ),
+    "tinystories": KnownText(
+        lambda root, key, report: HubSource.open("roneneldan/TinyStories", key), "bpe:4096", val_fraction=0.01
+    ),
     "python_docs": KnownText(lambda root, key, report: FileSource(python_docs_file(root), key)),
     "demo": KnownText(lambda root, key, report: FileSource(demo_file(root, report), key), "char"),
 }

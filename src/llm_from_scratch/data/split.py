@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import UserError
-from .sources import FileSource, Source
+from .sources import Source
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Documents:
         self.count = self.characters = self.position = begin = 0
         self.is_counted = False
         for source in self.sources:
-            before, characters, size = self.count, self.characters, size_of(source)
+            before, characters, size = self.count, self.characters, source.size
             for text, ends in source.pieces():
                 text += self.separator if ends and not text.endswith(self.separator) else ""
                 yield self.count, text, ends
@@ -141,7 +141,7 @@ def _has_several(group: Documents, report: Callable[[str], None]) -> bool:
 
 
 def hash_document(text: str, seed: int) -> int:
-    """64 bits of a hash of the seed and a document's first piece: all of a document below sources.PIECE characters."""
+    """64 bits of a hash of the seed and a document's first piece: all of a document below readers.PIECE characters."""
     digest = hashlib.sha256(b"%d " % seed)
     digest.update(text.removesuffix("\n").encode("utf-8", "replace"))  # the same with and without a separator
     return int.from_bytes(digest.digest()[:8], "big")
@@ -167,11 +167,6 @@ def val_documents(count: int, fraction: float, seed: int) -> np.ndarray:
     mask = np.zeros(count, dtype=bool)
     mask[np.random.default_rng(seed).permutation(count)[:chosen]] = True
     return mask
-
-
-def size_of(source: Source) -> int:
-    """Bytes; 0 if unknown."""
-    return source.path.stat().st_size if isinstance(source, FileSource) else 0
 
 
 def empty(sources: list[Source]) -> UserError:

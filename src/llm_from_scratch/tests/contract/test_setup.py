@@ -607,7 +607,7 @@ def test_every_command_is_declared() -> None:
     scripts = dict(re.findall(r'^(llm-[a-z]+) = "([\w.]+):main"$', text, flags=re.MULTILINE))
     assert set(scripts) == {
         "llm-prepare", "llm-train", "llm-plan", "llm-generate", "llm-chat", "llm-serve", "llm-eval", "llm-bench",
-        "llm-export", "llm-sweep", "llm-scale",
+        "llm-export", "llm-sweep", "llm-scale", "llm-inspect",
     }  # fmt: skip
     for module in scripts.values():
         assert callable(importlib.import_module(module).main)

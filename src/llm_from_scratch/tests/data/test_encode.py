@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llm_from_scratch.core.tokenizer import Tokenizer
-from llm_from_scratch.data import encode, sources
+from llm_from_scratch.data import encode, readers
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.encode import ShardWriter
 from llm_from_scratch.data.fast_bpe import FastTokenizer
@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, units and records of the progress; the fast encoder for any text."""
-    monkeypatch.setattr(sources, "PIECE", 5000)
+    monkeypatch.setattr(readers, "PIECE", 5000)
     monkeypatch.setattr(encode, "UNIT", 7000)
     monkeypatch.setattr(encode, "SAVE_EVERY", 3000)
     monkeypatch.setattr(module, "FAST_FROM", 0)
@@ -135,8 +135,8 @@ def test_an_interrupted_run_continues(
 
 ROOT = Path(module.__file__).resolve().parents[2]
 SMALL = (
-    "import multiprocessing, sys; from llm_from_scratch.data import encode, prepare, sources\n"
-    "sources.PIECE, encode.UNIT, encode.SAVE_EVERY, prepare.FAST_FROM = 5000, 7000, 3000, 0\n"
+    "import multiprocessing, sys; from llm_from_scratch.data import encode, prepare, readers\n"
+    "readers.PIECE, encode.UNIT, encode.SAVE_EVERY, prepare.FAST_FROM = 5000, 7000, 3000, 0\n"
 )
 
 

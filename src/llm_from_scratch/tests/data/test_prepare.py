@@ -26,7 +26,7 @@ from llm_from_scratch.config import Config, DataConfig, GPTConfig
 from llm_from_scratch.core.dataset import TokenData, resolve_dataset
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
-from llm_from_scratch.data import encode, nanogpt, sources
+from llm_from_scratch.data import encode, nanogpt, readers, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, tokenizer_for
@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and units so small that every text crosses many."""
-    monkeypatch.setattr(sources, "PIECE", 5000)
+    monkeypatch.setattr(readers, "PIECE", 5000)
     monkeypatch.setattr(encode, "UNIT", 7000)
 
 
@@ -182,7 +182,7 @@ def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
 
 @pytest.mark.parametrize("size", [1 << 20, 3, 1])
 def test_line_breaks_and_byte_order_mark(here: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(sources, "PIECE", size)
+    monkeypatch.setattr(readers, "PIECE", size)
     (here / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthr\xc3\xa9e\n\r\n\xe6\x9d\xb1")
     assert "".join(text for text, _ in sources.FileSource(Path("a.txt")).pieces()) == "one\ntwo\nthrée\n\n東"
     assert [ends for _, ends in sources.FileSource(Path("a.txt")).pieces()].count(True) == 1
@@ -507,7 +507,7 @@ def test_an_earlier_result_survives_a_failure(here: Path) -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 9_999, 10_000, 10_001, 15_000])
 def test_the_byte_offset_is_right(here: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
-    monkeypatch.setattr(sources, "PIECE", 5000)
+    monkeypatch.setattr(readers, "PIECE", 5000)
     data = "é".encode() * 20_000
     for broken, at in ((data[:offset] + b"\xff" + data[offset:], offset), (data[: 2 * offset + 1], 2 * offset)):
         with pytest.raises(UnicodeDecodeError) as caught:  # noqa: PT012 - the reference says where

@@ -1,0 +1,72 @@
+"""What cleaning removed and why, as text and as a page."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..machine.files import read_json
+from .page import page, quotes, table
+
+FILES = ("cleaning.txt", "cleaning.html")
+EXAMPLES = 3
+
+
+def summarise(folders: Sequence[Path]) -> dict[str, Any]:
+    """The sum over parts: documents and bytes read and kept, removed by reason with examples, changed by filter."""
+    total, changed = Counter[str](), Counter[str]()
+    removed: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        part = read_json(folder / "part.json")
+        total.update(part["counts"])
+        changed.update(part["changed"])
+        for some in (part["removed"], read_json(folder / "duplicates.json")):
+            for reason, entry in some.items():
+                sums = removed.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
+                sums["documents"] += entry["documents"]
+                sums["bytes"] += entry["bytes"]
+                sums["examples"] = [*sums["examples"], *entry["examples"]][:EXAMPLES]
+    kept = total["read"] - sum(entry["documents"] for entry in removed.values())
+    return {
+        "documents": total["read"],
+        "bytes": total["read_bytes"],
+        "kept": kept,
+        "removed": dict(sorted(removed.items())),
+        "changed": dict(sorted(changed.items())),
+    }
+
+
+def without_examples(summary: dict[str, Any]) -> dict[str, Any]:
+    removed = {reason: {k: v for k, v in entry.items() if k != "examples"}
+               for reason, entry in summary["removed"].items()}  # fmt: skip
+    return summary | {"removed": removed}
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(what, documents, bytes)"""
+    removed = [(f"removed: {reason}", e["documents"], f"{e['bytes']:,}") for reason, e in summary["removed"].items()]
+    return removed + [(f"changed: {name}", count, "") for name, count in summary["changed"].items()]
+
+
+def as_text(summary: dict[str, Any]) -> list[str]:
+    lines = [f"cleaning: {summary['kept']:,} of {summary['documents']:,} documents are left"]
+    return lines + [f"  {count:>12,}  {what}" for what, count, _ in rows(summary)]
+
+
+def write_reports(summary: dict[str, Any], folder: Path) -> None:
+    lines = as_text(summary)
+    for reason, entry in summary["removed"].items():
+        lines += ["", f"removed: {reason}", *(f"  {example}" for example in entry["examples"])]
+    (folder / FILES[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / FILES[1]).write_text(as_page(summary), encoding="utf-8")
+
+
+def as_page(summary: dict[str, Any]) -> str:
+    body = f"<p>{summary['kept']:,} of {summary['documents']:,} documents are left</p>"
+    body += table(("what", "documents", "bytes"), [(what, f"{count:,}", size) for what, count, size in rows(summary)])
+    for reason, entry in summary["removed"].items():
+        body += f"<h2>{html.escape(reason)}</h2>{quotes(entry['examples'])}"
+    return page("Cleaning", body)

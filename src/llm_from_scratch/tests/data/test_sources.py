@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import resource
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.core.tokenizer import Tokenizer
+from llm_from_scratch.data import archives, readers, sources
+from llm_from_scratch.data.options import PrepareOptions
+from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.data.selection import walk
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.tests.data.samples import JSONL, PAGE, TEXTS, damaged, samples, tarred, zipped
+
+NEEDED = {".html": "resiliparse", ".epub": "resiliparse", ".pdf": "pypdf", ".parquet": "pyarrow", ".zst": "zstandard"}
+NAMES = (
+    *("a.txt", "a.md", "a.jsonl", "a.parquet", "a.html", "a.ipynb", "a.epub", "a.pdf"),
+    *("a.txt.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.txt.zst", "a.zip", "a.tar", "a.tgz"),
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def find(*arguments: str, **settings: Any) -> list[Any]:
+    options = PrepareOptions(**settings)
+    options.validate()
+    return sources.find_sources(arguments, Path("."), Path("spool"), options)
+
+
+def documents(*arguments: str, **settings: Any) -> list[str]:
+    texts, text = [], ""
+    for source in find(*arguments, **settings):
+        for piece, ends in source.pieces():
+            text += piece
+            if ends:
+                texts.append(text)
+                text = ""
+    assert text == ""  # every document ends
+    return texts
+
+
+def need(name: str) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("zstandard")
+    pytest.importorskip(NEEDED.get(Path(name).suffix, "os"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("piece", [1 << 20, 7])
+def test_every_format_gives_its_documents(here: Path, name: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    need(name)
+    monkeypatch.setattr(readers, "PIECE", piece)
+    content, expected = samples()[name]
+    (here / name).write_bytes(content)
+    assert documents(name) == expected
+    (here / "folder").mkdir()
+    (here / "folder" / name.upper()).write_bytes(content)
+    assert documents("folder") == expected
+
+
+def test_a_page_gives_its_main_text_and_no_script(here: Path) -> None:
+    pytest.importorskip("resiliparse")
+    (here / "a.html").write_bytes(PAGE.encode("cp1252").replace(b'"utf-8"', b'"windows-1252"'))
+    (text,) = documents("a.html")
+    assert "with an é" in text and not any(word in text for word in ("SCRIPT", "STYLE", "HOME", "<"))
+    (here / "a.html").write_bytes(PAGE.encode("utf-16"))
+    assert documents("a.html") == [text]
+    (here / "a.html").write_bytes(PAGE.encode("latin-1"))  # it states UTF-8
+    with pytest.raises(UserError, match="a.html is not UTF-8 text: byte offset"):
+        documents("a.html")
+
+
+@pytest.mark.parametrize(
+    ("separator", "text", "expected"),
+    [
+        ("<|endoftext|>", "one<|endoftext|>two\n<|endoftext|>", ["one", "two\n"]),
+        (r"\n\n", "a\nb\r\n\r\nc\n\n\n\nd", ["a\nb", "c", "d"]),
+        ("é", "oneétwo", ["one", "two"]),
+        ("ab", "aab" * 5 + "a" * 50 + "b" + "c" * 40, ["a"] * 5 + ["a" * 49, "c" * 40]),
+    ],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 13, 3])
+def test_a_separator_divides_a_text(
+    here: Path, separator: str, text: str, expected: list[str], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "PIECE", piece)
+    (here / "a.txt").write_bytes(text.encode())
+    if separator == "ab":
+        expected = [part for part in text.split("ab") if part]
+    assert documents("a.txt", separator=separator) == expected
+    assert documents("a.txt", lines=True) == [line for line in text.replace("\r", "").split("\n") if line]
+
+
+def test_encodings(here: Path) -> None:
+    text = "naïve café\nЖ"
+    for name in ("utf-16", "utf-8-sig", "utf-16-le", "koi8-r"):
+        said = text if name != "koi8-r" else "Жы"
+        (here / "a.txt").write_bytes(said.encode(name))
+        assert documents("a.txt", encoding=name) == [said]
+    (here / "a.txt").write_bytes("é\0\x1a\n".encode("cp1252"))
+    assert documents("a.txt", encoding="cp1252") == ["é\0\x1a\n"]  # NUL and Ctrl-Z are characters
+    with pytest.raises(UserError, match="a.txt is not UTF-8 text: byte offset 0 .*--encoding"):
+        documents("a.txt")
+    with pytest.raises(UserError, match="a.txt is not utf-16"):
+        documents("a.txt", encoding="utf-16")
+    for wrong in ("utf-99", "base64", "rot13"):
+        with pytest.raises(UserError, match="encoding="):
+            PrepareOptions(encoding=wrong).validate()
+
+
+def test_lone_surrogates_become_the_replacement_character(here: Path) -> None:
+    (here / "a.jsonl").write_text('{"text": "a\\ud800b\\udc00\\ud83d\\ude00"}\n')
+    assert documents("a.jsonl") == ["a\ufffdb\ufffd\U0001f600"]
+
+
+def test_bad_files_are_skipped_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = "fine " * 30
+    for name, data in {
+        "a.txt": good.encode(),
+        "b.txt": b"x" * 3_000_000 + b"\xff",  # its first pieces are read before the bad byte
+        "c.jsonl": b'{"text": "one"}\n{"text": 1}\n{"text": "two"}\n',
+        "d.txt.gz": gzip.compress(good.encode())[:-9],
+        "e.tar": tarred({"f.txt": b"\xff", "g.txt": b"in"}),
+    }.items():
+        (here / name).write_bytes(data)
+    files = ["a.txt", "b.txt", "c.jsonl", "d.txt.gz", "e.tar"]
+    found = find(*files, bad_files="skip")
+    for _ in range(2):
+        texts = ["".join(piece for piece, _ in source.pieces()) for source in found]
+        assert texts == [good, "", "onetwo", "", "in"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[1].rstrip(",") for line in said] == ["b.txt", "c.jsonl", "d.txt.gz", "e.tar:f.txt"]
+    for name in files[1:]:
+        with pytest.raises(UserError):
+            documents(name)
+
+
+# folders
+
+
+def test_include_reads_a_source_tree_as_git_sees_it(here: Path) -> None:
+    """Against git itself."""
+    pytest.importorskip("pathspec")
+    files = {
+        ".gitignore": "*.log\nbuild/\n/top.py\n!keep.log\n", "a.py": "", "top.py": "", "x.log": "", "keep.log": "",
+        "build/b.py": "", "src/build/c.py": "", "src/top.py": "", "src/.gitignore": "gen_*\n!*.log\n", "é.py": "",
+        "src/deep/gen_b.py": "", "src/deep/d.py": "", "src/e.log": "", "src/f g.py": "", "src/.hidden.py": "",
+        "src/gen_a.py": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (here / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / "tree" / name).write_text(text or f"content of {name}", encoding="utf-8")
+    git = ["git", "-c", "core.quotepath=off", "-C", "tree"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    listed = subprocess.run([*git, "ls-files", "-z", "-o", "--exclude-standard"], capture_output=True, check=True)
+    expected = sorted(name for name in listed.stdout.decode().split("\0") if name and "/." not in f"/{name}")
+    assert [p.relative_to(here / "tree").as_posix() for p in walk(here / "tree", rules=True)] == expected
+    got = [source.name for source in find("tree", include=("*.py",), exclude=("deep/",))]
+    assert got == [f"tree/{name}" for name in expected if name.endswith(".py") and "deep" not in name]
+    (here / "tree/raw.py").write_bytes(b"\0\1")
+    assert len(find("tree", include=("*.py",))) == len([name for name in expected if name.endswith(".py")])
+
+
+def test_a_folder_reads_nothing_outside_it(here: Path) -> None:
+    (here / "secret.txt").write_text("secret")
+    folder = here / "folder"
+    (folder / "a").mkdir(parents=True)
+    (folder / "in.txt").write_text("in")
+    for name, target in {"loop": "..", "a/loop": "../..", "a/up": "../a", "out.txt": "../secret.txt",
+                         "same.txt": "in.txt", "gone.txt": "nothing"}.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    lines: list[str] = []
+    found = sources.find_files(["folder"], Path("."), Path("."), lines.append)
+    assert [path.as_posix() for path in found] == ["folder/in.txt"]
+    assert lines == ["folder: ignored 1 links to files outside it; to read them, use a glob"]
+    assert [path.as_posix() for path in sources.find_files(["folder/**/*[tn].txt"], Path("."), Path("."))] == [
+        "folder/in.txt",
+        "folder/out.txt",
+    ]
+
+
+def test_options_without_effect_are_refused(here: Path) -> None:
+    (here / "a.txt").write_text("some text " * 9)
+    for settings, message in (
+        ({"include": ("*.py",)}, "--include selects files in folders"),
+        ({"lines": True, "separator": "x"}, "remove one of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(["a.txt"], **settings)
+    (here / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(UserError, match="holds conversations: remove --separator"):
+        prepare(["c.jsonl"], separator="x")
+    with pytest.raises(UserError, match="does not support --separator"):
+        prepare(["python_docs"], separator="x")
+
+
+def test_a_changed_setting_prepares_again(here: Path) -> None:
+    (here / "a.txt").write_text("one two, three four, five six, " * 20)
+    said: list[str] = []
+    prepare(["a.txt"], tokenizer="char", report=said.append)
+    prepare(["a.txt"], tokenizer="char", separator=",", report=said.append)
+    assert not any("up to date" in line for line in said)
+    folder = prepare(["a.txt"], tokenizer="char", separator=",", report=said.append)
+    assert any("up to date" in line for line in said)
+    train = Tokenizer.load(folder).decode(memoryview((folder / "train.bin").read_bytes()).cast("H").tolist())
+    assert set(train.splitlines()) <= {"one two", " three four", " five six", " one two", " "}
+
+
+# hostile archives
+
+
+@pytest.mark.parametrize("name", ["../a.txt", "/etc/a.txt", "x/../../a.txt", "C:\\a.txt", "..\\a.txt"])
+def test_a_path_outside_the_archive_is_refused(here: Path, name: str) -> None:
+    (here / "a.zip").write_bytes(zipped({name: "x"}))
+    (here / "a.tar").write_bytes(tarred({name: b"x"}))
+    for archive in ("a.zip", "a.tar"):
+        with pytest.raises(UserError, match=f"{archive} contains .* a path outside the archive"):
+            documents(archive)
+    assert sorted(os.listdir(here)) == ["a.tar", "a.zip"]
+
+
+def test_links_devices_and_archives_in_archives_are_ignored(here: Path) -> None:
+    (here / "secret.txt").write_text("secret")
+    with tarfile.open("a.tar", "w") as archive:
+        for name, kind in (("b.txt", tarfile.SYMTYPE), ("c.txt", tarfile.LNKTYPE), ("d.txt", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "secret.txt"
+            archive.addfile(info)
+        for name, data in (("e.zip", zipped({"f.txt": "nested"})), ("g.txt", b"fine")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    assert documents("a.tar") == ["fine"]
+    with zipfile.ZipFile("a.zip", "w") as archive_:
+        link = zipfile.ZipInfo("b.txt")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive_.writestr(link, "secret.txt")
+        archive_.writestr("c.txt", "fine")
+    assert documents("a.zip") == ["fine"]
+
+
+def test_bombs_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "FREE", 1 << 20)
+    zeros = bytes(1 << 22)
+    bombs = {"a.txt.gz": gzip.compress(zeros), "a.txt.xz": lzma.compress(zeros), "a.zip": zipped({"b.txt": zeros})}
+    bombs["b.zip"] = zipped({f"{number}.txt": bytes(1 << 19) for number in range(8)})  # each is small
+    for name, data in bombs.items():
+        (here / name).write_bytes(data)
+        with pytest.raises(UserError, match="like a decompression bomb"):
+            documents(name)
+    (here / "log.txt.gz").write_bytes(gzip.compress(b"GET /index.html 200 %07d\n" * 100_000))  # repetitive, not a bomb
+    with pytest.raises(UserError):
+        documents("log.txt.gz")
+    lines = b"".join(b"GET /index.html 200 %07d\n" % number for number in range(100_000))
+    (here / "log.txt.gz").write_bytes(gzip.compress(lines))
+    assert "".join(documents("log.txt.gz")).encode() == lines
+
+
+def test_damage_is_named(here: Path) -> None:
+    for name in ("a.txt.gz", "a.jsonl.bz2", "a.jsonl.xz", "a.zip", "a.tar"):
+        content, _ = samples()[name]
+        (here / name).write_bytes(content[: min(len(content) // 2, 1200)])
+        with pytest.raises(UserError, match="is damaged|not JSON"):
+            documents(name)
+    content, _ = samples()["a.tar"]
+    for damage in (content[:1100], content[:1024], content + b"more"):  # between two files
+        (here / "a.tar").write_bytes(damage)
+        with pytest.raises(UserError, match="a.tar is damaged: it ends too early, or has other data"):
+            documents("a.tar")
+    (here / "a.zip").write_bytes(b"PK\3\4 is not a zip")
+    with pytest.raises(UserError, match="a.zip is damaged"):
+        documents("a.zip")
+    (here / "a.ipynb").write_text('{"cells": 5}')
+    with pytest.raises(UserError, match="a.ipynb is not a notebook"):
+        documents("a.ipynb")
+
+
+@pytest.mark.parametrize("package, name", [("resiliparse", "a.html"), ("pypdf", "a.pdf"), ("zstandard", "a.txt.zst")])
+def test_a_missing_package_is_named(here: Path, package: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (package, "resiliparse.extract.html2text"):
+        monkeypatch.setitem(sys.modules, module, None)
+    (here / name).write_bytes(b"<p>text</p>")
+    with pytest.raises(UserError, match=rf"needs the package {package}.*documents"):
+        documents(name)
+
+
+# remote
+
+
+def test_an_object_store(here: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for name, data in {"b/one.txt": b"one", "b/deep/two.jsonl.gz": gzip.compress(JSONL), "b/three.bin": b"\0",
+                       "b/.four.txt": b"four"}.items():  # fmt: skip
+        store.pipe(f"/{name}", data)
+    (here / "a.txt").write_text("here")
+    assert documents("memory://b", "a.txt") == [*TEXTS, "one", "here"]
+    assert documents("memory://b/*.txt") == ["one"]
+    assert documents("memory://b/one.txt") == ["one"]
+    (source,) = find("memory://b/one.txt")
+    before = source.identity()
+    store.pipe("/b/one.txt", b"two")
+    assert source.identity() != before and before["bytes"] == 3
+    for url, message in (("memory://b/none.txt", "not found"), ("nostore://b", "cannot read nostore://b")):
+        with pytest.raises(UserError, match=message):
+            documents(url)
+    store.store.clear()
+
+
+def test_a_web_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    (here / "web").mkdir()
+    (here / "web/a.txt").write_text("from the web")
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *rest: Any) -> None:
+            super().__init__(*rest, directory=str(here / "web"))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://user:secret@127.0.0.1:{server.server_port}/a.txt?signature=secret"
+        (source,) = find(url)
+        assert "".join(piece for piece, _ in source.pieces()) == "from the web"
+        assert "secret" not in source.name and "secret" not in json.dumps(source.identity())
+        with pytest.raises(UserError, match="none.txt"):
+            documents(f"http://127.0.0.1:{server.server_port}/none.txt")
+        server.shutdown()
+
+
+# damaged files
+
+
+@pytest.fixture
+def bounded_memory() -> Iterator[None]:
+    """4 GiB more than now: a reader that asks for more gets a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as on Linux")
+def test_a_damaged_file_is_text_or_a_named_error(here: Path, name: str, bounded_memory: None) -> None:
+    need(name)
+    content, _ = samples()[name]
+    rng = random.Random(name)
+    for _ in range(50):
+        (here / name).write_bytes(damaged(content, rng))
+        try:
+            assert all(isinstance(text, str) for text in documents(name))
+        except UserError as error:
+            assert name in str(error) and "\n" not in str(error)
+    assert os.listdir(here) == [name]
