@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.cache import KVCache
 from ..errors import UserError
 from ..machine.device import is_out_of_memory
+from ..machine.processes import sum_over_ranks
 from .batch import rows_at_once
 from .generator import Generator, evaluating
 
@@ -30,10 +31,13 @@ Score = tuple[float, bool]  # log-likelihood, whether every token is the most li
 
 class Likelihoods:
     """Scores of a generator's model. rows: contexts per forward pass; None: automatic. before_batch: called before
-    every batch, and may raise to end the work."""
+    every batch, and may raise to end the work. share: (rank, processes) that each compute a part and get all."""
 
-    def __init__(self, generator: Generator, rows: int | None = None, before_batch: Callable[[], None] = lambda: None):
-        self.generator, self.rows, self.before_batch = generator, rows, before_batch
+    def __init__(
+        self, generator: Generator, rows: int | None = None, before_batch: Callable[[], None] = lambda: None,
+        share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        self.generator, self.rows, self.before_batch, self.share = generator, rows, before_batch, share
         self.config, self.decoder = generator.model.config, generator.decoder
         self.found: dict[tuple[Ids, Ids], Score] = {}
 
@@ -47,7 +51,8 @@ class Likelihoods:
                 raise UserError(f"a continuation has {len(after)} tokens, more than block_size={block}")
             fitting.append((context[max(0, len(context) + len(after) - block - 1) :], after))
         continuations: dict[Ids, list[Ids]] = defaultdict(list)
-        for context, after in dict.fromkeys(fitting):
+        every = list(dict.fromkeys(fitting))
+        for context, after in part_of(every, *self.share):
             continuations[context].append(after)
         whole: list[tuple[Ids, Ids]] = []
         for context, group in list(continuations.items()):
@@ -59,6 +64,9 @@ class Likelihoods:
                 self._try(self._read_whole, batch)
             for shared, contexts in families(list(continuations)):
                 self._read_family(shared, {context: continuations[context] for context in contexts})
+        flat = [number for pair in every for number in self.found.get(pair, (0.0, False))]
+        flat = sum_over_ranks(flat, self.decoder.device, self.share[1])
+        self.found = {pair: (flat[2 * i], bool(flat[2 * i + 1])) for i, pair in enumerate(every)}
         return [self.found[pair] for pair in fitting]
 
     # whether a forward pass may have so many rows; lengths with padding
@@ -147,6 +155,19 @@ class Likelihoods:
     def _padded(self, rows: Sequence[Ids]) -> Tensor:
         longest = max(map(len, rows))
         return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.decoder.device)
+
+
+def part_of(pairs: list[tuple[Ids, Ids]], rank: int, processes: int) -> list[tuple[Ids, Ids]]:
+    """The part of a process: about as many tokens as those of the others, and contexts that begin alike together."""
+    if processes == 1:
+        return pairs
+    ordered, found, before = sorted(pairs), list[tuple[Ids, Ids]](), 0
+    total = sum(len(context) + len(after) for context, after in pairs)
+    for pair in ordered:
+        if before * processes // total == rank:
+            found.append(pair)
+        before += len(pair[0]) + len(pair[1])
+    return found
 
 
 def _score(logits: Tensor, targets: Tensor) -> Score:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError, UserError
 from .watch import Watch
@@ -157,6 +157,14 @@ def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -
     total = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return total.tolist()
+
+
+def gather(own: torch.Tensor, found: torch.Tensor, wait: bool = True) -> Any:
+    """Everybody's tensor, one after the other in `found`, by rank. Not wait: returns a handle to wait for."""
+    import torch.distributed as dist
+
+    together = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    return together(found, own, async_op=not wait)
 
 
 def any_rank(condition: bool, device: torch.device, world_size: int) -> bool:

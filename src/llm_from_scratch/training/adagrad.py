@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..machine.processes import gather
 from .rule import Rule, Slots, with_gradients
 
 
 class RowAdagrad(Rule):
-    """Moves the rows that a sparse gradient names; keeps one float32 number per row, "sum"."""
+    """Moves the rows that a sparse gradient names; keeps one float32 number per row, "sum".
+
+    Every process holds the whole table. Only the rows that gradients name are exchanged, here and not by DDP, because a
+    row's accumulator needs the squares of all its occurrences."""
 
     skips_on_device = True
 
@@ -22,7 +26,8 @@ class RowAdagrad(Rule):
     def step(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None) -> None:
         for _, p in with_gradients(group):
             state[p] = state[p] or self.new_state(p)
-            step_rows(p, state[p]["sum"], group["lr"], found_inf)
+            parts = [occurrences(p)] if self.processes == 1 else exchanged(p, self.processes)
+            step_rows(p, state[p]["sum"], group["lr"], parts, found_inf)
 
     def begin_epoch(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
         """Forgets rows from group["forget_from"] on. Most n-grams of three or more tokens occur once, so a second pass
@@ -32,19 +37,48 @@ class RowAdagrad(Rule):
                 tensor[group["forget_from"] :] = 0
 
 
+Rows = tuple[Tensor, Tensor, Tensor]  # numbers, (N,); sums of their gradients, (N, C); sums of the squares, (N, 1)
+
+
+def occurrences(table: Tensor) -> Rows:
+    """The rows of a table's sparse gradient; a row may occur several times."""
+    assert table.grad is not None and table.grad.is_sparse
+    rows, g = table.grad._indices()[0], table.grad._values()
+    return rows, g, g.square().sum(dim=1, keepdim=True)
+
+
+def exchanged(table: Tensor, processes: int) -> list[Rows]:
+    """The rows of every process, each once, in the order of the ranks. Their gradients are averaged over the processes.
+    All processes get the same bits."""
+    rows, g, squares = occurrences(table)
+    rows, places = rows.unique(return_inverse=True)
+    sums = g.new_zeros(len(rows), table.size(1) + 1)
+    sums.index_add_(0, places, torch.cat([g / processes, squares / processes**2], dim=1))
+    counts = rows.new_empty(processes)
+    gather(torch.tensor([len(rows)], device=rows.device), counts)
+    longest = int(counts.max())
+    found = []
+    for tensor in (rows, sums):
+        shape = (longest, *tensor.shape[1:])
+        own, every = tensor.new_zeros(shape), tensor.new_empty((processes, *shape))
+        own[: len(tensor)] = tensor
+        gather(own, every.flatten(0, 1))
+        found.append(every)
+    parts = zip(*found, counts.tolist(), strict=True)
+    return [(numbers[:n], values[:n, :-1], values[:n, -1:]) for numbers, values, n in parts]
+
+
 @torch.no_grad()
-def step_rows(table: Tensor, total: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
-    """Moves the rows of table, (R, C), that its sparse gradient names; total, (R, 1): one accumulator per row.
+def step_rows(table: Tensor, total: Tensor, lr: float, parts: list[Rows], found_inf: Tensor | None = None) -> None:
+    """Moves rows of table, (R, C); total, (R, 1): one accumulator per row.
 
     A row with gradient g whose squares add up to s moves by lr * g / sqrt(s / C). Its first step has rms lr, whatever
     the size of the gradient; later steps are smaller the more often the row occurred (Adagrad, Duchi et al. 2011, with
     a row's mean square in place of each element's). Nothing decays, and rows outside the batch cost nothing.
     found_inf: a 0-dim tensor that is 1 to skip the step.
     """
-    assert table.grad is not None and table.grad.is_sparse
-    rows, g = table.grad._indices()[0], table.grad._values()  # a row may occur several times
-    if found_inf is not None:
-        g = torch.where(found_inf.bool(), 0.0, g)
-    total.index_add_(0, rows, g.square().sum(dim=1, keepdim=True))
-    scale = (total[rows] + 1e-20).rsqrt_().mul_(-lr * math.sqrt(table.size(1)))
-    table.index_add_(0, rows, g * scale)
+    for rows, _, squares in parts:
+        total.index_add_(0, rows, squares if found_inf is None else torch.where(found_inf.bool(), 0.0, squares))
+    for rows, g, _ in parts:
+        scale = (total[rows] + 1e-20).rsqrt_().mul_(-lr * math.sqrt(table.size(1)))
+        table.index_add_(0, rows, scale * (g if found_inf is None else torch.where(found_inf.bool(), 0.0, g)))

@@ -163,8 +163,7 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
     contexts = [size for size in CONTEXTS if size <= facts.longest] or [max(1, facts.longest)]
     kinds = [False]
     may_count = (
-        facts.processes == 1
-        and facts.vocab_size <= FEW_IDS
+        facts.vocab_size <= FEW_IDS
         and facts.train_tokens >= ENOUGH_FOR_NGRAMS
         and fixed.get("optimizer_type", "muon") == "muon"
     )

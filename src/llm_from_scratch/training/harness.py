@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import GenerationConfig
 from ..core.tokenizer import Tokenizer
 from ..errors import Interrupted, UserError, one_line
@@ -35,13 +37,17 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 class TaskModel:
     """A generator's model for the harness, which calls its three methods. rows: contexts per forward pass; None:
-    automatic. before_batch: called before every batch, and may raise to end the evaluation."""
+    automatic. before_batch: called before every batch, and may raise to end the evaluation. share: (rank, processes)
+    that score parts of the requests; each of them gets all scores."""
 
-    rank, world_size = 0, 1  # each process computes all scores, in step with the others
+    rank, world_size = 0, 1  # the harness computes the same on every process
 
-    def __init__(self, generator: Generator, rows: int | None = None, before_batch: Callable[[], None] = lambda: None):
-        self.generator, self.rows, self.before_batch = generator, rows, before_batch
-        self.likelihoods = Likelihoods(generator, rows, before_batch)
+    def __init__(
+        self, generator: Generator, rows: int | None = None, before_batch: Callable[[], None] = lambda: None,
+        share: tuple[int, int] = (0, 1),
+    ):  # fmt: skip
+        self.generator, self.rows, self.before_batch, self.share = generator, rows, before_batch, share
+        self.likelihoods = Likelihoods(generator, rows, before_batch, share)
         self.tokenizer, self.config = generator.tokenizer, generator.model.config
         self.first = first_token(generator.tokenizer)
 
@@ -70,7 +76,7 @@ class TaskModel:
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """For (context, settings): the text up to a stop sequence of the settings or the end-of-text token."""
-        texts = [""] * len(requests)
+        (rank, processes), texts = self.share, dict[int, str]()
         alike: dict[str, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(place)
@@ -79,15 +85,19 @@ class TaskModel:
             keep = self.config.block_size - params.max_new_tokens
             prompts = {place: (self._encode(requests[place].args[0]) or (self.first,))[-keep:] for place in places}
             places.sort(key=lambda place: -len(prompts[place]))
-            size = self.rows or AT_ONCE
-            for at in range(0, len(places), size):
+            size = min(self.rows or AT_ONCE, -(-len(places) // processes))
+            for at in range(rank * size, len(places), processes * size):
                 self.before_batch()
                 group = places[at : at + size]
                 for place, sample in zip(
                     group, self.generator.generate([prompts[p] for p in group], params, SEED), strict=True
                 ):
                     texts[place] = sample.text
-        return texts
+        parts = [texts] * processes
+        if processes > 1:
+            torch.distributed.all_gather_object(parts, texts)
+        texts = {place: text for part in parts for place, text in part.items()}
+        return [texts[place] for place in range(len(requests))]
 
     def _sampling(self, asked: dict[str, Any]) -> GenerationConfig:
         """A task's generation_kwargs. Raises UserError for one that is not supported."""

@@ -7,8 +7,8 @@ U V^T: a step of the same length in every direction. Unlike in torch.optim.Muon,
 from __future__ import annotations
 
 import functools
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,9 @@ from torch import Tensor
 from ..config import OptimizerConfig
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
+from .owners import Batch, Sharded, Whole, matrices_of, rounds
 from .rule import Rule, Slots, with_gradients
+from .sharding import is_sharded
 
 # The odd polynomials x -> a x + b x^3 + c x^5 that map [0.01, 1] to [0.984, 1.016], one after the other; smaller values
 # grow by 149. Each is the best in the maximum norm on the interval that the previous ones leave (Polar Express, arXiv
@@ -77,7 +79,8 @@ class Muon(Rule):
     For a matrix W of r rows and c columns with gradient G, M = mu M + (1 - mu) G, and
     W = (1 - lr * weight_decay) W - lr * sqrt(max(1, r / c)) * orthogonalized((1 - mu) G + mu M):
     Nesterov's momentum and the scale of Jordan's Muon ("original" in torch.optim.Muon), with a rate of about 0.02.
-    The gradients are overwritten. Every process of a data-parallel run computes the same.
+    The gradients are overwritten. Several processes share the products, the costly part (arXiv 2502.16982); under DDP
+    each keeps all momenta.
     """
 
     skips_on_device = True
@@ -88,8 +91,7 @@ class Muon(Rule):
         Muon; embeddings, the head, and the rest for AdamW. A table that is tied to the head counts as the head.
 
         "rows": the heights of the matrices that are stacked in a weight: queries, keys and values are three. Only the
-        matrices decay. Raises UserError if a rate is set for a group that the model does not have, or if parameters are
-        sharded.
+        matrices decay. Raises UserError if a rate is set for a group that the model does not have.
         """
         head = getattr(getattr(model, "lm_head", None), "weight", None)
         rows: dict[Tensor, tuple[int, ...]] = {}
@@ -101,13 +103,7 @@ class Muon(Rule):
                 rows.setdefault(module.weight, getattr(module, "stacked", (module.out_features,)))
         trained = {p for group in default for p in group["params"]}
         named: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "head": [], "rest": []}
-        distributed = sys.modules.get("torch.distributed.tensor")  # imported if tensors are sharded; the import is slow
         for name, p in model.named_parameters():
-            if distributed is not None and isinstance(p, distributed.DTensor):
-                raise UserError(
-                    f"optimizer_type=muon needs whole matrices, but {name} is sharded among processes (FSDP): "
-                    "use --optimizer_type=adamw, or DDP without sharding"
-                )
             if p in trained:
                 kind = "head" if p is head else "matrices" if p in rows else "embeddings" if p in tables else "rest"
                 named[kind].append((name, p))
@@ -135,68 +131,69 @@ class Muon(Rule):
         return {"momentum_buffer": (tuple(p.shape), self.dtype)}
 
     def step(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None) -> None:
-        shapes: dict[tuple[int, int], list[_Matrix]] = {}
-        heights = dict(zip(group["names"], group["rows"], strict=True))
-        for name, p in with_gradients(group):
+        for _, p in with_gradients(group):
             state[p] = state[p] or self.new_state(p)
             if self.dtype != torch.float32:
                 state[p]["draws"] = state[p].get("draws", 0) + 1
-            begin = 0
-            for height in heights[name]:
-                short, long = sorted((height, p.size(1)))
-                shapes.setdefault((short, long), []).append(_Matrix(name, p, begin, begin + height))
-                begin += height
-        for (short, long), matrices in shapes.items():
-            at_once = max(1, CHUNKS.get(matrices[0].p.device.type, CHUNK) // (short * long))
-            for first in range(0, len(matrices), at_once):
-                self._step_matrices(matrices[first : first + at_once], group, state, found_inf)
+        matrices = [m for m in matrices_of(group) if m.p.grad is not None]
+        if not matrices:
+            return
+        p, device = matrices[0].p, matrices[0].p.device
+        ranks = Sharded(p) if is_sharded(p) else Whole(self.processes)
+        limit, dtype = CHUNKS.get(device.type, CHUNK) // ranks.processes, iteration_dtype(device)
+        finish: Callable[[], None] | None = None
+        for batches in rounds(matrices, ranks.processes, limit):
+            ahead = [
+                self._look_ahead(ranks, batch, group, state, found_inf, owner == ranks.rank or ranks.sharded)
+                for owner, batch in enumerate(batches)
+            ]
+            own = ranks.collect(batches, [[t.to(dtype) for t in part] for part in ahead])
+            if own is not None:
+                own = orthogonalized(own)
+                if found_inf is not None:
+                    own.masked_fill_(found_inf.bool(), 0.0)  # a skipped step may hold anything
+            results = ranks.send(batches, own, torch.empty(0, dtype=dtype, device=device))
+            if finish is not None:
+                finish()  # the previous round's results have arrived in the meantime
+            finish = functools.partial(self._move, ranks, batches, results, group, found_inf)
+        finish()
 
-    def _step_matrices(
-        self, matrices: list[_Matrix], group: dict[str, Any], state: dict[Tensor, dict[str, Any]],
-        found_inf: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Steps matrices that have one shape when the longer side is horizontal."""
-        mu, lr, decay = group["momentum"], group["lr"], group["lr"] * group["weight_decay"]
-        weights = [m.of(m.p) for m in matrices]
-        gradients = [m.of(m.p.grad) for m in matrices]
-        kept = [m.of(state[m.p]["momentum_buffer"]) for m in matrices]  # they do not change if the step is skipped
+    def _look_ahead(
+        self, ranks: Whole | Sharded, batch: Batch, group: dict[str, Any], state: dict[Tensor, dict[str, Any]],
+        found_inf: Tensor | None, wanted: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """Updates the momenta of a batch. Returns (1 - mu) G + mu M, if wanted."""
+        if not batch:
+            return []
+        mu = group["momentum"]
+        gradients = [ranks.of(m, m.p.grad) for m in batch]
+        kept = [ranks.of(m, state[m.p]["momentum_buffer"]) for m in batch]  # they do not change if the step is skipped
         if self.dtype == torch.float32 and found_inf is None:
             momenta = kept
             torch._foreach_lerp_(momenta, gradients, 1 - mu)
         else:
             momenta = list(torch._foreach_lerp([t.float() for t in kept], gradients, 1 - mu))
-            for m, old, new in zip(matrices, kept, momenta, strict=True):
+            for m, old, new in zip(batch, kept, momenta, strict=True):
                 value = new if found_inf is None else torch.where(found_inf.bool(), old, new)
                 if self.dtype == torch.float32:
                     old.copy_(value)
                 else:
                     flat = (old.view(-1), value.clone().view(-1))
-                    self.dither.round([flat], m.name, state[m.p]["draws"], m.begin * old.size(1))
-        torch._foreach_lerp_(gradients, momenta, mu)
-        del kept, momenta
-        dtype = iteration_dtype(weights[0].device)
-        x = orthogonalized(torch.stack([m.lying(g.to(dtype)) for m, g in zip(matrices, gradients, strict=True)]))
-        keep: float | Tensor = 1 - decay
-        if found_inf is not None:
-            keep = 1 - decay * (1 - found_inf)
-            x.masked_fill_(found_inf.bool(), 0.0)  # a skipped step may hold anything
-        if decay:
-            torch._foreach_mul_(weights, keep)
-        for m, weight, step in zip(matrices, weights, x, strict=True):
-            weight.add_(m.lying(step).contiguous(), alpha=-lr * max(1.0, weight.size(0) / weight.size(1)) ** 0.5)
+                    self.dither.round([flat], m.name, state[m.p]["draws"], m.begin * old.size(1), ranks.skipped(m))
+        if wanted:
+            torch._foreach_lerp_(gradients, momenta, mu)
+        return gradients if wanted else []
 
-
-class _Matrix(NamedTuple):
-    """Rows begin to end of a parameter."""
-
-    name: str
-    p: Tensor
-    begin: int
-    end: int
-
-    def of(self, tensor: Any) -> Tensor:
-        return tensor[self.begin : self.end]
-
-    def lying(self, matrix: Tensor) -> Tensor:
-        """Transposed if it is higher than wide. Twice gives the original."""
-        return matrix.mT if self.end - self.begin > self.p.size(1) else matrix
+    def _move(
+        self, ranks: Whole | Sharded, batches: list[Batch], results: Callable[[], list[list[Tensor]]],
+        group: dict[str, Any], found_inf: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Decays the weights of a round and adds the results."""
+        decay = group["lr"] * group["weight_decay"]
+        keep: float | Tensor = 1 - decay if found_inf is None else 1 - decay * (1 - found_inf)
+        for batch, steps in zip(batches, results(), strict=True):
+            weights = [ranks.of(m, m.p) for m in batch]
+            if decay and weights:
+                torch._foreach_mul_(weights, keep)
+            for m, weight, step in zip(batch, weights, steps, strict=True):
+                weight.add_(step.contiguous(), alpha=-group["lr"] * max(1.0, m.height / m.p.size(1)) ** 0.5)

@@ -41,11 +41,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], fused: bool,
-        dtype: torch.dtype = torch.float32, seed: int = 0,
+        dtype: torch.dtype = torch.float32, seed: int = 0, processes: int = 1,
     ):  # fmt: skip
-        """dtype: of the moments; fused: one kernel for many tensors, for rules that have one."""
+        """dtype: of the moments; fused: one kernel for many tensors, for rules that have one; processes: see Rule."""
         dither, names = Dither(seed), {group["rule"] for group in groups}
-        self.rules = {name: _rule(name)(dtype, dither) for name in sorted(names)}
+        self.rules = {name: _rule(name)(dtype, dither, processes) for name in sorted(names)}
         self.skips_on_device = fused and all(rule.skips_on_device for rule in self.rules.values())
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0, "fused": fused})
 
@@ -107,9 +107,11 @@ def make_adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0) -> Optimizer:
-    """The optimizer that the settings choose. seed: of the stochastic rounding to bfloat16. Raises UserError if fused
-    is set and not available, or if the settings do not fit the model."""
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, seed: int = 0, processes: int = 1
+) -> Optimizer:
+    """The optimizer that the settings choose. seed: of the stochastic rounding to bfloat16; processes: see Rule. Raises
+    UserError if fused is set and not available, or if the settings do not fit the model."""
     can_fuse = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in model.parameters())
     if config.fused == "on" and not can_fuse:
         raise UserError(f"--fused=on: torch does not have a fused AdamW for {device.type}; leave it at auto")
@@ -117,7 +119,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.devi
     groups = _rule(config.optimizer_type).groups(model, config, default) + sparse_groups(model, config)
     groups = scale_by_width(model, config, [{"lr_scale": 1.0, **group} for group in groups])
     betas, dtype = (config.beta1, config.beta2), getattr(torch, config.optimizer_dtype)
-    return Optimizer(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed)
+    return Optimizer(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed, processes)
 
 
 def optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:

@@ -20,13 +20,13 @@ Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 class Rule:
     """How an optimizer changes parameters. One subclass per optimizer; it declares the tensors that it keeps. dtype: of
-    the moments, float32 or bfloat16; dither: rounds to bfloat16."""
+    the moments, float32 or bfloat16; dither: rounds to bfloat16; processes: train together and call step() together."""
 
     skips_on_device = False
     """Whether step() changes nothing if found_inf is 1, so that the host does not wait for the check."""
 
-    def __init__(self, dtype: torch.dtype, dither: Dither):
-        self.dtype, self.dither = dtype, dither
+    def __init__(self, dtype: torch.dtype, dither: Dither, processes: int = 1):
+        self.dtype, self.dither, self.processes = dtype, dither, processes
 
     @classmethod
     def groups(cls, model: nn.Module, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -118,7 +118,9 @@ class Run:
         self.models = retry_smaller(
             lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say), self.shrink
         )
-        self.optimizer = make_optimizer(self.model, self.config.optimizer, self.runtime.device, self.config.system.seed)
+        self.optimizer = make_optimizer(
+            self.model, self.config.optimizer, self.runtime.device, self.config.system.seed, self.runtime.world_size
+        )
         self.guard = StepGuard(self.state.recent_losses, self.config.training.skip_spikes, self.runtime)
         device, vocab_size = self.runtime.device, self.config.model.vocab_size
         keep = self.config.data.documents is not True and self.config.system.data_on_device
@@ -259,14 +261,15 @@ class Run:
 
     @torch.no_grad()
     def _score_tasks(self) -> dict[str, float]:
-        """The scores of eval_tasks, on every process, because a sharded model computes on all of them together."""
+        """The scores of eval_tasks. Each process computes a part and gets all."""
         if not self.plan.tasks:
             return {}
         if self.task_model is None:
             assert self.plan.tokenizer is not None  # make_plan refuses tasks without one
             generator = Generator(self.model, self.plan.tokenizer)
             generator.graphed = False  # their memory is needed for training
-            self.task_model = TaskModel(generator, before_batch=self.stop.interrupt)
+            share = self.runtime.rank, self.runtime.world_size
+            self.task_model = TaskModel(generator, before_batch=self.stop.interrupt, share=share)
         self.task_model.generator.weights_changed()
         with forked_random(self.runtime.device), self._eager():
             return figures(evaluate_tasks(self.task_model, self.plan.tasks, self.config.training.eval_limit))

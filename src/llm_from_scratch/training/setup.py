@@ -100,8 +100,6 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         check_nanogpt(Path(training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
         if config.model.activation == "gelu_tanh":
             notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, so its results differ slightly")
-    if config.model.max_ngram and runtime.world_size > 1 and not training.eval_only:
-        raise UserError("max_ngram trains in one process: its sparse gradients are not exchanged; run without torchrun")
     prompt = _sample_prompt(config, tokenizer)
     tasks: dict[str, Any] = {}
     if training.eval_tasks is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Config
 from ..core.adapters import adapter_of, freeze, unfreeze
@@ -94,7 +95,12 @@ def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     """The model for training: it averages gradients over the processes, with connections of its own."""
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     group = torch.distributed.new_group() if runtime.can_regroup else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, process_group=group)
+    tables = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
+    names = [name for name, p in model.named_parameters() if p in tables]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    for p in tables:  # their optimizer exchanges the gradients
+        torch.distributed.broadcast(p.detach(), 0)
+    return DistributedDataParallel(model, device_ids=ids, process_group=group)
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from llm_from_scratch.core.sizes import count_params, meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.training.adagrad import step_rows
+from llm_from_scratch.training.adagrad import occurrences, step_rows
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 from llm_from_scratch.training.trainer import train
 
@@ -126,7 +126,7 @@ def test_rows_step_as_adagrad_by_hand() -> None:
         for p, sparse in ((table, True), (other, False)):
             p.grad = None
             (torch.nn.functional.embedding(rows, p, sparse=sparse) - target).square().sum().backward()
-        step_rows(table, total, 0.3)
+        step_rows(table, total, 0.3, [occurrences(table)])
         reference.step()
     torch.testing.assert_close(table, other)
 
@@ -135,7 +135,7 @@ def test_a_row_moves_by_the_rate_at_its_first_step_and_others_stay() -> None:
     table = torch.nn.Parameter(torch.zeros(5, 4))
     gradient = torch.tensor([[3.0, 0.0, 4.0, 0.0], [0.1, 0.1, 0.1, 0.1]])
     (torch.nn.functional.embedding(torch.tensor([1, 3]), table, sparse=True) * gradient).sum().backward()
-    step_rows(table, torch.zeros(5, 1), 0.5)
+    step_rows(table, torch.zeros(5, 1), 0.5, [occurrences(table)])
     expected = torch.zeros(5, 4)
     expected[1] = -0.5 * torch.tensor([0.6, 0.0, 0.8, 0.0]) * 2  # length 0.5 * sqrt(4)
     expected[3] = -0.5
@@ -148,7 +148,7 @@ def test_a_step_that_is_left_out_changes_nothing() -> None:
         table.grad = None
         (torch.nn.functional.embedding(torch.tensor([1, 3]), table, sparse=True) * value).sum().backward()
         before = [t.clone() for t in (table.detach(), total)]
-        step_rows(table, total, 0.5, torch.tensor(left_out))
+        step_rows(table, total, 0.5, [occurrences(table)], torch.tensor(left_out))
     assert all(torch.equal(a, b) for a, b in zip(before, (table.detach(), total), strict=True))
 
 

@@ -4,10 +4,6 @@ bfloat16, steps that are skipped."""
 from __future__ import annotations
 
 import copy
-import datetime
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,68 +240,6 @@ def test_many_matrices_at_once_are_as_few(monkeypatch: pytest.MonkeyPatch) -> No
     train(cut, made(cut), 3)
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=1e-2)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
-def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    try:
-        model = make()
-        mlp = model.transformer.h[0].mlp.c_fc
-        mesh = init_device_mesh("cpu", (1,))
-        mlp.weight = nn.Parameter(DTensor.from_local(mlp.weight.detach(), mesh, [Replicate()]))
-        with pytest.raises(UserError, match=r"whole matrices, but transformer\.h\.0\.mlp\.c_fc\.weight is sharded"):
-            made(model)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-OTHER = """
-import sys, torch
-from llm_from_scratch.tests.training.test_muon import in_company
-
-torch.set_num_threads(1)
-torch.save(in_company(1, sys.argv[1]), "other.pt")
-"""
-
-
-def four_steps(model: Any, wrapped: nn.Module, rank: int, world: int) -> dict[str, Tensor]:
-    optimizer = made(model, optimizer_dtype="bfloat16")
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        idx = torch.randint(11, (4, 9), generator=generator).chunk(world)[rank]
-        wrapped(idx[:, :-1], idx[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return dict(model.state_dict())
-
-
-def in_company(rank: int, meeting: str) -> dict[str, Tensor]:
-    """As one of two processes."""
-    wait = datetime.timedelta(seconds=100)
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", wait, rank=rank, world_size=2)
-    try:
-        model = make()
-        return four_steps(model, nn.parallel.DistributedDataParallel(model), rank, 2)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow  # starts a process; test_distributed.py trains with Muon in two processes, too
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
-def test_two_processes_stay_equal_and_are_one(here: Path) -> None:
-    Path("other.py").write_text(OTHER)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "other.py", str(here / "meeting")], env=environment) as process:
-        first = in_company(0, str(here / "meeting"))
-        assert process.wait(100) == 0
-    second, model = torch.load("other.pt"), make()
-    alone = four_steps(model, model, 0, 1)
-    for name in alone:
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], alone[name], atol=5e-3, rtol=1e-2)
 
 
 # --- the state ---

@@ -1,0 +1,240 @@
+"""Several processes compute what one computes: optimizers, losses, evaluations, tasks. All start processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.config import GPTConfig, OptimizerConfig, SystemConfig
+from llm_from_scratch.core.dataset import TokenData
+from llm_from_scratch.core.model import GPT
+from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.training.evaluate import estimate_loss, evaluate_split
+from llm_from_scratch.training.harness import TaskModel
+from llm_from_scratch.training.optimizer import make_optimizer
+from llm_from_scratch.training.owners import Matrix, rounds
+from llm_from_scratch.training.report import TrainResult
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.trainer import train
+
+from ..ranks import in_ranks, process_group
+from ..tiny import TOKENIZER, babble, read_metrics, tiny_config
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+CPU = torch.device("cpu")
+STEPS = 20
+RUN: dict[str, Any] = {
+    "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32, "batch_size": 3, "gradient_accumulation_steps": 4,
+    "max_iters": STEPS, "eval_interval": 10, "backend": "gloo", "learning_rate": 3e-3, "grad_clip": 1.0,
+}  # fmt: skip
+
+
+def trained(dataset: Path, out_dir: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of this process at the end of a run."""
+    found: dict[str, Tensor] = {}
+    finish = Run.finish
+
+    def finish_and_keep(run: Run) -> TrainResult:
+        found.update({name: p.detach().clone() for name, p in run.model.state_dict().items()})
+        return finish(run)
+
+    with mock.patch.object(Run, "finish", finish_and_keep):
+        train(tiny_config(dataset, out_dir=out_dir, **RUN | settings), quiet=True)
+    return found
+
+
+def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest of any parameter, relative to its norm."""
+    assert list(one) == list(other)
+    pairs = [(p.detach().double(), other[name].double()) for name, p in one.items()]
+    return max(float(torch.linalg.vector_norm(p - q) / torch.linalg.vector_norm(p)) for p, q in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes, settings",
+    [
+        (2, {"optimizer_type": "muon"}),
+        (4, {"optimizer_type": "muon", "optimizer_dtype": "bfloat16", "activation": "swiglu", "norm": "rmsnorm"}),
+    ],
+    ids=["muon", "muon in bfloat16"],
+)  # fmt: skip
+def test_a_run_of_several_processes_is_the_run_of_one(
+    processes: int, settings: dict[str, Any], here: Path, tiny_data: Path
+) -> None:
+    """All processes hold the same bits, and what one process gets that accumulates more gradients."""
+    of_each = in_ranks(processes, trained, here, tiny_data, str(here / "many"), settings)
+    for other in of_each[1:]:
+        assert all(torch.equal(other[name], p) for name, p in of_each[0].items())
+    alone, sums = trained(tiny_data, "one", settings), trained(tiny_data, "sums", settings | {"micro_batch": 1})
+    # Muon enlarges the rounding errors of sums: so does another order of the same sum in one process
+    limit = max(1e-6, 2 * difference(alone, sums))
+    assert difference(alone, of_each[0]) <= limit <= (1e-5 if settings.get("optimizer_dtype") is None else 0.1)
+    one, many = read_metrics(Path("one")), read_metrics(Path("many"))
+    for a, b in zip(one, many, strict=True):
+        for key in {"loss", "train_loss", "val_loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=10 * limit), (a["step"], key)
+    saved = load_checkpoint(find_checkpoint("many", "last"))
+    assert all(torch.equal(saved.model[name], of_each[0][name]) for name in saved.model)
+    # one process resumes the run of many
+    train(tiny_config(tiny_data, **RUN | settings | {"out_dir": "many", "init_from": "resume", "max_iters": 22}))
+
+
+# --- Muon ---
+
+
+def gpt(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    shape = {"block_size": 8, "vocab_size": 20, "n_layer": 3, "n_head": 2, "n_embd": 20, "bias": False}
+    return GPT(GPTConfig(**shape | changes))
+
+
+def with_random_gradients(model: GPT, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Steps on gradients that are the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in model.parameters():
+            g = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        optimizer.step()
+
+
+def muon(model: GPT, processes: int = 1, **settings: Any) -> torch.optim.Optimizer:
+    config = OptimizerConfig(optimizer_type="muon", learning_rate=3e-3, muon_learning_rate=0.05, **settings)
+    return make_optimizer(model, config, CPU, processes=processes)
+
+
+def sharded_steps(settings: dict[str, Any]) -> dict[str, Tensor]:
+    """After steps of Muon on a model whose rows are cut into unequal parts."""
+    with process_group():
+        model = gpt()
+        for block in model.transformer.h:
+            fully_shard(block)
+        fully_shard(model)
+        with_random_gradients(model, muon(model, torch.distributed.get_world_size(), **settings), 4)
+        whole: Any = model.named_parameters()
+        return {name: p.full_tensor() for name, p in whole}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("settings", [{}, {"optimizer_dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_matrices_of_sharded_rows_are_stepped_whole(processes: int, settings: dict[str, Any], here: Path) -> None:
+    """3 does not divide the 20 and 60 rows; a process holds parts of two of the three matrices in a weight."""
+    model = gpt()
+    with_random_gradients(model, muon(model, **settings), 4)
+    for found in in_ranks(processes, sharded_steps, here, settings):
+        assert difference(dict(model.named_parameters()), found) <= 1e-6
+
+
+def matrix(rows: int, columns: int) -> Matrix:
+    return Matrix("", nn.Parameter(torch.empty(rows, columns, device="meta")), 0, rows)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_work_is_shared_by_cost(processes: int) -> None:
+    """The matrices of 12 layers of GPT-2: no process has more than the mean and one matrix; a batch has one shape."""
+    matrices = [matrix(*shape) for _ in range(12) for shape in [(64, 64)] * 4 + [(256, 64), (64, 256)]]
+    limit = 5 * 64 * 256
+    work = [0] * processes
+    found = []
+    for batches in rounds(matrices, processes, limit):
+        assert len(batches) == processes
+        for rank, batch in enumerate(batches):
+            assert len({m.shape for m in batch}) <= 1 and sum(m.p.numel() for m in batch) <= limit
+            work[rank] += sum(m.shape[0] ** 2 * m.shape[1] for m in batch)
+            found += batch
+    assert sorted(map(id, found)) == sorted(map(id, matrices))
+    assert max(work) <= sum(work) / processes + 64 * 64 * 256
+
+
+# --- losses ---
+
+
+def evaluations(sizes: list[int]) -> dict[Any, tuple[float, int]]:
+    """(loss, tokens) of the same data with each batch size: all windows, overlapping windows, random windows."""
+    runtime = runtimes.resolve(SystemConfig(device="cpu", backend="gloo", dtype="float32", compile=False))
+    with process_group() if runtime.world_size > 1 else contextlib.nullcontext():
+        model, ids = gpt(), np.random.default_rng(0).integers(0, 20, 150).astype(np.uint16)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(5)  # so that each token's loss is its own
+        data, found = TokenData([ids]), dict[Any, tuple[float, int]]()
+        for size in sizes:
+            for stride in (None, 3):
+                whole = evaluate_split(model, data, 8, runtime, batch_size=size, stride=stride)
+                found[size, stride] = whole.loss, whole.tokens
+            found[size, "random"] = estimate_loss(model, data, 8, 13, runtime, size), 0
+            found[size, "one"] = estimate_loss(model, data, 8, 1, runtime, size), 0  # most processes have none
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_an_evaluation_is_the_same_for_any_number_of_processes(processes: int, here: Path) -> None:
+    sizes = list(range(1, 17))
+    alone = evaluations(sizes)
+    for (_, kind), (loss, tokens) in alone.items():
+        assert loss == pytest.approx(alone[1, kind][0], abs=1e-6) and tokens == alone[1, kind][1]
+    for found in in_ranks(processes, evaluations, here, sizes):
+        assert list(found) == list(alone)
+        for key, (loss, tokens) in found.items():
+            assert loss == pytest.approx(alone[key][0], abs=1e-6) and tokens == alone[key][1], key
+
+
+@pytest.mark.slow
+def test_the_logged_loss_is_the_mean_over_learned_tokens_of_all_processes(here: Path) -> None:
+    """Of conversations, whose rows have different numbers of learned tokens."""
+    rows = [{"prompt": f"{n}?", "completion": "ha" * (n % 7) + str(n)} for n in range(60)]
+    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = prepare("c.jsonl", root=here, report=lambda line: None, tokenizer="char")
+    settings = {"block_size": 32, "sample_order": "shuffled", "batch_size": 2, "max_iters": 6}
+    settings |= {"optimizer_type": "adamw", "gradient_accumulation_steps": 3}
+    of_each = in_ranks(3, trained, here, chats, str(here / "many"), settings)
+    assert difference(trained(chats, "one", settings), of_each[0]) <= 1e-6
+    one, many = (read_metrics(Path(name)) for name in ("one", "many"))
+    assert sum("loss" in line for line in one) == 6
+    for a, b in zip(one, many, strict=True):
+        for key in {"loss", "train_loss", "val_loss", "grad_norm"} & a.keys():
+            assert b[key] == pytest.approx(a[key], abs=1e-6), (a["step"], key)
+
+
+# --- tasks ---
+
+
+def scores(processes: int) -> tuple[Any, ...]:
+    """Likelihoods, those of whole texts, and continuations."""
+    with process_group() if processes > 1 else contextlib.nullcontext(0) as rank:
+        model = TaskModel(Generator(gpt(block_size=32), TOKENIZER), share=(rank, processes))
+        shared = babble(20)
+        pairs = [SimpleNamespace(args=(shared + babble(n % 5, n), " " + babble(2 + n % 4, 7 * n))) for n in range(23)]
+        texts = [SimpleNamespace(args=(babble(5 + 9 * n, n),)) for n in range(5)]
+        prompts = [SimpleNamespace(args=(babble(4, n), {"max_gen_toks": 3 + n % 2})) for n in range(9)]
+        warm = [SimpleNamespace(args=(babble(4, n), {"max_gen_toks": 5, "temperature": 1.0})) for n in range(5)]
+        likelihoods = model.loglikelihood([*pairs, pairs[0]])
+        return likelihoods, model.loglikelihood_rolling(texts), model.generate_until([*prompts, *warm])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_requests_of_tasks(processes: int, here: Path) -> None:
+    likelihoods, rolling, texts = scores(1)
+    for found in in_ranks(processes, scores, here, processes):
+        assert [is_best for _, is_best in found[0]] == [is_best for _, is_best in likelihoods]
+        assert [value for value, _ in found[0]] == pytest.approx([value for value, _ in likelihoods], abs=1e-5)
+        assert found[1] == pytest.approx(rolling, abs=1e-5) and found[2] == texts
