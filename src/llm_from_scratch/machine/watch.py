@@ -25,7 +25,7 @@ SILENCE = 30.0  # seconds after which a silent process is reported
 LAUNCHERS_GRACE = 30.0  # seconds to save after the launcher has died: as many as torchrun gives after SIGTERM
 LAST_WORDS = 2.0  # seconds to clean up after the timeout
 PACKAGE = str(Path(__file__).resolve().parents[1])
-FRAMES = ("train", "retry_smaller", "<lambda>")  # around an operation of the training loop
+FRAMES = ("train", "open_run", "__init__", "retry_smaller", "<lambda>")  # around an operation of the training loop
 States = dict[int, dict[str, Any]]
 
 

@@ -131,9 +131,10 @@ class StepGuard:
             rank = int(ranks) if bad == 1 < self.runtime.world_size else None
             yield Finding(step, learning_rate, loss, norm, bool(skipped), bool(spike), signum, rank)
 
-    def compare(self, model: torch.nn.Module, step: int) -> None:
-        """Raises TrainingError, in every process, if the replicated parameters differ between the processes."""
-        if self.runtime.world_size == 1 or (found := checksum(model)) is None:
+    def compare(self, model: torch.nn.Module, step: int, now: bool = False) -> None:
+        """Every CHECK steps, or now: raises TrainingError, in every process, if the parameters that each one holds whole
+        differ between the processes."""
+        if self.runtime.world_size == 1 or (step % CHECK and not now) or (found := checksum(model)) is None:
             return
         sums = [torch.empty_like(found) for _ in range(self.runtime.world_size)]
         torch.distributed.all_gather(sums, found)

@@ -183,6 +183,7 @@ class Run:
     def report_steps(self, wait: bool = False) -> None:
         """Logs the steps that the device has finished. wait: all steps. Raises NotFiniteError after too many skipped
         steps, or if weights are not finite."""
+        self.guard.compare(self.model, self.state.step)
         for found in self.guard.collect(wait):
             self.stop.shared = self.stop.shared or found.signum
             if found.step % self.config.logging.log_interval == 0 or found.skipped or found.spike:
@@ -324,6 +325,7 @@ class Run:
         self.saver.report(wait=True)  # one at a time
         if self.state.saved_at != self.state.step:
             self.report_steps(wait=True)
+            self.guard.compare(self.model, self.state.step, now=True)
             self.saver.save(self.model, self.optimizer, self.scaler, self._machine())
 
     def save_alone(self) -> None:

@@ -27,6 +27,7 @@ from llm_from_scratch.training import run as runs_module
 
 from .rows import Report, Row
 from .runs import (
+    FAILED,
     Marks,
     Whole,
     acknowledged,
@@ -42,6 +43,7 @@ from .runs import (
 )  # fmt: skip
 
 TIMEOUT, GRACE = 5.0, 3.0  # seconds: --collective_timeout, and what an end may take more
+SAVING = 30.0  # seconds that torchrun waits after SIGTERM
 SETTINGS: dict[str, Any] = {
     "dropout": 0.1, "gradient_accumulation_steps": 2, "max_iters": 12, "save_interval": 2, "eval_interval": 6,
     "eval_iters": 1, "backend": "gloo", "collective_timeout": TIMEOUT,
@@ -136,7 +138,7 @@ def _trial(
     case = f"{case}, {signum.name} of rank {victim}{' inside a save' * saving}, step {marks.last}"
     report.count(signum.name)
     report.count("inside a save", int(saving))
-    limit = TIMEOUT + GRACE
+    limit = SAVING if signum == signal.SIGTERM else TIMEOUT + GRACE
     report.check(seconds < limit, f"{case}: the other process ended after {seconds:.1f} s: {tail(outputs[1 - victim])}")
     text = outputs[1 - victim].read_text()
     if signum == signal.SIGTERM and marks.last >= 0:
@@ -146,11 +148,11 @@ def _trial(
         stopped = f"stopped at step {step};" in outputs[0].read_text()
         report.check(stopped, f"{case}: saved is {step}: {tail(outputs[0])}")
     elif signum != signal.SIGTERM:
-        named = re.search(rf"^error: .*rank {victim}\b.*", text, re.MULTILINE)
+        named = re.search(rf"(?:^error: |Error: ).*rank {victim}\b.*", text, re.MULTILINE)
         report.check(named is not None, f"{case}: no message that names rank {victim}: {tail(outputs[1 - victim])}")
         started = marks.last >= 0
         report.check(not started or (named is not None and "at step" in named[0]), f"{case}: no step: {text[-200:]}")
-        report.check(codes[1 - victim] in (1, 2), f"{case}: exit codes {codes}: {tail(outputs[1 - victim])}")
+        report.check(codes[1 - victim] in (1, FAILED), f"{case}: exit codes {codes}: {tail(outputs[1 - victim])}")
     said, found = acknowledged(outputs[0]) if outputs[0].exists() else None, newest(out_dir)
     report.check((found or 0) >= (said or 0), f"{case}: step {said} was said to be saved, the newest is {found}")
     _finish(whole, out_dir, outputs, report, case)
