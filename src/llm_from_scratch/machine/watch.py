@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ class Watch:
 
     def explain(self, error: BaseException) -> str:
         """Why an exchange failed: names the process that caused it."""
-        self._is_waiting, self._doing = True, {**self._doing, "waits": True}  # the others look for the reason too
+        tb = traceback.walk_tb(error.__traceback__)
+        frames = [(frame.f_code, line, frame.f_lasti) for frame, line in tb][::-1]
+        self._is_waiting, self._doing = True, self._operation(frames) | {"waits": True}  # the others look for it too
         text, hangs = f"the processes cannot communicate any more ({first_line(error)})", 0
         try:
             text, hangs = self._fault() or self._publish(*self._find_culprit())
@@ -131,24 +134,21 @@ class Watch:
     def _beat(self, done: bool = False) -> None:
         self.beats += 1
         if not self._is_waiting:
-            self._doing = self._operation()
+            walk = traceback.walk_stack(sys._current_frames().get(self.trainer))
+            self._doing = self._operation([(frame.f_code, line, frame.f_lasti) for frame, line in walk])
         state = {"beat": self.beats, "done": done, "step": self.step(), **self._doing}
         self.store.set(f"beat/{self.rank}", json.dumps(state))
 
-    def _operation(self) -> dict[str, Any]:
-        """What the training thread does, from its stack; for how many seconds the stack has not moved; and whether it
-        waits for other processes."""
-        frame: Any = sys._current_frames().get(self.trainer)
-        stack, names, line, waits = [], [], "", False
-        while frame is not None:
-            code = frame.f_code
-            stack.append((code, frame.f_lasti))
+    def _operation(self, stack: list[tuple[Any, int, int]]) -> dict[str, Any]:
+        """What the training thread does, from its frames, the inner ones first; for how many seconds they have not
+        moved; and whether it waits for other processes."""
+        names, line, waits = [], "", False
+        for code, number, _ in stack:
             if code.co_filename.startswith(PACKAGE) and code.co_filename != __file__:
-                line = line or linecache.getline(code.co_filename, frame.f_lineno).strip()
+                line = line or linecache.getline(code.co_filename, number).strip()
                 names.append(code.co_name)
             elif not names:
                 waits |= "torch/distributed" in code.co_filename or code.co_name == "_engine_run_backward"
-            frame = frame.f_back
         if stack != self._stack:
             self._stack, self._moved = stack, time.monotonic()
         inner = names[: names.index("train")] if "train" in names else names[:1]
@@ -169,7 +169,7 @@ class Watch:
         if self._local_state(self.next) == "died" and not state["done"]:
             state = self._states([self.next])[self.next]  # it may have said so in between
             if not state["done"]:
-                self._publish(f"{self._name(self.next)} died {_at(state)}", 0)
+                self._publish(f"{self._name(self.next)} died {self._where(state)}", 0)
         elif silent > self.timeout:
             self._publish(self._silence(self.next, state, silent), 1)
         elif now - self._moved > self.timeout:
@@ -190,7 +190,7 @@ class Watch:
         others = {rank: state for rank, state in after.items() if rank != self.rank and not state["done"]}
         for rank, state in others.items():
             if self._local_state(rank) == "died":
-                return f"{self._name(rank)} died {_at(state)}", 0
+                return f"{self._name(rank)} died {self._where(state)}", 0
         for rank, state in others.items():
             alive = self._local_state(rank) == "runs"  # but a busy machine has not run its watch
             if state["beat"] == before[rank]["beat"] and not alive:
@@ -204,7 +204,13 @@ class Watch:
 
     def _silence(self, rank: int, state: dict[str, Any], seconds: float) -> str:
         what = "is stopped" if self._local_state(rank) == "stopped" else "does not answer"
-        return f"{self._name(rank)} {what} {_at(state)}, for {seconds:.0f} s"
+        return f"{self._name(rank)} {what} {self._where(state)}, for {seconds:.0f} s"
+
+    def _where(self, state: dict[str, Any]) -> str:
+        """The place of a process that is silent. Its last sign of life may be older than the step."""
+        if state["step"] == self.step():
+            return _at(state)
+        return f"at step {self.step()}, where rank {self.rank} waits for it in {self._doing['where']}"
 
     def _publish(self, text: str, hangs: int) -> tuple[str, int]:
         """Makes a text the reason for all processes to end, unless there is one. Returns the reason."""

@@ -79,7 +79,8 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, deadl
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
         before_after.begin(run.plan, run.log, run.state.run_id, run.continued)
-        yield run
+        with processes.failures_named():  # before the run is closed, which takes time
+            yield run
 
 
 class Run:
