@@ -140,6 +140,11 @@ def is_failed_exchange(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def is_refused_exchange(error: BaseException) -> bool:
+    """Whether an exchange failed although every process still runs: one of them has left it."""
+    return watch is not None and is_failed_exchange(error) and not watch.knows_the_reason()
+
+
 def wait_for_all(world_size: int) -> None:
     """Returns when every process has called it."""
     if world_size > 1:

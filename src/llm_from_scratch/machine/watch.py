@@ -59,6 +59,13 @@ class Watch:
         self.thread.start()
         atexit.register(self.end)
 
+    def knows_the_reason(self) -> bool:
+        """Whether a process is known to have died, or to be the reason for the others to end."""
+        try:
+            return self._fault() is not None or bool(self.missing())
+        except RuntimeError:
+            return True
+
     def missing(self) -> list[int]:
         """Ranks that have not come, or have already died."""
         found = []
@@ -182,15 +189,15 @@ class Watch:
             )
 
     def _find_culprit(self) -> tuple[str, int]:
-        """The process that the others wait for, and whether it hangs. Takes three beats."""
+        """The process that the others wait for, and whether it hangs. Takes three beats, unless one has died here."""
         ranks = list(range(self.world_size))
         before = self._states(ranks)
+        for rank, state in before.items():
+            if not state["done"] and self._local_state(rank) == "died":
+                return f"{self._name(rank)} died {self._where(state)}", 0
         time.sleep(3 * BEAT)
         after = self._states(ranks)
         others = {rank: state for rank, state in after.items() if rank != self.rank and not state["done"]}
-        for rank, state in others.items():
-            if self._local_state(rank) == "died":
-                return f"{self._name(rank)} died {self._where(state)}", 0
         for rank, state in others.items():
             alive = self._local_state(rank) == "runs"  # but a busy machine has not run its watch
             if state["beat"] == before[rank]["beat"] and not alive:

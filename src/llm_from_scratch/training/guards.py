@@ -132,8 +132,8 @@ class StepGuard:
             yield Finding(step, learning_rate, loss, norm, bool(skipped), bool(spike), signum, rank)
 
     def compare(self, model: torch.nn.Module, step: int, now: bool = False) -> None:
-        """Every CHECK steps, or now: raises TrainingError, in every process, if the parameters that each one holds whole
-        differ between the processes."""
+        """Every CHECK steps, or now: raises TrainingError, in every process, if the parameters that each one holds
+        whole differ between the processes."""
         if self.runtime.world_size == 1 or (step % CHECK and not now) or (found := checksum(model)) is None:
             return
         sums = [torch.empty_like(found) for _ in range(self.runtime.world_size)]

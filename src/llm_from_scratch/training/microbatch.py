@@ -13,7 +13,7 @@ from ..config import Config
 from ..errors import MemoryShortError, TrainingError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
-from ..machine.processes import is_failed_exchange
+from ..machine.processes import is_refused_exchange
 from .plan import Plan, training_sizes
 
 T = TypeVar("T")
@@ -45,14 +45,14 @@ def _free(runtime: Runtime) -> int | None:
     return free if free is None or runtime.device.type != "cpu" else free // here
 
 
-def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None]) -> T:
-    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again. The exchange
-    with another process that ran out of memory fails too; shrink() raises if that was not the reason."""
+def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None], regroups: bool = False) -> T:
+    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again. regroups:
+    shrink() repairs the exchange with a process that has left it because its memory ran out."""
     while True:
         try:
             return attempt()
         except Exception as error:
-            if not is_out_of_memory(error) and not is_failed_exchange(error):
+            if not is_out_of_memory(error) and not (regroups and is_refused_exchange(error)):
                 raise
             reason = str(error)
         shrink(reason)  # outside the except block: the error's traceback keeps the tensors of the step alive

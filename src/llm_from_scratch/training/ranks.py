@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import importlib
 import json
 from typing import Any
 
@@ -39,6 +40,14 @@ def agreed(plan: Plan) -> Plan:
     smallest = torch.tensor(plan.micro_batch, device=runtime.device)
     torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
     return dataclasses.replace(plan, micro_batch=int(smallest), notes=[*plan.notes, *lines])
+
+
+def scaler_of(runtime: Runtime) -> torch.amp.GradScaler:
+    """The loss scaler of float16. The processes agree on overflows, because they must have the same scale."""
+    enabled, kind = runtime.dtype == torch.float16, torch.amp.GradScaler
+    if enabled and runtime.world_size > 1:
+        kind = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler").ShardedGradScaler
+    return kind(runtime.device.type, enabled=enabled)
 
 
 def regroup(models: Wrapped, guard: StepGuard, runtime: Runtime, reason: str) -> None:

@@ -43,7 +43,7 @@ from .optimizer import make_optimizer
 from .pace import Pace
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
-from .ranks import agreed, regroup
+from .ranks import agreed, regroup, scaler_of
 from .report import README, TrainResult, readme, write_readme
 from .resume import eval_command, not_bit_exact, resume_command
 from .saver import Saver, take_folder
@@ -107,7 +107,7 @@ class Run:
         self.task_model: TaskModel | None = None
         self.pace = Pace(None, plan)
         self.timer = StepTimer()
-        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.dtype == torch.float16)
+        self.scaler = scaler_of(self.runtime)
         self.model = build(self.config, self.runtime, plan.weights, self.say)
         checkpoints.check_storable(self.model.state_dict(), self.config.model)
         if self.config.data.documents is True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +105,8 @@ def train(
                         if run.should_stop_early():
                             break
                         batch = run.next_batch()
-                        retry_smaller(lambda batch=batch: train_step(run, *batch), run.shrink)  # type: ignore[misc]
+                        attempt = partial(train_step, run, *batch)
+                        retry_smaller(attempt, run.shrink, run.runtime.can_regroup)
                         run.report_steps(wait=state.step == last)
                 return run.finish()
             except NotFiniteError as error:

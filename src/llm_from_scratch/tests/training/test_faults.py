@@ -166,7 +166,7 @@ def hanging_run(folder: str, data: Path, how: str) -> None:
         return ready(run)
 
     trainers.Run.next_batch = batch  # type: ignore[method-assign]
-    train(tiny_config(data, out_dir="run", **{**SETTINGS, "collective_timeout": 10.0 if how == "hang" else 5.0}))
+    train(tiny_config(data, out_dir="run", **{**SETTINGS, "collective_timeout": 5.0 if how == "stop" else 10.0}))
 
 
 HANGING = """
@@ -189,8 +189,8 @@ except TrainingError as error:
     [
         ("hang", r"rank 1 \(.*, process \d+\) hangs at step 2, in batch \(.*\), for \d+ s", 10 + 3),
         ("stop", r"rank 1 \(.*, process \d+\) is stopped at step 2, .*\bin .*, for \d+ s", 5 + 3),
-        ("kill", r"rank 1 \(.*, process \d+\) died at step 2, .*\bin [a-z_]+ \(.*\)", 5),
-        ("fail", r"rank 1 \(.*, process \d+\) ended at step 2: the disk is gone", 5),
+        ("kill", r"rank 1 \(.*, process \d+\) died at step 2, .*\bin [a-z_]+ \(.*\)", 10 + 3),
+        ("fail", r"rank 1 \(.*, process \d+\) ended at step 2: the disk is gone", 10 + 3),
     ],
 )
 def test_a_process_that_does_not_answer_ends_the_run(
