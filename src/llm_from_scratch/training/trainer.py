@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,7 +104,7 @@ def train(
                         if run.should_stop_early():
                             break
                         batch = run.next_batch()
-                        attempt = partial(train_step, run, *batch)
+                        attempt = lambda batch=batch: train_step(run, *batch)  # type: ignore[misc]  # noqa: E731
                         retry_smaller(attempt, run.shrink, run.runtime.can_regroup)
                         run.report_steps(wait=state.step == last)
                 return run.finish()
