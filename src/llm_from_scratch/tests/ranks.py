@@ -33,7 +33,8 @@ def in_ranks(processes: int, function: Callable[..., Any], folder: Path, *given:
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
             log = cleanup.enter_context(open(job / f"{rank}.log", "w"))
-            workers.append(Forked(__name__, str(job), env={**os.environ, **shared, **own}, stdout=log, stderr=log))
+            env, once = {**os.environ, **shared, **own}, (function.__module__, "torch.distributed.fsdp")
+            workers.append(Forked(__name__, str(job), env=env, stdout=log, stderr=log, imports=once))
             cleanup.callback(workers[-1].kill)
         codes = [worker.wait(max(0.0, end - time.monotonic())) for worker in workers]
         logs = [(job / f"{rank}.log").read_text() for rank in range(processes)]

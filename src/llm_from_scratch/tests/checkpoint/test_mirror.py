@@ -216,7 +216,7 @@ def test_a_run_resumes_from_its_mirror(here: Path, tiny_data: Path, capsys: pyte
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """moto's S3 server with the bucket "b", in another process."""
+    """moto's S3 server with a bucket, in another process."""
     for package in ("s3fs", "moto"):
         pytest.importorskip(package)
     with socket.socket() as free:
@@ -232,7 +232,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.1)
-            Store("s3://b/run").fs.mkdir("b")
+            Store("s3://bucket/run").fs.mkdir("bucket")
             yield process
         finally:
             process.send_signal(signal.SIGCONT)
@@ -259,7 +259,7 @@ def upload_slowly(url: str, folder: str) -> None:
 def test_with_s3_a_killed_upload_wrong_bytes_and_a_silent_server_lose_nothing(
     tmp_path: Path, server: subprocess.Popen[bytes]
 ) -> None:
-    out, url = tmp_path / "out", "s3://b/run"
+    out, url = tmp_path / "out", "s3://bucket/run"
     save(out, 1)
     assert opened(url, out).wait(30) and steps(url) == [1]
     save(out, 2)
