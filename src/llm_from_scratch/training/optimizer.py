@@ -186,7 +186,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
             if isinstance(optimizer, Optimizer):
                 slots = optimizer.slots(group, p)
                 _check_entry(entry, slots, group["rule"], name, rules, str(kind))
-            state[p] = dict(entry)
+            state[p] = dict(sorted(entry.items()))  # in one order on all processes, which gather them one by one
             for key, value in entry.items():
                 if key == "step":  # fused kernels read it on the device
                     device = p.device if group.get("fused") else "cpu"

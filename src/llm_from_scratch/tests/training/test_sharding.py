@@ -165,9 +165,8 @@ ODD = {
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed blocks, a loss in chunks": {"gradient_checkpointing": True, "chunked_loss": True, **ODD},
-    "a budget": {"activation_budget": 1e-5, **ODD},
+    "a budget": {"activation_budget": 2e-5, **ODD},
     "bfloat16": {"dtype": "bfloat16", **ODD},
-    "documents": {"documents": True, **ODD},
 }
 
 
@@ -210,7 +209,7 @@ def rounded_in_shards(seed: int) -> list[dict[str, Tensor]]:
     runtime = Runtime(
         torch.device("cpu"), torch.float32, False, True, int(os.environ["RANK"]), 2, "gloo", None, {}, None, "fsdp", 2
     )
-    found = []
+    found, norms = [], list[Tensor]()
     with process_group(), torch.no_grad():
         for sharded in (False, True):
             torch.manual_seed(seed)
@@ -227,9 +226,7 @@ def rounded_in_shards(seed: int) -> list[dict[str, Tensor]]:
                         local(p.grad).copy_(gradient[rows])
                     else:
                         p.grad = gradient
-                norm = clip_gradients(model, 1.0)
-                for p in model.parameters():  # the norm differs in its last bit
-                    local(p.grad).mul_(1024 * norm).round_().div_(1024)
+                norms.append(clip_gradients(model, 1e9))
                 optimizer.step()
             whole = {name: p.full_tensor() if sharded else p for name, p in model.named_parameters()}
             for name, p in model.named_parameters():
@@ -237,6 +234,7 @@ def rounded_in_shards(seed: int) -> list[dict[str, Tensor]]:
                     value: Any = optimizer.state[p][slot]
                     whole[f"{name}/{slot}"] = value.full_tensor() if sharded else value
             found.append({name: tensor.detach().clone() for name, tensor in whole.items()})
+    torch.testing.assert_close(norms[:3], norms[3:], rtol=1e-5, atol=0)  # float32 sums in another order
     return found
 
 
