@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..config import Config
 from ..core.model import GPT
-from ..core.sizes import meta_model
 from ..errors import UserError, one_line
 from ..machine.device import Runtime, forked_random
 from .optimizer import sparse_tables
@@ -42,12 +43,31 @@ def build(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, s
     sharded."""
     if not runtime.is_sharded:
         return _whole(config, weights)
-    recorder, why = _Recorder(), ""
-    try:
-        with importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(), recorder:
-            model = GPT(config.model)
-    except Exception as error:
-        model, why = meta_model(config.model), one_line(error)
+    # every process draws as rank 0 does, and rank 0 as one process would
+    with forked_random(runtime.device) if runtime.rank else contextlib.nullcontext():
+        if runtime.rank:
+            torch.manual_seed(config.system.seed)
+        before, recorder = torch.get_rng_state(), _Recorder()
+        try:
+            model = _in_rows(config, runtime, weights, recorder)
+            recorder.forget()
+            if any(made() is not None for made in recorder.made):
+                raise ValueError("a tensor that is neither a parameter nor a buffer")
+            return model
+        except UserError:
+            raise
+        except Exception as error:
+            why = one_line(error)
+        say(f"construction: every process builds the whole model first, because it cannot be recorded ({why})")
+        torch.set_rng_state(before)
+        return _whole(config, weights)
+
+
+@torch.no_grad()
+def _in_rows(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, recorder: _Recorder) -> GPT:
+    """The model with stand-ins."""
+    with importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(), recorder:
+        model = GPT(config.model)
     for name, p in model.named_parameters():
         if not p.dim():
             raise UserError(f"--parallel={runtime.parallel} cannot shard {name}, a single number: give it a dimension")
@@ -62,24 +82,17 @@ def build(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, s
             rows = rows_of(len(numbers), runtime.shards, runtime.rank % runtime.shards)
             kept[id(tensor)] = numbers[rows].to(runtime.device, copy=True)
 
-    given = model.state_dict(keep_vars=True) if weights is not None else {}
-    for name, tensor in given.items():
+    for name, tensor in model.state_dict(keep_vars=True).items() if weights is not None else ():
         keep(tensor, (weights or {})[name])
     missing: dict[int, list[Tensor]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in own:
             missing.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    # every process draws as rank 0 does, and rank 0 as one process would
-    with torch.no_grad(), forked_random(runtime.device) if runtime.rank else contextlib.nullcontext():
-        if runtime.rank:
-            torch.manual_seed(config.system.seed)
-        if why or not set(missing) <= {storage for call in recorder.calls for storage in call.changes}:
-            why = why or "not all of it is made by torch"
-            say(f"construction: every process builds the whole model first, because it cannot be recorded ({why})")
-            return _whole(config, weights)
-        for storage, numbers in _repeated(recorder.calls, set(missing), draws=weights is None):
-            for tensor in missing[storage]:
-                keep(tensor, numbers.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()))
+    if not set(missing) <= {storage for call in recorder.calls for storage in call.changes}:
+        raise ValueError("not all of it is made by torch")
+    for storage, numbers in _repeated(recorder.calls, set(missing), draws=weights is None):
+        for tensor in missing[storage]:
+            keep(tensor, numbers.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()))
     new = {p: nn.Parameter(own[id(p)], p.requires_grad) for p in model.parameters()}
     for p, other in new.items():
         if id(p) in kept:
@@ -155,6 +168,13 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[_Call] = []
         self.alive: list[Any] = []  # no later tensor gets the storage of a dead one
+        self.made: list[weakref.ref] = []
+
+    def forget(self) -> None:
+        """Frees all fake tensors that the model does not hold."""
+        self.calls.clear()
+        self.alive.clear()
+        gc.collect()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = tree_map(_view, (args, kwargs or {}))
@@ -167,6 +187,7 @@ class _Recorder(TorchDispatchMode):
             written = [value for name, value in named.items() if names[name] is not None and names[name].is_write]
             self.calls.append(_Call(func, *given, returned, reads, makes, makes | _storages(written)))
             self.alive.append((args, kwargs, out))
+            self.made += [weakref.ref(leaf) for leaf in tree_leaves(out) if _view(leaf) is not leaf]
         return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.device import Runtime
 from llm_from_scratch.training.construction import build
 
+pytestmark = pytest.mark.slow  # fake tensors take a second to import
 TINY = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 6}
 
 
@@ -98,17 +100,19 @@ def test_an_edited_constructor_is_repeated(monkeypatch: pytest.MonkeyPatch) -> N
     compare(Config(model=GPTConfig(**TINY)))
 
 
-@pytest.mark.parametrize("unseen", [True, False])
-def test_what_cannot_be_recorded_is_built_whole(monkeypatch: pytest.MonkeyPatch, unseen: bool) -> None:
-    """Numbers that torch's modes do not see, and draws that are repeated until they fit."""
+@pytest.mark.parametrize("what", ["unseen", "repeated", "hidden"])
+def test_what_cannot_be_recorded_is_built_whole(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Numbers that torch's modes do not see, draws that are repeated until they fit, a tensor of no module."""
 
     class Edited(models.Block):
         def __init__(self, config: GPTConfig):
             super().__init__(config)
-            with _disable_current_modes() if unseen else contextlib.nullcontext():
+            with _disable_current_modes() if what == "unseen" else contextlib.nullcontext():
                 self.register_buffer("table", torch.full((6,), 2.0))
-            if not unseen:
+            if what == "repeated":
                 self.cut = nn.Parameter(nn.init.trunc_normal_(torch.empty(4, 3), a=-1, b=1))
+            if what == "hidden":
+                self.scaled = functools.partial(torch.mul, torch.tensor([2.0]))
 
     monkeypatch.setattr(models, "Block", Edited)
     config, told = Config(model=GPTConfig(**TINY)), list[str]()
