@@ -47,6 +47,20 @@ def occurrences(table: Tensor) -> Rows:
     return rows, g, g.square().sum(dim=1, keepdim=True)
 
 
+def keep_occurrences(table: Tensor) -> None:
+    """Gradients of several micro-batches are appended to each other. On a CPU, torch would add up some of the rows that
+    occur in both, which changes the sum of their squares."""
+
+    def apart(grad: Tensor) -> Tensor:
+        if table.grad is None:
+            return grad
+        values = grad._values()  # torch only appends values that are not contiguous
+        spread = values.new_empty(len(values), table.size(1) + 1)[:, :-1].copy_(values)
+        return torch.sparse_coo_tensor(grad._indices(), spread, grad.shape, check_invariants=False)
+
+    table.register_hook(apart)
+
+
 def exchanged(table: Tensor, processes: int) -> list[Rows]:
     """The rows of every process, each once, in the order of the ranks. Their gradients are averaged over the processes.
     All processes get the same bits."""

@@ -31,6 +31,7 @@ from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.processes import device_mesh, shield_children
+from .adagrad import keep_occurrences
 from .optimizer import sparse_tables
 from .sharding import placed_as, replace_parameters, rows_of
 
@@ -133,6 +134,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
             module.weight.register_post_accumulate_grad_hook(make_dense)
+    for module in sparse_tables(model):
+        for p in (p for p in module.parameters(recurse=False) if p.requires_grad):
+            keep_occurrences(p)
     if config.system.fp8 and not again:
         count = sum(isinstance(m, Float8Linear) for m in model.modules())
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")

@@ -17,7 +17,7 @@ from llm_from_scratch.core.sizes import count_params, meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.training.adagrad import occurrences, step_rows
+from llm_from_scratch.training.adagrad import keep_occurrences, occurrences, step_rows
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
 from llm_from_scratch.training.trainer import train
 
@@ -150,6 +150,24 @@ def test_a_step_that_is_left_out_changes_nothing() -> None:
         before = [t.clone() for t in (table.detach(), total)]
         step_rows(table, total, 0.5, [occurrences(table)], torch.tensor(left_out))
     assert all(torch.equal(a, b) for a, b in zip(before, (table.detach(), total), strict=True))
+
+
+def test_every_occurrence_of_a_row_counts_for_any_number_of_micro_batches() -> None:
+    """By hand: g and s are sums over single positions. torch would add up some rows that occur in two micro-batches."""
+    idx, found = torch.randint(7, (6, 9), generator=torch.Generator().manual_seed(0)), []
+    for parts in (1, 2, 6):
+        model = make()
+        table = model.transformer.ngrams.weight
+        keep_occurrences(table)
+        for part in idx.chunk(parts):
+            (model(part[:, :-1], part[:, 1:])[1] / parts).backward()
+        rows, g, squares = occurrences(table)
+        assert len(rows) == 6 * 8 * (model.config.max_ngram - 1)
+        total = torch.zeros(len(table), 1).index_add_(0, rows, squares)
+        found.append((table.grad.to_dense(), total))
+    for dense, total in found[1:]:
+        torch.testing.assert_close(dense, found[0][0], atol=1e-8, rtol=1e-5)
+        torch.testing.assert_close(total, found[0][1], atol=1e-10, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"embedding_norm": True, "norm": "layernorm"}, {"pos_embedding": "rope"}])

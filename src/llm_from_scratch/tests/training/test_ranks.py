@@ -42,6 +42,7 @@ RUN: dict[str, Any] = {
     "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32, "batch_size": 3, "gradient_accumulation_steps": 4,
     "max_iters": STEPS, "eval_interval": 10, "backend": "gloo", "learning_rate": 3e-3, "grad_clip": 1.0,
 }  # fmt: skip
+NGRAMS = {"max_ngram": 3, "ngram_rows": 50}  # most n-grams share a row with others
 
 
 def trained(dataset: Path, out_dir: str, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -70,9 +71,11 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     "processes, settings",
     [
         (2, {"optimizer_type": "muon"}),
+        (3, {"optimizer_type": "muon", **NGRAMS, "tie_embeddings": False, "n_layer": 2}),
         (4, {"optimizer_type": "muon", "optimizer_dtype": "bfloat16", "activation": "swiglu", "norm": "rmsnorm"}),
+        (2, {"optimizer_type": "adamw", **NGRAMS, "forget_ngrams": True, "sample_order": "shuffled"}),
     ],
-    ids=["muon", "muon in bfloat16"],
+    ids=["muon", "muon and n-grams", "muon in bfloat16", "adamw and n-grams"],
 )  # fmt: skip
 def test_a_run_of_several_processes_is_the_run_of_one(
     processes: int, settings: dict[str, Any], here: Path, tiny_data: Path
