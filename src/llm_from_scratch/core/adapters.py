@@ -137,7 +137,12 @@ def trained_model(config: Config) -> GPT:
 
 def change(a: Tensor, b: Tensor, heights: tuple[int, ...]) -> Tensor:
     """B A of a layer, (O, I), without its scale."""
-    return (torch.block_diag(*b.split(heights)) if len(heights) > 1 else b) @ a
+    return blocks(b, heights) @ a
+
+
+def blocks(b: Tensor, heights: tuple[int, ...]) -> Tensor:
+    """B as one matrix for all stacked ones, (O, M R): its parts on the diagonal."""
+    return torch.block_diag(*b.split(heights)) if len(heights) > 1 else b
 
 
 @torch.no_grad()
@@ -155,8 +160,9 @@ def merged(
     return result | {name: result[first] for name, first in tied_names(config).items() if name in result}
 
 
-def checked_adapter(adapter: dict[str, Tensor], config: GPTConfig, rank: int, where: str) -> dict[str, Tensor]:
-    """An adapter from a file that is not trusted. Raises DamagedError unless its layers and shapes are the model's."""
+def checked_adapter(adapter: dict[str, Tensor], config: GPTConfig, rank: int | None, where: str) -> dict[str, Tensor]:
+    """An adapter from a file that is not trusted. rank: None if each layer has its own. Raises DamagedError unless its
+    layers and shapes are the model's."""
     layers = linear_layers(meta_model(config))
     if not adapter:
         raise DamagedError(f"{where} has no tensors")
@@ -165,8 +171,8 @@ def checked_adapter(adapter: dict[str, Tensor], config: GPTConfig, rank: int, wh
         other = f"{name}.{PARTS[1 - PARTS.index(part)]}" if part in PARTS else ""
         if name not in layers or other not in adapter:
             raise DamagedError(f"{where}: {key[:80]} is not a part of an adapter of the model in core/model.py")
-        layer = layers[name]
-        shapes = (len(stacked(layer)) * rank, layer.in_features), (layer.out_features, rank)
+        layer, own = layers[name], rank or adapter[f"{name}.lora_B"].size(-1)
+        shapes = (len(stacked(layer)) * own, layer.in_features), (layer.out_features, own)
         expected = dict(zip(PARTS, shapes, strict=True))[part]
         if tuple(tensor.shape) != expected or not tensor.is_floating_point():
             raise DamagedError(f"{where}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected {expected}")

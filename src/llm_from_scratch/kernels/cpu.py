@@ -23,6 +23,7 @@ from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, 
 QUERIES = 64  # queries per product, with the keys up to the last of them; the rest above the diagonal is skipped
 SHORT = 128  # tokens up to which the compiler's attention is faster
 MANY_ROWS = 2048  # of a token table, of which a batch reads few
+PASS = 1 << 16  # numbers of a tensor that several passes process at once: few enough for the processor's cache
 WEIGHTS = 1 << 20  # attention weights computed at once: few enough for the processor's cache
 
 
@@ -314,25 +315,41 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return torch.mul(x, cos).addcmul_(exchanged, sin, value=sign).transpose(1, 2)
 
 
+def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of each tensor, (..., C), so that several passes over them stay in the processor's cache. The
+    whole tensors if they are small, or if their rows cannot be viewed as a list."""
+    if tensors[0].numel() <= PASS or not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
+    few = max(1, PASS // tensors[0].size(-1))
+    return zip(*(t.view(-1, t.size(-1)).split(few) for t in tensors), strict=True)
+
+
 class RMSNormalize(torch.autograd.Function):
     """F.rms_norm over the last dimension. x: (..., C); weight: (C,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (..., 1)
-        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_().to(x.dtype)
+        wide, w = torch.promote_types(x.dtype, torch.float32), weight.to(x.dtype)
+        y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        for xi, yi, si in in_cache(x, y, scale):
+            norm = torch.linalg.vector_norm(xi, dim=-1, keepdim=True, dtype=wide)  # (..., 1)
+            si.copy_(norm.square_().div_(x.size(-1)).add_(eps).rsqrt_())
+            torch.mul(xi, si, out=yi).mul_(w)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight.to(x.dtype))
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        dy, scaled = grads[0], x * scale  # (..., C)
-        dweight = (dy * scaled).flatten(0, -2).sum(0, dtype=weight.dtype)
-        g = dy * weight.to(x.dtype)
-        along = torch.linalg.vecdot(g, scaled).unsqueeze(-1).div_(-x.size(-1))  # (..., 1)
-        return scaled.mul_(along).add_(g).mul_(scale), dweight, None
+        dweight, w = None, weight.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (x * scale).mul_(grads[0]).flatten(0, -2).sum(0, dtype=weight.dtype)
+        dx = torch.empty_like(x)
+        for xi, di, si, out in in_cache(x, grads[0], scale, dx):
+            g, scaled = di * w, torch.mul(xi, si, out=out)
+            along = torch.linalg.vecdot(g, scaled).unsqueeze(-1).div_(-x.size(-1))  # (..., 1)
+            scaled.mul_(along).add_(g).mul_(si)
+        return dx, dweight, None
 
 
 class GatedSiLU(torch.autograd.Function):
@@ -341,12 +358,19 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(gate, x)
-        return F.silu(gate).mul_(x)
+        y = torch.empty_like(x)
+        for gi, xi, yi in in_cache(gate, x, y):
+            torch.ops.aten.silu.out(gi, out=yi).mul_(xi)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * x, gate), F.silu(gate).mul_(grads[0])
+        dgate, dx = torch.empty_like(gate), torch.empty_like(x)
+        for gi, xi, di, dg, out in in_cache(gate, x, grads[0], dgate, dx):
+            torch.ops.aten.silu.out(gi, out=out).mul_(di)
+            torch.ops.aten.silu_backward.grad_input(torch.mul(di, xi, out=dg), gi, grad_input=dg)
+        return dgate, dx
 
 
 class SquaredReLU(torch.autograd.Function):

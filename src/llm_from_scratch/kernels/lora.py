@@ -11,13 +11,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..config import FinetuneConfig
-from ..core.adapters import add_parameters, change, stacked
-from ..core.model import GPT
+from ..core.adapters import add_parameters, blocks, change, stacked
+from ..core.model import GPT, Linear
 from ..errors import UserError, one_line
 from ..machine.device import forked_random
+from .products import TORCH, CPULinear, multiply
 from .swap import kind_of, swap
 
 TOLERANCE = 1e-4  # of an adapted layer's output, from that of a plain layer with the merged weight
+MANY_ROWS = 256  # from which merging an adapter costs less than adding its product to every row
 
 
 @functools.cache
@@ -36,12 +38,67 @@ def adapted(plain: Any) -> Any:
     return Adapted
 
 
+@functools.cache
+def cpu_adapted() -> Any:
+    """adapted(Linear) for a CPU: many rows are multiplied by the merged weight, which saves passes over them."""
+
+    class CPUAdapted(adapted(CPULinear)):
+        def forward(self, x: Tensor) -> Tensor:
+            is_dropped = self.training and self.lora_dropout.p
+            if is_dropped or x.dtype != torch.float32 or self.weight.dtype != x.dtype:  # bfloat16 would round B A away
+                return super().forward(x)
+            return self.product(x, self.lora_B) if x.numel() >= MANY_ROWS * x.size(-1) else super().forward(x)
+
+        def exact(self, x: Tensor) -> Tensor:
+            return self.product(x, torch.zeros_like(self.lora_B))
+
+        def product(self, x: Tensor, b: Tensor) -> Tensor:
+            numbers = self.lora_scale, stacked(self), self.libraries
+            return _MergedProduct.apply(x, self.weight, self.bias, self.lora_A, b, *numbers)
+
+    return CPUAdapted
+
+
+class _MergedProduct(torch.autograd.Function):
+    """x (W + scale B A)^T + bias. The merged weight is computed again for the backward pass, and B A's gradient, which
+    is as large, never: A and B get theirs by products with a side as short as the rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float,
+        heights: tuple[int, ...], libraries: str,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale, ctx.heights, ctx.libraries = scale, heights, libraries
+        merged = torch.addmm(weight, blocks(b, heights), a, alpha=scale)
+        if libraries[0] == TORCH:
+            return F.linear(x, merged, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, merged, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad
+        dy, rows, wide = grads[0].flatten(0, -2), x.flatten(0, -2), blocks(b, ctx.heights)  # (N, O), (N, I), (O, M R)
+        dx = dw = da = db = None
+        if for_x:
+            dx = multiply(dy, torch.addmm(weight, wide, a, alpha=ctx.scale), ctx.libraries[1]).view(x.shape)
+        if for_weight:
+            dw = multiply(dy.t(), rows, ctx.libraries[2])
+        if for_a:
+            da = (dy @ wide).mul_(ctx.scale).t() @ rows
+        if for_b:
+            whole = dy.t() @ (rows @ a.t()).mul_(ctx.scale)  # (O, M R), of which the diagonal blocks are B's
+            parts = zip(whole.split(ctx.heights), range(0, a.size(0), b.size(1)), strict=True)
+            db = torch.cat([part[:, at : at + b.size(1)] for part, at in parts])
+        return dx, dw, dy.sum(0) if for_bias else None, da, db, None, None, None
+
+
 def add_change(layer: Any, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
     """y + scale * B A x. x: (..., I); y: (..., O)."""
     h = F.linear(layer.lora_dropout(x), layer.lora_A.to(x.dtype))  # (..., M R)
-    heights = stacked(layer)
-    b = torch.block_diag(*b.split(heights)) if len(heights) > 1 else b  # (O, M R)
-    flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.to(h.dtype).t(), alpha=layer.lora_scale)
+    b = blocks(b, stacked(layer)).to(h.dtype)  # (O, M R)
+    flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=layer.lora_scale)
     return flat.view(y.shape)
 
 
@@ -85,7 +142,8 @@ def _why_not_merged(layer: Any) -> str | None:
     return None if apart <= TOLERANCE else f"it is not linear in its weight (relative difference {apart:.0e})"
 
 
-def with_adapters(replacements: dict[type, type]) -> dict[type, type]:
-    """The replacements of linear layers, for layers with adapters too."""
+def with_adapters(replacements: dict[type, type], eager_cpu: bool = False) -> dict[type, type]:
+    """The replacements of linear layers, for layers with adapters too. eager_cpu: on a CPU, without a compiler."""
     linear: dict[Any, Any] = {plain: other for plain, other in replacements.items() if issubclass(plain, nn.Linear)}
-    return replacements | {adapted(plain): adapted(other) for plain, other in linear.items()}
+    found = replacements | {adapted(plain): adapted(other) for plain, other in linear.items()}
+    return found | {adapted(Linear): cpu_adapted()} if eager_cpu else found

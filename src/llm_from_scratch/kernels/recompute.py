@@ -137,12 +137,17 @@ class _Made:
         self.out, self.version, self.make = out, out._version, make
         self.args = [(a.detach(), a._version) if isinstance(a, Tensor) else (a, None) for a in args]
         self.autocast = torch.is_autocast_enabled(out.device.type)
+        self.uses, self.kept = 0, None  # kept for the layers that share it, as gate and input of an MLP
 
     def again(self) -> Tensor:
-        kind = self.args[0][0].device.type
-        args = [_unchanged(*a) for a in self.args]
-        with torch.no_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=self.autocast):
-            return self.make(*args)
+        kind, out = self.args[0][0].device.type, self.kept
+        if out is None:
+            args = [_unchanged(*a) for a in self.args]
+            with torch.no_grad(), torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=self.autocast):
+                out = self.make(*args)
+        self.uses -= 1
+        self.kept = out if self.uses > 0 else None
+        return out
 
 
 def _unchanged(value: Any, version: int | None) -> Any:
@@ -169,6 +174,7 @@ class _Outputs:
         known = made is not None and made.out.dtype == tensor.dtype and made.out._version == made.version
         if made is None or not known or not tensor.is_contiguous():
             return tensor, tensor._version
+        made.uses += 1
         return made, tensor.shape
 
     def unpack(self, packed: Any) -> Tensor:

@@ -129,7 +129,8 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements[NextTokenLoss] = ChunkedLoss
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
-    swap(model, with_adapters(replacements), say, keep)
+    eager_cpu = runtime.device.type == "cpu" and not runtime.compile
+    swap(model, with_adapters(replacements, eager_cpu), say, keep)
     set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):

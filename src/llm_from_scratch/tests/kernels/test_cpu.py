@@ -137,7 +137,9 @@ def test_rotation_is_the_plain_one() -> None:
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
 
 
-def test_rms_norm_is_torchs() -> None:
+@pytest.mark.parametrize("numbers", [kernels.PASS, 24], ids=["whole", "a few rows at a time"])
+def test_rms_norm_is_torchs(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PASS", numbers)
     torch.manual_seed(0)
     results = []
     values = torch.randn(4, 5, 8, dtype=DOUBLE), torch.randn(8, dtype=DOUBLE)
@@ -147,10 +149,19 @@ def test_rms_norm_is_torchs() -> None:
         y.backward(values[0].cos())
         results.append((y.detach(), x.grad, w.grad))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-10)
+    x = values[0].transpose(0, 1).requires_grad_()  # as of heads: its rows cannot be viewed as a list
+    y = kernels.RMSNormalize.apply(x, values[1], 1e-3)
+    torch.testing.assert_close(y, results[0][0].transpose(0, 1), atol=1e-12, rtol=1e-10)
+    (dx,) = torch.autograd.grad(y, x, values[0].cos().transpose(0, 1))  # the weight is frozen
+    torch.testing.assert_close(dx, results[0][1].transpose(0, 1), atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("numbers", [kernels.PASS, 12], ids=["whole", "a few rows at a time"])
 @pytest.mark.parametrize("case", ["swiglu", "relu2"])
-def test_activations_and_their_gradients_are_the_plain_ones(case: str) -> None:
+def test_activations_and_their_gradients_are_the_plain_ones(
+    case: str, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "PASS", numbers)
     torch.manual_seed(0)
     inputs = [torch.randn(3, 5, dtype=DOUBLE) for _ in range(2 if case == "swiglu" else 1)]
     kinds = (SwiGLU, kernels.CPUSwiGLU) if case == "swiglu" else (ReLUSquared, kernels.CPUReLUSquared)

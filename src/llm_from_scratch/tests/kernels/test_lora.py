@@ -14,7 +14,7 @@ from llm_from_scratch.core.model import GPT, Linear
 from llm_from_scratch.core.weights import build_model
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels import lora
-from llm_from_scratch.kernels.lora import adapted, attach, with_adapters
+from llm_from_scratch.kernels.lora import MANY_ROWS, adapted, attach, cpu_adapted, with_adapters
 from llm_from_scratch.kernels.products import CPULinear, has_onednn
 from llm_from_scratch.kernels.swap import swap, unswap
 
@@ -114,3 +114,31 @@ def test_dropout_is_of_the_adapters_input_and_off_in_evaluation() -> None:
     expected = x @ layer.weight.T + layer.bias + 2.0 * dropped @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["attn.c_attn", "mlp.c_fc"])
+@pytest.mark.parametrize("libraries", ["ttt", "ooo"] if has_onednn() else ["ttt"])
+def test_many_rows_go_through_the_merged_weight_with_the_same_gradients(name: str, libraries: str) -> None:
+    model = GPT(CONFIG)
+    attach(model, FinetuneConfig(lora_rank=3), seed=0)
+    layer: Any = moved(model).transformer.h[1].get_submodule(name)
+    x, dy = torch.randn(2, MANY_ROWS, 16), torch.randn(2, MANY_ROWS, layer.out_features)
+    found = []
+    for kind in (adapted(Linear), cpu_adapted()):
+        layer.__class__, layer.libraries = kind, libraries
+        leaves = [x.clone().requires_grad_(), *layer.parameters()]
+        y = layer(leaves[0])
+        assert kind is adapted(Linear) or "MergedProduct" in str(y.grad_fn)
+        found.append([y, *torch.autograd.grad((y * dy).sum(), leaves)])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5 * float(plain.detach().abs().max()))
+    layer.lora_dropout.p = 0.5
+    assert "MergedProduct" not in str(layer(x).grad_fn)
+
+
+def test_swap_puts_the_merged_product_in() -> None:
+    model = GPT(CONFIG)
+    attach(model, FinetuneConfig(lora_rank=2), seed=0)
+    lines = list[str]()
+    assert swap(model, with_adapters({}, eager_cpu=True), lines.append) == 10 and not lines
+    assert all(type(m) is cpu_adapted() for m in model.transformer.h.modules() if isinstance(m, Linear))

@@ -142,6 +142,22 @@ def test_the_cheap_way_does_no_product_twice(variant: str, monkeypatch: pytest.M
     assert counts[0] == counts[1] < counts[2]
 
 
+def test_what_two_layers_share_is_recomputed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "WORTH_IT", 0)
+    model, _ = build("llama")
+    made, again = list[int](), activations._Made.again
+
+    def counted(self: Any) -> Any:
+        made.append(self.kept is None)
+        return again(self)
+
+    monkeypatch.setattr(activations._Made, "again", counted)
+    step(model)
+    blocks = len(model.transformer.h)
+    # in each block c_attn, c_gate and c_fc need a norm, and c_proj the activation; gate and fc share their norm
+    assert (len(made), sum(made)) == (4 * blocks, 3 * blocks)
+
+
 def test_as_few_blocks_as_the_budget_needs() -> None:
     plain, _ = build(activation_budget=None)
     everything, out = kept_by_a_block(plain, runtime(), BATCH)
