@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..interop import GPT2_NAMES, is_hub_id
+from ..interop import GPT2_NAMES, is_hub_id, is_peft
 from .adapter import weights_hash
 from .contents import Checkpoint, dataset_option, is_dataset_name, load_checkpoint
 from .store import locate, valid_which
@@ -37,7 +37,7 @@ def load(
     nothing is found, or if need_tokenizer is set and there is no tokenizer.
     """
     if is_pretrained(where, hub=which is None and depth == 0):  # a file never names what to download
-        return load_hf(where, dataset, need_tokenizer)
+        return load_hf(where, dataset, need_tokenizer, depth)
     which = valid_which(which)
     found = locate(
         Path(where), which, set_aside, lambda path: load_checkpoint(path, weights_only, lazily),
@@ -63,12 +63,7 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
     place = next((p for p in places if is_pretrained(p, hub=False) or os.path.lexists(p)), None)
     if place is None or Path(place).resolve() in (path.resolve(), path.parent.resolve()):
         raise UserError(f"{path} is an adapter of {places[0]}, which does not exist: put it back there")
-    if depth == MAX_CHAIN:
-        raise UserError(f"{path} is an adapter of an adapter, and so on {depth} times: the chain is too long")
-    try:
-        loaded = load(place, weights_only=True, need_tokenizer=False, depth=depth + 1)
-    except UserError as error:
-        raise UserError(f"{path} is an adapter of {place}, which cannot be loaded: {error}") from None
+    loaded = _load_base(path, place, depth)
     shape = dataclasses.replace(loaded.model_config, dropout=config.dropout, block_size=config.block_size)
     if weights_hash(loaded.model) != base.sha256 or shape != config:
         raise UserError(
@@ -80,17 +75,46 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
         found.model = merged(config, found.model, found.adapter, base.scale)
 
 
-def load_hf(where: str | Path, dataset: str | None = None, need_tokenizer: bool = True) -> Checkpoint:
-    """Weights from a GGUF file, a folder in Hugging Face's format, or by name from the hub. Raises UserError."""
+def _load_base(path: Path, place: str, depth: int) -> Checkpoint:
+    """The model that the adapter in path was trained on. Raises UserError."""
+    if depth == MAX_CHAIN:
+        raise UserError(f"{path} is an adapter of an adapter, and so on {depth} times: the chain is too long")
+    try:
+        return load(place, weights_only=True, need_tokenizer=False, depth=depth + 1)
+    except UserError as error:
+        raise UserError(f"{path} is an adapter of {place}, which cannot be loaded: {error}") from None
+
+
+def load_hf(
+    where: str | Path, dataset: str | None = None, need_tokenizer: bool = True, depth: int = 0
+) -> Checkpoint:  # fmt: skip
+    """Weights from a GGUF file, a folder in Hugging Face's format, or by name from the hub; peft's adapters are merged
+    into their base. depth: as in load(). Raises UserError."""
     from ..interop.gguf import load_gguf
     from ..interop.hf import load_pretrained, read_config
     from ..interop.hf_files import get_folder
 
+    if is_peft(Path(where)):
+        return _load_peft(Path(where), dataset, need_tokenizer, depth)
     if is_hub_id(str(where)):  # its folder in the cache, by which an adapter finds its base
         where = get_folder(where, read_config)
     config, weights, tokenizer = load_gguf(Path(where)) if is_gguf(Path(where)) else load_pretrained(where)
     found = Checkpoint(Path(where), 0, config, weights)
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
+    return found
+
+
+def _load_peft(folder: Path, dataset: str | None, need_tokenizer: bool, depth: int) -> Checkpoint:
+    from ..core.adapters import merged
+    from ..interop.hf_tokenizer import read_tokenizer
+    from ..interop.peft import base_of, read_peft
+
+    base = _load_base(folder, base_of(folder), depth)
+    config, own = base.model_config, read_tokenizer(folder, gpt2=False)
+    if own is not None and own.vocab_size > int(config.vocab_size or 0):
+        raise UserError(f"{folder}: the tokenizer has {own.vocab_size} ids, the model only {config.vocab_size}")
+    found = Checkpoint(folder, 0, config, merged(config, base.model, read_peft(folder, config), 1.0))
+    found.tokenizer = own or base.tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
     return found
 
 
@@ -110,11 +134,12 @@ def named_tokenizer(name: str, texts: Iterable[str] | None = None) -> Tokenizer:
 
 
 def is_pretrained(where: str | Path, hub: bool = True) -> bool:
-    """Whether this is a GPT-2 name, a GGUF file or a folder in Hugging Face's format, not a run or a checkpoint.
-    hub: or owner/name of a model on Hugging Face."""
+    """Whether this is a GPT-2 name, a GGUF file or a folder in Hugging Face's format (or an adapter in peft's), not a
+    run or a checkpoint. hub: or owner/name of a model on Hugging Face."""
     path = Path(where)
     # os.path, not Path: False on an I/O error, which the reader of the folder reports
-    is_folder = os.path.isfile(path / "config.json") and not os.path.isfile(path / "MANIFEST.json")
+    is_folder = os.path.isfile(path / "config.json") or is_peft(path)
+    is_folder = is_folder and not os.path.isfile(path / "MANIFEST.json")
     is_name = (str(where) in GPT2_NAMES and not path.exists()) or (hub and is_hub_id(str(where)))
     return is_folder or path.suffix == ".gguf" or is_name
 

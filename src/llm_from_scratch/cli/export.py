@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..presets import parse
 from .common import command
 
 if TYPE_CHECKING:
+    from ..checkpoint.adapter import Base
     from ..checkpoint.contents import Checkpoint
 
 HELP = """Writes a checkpoint for transformers, llama.cpp or nanoGPT.
@@ -20,6 +22,7 @@ HELP = """Writes a checkpoint for transformers, llama.cpp or nanoGPT.
   llm-export --out_dir=out --output=hf-model
   llm-export --out_dir=out --format=gguf --gguf_type=q8_0 --output=model.gguf
   llm-export --out_dir=out --format=nanogpt --output=nanogpt/ckpt.pt
+  llm-export --out_dir=out-lora --format=peft --output=adapter
   llm-export --out_dir=out --output=hf-model --push=me/my-model
 """
 
@@ -34,16 +37,16 @@ class Export:
     """The same as out_dir."""
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
-    format: Literal["nanogpt", "hf", "gguf"] = "hf"
+    format: Literal["nanogpt", "hf", "gguf", "peft"] = "hf"
     """nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py. hf: a folder for transformers. gguf: a file for
-    llama.cpp and programs built on it (extra: gguf)."""
+    llama.cpp and programs built on it (extra: gguf). peft: a folder with only the adapter of a run with --lora_rank."""
     gguf_type: Literal["f32", "f16", "q8_0"] = "f16"
     """Precision of the matrices in a GGUF file."""
     output: str | None = None
-    """The file (nanogpt, gguf) or the new folder (hf) to write."""
+    """The file (nanogpt, gguf) or the new folder (hf, peft) to write."""
     push: str | None = None
-    """Also upload the result to this model on the Hugging Face hub, such as me/my-model (hf, gguf; extra: hf). A new
-    model is private."""
+    """Also upload the result to this model on the Hugging Face hub, such as me/my-model (hf, gguf, peft; extra: hf). A
+    new model is private."""
     title: str | None = None
     """The model's name in its card and in a GGUF file. None: the name of the output."""
     author: str | None = None
@@ -67,8 +70,9 @@ def main(argv: list[str]) -> None:
     if (options.out_dir is None) == (options.checkpoint is None):
         raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
-        example = {"nanogpt": "--output=FOLDER/ckpt.pt", "hf": "--output=FOLDER", "gguf": "--output=model.gguf"}
-        raise UserError(f"--output is missing: give a path, for example {example[options.format]}")
+        example = {"nanogpt": "--output=FOLDER/ckpt.pt", "gguf": "--output=model.gguf"}
+        example = example.get(options.format, "--output=FOLDER")
+        raise UserError(f"--output is missing: give a path, for example {example}")
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt
 
@@ -76,10 +80,13 @@ def main(argv: list[str]) -> None:
         from ..interop.hf_files import check_push, push
 
         if to_nanogpt:
-            raise UserError("--push uploads models in the formats hf and gguf, not nanogpt")
+            raise UserError("--push uploads models in the formats hf, gguf and peft, not nanogpt")
         check_push(options.push)
     output, location = Path(options.output), options.checkpoint or options.out_dir or ""
-    loaded = load(location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False)
+    loaded = load(
+        location, options.which, options.dataset, weights_only=not to_nanogpt, need_tokenizer=False,
+        merge=options.format != "peft",
+    )  # fmt: skip
     if not to_nanogpt:
         _export(options, loaded, output)
         if options.push is not None:
@@ -99,6 +106,12 @@ def _export(options: Export, loaded: Checkpoint, output: Path) -> None:
     from ..interop.hf import export_hf
     from ..interop.model_card import Facts, model_card
 
+    if options.format == "peft":
+        if loaded.base is None:
+            raise UserError(f"{loaded.path} holds all weights, not an adapter: remove --format=peft")
+        if unused := [name for name in ("title", "author", "license") if getattr(options, name) is not None]:
+            raise UserError(f"{unused[0]} has no effect with --format=peft: remove it")
+        return _export_adapter(loaded, loaded.base, output)
     about = {name: value for name in ("author", "license") if (value := getattr(options, name)) is not None}
     title, tokenizer = options.title or output.resolve().stem, loaded.tokenizer
     facts = Facts(title, loaded.model_config, loaded.config, loaded.step, loaded.manifest.get("val_loss"), about)
@@ -109,6 +122,19 @@ def _export(options: Export, loaded: Checkpoint, output: Path) -> None:
             loaded.model_config, loaded.model, tokenizer, output, model_card(facts, tokenizer), facts.sampling(),
             free=True,
         )  # fmt: skip
+
+
+def _export_adapter(loaded: Checkpoint, base: Base, output: Path) -> None:
+    from ..interop.peft import export_peft
+
+    assert loaded.path is not None
+    place = next((p for p in base.places(loaded.path.parent) if os.path.lexists(p)), base.path)
+    export_peft(
+        loaded.model_config, loaded.model, loaded.adapter, base.rank, base.scale, place, loaded.tokenizer, output
+    )
+    if not os.path.isfile(os.path.join(place, "config.json")):
+        again = shlex.join(["llm-export", f"--checkpoint={place}", "--output=FOLDER"])
+        print(f"peft needs {place} in Hugging Face's format: {again}, and FOLDER in adapter_config.json")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..config import SystemConfig
 from ..errors import UserError
+from ..interop import is_peft
 from ..machine.extras import require
 from ..presets import parse
 from ..serving.options import KEY_VARIABLE, ServeOptions
@@ -91,22 +94,31 @@ def add_adapters(service: Service, location: str, source: SourceOptions, overflo
     from ..core.adapters import merged
     from ..core.weights import build_model, cropped
     from ..generation.generator import Generator
+    from ..interop.hf_tokenizer import read_tokenizer
+    from ..interop.peft import read_peft
     from ..serving.service import open_service
 
     options, base = service.options, service.generator
     if not options.adapters:
         return
-    served = weights_hash(load(location, source.which, source.dataset, weights_only=True).model)
+    served = functools.cache(
+        lambda: weights_hash(load(location, source.which, source.dataset, weights_only=True).model)
+    )
     for name, folder in options.adapters.items():
         check_location(folder, None)
-        path = find_checkpoint(folder, verify=False)
-        found = load_checkpoint(path, weights_only=True) if path.is_dir() else None
-        if found is None or found.base is None or found.base.sha256 != served:
-            raise UserError(f"--adapters: {folder} is not an adapter of {location}")
-        weights = cropped(base.model.state_dict(), base.model.config, found.model_config.block_size)
-        model = build_model(found.model_config, merged(found.model_config, weights, found.adapter, found.base.scale))
+        if is_peft(Path(folder)):  # which does not record of which weights it is an adapter: its shapes must fit
+            path, config, scale = Path(folder), base.model.config, 1.0
+            adapter, tokenizer = read_peft(path, config), read_tokenizer(path, gpt2=False)
+        else:
+            path = find_checkpoint(folder, verify=False)
+            found = load_checkpoint(path, weights_only=True) if path.is_dir() else None
+            if found is None or found.base is None or found.base.sha256 != served():
+                raise UserError(f"--adapters: {folder} is not an adapter of {location}")
+            config, scale, adapter, tokenizer = found.model_config, found.base.scale, found.adapter, found.tokenizer
+        weights = cropped(base.model.state_dict(), base.model.config, config.block_size)
+        model = build_model(config, merged(config, weights, adapter, scale))
         weight = base.model.lm_head.weight
-        tokenizer = found.tokenizer or base.tokenizer
+        tokenizer = tokenizer or base.tokenizer
         generator = Generator(model, tokenizer, weight.device, weight.dtype, base.quantize)
         generator.graphed = base.graphed
         own = replace(options, model_name=name, adapters={}, watch=None)

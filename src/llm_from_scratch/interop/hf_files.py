@@ -52,6 +52,16 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
     return folder
 
 
+def get_tokenizer_folder(name: str) -> Path:
+    """The folder in Hugging Face's cache with the tokenizer of owner/name, downloaded if needed. Raises UserError."""
+    purpose = f"there is no folder {name}; downloading its tokenizer from Hugging Face"
+    require("huggingface_hub", "hf", purpose, "name a folder that holds it")
+    folder = _download(name, [file for file in FETCHED if not file.startswith("model")])
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{name!r} does not have a tokenizer.json on Hugging Face (offline: in its cache)")
+    return folder
+
+
 def _download(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -65,6 +75,16 @@ def _download(name: str, files: list[str]) -> Path:
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face has no such model.") from None
         reason = first_line(error)
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
+
+
+def cached_folder(name: str) -> Path | None:
+    """A model's folder in Hugging Face's cache, if it is there."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=FETCHED, local_files_only=True))
+    except Exception:  # the client raises its own errors; without it there is no cache
+        return None
 
 
 def check_push(name: str) -> None:
@@ -100,8 +120,7 @@ def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
     for file in _weight_files(folder):
         with damage_is_a_user_error(file):
             if file.suffix == ".safetensors":
-                handle = safe_open(file, framework="pt")
-                found |= {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
+                found |= open_tensors(file)
             else:
                 loaded = load_plain(file)
                 if not all(isinstance(t, Tensor) for t in loaded.values()):
@@ -112,6 +131,12 @@ def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
         prefixes = {key: "transformer." if key.startswith(gpt2) else "model." for key in found}
         found = {key if key.startswith("lm_head.") else prefixes[key] + key: read for key, read in found.items()}
     return {key: read for key, read in found.items() if not BUFFERS.search(key)}
+
+
+def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    """{name: function that reads the tensor} of a safetensors file."""
+    handle = safe_open(file, framework="pt")
+    return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -107,9 +107,25 @@ def test_every_command_loads_the_base_and_the_adapter(runs: Path, capsys: pytest
     assert out["base"] != out["poet"] and out["poet loss"] < out["base loss"]
     expected = load("poet").model
     export.main(["--out_dir=poet", "--output=poet-hf"])
+    export.main(["--out_dir=poet", "--format=gguf", "--gguf_type=f32", "--output=poet.gguf"])
+    merged = load("poet.gguf").model
+    assert all(torch.equal(merged[name], expected[name].float()) for name in expected)
     assert "adapter" not in " ".join(path.name for path in Path("poet-hf").iterdir())
     again = load("poet-hf", dataset="data", need_tokenizer=False)
     assert all(torch.equal(again.model[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_an_adapter_in_pefts_format_is_served(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export.main(["--out_dir=poet", "--format=peft", "--output=poet-peft"])
+    service = served(base_service(adapters={"poet": "poet", "same": "poet-peft"}), "base")
+    try:
+        mine, theirs = (service.named(name).generator.model.state_dict() for name in ("poet", "same"))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+    finally:
+        for one in service.all:
+            one.supervisor.engine.close()
 
 
 @pytest.mark.slow
