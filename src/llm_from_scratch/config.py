@@ -240,6 +240,10 @@ class TrainingConfig(Settings):
             )
 
 
+DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False),
+               ("parallel", "fsdp"), ("parallel", "hsdp"))  # fmt: skip
+
+
 @dataclass
 class FinetuneConfig(Settings):
     """Which weights train: all, all but frozen ones, or only adapters (LoRA, arXiv 2106.09685)."""
@@ -254,6 +258,10 @@ class FinetuneConfig(Settings):
     all linear layers of the blocks."""
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' inputs."""
+    loss: Literal["next_token", "dpo"] = "next_token"
+    """dpo: learn from pairs of answers which one is preferred (direct preference optimisation, arXiv 2305.18290)."""
+    dpo_beta: float = 0.1
+    """With dpo: how strongly the model is held to that of init_from."""
     freeze: tuple[str, ...] = ()
     """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
     before_after: bool | Literal["auto"] = "auto"
@@ -268,6 +276,9 @@ class FinetuneConfig(Settings):
         for name in ("lora_alpha", "lora_targets", "lora_dropout") if self.lora_rank is None else ():
             if getattr(self, name) != getattr(plain, name):
                 raise UserError(f"{name} has no effect without lora_rank: set --lora_rank=8, or remove it")
+        above(self, 0, "dpo_beta")
+        if self.loss != "dpo" and self.dpo_beta != plain.dpo_beta:
+            raise UserError("dpo_beta has no effect without --loss=dpo: remove it")
         if self.lora_rank is not None and self.freeze:
             raise UserError("lora_rank already freezes all weights: remove --freeze")
 
@@ -507,6 +518,11 @@ class Config(Settings):
         for name, value in (("optimizer_type", "muon"), ("fp8", True), ("save_nanogpt_ckpt", True)):
             if self.finetune.lora_rank is not None and flatten(self)[name] == value:
                 raise UserError(f"lora_rank does not support {name}={value}: remove one of them")
+        for name, value in DPO_REFUSES:
+            if self.finetune.loss == "dpo" and flatten(self)[name] == value:
+                raise UserError(f"--loss=dpo does not support {name}={value}: remove one of them")
+        if self.finetune.loss == "dpo" and self.training.init_from == "scratch":
+            raise UserError("--loss=dpo needs a model that writes answers: name it with --init_from=FOLDER")
         if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
             raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")
         if self.optimizer.forget_ngrams and read_mixture(self.data.dataset):

@@ -31,7 +31,8 @@ from .contents import load_checkpoint as load_checkpoint
 from .hashed_folder import MANIFEST
 
 # A run's files next to its checkpoints
-RUN_FILES = ("metrics.jsonl", "samples.jsonl", "loss.png", "tensorboard", "README.md", "before_after.json")
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "loss.png", "tensorboard", "README.md", "before_after.json",
+             "reference.safetensors")  # fmt: skip
 _STEP = re.compile(r"step-(\d{1,15})(\.old)?")
 T = TypeVar("T")
 

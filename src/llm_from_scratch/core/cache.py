@@ -183,19 +183,25 @@ class Documents:
     """The documents that share the rows of a batch, passed to the model as its cache: positions begin again with every
     document, and a token attends to its own document only.
 
-    numbers: of the document at each position, (B, T), int64, counted from 0 in each row and never decreasing.
+    numbers: of the document at each position, (B, T), int64, counted from 0 in each row and never decreasing. margins:
+    what the loss of pairs of documents compares with (training/preferences.py).
     """
 
     GAP = 15  # ids that n-grams see before a document: the most that any reads
 
-    def __init__(self, numbers: Tensor):
-        T = numbers.size(1)
+    def __init__(self, numbers: Tensor, margins: Tensor | None = None):
+        T, self.margins = numbers.size(1), margins
         self.numbers, steps = numbers, torch.arange(T, device=numbers.device)
         begins = torch.ones_like(numbers, dtype=torch.bool)
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         self.positions = steps - (begins * steps).cummax(dim=1).values  # (B, T)
         same = numbers[:, None, :, None] == numbers[:, None, None, :]
         self.mask = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> list[Documents]:
+        """Of what a batch of packed documents has for each row: [Documents], or nothing for other data."""
+        return [cls(*parts)] if parts else []
 
     def begin(self, T: int) -> Tensor:
         return self.positions

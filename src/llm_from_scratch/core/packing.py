@@ -31,7 +31,7 @@ class PackedData(TokenData):
     """A split of a dataset as rows of whole documents. Long documents are cut into pieces that overlap by one token, so
     that every token is predicted; of long conversations only the beginning is used."""
 
-    is_packed = True
+    is_packed, of_pairs = True, False
 
     def __init__(
         self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = (),
@@ -59,16 +59,22 @@ class PackedData(TokenData):
         order, first = best_fit(lengths - 1, block_size)
         self.begins, self.lengths, self.first = begins[order], lengths[order], first
         self.learned = np.add.reduceat(counts[order], first[:-1])  # targets of each row
+        self._keep_in_memory()
+
+    def _keep_in_memory(self) -> None:
         self.tokens: np.ndarray | None = None
         self.token_marks: np.ndarray | None = None
-        if sum(shard.nbytes for shard in shards) <= IN_MEMORY:
-            self.tokens = _all(shards)
-            self.token_marks = _all(marks) if marks else None
+        if sum(shard.nbytes for shard in self.shards) <= IN_MEMORY:
+            self.tokens = _all(self.shards)
+            self.token_marks = _all(self.marks) if self.marks else None
 
     @classmethod
     def of(cls, data: TokenData, folder: Path, split: str, block_size: int, tokenizer: Tokenizer | None) -> PackedData:
         """The documents of a prepared split. Raises UserError if their ends are not known."""
         manifest = read_manifest(folder) or {}
+        if cls.of_pairs != (manifest.get("units") == "preferences"):
+            what = "pairs of answers, which --loss=dpo" if not cls.of_pairs else "no pairs of answers, which --loss=dpo"
+            raise UserError(f"{folder} holds {what} needs")
         if stated := manifest.get("splits", {}).get(split, {}).get("marks"):
             return cls(data.shards, data.name, block_size, marks=open_marks(folder, stated, data.shards))
         if (ends := document_ends(data.shards)) is not None:
@@ -170,7 +176,7 @@ class PackedData(TokenData):
 
     def example(self, tokenizer: Tokenizer) -> str:
         """The first document of the first row, as marked() shows it."""
-        (_, targets), numbers, _ = self.batch(np.zeros(1, np.int64), self.block_size, slice(0, 1), 1)
+        (_, targets), numbers, *_ = self.batch(np.zeros(1, np.int64), self.block_size, slice(0, 1), 1)
         begin, count = int(self.begins[0]), int((numbers[0] == 0).sum())
         ids, _ = self._read(np.array([begin]), np.array([count + 1]))
         return marked(tokenizer, ids, np.concatenate([[False], targets[0, :count] >= 0]))

@@ -3,6 +3,7 @@ for each token (see core/packing.py), by the chat template of the tokenizer."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.load import named_tokenizer
-from ..core.chat import END, PLAIN, Message, read_template
+from ..core.chat import END, PLAIN, RUN_SECONDS, Message, read_template
 from ..core.conversations import add_plain_template, encode_conversation, find_turn_ends
 from ..core.packing import BEGINS, LEARNED, marked
 from ..core.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ MAX_LINE = 4 << 20  # bytes of a conversation
 BOM = b"\xef\xbb\xbf"  # of UTF-8
 MAX_MESSAGES, MAX_ROLE = 1 << 10, 64  # a template is rendered up to each message of the assistant
 FIELDS = "messages (a list of objects with role and content), or prompt and completion"
+PAIR = ("prompt", "chosen", "rejected")
 NO_TEXT = "is not a text, or a list of parts of type text"
 
 
@@ -42,29 +44,47 @@ def are_conversations(sources: list[Source], options: PrepareOptions, report: Ca
     if not chat and options.chat_template is not None:
         raise UserError(f"--chat_template needs conversations: JSON lines with {FIELDS}")
     if chat:
-        report(f"{chat[0].name}{', ...' * (len(chat) > 1)}: conversations (JSON lines with messages, or a prompt and a "
-               "completion)")  # fmt: skip
+        pairs = [file for file in chat if are_pairs(file)]
+        if 0 < len(pairs) < len(chat):
+            other = next(file for file in chat if file not in pairs)
+            raise UserError(f"{pairs[0].name} holds pairs of answers, {other.name} does not: prepare them separately")
+        what = "conversations (JSON lines with messages, or a prompt and a completion)"
+        what = "pairs of answers (JSON lines with a prompt, chosen and rejected)" if pairs else what
+        report(f"{chat[0].name}{', ...' * (len(chat) > 1)}: {what}")
     return bool(chat)
 
 
 def is_conversations(source: FileSource) -> bool:
-    """Whether the first line that is not blank is a conversation. A field named by --text_key makes it a text."""
+    """Whether the first line that is not blank is a conversation, or a pair of answers. A field named by --text_key
+    makes it a text."""
+    fields = _first_fields(source)
+    is_chat = "messages" in fields or {"prompt", "completion"} <= fields or fields.issuperset(PAIR)
+    return is_chat and source.text_key not in fields
+
+
+def are_pairs(source: FileSource) -> bool:
+    """Whether a file with conversations holds pairs of answers."""
+    return _first_fields(source).issuperset(PAIR)
+
+
+def _first_fields(source: FileSource) -> set[str]:
+    """The fields of the first line that is not blank; empty if it is not an object."""
     if source.suffix != ".jsonl" and source.path.name != "stdin.txt":
-        return False
+        return set()
     with source.open() as file:
         lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
         line = next(filter(None, lines), b"")
     try:
         row = parse_json(line)
     except (ValueError, RecursionError):
-        return False
-    if not isinstance(row, dict) or source.text_key in row:
-        return False
-    return "messages" in row or {"prompt", "completion"} <= row.keys()
+        return set()
+    return set(row) if isinstance(row, dict) else set()
 
 
 def conversations(source: FileSource) -> Iterator[tuple[str, list[Message]]]:
-    """(file and line, messages) of every line. Raises UserError with file and line for another line."""
+    """(file and line, messages) of every line; of a pair, first with the chosen and then with the rejected answer.
+    Raises UserError with file and line for another line."""
+    paired = are_pairs(source)
     with source.open() as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"{source.name}, line {number}"
@@ -74,11 +94,20 @@ def conversations(source: FileSource) -> Iterator[tuple[str, list[Message]]]:
             if not line:
                 continue
             try:
-                yield where, messages_of(parse_json(line))
+                row = parse_json(line)
+                for part in _sides(row) if paired else [row]:
+                    yield where, messages_of(part)
             except RecursionError:
                 raise UserError(f"{where} is nested too deeply: expected {FIELDS}") from None
             except ValueError as error:
                 raise UserError(f"{where}: {one_line(error)}") from None
+
+
+def _sides(row: Any) -> list[dict[str, Any]]:
+    """A pair of answers as two conversations. Raises ValueError."""
+    if not isinstance(row, dict) or not row.keys() >= set(PAIR):
+        raise ValueError(f"expected an object with {', '.join(PAIR)}, as in the first line")
+    return [{"prompt": row["prompt"], "completion": row[side]} for side in PAIR[1:]]
 
 
 def messages_of(row: Any) -> list[Message]:
@@ -151,8 +180,13 @@ def build(
     learns = name == "char" or name.startswith("bpe:")
     texts = (text for some in lists for text in texts_of(some, END if name == "char" else ""))
     tokenizer = named_tokenizer(name, texts if learns else None)
+    paired = are_pairs(lists[0][0])
     hashes = [
-        [hash_document(json.dumps(messages), rule.seed) for source in some for _, messages in conversations(source)]
+        [
+            hash_document(json.dumps(messages[:-1] if paired else messages), rule.seed)
+            for source in some
+            for _, messages in itertools.islice(conversations(source), None, None, 1 + paired)
+        ]
         for some in lists
     ]
     if not all(hashes) or (len(lists) == 1 and len(hashes[0]) < 2):
@@ -166,11 +200,13 @@ def build(
             each = (one for source in some for one in conversations(source))
             for number, (where, messages) in enumerate(each):
                 # a file that grows meanwhile may have more
+                number //= 1 + paired
                 yield "val" if group or (number < len(mask) and mask[number]) else "train", where, messages
 
-    splits, longest = write_conversations(tokenizer, split(), folder, shard_size, report)
+    splits, longest = write_conversations(tokenizer, split(), folder, shard_size, report, paired)
     tokenizer.save(folder)
-    return tokenizer, splits, {"units": "conversations", "longest": longest, "split": rule.describe()}
+    units = "preferences" if paired else "conversations"
+    return tokenizer, splits, {"units": units, "longest": longest * (1 + paired), "split": rule.describe()}
 
 
 def give_template(
@@ -187,6 +223,7 @@ def give_template(
     whose = file or ("plain (the tokenizer has none)" if own is None else "the model's")
     report(f"chat template: {whose}; the assistant's turns are learned")
     assert tokenizer.chat is not None
+    tokenizer.chat.total = RUN_SECONDS
     try:
         if tokenizer.chat.source != PLAIN and not find_turn_ends(tokenizer, first[1]):
             report("note: no single token ends a turn in this chat template, so the model will not know when to stop")
@@ -196,9 +233,10 @@ def give_template(
 
 def write_conversations(
     tokenizer: Tokenizer, split: Iterator[tuple[str, str, list[Message]]], folder: Path, shard_size: int,
-    report: Callable[[str], None],
+    report: Callable[[str], None], paired: bool = False,
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
-    """Writes the tokens and the marks of (split, file and line, messages). Returns the manifest's entries of the
+    """Writes the tokens and the marks of (split, file and line, messages). paired: of pairs of answers, of which only
+    the last turn is learned. Returns the manifest's entries of the
     splits, and the tokens of the longest conversation. Raises UserError with file and line for messages that the
     template or the tokenizer rejects."""
     names = ("train", "val")
@@ -210,7 +248,9 @@ def write_conversations(
             sequences = encode_conversation(tokenizer, messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        for ids, learned in sequences:
+        for ids, learned in sequences[-1:] if paired else sequences:
+            if paired:
+                learned[: np.flatnonzero(~learned)[-1]] = False
             mark = learned.astype(np.uint8) * LEARNED
             mark[0] |= BEGINS
             tokens[name].append(ids)

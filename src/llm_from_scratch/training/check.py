@@ -73,9 +73,11 @@ def check(config: Config) -> Inputs:
     folders = tuple(map(resolve_dataset, [part.name for part in mixture] or [config.data.dataset]))
     tokenizer, ids = _one_tokenizer(folders)
     units, documents = [(read_manifest(folder) or {}).get("units") for folder in folders], config.data.documents
-    if "conversations" in units and documents is False:
-        folder = folders[units.index("conversations")]
-        raise UserError(f"{folder} holds conversations, which are trained as documents: remove --documents=False")
+    if mixture and config.finetune.loss == "dpo":
+        raise UserError("--loss=dpo needs one dataset of pairs, not a mixture")
+    for unit in {"conversations", "preferences"} & set(units) if documents is False else ():
+        folder = folders[units.index(unit)]
+        raise UserError(f"{folder} holds {unit}, which are trained as documents: remove --documents=False")
     documents = any(units) if documents == "auto" else documents
     splits = [_open(config, folders, mixture, split) for split in ("train", "val")]
     for data in sorted(splits, key=len):  # an error of the shortest names a block_size that fits both

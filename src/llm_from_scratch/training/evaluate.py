@@ -67,7 +67,8 @@ def evaluate_split(
     if isinstance(data, PackedData):
         known, starts = 0, np.arange(len(data.learned))
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch, known)
-    text_bytes = count_bytes(data, tokenizer) if tokenizer is not None else None
+    is_text = tokenizer is not None and not (isinstance(data, PackedData) and data.of_pairs)
+    text_bytes = count_bytes(data, tokenizer) if is_text else None
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
 
@@ -118,8 +119,9 @@ def _sum_of_losses(
                 x, y, *documents = _windows(data, mine[i : i + size], block_size, size, runtime.device)
                 if known:
                     y[int(0 in mine[i : i + 1]) :, :known] = -1
-                count = int((y >= 0).sum())
-                loss = loss_of(model, x, y, runtime, *map(Documents, documents))
+                # of pairs of documents, each counts once
+                count = int(((y >= 0) if len(documents) < 2 else ~documents[1].isnan()).sum())
+                loss = loss_of(model, x, y, runtime, *Documents.of(documents))
                 nats += loss * count if count else 0.0
                 tokens += count
             return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
@@ -171,10 +173,10 @@ def _windows(
     """Inputs and targets (batch_size, block_size); positions beyond the data or the last row have target -1. Every
     batch has the same shape, so that a compiled model is compiled once. Of packed documents also their numbers."""
     if isinstance(data, PackedData):
-        both, numbers, _ = data.batch(starts, block_size, slice(None), 1)
+        both, numbers, _, *margins = data.batch(starts, block_size, slice(None), 1)
         more = ((0, batch_size - len(starts)), (0, 0))
-        x, y = (np.pad(part, more, constant_values=fill) for part, fill in zip(both, (0, -1), strict=True))
-        return tuple(torch.from_numpy(part).to(device) for part in (x, y, np.pad(numbers, more)))
+        parts = zip((*both, numbers, *margins), (0, -1, 0, np.nan), strict=False)
+        return tuple(torch.from_numpy(np.pad(part, more, constant_values=fill)).to(device) for part, fill in parts)
     tokens = np.full((batch_size, block_size + 1), -1, dtype=np.int64)
     is_whole = starts + block_size < len(data)
     tokens[: len(starts)][is_whole] = data.windows(starts[is_whole], block_size + 1)

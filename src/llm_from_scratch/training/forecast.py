@@ -168,7 +168,7 @@ class Rehearsal:
         """Forward and backward over one sequence, without an update: loads what torch loads at the first use."""
         x, y, *packed = self.run.loader.get(0)
         with self.run.runtime.autocast():
-            _, loss = self.run.models.train(x[:1], y[:1], *(Documents(numbers[:1]) for numbers in packed[:1]))
+            _, loss = self.run.models.train(x[:1], y[:1], *Documents.of([part[:1] for part in packed[::2]]))
         loss.backward()
         self.run.model.zero_grad(set_to_none=True)
 
@@ -185,7 +185,7 @@ class Rehearsal:
 
         x, y, *packed = self.run.loader.get(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
-            self.run.model(x, y, *map(Documents, packed[:1]))
+            self.run.model(x, y, *Documents.of(packed[::2]))
         return Split.of(found.values())
 
     def trained(self) -> Split:

@@ -32,7 +32,7 @@ from ..machine.files import FolderLock
 from ..machine.processes import any_rank, distributed_env, wait_for_all
 from ..machine.team import Team
 from ..machine.terminal import announce
-from . import before_after
+from . import before_after, preferences
 from .construction import build
 from .evaluate import Evaluation, estimate_loss, evaluate_parts
 from .guards import Finding, StepGuard, all_finite
@@ -78,6 +78,7 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, deadl
             processes.watch.follow(lambda: run.state.step, resume_command(run.config, command, plan.runtime.world_size))
         del plan  # it holds the loaded weights, which the run has copied
         cleanup.callback(run.close)
+        preferences.add_reference(run)
         before_after.begin(run.plan, run.log, run.state.run_id, run.continued)
         with processes.failures_named():  # before the run is closed, which takes time
             yield run

@@ -31,6 +31,7 @@ from .harness import load_tasks
 from .microbatch import keeps_memory, largest_micro_batch
 from .parallel import with_parallel
 from .plan import Plan, dataset_hashes, part_hashes
+from .preferences import PreferenceData
 from .resume import differences, same_machine, same_micro_batch
 from .wrap import compiled_where_it_pays
 
@@ -53,6 +54,9 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     training = config.training
     training.init_from = init_from = resolved_init(training.init_from, training.out_dir)
     inputs = check(config)
+    if config.finetune.loss == "dpo":
+        config.system.compile = config.training.chunked_loss = False  # its loss has another shape in each step
+        config.system.parallel = "ddp"
     runtime = runtimes.resolve(config.system)
     if config.system.fp8:
         refuse_unfit(runtime.device, runtime.dtype)
@@ -197,9 +201,10 @@ def _packed(
     config: Config, inputs: Inputs, tokenizer: Tokenizer | None, notes: list[str]
 ) -> tuple[TokenData, TokenData]:  # fmt: skip
     """Both splits as rows of whole documents."""
+    kind = PreferenceData if config.finetune.loss == "dpo" else PackedData
 
     def packed(data: TokenData, folder: Path, split: str) -> PackedData:
-        found = PackedData.of(data, folder, split, config.model.block_size, tokenizer)
+        found = kind.of(data, folder, split, config.model.block_size, tokenizer)
         if split == "train":
             of = f" of {folder.name}" if len(inputs.folders) > 1 else ""
             notes.append(f"documents{of}: {found.summary()}")

@@ -40,7 +40,8 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
     """One update on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite. Goes
     through micro-batches that fit in memory. Raises the device's error if memory runs out before the update.
 
-    packed: of packed documents, their numbers, (rows, T), and the share of each row in the loss, (rows,)."""
+    packed: of packed documents, their numbers, (rows, T), and the share of each row in the loss, (rows,); of pairs also
+    what they are compared with, (rows, pairs)."""
     config, model, optimizer, scaler = run.config, run.model, run.optimizer, run.scaler
     number, loss = run.state.step, torch.zeros((), device=x.device)
     lr = learning_rate_at(number, config.optimizer.learning_rate, config.scheduler, config.training.max_iters)
@@ -53,7 +54,7 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
     for i, (xi, yi, *of_rows) in enumerate(parts):
         with run.models.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once
             with run.runtime.autocast():
-                _, part = run.models.train(xi, yi, *map(Documents, of_rows[:1]))
+                _, part = run.models.train(xi, yi, *Documents.of(of_rows[::2]))
             # the gradient of the mean over all tokens of the batch that are learned, not of the sum
             part = part * of_rows[1].sum() if of_rows else part / len(parts)
             scaler.scale(part).backward()

@@ -33,6 +33,7 @@ from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.processes import device_mesh, shield_children
 from .adagrad import keep_occurrences
 from .optimizer import sparse_tables
+from .preferences import use_preferences
 from .sharding import placed_as, replace_parameters, rows_of
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
@@ -74,6 +75,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     """
     if config.finetune.lora_rank is not None and not adapter_of(model):  # else from an attempt that ran out of memory
         attach(model, config.finetune, config.system.seed)
+    use_preferences(model, config.finetune)
     exchange(model, config, runtime, micro_batch, say)
     compiled, is_recorded = None, False
     if runtime.compile:
