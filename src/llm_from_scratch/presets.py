@@ -27,6 +27,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
+from .completion import completion_script, completion_shell
 from .config import Config
 from .errors import UserError, one_line
 from .settings import did_you_mean, flatten, type_hints
@@ -71,9 +72,10 @@ def parse(
     default. {presets} in description becomes a line for each. `--completion SHELL` prints a script. Raises UserError:
     unknown name (with the nearest), wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
-        tyro.cli(
-            tree_type, args=["--tyro-print-completion", completion_shell(argv)], prog=prog.partition(" [")[0], **TYRO
-        )
+        command = partial(tyro.cli, tree_type, prog=prog.partition(" [")[0], **TYRO)
+        shell, names = completion_shell(argv), _presets() if base_preset else {}
+        print(completion_script(lambda args: command(args=args), shell, names))
+        raise SystemExit(0)
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
     options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
@@ -99,14 +101,6 @@ def parse(
         raise SystemExit(0)
     tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
-
-
-def completion_shell(argv: list[str]) -> str:
-    """The shell of `--completion SHELL`, the first of these arguments."""
-    shell = (argv[0].partition("=")[2].split() + argv[1:] + [""])[0]
-    if shell not in ("bash", "zsh"):
-        raise UserError(f"--completion needs a shell: bash or zsh, got {shell!r}")
-    return shell
 
 
 def _print_help(
@@ -143,7 +137,8 @@ def _print_help(
     if common:
         description += f"\n\n{prog.partition(' [')[0]} --help-all lists every setting."
     if "{presets}" in description:
-        description = description.replace("{presets}", _preset_lines())
+        lines = (f"  {name:<14} {text}" for name, text in _presets().items())
+        description = description.replace("{presets}", "\n".join(lines))
     shown_help = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown_help):
         tyro.cli(view, args=["--help"], prog=prog, **TYRO)
@@ -163,11 +158,11 @@ def _leaf_docs(section: type) -> dict[str, str]:
     return texts
 
 
-def _preset_lines() -> str:
-    """A line for each preset in configs/: its name and the first sentence of its first comment."""
+def _presets() -> dict[str, str]:
+    """{preset in configs/: the first sentence of its first comment}."""
     folder = next(path for root in ROOTS if (path := root / "configs").is_dir())
     firsts = {path.stem: path.read_text(encoding="utf-8").partition("\n")[0] for path in sorted(folder.glob("*.yaml"))}
-    return "\n".join(f"  {name:<14} {line.lstrip('# ').partition('. ')[0]}" for name, line in firsts.items())
+    return {name: line.lstrip("# ").partition(". ")[0] for name, line in firsts.items()}
 
 
 def build(tree_type: type[T], values: dict[str, Any]) -> T:

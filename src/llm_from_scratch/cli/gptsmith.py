@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from ..completion import completion_shell
 from ..errors import UserError
-from ..presets import completion_shell
 from ..settings import did_you_mean
 from .common import command
 

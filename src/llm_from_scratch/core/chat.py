@@ -17,6 +17,7 @@ from ..machine.files import MAX_JSON, parse_json, read_file, read_json
 
 MAX_TEMPLATE = 1 << 20  # bytes
 MAX_HELD = 1 << 26  # characters of one conversation's texts, if the template rewrites it for each turn
+RUN_SECONDS = 30.0  # of processor time for all texts of a dataset, and a millisecond for each message in them
 SECONDS = 20.0  # to wait for an answer where the system does not limit the time of a process, as render.py asks it to
 # For tokenizers without a template. Every turn ends with eos_token.
 PLAIN = (
@@ -37,6 +38,7 @@ class ChatTemplate:
         self.source, self.bos, self.eos = source, bos, eos
         self.lock = threading.Lock()
         self.process: subprocess.Popen | None = None
+        self.total: float | None = None  # processor time of all texts: see RUN_SECONDS
 
     def start(self) -> None:
         """Starts the process. Raises UserError for a template that does not parse."""
@@ -61,7 +63,7 @@ class ChatTemplate:
                 if self.process is None or self.process.poll() is not None:
                     self._start()
                 for number in range(len(asked)):
-                    kept, text = self._ask([list(messages), list(asked)] if number == 0 else None)
+                    kept, text = self._ask([list(messages), list(asked), self.total] if number == 0 else None)
                     held += len(text)
                     if held > MAX_HELD:
                         assert self.process is not None

@@ -1,7 +1,8 @@
 """Renders chat templates in a separate process, which may be killed. Started by chat.py with the folder of jinja2;
-reads one JSON line per request, messages and a list of [how many of them, add_generation_prompt], and writes one line
-for each text: how many characters of the text before it begins with (all or none), and the others. A template is
-untrusted code: the sandbox blocks access to files and objects, and the limits here bound its memory and time."""
+reads one JSON line per request: messages, a list of [how many of them, add_generation_prompt], and the total processor
+time in seconds (null: no limit; a millisecond is added for each message). It writes one line for each text: how many
+characters of the text before it begins with (all or none), and the others. A template is untrusted code: the sandbox
+blocks access to files and objects, and the limits here bound its memory and time."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import datetime
 import json
 import signal
 import sys
+import time
 from typing import Any
 
 if __name__ == "__main__":
@@ -19,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
 
 MEMORY = 192 << 20  # bytes of address space
 SECONDS = 1.0  # of processor time for a text, and for reading the template; then the system ends the process
+MESSAGE_SECONDS = 1e-3  # an elaborate template takes a tenth of it
 MAX_TEXT = 4 << 20  # characters of a rendered conversation
 
 
@@ -32,13 +35,17 @@ def main() -> None:
     except Exception as error:  # of the template's syntax, or of a constant that jinja2 computes at once
         return _answer(error=_reason(error))
     _answer(kept=0, text="")
+    written = 0  # messages
     for line in requests:
         before = ""
         _limit_time(SECONDS)
         try:
-            messages, asked = json.loads(line)
+            messages, asked, total = json.loads(line)
             for count, opens in asked:
                 _limit_time(SECONDS)
+                written += count
+                if total is not None and time.process_time() > total + MESSAGE_SECONDS * written:
+                    raise ValueError(f"it took {time.process_time():.0f} s for {written:,} messages")
                 text = _rendered(template, messages=messages[:count], add_generation_prompt=opens, **tokens)
                 kept = len(before) if text.startswith(before) else 0
                 _answer(kept=kept, text=text[kept:])

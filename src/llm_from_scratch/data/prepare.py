@@ -27,6 +27,7 @@ from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
+from ..interop import is_hub_id
 from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder
 from . import chats, cleaning
@@ -82,6 +83,10 @@ def prepare(
         if run and (list_checkpoints(run) or (Path(run) / "model.json").is_file()):  # a run's folder, a step's
             options.tokenizer = str(find_checkpoint(run, verify=False))
         elif run and not is_gguf(Path(run)):
+            if is_hub_id(run) and not run.endswith(".json"):
+                from ..interop.hf_files import get_tokenizer_folder  # torch takes seconds
+
+                options.tokenizer = str(get_tokenizer_folder(run))
             run = None
         spec = _make_spec(given, options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
@@ -364,7 +369,7 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
     sizes = [manifest["splits"][split]["bytes"] for split in ("train", "val")]
     if sizes[1] > sizes[0]:
         report("note: the validation split is larger than the training split; use --val_files or another --seed")
-    if manifest.get("units") == "conversations":  # an example was shown when they were written
+    if manifest.get("units") in ("conversations", "preferences"):  # an example was shown when they were written
         return
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
     text = tokenizer.decode(first)
@@ -381,6 +386,7 @@ def _next_command(target: Path, root: Path, run: str | None, budget: str | None 
         if not is_gguf(Path(run)):
             block_size = min(block_size, read_json(find_checkpoint(run, verify=False) / "model.json")["block_size"])
     manifest = _manifest(target)
+    options += ["--loss=dpo"] if manifest.get("units") == "preferences" else []
     longest = min(entry["tokens"] for entry in manifest["splits"].values()) - 1  # window
     if manifest.get("units"):  # windows are filled with documents, and padded
         wanted = min(64 * -(-int(manifest.get("longest", 0)) // 64), MAX_SUGGESTED)

@@ -143,10 +143,13 @@ def choose(
     shapes = [
         (settings, _model({**base, **settings, **fixed}, facts)) for settings in candidates(facts, fixed, exportable)
     ]
+    if wrong := [model for _, model in shapes if isinstance(model, UserError)]:
+        if len(wrong) == len(shapes):  # whatever the budget is
+            raise UserError(f"--budget finds no model with these settings: {wrong[0]}")
     found: list[Choice] = []
     for fewest in (FEWEST_STEPS, 1):
         if not found:
-            found = [choice for settings, model in shapes if model is not None
+            found = [choice for settings, model in shapes if isinstance(model, GPTConfig)
                      for choice in _filled(budget, facts, speed, settings, fixed, model, law, fewest)]  # fmt: skip
     if not found:
         raise UserError(
@@ -195,15 +198,15 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
             yield settings
 
 
-def _model(values: dict[str, Any], facts: Facts) -> GPTConfig | None:
-    """The model of these settings; None if they do not fit together."""
+def _model(values: dict[str, Any], facts: Facts) -> GPTConfig | UserError:
+    """The model of these settings, or why they do not fit together."""
     names = [item.name for item in dataclasses.fields(GPTConfig)]
     model = GPTConfig(**{name: values[name] for name in names})
     model.vocab_size = model.vocab_size or facts.vocab_size
     try:
         model.validate()
-    except UserError:
-        return None
+    except UserError as error:
+        return error
     return model
 
 

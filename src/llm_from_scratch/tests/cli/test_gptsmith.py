@@ -48,9 +48,11 @@ def test_completion_is_a_script_of_the_shell(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["train", "--completion", "bash"])
     script = capsys.readouterr().out
-    typed = "COMP_WORDS=(llm-train --learn); COMP_CWORD=1; _tyro_llm_train; echo ${COMPREPLY[@]}"
-    done = subprocess.run(["bash", "-c", script + "\n" + typed], capture_output=True, text=True)
-    assert "--learning_rate" in done.stdout, done.stderr
+    lines = ["llm-train --learn", "llm-train qui", "llm-train quick --n_la", "llm-train quick fine"]
+    typed = [f"COMP_WORDS=({line}); COMP_CWORD={len(line.split()) - 1}; _tyro_llm_train; echo ${{COMPREPLY[@]}}"
+             for line in lines]  # fmt: skip
+    done = subprocess.run(["bash", "-c", "\n".join([script, *typed])], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["--learning_rate", "quick", "--n_layer", "finetune"], done.stderr
     with pytest.raises(SystemExit):
         main(["train", "--completion=bash"])
     assert capsys.readouterr().out == script

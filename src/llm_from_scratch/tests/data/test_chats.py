@@ -6,6 +6,7 @@ import io
 import json
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,22 @@ def test_texts_of_a_conversation_that_is_rewritten_are_limited(monkeypatch: pyte
     with pytest.raises(UserError, match="more than 9,999 characters together"):
         encode_conversation(tokenizer, messages)
     assert len(encode_conversation(tokenizer, messages[:2])) == 1  # the process was started again
+
+
+@pytest.mark.slow
+def test_the_templates_time_is_limited_for_all_conversations_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow.jinja"
+    slow.write_text("{% for i in range(60000) %}{% endfor %}" + FORGETFUL)  # below the limit of a text
+    write(tmp_path / "c.jsonl", *(ask(f"{n}?", f"{n}") for n in range(500)))
+    monkeypatch.setattr(chats, "RUN_SECONDS", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"c.jsonl, line \d+: the chat template .* it took \d s for [\d,]+ messages"):
+        prepare("c.jsonl", root=tmp_path, report=lambda line: None, tokenizer="byte", chat_template=str(slow))
+    assert time.monotonic() - begin < 60
+    monkeypatch.setattr(chats, "RUN_SECONDS", 60.0)
+    prepare("c.jsonl", root=tmp_path, report=lambda line: None, tokenizer="byte")
 
 
 def test_a_conversation_of_too_many_messages_is_refused(tmp_path: Path) -> None:

@@ -490,6 +490,42 @@ def test_only_named_files_are_fetched_and_the_config_first(
         load_pretrained("owner/model")
 
 
+def test_a_tokenizer_of_the_hub_is_fetched_without_weights(
+    saved: dict[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
+    from llm_from_scratch.data.prepare import prepare
+
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    HFTokenizer.train(["one and two " * 50], 270).backend(special_is_text=False).save(str(cache / "tokenizer.json"))
+    asked: list[list[str]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert name == "owner/model"
+        asked.append(allow_patterns)
+        return str(cache)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    Path("t.txt").write_text("one and two\n" * 99)
+    folder = prepare("t.txt", tokenizer="owner/model", report=lambda line: None)
+    assert Tokenizer.load(folder).encode("one and two").size <= 3
+    assert asked and not any("model" in pattern for pattern in asked[0])
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    message = "Cannot load 'owner/model': no such folder, and Hugging Face could not be reached."
+    with pytest.raises(UserError, match=message):
+        prepare("t.txt", tokenizer="owner/model", report=lambda line: None, name="other")
+    (cache / "tokenizer.json").unlink()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(UserError, match="'owner/model' does not have a tokenizer.json"):
+        prepare("t.txt", tokenizer="owner/model", report=lambda line: None, name="other")
+
+
 def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> None:
     """A process with HF_HUB_OFFLINE=1 reads what the cache of Hugging Face holds, and only that."""
     revision = "0123456789abcdef0123456789abcdef01234567"
