@@ -73,8 +73,8 @@ def parse(
     unknown name (with the nearest), wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
         command = partial(tyro.cli, tree_type, prog=prog.partition(" [")[0], **TYRO)
-        shell, names = completion_shell(argv), _presets() if base_preset else {}
-        print(completion_script(lambda args: command(args=args), shell, names))
+        shell = completion_shell(argv)
+        print(completion_script(lambda args: command(args=args), shell, _presets() if base_preset else {}))
         raise SystemExit(0)
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
