@@ -122,6 +122,16 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
+def tokenizer_place(name: str) -> str:
+    """The folder with the tokenizer of owner/name on Hugging Face, downloaded if needed; another name as it is. Raises
+    UserError."""
+    if not is_hub_id(name) or name.endswith(".json"):
+        return name
+    from ..interop.hf_files import get_tokenizer_folder
+
+    return str(get_tokenizer_folder(name))
+
+
 def named_tokenizer(name: str, texts: Iterable[str] | None = None) -> Tokenizer:
     """Tokenizer.from_name, and also the tokenizer of a GGUF file. Raises UserError."""
     from ..core.tokenizer import Tokenizer

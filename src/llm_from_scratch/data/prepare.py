@@ -20,14 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.load import is_gguf, named_tokenizer
+from ..checkpoint.load import is_gguf, named_tokenizer, tokenizer_place
 from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
 from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
-from ..interop import is_hub_id
 from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder
 from . import chats, cleaning
@@ -83,11 +82,7 @@ def prepare(
         if run and (list_checkpoints(run) or (Path(run) / "model.json").is_file()):  # a run's folder, a step's
             options.tokenizer = str(find_checkpoint(run, verify=False))
         elif run and not is_gguf(Path(run)):
-            if is_hub_id(run) and not run.endswith(".json"):
-                from ..interop.hf_files import get_tokenizer_folder  # torch takes seconds
-
-                options.tokenizer = str(get_tokenizer_folder(run))
-            run = None
+            options.tokenizer, run = tokenizer_place(run), None
         spec = _make_spec(given, options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
             raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")

@@ -37,9 +37,10 @@ ROOMS: dict[str, set[str]] = {
     "settings": {"errors"},
     "mixture": {"errors", "settings"},
     "config": {"errors", "settings", "mixture"},
-    "presets": {"errors", "settings", "config"},
+    "completion": {"errors"},
+    "presets": {"errors", "settings", "config", "completion"},
     **{room: {"errors", "settings", "mixture", "config", *below} for room, below in BELOW.items()},
-    "cli": {"errors", "settings", "mixture", "config", "presets", *BELOW},
+    "cli": {"errors", "settings", "mixture", "config", "completion", "presets", *BELOW},
 }
 # nanoGPT's API has these two methods on the model, so they reach upward, when they are called.
 UPWARD = {

@@ -9,7 +9,7 @@ share a row of packed documents. Shapes: B rows, T positions, P pairs of the ful
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from ..core.weights import file_of
 from ..errors import DataError, UserError, one_line
 from ..machine.files import read_file, write_file
 from .evaluate import windows_at_once
-
-if TYPE_CHECKING:
-    from .run import Run
 
 FILE = "reference.safetensors"
 MAX_FILE = 1 << 31  # bytes
@@ -113,8 +110,8 @@ def use_preferences(model: GPT, settings: FinetuneConfig) -> None:
         model.register_forward_pre_hook(loss.note)
 
 
-def add_reference(run: Run) -> None:
-    """Gives the pairs m0, of the model at the start of the run: computed and written to the run's folder, or read from
+def add_reference(run: Any) -> None:
+    """Gives the pairs of a Run m0, of the model at its start: computed and written to the run's folder, or read from
     there if the run is resumed. Raises UserError if a resumed run's is gone, damaged, or of other data."""
     plan, path = run.plan, run.out_dir / FILE
     if plan.config.finetune.loss != "dpo":
@@ -150,7 +147,7 @@ def _stored(path: Path, identity: str, splits: dict[str, Any]) -> dict[str, Tens
 
 
 @torch.no_grad()
-def _margins(run: Run, data: PreferenceData) -> Tensor:
+def _margins(run: Any, data: PreferenceData) -> Tensor:
     """m of the pairs, in the order of the rows."""
     rows, found = np.arange(len(data.learned)), []
     size, was_training = windows_at_once(run.model, data.block_size), run.model.training
