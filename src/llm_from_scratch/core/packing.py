@@ -41,7 +41,7 @@ class PackedData(TokenData):
         in conversations."""
         super().__init__(shards, name)
         self.marks, self.block_size = marks, block_size
-        begins, ends = self._documents(end_id) if ends is None else (np.concatenate([[0], ends[:-1]]), ends)
+        begins, ends = self.find_documents(end_id) if ends is None else (np.concatenate([[0], ends[:-1]]), ends)
         self.documents, self.cropped, self.cut = len(begins), 0, 0
         if marks:
             lengths = np.minimum(ends - begins, block_size + 1)
@@ -59,9 +59,9 @@ class PackedData(TokenData):
         order, first = best_fit(lengths - 1, block_size)
         self.begins, self.lengths, self.first = begins[order], lengths[order], first
         self.learned = np.add.reduceat(counts[order], first[:-1])  # targets of each row
-        self._keep_in_memory()
+        self.keep_in_memory()
 
-    def _keep_in_memory(self) -> None:
+    def keep_in_memory(self) -> None:
         self.tokens: np.ndarray | None = None
         self.token_marks: np.ndarray | None = None
         if sum(shard.nbytes for shard in self.shards) <= IN_MEMORY:
@@ -144,7 +144,7 @@ class PackedData(TokenData):
         marks = TokenData(self.marks, self.name)
         return ids, np.concatenate([marks.windows(np.array([begin]), length)[0] for begin, length in each])
 
-    def _documents(self, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def find_documents(self, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Where the documents begin and end."""
         found = [np.zeros(1, np.int64)]
         for at, part in _parts(self.marks or self.shards):

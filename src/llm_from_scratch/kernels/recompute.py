@@ -130,7 +130,7 @@ def lean(plain: Any) -> type:
     return Lean
 
 
-class _Made:
+class Made:
     """How to recompute one output: make(*args), as long as the arguments are not changed in place."""
 
     def __init__(self, out: Tensor, make: Callable[..., Tensor], args: tuple[Any, ...]):
@@ -162,12 +162,12 @@ class _Outputs:
     open: list[_Outputs] = []
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, int], _Made] = {}
+        self.made: dict[tuple[int, int], Made] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def note(self, out: Tensor, make: Callable[..., Tensor], args: tuple[Any, ...]) -> None:
         if out.requires_grad and out.is_contiguous() and isinstance(args[0], Tensor):
-            self.made[out.data_ptr(), out.numel()] = _Made(out, make, args)
+            self.made[out.data_ptr(), out.numel()] = Made(out, make, args)
 
     def pack(self, tensor: Tensor) -> Any:
         made = self.made.get((tensor.data_ptr(), tensor.numel()))
@@ -179,7 +179,7 @@ class _Outputs:
 
     def unpack(self, packed: Any) -> Tensor:
         made, rest = packed
-        return made.again().view(rest) if isinstance(made, _Made) else _unchanged(made, rest)
+        return made.again().view(rest) if isinstance(made, Made) else _unchanged(made, rest)
 
     def __enter__(self) -> None:
         self.open.append(self)

@@ -43,7 +43,7 @@ class PreferenceData(PackedData):
     def __init__(self, shards: Shards, name: str, block_size: int, end_id: int | None = None, marks: Shards = ()):
         TokenData.__init__(self, shards, name)
         self.marks, self.block_size = marks, block_size
-        begins, ends = self._documents(end_id)
+        begins, ends = self.find_documents(end_id)
         if len(begins) % 2:
             raise DataError(f"{name}: {len(begins)} answers are not pairs; prepare the data again")
         sizes = (ends - begins - 1).reshape(-1, 2).sum(1)
@@ -56,7 +56,7 @@ class PreferenceData(PackedData):
         both = (2 * fitting[order][:, None] + np.arange(2)).reshape(-1)
         self.begins, self.lengths, self.first = begins[both], (ends - begins)[both], 2 * first
         self.learned = np.diff(first)  # pairs of each row, by which the loss is averaged
-        self._keep_in_memory()
+        self.keep_in_memory()
 
     def batch(self, starts: np.ndarray, *others: Any) -> list[np.ndarray]:
         """As of PackedData, and m0 of the pairs in each row, (B, P), NaN if there are fewer."""

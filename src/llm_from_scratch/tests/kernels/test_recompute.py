@@ -145,13 +145,13 @@ def test_the_cheap_way_does_no_product_twice(variant: str, monkeypatch: pytest.M
 def test_what_two_layers_share_is_recomputed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     model, _ = build("llama")
-    made, again = list[int](), activations._Made.again
+    made, again = list[int](), activations.Made.again
 
     def counted(self: Any) -> Any:
         made.append(self.kept is None)
         return again(self)
 
-    monkeypatch.setattr(activations._Made, "again", counted)
+    monkeypatch.setattr(activations.Made, "again", counted)
     step(model)
     blocks = len(model.transformer.h)
     # in each block c_attn, c_gate and c_fc need a norm, and c_proj the activation; gate and fc share their norm
