@@ -287,7 +287,7 @@ def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: P
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert re.search(r"^error: rank 1 \(.*, process \d+\) died at step 5, in ", printed, re.MULTILINE), printed
-    assert "resuming from cut/step-00000004" in printed
+    assert re.search(r"resuming from cut/step-0000000[24]", printed)  # the save of step 4 may have been cut short
     whole = {**SETTINGS, **settings, "out_dir": "whole"}
     in_ranks(2, whole_run, here, str(here), whole)
     one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("whole", "cut"))
