@@ -172,6 +172,17 @@ def gather(own: torch.Tensor, found: torch.Tensor, wait: bool = True) -> Any:
     return together(found, own, async_op=not wait)
 
 
+def largest(value: float, device: torch.device, world_size: int) -> float:
+    """The largest value of any process."""
+    if world_size == 1:
+        return value
+    import torch
+
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found.item()
+
+
 def any_rank(condition: bool, device: torch.device, world_size: int) -> bool:
     """Whether the condition is true in one of the processes."""
     return sum_over_ranks([float(condition)], device, world_size)[0] > 0

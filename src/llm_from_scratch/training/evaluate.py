@@ -16,7 +16,7 @@ from ..core.cache import Documents
 from ..core.dataset import TokenData
 from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
-from ..errors import UserError, one_line
+from ..errors import Interrupted, UserError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.processes import sum_over_ranks
 
@@ -111,11 +111,15 @@ def _sum_of_losses(
     size = size or even_size(share, windows_at_once(model, block_size))
     was_training = model.training
     while True:
-        nats, tokens = 0.0, 0
+        nats, tokens, stopped = 0.0, 0, False
         model.eval()
         try:
             for i in range(0, share, size):
-                before_batch()
+                try:
+                    before_batch()
+                except Interrupted:  # the other processes learn it with the sums
+                    stopped = True
+                    break
                 x, y, *documents = _windows(data, mine[i : i + size], block_size, size, runtime.device)
                 if known:
                     y[int(0 in mine[i : i + 1]) :, :known] = -1
@@ -124,7 +128,10 @@ def _sum_of_losses(
                 loss = loss_of(model, x, y, runtime, *Documents.of(documents))
                 nats += loss * count if count else 0.0
                 tokens += count
-            return sum_over_ranks([nats, tokens], runtime.device, runtime.world_size)
+            *sums, stops = sum_over_ranks([nats, tokens, stopped], runtime.device, runtime.world_size)
+            if stops:
+                raise Interrupted
+            return sums
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

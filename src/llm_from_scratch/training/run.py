@@ -99,6 +99,8 @@ class Run:
         self.say = say or default
         self.plan, self.micro_batch = replace(plan, weights=None, resumed=None), plan.micro_batch
         self.config, self.runtime, self.stop = plan.config, plan.runtime, stop or StopRequest()
+        if self.runtime.is_sharded:
+            self.stop.agree = partial(any_rank, device=self.runtime.device, world_size=self.runtime.world_size)
         self.command, self.out_dir = command, Path(plan.config.training.out_dir)
         self.is_nanogpt = command.endswith("train.py")  # its lines, and no others
         self.state = TrainState(run_id=secrets.token_hex(6), step=plan.start_step, launch=processes.launch())
@@ -272,7 +274,9 @@ class Run:
             generator = Generator(self.model, self.plan.tokenizer)
             generator.graphed = False  # their memory is needed for training
             share = self.runtime.rank, self.runtime.world_size
-            self.task_model = TaskModel(generator, before_batch=self.stop.interrupt, share=share)
+            alone = self.runtime.world_size == 1 or self.runtime.is_sharded  # others would wait for the scores
+            interrupt = self.stop.interrupt if alone else lambda: None
+            self.task_model = TaskModel(generator, before_batch=interrupt, share=share)
         self.task_model.generator.weights_changed()
         with forked_random(self.runtime.device), self._eager():
             return figures(evaluate_tasks(self.task_model, self.plan.tasks, self.config.training.eval_limit))
@@ -388,6 +392,7 @@ class Run:
         """The last evaluation, the final checkpoint, the plot, README.md, a sample; only checkpoint and README.md if
         the run was stopped. Raises NotFiniteError if the last step broke the weights."""
         training, state, final = self.config.training, self.state, None
+        self.stop.share(self.runtime.device)
         stopped = self.stop.agreed()
         fresh = state.step > 0 and state.evaluated_at != state.step
         if not stopped and fresh and not training.inclusive_max_iters:  # nanoGPT's last line is that of max_iters

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from ..errors import Interrupted
+from ..machine.processes import largest
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGPIPE")  # Windows has the first two only
 
@@ -22,6 +24,8 @@ class StopRequest:
         self.shared: int | None = None
         """A signal that some process received, known to all processes after the same step."""
         self.is_second = False
+        self.agree: Callable[[bool], bool] = bool
+        """Whether it is true in any process. Set if the processes compute every batch together (sharded models)."""
         self.former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -52,9 +56,14 @@ class StopRequest:
         return (self.signum if self.world_size == 1 else self.shared) is not None
 
     def interrupt(self) -> None:
-        """Raises Interrupted after a signal. Several processes must stop together, so they finish their evaluation."""
-        if self.signum is not None and self.world_size == 1:
+        """Raises Interrupted after a signal to this process; if `agree` is set, to any process. All must raise it
+        before one of them acts on it."""
+        if self.agree(self.signum is not None):
             raise Interrupted
+
+    def share(self, device: Any) -> None:
+        """Makes a signal of any process known to all, between two steps. All take part."""
+        self.shared = int(largest(self.signum or 0, device, self.world_size)) or self.shared
 
     @property
     def exit_code(self) -> int:

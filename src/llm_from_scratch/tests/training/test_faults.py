@@ -76,7 +76,7 @@ def _trained(data: Path, **settings: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"error": None}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
-            train(tiny_config(data, **{**SETTINGS, **settings}))
+            found["code"] = train(tiny_config(data, **{**SETTINGS, **settings})).exit_code
         except TrainingError as error:
             found["error"] = str(error)
     return found | {"printed": out.getvalue()}
@@ -95,7 +95,26 @@ def faulty_runs(folder: str, data: Path) -> dict[str, dict[str, Any]]:
     guards.CHECK = 100
     found["roomy"] = _trained(data, out_dir="roomy", micro_batch=1)
     found["short"] = _short(data)
+    with _signal_in_evaluation(rank=1):
+        found["stop"] = _trained(data, out_dir="stop", eval_interval=4, eval_iters=64)
     return found
+
+
+@contextlib.contextmanager
+def _signal_in_evaluation(rank: int) -> Iterator[None]:
+    """SIGTERM to one process in the first batch of the evaluation of step 4."""
+    evaluate = Run.evaluate
+
+    def signalled(run: Run) -> None:
+        if run.state.step == 4 and run.runtime.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run)
+
+    Run.evaluate = signalled  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Run.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def _short(data: Path) -> dict[str, Any]:
@@ -150,6 +169,9 @@ def test_both_processes_decide_the_same(here: Path, tiny_data: Path) -> None:
     for name in one.model:
         torch.testing.assert_close(other.model[name], one.model[name], atol=1e-6, rtol=1e-5)
     assert other.trainer["machine"]["micro_batch"] == 1
+    assert (first["stop"]["code"], second["stop"]["code"]) == (143, 143)
+    assert "stopped at step 4; resume with" in first["stop"]["printed"]
+    assert not [entry for entry in read_metrics(Path("stop")) if entry["step"] == 4]
 
 
 def hanging_run(folder: str, data: Path, how: str) -> None:
