@@ -13,7 +13,7 @@ import torch
 
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core import packing
-from llm_from_scratch.core.cache import Documents, check_documents
+from llm_from_scratch.core.cache import Documents, KVCache, check_documents
 from llm_from_scratch.core.dataset import BatchLoader, TokenData
 from llm_from_scratch.core.model import GPT, Attention
 from llm_from_scratch.core.packing import BEGINS, LEARNED, PackedData, best_fit
@@ -208,6 +208,12 @@ def test_packed_documents_are_each_alone(kind: str) -> None:
             theirs, own = model(ids[None, :-1], ids[None, 1:])
             part = slice(at, at := at + len(ids) - 1)
             assert torch.allclose(logits[r, part], theirs[0], atol=1e-5 * float(theirs.detach().abs().max())), (r, at)
+            with torch.no_grad():  # decoding with a cache, from the document's first token on
+                cache, one_by_one = KVCache(model.config, 1), []
+                for token in ids[:-1]:
+                    one_by_one.append(model(token[None, None], cache=cache)[0][0, -1])
+                    cache.advance(1)
+            assert torch.allclose(torch.stack(one_by_one), theirs[0], atol=1e-5 * float(theirs.detach().abs().max()))
             sums, count = sums + own * (len(ids) - 1), count + len(ids) - 1
     assert loss.item() == pytest.approx((sums / count).item(), rel=1e-6)
     ours = torch.autograd.grad(loss, model.lm_head.weight)[0].to_dense()
