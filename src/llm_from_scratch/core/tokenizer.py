@@ -19,10 +19,13 @@ from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
 from ..settings import did_you_mean
 from .chat import ChatTemplate, chat_in
+from .cuts import cut_text as cut_text
+from .cuts import safe_cut as safe_cut
 from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
 MAX_GROWTH = 64  # how much longer the replacements of a tokenizer.json may make a text
+TRAINED_PART = 1 << 16  # characters of the parts of a text on which BPE is trained
 META_FILE, RANKS_FILE, HF_FILE = "tokenizer.meta.json", "ranks.tiktoken", "tokenizer.json"
 NAMES = ("char", "byte", "gpt2", "cl100k_base", "o200k_base", "bpe:8192")
 TIKTOKEN_NAMES = ("gpt2", "cl100k_base", "o200k_base")
@@ -342,17 +345,25 @@ class HFTokenizer(Tokenizer):
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> HFTokenizer:
         """Trains byte-level BPE with at most vocab_size ids (fewer if the texts have fewer pairs). Id 0 ends a text."""
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import pre_tokenizers, trainers
 
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
+        backend = cls.untrained()
         options: dict[str, Any] = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOT], **options)
         # The trainer reads 256 texts ahead, so they must be short.
-        backend.train_from_iterator((part for text in texts for part in cut_text(text, 1 << 16)), trainer)
+        backend.train_from_iterator((part for text in texts for part in cut_text(text, TRAINED_PART)), trainer)
         return cls(backend.to_str(), "bpe", backend.token_to_id(EOT))
+
+    @staticmethod
+    def untrained(**model: Any) -> Any:
+        """Byte-level BPE with these vocabulary and merges, as the object of the library."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
+
+        backend = Backend(models.BPE(**model))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return backend
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
         backend = self._with_special if allow_special else self._plain
@@ -405,26 +416,6 @@ def _of_datatrove(folder: Path, described: Path) -> Tokenizer | None:
     if name in ("gpt2", "openai-community/gpt2", "Unknown Tokenizer", ""):
         return None
     raise UserError(f"the shards in {folder} were made with {name}: copy its {HF_FILE} into the folder")
-
-
-def safe_cut(text: str, limit: int) -> int:
-    """The last position below limit where a word ends before white space, else limit. The patterns of GPT-2 and its
-    successors always cut there, so a cut does not change the tokens."""
-    for window in (1 << 10, 1 << 16, limit):
-        ends = [m.start() for m in re.finditer(r"(?<=[^\W_])(?=\s)", text[max(0, limit - window) : limit])]
-        if ends:
-            return max(0, limit - window) + ends[-1]
-    return limit
-
-
-def cut_text(text: str, size: int) -> Iterator[str]:
-    """Cuts a text into parts of at most `size` characters without changing its tokens."""
-    start = 0
-    while len(text) - start > size:
-        end = start + safe_cut(text[start : start + size], size)
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def _growth(part: Any) -> float:

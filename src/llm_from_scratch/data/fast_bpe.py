@@ -4,18 +4,28 @@ results equal theirs."""
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core.tokenizer import RANKS_FILE, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.cuts import cut_text
+from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenTokenizer, Tokenizer
+from ..core.vocab_files import EOT, byte_to_char
 from ..errors import EncoderDiffersError, one_line
 from ..machine.extras import is_installed
+from ..machine.processes import shield_children
 
 FAST_FROM = 8 << 20  # bytes of input from which loading it takes less time than it saves
 RENEW = 128 << 20  # bytes of text after which its cache of words is dropped
 PATTERNS = {"gpt2": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}  # its names
+SEPARATOR = b"\xff"  # of the parts of a text; UTF-8 does not have this byte
+COMPARED, FEW = 1 << 20, 1024  # characters and ids with which a training is compared
 MAX_ADDED = 64  # special tokens that are tried as text
 
 # Texts on which implementations are likely to differ
@@ -97,3 +107,63 @@ class FastTokenizer:
         """Raises EncoderDiffersError if the ids of a text differ from the tokenizer's."""
         if not np.array_equal(self.encode(text), self.tokenizer.encode(text)):
             raise EncoderDiffersError(f"gigatoken's ids differ from those of {self.tokenizer.name} for {text[:40]!r}")
+
+
+def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str], None]) -> HFTokenizer | None:
+    """The tokenizer bpe:N that HFTokenizer.train gives, in less time. folder: for a copy of the texts, which is
+    deleted. None if the package is missing or fails, or if it finds other merges in the first part of the texts."""
+    size = name.partition(":")[2]
+    if not (is_installed("gigatoken") and size.isdecimal() and int(size) > 256):
+        return None
+    spool, beginning, characters, first = folder / "texts", folder / "texts-beginning", 0, list[str]()
+    try:
+        with spool.open("wb") as file, beginning.open("wb") as small:
+            for part in (part for text in texts for part in cut_text(text, TRAINED_PART)):
+                data = part.encode() + SEPARATOR
+                file.write(data)
+                if characters < COMPARED:
+                    small.write(data)
+                    first.append(part)
+                characters += len(part)
+        shield_children()
+        with ProcessPoolExecutor(1, get_context("spawn"), silence) as pool:
+            few = min(int(size), FEW)
+            if (
+                _with_merges(pool.submit(find_merges, beginning, few).result())
+                != HFTokenizer.train(first, few).json_text
+            ):
+                raise EncoderDiffersError("its merges differ from those of tokenizers")
+            return HFTokenizer(_with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
+    except (EncoderDiffersError, BrokenProcessPool, OSError, ValueError, RuntimeError) as error:
+        report(f"tokenizers trains {name}, because gigatoken cannot: {one_line(error)}")
+        return None
+    finally:
+        spool.unlink(missing_ok=True)
+        beginning.unlink(missing_ok=True)
+
+
+def silence() -> None:
+    """In the child process: the library prints its progress."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
+def find_merges(path: Path, size: int) -> list[tuple[bytes, bytes]]:
+    """In the child process."""
+    from gigatoken.gigatoken_rs import train_bpe
+
+    vocabulary, merges = train_bpe(path, size, [EOT], separator=SEPARATOR)
+    if len(set(vocabulary.values())) < len(vocabulary):  # tokenizers gives such a token one id
+        raise EncoderDiffersError("two of its merges give the same token")
+    return merges
+
+
+def _with_merges(merges: list[tuple[bytes, bytes]]) -> str:
+    """The definition that HFTokenizer.train gives if it finds these merges."""
+    chars = byte_to_char()
+    pairs = [("".join(chars[b] for b in left), "".join(chars[b] for b in right)) for left, right in merges]
+    tokens = [EOT, *sorted(chars), *(left + right for left, right in pairs)]
+    backend = HFTokenizer.untrained(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
+    backend.add_special_tokens([EOT])
+    return backend.to_str()

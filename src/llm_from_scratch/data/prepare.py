@@ -33,7 +33,7 @@ from . import chats, cleaning
 from . import sources as src
 from .cleaning_report import FILES as REPORTS
 from .encode import TokenCache, read_progress, units_of, write_shards
-from .fast_bpe import FAST_FROM, can_encode
+from .fast_bpe import FAST_FROM, can_encode, train
 from .meter import Meter
 from .options import CLEANING, PrepareOptions
 from .split import Documents, Split, choose_split, empty
@@ -247,7 +247,12 @@ def _tokenizer(
             return tokenizer
     if spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:"):
         _set_separators(groups, spec.tokenizer == "char")
-        return named_tokenizer(spec.tokenizer, (text for group in groups for _, text, _ in group.pieces(report)))
+
+        def texts() -> Iterator[str]:
+            return (text for group in groups for _, text, _ in group.pieces(report))
+
+        trained = train(spec.tokenizer, texts(), folder, report) if total >= FAST_FROM else None
+        return trained or named_tokenizer(spec.tokenizer, texts())
     tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
     _set_separators(groups, tokenizer.eot_id is None)
     return tokenizer
