@@ -68,7 +68,7 @@ class FastTokenizer:
             self.compare(text)
 
     def _load(self) -> None:
-        self._encoded = 0
+        self.encoded = 0
         try:
             import gigatoken
 
@@ -98,8 +98,8 @@ class FastTokenizer:
             raise
         except BaseException as error:
             raise EncoderDiffersError(f"gigatoken failed ({one_line(error)})") from None
-        self._encoded += len(data)
-        if self._encoded > RENEW:
+        self.encoded += len(data)
+        if self.encoded > RENEW:
             self._load()
         return np.asarray(ids).astype(self.dtype, copy=False)
 
@@ -129,11 +129,11 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
         with ProcessPoolExecutor(1, get_context("spawn"), silence) as pool:
             few = min(int(size), FEW)
             if (
-                _with_merges(pool.submit(find_merges, beginning, few).result())
+                with_merges(pool.submit(find_merges, beginning, few).result())
                 != HFTokenizer.train(first, few).json_text
             ):
                 raise EncoderDiffersError("its merges differ from those of tokenizers")
-            return HFTokenizer(_with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
+            return HFTokenizer(with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
     except (EncoderDiffersError, BrokenProcessPool, OSError, ValueError, RuntimeError) as error:
         report(f"tokenizers trains {name}, because gigatoken cannot: {one_line(error)}")
         return None
@@ -159,7 +159,7 @@ def find_merges(path: Path, size: int) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _with_merges(merges: list[tuple[bytes, bytes]]) -> str:
+def with_merges(merges: list[tuple[bytes, bytes]]) -> str:
     """The definition that HFTokenizer.train gives if it finds these merges."""
     chars = byte_to_char()
     pairs = [("".join(chars[b] for b in left), "".join(chars[b] for b in right)) for left, right in merges]

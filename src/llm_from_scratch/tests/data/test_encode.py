@@ -287,9 +287,9 @@ def test_gigatoken_gives_the_ids_of_tiktoken_and_tokenizers(here: Path) -> None:
         fast = FastTokenizer(tokenizer, here / tokenizer.name)
         for sample in samples:
             assert fast.encode(sample).tolist() == references[tokenizer.name](sample), repr(sample)
-        fast._encoded = fast_bpe.RENEW
+        fast.encoded = fast_bpe.RENEW
         assert fast.encode(text[:5000]).tolist() == references[tokenizer.name](text[:5000])
-        assert fast._encoded == 0  # the cache was dropped
+        assert fast.encoded == 0  # the cache was dropped
         assert fast.encode("a\ud800b").tolist() == references[tokenizer.name]("a\ufffdb")
 
 
@@ -312,7 +312,7 @@ def test_a_tokenizer_is_made_of_its_merges() -> None:
     byte = {char: bytes([b]) for b, char in enumerate(byte_to_char())}
     merges = [tuple(b"".join(byte[char] for char in side) for side in pair)
               for pair in json.loads(trained.json_text)["model"]["merges"]]  # fmt: skip
-    assert fast_bpe._with_merges(merges) == trained.json_text  # type: ignore[arg-type]
+    assert fast_bpe.with_merges(merges) == trained.json_text  # type: ignore[arg-type]
 
 
 def test_the_meter_reports_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
