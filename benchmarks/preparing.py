@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-WORD = re.compile(r"[A-Za-z_]{7,}")
+WORDS = ("self", "return", "import", "the", "name", "value", "class", "None", "type", "with", "file", "data", "string")
 PARQUET_MB = 200
 
 OPENWEBTEXT = """
@@ -70,10 +70,10 @@ def documents() -> Iterator[str]:
 
 
 def changed(text: str, repetition: int) -> str:
-    """A quarter of the long words are others in every repetition."""
-    if not repetition:
-        return text
-    return WORD.sub(lambda m: m[0] + chr(96 + repetition) * ((len(m[0]) + ord(m[0][3])) % 4 == repetition % 4), text)
+    """Parts of words are others in every repetition."""
+    for word in WORDS if repetition else ():
+        text = text.replace(word, word[:2] + chr(96 + repetition) + word[2:])
+    return text
 
 
 def make_corpus(folder: Path, size: int) -> dict[str, Path]:

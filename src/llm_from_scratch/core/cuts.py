@@ -18,8 +18,8 @@ PLACES = tuple(
 
 def safe_cut(text: str, limit: int) -> int:
     """The last place below limit where a cut does not change the tokens, else limit."""
-    for place in PLACES:
-        for window in (1 << 10, 1 << 16, limit):
+    for window in (1 << 10, 1 << 16, limit):
+        for place in PLACES:
             ends = [m.start() for m in place.finditer(text[max(0, limit - window) : limit])]
             if ends:
                 return max(0, limit - window) + ends[-1]
