@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from ..core.cuts import cut_text
 from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, byte_to_char
-from ..errors import EncoderDiffersError, one_line
+from ..errors import EncoderDiffersError, UserError, one_line
 from ..machine.extras import is_installed
 from ..machine.processes import shield_children
 
@@ -134,7 +133,9 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
             ):
                 raise EncoderDiffersError("its merges differ from those of tokenizers")
             return HFTokenizer(with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
-    except (EncoderDiffersError, BrokenProcessPool, OSError, ValueError, RuntimeError) as error:
+    except UserError:  # of the texts
+        raise
+    except Exception as error:
         report(f"tokenizers trains {name}, because gigatoken cannot: {one_line(error)}")
         return None
     finally:
