@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from llm_from_scratch.tests import ranks
 from llm_from_scratch.tests.shared import FOLDER
 from llm_from_scratch.tests.tiny import write_data
 from llm_from_scratch.tests.training.test_shares import run, state
@@ -43,10 +44,10 @@ def pairs(case: str, most: int, data: Path) -> dict[str, Any]:
     parallel, name = case.split("-")
     given = {"dataset": data, "parallel": parallel, "save_interval": 4, "eval_interval": 8, **OPTIMIZERS[name]}
     whole = {}
-    for ranks in range(1, most + 1):
-        run(ranks, out_dir=f"{case}-whole-{ranks}", **given)
-        whole[ranks] = state(f"{case}-whole-{ranks}", 8)
-        run(ranks, out_dir=f"{case}-cut-{ranks}", **given | {"max_iters": 4})
+    for count in range(1, most + 1):
+        run(count, out_dir=f"{case}-whole-{count}", **given)
+        whole[count] = state(f"{case}-whole-{count}", 8)
+        run(count, out_dir=f"{case}-cut-{count}", **given | {"max_iters": 4})
     found: dict[str, Any] = {}
     for before in whole:
         for after in whole:
@@ -68,6 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[FOLDER] = folder  # of the process that forks the others; it ends with the folder
         os.chdir(folder)
+        ranks.PATIENCE = 600.0
         data = write_data(Path(folder) / "data")
         for case in options.cases.split(","):
             results[case] = found = pairs(case, options.most, data)

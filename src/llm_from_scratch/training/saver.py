@@ -113,7 +113,7 @@ class Saver:
             "config": to_dict(plan.config), "model_config": model.config, "tokenizer": plan.tokenizer,
         }  # fmt: skip
         assert self._saved is None
-        if self.team.size > 1:
+        if self.team.size > 1 or plan.runtime.is_sharded:
             given = own_share(given, self.team)
         self._saved = Saved(state.step)
         waits = not _room_for_a_copy(given)
@@ -156,7 +156,7 @@ class Saver:
                 self.mirror.saved()
             wanted = training.save_nanogpt_ckpt and (is_best or training.always_save_checkpoint)  # as nanoGPT does
             if wanted and self.team.is_first:
-                whole = Checkpoint(None, **contents) if self.team.size == 1 else load_checkpoint(saved.path)
+                whole = load_checkpoint(saved.path) if "parts" in contents else Checkpoint(None, **contents)
                 checkpoints.write_nanogpt(out_dir / "ckpt.pt", whole, accept_erf_gelu=True)
         except UserError as error:
             saved.error = error

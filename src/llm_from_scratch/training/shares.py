@@ -16,8 +16,9 @@ from .sharding import is_sharded, local, own_rows, shard_of
 
 
 def place_of(tensor: Tensor) -> Place | None:
-    """Where the rows belong that this process holds of a sharded tensor; None for a whole one."""
-    return Place(0, own_rows(tensor).start, tensor.size(0)) if is_sharded(tensor) else None
+    """Where the rows belong that this process holds of a sharded tensor; None if it holds all."""
+    whole = not is_sharded(tensor) or local(tensor).shape == tensor.shape
+    return None if whole else Place(0, own_rows(tensor).start, tensor.size(0))
 
 
 @torch.no_grad()

@@ -162,6 +162,15 @@ def test_each_process_reads_back_what_it_wrote(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["damaged-step-00000001"]
 
 
+def test_machines_that_do_not_share_the_folder_are_named(tmp_path: Path) -> None:
+    def work(team: Team) -> None:
+        cp.check_shared(tmp_path / str(team.rank // 2), team)
+
+    errors = together(4, work)
+    assert all(isinstance(e, UserError) and "is not the same folder on all machines" in str(e) for e in errors)
+    assert together(2, work) == [None, None] and not list(tmp_path.rglob("*mp-*"))
+
+
 def test_not_finite_on_one_process_is_not_saved_by_any(tmp_path: Path) -> None:
     given = contents(3)
 
