@@ -144,19 +144,20 @@ def equal(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 
         (2, {"parallel": "ddp"}),
         (2, {"parallel": "fsdp"}),
         (4, {"parallel": "hsdp", "shard_group": 2}),
-        (4, {"parallel": "fsdp", "reshard_after_forward": False, "optimizer_dtype": "bfloat16"}),
+        (2, {"parallel": "fsdp", "reshard_after_forward": False, "optimizer_dtype": "bfloat16"}),
     ],
     ids=["ddp", "fsdp", "hsdp", "kept"],
 )
 def test_processes_train_as_one(processes: int, leaves: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
-    """Twenty steps of AdamW, the same global batch: each parameter within a millionth of its norm."""
+    """Twenty steps, the same global batch: each parameter within a millionth of its norm."""
     assert in_ranks(processes, trained, tmp_path, tiny_data, tmp_path / "many", leaves) == [0] * processes
-    alone = {name: value for name, value in leaves.items() if name == "optimizer_dtype"}
+    alone = {name: value for name, value in leaves.items() if "shard" not in name and name != "parallel"}
+    rounded = "optimizer_dtype" in alone  # a moment near the border of two numbers may get the other one
     assert trained(tiny_data, tmp_path / "one", alone) == 0
-    equal(final(tmp_path / "many"), final(tmp_path / "one"), 1e-6 if not alone else 1e-3)
+    equal(final(tmp_path / "many"), final(tmp_path / "one"), 1e-3 if rounded else 1e-6)
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "many"), strict=True):
         for key in {"loss", "val_loss", "train_loss", "grad_norm"} & a.keys():
-            assert b[key] == pytest.approx(a[key], rel=1e-5 if not alone else 1e-3), key
+            assert b[key] == pytest.approx(a[key], rel=1e-3 if rounded else 1e-5), key
 
 
 ODD = {
