@@ -28,6 +28,7 @@ from ..config import Config
 from ..core.model import GPT
 from ..errors import UserError, one_line
 from ..machine.device import Runtime, forked_random
+from ..machine.memory import keep_freed_memory
 from .optimizer import sparse_tables
 from .sharding import replace_parameters, rows_of
 
@@ -43,6 +44,7 @@ def build(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, s
     sharded."""
     if not runtime.is_sharded:
         return _whole(config, weights)
+    keep_freed_memory(False)  # else the matrices that are drawn leave holes between the shards
     # every process draws as rank 0 does, and rank 0 as one process would
     with forked_random(runtime.device) if runtime.rank else contextlib.nullcontext():
         if runtime.rank:
