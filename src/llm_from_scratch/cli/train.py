@@ -29,7 +29,10 @@ from .common import command, data_prepared_last, used_a_path
 # untrusted, so it cannot switch on wandb or a mirror either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log", "mirror"}
 OWN_FLAGS = ("print_config", "dry_run", "exportable")
-OWN_VALUES = {"budget": "10min", "law": "FILE.json", "cooldown": "0.2"}  # name: an example
+CLUSTER = ("gpu", "gpus", "nodes")  # options of llm-plan
+OWN_VALUES = {  # name: an example
+    "budget": "10min", "law": "FILE.json", "cooldown": "0.2", "gpu": "h100", "gpus": "8", "nodes": "4",
+}  # fmt: skip
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
     "n_embd", "block_size", "dropout", "eval_interval", "device", "seed",
@@ -43,8 +46,9 @@ HELP = """Trains a GPT, or resumes a run.
 PLAN_HELP = """Estimates time, memory and finish time of a run without training. The same as
 llm-train --dry_run.
 
-  llm-plan quick --dataset=book              a new run
-  llm-plan --init_from=resume --out_dir=out  the rest of a run
+  llm-plan quick --dataset=book                    a new run
+  llm-plan --init_from=resume --out_dir=out        the rest of a run
+  llm-plan gpt2-124m --gpus=8 --gpu=h100 --nodes=4 the run on 4 nodes of 8 GPUs
 """
 PRESETS_HELP = """
 PRESETs are files or these names. Later ones override earlier ones, and the
@@ -97,6 +101,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     config.training.init_from = begin
     choose_length(parsed)
     config.validate()
+    if asked := {name: values[name] for name in CLUSTER if name in values}:
+        return _on_cluster(config, asked, dry_run or flags["dry_run"])
     if chosen and not (flags["print_config"] or defaults):
         raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
     if budget is not None and begin == "resume":
@@ -188,7 +194,7 @@ def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
 
 
 def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separates --budget, --law and --cooldown from the settings of the run."""
+    """Separates the options of OWN_VALUES from the settings of the run."""
     values, rest, words = dict[str, str](), list[str](), list(argv)
     while words:
         arg = words.pop(0)
@@ -282,6 +288,17 @@ def _is_plain(name: str, value: Any) -> bool:
     if name == "dataset":
         return is_dataset_name(value)
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
+
+
+def _on_cluster(config: Config, asked: dict[str, str], is_plan: bool) -> int:
+    if not is_plan:
+        raise UserError(f"--{next(iter(asked))} estimates a run on other machines: use it with llm-plan")
+    if config.training.init_from not in ("scratch", "resume"):
+        raise UserError(f"--{next(iter(asked))} estimates new runs and resumed ones: leave --init_from out")
+    from ..training.cluster import cluster_of, lines
+
+    print("\n".join(lines(config, cluster_of(asked))))
+    return 0
 
 
 def _dry_run(parsed: Parsed[Config]) -> int:
