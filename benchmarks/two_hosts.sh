@@ -11,6 +11,7 @@ clean() {
     ip netns del "$tag-1" 2>/dev/null || :
 }
 trap clean EXIT
+trap 'exit 143' TERM INT
 for node in 0 1; do
     ip netns add "$tag-$node"
     ip -n "$tag-$node" link set lo up

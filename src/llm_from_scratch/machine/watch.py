@@ -31,8 +31,8 @@ States = dict[int, dict[str, Any]]
 
 
 class Watch:
-    """A thread of each process writes signs of life to torch's store, reads those of the next rank, and looks at the
-    stack of the thread that trains. One that does not move within the timeout hangs."""
+    """Each process writes signs of life to torch's store, reads those of the next rank, and looks at the stack of the
+    thread that trains. One that does not move within the timeout hangs."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout: float):
         """store: a connection that nothing else uses. The caller's thread is the one that trains."""
@@ -46,7 +46,6 @@ class Watch:
         self._ending = threading.Event()
         store.set(f"who/{rank}", json.dumps([socket.gethostname(), os.getpid(), self.parent, _namespace()]))
         self._beat()
-        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def follow(self, step: Callable[[], int], resume: str) -> None:
         """step: the run's present one; resume: the command that resumes it."""
@@ -56,7 +55,8 @@ class Watch:
         """Starts the thread, once every process has written its first sign of life."""
         self.who = [json.loads(who) for who in self.store.multi_get([f"who/{r}" for r in range(self.world_size)])]
         self._reset()
-        self.thread.start()
+        for work in (self._run, self._exchange):
+            threading.Thread(target=work, name="watch", daemon=True).start()
         atexit.register(self.end)
 
     def knows_the_reason(self) -> bool:
@@ -107,22 +107,28 @@ class Watch:
         threading.Thread(target=self._leave_after, args=(seconds,), daemon=True).start()
         return f"{text}: {self.advice}"
 
-    # --- the thread ---
+    # --- the threads ---
 
     def _run(self) -> None:
-        late = time.monotonic()
+        """Looks after the launcher, and after the thread below: a store that is cut off may block it forever."""
+        before = time.monotonic()
         while not self._ending.wait(BEAT):
-            if time.monotonic() - late > 10 * BEAT:  # this process was stopped itself: it cannot judge others
+            if time.monotonic() - before > 10 * BEAT:  # this process was stopped itself: it cannot judge others
                 self._reset()
-            late = time.monotonic()
+            before = time.monotonic()
             if _is_torchrun() and os.getppid() != self.parent:
                 return self._stop_orphan()
+            if before - self._answered > self.timeout + 1:  # other reasons come first
+                self._leave(self._lost_store())
+
+    def _exchange(self) -> None:
+        while not self._ending.wait(BEAT):
             try:
                 self._beat()
                 self._look()
-            except RuntimeError:  # torch's errors of a store that is gone, or has not answered within the timeout
-                is_slow = time.monotonic() - late > self.timeout / 2
-                if not self._ending.wait(0 if is_slow else LAUNCHERS_GRACE):
+                self._answered = time.monotonic()
+            except RuntimeError:  # torch's errors of a store that is gone
+                if not self._ending.wait(LAUNCHERS_GRACE):
                     self._leave(self._lost_store())
                 return
 
@@ -235,6 +241,7 @@ class Watch:
         self._seen: dict[str, Any] = {}
         self._stack: list[Any] = []
         self._heard, self._is_reported = time.monotonic(), False
+        self._answered = time.monotonic()
 
     def _name(self, rank: int) -> str:
         host, pid, *_ = self.who[rank]
