@@ -4,8 +4,10 @@ torch.compile start. Imports torch only to communicate."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 watch: Watch | None = None
 """Of the processes of this process group."""
-starts = 0
 YOUNG, OLD = 1.5, 30.0  # seconds that a command's imports take, and that they take at most on a busy machine
 
 
@@ -80,20 +81,23 @@ def device_mesh(device: torch.device, world_size: int, shards: int) -> DeviceMes
 def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
     """Joins the other processes of torchrun and begins to watch them. timeout: seconds that an exchange may take.
     Raises UserError, with the likely reason, if the processes do not find each other."""
-    global watch, starts
+    global watch
     import torch.distributed as dist
 
     from .preflight import diagnosed
 
-    patience, found = timedelta(seconds=timeout), None
-    starts += 1
+    patience = timedelta(seconds=timeout)
+    found: Watch | None = None
+    missing: list[int] | None = None
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
         own = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience, wait_for_workers=False
         )
-        # without what an earlier group of this process has left there
-        store, own = (dist.PrefixStore(f"start-{starts}", part) for part in (store, own))
+        prefix, missing = meet(own, rank, world_size, timeout)
+        if missing:
+            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
+        store, own = (dist.PrefixStore(prefix, part) for part in (store, own))
         found = Watch(own, rank, world_size, timeout)
         # the watch ends a hanging exchange after the timeout, with a better message than torch's
         dist.init_process_group(
@@ -103,7 +107,31 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
         found.begin()
         watch = found
     except (RuntimeError, ValueError) as error:
-        raise diagnosed(error, backend, rank, None if found is None else found.missing()) from None
+        if found is not None:
+            missing = found.missing()
+        raise diagnosed(error, backend, rank, missing) from None
+
+
+def meet(store: Any, rank: int, world_size: int, timeout: float) -> tuple[str, list[int]]:
+    """A name for this meeting of the processes, and the ranks that have not come. The store may hold what processes of
+    an earlier start have left, so each one waits until rank 0 has seen its own new token."""
+    token, ranks, end = secrets.token_hex(8), range(world_size), time.monotonic() + timeout
+    store.set(f"token/{rank}", token)
+    missing = [other for other in ranks if other != rank]
+    while missing and time.monotonic() < end:
+        tokens = {other: _read(store, f"token/{other}") for other in (ranks if rank == 0 else [rank])}
+        if rank == 0:
+            store.set("meeting", json.dumps([token, tokens]))
+            missing = [other for other in ranks[1:] if _read(store, f"came/{other}") != f"{token} {tokens[other]}"]
+        elif (found := _read(store, "meeting")) and json.loads(found)[1].get(str(rank)) == token:
+            store.set(f"came/{rank}", f"{json.loads(found)[0]} {token}")
+            return json.loads(found)[0], []
+        time.sleep(0.02)
+    return token, [other for other in missing if rank == 0 or not _read(store, f"token/{other}")] or missing[:1]
+
+
+def _read(store: Any, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def stop() -> None:

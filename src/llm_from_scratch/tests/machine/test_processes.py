@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import processes
@@ -91,3 +93,16 @@ def test_the_age_of_a_process() -> None:
 def test_an_old_process_has_done_something_else_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "OLD", 0.0)
     assert processes.process_age(0.5) == 0.5 and processes.process_age(99.0) == processes.YOUNG
+
+
+def test_processes_meet_in_a_store_that_an_earlier_start_has_used() -> None:
+    """Two threads for two processes, three times with one store: each time both get the same new name."""
+    names, store = list[str](), HashStore()
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(processes.meet, store, rank, 2, 20.0) for rank in (1, 0)]
+            one, other = (future.result() for future in found)
+        assert one == other and one[1] == [] and one[0] not in names
+        names.append(one[0])
+    assert processes.meet(store, 0, 2, 0.1)[1] == [1]  # what rank 1 left there does not count
+    assert processes.meet(HashStore(), 1, 2, 0.1)[1] == [0]
