@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.cli.train import main_nanogpt
 from llm_from_scratch.core.dataset import BatchLoader, SampleOrder, TokenData
 from llm_from_scratch.errors import TrainingError, listed
 from llm_from_scratch.training import guards
@@ -313,15 +314,14 @@ def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: P
     assert process.returncode == 0, printed
     assert re.search(r"^error: rank 1 \(.*, process \d+\) died at step 5, ", printed, re.MULTILINE), printed
     assert re.search(r"resuming from cut/step-0000000[24]", printed)  # the save of step 4 may have been cut short
-    whole = {**SETTINGS, **settings, "out_dir": "whole"}
-    in_ranks(2, whole_run, here, str(here), whole)
+    in_ranks(2, whole_run, here, str(here), arguments(**{**SETTINGS, **settings, "out_dir": "whole"}))
     one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("whole", "cut"))
     assert one.step == other.step == 8 and all(torch.equal(one.model[name], other.model[name]) for name in one.model)
 
 
-def whole_run(folder: str, settings: dict[str, Any]) -> None:
+def whole_run(folder: str, argv: list[str]) -> int:
     os.chdir(folder)
-    train(tiny_config(settings.pop("dataset"), **{**settings, "bias": False}))
+    return main_nanogpt(argv)
 
 
 @pytest.mark.slow
