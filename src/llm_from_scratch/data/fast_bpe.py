@@ -3,8 +3,10 @@ results equal theirs."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -49,6 +51,19 @@ HARD_TEXTS = (
 )  # fmt: skip
 
 
+@functools.cache
+def unassigned() -> np.ndarray:
+    """Whether this Python's Unicode does not define a code point: libraries with different versions of Unicode may
+    disagree on whether it is a letter. The last entry is for all later code points."""
+    return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x2FFFF)] + [True])
+
+
+def may_differ(text: str) -> bool:
+    if text.isascii():
+        return False
+    return bool(unassigned().take(np.frombuffer(text.encode("utf-32-le"), "<u4"), mode="clip").any())
+
+
 def can_encode(tokenizer: Tokenizer) -> bool:
     """Whether the package is installed and the tokenizer is of a kind that it may encode."""
     return isinstance(tokenizer, (TiktokenTokenizer, HFTokenizer)) and is_installed("gigatoken")
@@ -90,7 +105,10 @@ class FastTokenizer:
         try:
             data = text.encode()
         except UnicodeEncodeError:  # lone surrogates, as in Tokenizer.encode
-            data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            data = text.encode()
+        if may_differ(text):
+            return self.tokenizer.encode(text)
         try:
             ids: Any = self._backend.encode(data)
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -119,6 +137,8 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
         with spool.open("wb") as file, beginning.open("wb") as small:
             for part in (part for text in texts for part in cut_text(text, TRAINED_PART)):
                 data = part.encode() + SEPARATOR
+                if may_differ(part):
+                    raise EncoderDiffersError("the text has characters that this Python's Unicode does not define")
                 file.write(data)
                 if characters < COMPARED:
                     small.write(data)

@@ -275,6 +275,8 @@ def test_gigatoken_gives_the_ids_of_tiktoken_and_tokenizers(here: Path) -> None:
     """tiktoken and tokenizers are called directly, on a real text and on random strings of difficult parts."""
     text, chance = real_text(), random.Random(0)
     samples = ["".join(chance.choices(HARD, k=chance.randrange(1, 40))) for _ in range(2000)]
+    samples += [f"a{chr(code)}1" for code in range(0x370, 0x32000, 7) if not 0xD800 <= code < 0xE000]
+    samples += ["a\u088f=T", "x\u0c5c1 \U00016ea0b"]  # letters since Unicode 17
     samples += [text[k : k + 4000] for k in range(0, 200_000, 4000)]
     bpe = HFTokenizer.train([text[:300_000]], 600)
     reference, backend = reference_gpt2(), bpe.backend(special_is_text=True)
