@@ -40,6 +40,7 @@ if ours == "ours":
 else:
     datasets.load_dataset = lambda *a, **k: datasets.DatasetDict({"train": datasets.Dataset.from_parquet(file)})
     code = open(script).read().replace("num_proc = 8", "num_proc = 2")
+    code = code.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")
     exec(compile(code, script, "exec"), {"__name__": "__main__", "__file__": script})
 """
 DATATROVE = """
