@@ -159,7 +159,7 @@ class Zip:
 
     def files(self) -> list[zipfile.ZipInfo]:
         """In their order, without links."""
-        infos = [info for info in self.archive.infolist() if not info.is_dir()]
+        infos = [info for info in self.archive.infolist() if info.filename and not info.filename.endswith("/")]
         for info in infos:
             _refuse_outside(info.filename, self.name)
         return [info for info in infos if not stat.S_ISLNK(info.external_attr >> 16)]

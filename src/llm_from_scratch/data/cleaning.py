@@ -34,7 +34,7 @@ from .sources import Source
 
 VERSION = 1  # of the parts and of the decisions
 PART = 32 << 20  # bytes of sources per part
-BATCH = 1 << 22  # characters whose signatures are computed at once
+BATCH = 1 << 18  # characters whose signatures are computed at once
 LONGEST = 1 << 26  # characters of a document
 EXAMPLES, SHOWN = 3, 300  # per reason; characters of each
 LINE = np.dtype([("a", "<u8")])
@@ -95,7 +95,7 @@ def clean(
     folder: for the documents that are left; reports: for the reports. Of duplicates in two groups, the one in the last
     group is left: validation must not be in training."""
     started = time.monotonic()
-    jobs = jobs_of(groups, folder)
+    jobs = jobs_of(groups, folder, PART)
     work = partial(clean_part, options=options, evaluation=evaluation_of(evaluation))
     for count, _ in enumerate(_map(work, jobs, workers), 1):
         if count % 10 == 0:
@@ -111,8 +111,8 @@ def clean(
     return cleaned_sources(groups, folder), without_examples(summary)
 
 
-def jobs_of(groups: Sequence[Sequence[Source]], folder: Path) -> list[tuple[list[Source], Path]]:
-    """(sources, folder) of every part, in the order of the documents."""
+def jobs_of(groups: Sequence[Sequence[Source]], folder: Path, least: int) -> list[tuple[list[Source], Path]]:
+    """(sources, folder) of every part, of `least` bytes or more, in the order in which the first duplicate is left."""
     jobs: list[tuple[list[Source], Path]] = []
     for number in reversed(range(len(groups))):
         some: list[Source] = []
@@ -120,7 +120,7 @@ def jobs_of(groups: Sequence[Sequence[Source]], folder: Path) -> list[tuple[list
         for at, source in enumerate(groups[number]):
             some.append(source)
             size += source.size
-            if size >= PART or at == len(groups[number]) - 1:
+            if size >= least or at == len(groups[number]) - 1:
                 jobs.append((some, folder / f"{number}-{len(jobs):06d}"))
                 some, size = [], 0
     return jobs

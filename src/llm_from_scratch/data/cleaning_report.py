@@ -25,17 +25,17 @@ def summarise(folders: Sequence[Path]) -> dict[str, Any]:
         changed.update(part["changed"])
         for some in (part["removed"], read_json(folder / "duplicates.json")):
             for reason, entry in some.items():
-                sums = removed.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
+                sums = removed.setdefault(reason, {"bytes": 0, "documents": 0, "examples": []})
                 sums["documents"] += entry["documents"]
                 sums["bytes"] += entry["bytes"]
                 sums["examples"] = [*sums["examples"], *entry["examples"]][:EXAMPLES]
     kept = total["read"] - sum(entry["documents"] for entry in removed.values())
     return {
-        "documents": total["read"],
         "bytes": total["read_bytes"],
+        "changed": dict(sorted(changed.items())),
+        "documents": total["read"],
         "kept": kept,
         "removed": dict(sorted(removed.items())),
-        "changed": dict(sorted(changed.items())),
     }
 
 

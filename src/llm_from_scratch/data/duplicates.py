@@ -30,13 +30,11 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
         import rensa
     except ImportError:
         raise missing("rensa", "clean", "--dedup=near: signatures of documents", "use --dedup=exact") from None
-    runs = [np.unique(runs_of_words(text, SHINGLE)) for text in texts]
-    runs = [run if len(run) >= FEWEST else run[:0] for run in runs]
-    ends = np.cumsum([0, *map(len, runs)], dtype=np.uint64)
-    flat = np.concatenate([*runs, np.empty(0, np.uint64)])
-    rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, ends, NUMBERS, SEED).to_rows()
+    runs, counts = runs_of_words(texts, SHINGLE)
+    ends = np.r_[0, np.cumsum(counts)].astype(np.uint64)
+    rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(runs, ends, NUMBERS, SEED).to_rows()
     found = np.array(rows, np.uint32).reshape(len(texts), NUMBERS)
-    found[np.diff(ends.astype(np.int64)) == 0] = 0
+    found[counts < FEWEST] = 0
     return found
 
 

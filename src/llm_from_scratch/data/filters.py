@@ -161,7 +161,7 @@ def without(evaluation: np.ndarray) -> Filter:
     """evaluation: the sorted hashes of all runs of words in evaluation texts."""
 
     def check(text: str) -> str:
-        runs = runs_of_words(text, SHARED_WORDS)
+        runs, _ = runs_of_words([text], SHARED_WORDS)
         if len(runs) and len(evaluation):
             at = np.minimum(np.searchsorted(evaluation, runs), len(evaluation) - 1)
             if (evaluation[at] == runs).any():
@@ -173,7 +173,7 @@ def without(evaluation: np.ndarray) -> Filter:
 
 def evaluation_runs(texts: Iterable[str]) -> np.ndarray:
     """Raises UserError if no text has enough words."""
-    runs = [found for text in texts if len(found := runs_of_words(text, SHARED_WORDS))]
+    runs = [found for text in texts if len(found := runs_of_words([text], SHARED_WORDS)[0])]
     if not runs:
         raise UserError(f"--decontaminate: no evaluation text has {SHARED_WORDS} words")
     return np.unique(np.concatenate(runs))

@@ -4,52 +4,70 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
+from collections.abc import Sequence
 
 import numpy as np
 
-WORD = re.compile(r"\w+", re.ASCII)
-WITHOUT_SPACES = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"  # Thai, Lao, Kana, Han: each character counts as a word
-WIDE_WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+")
-REMEMBERED = 1 << 20  # words
+# Scripts without spaces, in which each character counts as a word: Thai, Lao, Kana, Han
+ALONE = ((0x0E00, 0x0EFF), (0x3040, 0x30FF), (0x3400, 0x9FFF))
+LONGEST = 256  # characters of a word, after which positions repeat
+LETTER, WORD = 1, 2  # what a character is: a part of a word, or a word by itself
+MIX, STEP = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 
-class _Words(dict[str, int]):
-    """Hashes of words; the most common ones are computed once."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= REMEMBERED:
-            self.clear()
-        self[word] = value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return value
-
-
-_words = _Words()
+@functools.cache
+def _kinds() -> np.ndarray:
+    """What each of the first 65,536 characters is."""
+    kinds = np.array([chr(code).isalnum() or code == ord("_") for code in range(1 << 16)], np.uint8)
+    for low, high in ALONE:
+        kinds[low : high + 1] *= WORD
+    return kinds
 
 
-def hash_words(text: str) -> np.ndarray:
-    """The hash of every word, in small letters: punctuation and white space do not count."""
-    words = (WORD if text.isascii() else WIDE_WORD).findall(text.lower())
-    return np.fromiter(map(_words.__getitem__, words), np.uint64, len(words))
+@functools.cache
+def _powers(count: int) -> np.ndarray:
+    return np.array([pow(STEP, power, 1 << 64) for power in range(1, count + 1)], np.uint64)
 
 
-@functools.lru_cache(maxsize=8)
-def _multipliers(count: int) -> np.ndarray:
-    return np.array([pow(0xD6E8FEB86659FD93, power, 1 << 64) for power in range(1, count + 1)], np.uint64)
+def _mixed(values: np.ndarray) -> np.ndarray:
+    values = (values ^ (values >> np.uint64(32))) * MIX
+    return values ^ (values >> np.uint64(29))
 
 
-def runs_of_words(text: str, length: int) -> np.ndarray:
-    """The hash of every run of `length` words."""
-    words = hash_words(text)
-    count = len(words) - length + 1
-    if count <= 0:
-        return np.empty(0, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for at, multiplier in enumerate(_multipliers(length)):
-        total += words[at : at + count] * multiplier
-    total ^= total >> np.uint64(32)
-    total *= np.uint64(0x9E3779B97F4A7C15)
-    return total ^ (total >> np.uint64(29))
+def hash_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of every word, in small letters: punctuation and white space do not count. And the number of words of
+    each text."""
+    small = [text.lower() for text in texts]
+    joined = "\n".join(small)
+    if joined.isascii():
+        codes = np.frombuffer(joined.encode(), np.uint8)
+        kinds = _kinds()[codes]
+    else:
+        codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+        kinds = _kinds()[np.minimum(codes, 0xFFFF)]
+    begins = kinds > 0
+    begins[1:] &= (kinds[1:] == WORD) | (kinds[:-1] != LETTER)
+    starts = np.flatnonzero(begins)
+    ends = np.cumsum([len(text) + 1 for text in small])
+    counts = np.diff(np.searchsorted(starts, np.r_[0, ends]))
+    if not len(starts):
+        return np.empty(0, np.uint64), counts
+    edges = np.r_[0, starts, len(codes)]
+    position = np.arange(len(codes)) - np.repeat(edges[:-1], np.diff(edges))
+    values = _powers(LONGEST)[position % LONGEST] * codes
+    values[kinds == 0] = 0
+    return _mixed(np.add.reduceat(values, starts)), counts
+
+
+def runs_of_words(texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The hash of every run of `length` words, and the number of runs of each text."""
+    words, counts = hash_words(texts)
+    total = np.zeros(max(0, len(words) - length + 1), np.uint64)
+    for at, power in enumerate(_powers(length)):
+        total += words[at : at + len(total)] * power
+    text_of = np.repeat(np.arange(len(counts)), counts)
+    inside = text_of[: len(total)] == text_of[len(text_of) - len(total) :]
+    return _mixed(total[inside]), np.maximum(counts - length + 1, 0)
 
 
 def hash_lines(text: str) -> dict[int, str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
 from ..machine.files import temporary_folder, write_whole
+from .building import DatasetSpec, Report, build
 from .encode import read_progress
-from .prepare import DatasetSpec, Report, build, disk_errors, hash_request
+from .prepare import disk_errors, hash_request
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
 

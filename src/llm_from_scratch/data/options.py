@@ -76,6 +76,12 @@ class PrepareOptions:
     """File with the chat template (Jinja) for conversations. None: the tokenizer's, else a plain one."""
     shard_size: int = 1 << 30
     """Maximum number of tokens per file. A single file is named train.bin or val.bin."""
+    executor: Literal["local", "slurm", "ray"] | None = None
+    """Run cleaning and encoding as tasks by datatrove (extra: cluster): on this machine, a Slurm or a Ray cluster."""
+    tasks: int | None = None
+    """Tasks of --executor. None: the number of cores. More than files have no effect."""
+    slurm: str = ""
+    """Options for sbatch, such as 'partition=cpu time=10:00:00 mem_per_cpu_gb=8'."""
     workers: int | None = None
     """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
@@ -97,6 +103,11 @@ class PrepareOptions:
         between(self, 0, 1, "val_fraction", open_left=True, open_right=True)
         at_least(self, 1, "shard_size")
         at_least(self, 0, "workers", "min_chars", "max_chars", "boilerplate")
+        at_least(self, 1, "tasks")
+        if self.tasks is not None and self.executor is None:
+            raise UserError("--tasks needs --executor: add it, or use --workers")
+        if self.slurm and self.executor != "slurm":
+            raise UserError("--slurm needs --executor=slurm")
         if self.lines and self.separator:
             raise UserError("--lines and --separator both divide a text: remove one of them")
         try:

@@ -13,33 +13,30 @@ import os
 import shlex
 import tempfile
 import timeit
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint.load import is_gguf, named_tokenizer, tokenizer_place
+from ..checkpoint.load import is_gguf, tokenizer_place
 from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
 from ..core.dataset import resolve_dataset
-from ..core.tokenfile import CHECKED, FORMAT, MANIFEST, read_manifest
+from ..core.tokenfile import CHECKED, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.budget import Budget, parse_budget
 from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder
 from . import chats, cleaning
 from . import sources as src
+from .building import DatasetSpec, Report, build, choose_workers
 from .cleaning_report import FILES as REPORTS
-from .encode import TokenCache, read_progress, units_of, write_shards
-from .fast_bpe import FAST_FROM, can_encode, train
-from .meter import Meter
+from .encode import read_progress
+from .executor import make_job, run_steps
 from .options import CLEANING, PrepareOptions
-from .split import Documents, Split, choose_split, empty
+from .split import empty
 
-POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
-VERSION = 1  # of the manifest and of the hash of a request
 MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost grows with it
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
@@ -47,25 +44,6 @@ READ_BESIDE = ("meta.pkl", "tokenizer_config.json", "chat_template.jinja", "gene
 # The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
 BYTES_PER_PARAMETER = 5  # that a well-sized small model reads
-Report = Callable[[str], None]
-
-
-@dataclass
-class DatasetSpec:
-    """The dataset to prepare. sources: those of train and of val; or one list, which is split: one document by
-    position, several by document."""
-
-    name: str
-    sources: list[list[src.Source]]
-    tokenizer: str
-    val_fraction: float
-    seed: int
-    chat_template: str | None = None
-    is_chat: bool = False
-    permuted: bool = False  # the documents of val are nanoGPT's choice
-
-    def all(self) -> list[src.Source]:
-        return [source for some in self.sources for source in some]
 
 
 def prepare(
@@ -96,23 +74,36 @@ def prepare(
             os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
-            with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
-                cache = root / options.cache_dir if options.cache_dir else None
-                extra: dict[str, Any] = {"request": request, "sources": identities}
-                parts = (cache or Path(spool)) / f"cleaning-{request[:16]}"
-                if options.given(*CLEANING):
-                    total = sum(source.size for source in spec.all())
-                    workers = _choose_workers(total) if options.workers is None else options.workers
-                    spec.sources, extra["cleaning"] = cleaning.clean(
-                        spec.sources, options, evaluation, parts, folder, workers, report
-                    )
-                build(spec, folder, options.shard_size, options.workers, cache, extra, report)
-                replace_folder(target, folder)
-                remove_tree(parts)
+            cache = root / options.cache_dir if options.cache_dir else None
+            extra = {"request": request, "sources": identities}
+            if options.executor:
+                work = (cache or target.parent) / f"executor-{request[:16]}"
+                run_steps(make_job(spec, options, evaluation, work, target, extra), report)
+            else:
+                _make(spec, options, evaluation, cache, Path(spool), target, extra, report)
         _print_summary(target, root, report)
         if given != ["demo"]:  # which trains by itself
             report(_next_command(target, root, run, options.budget))
     return target
+
+
+def _make(
+    spec: DatasetSpec, options: PrepareOptions, evaluation: list[src.Source], cache: Path | None, spool: Path,
+    target: Path, extra: dict[str, Any], report: Report,
+) -> None:  # fmt: skip
+    """Cleans and encodes in this process and its workers."""
+    request = extra["request"]
+    parts = (cache or spool) / f"cleaning-{request[:16]}"
+    with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
+        if options.given(*CLEANING):
+            total = sum(source.size for source in spec.all())
+            workers = choose_workers(total) if options.workers is None else options.workers
+            spec.sources, extra["cleaning"] = cleaning.clean(
+                spec.sources, options, evaluation, parts, folder, workers, report
+            )
+        build(spec, folder, options.shard_size, options.workers, cache, extra, report)
+        replace_folder(target, folder)
+        remove_tree(parts)
 
 
 def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: Path, report: Report) -> DatasetSpec:
@@ -189,104 +180,6 @@ def _default_name(first: str, root: Path) -> str:
     return (path.resolve().name if path.is_dir() else path.stem) or "text"
 
 
-def build(
-    spec: DatasetSpec, folder: Path, shard_size: int, workers: int | None, cache_dir: Path | None,
-    extra: dict[str, Any], report: Report,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes shards, tokenizer and manifest to folder. Returns the manifest."""
-    if spec.is_chat:
-        lists = [[source for source in some if isinstance(source, src.FileSource)] for some in spec.sources]
-        rule = Split("hash" if len(lists) == 1 else "files", spec.val_fraction, spec.seed)
-        tokenizer, splits, more = chats.build(
-            lists, spec.tokenizer, spec.chat_template, rule, folder, shard_size, report
-        )
-        return _write_manifest(spec, folder, tokenizer, splits, extra | more)
-    groups = [Documents(sources) for sources in spec.sources]
-    total = sum(source.size for source in spec.all())
-    request = extra.get("request", "")
-    tokenizer = _tokenizer(spec, groups, folder, request, total, report)
-    split = choose_split(groups, spec.val_fraction, spec.seed, spec.permuted, report)
-    lines = all(getattr(source, "lines", False) for source in spec.all())
-    end = tokenizer.eot_id  # not another id of tokenizer.end_ids, which may have a smaller one: this one is written
-    if lines and end is None:
-        tokenizer.ends |= {end := int(tokenizer.encode("\n")[-1])}
-    tokenizer.save(folder)
-    mark_ends = tokenizer.eot_id is not None and (lines or split.several)
-    if workers is None:
-        workers = 0 if tokenizer.name in ("char", "byte") else _choose_workers(total)
-    fast = can_encode(tokenizer) and (total or FAST_FROM) >= FAST_FROM
-    # to read cached tokens takes longer than to encode fast
-    cache = TokenCache(cache_dir / "tokens" if cache_dir and not fast else None, tokenizer.dtype)
-    meter = Meter(total, lambda: sum(group.position for group in groups), report)
-    try:
-        splits = write_shards(
-            lambda: units_of(split.apply(groups), mark_ends), tokenizer, folder, shard_size, workers, cache, fast,
-            request, meter, report,
-        )  # fmt: skip
-    finally:
-        meter.close()
-    for name, entry in splits.items():
-        if not entry["tokens"]:
-            raise UserError(f"the {name} split of {spec.name} would be empty: use more text or change --val_fraction")
-    if cache.hits:
-        report(f"{cache.hits} of {cache.hits + cache.misses} parts were read from the cache {cache_dir}")
-    cache.finish()
-    extra |= {"document_end": end} if lines or mark_ends else {}
-    extra |= {"units": "lines"} if lines else {}
-    return _write_manifest(spec, folder, tokenizer, splits, extra | {"split": split.describe()})
-
-
-def _tokenizer(
-    spec: DatasetSpec, groups: list[Documents], folder: Path, request: str, total: int, report: Report
-) -> Tokenizer:
-    """The tokenizer of a dataset: by name, trained on the documents, or that of the interrupted run in the folder."""
-    if read_progress(folder, request):
-        with contextlib.suppress(UserError):
-            tokenizer = Tokenizer.load(folder)
-            _set_separators(groups, tokenizer.eot_id is None)
-            return tokenizer
-    if spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:"):
-        _set_separators(groups, spec.tokenizer == "char")
-
-        def texts() -> Iterator[str]:
-            return (text for group in groups for _, text, _ in group.pieces(report))
-
-        trained = train(spec.tokenizer, texts(), folder, report) if total >= FAST_FROM else None
-        return trained or named_tokenizer(spec.tokenizer, texts())
-    tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
-    _set_separators(groups, tokenizer.eot_id is None)
-    return tokenizer
-
-
-def _set_separators(groups: list[Documents], needed: bool) -> None:
-    """Without an end-of-text id, documents end with a line break. A single text is not changed."""
-    for group in groups:
-        group.separator = "\n" if needed and group.may_be_many else ""
-
-
-def _write_manifest(
-    spec: DatasetSpec, folder: Path, tokenizer: Tokenizer, splits: dict[str, Any], extra: dict[str, Any]
-) -> dict[str, Any]:
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "name": spec.name,
-        "dtype": tokenizer.dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
-        "splits": splits,
-        **extra,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
-
-
-def _choose_workers(total: int) -> int:
-    """All cores if the input is large or of unknown size (0), else none."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores > 1 and (total or POOL_FROM) >= POOL_FROM else 0
-
-
 def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
     identities = [[source.identity() for source in some] for some in spec.sources]
@@ -294,7 +187,7 @@ def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str
     beside = given.parent if given.is_file() else given
     own_files = [p for p in (given, *(beside / file for file in (*TOKENIZER_FILES, *READ_BESIDE))) if p.is_file()]
     what = {
-        "version": VERSION,
+        "version": 1,
         "sources": [*identities, []][:2],
         "split": len(identities) == 2,
         "name": spec.name,

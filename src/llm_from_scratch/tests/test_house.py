@@ -41,7 +41,7 @@ OPTIONAL = {
     *("safetensors", "tyro", "rich"),
     *("fcntl", "msvcrt", "pydoc_data", "readline", "resource"),
     *("gigatoken", "optuna"),
-    *("aiohttp", "pathspec", "py3langid", "pypdf", "rensa", "resiliparse", "zstandard"),
+    *("aiohttp", "datatrove", "pathspec", "py3langid", "pypdf", "rensa", "resiliparse", "zstandard"),
 }
 # torch and numpy take seconds; these modules of Python, which checkpoints need, a twentieth of the time of --help
 SLOW = {"torch", "numpy", "hashlib", "pickletools"}

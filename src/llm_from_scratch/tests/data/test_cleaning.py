@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def test_signatures_estimate_the_share_of_common_runs() -> None:
     for share in (0.02, 0.1, 0.2):
         for text in texts:
             other = edited(text, share, rng)
-            a, b = (set(runs_of_words(one, duplicates.SHINGLE).tolist()) for one in (text, other))
+            a, b = (set(runs_of_words([one], duplicates.SHINGLE)[0].tolist()) for one in (text, other))
             rows = duplicates.signatures([text, other])
             assert abs((rows[0] == rows[1]).mean() - len(a & b) / len(a | b)) < 4 * 0.5 / duplicates.NUMBERS**0.5
     assert not duplicates.signatures(["a few words"]).any()
@@ -278,10 +279,30 @@ def test_length_and_unicode(here: Path) -> None:
 
 
 def test_hashes_of_words() -> None:
-    assert (hash_words("Hello, World") == hash_words("hello world!")).all()
-    assert len(hash_words("日本語のテキスト")) == 8 and len(hash_words("naïve café")) == 2
-    a, b = runs_of_words("one two three four", 3), runs_of_words("zero one two three", 3)
-    assert a[0] == b[1] and len({*a.tolist(), *b.tolist()}) == 3 and len(runs_of_words("one two", 3)) == 0
+    """Words are those of a regular expression, of each text by itself."""
+    texts = [
+        real_text()[:5000],
+        "Hello, World",
+        "hello world!",
+        "",
+        "naïve café_2 — x",
+        "日本語のテキスト",
+        "...",
+        "a" * 999,
+    ]
+    hashes, counts = hash_words(texts)
+    words = [
+        re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower()) for text in texts
+    ]
+    assert counts.tolist() == list(map(len, words))
+    flat = sum(words, [])
+    assert len(set(flat)) == len(set(hashes.tolist())) == len(set(zip(flat, hashes.tolist(), strict=True)))
+    runs, counts = runs_of_words(texts, 3)
+    sets = [{tuple(some[at : at + 3]) for at in range(len(some) - 2)} for some in words]
+    assert counts.tolist() == [max(0, len(some) - 2) for some in words]
+    assert len(set(runs.tolist())) == len(set().union(*sets))
+    alone = np.concatenate([runs_of_words([text], 3)[0] for text in texts])
+    assert (alone == runs).all()
 
 
 def test_what_cannot_be_cleaned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

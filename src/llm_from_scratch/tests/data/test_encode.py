@@ -17,7 +17,7 @@ import pytest
 
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.core.vocab_files import byte_to_char
-from llm_from_scratch.data import encode, fast_bpe, readers
+from llm_from_scratch.data import building, encode, fast_bpe, readers
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.encode import ShardWriter
 from llm_from_scratch.data.fast_bpe import FastTokenizer
@@ -42,7 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "PIECE", 5000)
     monkeypatch.setattr(encode, "UNIT", 7000)
     monkeypatch.setattr(encode, "SAVE_EVERY", 3000)
-    monkeypatch.setattr(module, "FAST_FROM", 0)
+    monkeypatch.setattr(building, "FAST_FROM", 0)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -137,8 +137,8 @@ def test_an_interrupted_run_continues(
 
 ROOT = Path(module.__file__).resolve().parents[2]
 SMALL = (
-    "import multiprocessing, sys; from llm_from_scratch.data import encode, prepare, readers\n"
-    "readers.PIECE, encode.UNIT, encode.SAVE_EVERY, prepare.FAST_FROM = 5000, 7000, 3000, 0\n"
+    "import multiprocessing, sys; from llm_from_scratch.data import building, encode, prepare, readers\n"
+    "readers.PIECE, encode.UNIT, encode.SAVE_EVERY, building.FAST_FROM = 5000, 7000, 3000, 0\n"
 )
 
 
@@ -226,7 +226,7 @@ def test_an_encoder_that_differs_is_no_longer_used(
 ) -> None:
     write_jsonl(here / "d.jsonl", stories(600))
     whole = prepare(["d.jsonl"], tokenizer="byte", out_dir="whole", shard_size=shard_size, cache_dir=None)
-    monkeypatch.setattr(module, "can_encode", lambda tokenizer: True)
+    monkeypatch.setattr(building, "can_encode", lambda tokenizer: True)
     monkeypatch.setattr(encode, "FastTokenizer", Differing)
     monkeypatch.setattr(Differing, "encoded", 0)
     told = Told()

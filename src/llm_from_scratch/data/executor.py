@@ -1,0 +1,300 @@
+"""llm-prepare as tasks on this machine, a Slurm cluster or a Ray cluster, run by datatrove. Each step ends before the
+next one begins: clean, plan (duplicates, tokenizer, split), encode, merge. A finished task leaves a marker and is not
+repeated. The dataset has the same bytes as without an executor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.tokenizer import Tokenizer
+from ..errors import UserError, one_line
+from ..machine.extras import missing
+from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder, to_json, write_whole
+from . import cleaning
+from .building import DatasetSpec, Rules, make_rules, write_manifest
+from .cleaning_report import summarise, without_examples, write_reports
+from .encode import ShardWriter, TokenCache, write_shards
+from .meter import Meter
+from .options import CLEANING, PrepareOptions
+from .sources import FileSource, Source
+from .split import Documents, Split
+
+POLL = 2.0  # seconds
+DONE, ERROR, JOBS = "encoded.json", "error.txt", "jobs.txt"
+SLURM = {"time": "24:00:00", "partition": "", "qos": "", "cpus_per_task": "1", "mem_per_cpu_gb": "4"}
+
+
+@dataclass(repr=False)  # datatrove prints it in every log
+class Job:
+    """What every task needs. work: a folder that all machines share."""
+
+    spec: DatasetSpec
+    options: PrepareOptions
+    evaluation: list[Source]
+    work: Path
+    target: Path
+    extra: dict[str, Any]  # of the manifest
+    tasks: int
+    least: int  # bytes of a part
+
+    @property
+    def cleans(self) -> bool:
+        return bool(self.options.given(*CLEANING))
+
+    @property
+    def parts(self) -> list[tuple[list[Source], Path]]:
+        """(sources, folder) of every part."""
+        return cleaning.jobs_of(self.spec.sources, self.work / "parts", self.least)
+
+    def encoding(self, rules: Rules) -> list[tuple[list[list[Source]], Path]]:
+        """(sources of each group, folder) of every part, in the order of the documents."""
+        sources = self.spec.sources
+        if rules.needs_order:  # a document's number decides, so that one task must read them all
+            cleaned = cleaning.cleaned_sources(sources, self.work / "parts") if self.cleans else sources
+            return [(cleaned, self.work / "tokens")]
+        jobs = []
+        for some, folder in sorted(self.parts, key=lambda part: part[1].name):
+            number = cleaning.group_of(folder)
+            groups: list[list[Source]] = [[] for _ in sources]
+            groups[number] = [cleaning.cleaned_source(sources[number], [folder])] if self.cleans else some
+            jobs.append((groups, self.work / "tokens" / folder.name))
+        return jobs
+
+    def plan(self) -> tuple[Rules, Tokenizer, dict[str, Any]]:
+        """What plan_step has written."""
+        plan = read_json(self.work / "plan" / "plan.json")
+        rules = Rules(**plan["rules"] | {"split": Split(**plan["split"])})
+        return rules, Tokenizer.load(self.work / "plan"), plan
+
+
+def make_job(
+    spec: DatasetSpec,
+    options: PrepareOptions,
+    evaluation: list[Source],
+    work: Path,
+    target: Path,
+    extra: dict[str, Any],
+) -> Job:
+    """Raises UserError for what tasks elsewhere cannot read."""
+    if spec.is_chat:
+        raise UserError(f"--executor={options.executor} does not support conversations: remove it")
+    if spec.permuted:
+        raise UserError(f"--executor={options.executor} does not support openwebtext, whose documents are one stream")
+    if any(source.name == "standard input" for source in spec.all()):
+        raise UserError(f"--executor={options.executor} cannot read standard input: save it to a file")
+    sources = [[_absolute(source) for source in group] for group in spec.sources]
+    tokenizer = str(Path(spec.tokenizer).absolute()) if os.path.exists(spec.tokenizer) else spec.tokenizer
+    spec = dataclasses.replace(spec, sources=sources, tokenizer=tokenizer)
+    tasks = options.tasks or os.cpu_count() or 1
+    least = min(cleaning.PART, sum(source.size for source in spec.all()) // tasks)
+    texts = list(map(_absolute, evaluation))
+    return Job(spec, options, texts, work.absolute(), target.absolute(), extra, tasks, least)
+
+
+def _absolute(source: Source) -> Source:
+    if isinstance(source, FileSource) and not source.url:
+        return dataclasses.replace(source, path=source.path.absolute(), label=source.name)
+    return source
+
+
+# The steps: datatrove calls them with the number of the task
+
+
+def clean_step(job: Job, rank: int, tasks: int) -> None:
+    runs = cleaning.evaluation_of(job.evaluation)
+    for part in job.parts[rank::tasks]:
+        cleaning.clean_part(part, job.options, runs)
+
+
+def plan_step(job: Job, rank: int, tasks: int) -> None:
+    spec, summary = job.spec, {}
+    if job.cleans:
+        folders = [folder for _, folder in job.parts]
+        cleaning.decide(folders, job.options, job.work / "parts")
+        spec = dataclasses.replace(spec, sources=cleaning.cleaned_sources(spec.sources, job.work / "parts"))
+        summary = summarise(folders)
+    folder = job.work / "plan"
+    folder.mkdir(exist_ok=True)
+    groups = [Documents(sources) for sources in spec.sources]
+    _, rules = make_rules(spec, groups, folder, job.extra["request"], print)
+    separators = [group.separator for group in groups]
+    plan = {"rules": dataclasses.asdict(rules), "split": dataclasses.asdict(rules.split), "separators": separators}
+    write_whole(folder / "plan.json", to_json(plan | {"cleaning": summary}))
+
+
+def encode_step(job: Job, rank: int, tasks: int) -> None:
+    rules, tokenizer, plan = job.plan()
+    separators = plan["separators"]
+    for groups, folder in job.encoding(rules)[rank::tasks]:
+        if (folder / DONE).is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+        documents = [Documents(sources, separator) for sources, separator in zip(groups, separators, strict=True)]
+        units, cache = functools.partial(rules.units, documents), TokenCache(None, tokenizer.dtype)
+        meter, request = Meter(0, _zero, _ignore), job.extra["request"]
+        splits = write_shards(
+            units, tokenizer, folder, sys.maxsize, 0, cache, rules.fast, request, meter, print
+        )  # fmt: skip
+        write_whole(folder / DONE, to_json(splits))
+
+
+def merge_step(job: Job, rank: int, tasks: int) -> None:
+    rules, tokenizer, plan = job.plan()
+    with temporary_folder(job.target) as folder:
+        tokenizer.save(folder)
+        splits = {}
+        for split in ("train", "val"):
+            writer = ShardWriter(folder, split, job.options.shard_size, tokenizer.dtype)
+            for _, part in job.encoding(rules):
+                entry = read_json(part / DONE)[split]
+                writer.text_bytes += entry["bytes"]
+                for shard in entry["shards"]:
+                    with (part / shard["file"]).open("rb") as file:
+                        while len(ids := np.fromfile(file, tokenizer.dtype, 1 << 22)):
+                            writer.append(ids)
+            splits[split] = writer.close()
+        extra = dict(job.extra)
+        if plan["cleaning"]:
+            write_reports(plan["cleaning"], folder)
+            extra["cleaning"] = without_examples(plan["cleaning"])
+        write_manifest(job.spec, folder, tokenizer, splits, extra | rules.manifest())
+        replace_folder(job.target, folder)
+
+
+STEPS: dict[str, Callable[[Job, int, int], None]] = {
+    "clean": clean_step, "plan": plan_step, "encode": encode_step, "merge": merge_step
+}  # fmt: skip
+
+
+def run_task(data: Any, rank: int, world_size: int, name: str, job: Job) -> None:
+    """A task of a step, as datatrove calls it."""
+    try:
+        STEPS[name](job, rank, world_size)
+    except UserError as error:
+        write_whole(job.work / ERROR, one_line(error, None).encode())
+        raise
+
+
+def _zero() -> int:
+    return 0
+
+
+def _ignore(line: str) -> None:
+    pass
+
+
+# Running them
+
+
+def run_steps(job: Job, report: Callable[[str], None]) -> None:
+    """Runs all steps, and waits for them. Raises UserError."""
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # datatrove prints each step of each task
+    try:
+        import datatrove.executor  # noqa: F401
+    except ImportError:
+        raise missing("datatrove", "cluster", f"--executor={job.options.executor}") from None
+    job.work.mkdir(parents=True, exist_ok=True)
+    remove_tree(job.work / ERROR)
+    if job.options.executor == "slurm":
+        _run_on_slurm(job, report)
+    else:
+        for name in _steps(job):
+            executor = _executor(job, name)
+            report(f"{name}: {executor.world_size} tasks on {job.options.executor}")
+            try:
+                executor.run()
+            except UserError:
+                raise
+            except Exception as error:
+                raise _failure(job, one_line(error)) from None
+            if executor.get_incomplete_ranks():
+                raise _failure(job, f"tasks of the step {name} failed")
+    remove_tree(job.work)
+
+
+def _steps(job: Job) -> list[str]:
+    return [name for name in STEPS if name != "clean" or job.cleans]
+
+
+def _failure(job: Job, reason: str) -> UserError:
+    """The error of a task, if it was the user's."""
+    error = job.work / ERROR
+    if error.is_file():
+        return UserError(error.read_text(encoding="utf-8"))
+    return UserError(f"{reason}: see {job.work / 'logs'}; the same command resumes")
+
+
+def _executor(job: Job, name: str, depends: Any = None) -> Any:
+    from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+
+    tasks = job.tasks if name in ("clean", "encode") else 1
+    pipeline = [functools.partial(run_task, name=name, job=job)]
+    logs = str(job.work / "logs" / f"{name}-{tasks}")  # of another number of tasks, other ones are complete
+    if job.options.executor == "slurm":
+        given = SLURM | _slurm_options(job.options)
+        return SlurmPipelineExecutor(
+            pipeline, tasks, given.pop("time"), given.pop("partition"), int(given.pop("cpus_per_task")),
+            int(given.pop("mem_per_cpu_gb")), qos=given.pop("qos"), job_name=f"llm-prepare-{name}", depends=depends,
+            env_command=f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH", logging_dir=logs,
+            workers=job.options.workers or -1, sbatch_args=given,
+        )  # fmt: skip
+    workers = min(tasks, job.options.workers or (tasks if job.options.executor == "ray" else os.cpu_count() or 1))
+    if job.options.executor == "ray":
+        return RayPipelineExecutor(pipeline, tasks, workers, logging_dir=logs, mem_per_cpu_gb=0.5)
+    return LocalPipelineExecutor(pipeline, tasks, workers, logging_dir=logs)
+
+
+def _slurm_options(options: PrepareOptions) -> dict[str, str]:
+    """--slurm='partition=cpu time=10:00:00'"""
+    pairs = [word.partition("=") for word in shlex.split(options.slurm)]
+    if any(not name or not sign for name, sign, _ in pairs):
+        raise UserError(f"slurm={options.slurm!r}: expected NAME=VALUE pairs such as 'partition=cpu time=10:00:00'")
+    return {name: value for name, _, value in pairs}
+
+
+def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
+    """Submits the jobs, unless those of an earlier call are still there, and waits for them."""
+    _slurm_options(job.options)
+    if shutil.which("sbatch") is None:
+        raise UserError("--executor=slurm needs the command sbatch: run it on a machine of the cluster")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        raise UserError("--executor=slurm submits jobs itself: run it outside of a job")
+    names = job.work / JOBS
+    jobs = names.read_text().split() if names.is_file() else []
+    if not _queued(jobs):
+        executors: list[Any] = [None]
+        for name in _steps(job):
+            executors.append(_executor(job, name, executors[-1]))
+        executors[-1].run()
+        jobs = [str(executor.job_id) for executor in executors[1:] if executor.job_id not in (None, -1)]
+        write_whole(names, " ".join(jobs).encode())
+    report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")
+    merged = job.work / "logs" / "merge-1" / "completions" / "00000"
+    while not merged.exists():
+        if (job.work / ERROR).exists() or (not _queued(jobs) and not merged.exists()):
+            raise _failure(job, "the jobs ended before the dataset was complete")
+        time.sleep(POLL)
+
+
+def _queued(jobs: list[str]) -> bool:
+    """Whether one of the jobs waits or runs."""
+    if not jobs:
+        return False
+    done = subprocess.run(
+        ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"], capture_output=True, text=True
+    )
+    return done.returncode == 0 and bool(done.stdout.strip())

@@ -1,0 +1,170 @@
+"""The same bytes from datatrove's tasks as without: on this machine, on Ray, on a stand-in for Slurm that kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_from_scratch.data import cleaning
+from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.errors import UserError
+from llm_from_scratch.tests.texts import real_text
+
+pytestmark = pytest.mark.slow
+
+SBATCH = """#!{python}
+import os, random, re, signal, subprocess, sys, time
+root = {root!r}
+if len(sys.argv) > 2 and sys.argv[1] == "--run":
+    job, script, after = sys.argv[2], open(sys.argv[3]).read(), sys.argv[4].split(",")
+    while not all(os.path.exists(f"{{root}}/{{one}}.done") for one in after if one):
+        time.sleep(0.1)
+    last = int(re.search(r"--array=0-(\\d+)", script)[1])
+    for rank in range(last + 1):
+        for attempt in range(3):
+            env = os.environ | {{"SLURM_ARRAY_TASK_ID": str(rank), "SLURM_JOB_ID": job, "SLURM_NODELIST": "here"}}
+            process = subprocess.Popen(["bash", sys.argv[3]], env=env, start_new_session=True,
+                                       stdout=open(f"{{root}}/log", "a"), stderr=subprocess.STDOUT)
+            if attempt < 1 and "merge_stats" not in script:  # a node fails
+                try:
+                    process.wait(random.Random(f"{{job}} {{rank}} {{attempt}}").uniform(0.5, {seconds}))
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    open(f"{{root}}/killed", "a").write(f"{{job}} {{rank}}\\n")
+            if process.wait() == 0:
+                break
+        else:
+            open(f"{{root}}/{{job}}.failed", "w").close()
+            sys.exit()
+    open(f"{{root}}/{{job}}.done", "w").close()
+else:
+    job = str(100 + len([name for name in os.listdir(root) if name.endswith(".sh")]))
+    with open(f"{{root}}/{{job}}.sh", "w") as file:
+        file.write(open(sys.argv[-1]).read())
+    after = ",".join(re.findall(r"afterok:(\\d+)", " ".join(sys.argv) + open(sys.argv[-1]).read()))
+    subprocess.Popen([sys.executable, __file__, "--run", job, f"{{root}}/{{job}}.sh", after], start_new_session=True,
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print("Submitted batch job", job)
+"""
+SQUEUE = """#!{python}
+import os, sys
+jobs = sys.argv[-1].removeprefix("--jobs=").split(",")
+ended = [job for job in jobs for end in ("done", "failed") if os.path.exists(f"{root}/{{job}}.{{end}}")]
+print("\\n".join(job for job in jobs if job not in ended))
+"""
+
+
+@pytest.fixture
+def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("datatrove")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cleaning, "PART", 20_000)
+    words = real_text().split()
+    for number in range(6):
+        rows = [{"text": " ".join(words[at : at + 80])} for at in range(4000 * number, 4000 * (number + 1) - 200, 80)]
+        rows += rows[:3]
+        Path(f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def same(one: Path, two: Path) -> None:
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in two.iterdir()} and any(name.startswith("train") for name in names)
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_local_tasks_give_the_same(texts: Path) -> None:
+    settings: dict[str, Any] = {"dedup": "exact", "boilerplate": 3, "tokenizer": "gpt2", "shard_size": 5000}
+    given: dict[str, Any] = {"report": lambda line: None, "val_files": ("5.jsonl",), **settings}
+    alone = prepare(["[0-4].jsonl"], out_dir="alone", **given)
+    same(alone, prepare(["[0-4].jsonl"], out_dir="tasks", executor="local", tasks=4, **given))
+    assert not list(Path("data/cache").glob("executor-*"))
+
+
+def test_a_killed_run_resumes(texts: Path) -> None:
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **settings)
+    command = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data", "*.jsonl", "--out_dir=tasks"]
+    command += ["--tokenizer=gpt2", "--executor=local", "--tasks=3"]
+    rng, killed = random.Random(0), 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(rng.uniform(2, 6))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+    same(alone, prepare(["*.jsonl"], out_dir="tasks", executor="local", tasks=3, **settings))
+    assert killed
+
+
+def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_, root = texts / "bin", texts / "jobs"
+    bin_.mkdir()
+    root.mkdir()
+    scripts = {
+        "sbatch": SBATCH.format(python=sys.executable, root=str(root), seconds=6),
+        "squeue": SQUEUE.format(python=sys.executable, root=str(root)),
+        "scontrol": '#!/bin/sh\necho "$3"\n',
+        "srun": '#!/bin/sh\nshift 3\nexec "$@"\n',  # srun -l -n 1 COMMAND
+    }
+    for name, script in scripts.items():
+        (bin_ / name).write_text(script)
+        (bin_ / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "dedup": "exact", "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **settings)
+    slurm: dict[str, Any] = {"executor": "slurm", "tasks": 2, "slurm": "partition=cpu time=01:00:00 account=me"}
+    same(alone, prepare(["*.jsonl"], out_dir="tasks", **slurm, **settings))
+    script = (root / "100.sh").read_text()
+    assert "#SBATCH --partition=cpu" in script and "#SBATCH --account=me" in script
+    assert (root / "killed").exists()
+    until = time.monotonic() + 60
+    while (
+        waiting := [p for p in root.glob("*.sh") if not p.with_suffix(".done").exists()]
+    ) and time.monotonic() < until:
+        time.sleep(0.2)  # for the jobs that add up the statistics
+    assert not waiting
+
+
+def test_an_error_in_a_task_is_the_users_line(texts: Path) -> None:
+    Path("3.jsonl").write_text('{"body": 1}\n')
+    with pytest.raises(UserError, match="3.jsonl, line 1 does not have the text field 'text'"):
+        prepare(["*.jsonl"], tokenizer="gpt2", executor="local", tasks=2, report=lambda line: None)
+    assert not Path("data/processed/0").exists()
+
+
+def test_ray(texts: Path) -> None:
+    pytest.importorskip("ray")
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "dedup": "exact", "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **settings)
+    same(alone, prepare(["*.jsonl"], out_dir="tasks", executor="ray", tasks=2, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"executor": "slurm"}, "needs the command sbatch"),
+        ({"tasks": 4}, "--tasks needs --executor"),
+        ({"slurm": "partition=cpu"}, "--slurm needs --executor=slurm"),
+        ({"executor": "slurm", "slurm": "cpu"}, "expected NAME=VALUE"),
+    ],
+)
+def test_what_cannot_run(texts: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(UserError, match=message):
+        prepare(["*.jsonl"], tokenizer="gpt2", **settings)
