@@ -67,7 +67,7 @@ def main() -> None:
                 number, size, originals = number + 1, size + len(text), originals + 1
                 if rng.random() < share:  # into a later file
                     copy = "PLANTED " + edit(text, words, rng)
-                    files[int(rng.integers(number % FILES, FILES))].write(json.dumps({"text": copy}) + "\n")
+                    files[int(rng.integers((number - 1) % FILES, FILES))].write(json.dumps({"text": copy}) + "\n")
                     size += len(copy)
         for file in files:
             file.close()
