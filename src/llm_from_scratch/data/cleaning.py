@@ -107,6 +107,10 @@ def clean(
     for line in as_text(summary):
         report(line)
     report(f"cleaning took {took:.1f} s ({summary['bytes'] / took / 1e6:.1f} MB/s)")
+    if not summary["kept"]:
+        raise UserError(
+            f"cleaning removed all {summary['documents']:,} documents ({next(iter(summary['removed']), '')})"
+        )
     write_reports(summary, reports)
     return cleaned_sources(groups, folder), without_examples(summary)
 
