@@ -100,6 +100,7 @@ def test_permuted_is_a_permutation(count: int) -> None:
     assert permuted(some, count, keys).tolist() == found[some].tolist(), "a place does not depend on the others"
 
 
+@pytest.mark.slow
 def test_permuted_is_as_random_as_a_permutation() -> None:
     """How often element j is at place i: the chi-square statistic, whose mean and deviation are known."""
     count, rng, counts = 11, np.random.default_rng(0), np.zeros((11, 11))
@@ -202,6 +203,7 @@ def test_a_run_longer_than_all_parts_is_refused() -> None:
     assert len(one_by_one(order, 4 * per_epoch)) == 4 * per_epoch, "a run that rolled back may need a little more"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shuffled", "random"])
 def test_30_random_cuts_at_world_sizes_1_to_4(kind: Any) -> None:
     """A run that stops at a step and resumes with another number of processes reads the same ids."""

@@ -89,6 +89,7 @@ def test_an_epoch_of_data_larger_than_the_cache_goes_through_groups(store: Path)
     assert read_metrics(Path("far"))[-1]["val_loss_full"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_same_from_a_store(store: Path) -> None:
     for name, dataset in (("near", str(store)), ("far", URL)):
         train(tiny_config(dataset, out_dir=name, sample_order="shuffled", final_eval=True))

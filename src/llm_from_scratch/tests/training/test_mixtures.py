@@ -67,6 +67,7 @@ def test_a_run_on_a_mixture(parts: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert lines[2].endswith("a, b, weighted")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out_dir, steps in (("whole", [8]), ("cut", [3, 5, 8])):
         for number, last in enumerate(steps):
