@@ -142,7 +142,7 @@ def adder(steps: int = 0) -> dict[str, float]:
     subprocess.run([*command, *([f"--max_iters={steps}"] if steps else [])], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     prompts = [line[:6] for line in lines[:HELD_OUT]]
-    written = Generator.load("sums").generate(prompts, max_new_tokens=4, temperature=0.0)
+    written = Generator.from_checkpoint("sums").generate(prompts, max_new_tokens=4, temperature=0.0)
     right = sum(
         line[:9] == (prompt + text.removeprefix(prompt))[:9]
         for line, prompt, text in zip(lines, prompts, written, strict=False)
