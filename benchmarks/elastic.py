@@ -89,7 +89,8 @@ def _await_steps(out_dir: Path, lines: int, process: subprocess.Popen[bytes]) ->
 
 def _weights(out_dir: Path) -> tuple[str, str]:
     last = max(out_dir.glob("step-*"))
-    return last.name, hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+    parts = sorted(last.glob("model*.safetensors"))
+    return last.name, "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in parts)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def _kill_job(job: str) -> None:
 
 def _weights(out_dir: Path) -> tuple[int, str]:
     last = max(out_dir.glob("step-*"))
-    return int(last.name[5:]), hashlib.sha256((last / "model.safetensors").read_bytes()).hexdigest()
+    parts = sorted(last.glob("model*.safetensors"))
+    return int(last.name[5:]), "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in parts)
 
 
 if __name__ == "__main__":
