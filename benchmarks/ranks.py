@@ -46,7 +46,7 @@ class Team:
         with self.log.open("w") as log:
             for rank in range(processes):
                 own = variables | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if variables else {})
-                command = [sys.executable, "-P", __file__, "--member", *words, *settings]
+                command = [sys.executable, __file__, "--member", *words, *settings]
                 self.members.append(
                     subprocess.Popen(
                         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -69,8 +69,9 @@ class Team:
         for member in self.members:
             member.kill()
             member.wait()
-            member.stdin.close()
-            member.stdout.close()
+            for pipe in (member.stdin, member.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def member(words: list[str]) -> None:
