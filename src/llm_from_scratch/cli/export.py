@@ -125,6 +125,7 @@ def _export(options: Export, loaded: Checkpoint, output: Path) -> None:
 
 
 def _export_adapter(loaded: Checkpoint, base: Base, output: Path) -> None:
+    from ..checkpoint.load import is_pretrained
     from ..interop.peft import export_peft
 
     assert loaded.path is not None
@@ -132,7 +133,7 @@ def _export_adapter(loaded: Checkpoint, base: Base, output: Path) -> None:
     export_peft(
         loaded.model_config, loaded.model, loaded.adapter, base.rank, base.scale, place, loaded.tokenizer, output
     )
-    if not os.path.isfile(os.path.join(place, "config.json")):
+    if place.endswith(".gguf") or not is_pretrained(place):
         again = shlex.join(["llm-export", f"--checkpoint={place}", "--output=FOLDER"])
         print(f"peft needs {place} in Hugging Face's format: {again}, and FOLDER in adapter_config.json")
 

@@ -73,8 +73,9 @@ class PackedData(TokenData):
         """The documents of a prepared split. Raises UserError if their ends are not known."""
         manifest = read_manifest(folder) or {}
         if cls.of_pairs != (manifest.get("units") == "preferences"):
-            what = "pairs of answers, which --loss=dpo" if not cls.of_pairs else "no pairs of answers, which --loss=dpo"
-            raise UserError(f"{folder} holds {what} needs")
+            what = "no pairs of answers, which --loss=dpo needs"
+            what = what if cls.of_pairs else "pairs of answers, which only llm-train --loss=dpo reads"
+            raise UserError(f"{folder} holds {what}")
         if stated := manifest.get("splits", {}).get(split, {}).get("marks"):
             return cls(data.shards, data.name, block_size, marks=open_marks(folder, stated, data.shards))
         if (ends := document_ends(data.shards)) is not None:

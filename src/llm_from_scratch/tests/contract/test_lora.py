@@ -118,6 +118,7 @@ def test_every_command_loads_the_base_and_the_adapter(runs: Path, capsys: pytest
 @pytest.mark.slow
 def test_an_adapter_in_pefts_format_is_served(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export.main(["--out_dir=poet", "--format=peft", "--output=poet-peft"])
+    assert "in Hugging Face's format: llm-export --checkpoint=" in capsys.readouterr().out
     service = served(base_service(adapters={"poet": "poet", "same": "poet-peft"}), "base")
     try:
         mine, theirs = (service.named(name).generator.model.state_dict() for name in ("poet", "same"))

@@ -167,7 +167,7 @@ def test_a_resumed_run_has_the_reference_of_its_start(here: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "next_token", "dpo_beta": 0.1}, "holds pairs of answers, which --loss=dpo needs"),
+        ({"loss": "next_token", "dpo_beta": 0.1}, "holds pairs of answers, which only llm-train --loss=dpo reads"),
         ({"loss": "next_token"}, "dpo_beta has no effect without --loss=dpo"),
         ({"block_size": 8}, "no pair fits into block_size=8"),
         ({"init_from": "scratch"}, "--loss=dpo needs a model that writes answers"),
