@@ -26,7 +26,10 @@ import os, random, re, signal, subprocess, sys, time
 root = {root!r}
 if len(sys.argv) > 2 and sys.argv[1] == "--run":
     job, script, after = sys.argv[2], open(sys.argv[3]).read(), sys.argv[4].split(",")
+    until = time.time() + 60
     while not all(os.path.exists(f"{{root}}/{{one}}.done") for one in after if one):
+        if time.time() > until:  # the job before it has failed, or the test
+            sys.exit()
         time.sleep(0.1)
     last = int(re.search(r"--array=0-(\\d+)", script)[1])
     for rank in range(last + 1):
