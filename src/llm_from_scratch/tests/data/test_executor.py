@@ -39,7 +39,7 @@ if len(sys.argv) > 2 and sys.argv[1] == "--run":
                                        stdout=open(f"{{root}}/log", "a"), stderr=subprocess.STDOUT)
             if attempt < 1 and "merge_stats" not in script:  # a node fails
                 try:
-                    process.wait(random.Random(f"{{job}} {{rank}} {{attempt}}").uniform(0.5, {seconds}))
+                    process.wait(random.Random(f"{{job}} {{rank}} {{attempt}}").uniform(0.2, {seconds}))
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
                     open(f"{{root}}/killed", "a").write(f"{{job}} {{rank}}\\n")
@@ -120,7 +120,7 @@ def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) 
     bin_.mkdir()
     root.mkdir()
     scripts = {
-        "sbatch": SBATCH.format(python=sys.executable, root=str(root), seconds=6),
+        "sbatch": SBATCH.format(python=sys.executable, root=str(root), seconds=1.6),
         "squeue": SQUEUE.format(python=sys.executable, root=str(root)),
         "scontrol": '#!/bin/sh\necho "$3"\n',
         "srun": '#!/bin/sh\nshift 3\nexec "$@"\n',  # srun -l -n 1 COMMAND
