@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_a_store_that_cannot_be_reached_delays_nothing(tmp_path: Path, monkeypat
         assert restored("memory", tmp_path)[0].startswith("warning: the mirror cannot be read")
     assert copy.wait(10) and steps("memory") == [2, 1]
     assert copy.lines[1:] == ["mirror: memory://mirror is up to date again"]
+
+
+def test_the_other_processes_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", 1)
+    assert opened("memory", tmp_path / "a").wait(10)
+    waiting = threading.Thread(target=restore, args=("memory", tmp_path / "b", False, print))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    restored("memory", tmp_path / "b")
+    waiting.join(30)
+    assert not waiting.is_alive()
+    monkeypatch.setattr(mirror, "LONGEST", 0.0)
+    restore("memory", tmp_path / "c", False, print)  # in vain
+    assert not (tmp_path / "c").exists()
 
 
 def unreachable(*_: Any, **__: Any) -> Any:
