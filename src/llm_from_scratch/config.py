@@ -131,8 +131,8 @@ class DataConfig(Settings):
     """The training data and its order."""
 
     dataset: str = "openwebtext"
-    """A name in data/ or data/processed/, or a folder with train.bin and val.bin. A mixture: '{book: 0.7, code: 0.3}'.
-    If not given, llm-train uses the most recently prepared data."""
+    """A name in data/ or data/processed/, a folder with train.bin and val.bin, or a mixture: '{book: 0.7, code: 0.3}'.
+    llm-train's default: the data prepared last."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None

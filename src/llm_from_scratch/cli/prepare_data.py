@@ -13,6 +13,10 @@ from ..presets import parse
 from .common import command
 
 ENOUGH = 100_000_000  # tokens for llm-train's default model with any tokenizer
+COMMON = (
+    "tokenizer", "budget", "out_dir", "name", "val_files", "val_fraction", "text_key", "lines", "include", "dedup", "quality",
+    "workers",
+)  # fmt: skip
 DESCRIPTION = """Tokenizes texts for training.
 
   llm-prepare book.txt
@@ -30,7 +34,9 @@ documents, or the texts in --val_files. If nothing has changed, a second run doe
 
 @command
 def main(argv: list[str]) -> None:
-    parsed = parse(PrepareOptions, argv, prog="llm-prepare [SOURCE ...]", description=DESCRIPTION, presets=False)
+    parsed = parse(
+        PrepareOptions, argv, prog="llm-prepare [SOURCE ...]", description=DESCRIPTION, presets=False, common=COMMON
+    )
     from ..data.prepare import prepare  # numpy and tokenizers, which --help does not need
 
     folder = prepare(parsed.positionals, **vars(parsed.tree), report=say)
