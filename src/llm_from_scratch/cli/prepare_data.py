@@ -14,8 +14,8 @@ from .common import command
 
 ENOUGH = 100_000_000  # tokens for llm-train's default model with any tokenizer
 COMMON = (
-    "tokenizer", "budget", "out_dir", "name", "val_files", "val_fraction", "text_key", "lines", "include", "dedup", "quality",
-    "workers",
+    "tokenizer", "budget", "out_dir", "name", "val_files", "val_fraction", "text_key", "lines", "include", "dedup",
+    "quality", "workers",
 )  # fmt: skip
 DESCRIPTION = """Tokenizes texts for training.
 
