@@ -255,11 +255,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 def is_dataset_name(value: object) -> bool:
     """Whether a stored dataset is a name, looked up in data/, or a mixture of names. A path from a checkpoint is never
     followed."""
+    if not isinstance(value, str):
+        return False
     try:
-        names = [part.name for part in read_mixture(value)] if isinstance(value, str) else []
+        names = [part.name for part in read_mixture(value)]
     except UserError:
         return False
-    return all(isinstance(n, str) and Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
+    return all(Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
 
 
 def dataset_option(stored: object) -> str:

@@ -168,8 +168,8 @@ def main(argv: list[str]) -> int:
         seconds = {} if options.text_files else {"seconds": round(whole.seconds, 3)}
         print(json.dumps(_figures(whole) | windows | {"data": name} | seconds | parts))
         return 0
-    for part, result in each.items():
-        _report(result, windows, part)
+    for domain, result in each.items():
+        _report(result, windows, domain)
     _report(whole, windows, total if each else name)
     return 0
 

@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
     if (options.out_dir is None) == (options.checkpoint is None):
         raise UserError("nothing to export: give either --out_dir=FOLDER or --checkpoint=PATH")
     if not options.output:
-        example = {"nanogpt": "--output=FOLDER/ckpt.pt", "gguf": "--output=model.gguf"}
-        example = example.get(options.format, "--output=FOLDER")
+        examples = {"nanogpt": "--output=FOLDER/ckpt.pt", "gguf": "--output=model.gguf"}
+        example = examples.get(options.format, "--output=FOLDER")
         raise UserError(f"--output is missing: give a path, for example {example}")
     from ..checkpoint.load import load
     from ..checkpoint.store import write_nanogpt

@@ -41,8 +41,9 @@ def adapted(plain: Any) -> Any:
 @functools.cache
 def cpu_adapted() -> Any:
     """adapted(Linear) for a CPU: many rows are multiplied by the merged weight, which saves passes over them."""
+    base: Any = adapted(CPULinear)
 
-    class CPUAdapted(adapted(CPULinear)):
+    class CPUAdapted(base):
         def forward(self, x: Tensor) -> Tensor:
             is_dropped = self.training and self.lora_dropout.p
             if is_dropped or x.dtype != torch.float32 or self.weight.dtype != x.dtype:  # bfloat16 would round B A away

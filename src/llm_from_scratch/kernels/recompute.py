@@ -137,7 +137,8 @@ class Made:
         self.out, self.version, self.make = out, out._version, make
         self.args = [(a.detach(), a._version) if isinstance(a, Tensor) else (a, None) for a in args]
         self.autocast = torch.is_autocast_enabled(out.device.type)
-        self.uses, self.kept = 0, None  # kept for the layers that share it, as gate and input of an MLP
+        self.uses = 0
+        self.kept: Tensor | None = None  # for the layers that share it, as gate and input of an MLP
 
     def again(self) -> Tensor:
         kind, out = self.args[0][0].device.type, self.kept

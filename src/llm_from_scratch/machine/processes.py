@@ -91,13 +91,13 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
     missing: list[int] | None = None
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        own = dist.TCPStore(
+        shared = dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience, wait_for_workers=False
         )
-        prefix, missing = meet(own, rank, world_size, timeout)
+        prefix, missing = meet(shared, rank, world_size, timeout)
         if missing:
             raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
-        store, own = (dist.PrefixStore(prefix, part) for part in (store, own))
+        store, own = dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, shared)
         found = Watch(own, rank, world_size, timeout)
         # the watch ends a hanging exchange after the timeout, with a better message than torch's
         dist.init_process_group(

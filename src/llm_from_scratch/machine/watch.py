@@ -121,6 +121,12 @@ class Watch:
             if before - self._answered > self.timeout + 1:  # other reasons come first
                 self._leave(self._lost_store())
 
+    def _reset(self) -> None:
+        self._seen: dict[str, Any] = {}
+        self._stack: list[Any] = []
+        self._heard, self._is_reported = time.monotonic(), False
+        self._answered = time.monotonic()
+
     def _exchange(self) -> None:
         while not self._ending.wait(BEAT):
             try:
@@ -236,12 +242,6 @@ class Watch:
     def _states(self, ranks: list[int]) -> States:
         found = self.store.multi_get([f"beat/{rank}" for rank in ranks])
         return {rank: json.loads(text) for rank, text in zip(ranks, found, strict=True)}
-
-    def _reset(self) -> None:
-        self._seen: dict[str, Any] = {}
-        self._stack: list[Any] = []
-        self._heard, self._is_reported = time.monotonic(), False
-        self._answered = time.monotonic()
 
     def _name(self, rank: int) -> str:
         host, pid, *_ = self.who[rank]

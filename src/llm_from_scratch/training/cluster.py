@@ -206,7 +206,7 @@ def _muon(optimizer: Optimizer, mode: str, cluster: Cluster, itemsize: int, limi
             continue
         plan = list(rounds(list(matrices_of(parameters)), processes, limit // processes))
         sizes = [[sum(math.prod(m.shape) for m in batch) for batch in batches] for batches in plan]
-        sent = sum(max(of_round) for of_round in sizes) * (processes - 1)
+        sent: float = sum(max(of_round) for of_round in sizes) * (processes - 1)
         if mode != "ddp":
             sent = 2 * sum(map(sum, sizes)) * (processes - 1) / processes**2
         yield Exchange("Muon", sent * itemsize, len(plan) * (1 if mode == "ddp" else 2), *group, False)

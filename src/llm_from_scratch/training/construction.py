@@ -179,15 +179,15 @@ class _Recorder(TorchDispatchMode):
         gc.collect()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tree_map(_view, (args, kwargs or {}))
+        given, options = tree_map(_view, (args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        returned, reads = [_view(leaf) for leaf in tree_leaves(out)], _storages(given)
+        returned, reads = [_view(leaf) for leaf in tree_leaves(out)], _storages((given, options))
         makes = _storages(returned) - reads
         if makes or reads:
             names = {a.name: a.alias_info for a in func._schema.arguments}
-            named = dict(zip(names, given[0], strict=False)) | given[1]
+            named = dict(zip(names, given, strict=False)) | options
             written = [value for name, value in named.items() if names[name] is not None and names[name].is_write]
-            self.calls.append(_Call(func, *given, returned, reads, makes, makes | _storages(written)))
+            self.calls.append(_Call(func, given, options, returned, reads, makes, makes | _storages(written)))
             self.alive.append((args, kwargs, out))
             self.made += [weakref.ref(leaf) for leaf in tree_leaves(out) if _view(leaf) is not leaf]
         return out
@@ -197,7 +197,8 @@ def _view(leaf: Any) -> Any:
     if not (isinstance(leaf, Tensor) and hasattr(leaf, "fake_mode")):
         return leaf
     storage = leaf.untyped_storage()
-    return _View(storage._cdata, storage.nbytes(), leaf.dtype, leaf.size(), leaf.stride(), leaf.storage_offset())
+    offset = int(leaf.storage_offset())
+    return _View(storage._cdata, storage.nbytes(), leaf.dtype, leaf.size(), leaf.stride(), offset)
 
 
 def _storages(tree: Any) -> set[int]:

@@ -67,8 +67,8 @@ def evaluate_split(
     if isinstance(data, PackedData):
         known, starts = 0, np.arange(len(data.learned))
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch, known)
-    is_text = tokenizer is not None and not (isinstance(data, PackedData) and data.of_pairs)
-    text_bytes = count_bytes(data, tokenizer) if is_text else None
+    of_pairs = isinstance(data, PackedData) and data.of_pairs
+    text_bytes = None if tokenizer is None or of_pairs else count_bytes(data, tokenizer)
     return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
 
 

@@ -156,6 +156,7 @@ class Muon(Rule):
             if finish is not None:
                 finish()  # the previous round's results have arrived in the meantime
             finish = functools.partial(self._move, ranks, batches, results, group, found_inf)
+        assert finish is not None  # there is a round, because there are matrices
         finish()
 
     def _look_ahead(
@@ -166,7 +167,7 @@ class Muon(Rule):
         if not batch:
             return []
         mu = group["momentum"]
-        gradients = [ranks.of(m, m.p.grad) for m in batch]
+        gradients = [ranks.of(m, m.gradient) for m in batch]
         kept = [ranks.of(m, state[m.p]["momentum_buffer"]) for m in batch]  # they do not change if the step is skipped
         if self.dtype == torch.float32 and found_inf is None:
             momenta = kept

@@ -36,6 +36,12 @@ class Matrix(NamedTuple):
         short, long = sorted((self.height, self.p.size(1)))
         return short, long
 
+    @property
+    def gradient(self) -> Tensor:
+        """Of the whole parameter. Parameters without one are left out of a step."""
+        assert self.p.grad is not None
+        return self.p.grad
+
     def lying(self, matrix: Tensor) -> Tensor:
         """Transposed if it is higher than wide. Twice gives the original."""
         return matrix.mT if self.height > self.p.size(1) else matrix

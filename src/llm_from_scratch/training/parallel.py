@@ -23,7 +23,8 @@ def with_parallel(config: Config, runtime: Runtime, resumed: Checkpoint | None) 
     if world == 1 and (asked in ("auto", "ddp") or "RANK" not in os.environ):
         told = {} if asked in ("auto", "ddp") else {"parallel": f"{asked} has no effect in one process"}
         return dataclasses.replace(runtime, reasons=runtime.reasons | told)
-    kind, why = asked, "as set"
+    kind: str = asked
+    why = "as set"
     if asked == "auto":
         before = saved_machine(resumed).get("parallel") if resumed is not None else None
         kind, why = (before, "as at the start of the run") if before in ("ddp", "fsdp") else _fitting(config, runtime)

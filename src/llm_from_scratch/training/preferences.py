@@ -156,9 +156,9 @@ def _margins(run: Any, data: PreferenceData) -> Tensor:
         if run.stop.signum is not None:
             raise KeyboardInterrupt  # nothing is trained yet
         (x, y), numbers, *_ = data.batch(rows, data.block_size, slice(at, at + size))
-        x, y, numbers = (torch.from_numpy(part).to(run.runtime.device) for part in (x, y, numbers))
+        idx, targets, documents = (torch.from_numpy(part).to(run.runtime.device) for part in (x, y, numbers))
         with run.runtime.autocast():
-            _, m = run.model(x, y, Documents(numbers))
+            _, m = run.model(idx, targets, Documents(documents))
         counts = torch.from_numpy(data.learned[at : at + size]).to(m.device)
         found.append(m[torch.arange(m.size(1), device=m.device) < counts[:, None]].float().cpu())
     run.model.train(was_training)

@@ -8,10 +8,12 @@ import shlex
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config
-from ..kernels.products import checked_libraries
+from ..core.model import GPT
+from ..kernels.products import checked_libraries, libraries_of
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 from ..settings import flatten
@@ -27,6 +29,27 @@ def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
         return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
+
+
+def present_machine(
+    model: GPT, optimizer: Optimizer, runtime: Runtime, is_compiled: bool, micro_batch: int
+) -> dict[str, Any]:
+    """Everything about the machine that affects the last bits of a run, as stored in its checkpoints."""
+    device = runtime.device
+    on_gpu = device.type == "cuda"
+    return {
+        "device": device.type,
+        "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "compile": is_compiled,
+        "products": libraries_of(model),
+        "fused": bool(optimizer.defaults.get("fused")),
+        "micro_batch": micro_batch,
+        "threads": torch.get_num_threads(),
+        "processes": runtime.world_size,
+        **({"parallel": runtime.parallel} if runtime.world_size > 1 else {}),
+        "torch": torch.__version__,
+    }
 
 
 def saved_machine(resumed: Checkpoint) -> dict[str, Any]:

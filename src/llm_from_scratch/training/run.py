@@ -23,7 +23,6 @@ from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..generation.generator import Generator
-from ..kernels.products import libraries_of
 from ..machine import device as runtimes
 from ..machine import processes
 from ..machine.budget import Deadline
@@ -45,14 +44,14 @@ from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
 from .ranks import agreed, regroup, scaler_of
 from .report import README, TrainResult, readme, write_readme
-from .resume import eval_command, not_bit_exact, resume_command
+from .resume import eval_command, not_bit_exact, present_machine, resume_command
 from .saver import Saver, take_folder
 from .scheduler import learning_rate_at
 from .setup import make_plan
 from .shares import load_weights
 from .signals import StopRequest
 from .state import TrainState, restore
-from .wrap import Wrapped, wrap
+from .wrap import wrap
 
 SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
 
@@ -118,9 +117,9 @@ class Run:
         self.runtime.place(self.model, plan.keep_memory)
         for line in describe(plan) if lock is not None else ():
             self.say(line)
-        self.models: Wrapped | None = None
         self.models = retry_smaller(
-            lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say), self.shrink
+            lambda: wrap(self.model, self.config, self.runtime, self.micro_batch, self.say),
+            partial(self.shrink, is_wrapped=False),
         )
         self.optimizer = make_optimizer(
             self.model, self.config.optimizer, self.runtime.device, self.config.system.seed, self.runtime.world_size
@@ -168,13 +167,13 @@ class Run:
             scan.raise_if_bad()
         return self.loader.get(place)
 
-    def shrink(self, reason: str) -> None:
+    def shrink(self, reason: str, is_wrapped: bool = True) -> None:
         """Halves the micro-batch of all processes. reason: the allocator's message; empty if another process ran short.
-        Raises MemoryShortError if it cannot be smaller."""
+        is_wrapped: whether self.models exists. Raises MemoryShortError if the micro-batch cannot be smaller."""
         self.model.zero_grad(set_to_none=True)
         self.scaler.scale(torch.zeros((), device=self.runtime.device))  # its scale exists from the first use on
         self.scaler.update(self.scaler.get_scale())  # unchanged, but the gradients no longer count as unscaled
-        together = self.runtime.can_regroup and self.models is not None
+        together = self.runtime.can_regroup and is_wrapped
         if together:
             regroup(self.models, self.guard, self.runtime, reason)
         self.micro_batch = halved(self.plan, self.micro_batch, reason or "on another process", together)
@@ -340,22 +339,8 @@ class Run:
             self.save()
 
     def _machine(self) -> dict[str, Any]:
-        """Everything about the machine that affects the last bits of a run, as stored in the checkpoint."""
-        device = self.runtime.device
-        on_gpu = device.type == "cuda"
-        return {
-            "device": device.type,
-            "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
-            "dtype": str(self.runtime.dtype).removeprefix("torch."),
-            "compile": self.models.is_compiled,
-            "products": libraries_of(self.model),
-            "fused": bool(self.optimizer.defaults.get("fused")),
-            "micro_batch": self.micro_batch,
-            "threads": torch.get_num_threads(),
-            "processes": self.runtime.world_size,
-            **({"parallel": self.runtime.parallel} if self.runtime.world_size > 1 else {}),
-            "torch": torch.__version__,
-        }
+        compiled = self.models.is_compiled
+        return present_machine(self.model, self.optimizer, self.runtime, compiled, self.micro_batch)
 
     def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
         """Restores all but the model's own weights from a checkpoint. Returns what cannot be restored."""

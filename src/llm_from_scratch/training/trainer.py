@@ -105,7 +105,7 @@ def train(
                         if run.should_stop_early():
                             break
                         batch = run.next_batch()
-                        attempt = lambda batch=batch: train_step(run, *batch)  # type: ignore[misc]  # noqa: E731
+                        attempt = lambda batch=batch: train_step(run, *batch)  # noqa: E731
                         retry_smaller(attempt, run.shrink, run.runtime.can_regroup)
                         run.report_steps(wait=state.step == last)
                 return run.finish()

@@ -62,8 +62,9 @@ class Wrapped:
         unless that would need memory."""
         if isinstance(self.train, nn.parallel.DistributedDataParallel) and not is_last:
             return self.train.no_sync()
-        if hasattr(self.train, "set_requires_gradient_sync"):
-            self.train.set_requires_gradient_sync(is_last or self.adds_shards)
+        set_exchange = getattr(self.train, "set_requires_gradient_sync", None)  # FSDP2's
+        if set_exchange is not None:
+            set_exchange(is_last or self.adds_shards)
         return contextlib.nullcontext()
 
 
@@ -157,7 +158,7 @@ def shard(model: GPT, config: Config, runtime: Runtime) -> None:
     for name, p in model.named_parameters():
         if p not in tables:
             own = rows_of(len(p), runtime.shards, runtime.rank % runtime.shards)
-            rows[name] = getattr(p, "rows", None) if hasattr(p, "rows") else p[own].clone()
+            rows[name] = p.rows if hasattr(p, "rows") else p[own].clone()
             empty[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
     replace_parameters(model, empty)
     half = (torch.bfloat16, torch.float32) if runtime.dtype == torch.bfloat16 else ()  # weights, sums of gradients
@@ -277,5 +278,6 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     finally:
         model.train().zero_grad(set_to_none=True)
         if runtime.is_sharded:
-            model.reshard()  # without a backward pass, the parameters outside the blocks are whole
+            sharded: Any = model  # FSDP2 has changed its class
+            sharded.reshard()  # without a backward pass, the parameters outside the blocks are whole
     return compiled
