@@ -96,7 +96,8 @@ def test_accumulated_gradients_train_no_more_than_the_budget(given: dict[str, An
 def test_a_width_that_heads_cannot_share_evenly() -> None:
     assert chosen("1min", n_embd=65, n_head=5, pos_embedding="learned").model.n_head == 5
     assert chosen("1min", n_embd=65, pos_embedding="learned").model.n_head == 1
-    for heads in ({}, {"n_head": 5}):
+    cases: list[dict[str, Any]] = [{}, {"n_head": 5}]
+    for heads in cases:
         with pytest.raises(UserError, match="no model with these settings: rope needs an even head width, got .* = "):
             chosen("1min", n_embd=65, **heads)
 

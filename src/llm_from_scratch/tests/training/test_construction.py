@@ -20,7 +20,7 @@ from llm_from_scratch.machine.device import Runtime
 from llm_from_scratch.training.construction import build
 
 pytestmark = pytest.mark.slow  # fake tensors take a second to import
-TINY = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 6}
+TINY: dict[str, Any] = {"vocab_size": 23, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 6}
 
 
 def runtime(rank: int, world: int = 4, shards: int = 2) -> Runtime:
@@ -54,12 +54,12 @@ def compare(config: Config, weights: Any = None) -> None:
         one, two = (n[name] for n in named)
         assert one.shape == p.shape and one.requires_grad == p.requires_grad
         if hasattr(one, "rows"):
-            assert torch.equal(torch.cat([one.rows, two.rows]), p), name
+            assert torch.equal(torch.cat([rows(one), rows(two)]), p), name
             assert one.untyped_storage().nbytes() <= 4 * sum(p.shape)
         else:
             assert (p.dim() < 2 or "ngrams" in name) and torch.equal(one, p) and torch.equal(two, p), name
-    for (name, b), one in zip(whole.named_buffers(), parts[0].buffers(), strict=True):
-        assert torch.equal(one, b), name
+    for (name, b), built in zip(whole.named_buffers(), parts[0].buffers(), strict=True):
+        assert torch.equal(built, b), name
     assert (parts[0].lm_head.weight is parts[0].transformer.wte.weight) == config.model.tie_embeddings
 
 

@@ -109,7 +109,7 @@ def test_processes_that_run_short_of_memory_still_count_every_token_once(monkeyp
 
     def collect(values: list[float], *_: Any) -> list[float]:
         sums.append(values)
-        return [1.0, 1.0]
+        return [1.0, 1.0, 0.0]
 
     monkeypatch.setattr(evaluate, "sum_over_ranks", collect)
 
@@ -122,8 +122,10 @@ def test_processes_that_run_short_of_memory_still_count_every_token_once(monkeyp
     for rank in (0, 1):
         room = (4, 2)[rank]
         evaluate_split(model, tokens, 8, dataclasses.replace(RUNTIME, rank=rank, world_size=2), batch_size=4)
-    nats, counted = np.sum(sums, axis=0)
-    assert counted == expected.tokens == 160 and nats / counted == pytest.approx(expected.loss, rel=1e-6)
+    nats, counted, stopped = np.sum(sums, axis=0)
+    assert (
+        not stopped and counted == expected.tokens == 160 and nats / counted == pytest.approx(expected.loss, rel=1e-6)
+    )
 
 
 @pytest.mark.parametrize("world", [2, 3, 50])
@@ -136,20 +138,22 @@ def test_processes_together_count_every_token_once(world: int, monkeypatch: pyte
 
     def collect(values: list[float], *_: Any) -> list[float]:
         sums.append(values)
-        return [values[0], max(1, values[1])]
+        return [values[0], max(1, values[1]), values[2]]
 
     monkeypatch.setattr(evaluate, "sum_over_ranks", collect)
     monkeypatch.setattr(evaluate, "windows_at_once", lambda *_: 3)
     ranks = [dataclasses.replace(RUNTIME, rank=rank, world_size=world) for rank in range(world)]
     for runtime in ranks:
         evaluate_split(model, tokens, 8, runtime, batch_size=2)
-    nats, counted = np.sum(sums, axis=0)
-    assert counted == expected.tokens == 100 and nats / counted == pytest.approx(expected.loss, rel=1e-6)
+    nats, counted, stopped = np.sum(sums, axis=0)
+    assert (
+        not stopped and counted == expected.tokens == 100 and nats / counted == pytest.approx(expected.loss, rel=1e-6)
+    )
     sums.clear()
     for runtime in ranks:
         estimate_loss(model, tokens, 8, 20, runtime)
-    nats, counted = np.sum(sums, axis=0)
-    assert counted == 20 * 8 and nats / counted == pytest.approx(expected_estimate, rel=1e-6)
+    nats, counted, stopped = np.sum(sums, axis=0)
+    assert not stopped and counted == 20 * 8 and nats / counted == pytest.approx(expected_estimate, rel=1e-6)
 
 
 def test_bits_per_byte_by_hand() -> None:

@@ -55,11 +55,10 @@ def _in_clip(rank: int, steps: list[int], fault: Fault) -> Iterator[None]:
             fault(runs[0])
         return clip(*args)
 
-    trainers.clip_gradients, trainers.train_step = clipping, step
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers, "clip_gradients", clipping)
+        patch.setattr(trainers, "train_step", step)
         yield
-    finally:
-        trainers.clip_gradients, trainers.train_step = clip, update
 
 
 def _spoil_gradient(run: Run) -> None:
@@ -111,11 +110,9 @@ def _signal_in_evaluation(rank: int) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
         evaluate(run)
 
-    Run.evaluate = signalled  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "evaluate", signalled)
         yield
-    finally:
-        Run.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def _short(data: Path) -> dict[str, Any]:
@@ -139,11 +136,9 @@ def _short(data: Path) -> dict[str, Any]:
             for hook in hooks:
                 hook.remove()
 
-    trainers.train_step = step
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers, "train_step", step)
         return _trained(data, out_dir="short")
-    finally:
-        trainers.train_step = update
 
 
 @pytest.mark.slow
@@ -177,7 +172,7 @@ def test_both_processes_decide_the_same(here: Path, tiny_data: Path) -> None:
 
 def hanging_run(folder: str, data: Path, how: str) -> None:
     os.chdir(folder)
-    ready = trainers.Run.next_batch
+    ready = Run.next_batch
 
     def batch(run: Run) -> Any:
         if run.runtime.rank == 1 and run.state.step == 2:
@@ -188,8 +183,10 @@ def hanging_run(folder: str, data: Path, how: str) -> None:
             time.sleep(600)
         return ready(run)
 
-    trainers.Run.next_batch = batch  # type: ignore[method-assign]
-    train(tiny_config(data, out_dir="run", **{**SETTINGS, "collective_timeout": 5.0 if how == "stop" else 10.0}))
+    settings = {**SETTINGS, "collective_timeout": 5.0 if how == "stop" else 10.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "next_batch", batch)
+        train(tiny_config(data, out_dir="run", **settings))
 
 
 HANGING = """
@@ -264,16 +261,23 @@ def test_numbers_are_listed() -> None:
 
 
 def test_a_checksum_notices_every_flipped_bit() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2).bfloat16())
-    plain = checksum(model)
-    assert plain is not None and torch.equal(plain, checksum(model))
-    for p, kind, bits in ((model[0].weight, torch.int32, 32), (model[1].bias, torch.int16, 16)):
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2).bfloat16()
+    model = torch.nn.Sequential(first, second)
+
+    def total() -> torch.Tensor:
+        found = checksum(model)
+        assert found is not None
+        return found
+
+    plain = total()
+    assert torch.equal(plain, total())
+    for p, kind, bits in ((first.weight, torch.int32, 32), (second.bias, torch.int16, 16)):
         for bit in range(bits):
             flip = torch.tensor(-(1 << (bits - 1)) if bit == bits - 1 else 1 << bit, dtype=kind)
             p.data.view(kind).view(-1)[1] ^= flip
-            assert not torch.equal(plain, checksum(model)), (kind, bit)
+            assert not torch.equal(plain, total()), (kind, bit)
             p.data.view(kind).view(-1)[1] ^= flip
-    assert torch.equal(plain, checksum(model))
+    assert torch.equal(plain, total())
 
 
 ATTEMPTS = """
@@ -308,7 +312,7 @@ def _torchrun(*options: str, script: str = ATTEMPTS, **settings: Any) -> subproc
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: Path) -> None:
-    settings = {"dataset": tiny_data, "dropout": 0.1, "max_iters": 8, "inclusive_max_iters": False}
+    settings: dict[str, Any] = {"dataset": tiny_data, "dropout": 0.1, "max_iters": 8, "inclusive_max_iters": False}
     process = _torchrun("--max-restarts=1", out_dir="cut", **settings)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed

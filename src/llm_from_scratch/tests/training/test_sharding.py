@@ -189,7 +189,8 @@ def states(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> dict[str, in
         train_step(run, *run.next_batch())
         run.report_steps(wait=True)
         kept = [value for state in run.optimizer.state.values() for value in state.values()]
-        groups = {"weights": list(run.model.parameters()), "moments": [t for t in kept if isinstance(t, Tensor)]}
+        moments = [value for value in kept if isinstance(value, Tensor)]
+        groups: dict[str, list[Tensor]] = {"weights": [*run.model.parameters()], "moments": moments}
         with torch.no_grad():
             return {name: sum(local(t).numel() * t.itemsize for t in group) for name, group in groups.items()}
 
@@ -229,8 +230,9 @@ def rounded_in_shards(seed: int) -> list[dict[str, Tensor]]:
                         p.grad = gradient
                 norms.append(clip_gradients(model, 1e9))
                 optimizer.step()
-            whole = {name: p.full_tensor() if sharded else p for name, p in model.named_parameters()}
-            for name, p in model.named_parameters():
+            parameters: dict[str, Any] = dict(model.named_parameters())
+            whole = {name: p.full_tensor() if sharded else p for name, p in parameters.items()}
+            for name, p in parameters.items():
                 for slot in ("exp_avg", "exp_avg_sq"):
                     value: Any = optimizer.state[p][slot]
                     whole[f"{name}/{slot}"] = value.full_tensor() if sharded else value
