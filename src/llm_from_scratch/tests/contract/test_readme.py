@@ -448,6 +448,7 @@ def known_settings() -> set[str]:
     from llm_from_scratch.cli.evaluate import EvalCommand
     from llm_from_scratch.cli.export import Export
     from llm_from_scratch.cli.generate import GenerateCommand
+    from llm_from_scratch.cli.inspect_data import InspectOptions
     from llm_from_scratch.cli.prepare_data import PrepareOptions
     from llm_from_scratch.cli.scale import ScaleOptions
     from llm_from_scratch.cli.serve import ServeCommand
@@ -456,17 +457,18 @@ def known_settings() -> set[str]:
 
     trees = (
         Config, BenchCommand, EvalCommand, Export, GenerateCommand, PrepareOptions, ScaleOptions, ServeCommand,
-        SweepOptions, ChatOptions,
+        SweepOptions, ChatOptions, InspectOptions,
     )  # fmt: skip
     return {leaf for tree in trees for leaf in leaf_types(tree)} | {*OWN_FLAGS, *OWN_VALUES, *ALIASES}
 
 
-# Options that are not ours: torchrun's and Slurm's (of `--ntasks-per-node`, the first word); and those of `./just
-# clean-all`, of `./just storm`, of every command and of the benchmarks; vLLM's `--served-model-name`; the harness's
+# Options that are not ours: torchrun's (of `--max-restarts`, the first word), Slurm's (of `--ntasks-per-node`) and
+# `launch/submit.py`'s; those of `./just clean-all`, of `./just storm`, of every command and of the benchmarks; vLLM's
+# `--served-model-name`; the harness's
 OTHER_OPTIONS = {
     "standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
     "rdzv_endpoint", "nodes", "ntasks", "gpus", "time", "signal", "requeue", "open", "yes", "prove", "share", "help",
-    "served", "version", "completion", "cases", "model", "model_args", "include_path", "array",
+    "served", "version", "completion", "cases", "model", "model_args", "include_path", "array", "max", "hours",
 }  # fmt: skip
 
 
