@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llm_from_scratch.config import Config
+from llm_from_scratch.core.packing import BEGINS
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
 from llm_from_scratch.settings import flatten
 
@@ -109,3 +110,15 @@ def arguments(**leaves: Any) -> list[str]:
 
 def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def count_documents(folder: Path) -> tuple[int, int]:
+    """The documents in train and in val of a prepared dataset: conversations that begin, or lines that end."""
+    counts = []
+    for split in ("train", "val"):
+        if (marks := folder / f"{split}_marks.bin").is_file():
+            counts.append(int(np.count_nonzero(np.fromfile(marks, np.uint8) & BEGINS)))
+        else:
+            end = json.loads((folder / "manifest.json").read_text())["document_end"]
+            counts.append(int(np.count_nonzero(np.fromfile(folder / f"{split}.bin", "<u2") == end)))
+    return counts[0], counts[1]

@@ -27,7 +27,7 @@ from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train, train_step
 
-from ..tiny import arguments, read_metrics, tiny_config
+from ..tiny import arguments, count_documents, read_metrics, tiny_config
 
 CHAT: dict[str, Any] = {
     "block_size": 32,
@@ -108,7 +108,9 @@ def test_a_run_on_conversations(chats: Path, here: Path, capsys: pytest.CaptureF
     config = tiny_config(chats, out_dir="a", final_eval=True, progress="lines", **CHAT)
     result = train(config)
     said = capsys.readouterr().out
-    assert "documents: 54 documents in" in said and "example (learned: >>...<<): User:\\n" in said
+    in_train, in_val = count_documents(chats)
+    assert in_train + in_val == 60 and in_train > in_val > 0
+    assert f"documents: {in_train} documents in" in said and "example (learned: >>...<<): User:\\n" in said
     plan = make_plan(dataclasses.replace(config, training=dataclasses.replace(config.training, out_dir="c")))
     run = Run(plan)
     run.model.load_state_dict(load_checkpoint(find_checkpoint("a", "last")).model)
@@ -145,7 +147,9 @@ def test_lines_train_as_documents_unless_asked_otherwise(lines: Path, monkeypatc
     plan = make_plan(tiny_config(lines, **CHAT, epochs=2.0))
     assert isinstance(plan.train_data, PackedData) and plan.config.data.documents is True
     assert plan.last_step == -(-2 * len(plan.train_data.learned) // 6)
-    assert any("180 documents in" in note for note in plan.notes)
+    in_train, in_val = count_documents(lines)
+    assert in_train + in_val == 200 and in_train > in_val > 0
+    assert any(f"documents: {in_train} documents in" in note for note in plan.notes)
     whole = make_plan(tiny_config(lines, **CHAT, documents=False))
     assert not isinstance(whole.train_data, PackedData) and whole.config.data.documents is False
     model = Run(plan).model.eval()

@@ -23,7 +23,7 @@ from llm_from_scratch.training.evaluate import evaluate_split
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 
-from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
+from ..tiny import TOKENIZER, arguments, babble, count_documents, read_metrics, tiny_config, write_data
 
 MIX = "{a: {weight: 0.75, max_epochs: 3}, b: 0.25}"
 SHUFFLED: dict[str, Any] = {"sample_order": "shuffled", "final_eval": True}
@@ -105,12 +105,14 @@ def test_documents_of_a_mixture(here: Path, capsys: pytest.CaptureFixture[str]) 
     sums = prepare("sums.txt", root=here, report=lambda line: None, tokenizer="byte", lines=True)
     rows = "".join(f'{{"prompt": "{n}?", "completion": "{"ha" * (n % 7)}{n}"}}\n' for n in range(60))
     (here / "chat.jsonl").write_text(rows)
-    prepare("chat.jsonl", root=here, report=lambda line: None, tokenizer=str(sums))
+    chat = prepare("chat.jsonl", root=here, report=lambda line: None, tokenizer=str(sums))
     mix = "{sums: 0.5, chat: 0.5}"
     settings: dict[str, Any] = {**SHUFFLED, "block_size": 32, "batch_size": 6, "progress": "lines"}
     train(tiny_config(mix, out_dir="whole", max_iters=6, **settings))
     said = capsys.readouterr().out
-    assert "documents of sums: 180 documents in" in said and "documents of chat: 54 documents in" in said
+    for name, folder, count in (("sums", sums, 200), ("chat", chat, 60)):
+        in_train, in_val = count_documents(folder)
+        assert in_train + in_val == count and f"documents of {name}: {in_train} documents in" in said
     train(tiny_config(mix, out_dir="cut", max_iters=3, lr_decay_iters=6, **settings))
     train(tiny_config(mix, out_dir="cut", max_iters=6, init_from="resume", **settings))
     whole, cut = (load_checkpoint(find_checkpoint(name, "last")) for name in ("whole", "cut"))
