@@ -135,15 +135,15 @@ class PackedData(TokenData):
     def _read(self, begins: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """The tokens of some documents, one after the other, int64, and their marks."""
         if self.tokens is not None:
-            ends = np.cumsum(lengths)
-            at = np.arange(ends[-1]) + np.repeat(begins - ends + lengths, lengths)
+            at = np.arange(lengths.sum()) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)
             return self.tokens[at].astype(np.int64), None if self.token_marks is None else self.token_marks[at]
         each = list(zip(begins.tolist(), lengths.tolist(), strict=True))
-        ids = np.concatenate([self.windows(np.array([begin]), length)[0] for begin, length in each])
+        none = np.zeros(0, np.int64)  # what no documents hold
+        ids = np.concatenate([none, *(self.windows(np.array([begin]), length)[0] for begin, length in each)])
         if not self.marks:
             return ids, None
         marks = TokenData(self.marks, self.name)
-        return ids, np.concatenate([marks.windows(np.array([begin]), length)[0] for begin, length in each])
+        return ids, np.concatenate([none, *(marks.windows(np.array([begin]), length)[0] for begin, length in each)])
 
     def find_documents(self, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Where the documents begin and end."""
@@ -186,7 +186,8 @@ class PackedData(TokenData):
 def shares_of(learned: np.ndarray, starts: np.ndarray, share: slice, processes: int) -> np.ndarray:
     """The share of the rows starts[share] in the loss of the global batch, (B,), times the number of processes, whose
     gradients are averaged. learned: the targets of each row."""
-    return (learned[starts[share]] * (processes / int(learned[starts].sum()))).astype(np.float32)
+    total = max(1, int(learned[starts].sum()))  # 0 of no rows: an evaluation has fewer than processes
+    return (learned[starts[share]] * (processes / total)).astype(np.float32)
 
 
 def short_documents(data: TokenData, folder: Path, block_size: int) -> str | None:

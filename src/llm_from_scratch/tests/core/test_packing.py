@@ -112,6 +112,15 @@ def test_a_row_weighs_as_many_tokens_as_it_teaches() -> None:
     )
 
 
+@pytest.mark.parametrize("limit", [packing.IN_MEMORY, 0])
+@pytest.mark.parametrize("marks", [None, [BEGINS, LEARNED, LEARNED]])
+def test_a_batch_may_have_no_rows(marks: list[int] | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an evaluation of fewer rows than processes."""
+    monkeypatch.setattr(packing, "IN_MEMORY", limit)
+    both, numbers, shares = packed([1, 2, END], 4, marks).batch(np.arange(0), 4, ALL)
+    assert both.shape == (2, 0, 4) and numbers.shape == (0, 4) and shares.shape == (0,)
+
+
 def test_files_and_memory_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 20, 400)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import Config, GPTConfig, OptimizerConfig, SystemConfig
+from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.packing import PackedData
+from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.device import Runtime
@@ -180,6 +183,25 @@ def test_kernels_work_in_shards(name: str, tiny_data: Path, tmp_path: Path) -> N
     assert in_ranks(2, trained, tmp_path, tiny_data, tmp_path / "many", sharded) == [0, 0]
     assert trained(tiny_data, tmp_path / "one", leaves) == 0
     equal(final(tmp_path / "many"), final(tmp_path / "one"), 2e-2 if name == "bfloat16" else 1e-5)
+
+
+@SLOW
+@pytest.mark.slow
+def test_a_process_without_documents_takes_part_in_an_evaluation(tmp_path: Path) -> None:
+    """The validation split is one row, and two processes share it."""
+    (tmp_path / "t.txt").write_text("".join(f"{a}+{a}={2 * a}\n" for a in range(40)))
+    lines = prepare("t.txt", root=tmp_path, report=lambda line: None, tokenizer="char", lines=True)
+    leaves = {"block_size": 64, "documents": True, "sample_order": "shuffled", "max_iters": 4, "eval_interval": 2}
+    leaves |= {"n_embd": 16, "final_eval": True}
+    assert len(PackedData.of(TokenData.open(lines, "val"), lines, "val", 64, None).learned) == 1
+    sharded = {"parallel": "fsdp", **leaves}
+    assert in_ranks(2, trained, tmp_path, lines, tmp_path / "many", sharded) == [0, 0]
+    assert trained(lines, tmp_path / "one", leaves) == 0
+    one, many = (
+        [entry["val_loss_full"] for entry in read_metrics(tmp_path / name) if "val_loss_full" in entry]
+        for name in ("one", "many")
+    )
+    assert len(one) == 1 and many == pytest.approx(one, rel=1e-5)
 
 
 def states(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> dict[str, int]:
