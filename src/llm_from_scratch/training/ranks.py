@@ -34,7 +34,8 @@ def agreed(plan: Plan) -> Plan:
     facts = {
         "the first step": plan.start_step, "the number of training tokens": len(plan.train_data),
         "the number of validation tokens": len(plan.val_data), "the precision": str(runtime.dtype),
-        "the checksum of the settings": digest[:12],
+        "the checksum of the settings": digest[:12], "the checksum of the tokens": plan.hashes[1][:12],
+        "the tokenizer": "unknown" if (known := plan.tokenizer) is None else f"{known.name} {known.fingerprint()[:12]}",
     }  # fmt: skip
     lines = preflight(runtime.device, facts)
     smallest = torch.tensor(plan.micro_batch, device=runtime.device)

@@ -154,8 +154,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if isinstance(order, MixedOrder) and not training.eval_only:
         order.refuse_longer(last_step * global_batch, global_batch)
     if resumed is not None:
-        if runtime.is_master:
-            _same_data(config, *splits, inputs.folder, resumed, notes)
+        _same_data(config, *splits, inputs.folder, resumed, notes)
         notes += differences(config, resumed)
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,

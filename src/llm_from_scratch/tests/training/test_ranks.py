@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import GPTConfig, OptimizerConfig, SystemConfig
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.tokenizer import CharTokenizer
 from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.training.evaluate import estimate_loss, evaluate_split
@@ -33,7 +36,7 @@ from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.trainer import train
 
 from ..ranks import in_ranks, process_group
-from ..tiny import TOKENIZER, babble, read_metrics, tiny_config
+from ..tiny import LETTERS, TOKENIZER, babble, read_metrics, tiny_config, write_data
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
 CPU = torch.device("cpu")
@@ -96,6 +99,26 @@ def test_a_run_of_several_processes_is_the_run_of_one(
     assert all(torch.equal(saved.model[name], of_each[0][name]) for name in saved.model)
     # one process resumes the run of many
     train(tiny_config(tiny_data, **RUN | settings | {"out_dir": "many", "init_from": "resume", "max_iters": 22}))
+
+
+def refused(folder: Path) -> str:
+    """Why a run does not start whose processes each read the data of their own folder."""
+    os.chdir(folder / os.environ["RANK"])
+    with pytest.raises(UserError) as caught:
+        train(tiny_config("data", out_dir=str(folder / "run"), **RUN), quiet=True)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differs", ["tokens", "tokenizer"])
+def test_processes_with_other_data_of_the_same_size_do_not_start(differs: str, here: Path) -> None:
+    write_data(here / "0" / "data")
+    tokenizer = CharTokenizer.from_text([LETTERS.replace("r", "z")]) if differs == "tokenizer" else TOKENIZER
+    ids = TOKENIZER.encode(babble(2000, seed=2)) if differs == "tokens" else None
+    write_data(here / "1" / "data", ids, tokenizer=tokenizer)
+    for error in in_ranks(2, refused, here, here):
+        what = "the checksum of the tokens" if differs == "tokens" else "the tokenizer"
+        assert error.startswith(f"the processes do not agree: {what} is ")
 
 
 # --- Muon ---
