@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..errors import MemoryShortError, TrainingError, one_line
+from ..errors import MemoryShortError, PeerMemoryError, TrainingError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.memory import free_memory, total_memory
 from ..machine.processes import is_refused_exchange
@@ -46,7 +46,8 @@ def _free(runtime: Runtime) -> int | None:
 
 
 def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None], regroups: bool = False) -> T:
-    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message) and tries again. regroups:
+    """Calls attempt(). Each time memory runs out, calls shrink(the allocator's message; empty if only another process
+    ran short) and tries again. regroups:
     shrink() repairs the exchange with a process that has left it because its memory ran out."""
     while True:
         try:
@@ -54,7 +55,7 @@ def retry_smaller(attempt: Callable[[], T], shrink: Callable[[str], None], regro
         except Exception as error:
             if not is_out_of_memory(error) and not (regroups and is_refused_exchange(error)):
                 raise
-            reason = str(error)
+            reason = "" if isinstance(error, PeerMemoryError) else str(error) or type(error).__name__
         shrink(reason)  # outside the except block: the error's traceback keeps the tensors of the step alive
 
 

@@ -17,14 +17,14 @@ from llm_from_scratch import presets
 from llm_from_scratch.checkpoint.store import load_checkpoint
 from llm_from_scratch.config import Config, SystemConfig
 from llm_from_scratch.core.model import Head
-from llm_from_scratch.errors import UserError
+from llm_from_scratch.errors import PeerMemoryError, UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.memory import free_memory
 from llm_from_scratch.training import microbatch as memory
 from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training import trainer
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.microbatch import largest_micro_batch
+from llm_from_scratch.training.microbatch import largest_micro_batch, retry_smaller
 from llm_from_scratch.training.plan import Plan
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
@@ -223,6 +223,21 @@ def test_memory_that_runs_out_after_unscaling_costs_no_step(data: Path, monkeypa
     one, other = (load_checkpoint(Path(name) / "step-00000008") for name in ("roomy", "tight"))
     assert one.trainer["scaler"] == other.trainer["scaler"] and one.trainer["machine"] == other.trainer["machine"]
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+
+
+@pytest.mark.parametrize(
+    "error, reason", [(MemoryError(), "MemoryError"), (MemoryError("no room"), "no room"), (PeerMemoryError(), "")]
+)
+def test_only_the_shortage_of_another_process_has_no_reason(error: MemoryError, reason: str) -> None:
+    """A process that ran short itself takes part in the exchange in which the others learn it."""
+    attempts, reasons = [error], list[str]()
+
+    def attempt() -> None:
+        if attempts:
+            raise attempts.pop()
+
+    retry_smaller(attempt, reasons.append)
+    assert reasons == [reason]
 
 
 def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
