@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ class Team:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, by rank. Raises SaveError if a process has ended."""
+        """Everybody's value, by rank. If a process has ended, raises gloo's error in the thread that trains, where it
+        ends the run, and SaveError in another thread."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -38,6 +40,8 @@ class Team:
         try:
             dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
+            if threading.current_thread() is threading.main_thread():
+                raise
             raise SaveError(f"another process of the run has ended or does not answer: {first_line(error)}") from None
         return values
 

@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
-from llm_from_scratch.errors import UserError
+from llm_from_scratch.errors import SaveError, UserError
 from llm_from_scratch.machine import processes
+from llm_from_scratch.machine.team import Team
 
 from ..tiny import arguments, babble, write_data
 
@@ -106,3 +108,19 @@ def test_processes_meet_in_a_store_that_an_earlier_start_has_used() -> None:
         names.append(one[0])
     assert processes.meet(store, 0, 2, 0.1)[1] == [1]  # what rank 1 left there does not count
     assert processes.meet(HashStore(), 1, 2, 0.1)[1] == [0]
+
+
+def test_a_team_that_loses_a_process_ends_the_run_but_not_the_thread_that_saves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(*args: object, **settings: object) -> None:
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    team = Team()
+    team.size = 2
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lost)
+    with pytest.raises(RuntimeError) as caught:  # the watch names the process
+        team.first(lambda: None)
+    assert processes.is_failed_exchange(caught.value)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SaveError, match="another process of the run has ended"):
+        pool.submit(team.first, lambda: None).result()
