@@ -31,6 +31,7 @@ OPERATIONS = (
     "gelu_tanh", "cos", "sin", "add", "sub", "mul", "div", "maximum", "minimum", "addcmul",
     "from_int", "choose", "norm", "layer_norm", "embed", "store_rows", "attend", "product",
 )  # fmt: skip
+WIDTHS = ("mm", "addmm", "Dense")  # products with a number of inputs that the kernel does not have
 CODES = {name: code for code, name in enumerate(OPERATIONS)}
 
 
@@ -50,6 +51,7 @@ class Builder:
         self.count = 0
         self.blocks: dict[Any, int] = {}  # by name, or by the address of a constant
         self.constants: list[Any] = []  # which stay in memory
+        self.given: set[int] = set()  # memory of the constants of a line: anything else is a copy of what varies
         self.fixed: dict[int, int] = {}  # address of a block
         self.places: dict[str, int] = {}  # in the arena, by name
         self.free: dict[int, list[int]] = {}  # by size
@@ -78,6 +80,8 @@ class Builder:
             return (0, self.places[name] + int(t.storage_offset()), *padded)
         if name is not None:
             return (self.blocks.setdefault(name, 1 + len(self.blocks)), int(t.storage_offset()), *padded)
+        if t.untyped_storage()._cdata not in self.given:
+            raise CannotRecord("an operand is a copy")
         if (address := t.data_ptr()) not in self.blocks:
             self.blocks[address] = at = 1 + len(self.blocks)
             self.fixed[at] = address
@@ -91,6 +95,7 @@ class Builder:
             raise CannotRecord("the kernel lacks it")
         found = torch.tensor(float(value))
         self.constants.append(found)  # so that its address stays its own
+        self.given.add(found.untyped_storage()._cdata)
         return found
 
     # --- operations ---
@@ -150,11 +155,13 @@ class Builder:
         if ids.dtype != torch.int64 or table.stride(1) != 1 or not y.is_contiguous():
             raise CannotRecord("the kernel lacks it")
         rows = y.view(-1, 1, y.size(-1))
-        which = self.view(ids.expand(y.shape[:-1]).reshape(-1, 1, 1))
+        which = self.view(ids.view(-1, 1, 1))
         self.add("embed", rows.shape, self.view(rows), [which, self.view(table)], size=table.size(0))
 
     def store_rows(self, memory: Tensor, dim: int, where: Tensor, rows: Tensor) -> None:
         _floats(memory, rows)
+        if self.origin(memory) != "memory":
+            raise CannotRecord("the kernel writes rows to the cache alone")
         if dim or memory.ndim != 2 or memory.stride(1) != 1 or rows.stride(1) != 1 or where.dtype != torch.int64:
             raise CannotRecord("the kernel lacks it")
         n, width = rows.shape
@@ -186,6 +193,7 @@ class Builder:
         if line.given is None:
             raise CannotRecord("the kernel lacks it")
         function, (args, options, found) = line.function, line.given
+        self.given = {t.untyped_storage()._cdata for t in tensors((args, tuple(options.values())))}
         try:
             if isinstance(function, Rows):
                 self.product(found, function, *args)
@@ -265,6 +273,8 @@ class CompiledStep:
         self.inputs = [(builder.blocks[name], at) for at, name in enumerate(PARAMETERS[:5]) if name in builder.blocks]
         self.cache = builder.blocks.get("memory")
         self.made = [(builder.blocks[name], at) for at, name in enumerate(names) if name in builder.blocks]
+        if len(builder.fixed) + len(self.inputs) + len(self.made) + (self.cache is not None) < len(builder.blocks):
+            raise CannotRecord("an operand is made by no operation")
         self.at, self.shape = builder.view(result)[1], result.shape
 
     def __call__(self, *given: Any) -> Tensor:
@@ -287,12 +297,12 @@ class CompiledStep:
             return CompiledStep.arena[self.at : self.at + count].clone().view(self.shape)
 
 
-def compiled_step(recorder: Recorder, logits: Tensor) -> CompiledStep | None:
-    """The record in the kernel, except what the kernel lacks and what this depends on; None if it depends on keys or
-    values."""
-    kernel, result = recorder.linears.kernel, recorder.origin_of(logits)
-    if kernel is None or result is None or not logits.is_contiguous():
-        return None
+def compiled_step(recorder: Recorder, logits: Tensor, kernel: Kernel) -> CompiledStep:
+    """The record in the kernel, except what the kernel lacks and what this depends on. Raises CannotRecord if it
+    depends on keys or values; without a reason if the shapes do not fit."""
+    result = recorder.origin_of(logits)
+    if result is None or not logits.is_contiguous():
+        raise CannotRecord
     live: list[tuple[Line, set[str]]] = []
     needed = {result}
     for line in reversed(recorder.lines):
@@ -302,10 +312,17 @@ def compiled_step(recorder: Recorder, logits: Tensor) -> CompiledStep | None:
             }
             needed |= reads
             live.insert(0, (line, reads))
-    first = unknown(recorder, live)
-    in_torch = [line for at, (line, _) in enumerate(live) if at in first]
-    if not all(line.targets for line in in_torch) or any("memory" in live[at][1] for at in first):
-        return None
+    lacking = unknown(recorder, live)
+    first, wanted = set(lacking), {name for at in lacking for name in live[at][1]}
+    for at in reversed(range(len(live))):
+        if at in first or not wanted.isdisjoint(live[at][0].targets):
+            first.add(at)
+            wanted |= live[at][1]
+    in_torch = [live[at][0] for at in sorted(first)]
+    if not all(line.targets for line in in_torch) or "memory" in wanted:
+        function = live[lacking[-1]][0].function
+        name = getattr(function, "__name__", type(function).__name__)
+        raise CannotRecord(f"the compiled kernel lacks {name}" if name not in WIDTHS else "")
     builder, last = Builder(recorder.origin_of), {name: at for at, (_, reads) in enumerate(live) for name in reads}
     for at, (line, reads) in enumerate(live):
         if at not in first:
@@ -316,24 +333,19 @@ def compiled_step(recorder: Recorder, logits: Tensor) -> CompiledStep | None:
                 if last[name] == at and name != result:
                     builder.release(name, recorder.tensors[name])
     if result not in builder.places:
-        return None
+        raise CannotRecord
     made = [name for line in in_torch for name in line.targets]
     kept = [line for line in recorder.lines if line.given is None or line in in_torch]
     source = recorder.source(f"({''.join(name + ', ' for name in made)})", kept)
     return CompiledStep(kernel, builder, made, function_of(source, recorder.constants), logits)
 
 
-def unknown(recorder: Recorder, live: list[tuple[Line, set[str]]]) -> set[int]:
-    """The lines that the kernel lacks, and those that they depend on."""
-    trial, found = Builder(recorder.origin_of), set[int]()
+def unknown(recorder: Recorder, live: list[tuple[Line, set[str]]]) -> list[int]:
+    """The lines that the kernel lacks."""
+    trial, found = Builder(recorder.origin_of), list[int]()
     for at, (line, _) in enumerate(live):
         try:
             trial.translate(line)
         except CannotRecord:
-            found.add(at)
-    wanted = {name for at in found for name in live[at][1]}
-    for at in reversed(range(len(live))):
-        if at in found or not wanted.isdisjoint(live[at][0].targets):
-            found.add(at)
-            wanted |= live[at][1]
+            found.append(at)
     return found

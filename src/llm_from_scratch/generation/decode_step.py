@@ -98,7 +98,11 @@ def record(model: GPT, ids: Tensor, cache: KVCache, linears: Linears) -> Record:
         logits = model(inputs["ids"][:, None], cache=stand_in)[0]
     logits = recorder.shaped(logits, (-1, logits.size(-1)))
     found = recorder.record(logits, cache.ragged)
-    found.kernel = compiled_step(recorder, logits)
+    if linears.kernel is not None:
+        try:
+            found.kernel = compiled_step(recorder, logits, linears.kernel)
+        except CannotRecord as error:
+            found.lacks = str(error)
     return found
 
 
@@ -171,7 +175,7 @@ class DecodeStep:
             while len(self.records) >= MOST:
                 self.records.pop(next(iter(self.records)))
             if found.program in self.programs:
-                return found if cache is None else self._in_kernel(found)
+                return found if cache is None else self._in_kernel(found, ids, cache)
             if cache is not None:
                 window = Window.of(cache, self.compiled, self.in_kernel)
                 inputs, partly = (*window.inputs(ids, cache, found.needs), *window.parts), cache.end + 1 < window.size
@@ -189,17 +193,24 @@ class DecodeStep:
         # without a masked key, code that confuses the size of the window with the length would pass
         if partly:
             self.programs.add(found.program)
-        return found if cache is None else self._in_kernel(found, inputs)
+        return found if cache is None else self._in_kernel(found, ids, cache)
 
-    def _in_kernel(self, found: Record, inputs: tuple[Any, ...] | None = None) -> Record:
-        """The record with its compiled step, which is compared with the other one if there are inputs."""
-        if not self.in_kernel or found.kernel is None:
-            self.in_kernel = False
-        elif inputs is None or near(found.kernel(*inputs), found.step(*inputs)):
-            found.step = found.kernel
-        else:
-            self.in_kernel = False
-            self.say("decoding with torch's operations: the compiled step gives different logits")
+    def _in_kernel(self, found: Record, ids: Tensor, cache: KVCache) -> Record:
+        """The record with its compiled step, if that gives the same for other tokens: a copy of these would pass."""
+        if not self.in_kernel:
+            return found
+        reason = found.lacks
+        if found.kernel is not None:
+            window = Window.of(cache, self.compiled, self.in_kernel)
+            rest = (*window.inputs(ids, cache, found.needs)[1:], *window.parts)
+            others = (ids + 1) % int(self.model.config.vocab_size or 1)
+            if near(found.kernel(others, *rest), found.step(others, *rest)):
+                found.step = found.kernel
+                return found
+            reason = "the compiled step gives different logits"
+        self.in_kernel = False
+        if reason:
+            self.say(f"decoding with torch's operations: {reason}")
         return found
 
     def _fail(self, reason: str) -> None:

@@ -53,6 +53,8 @@ class Record:
     """Equal for records that differ only in sizes."""
     kernel: Callable[..., Tensor] | None = None
     """The same step in the compiled kernel, if it has the operations."""
+    lacks: str = ""
+    """Why there is none."""
 
 
 @dataclass

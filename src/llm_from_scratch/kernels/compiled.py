@@ -106,7 +106,7 @@ def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None
     if wanted == "torch":
         return None
     missing = lacking()
-    if wanted == "auto" and not large and (missing or not library_path().exists()):
+    if wanted == "auto" and not large and (missing or not is_built()):
         return None
     found = missing or load_kernel()
     if isinstance(found, Kernel):
@@ -143,6 +143,13 @@ def library_path() -> Path:
     texts = [source.read_text(encoding="utf-8") for source in SOURCES]
     key = hashlib.sha256("\0".join([*texts, *(compiler_here() or []), *FLAGS]).encode()).hexdigest()
     return folder / f"rows-{key[:32]}.so"
+
+
+def is_built() -> bool:
+    try:
+        return library_path().exists()
+    except (OSError, RuntimeError):  # no home, or one of somebody else
+        return False
 
 
 @functools.cache

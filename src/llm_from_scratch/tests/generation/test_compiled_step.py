@@ -177,6 +177,43 @@ def test_logits_are_those_of_the_record(quantize: Any, kernel: Kernel, monkeypat
     assert generator.decoder.recorded.in_kernel and len(apart) >= 4 and max(apart) < 1e-5
 
 
+class TwoTables(nn.Module):
+    """Token embeddings as the sum of two, looked up by ids that are no view of the tokens' memory."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.weight, self.table = table.weight, table
+
+    def forward(self, idx: Tensor) -> Tensor:
+        codes = torch.stack([idx, idx // 2])
+        one, other = self.table(codes.permute(1, 2, 0)).unbind(2)
+        return one + 0.5 * other
+
+
+class Scattered(nn.Module):
+    """Writes rows to a tensor that the step makes."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, given: Tensor) -> Tensor:
+        rows = self.mlp(given).flatten(0, 1)
+        return torch.zeros_like(rows).index_copy_(0, torch.arange(len(rows)), rows).view(given.shape)
+
+
+@pytest.mark.parametrize("edit", [TwoTables, Scattered])
+def test_no_operand_is_a_copy_or_missing(edit: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(memorised("modern"))
+    if edit is TwoTables:
+        model.transformer.wte = edit(model.transformer.wte)
+    else:
+        for block in model.transformer.h:
+            block.mlp = edit(block.mlp)
+    expected, _ = texts(model, "torch", monkeypatch)
+    assert texts(model, "compiled", monkeypatch)[0] == expected
+
+
 class Unusual(nn.Module):
     """An MLP with an operation that the kernel does not have."""
 
@@ -197,6 +234,7 @@ def test_an_edited_model_decodes_with_torch(
     expected, _ = texts(model, "torch", monkeypatch)
     found, generator = texts(model, "compiled", monkeypatch)
     assert found == expected and not any(isinstance(step, CompiledStep) for step in steps(generator))
+    assert capsys.readouterr().err == "decoding with torch's operations: the compiled kernel lacks softplus\n"
 
 
 def test_a_step_with_other_logits_is_not_used(

@@ -164,6 +164,18 @@ def test_a_small_model_does_not_compile(
         assert "decoding with torch's products: damaged" in capsys.readouterr().err  # it uses a library that is there
 
 
+@pytest.mark.skipif(bool(compiled.lacking()), reason="no kernel here")
+def test_a_small_model_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, "auto")
+    for place in ("x" * 5000, str(tmp_path / "file")):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", place)
+        assert find_kernel(none, large=False) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert find_kernel(none, large=False) is None
+
+
 def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
