@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
+import secrets
 import shutil
 import time
 from collections import Counter
@@ -22,7 +24,7 @@ import numpy as np
 
 from ..errors import Removed, UserError
 from ..machine.files import to_json, write_whole
-from ..machine.processes import shield_children
+from ..machine.processes import end_with_parent, shield_children
 from .cleaning_report import as_text, summarise, without_examples, write_reports
 from .duplicates import Signatures, exact_duplicates, grouped, near_duplicates, signatures
 from .encode import blocked_interrupts
@@ -136,7 +138,7 @@ def group_of(folder: Path) -> int:
 
 
 def cleaned_sources(groups: Sequence[Sequence[Source]], folder: Path) -> list[list[Source]]:
-    parts = sorted(path.parent for path in folder.glob(f"*/{DONE}"))
+    parts = sorted(path.parent for path in folder.glob(f"[0-9]*/{DONE}"))
     own = [[part for part in parts if group_of(part) == number] for number in range(len(groups))]
     return [[cleaned_source(group, some)] for group, some in zip(groups, own, strict=True)]
 
@@ -160,7 +162,7 @@ def _map(work: Callable[[Any], None], jobs: Sequence[Any], workers: int) -> Iter
         return
     shield_children()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, end_with_parent) as pool:
         try:
             with blocked_interrupts():
                 futures = [pool.submit(work, job) for job in jobs]
@@ -202,11 +204,25 @@ def shorten(text: str) -> str:
 
 def clean_part(job: tuple[Sequence[Source], Path], options: PrepareOptions, evaluation: np.ndarray | None) -> None:
     """Filters the documents of some sources, and writes the others and their hashes to a folder."""
-    sources, folder = job
-    if (folder / DONE).is_file():
+    sources, target = job
+    if (target / DONE).is_file():
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    # Renamed when it is complete: a task of a lost machine may still write the same part
+    folder = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
     folder.mkdir(parents=True)
+    try:
+        _write_part(sources, folder, options, evaluation)
+        os.rename(folder, target)
+    except OSError:
+        if not (target / DONE).is_file():
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_part(
+    sources: Sequence[Source], folder: Path, options: PrepareOptions, evaluation: np.ndarray | None
+) -> None:
     cleaner, removals, counts = Cleaner(options, evaluation), _Removals(), Counter[str]()
     names = ["texts", "sizes", *(["hashes"] if options.dedup != "none" else [])]
     names += ["signatures"] if options.dedup == "near" else []

@@ -9,10 +9,8 @@ import functools
 import hashlib
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +24,7 @@ import numpy as np
 from ..core.tokenizer import Tokenizer, safe_cut
 from ..errors import EncoderDiffersError, UserError
 from ..machine.files import read_json, to_json, write_whole
-from ..machine.processes import shield_children
+from ..machine.processes import end_with_parent, shield_children
 from .fast_bpe import FastTokenizer
 from .meter import Meter
 
@@ -384,16 +382,9 @@ def blocked_interrupts() -> Iterator[None]:
 
 def start_worker(saved: str, fast: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORKER[:] = [UnitEncoder(Tokenizer.load(saved), Path(saved), fast)]
-
-
-def _end_with_parent() -> None:
-    """A worker would wait forever for the next unit of a run that was killed."""
-    if parent := multiprocessing.parent_process():
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _encode_in_worker(unit: Unit) -> np.ndarray:

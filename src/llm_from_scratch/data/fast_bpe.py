@@ -20,7 +20,7 @@ from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenToke
 from ..core.vocab_files import EOT, byte_to_char
 from ..errors import EncoderDiffersError, UserError, one_line
 from ..machine.extras import is_installed
-from ..machine.processes import shield_children
+from ..machine.processes import end_with_parent, shield_children
 
 FAST_FROM = 8 << 20  # bytes of input from which loading it takes less time than it saves
 RENEW = 128 << 20  # bytes of text after which its cache of words is dropped
@@ -165,6 +165,7 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
 
 def silence() -> None:
     """In the child process: the library prints its progress."""
+    end_with_parent()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -226,6 +229,18 @@ def shield_children() -> None:
             f"child processes of Python 3.10 would import {names[0]} of the working directory instead of the real "
             "module: rename it, start from another directory, or use Python 3.11"
         )
+
+
+def end_with_parent() -> None:
+    """Ends this child when its parent ends. A worker of a killed run would wait forever, or write where the next run
+    works."""
+
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def shadowing(folder: Path) -> list[str]:

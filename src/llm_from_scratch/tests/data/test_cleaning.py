@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from llm_from_scratch.data.filters import Cleaner, c4, count_sentences, gopher, 
 from llm_from_scratch.data.hashes import hash_words, runs_of_words
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import Removed, UserError
 from llm_from_scratch.tests.texts import real_text
 
@@ -153,6 +156,59 @@ def test_a_killed_run_keeps_its_parts(here: Path, monkeypatch: pytest.MonkeyPatc
     folder = prepare(["*.jsonl"], **settings)
     assert len(calls) == 25 + 10  # only the last part was cleaned again
     assert (folder / "train.bin").read_bytes() == (whole / "train.bin").read_bytes()
+
+
+def test_two_writers_of_a_part_do_not_mix(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after kill -9, when a worker of the killed run may still write."""
+    write("d.jsonl", texts := stories(10))
+    job = ([FileSource(Path("d.jsonl"))], here / "parts" / "0-000000")
+    options, calls, hash_document = PrepareOptions(dedup="exact"), list[str](), cleaning.hash_document
+
+    def overtaken(text: str) -> bytes:
+        calls.append(text)
+        if len(calls) == 5:
+            cleaning.clean_part(job, options, None)
+        return hash_document(text)
+
+    monkeypatch.setattr(cleaning, "hash_document", overtaken)
+    cleaning.clean_part(job, options, None)
+    assert len(calls) == 20 and (job[1] / "texts").read_text() == "".join(texts)
+    assert [path.name for path in (here / "parts").iterdir()] == ["0-000000"]
+
+
+WORKERS = """
+import multiprocessing, threading, time
+from llm_from_scratch.data.cleaning import _map
+
+def report():
+    while len(children := multiprocessing.active_children()) < 2:
+        time.sleep(0.05)
+    print(*(child.pid for child in children), flush=True)
+
+threading.Thread(target=report).start()
+list(_map(time.sleep, [100, 100], 2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes as on Linux")
+def test_workers_end_with_a_killed_run(here: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", WORKERS], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        workers = run.stdout.readline().split()
+        run.kill()
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
