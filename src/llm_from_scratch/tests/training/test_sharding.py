@@ -237,7 +237,8 @@ def rounded_in_shards(seed: int) -> list[dict[str, Tensor]]:
     with process_group(), torch.no_grad():
         for sharded in (False, True):
             torch.manual_seed(seed)
-            model = GPT(GPTConfig(vocab_size=301, block_size=8, n_layer=1, n_head=2, n_embd=510))
+            # torch's kernel may round the last elements differently if half the width is not a multiple of 16
+            model = GPT(GPTConfig(vocab_size=301, block_size=8, n_layer=1, n_head=2, n_embd=544))
             if sharded:
                 shard(model, Config(), runtime)
             optimizer = make_optimizer(model, OptimizerConfig(optimizer_dtype="bfloat16"), runtime.device, 5)
