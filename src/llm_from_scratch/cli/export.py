@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
+from ..interop import is_peft
 from ..presets import parse
 from .common import command
 
@@ -133,7 +134,7 @@ def _export_adapter(loaded: Checkpoint, base: Base, output: Path) -> None:
     export_peft(
         loaded.model_config, loaded.model, loaded.adapter, base.rank, base.scale, place, loaded.tokenizer, output
     )
-    if place.endswith(".gguf") or not is_pretrained(place):
+    if place.endswith(".gguf") or is_peft(Path(place)) or not is_pretrained(place):
         again = shlex.join(["llm-export", f"--checkpoint={place}", "--output=FOLDER"])
         print(f"peft needs {place} in Hugging Face's format: {again}, and FOLDER in adapter_config.json")
 

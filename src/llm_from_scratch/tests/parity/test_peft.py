@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def test_an_adapter_of_pefts_gives_its_logits(here: Path, kind: str, settings: d
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("targets", [("transformer.h",), ("h.1.attn", "c_fc")])
-def test_peft_gives_the_logits_of_our_adapter(here: Path, kind: str, targets: tuple[str, ...]) -> None:
+def test_peft_gives_the_logits_of_our_adapter(
+    here: Path, kind: str, targets: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     base = tiny(kind)
     data = write_data(Path("data"))
     train(tiny_config(data, init_from="base", out_dir="run", block_size=16, lora_rank=3, lora_alpha=4.0,
@@ -102,6 +105,11 @@ def test_peft_gives_the_logits_of_our_adapter(here: Path, kind: str, targets: tu
     train(tiny_config(data, init_from="adapter", out_dir="more", block_size=16, lora_rank=2, max_iters=1,
                       progress="none"))  # fmt: skip
     assert load("more", need_tokenizer=False).base is not None
+    assert "peft needs" not in capsys.readouterr().out
+    export.main(["--out_dir=more", "--format=peft", "--output=second"])  # of a base that is an adapter itself
+    (again,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("peft needs ")]
+    command = again.partition("format: ")[2].partition(", and FOLDER")[0].replace("FOLDER", "merged")
+    assert not export.main(shlex.split(command)[1:]) and apart(logits("merged"), logits("adapter")) < 1e-5
 
 
 def changed(**changes: Any) -> None:
