@@ -72,7 +72,7 @@ def parse(
     default. {presets} in description becomes a line for each. `--completion SHELL` prints a script. Raises UserError:
     unknown name (with the nearest), wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
-        command = partial(tyro.cli, tree_type, prog=prog.partition(" [")[0], **TYRO)
+        command = partial(tyro.cli, tree_type, prog=_command(prog), **TYRO)
         shell = completion_shell(argv)
         print(completion_script(lambda args: command(args=args), shell, _presets() if base_preset else {}))
         raise SystemExit(0)
@@ -101,6 +101,11 @@ def parse(
         raise SystemExit(0)
     tree = _tyro(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
+
+
+def _command(prog: str) -> str:
+    """A usage line, such as "llm-inspect DATASET" or "llm-train [PRESET ...]", without its arguments."""
+    return re.split(r" (?=[\[A-Z])", prog)[0]
 
 
 def _print_help(
@@ -135,7 +140,7 @@ def _print_help(
         fields = [(title, box, field(default_factory=box)) for title, box in zip(titles, boxes, strict=True)]
         view = dataclasses.make_dataclass("Settings", fields)
     if common:
-        description += f"\n\n{prog.partition(' [')[0]} --help-all lists every setting."
+        description += f"\n\n{_command(prog)} --help-all lists every setting."
     if "{presets}" in description:
         lines = (f"  {name:<14} {text}" for name, text in _presets().items())
         description = description.replace("{presets}", "\n".join(lines))

@@ -61,6 +61,14 @@ def test_completion_is_a_script_of_the_shell(capsys: pytest.CaptureFixture[str])
         assert "error: --completion needs a shell: bash or zsh" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["inspect", "eval", "prepare"])  # DATASET, [TEXT_FILE] and [SOURCE ...] in the usage
+def test_completion_is_of_the_command_without_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--completion", "bash"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("complete ")]
+    assert line.split()[-1] == f"llm-{name}"
+
+
 def test_subcommands_and_their_settings_are_completed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion=bash"]) == 0
     script = capsys.readouterr().out
