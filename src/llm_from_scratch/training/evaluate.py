@@ -34,6 +34,8 @@ class Evaluation:
     text_bytes: int | None
     """UTF-8 bytes of the predicted tokens; None without a tokenizer."""
     seconds: float
+    of_pairs: bool = False
+    """Whether the loss is the mean over pairs of answers, which has no perplexity."""
 
     @property
     def perplexity(self) -> float:
@@ -69,7 +71,7 @@ def evaluate_split(
     nats, total = _sum_of_losses(model, data, starts, block_size, runtime, batch_size, before_batch, known)
     of_pairs = isinstance(data, PackedData) and data.of_pairs
     text_bytes = None if tokenizer is None or of_pairs else count_bytes(data, tokenizer)
-    return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin)
+    return Evaluation(nats / total, round(total), text_bytes, time.perf_counter() - begin, of_pairs)
 
 
 def evaluate_parts(

@@ -292,8 +292,10 @@ class RunLog:
     def final(self, step: int, found: Evaluation, parts: dict[str, float] | None = None) -> None:
         """The loss of the whole validation split at the end of the run. parts: of the parts of a mixture, by name."""
         of_parts = {f"val_loss_full/{name}": loss for name, loss in (parts or {}).items()}
-        metrics = {"val_loss_full": found.loss, "perplexity": found.perplexity}
-        text = f"final: val loss {found.loss:.4f} (whole split), perplexity {found.perplexity:.2f}"
+        metrics, text = {"val_loss_full": found.loss}, f"final: val loss {found.loss:.4f} (whole split)"
+        if not found.of_pairs:
+            metrics["perplexity"] = found.perplexity
+            text += f", perplexity {found.perplexity:.2f}"
         if (bits := found.bits_per_byte) is not None:
             metrics["bits_per_byte"] = bits
             text += f", {bits:.3f} bits per byte"

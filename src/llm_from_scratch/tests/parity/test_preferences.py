@@ -156,6 +156,7 @@ def test_a_resumed_run_has_the_reference_of_its_start(here: Path) -> None:
     stored = (here / "run" / FILE).read_bytes()
     resumed = train(settings(init_from="resume", **plain))
     assert resumed.final is not None and whole.final is not None and resumed.final.loss == whole.final.loss
+    assert resumed.final.of_pairs
     assert resumed.final.loss < 0.69 and (here / "run" / FILE).read_bytes() == stored
     for content, reason in ((stored[:-4], "cannot be used"), (None, "No such file")):
         (here / "run" / FILE).unlink() if content is None else (here / "run" / FILE).write_bytes(content)

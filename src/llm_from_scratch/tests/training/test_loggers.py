@@ -101,6 +101,14 @@ def test_metrics_are_one_object_a_line() -> None:
     assert read_entries(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
 
 
+def test_a_loss_of_pairs_has_no_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
+    log = opened(config())
+    log.final(2, Evaluation(loss=0.5, tokens=3, text_bytes=None, seconds=1.0, of_pairs=True))
+    log.close()
+    assert read_entries(Path("run/metrics.jsonl")) == [{"step": 2, "val_loss_full": 0.5}]
+    assert capsys.readouterr().out == "final: val loss 0.5000 (whole split)\n"
+
+
 def test_a_resumed_log_forgets_what_is_done_again() -> None:
     path = Path("metrics.jsonl")
     entries = [{"step": 3, "loss": 1}, {"step": 4, "train_loss": 1, "val_loss": 1}, {"step": 4, "loss": 2},
