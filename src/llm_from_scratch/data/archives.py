@@ -24,6 +24,7 @@ FREE = 64 << 20  # bytes that any compressed file may become
 RATIO = 200  # beyond FREE: text compresses 3 to 20 times, repetitive logs 100 times, a bomb 1,000 times or more
 XZ_MEMORY = 256 << 20  # bytes that a header may ask for
 BLOCK = 1 << 16
+ZSTD_BLOCK = 1 << 11  # 64 MiB at most come out of it
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, ValueError, RuntimeError,
           NotImplementedError, OverflowError, MemoryError, KeyError, IndexError)  # fmt: skip
 
@@ -114,18 +115,34 @@ def _zstd(raw: IO[bytes]) -> Any:
         import zstandard
     except ImportError:
         raise missing("zstandard", "documents", "reading .zst", "decompress it with zstd -d") from None
-    return _Zstd(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), zstandard.ZstdError)
+    return _Zstd(raw, zstandard.ZstdDecompressor(), zstandard.ZstdError)
 
 
 class _Zstd:
-    def __init__(self, file: Any, error: type[Exception]) -> None:
-        self.file, self.error = file, error
+    """A .zst file; the package's own stream does not report a cut."""
+
+    def __init__(self, raw: IO[bytes], library: Any, error: type[Exception]) -> None:
+        self.raw, self.library, self.error = raw, library, error
+        self.frame: Any = None
+        self.is_between, self.rest, self.data = True, b"", io.BytesIO()
 
     def read(self, size: int) -> bytes:
-        try:
-            return self.file.read(size)
-        except self.error as error:
-            raise ValueError(one_line(error)) from None
+        while not (found := self.data.read(size)):
+            self.rest = self.rest or self.raw.read(ZSTD_BLOCK)
+            if not self.rest and self.is_between:
+                return b""
+            if not self.rest:
+                raise EOFError("it ends too early")
+            if self.is_between:  # more frames may follow
+                self.frame = self.library.decompressobj()
+            try:
+                data = self.frame.decompress(self.rest)
+            except self.error as error:
+                raise ValueError(one_line(error)) from None
+            self.is_between = self.frame.eof
+            self.rest = self.frame.unused_data if self.is_between else b""
+            self.data = io.BytesIO(data)
+        return found
 
 
 COMPRESSIONS: dict[str, Callable[[Any], Any]] = {

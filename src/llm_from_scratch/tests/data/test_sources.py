@@ -26,7 +26,8 @@ from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.data.selection import walk
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.tests.data.samples import JSONL, PAGE, TEXTS, damaged, samples, tarred, zipped
+from llm_from_scratch.tests.data.samples import JSONL, PAGE, TEXTS, damaged, samples, tarred, zipped, zst
+from llm_from_scratch.tests.texts import real_text
 
 NEEDED = {".html": "resiliparse", ".epub": "resiliparse", ".pdf": "pypdf", ".parquet": "pyarrow", ".zst": "zstandard"}
 NAMES = (
@@ -293,6 +294,22 @@ def test_damage_is_named(here: Path) -> None:
     (here / "a.ipynb").write_text('{"cells": 5}')
     with pytest.raises(UserError, match="a.ipynb is not a notebook"):
         documents("a.ipynb")
+
+
+def test_a_cut_zstd_file_is_damaged(here: Path) -> None:
+    """Several frames, with one to skip between them, as pzstd writes."""
+    pytest.importorskip("zstandard")
+    text, skipped = real_text()[:300_000].encode(), b"\x50\x2a\x4d\x18\5\0\0\0-----"
+    content = b"".join(zst(text[at : at + 100_000]) + skipped for at in range(0, 300_000, 100_000))
+    (here / "a.txt.zst").write_bytes(content)
+    assert "".join(documents("a.txt.zst")).encode() == text
+    for size in (len(content) // 2, len(content) - len(skipped) - 1, len(content) - 1, 3):
+        (here / "a.txt.zst").write_bytes(content[:size])
+        with pytest.raises(UserError, match="a.txt.zst is damaged: it ends too early"):
+            documents("a.txt.zst")
+    (here / "a.txt.zst").write_bytes(content + b"more")
+    with pytest.raises(UserError, match="a.txt.zst is damaged"):
+        documents("a.txt.zst")
 
 
 @pytest.mark.parametrize("package, name", [("resiliparse", "a.html"), ("pypdf", "a.pdf"), ("zstandard", "a.txt.zst")])
