@@ -209,7 +209,8 @@ class Mirror:
     """Keeps the store as the run's folder is: a thread uploads new checkpoints and removes old ones."""
 
     def __init__(self, url: str, out_dir: Path, run_id: str, keep_last: int, keep_every: int | None):
-        """Raises UserError if the store holds another run. A store that fails is tried again later."""
+        """Raises UserError if the store holds another run. A store that fails is tried again later. Uploads nothing
+        before start()."""
         self.store, self.out_dir, self.run_id = Store(url), out_dir, run_id
         self.keep_last, self.keep_every = keep_last, keep_every
         self.lines: list[str] = []
@@ -221,6 +222,9 @@ class Mirror:
         self._changed, self._asked, self._done = threading.Condition(), 0, 0
         with self._noted():
             self._refuse_others(self.store.complete())
+
+    def start(self) -> None:
+        """Starts to upload. The folder holds this run, and no other."""
         self.saved()  # what an earlier process has not uploaded
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
 

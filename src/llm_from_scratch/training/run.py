@@ -137,7 +137,9 @@ class Run:
                 self.say(line)
         # the first to write: all that can fail before step 0 has succeeded
         first, team = plan.start_step, Team(self.runtime.rank, self.runtime.world_size)
-        moved = take_folder(plan, lock, team) if lock is not None and not self.config.training.eval_only else None
+        moved, mirror = None, None
+        if lock is not None and not self.config.training.eval_only:
+            moved, mirror = take_folder(plan, lock, team, self.state.run_id)
         mfu = partial(self.model.estimate_mfu, plan.global_batch / self.runtime.world_size)
         self.log = RunLog(
             self.config, prints, first, plan.last_step, plan.resumed is not None, self.state.evaluated_at == first,
@@ -146,7 +148,7 @@ class Run:
         self.say = self.log.say
         if moved is not None:
             self.say(f"{self.out_dir} contained an earlier run, moved to {moved}")
-        self.saver = Saver(self.plan, self.state, self.log, team)
+        self.saver = Saver(self.plan, self.state, self.log, team, mirror)
 
     # --- one step ---
 

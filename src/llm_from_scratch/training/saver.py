@@ -46,13 +46,18 @@ class Saved:
     """Any other error. Raised again in the thread of the loop."""
 
 
-def take_folder(plan: Plan, lock: FolderLock, team: Team) -> Path | None:
-    """Locks and cleans the run's folder. Returns where an earlier run was moved. Raises UserError if another process
-    trains there, or if the machines do not share the folder."""
-    out_dir = Path(plan.config.training.out_dir)
+def take_folder(plan: Plan, lock: FolderLock, team: Team, run_id: str) -> tuple[Path | None, Mirror | None]:
+    """Locks and cleans the run's folder. Returns where an earlier run was moved, and the first process's mirror. Raises
+    UserError if another process trains there, if the mirror holds another run, or if the machines do not share the
+    folder."""
+    training, mirror = plan.config.training, None
+    out_dir = Path(training.out_dir)
 
     def begin() -> Path | None:
+        nonlocal mirror
         lock.acquire()
+        if training.mirror is not None:  # before the folder is changed
+            mirror = Mirror(training.mirror, out_dir, run_id, training.keep_last, training.keep_every)
         _ = plan.hashes  # now: if the data fail later, a checkpoint is saved for just that
         moved = checkpoints.archive_previous(out_dir) if plan.resumed is None else None
         checkpoints.clean_leftovers(out_dir)
@@ -62,27 +67,22 @@ def take_folder(plan: Plan, lock: FolderLock, team: Team) -> Path | None:
     moved = team.first(begin)
     if team.size > 1:
         checkpoints.check_shared(out_dir, team)
-    return moved
+    if mirror is not None:
+        mirror.start()
+    return moved, mirror
 
 
 class Saver:
     """Copies the state of a step; a thread writes it and removes older checkpoints. A process that must stop at once
     does not wait for the thread. Each process of a team copies and writes its share."""
 
-    def __init__(self, plan: Plan, state: TrainState, log: RunLog, team: Team = ALONE):
+    def __init__(self, plan: Plan, state: TrainState, log: RunLog, team: Team = ALONE, mirror: Mirror | None = None):
         self.plan, self.state, self.log, self.team = plan, state, log, team
         self.saved_to: Path | None = None
         self.failed = False  # the last save
-        self.mirror: Mirror | None = None
-        team.all(self._open_mirror)
+        self.mirror = mirror
         self._saved: Saved | None = None  # of the save in progress
         self._thread: threading.Thread | None = None
-
-    def _open_mirror(self) -> None:
-        training = self.plan.config.training
-        if training.mirror is not None and self.team.is_first and not training.eval_only:
-            keep = training.keep_last, training.keep_every
-            self.mirror = Mirror(training.mirror, self.log.out_dir, self.state.run_id, *keep)
 
     def is_due(self) -> bool:
         training, state = self.plan.config.training, self.state

@@ -41,7 +41,9 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def opened(url: str, out: Path, keep_last: int = 2, **more: Any) -> Mirror:
-    return Mirror(url, out, "run-a", keep_last, more.get("keep_every"))
+    found = Mirror(url, out, "run-a", keep_last, more.get("keep_every"))
+    found.start()
+    return found
 
 
 def restored(url: str, out: Path) -> list[str]:
@@ -225,6 +227,17 @@ def test_a_run_resumes_from_its_mirror(here: Path, tiny_data: Path, capsys: pyte
     for name in ("model.safetensors", "optimizer.safetensors"):
         whole, lost = (Path(run, "step-00000008", name).read_bytes() for run in ("whole", "lost"))
         assert whole == lost
+
+
+def test_a_mirror_of_another_run_is_refused_before_the_folder_changes(
+    here: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(here / "run", 1)
+    assert opened("memory", here / "run").wait(10)
+    before = tree(here / "run")
+    assert main(arguments(dataset=tiny_data, out_dir="run", max_iters=1, mirror="memory")) == 2
+    assert "holds the checkpoints of another run" in capsys.readouterr().err
+    assert {name: data for name, data in tree(here / "run").items() if name != ".lock"} == before
 
 
 # --- a real server ---
