@@ -23,6 +23,7 @@ from ..core.cache import Documents
 from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine import device as runtimes
+from ..machine.device import Runtime
 from ..machine.memory import free_memory, peak_memory, total_memory
 from .evaluate import estimate_loss, even_size, windows_at_once
 from .microbatch import retry_smaller
@@ -212,7 +213,7 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
     """Rehearses the run for about `budget` seconds; longer if one update takes longer, or compiles. Raises UserError if
     not even one layer and one sequence fit in memory."""
     begin, ran = time.perf_counter(), time.process_time()
-    runtimes.start(dataclasses.replace(plan.runtime, world_size=1), plan.config.system)
+    runtimes.start(alone(plan.runtime), plan.config.system)
     device = plan.runtime.device
     layers, rows = rehearsal_size(plan, budget)
 
@@ -264,6 +265,11 @@ def products_per_second(size: int = 512, device: torch.device | None = None) -> 
     return 2 * size**3 / statistics.median(took)
 
 
+def alone(runtime: Runtime) -> Runtime:
+    """The runtime of a single process, which holds the whole model."""
+    return dataclasses.replace(runtime, world_size=1, rank=0, parallel="ddp", shards=1)
+
+
 def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
     """A plan for one process, `layers` layers, and one micro-batch of `rows` sequences per update."""
     model, training = plan.config.model, dataclasses.replace(plan.config.training)
@@ -271,10 +277,9 @@ def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
     if isinstance(training.activation_budget, float):
         training.activation_budget *= layers / model.n_layer * rows / plan.micro_batch
     config = dataclasses.replace(plan.config, model=dataclasses.replace(model, n_layer=layers), training=training)
-    runtime = dataclasses.replace(plan.runtime, world_size=1, rank=0)
     return dataclasses.replace(
-        plan, config=config, runtime=runtime, global_batch=rows, micro_batch=rows, start_step=0, weights=None,
-        resumed=None, scans=[], notes=[],
+        plan, config=config, runtime=alone(plan.runtime), global_batch=rows, micro_batch=rows, start_step=0,
+        weights=None, resumed=None, scans=[], notes=[],
     )  # fmt: skip
 
 
@@ -348,8 +353,10 @@ def extrapolate(
         "steps": steps * step, "evaluations": evaluations * evaluation + final,
         "checkpoints": (saves * SAVE_BESIDE + SAVE_AWAITED) * written, "start": ran + built * W / weights.whole,
     }  # fmt: skip
+    shards = plan.runtime.shards
     memory = {
-        "weights": W, "gradients": G, "optimizer": M, "activations": activations, "copies for a checkpoint": copies,
+        "weights": W / shards, "gradients": G / shards, "optimizer": M / shards, "activations": activations,
+        "copies for a checkpoint": copies / shards,
         "kept for the next step": KEPT * (G + activations) if plan.keeps_more else 0,
         "the program": base,
     }  # fmt: skip

@@ -20,7 +20,7 @@ SHARE = 0.85  # of a device's memory, for what does not depend on the batch
 def with_parallel(config: Config, runtime: Runtime, resumed: Checkpoint | None) -> Runtime:
     """The runtime with the way in which processes share the model. Raises UserError for a setting that does not fit."""
     asked, world = config.system.parallel, runtime.world_size
-    if world == 1 and (asked in ("auto", "ddp") or "RANK" not in os.environ):
+    if world == 1 and (asked != "fsdp" or "RANK" not in os.environ):  # torchrun may restart hsdp with one process
         told = {} if asked in ("auto", "ddp") else {"parallel": f"{asked} has no effect in one process"}
         return dataclasses.replace(runtime, reasons=runtime.reasons | told)
     kind: str = asked
@@ -57,7 +57,7 @@ def _group(config: Config, world: int) -> int:
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     group = config.system.shard_group or int(here)
     source = "the processes of a node" if config.system.shard_group is None else f"shard_group={group}"
-    if world % group or (group == 1 and world > 1):
+    if world % group or group == 1:
         fits = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)
         raise UserError(
             f"--parallel=hsdp cannot divide {world} processes into groups of {group} ({source}): set --shard_group to "

@@ -172,3 +172,23 @@ def test_the_command_tells_all_of_it(
     monkeypatch.setattr(forecasts, "total_memory", lambda device: 1 << 20)
     assert command.main(arguments(dataset=tiny_data, out_dir="run")) == 0
     assert "warning: the run does not fit into the 0.0 GiB of cpu" in capsys.readouterr().out
+
+
+def test_a_sharded_run_is_rehearsed_in_one_process(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, no_time: None
+) -> None:
+    torchrun = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": 1,
+    }
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
+    plan = planned(tiny_data, n_layer=2, parallel="fsdp", backend="gloo")
+    assert (plan.runtime.world_size, plan.runtime.shards) == (2, 2)
+    found = forecast(plan, 0.01)
+    assert not torch.distributed.is_initialized() and found.step > 0
+    assert found.bytes["weights"] == plan.sizes.weights

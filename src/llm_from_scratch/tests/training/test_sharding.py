@@ -105,6 +105,14 @@ def test_the_groups_of_hsdp_divide_the_processes(monkeypatch: pytest.MonkeyPatch
         chosen(monkeypatch, 8, parallel="hsdp", here=1)
 
 
+def test_one_process_that_remains_of_hsdp_trains_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # as torchrun restarts it
+        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
+    found = chosen(monkeypatch, 1, parallel="hsdp", shard_group=2)
+    assert (found.parallel, found.shards) == ("ddp", 1)
+    assert found.reasons["parallel"] == "hsdp has no effect in one process"
+
+
 def test_what_a_sharded_model_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
     with pytest.raises(UserError, match="parallel=fsdp .*does not fit.* does not support lora_rank: remove it"):
         chosen(monkeypatch, 2, memory=1000, lora_rank=4)
