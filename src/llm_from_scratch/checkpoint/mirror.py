@@ -31,7 +31,7 @@ from .store import kept_steps, list_checkpoints
 CHUNK = 4 << 20  # bytes
 RETRIES = (1.0, 60.0)  # seconds until a failed upload is tried again, doubled up to the second
 POLL, LONGEST = 1.0, 1800.0  # seconds between looks for what another process downloads, and until it has failed
-_MARKER = re.compile(r"(step-\d{8,15})\.complete")
+_FOLDER, _MARKER = re.compile(r"step-\d{8,15}"), re.compile(r"(step-\d{8,15})\.complete")
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,22 @@ class Store:
         """The checkpoints that are complete, newest first."""
         found = []
         with self.reached():
-            try:
-                names = [str(path).rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
-            except FileNotFoundError:
-                return []
-            for name in names:
+            for name in self._names():
                 if _MARKER.fullmatch(name):
                     with contextlib.suppress(DamagedError):
                         found.append(self._marker(name))
         return sorted(found, key=lambda c: c.step, reverse=True)
+
+    def _names(self) -> list[str]:
+        try:
+            return [str(path).rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
+        except FileNotFoundError:
+            return []
+
+    def partial(self) -> list[str]:
+        """The folders without a marker: of uploads that were abandoned."""
+        names = self._names()
+        return sorted(name for name in names if _FOLDER.fullmatch(name) and f"{name}.complete" not in names)
 
     def _marker(self, name: str) -> Complete:
         raw = from_json(b"".join(self.read(name, MAX_JSON)), Path(name))
@@ -219,6 +226,8 @@ class Mirror:
         """Of the last attempt."""
         self.active = time.monotonic()
         """When bytes last moved."""
+        self.uploading: Path | None = None
+        """The checkpoint that is being uploaded: the run keeps it until then."""
         self._changed, self._asked, self._done = threading.Condition(), 0, 0
         with self._noted():
             self._refuse_others(self.store.complete())
@@ -292,14 +301,20 @@ class Mirror:
         kept = kept_steps(losses, self.keep_last, self.keep_every)
         for step, (path, wanted) in sorted(local.items(), reverse=True):
             if step in kept and remote.get(step) != wanted:
+                self.uploading = path
                 try:
-                    self.store.upload(path, self._on_chunk)
+                    if path.exists():  # else it was removed while a newer one was uploaded
+                        self.store.upload(path, self._on_chunk)
                 except DamagedError:
                     if path.exists():
                         raise
+                    self.lines.append(f"warning: mirror: {path.name} was removed before it was uploaded")
+                finally:
+                    self.uploading = None
         with self.store.reached():
             for name in (remote[step].name for step in remote.keys() - kept):
                 self.store.remove(f"{name}.complete", name)
+            self.store.remove(*self.store.partial())
 
     def _on_chunk(self) -> None:
         self.active = time.monotonic()

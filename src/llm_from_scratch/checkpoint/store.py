@@ -52,12 +52,13 @@ class _Entry:
 
 def save_checkpoint(
     out_dir: str | Path, *, keep_last: int | None = None, keep_every: int | None = None, team: Team = ALONE,
-    **contents: Any,
+    in_use: Callable[[], Path | None] = lambda: None, **contents: Any,
 ) -> Path:  # fmt: skip
-    """Writes a checkpoint (see write_checkpoint), then prunes if keep_last is given. Returns its folder."""
+    """Writes a checkpoint (see write_checkpoint), then prunes if keep_last is given. Returns its folder. in_use: a
+    checkpoint that is not removed yet."""
     final = write_checkpoint(out_dir, team=team, **contents)
     if keep_last is not None and team.is_first:
-        prune(final, keep_last, keep_every)
+        prune(final, keep_last, keep_every, in_use())
     return final
 
 
@@ -101,16 +102,16 @@ def resolved_init(init_from: str, out_dir: str) -> str:
     return "resume" if any(True for pattern in kept for _ in Path(out_dir).glob(pattern)) else "scratch"
 
 
-def prune(verified: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+def prune(verified: Path, keep_last: int, keep_every: int | None = None, in_use: Path | None = None) -> list[Path]:
     """Removes the checkpoints next to `verified`, which has just been read back, except the keep_last newest ones, the
-    one with the lowest val loss, and every keep_every-th step. Returns the paths that it removed."""
+    one with the lowest val loss, every keep_every-th step, and in_use. Returns the paths that it removed."""
     try:
         # an unreadable one is set aside at the next start, never removed
         entries = [e for e in find_entries(verified.parent, skip_foreign=True) if e.manifest is not None]
     except OSError:  # the next save removes the rest
         return []
     losses = {e.step: e.val_loss for e in reversed(entries)}
-    kept = kept_steps(losses, keep_last, keep_every) | {e.step for e in entries if e.path == verified}
+    kept = kept_steps(losses, keep_last, keep_every) | {e.step for e in entries if e.path in (verified, in_use)}
     return [e.path for e in entries if e.step not in kept and hashed_folder.remove_folder(e.path)]
 
 

@@ -151,6 +151,7 @@ class Saver:
                 out_dir, **contents, run_id=self.state.run_id, val_loss=val_loss, team=self.team,
                 dataset_hash=self.plan.hashes[1] if self.team.is_first else None,
                 keep_last=training.keep_last, keep_every=training.keep_every,
+                in_use=lambda: self.mirror.uploading if self.mirror is not None else None,
             )  # fmt: skip
             if self.mirror is not None:
                 self.mirror.saved()

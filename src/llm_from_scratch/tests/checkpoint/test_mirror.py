@@ -22,7 +22,7 @@ from llm_from_scratch.checkpoint.mirror import Mirror, Store, restore
 from llm_from_scratch.checkpoint.store import list_checkpoints
 from llm_from_scratch.cli.train import main
 from llm_from_scratch.config import TrainingConfig
-from llm_from_scratch.errors import UserError
+from llm_from_scratch.errors import DamagedError, UserError
 
 from ..tiny import arguments
 from .test_store import damage, save
@@ -175,6 +175,43 @@ def test_the_other_processes_wait_for_the_first(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(mirror, "LONGEST", 0.0)
     restore("memory", tmp_path / "c", False, print)  # in vain
     assert not (tmp_path / "c").exists()
+
+
+def test_a_run_keeps_what_is_being_uploaded_and_abandoned_uploads_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, begun = threading.Event(), threading.Event()
+    write = Store.write
+
+    def slowly(self: Store, name: str, *rest: Any) -> None:
+        begun.set()
+        assert going.wait(10)
+        write(self, name, *rest)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Store, "write", slowly)
+    copy = opened("memory", tmp_path, keep_last=1)
+    assert begun.wait(10) and copy.uploading == tmp_path / "step-00000001"
+    save(tmp_path, 2, keep_last=1, in_use=lambda: copy.uploading)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
+    copy.saved()
+    folder = fsspec.filesystem("memory")
+    folder.pipe("/mirror/step-00000000/model.safetensors", b"abandoned")
+    going.set()
+    assert copy.wait(10) and copy.lines == [] and steps("memory") == [2] and copy.uploading is None
+    assert not folder.exists("/mirror/step-00000000")
+
+
+def test_an_abandoned_upload_gets_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pruned(self: Store, folder: Path, on_chunk: Any) -> None:
+        shutil.rmtree(folder)
+        raise DamagedError(f"{folder} was removed")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(Store, "upload", pruned)
+    monkeypatch.setattr(Store, "partial", lambda self: [])
+    copy = opened("memory", tmp_path)
+    assert copy.wait(10) and copy.lines == ["warning: mirror: step-00000001 was removed before it was uploaded"]
 
 
 def unreachable(*_: Any, **__: Any) -> Any:
