@@ -39,7 +39,11 @@ class Selection:
 
     def accepts(self, name: str, is_known: bool) -> bool:
         """name: relative to the folder or archive. is_known: whether its suffix is."""
-        if is_hidden(name) or (self.exclude and compiled(self.exclude).match_file(name)):
+        return not is_hidden(name) and self.selects(name, is_known)
+
+    def selects(self, name: str, is_known: bool = True) -> bool:
+        """The same for the name of any file, hidden or not, such as one that a glob names."""
+        if self.exclude and compiled(self.exclude).match_file(name):
             return False
         return compiled(self.include).match_file(name) if self.include else is_known
 
@@ -62,6 +66,12 @@ class Selection:
         if binary:
             report(f"{folder.as_posix()}: ignored {binary} binary files")
         return found
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder before the first part of a path that is a pattern."""
+    parts = pattern.split("/")
+    return "/".join(parts[: next(at for at, part in enumerate(parts) if any(sign in part for sign in "*?["))])
 
 
 def is_hidden(name: str) -> bool:

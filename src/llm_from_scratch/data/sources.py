@@ -32,7 +32,7 @@ from . import stores
 from .archives import decompress
 from .options import PrepareOptions
 from .readers import ARCHIVE, LINES, READERS, SEPARATED, TEXT, WHOLE, Reader, reader_of, split_document, suffixes
-from .selection import Selection, is_hidden, walk
+from .selection import Selection, fixed_part, is_hidden, walk
 
 RAW = Path("data/raw")
 
@@ -84,7 +84,7 @@ class FileSource:
     @property
     def key(self) -> str:
         """The same for the same file."""
-        return self.name if self.url else os.path.realpath(self.path)
+        return stores.hash_text(self.url) if self.url else os.path.realpath(self.path)
 
     @property
     def size(self) -> int:
@@ -101,7 +101,8 @@ class FileSource:
     def identity(self) -> dict[str, Any]:
         """By which a change is detected: the hash of the content, or the version that a server states."""
         if self.url:
-            return {"path": self.name, "bytes": self.size, "version": stores.version(self.url)}
+            query = {"query": stores.hash_text(self.url)} if stores.shown(self.url) != self.url else {}  # may be secret
+            return {"path": self.name, "bytes": self.size, "version": stores.version(self.url), **query}
         with _reading(self.name), self.path.open("rb") as file:
             digest, size = hashlib.sha256(), 0
             while block := file.read(1 << 20):
@@ -248,7 +249,7 @@ def find_sources(
             name, _, config = argument.removeprefix(HUB).partition(":")
             some = [HubSource.open(name, common.text_key, config)]
         elif "://" in argument:
-            urls = stores.find(argument, lambda name: common.selection.accepts(name, reader_of(name) is not None))
+            urls = stores.find(argument, common.selection, lambda name: reader_of(name) is not None)
             named = [(Path(stores.file_name(url)), stores.shown(url), url) for url in urls]
             some = [dataclasses.replace(common, path=path, label=label, url=url) for path, label, url in named]
         else:
@@ -292,6 +293,8 @@ def find_files(
             if (root / argument).is_dir():
                 wanted = "file that --include selects" if selection.include else f"{', '.join(READERS)} file"
                 hint = f"the folder contains no {wanted}{others}"
+            elif glob.has_magic(argument) and selection != ALL:
+                hint = "no file matches the glob, --include and --exclude"
             raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}: {hint}")
         for path in found:
             if reader_of(path.name) is None and argument != "-" and not selection.include:
@@ -325,8 +328,10 @@ def _matches(base: Path, argument: str, selection: Selection, report: Any) -> li
             os.close(open_file(path))  # refuses devices, which never end
             return [path]
         if glob.has_magic(argument):
-            found = [_matches(base, str(p), selection, report) if p.is_dir() else [p] for p in _glob(path)]
-            return [path for some in found for path in some]
+            top, found = Path(fixed_part(path.as_posix())), []
+            for at in _glob(path):
+                found += _matches(base, str(at), selection, report) if at.is_dir() else [at]
+            return [path for path in found if selection.selects(path.relative_to(top).as_posix())]
     return []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -12,10 +13,11 @@ from typing import IO, Any
 
 from ..errors import UserError, one_line
 from ..machine.extras import missing
-from .selection import is_hidden
+from .selection import Selection, fixed_part, is_hidden
 
 # What servers state about the version of a file
-VERSION = ("ETag", "etag", "Content-MD5", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime", "created")
+VERSION = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "blob_id", "sha", "Last-Modified",
+           "LastModified", "last_modified", "modify", "modificationTime", "mtime", "created")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def _asking(url: str) -> Iterator[None]:
         raise UserError(f"cannot read {shown(url)}: {one_line(error) or type(error).__name__}") from None
 
 
-def _open_store(url: str) -> tuple[Any, str]:
+def open_store(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
@@ -48,43 +50,51 @@ def shown(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def file_name(url: str) -> str:
     return PurePosixPath(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "page.html"
 
 
 def open_url(url: str) -> IO[bytes]:
     with _asking(url):
-        store, path = _open_store(url)
+        store, path = open_store(url)
         file = store.open(path, "rb")
     return file if hasattr(file, "peek") else io.BufferedReader(file, 1 << 20)  # lines of remote files are slow without
 
 
 def size(url: str) -> int:
     with _asking(url):
-        store, path = _open_store(url)
+        store, path = open_store(url)
         return store.info(path).get("size") or 0
 
 
 def version(url: str) -> str:
+    """The same for an unchanged file; new on every call if the server does not state a version."""
     with _asking(url):
-        store, path = _open_store(url)
+        store, path = open_store(url)
         info = store.info(path)
-    return hashlib.sha256(repr([str(info.get(key)) for key in VERSION]).encode()).hexdigest()
+    stated = [(key, str(info[key])) for key in VERSION if info.get(key)]
+    return hash_text(repr(stated)) if stated else f"not stated {os.urandom(8).hex()}"
 
 
-def find(url: str, accepts: Callable[[str], bool]) -> list[str]:
-    """The files that a URL names: one, those of a pattern, or the accepted ones below a folder, sorted."""
+def find(url: str, selection: Selection, is_known: Callable[[str], bool]) -> list[str]:
+    """The files that a URL names: one, or the selected ones of a pattern or below a folder, sorted."""
     with _asking(url):
-        store, path = _open_store(url)
+        store, path = open_store(url)
         if url.startswith(("http://", "https://")):  # a server has no folders
             return [url]
         if any(sign in path for sign in "*?["):
-            found = [
-                name for name in store.glob(path) if store.isfile(name) and not is_hidden(PurePosixPath(name).name)
-            ]
+            top = fixed_part(path)
+            files = [name for name in store.glob(path) if store.isfile(name)]
+            files = [name for name in files if not is_hidden(PurePosixPath(name).name)]
+            found = [name for name in files if selection.selects(name[len(top) :].lstrip("/"))]
         elif store.isdir(path):
             top = path.rstrip("/")
-            found = [name for name in store.find(path) if accepts(name[len(top) :].lstrip("/"))]
+            names = {name: name[len(top) :].lstrip("/") for name in store.find(path)}
+            found = [name for name, below in names.items() if selection.accepts(below, is_known(below))]
         else:
             found = [path] if store.exists(path) else []
         if not found:

@@ -16,12 +16,13 @@ import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llm_from_scratch.core.tokenizer import Tokenizer
-from llm_from_scratch.data import archives, readers, sources
+from llm_from_scratch.data import archives, readers, sources, stores
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.data.selection import walk
@@ -180,6 +181,36 @@ def test_include_reads_a_source_tree_as_git_sees_it(here: Path) -> None:
     assert got == [f"tree/{name}" for name in expected if name.endswith(".py") and "deep" not in name]
     (here / "tree/raw.py").write_bytes(b"\0\1")
     assert len(find("tree", include=("*.py",))) == len([name for name in expected if name.endswith(".py")])
+
+
+def test_include_and_exclude_select_among_the_files_of_a_glob(here: Path) -> None:
+    pytest.importorskip("pathspec")
+    names = ("src/a.py", "src/a.txt", "src/tests/b.py", "src/deep/tests/c.py", "src/.hidden/d.py")
+    for name in names:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+
+    def named(*arguments: str, **settings: Any) -> list[str]:
+        return [source.name for source in find(*arguments, **settings)]
+
+    assert named("src/**/*.py", exclude=("tests/",)) == ["src/a.py"]
+    assert named("src/**/*.py", exclude=("/tests/",)) == ["src/a.py", "src/deep/tests/c.py"]
+    assert named("src/**/*", include=("*.txt",)) == ["src/a.txt"]
+    assert named(str(here / "src/*"), include=("*.py",), exclude=("/deep/", "b.py")) == [str(here / "src/a.py")]
+    assert named("src/.hidden/*.py", exclude=("b.py",)) == ["src/.hidden/d.py"]
+    with pytest.raises(UserError, match="no file matches the glob, --include and --exclude"):
+        named("src/*.py", exclude=("*.py",))
+
+
+def test_include_and_exclude_select_among_the_files_of_a_remote_glob(here: Path) -> None:
+    pytest.importorskip("pathspec")
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    store.store.clear()
+    for name in ("g/a.txt", "g/tests/b.txt", "g/c.md"):
+        store.pipe(f"/{name}", name.encode())
+    assert documents("memory://g/**", exclude=("/tests/",)) == ["g/a.txt", "g/c.md"]
+    assert documents("memory://g/**", include=("*.md",)) == ["g/c.md"]
+    store.store.clear()
 
 
 def test_a_folder_reads_nothing_outside_it(here: Path) -> None:
@@ -343,6 +374,22 @@ def test_an_object_store(here: Path) -> None:
         with pytest.raises(UserError, match=message):
             documents(url)
     store.store.clear()
+
+
+def test_urls_that_differ_in_their_query_are_different_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    url, info = "http://host/get.txt?id=", {"size": 3, "ETag": "x"}
+    monkeypatch.setattr(stores, "open_store", lambda url: (SimpleNamespace(info=lambda path: info), url))
+    first, second = find(f"{url}1", f"{url}2", f"{url}1")
+    assert first.identity() != second.identity() and first.identity() == first.identity()
+    assert first.name == "http://host/get.txt" and "id=1" not in json.dumps(first.identity())
+
+
+def test_a_file_whose_server_states_no_version_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    info: dict[str, Any] = {"size": 3, "ETag": None}
+    monkeypatch.setattr(stores, "open_store", lambda url: (SimpleNamespace(info=lambda path: info), url))
+    assert stores.version("http://host/a.txt") != stores.version("http://host/a.txt")
+    info["Last-Modified"] = "Sun, 29 Nov 2026 18:00:00 GMT"
+    assert stores.version("http://host/a.txt") == stores.version("http://host/a.txt")
 
 
 def test_a_web_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
