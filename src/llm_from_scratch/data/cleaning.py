@@ -25,7 +25,16 @@ import numpy as np
 from ..errors import Removed, UserError
 from ..machine.files import to_json, write_whole
 from ..machine.processes import end_with_parent, shield_children
-from .cleaning_report import as_text, summarise, without_examples, write_reports
+from .cleaning_report import (
+    BOILERPLATE,
+    DONE,
+    DUPLICATES,
+    EXAMPLES,
+    as_text,
+    summarise,
+    without_examples,
+    write_reports,
+)
 from .duplicates import Signatures, exact_duplicates, grouped, near_duplicates, signatures
 from .encode import blocked_interrupts
 from .filters import Cleaner, evaluation_runs
@@ -38,10 +47,9 @@ VERSION = 1  # of the parts and of the decisions
 PART = 32 << 20  # bytes of sources per part
 BATCH = 1 << 18  # characters whose signatures are computed at once
 LONGEST = 1 << 26  # characters of a document
-EXAMPLES, SHOWN = 3, 300  # per reason; characters of each
+SHOWN = 300  # characters of an example
 LINE = np.dtype([("a", "<u8")])
 Report = Callable[[str], None]
-DONE = "part.json"  # written last
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class CleanedSource:
     folders: tuple[Path, ...]
     lines: bool
     has_many: bool
-    documents = None  # boilerplate may be all of one
+    documents = None  # unknown before reading
 
     @property
     def key(self) -> str:
@@ -72,7 +80,7 @@ class CleanedSource:
             kept = np.fromfile(folder / "kept", np.uint8)
             for number, text in _stored(folder):
                 if kept[number]:
-                    yield _without(text, common) if common else text
+                    yield "\n".join(_without(text, common)) if common else text
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         for text in self.texts():
@@ -304,7 +312,10 @@ def decide(folders: Sequence[Path], options: PrepareOptions, spool: Path) -> Non
     _describe_duplicates(folders, borders, first, reasons)
     if options.boilerplate:
         hot = [group for group in _common_lines(folders, options.boilerplate, spool) if len(group)]
-        write_whole(spool / "boilerplate", np.concatenate([*hot, np.empty(0, "<u8")]).astype("<u8").tobytes())
+        common = np.concatenate([*hot, np.empty(0, "<u8")]).astype("<u8")
+        write_whole(spool / "boilerplate", common.tobytes())
+        for folder in folders:
+            _remove_emptied(folder, common)
 
 
 def _common_lines(folders: Sequence[Path], least: int, spool: Path) -> Iterator[np.ndarray]:
@@ -319,11 +330,33 @@ def _common_lines(folders: Sequence[Path], least: int, spool: Path) -> Iterator[
         yield values[counts >= least]
 
 
-def _without(text: str, common: set[int]) -> str:
-    """The text without its common lines."""
+def _without(text: str, common: set[int]) -> list[str]:
+    """The lines of a text, without the common ones."""
     hashes = hash_lines(text)
     remove = {line for value, line in hashes.items() if value in common}
-    return "\n".join(line for line in text.split("\n") if line.strip() not in remove) if remove else text
+    return [line for line in text.split("\n") if line.strip() not in remove]
+
+
+def _remove_emptied(folder: Path, common: np.ndarray) -> None:
+    """Removes the documents of a part that consist of common lines. Writes how many documents and lines are removed."""
+    counts, kept = np.fromfile(folder / "line_counts", "<u4"), np.fromfile(folder / "kept", np.uint8)
+    is_common = np.isin(np.fromfile(folder / "lines", "<u8"), common)
+    has_common = np.zeros(len(kept), bool)
+    has_common[np.repeat(np.arange(len(kept)), counts)[is_common]] = True
+    removals, lines, changed, values = _Removals(), 0, 0, set(common.tolist())
+    for number, text in _stored(folder) if has_common.any() else ():
+        if not kept[number] or not has_common[number]:
+            continue
+        left = _without(text, values)
+        lines += text.count("\n") + 1 - len(left)
+        if "".join(left).strip():
+            changed += 1
+        else:
+            kept[number] = 0
+            removals.add("only boilerplate", text)
+    write_whole(folder / "kept", kept.tobytes())
+    about = {"removed": removals.plain(), "changed": {"boilerplate": changed} if changed else {}, "lines": lines}
+    write_whole(folder / BOILERPLATE, to_json(about))
 
 
 def _describe_duplicates(folders: Sequence[Path], borders: np.ndarray, first: np.ndarray, reasons: np.ndarray) -> None:
@@ -350,4 +383,4 @@ def _describe_duplicates(folders: Sequence[Path], borders: np.ndarray, first: np
             shown = [index for index in (chosen + begin).tolist() if index in wanted][:EXAMPLES]
             like = [(wanted[index], wanted[int(first[index])]) for index in shown]
             removals.examples[name] = [f"{shorten(text)} [like: {shorten(other)}]" for text, other in like]
-        write_whole(folder / "duplicates.json", to_json(removals.plain()))
+        write_whole(folder / DUPLICATES, to_json(removals.plain()))

@@ -12,18 +12,24 @@ from ..machine.files import read_json
 from .page import page, quotes, table
 
 FILES = ("cleaning.txt", "cleaning.html")
-EXAMPLES = 3
+EXAMPLES = 3  # per reason
+DONE = "part.json"  # in the folder of a part, written last by the first step
+DUPLICATES, BOILERPLATE = "duplicates.json", "boilerplate.json"  # by the second step
 
 
 def summarise(folders: Sequence[Path]) -> dict[str, Any]:
-    """The sum over parts: documents and bytes read and kept, removed by reason with examples, changed by filter."""
+    """The sum over parts: documents and bytes read and kept, removed by reason with examples, changed by filter.
+    lines: of boilerplate, removed."""
     total, changed = Counter[str](), Counter[str]()
     removed: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        part = read_json(folder / "part.json")
+        part = read_json(folder / DONE)
+        boilerplate = read_json(folder / BOILERPLATE) if (folder / BOILERPLATE).is_file() else {}
         total.update(part["counts"])
         changed.update(part["changed"])
-        for some in (part["removed"], read_json(folder / "duplicates.json")):
+        changed.update(boilerplate.get("changed", {}))
+        total.update(lines=boilerplate.get("lines", 0))
+        for some in (part["removed"], read_json(folder / DUPLICATES), boilerplate.get("removed", {})):
             for reason, entry in some.items():
                 sums = removed.setdefault(reason, {"bytes": 0, "documents": 0, "examples": []})
                 sums["documents"] += entry["documents"]
@@ -34,6 +40,7 @@ def summarise(folders: Sequence[Path]) -> dict[str, Any]:
         "bytes": total["read_bytes"],
         "changed": dict(sorted(changed.items())),
         "documents": total["read"],
+        **({"lines": total["lines"]} if total["lines"] else {}),
         "kept": kept,
         "removed": dict(sorted(removed.items())),
     }
@@ -53,7 +60,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, int, str]]:
 
 def as_text(summary: dict[str, Any]) -> list[str]:
     lines = [f"cleaning: {summary['kept']:,} of {summary['documents']:,} documents are left"]
-    return lines + [f"  {count:>12,}  {what}" for what, count, _ in rows(summary)]
+    lines += [f"  {count:>12,}  {what}" for what, count, _ in rows(summary)]
+    return lines + ([f"{summary['lines']:,} lines of boilerplate were removed"] if "lines" in summary else [])
 
 
 def write_reports(summary: dict[str, Any], folder: Path) -> None:
@@ -65,7 +73,7 @@ def write_reports(summary: dict[str, Any], folder: Path) -> None:
 
 
 def as_page(summary: dict[str, Any]) -> str:
-    body = f"<p>{summary['kept']:,} of {summary['documents']:,} documents are left</p>"
+    body = "".join(f"<p>{html.escape(line)}</p>" for line in as_text(summary) if not line.startswith(" "))
     body += table(("what", "documents", "bytes"), [(what, f"{count:,}", size) for what, count, size in rows(summary)])
     for reason, entry in summary["removed"].items():
         body += f"<h2>{html.escape(reason)}</h2>{quotes(entry['examples'])}"

@@ -220,6 +220,20 @@ def test_boilerplate_lines(here: Path) -> None:
     assert sorted(found) == sorted(texts[:5])
 
 
+@pytest.mark.slow
+def test_documents_of_boilerplate_only_are_removed_and_reported(here: Path) -> None:
+    texts = [f"Cookies: accept all\n{text}" for text in stories(4)]
+    found, summary = kept(write("d.jsonl", [*texts, "Cookies: accept all\nCookies: accept all\n"]), boilerplate=5)
+    assert sorted(found) == sorted(stories(4))
+    assert (summary["documents"], summary["kept"], summary["lines"]) == (5, 4, 6)
+    assert summary["removed"] == {"only boilerplate": {"bytes": 40, "documents": 1}}
+    assert summary["changed"] == {"boilerplate": 4}
+    text = Path("data/processed/d/cleaning.txt").read_text()
+    assert "6 lines of boilerplate were removed" in text and "  Cookies: accept all Cookies: accept all\n" in text
+    with pytest.raises(UserError, match="cleaning removed all 5 documents \\(only boilerplate"):
+        kept(write("d.jsonl", ["Cookies: accept all"] * 5), boilerplate=5)
+
+
 # filters
 
 
