@@ -29,6 +29,7 @@ from ..machine.files import (
     sync_folder,
     to_json,
 )  # fmt: skip
+from ..machine.processes import moved
 from ..machine.team import ALONE, Team
 
 MANIFEST = "MANIFEST.json"
@@ -159,6 +160,7 @@ def _verified(path: Path, entry: dict[str, Any], chunk: int) -> Iterator[bytes]:
     with _open_checked(path, entry["size"], exact=True) as f:
         while piece := f.read(chunk):
             digest.update(piece)
+            moved()
             yield piece
     if digest.hexdigest() != entry["sha256"]:
         raise DamagedError(f"{path} does not match its sha256")
@@ -221,6 +223,7 @@ def write_synced(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
             f.write(piece)
             digest.update(piece)
             size += len(piece)
+            moved()
     return {"size": size, "sha256": digest.hexdigest()}
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 watch: Watch | None = None
 """Of the processes of this process group."""
+LONGEST = timedelta(hours=1)  # that processes wait for a healthy one, such as one that writes a long sample
 YOUNG, OLD = 1.5, 30.0  # seconds that a command's imports take, and that they take at most on a busy machine
 
 
@@ -102,11 +103,10 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
             raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
         store, own = dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, shared)
         found = Watch(own, rank, world_size, timeout)
-        # the watch ends a hanging exchange after the timeout, with a better message than torch's
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=patience + timedelta(seconds=2)
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
         dist.barrier()
+        # from here on the watch ends what hangs, and a healthy process may be waited for longer
+        dist.distributed_c10d._set_pg_timeout(max(patience, LONGEST))
         found.begin()
         watch = found
     except (RuntimeError, ValueError) as error:
@@ -147,6 +147,25 @@ def stop() -> None:
         watch = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def moved() -> None:
+    """Shows the watch that this process moves, in a loop in which its stack stays the same."""
+    if watch is not None:
+        watch.moves += 1
+
+
+def join(thread: threading.Thread) -> None:
+    """Waits for a thread that works for the one that trains. The watch looks at its stack meanwhile."""
+    found = watch
+    if found is None:
+        thread.join()
+        return
+    before, found.trainer = found.trainer, thread.ident or found.trainer
+    try:
+        thread.join()
+    finally:
+        found.trainer = before
 
 
 @contextlib.contextmanager

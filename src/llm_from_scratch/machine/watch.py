@@ -26,6 +26,8 @@ SILENCE = 30.0  # seconds after which a silent process is reported
 LAUNCHERS_GRACE = 30.0  # seconds to save after the launcher has died: as many as torchrun gives after SIGTERM
 LAST_WORDS = 2.0  # seconds to clean up after the timeout
 PACKAGE = str(Path(__file__).resolve().parents[1])
+EXCHANGES = str(Path(__file__).with_name("processes.py"))
+WAITS = ("_engine_run_backward", "synchronize")  # functions of torch in which a process may wait for another
 FRAMES = ("train", "open_run", "__init__", "retry_smaller", "<lambda>")  # around an operation of the training loop
 States = dict[int, dict[str, Any]]
 
@@ -41,6 +43,8 @@ class Watch:
         self.advice = "with --init_from=auto, the same command resumes the run"
         self.trainer, self.parent = threading.get_ident(), os.getppid()
         self.next = (rank + 1) % world_size
+        self.moves = 0
+        """Counts what moves although the stack of the thread stays the same."""
         self.beats, self._is_waiting, self._doing = 0, False, dict[str, Any]()
         self._reset()
         self._ending = threading.Event()
@@ -123,7 +127,7 @@ class Watch:
 
     def _reset(self) -> None:
         self._seen: dict[str, Any] = {}
-        self._stack: list[Any] = []
+        self._place: Any = None
         self._heard, self._is_reported = time.monotonic(), False
         self._answered = time.monotonic()
 
@@ -152,8 +156,8 @@ class Watch:
 
     def _beat(self, done: bool = False) -> None:
         self.beats += 1
-        if not self._is_waiting:
-            walk = traceback.walk_stack(sys._current_frames().get(self.trainer))
+        if not self._is_waiting and (top := sys._current_frames().get(self.trainer)) is not None:
+            walk = traceback.walk_stack(top)
             self._doing = self._operation([(frame.f_code, line, frame.f_lasti) for frame, line in walk])
         state = {"beat": self.beats, "done": done, "step": self.step(), **self._doing}
         self.store.set(f"beat/{self.rank}", json.dumps(state))
@@ -164,12 +168,13 @@ class Watch:
         names, line, waits = [], "", False
         for code, number, _ in stack:
             if code.co_filename.startswith(PACKAGE) and code.co_filename != __file__:
+                waits |= not names and code.co_filename == EXCHANGES
                 line = line or linecache.getline(code.co_filename, number).strip()
                 names.append(code.co_name)
             elif not names:
-                waits |= "torch/distributed" in code.co_filename or code.co_name == "_engine_run_backward"
-        if stack != self._stack:
-            self._stack, self._moved = stack, time.monotonic()
+                waits |= "torch/distributed" in code.co_filename or code.co_name in WAITS
+        if (stack, self.moves) != self._place:
+            self._place, self._moved = (stack, self.moves), time.monotonic()
         inner = names[: names.index("train")] if "train" in names else names[:1]
         where = next((name for name in reversed(inner) if name not in FRAMES), names[0] if names else "?")
         return {"where": f"{where} ({line})", "still": round(time.monotonic() - self._moved, 1), "waits": waits}
@@ -191,7 +196,7 @@ class Watch:
                 self._publish(f"{self._name(self.next)} died {self._where(state)}", 0)
         elif silent > self.timeout:
             self._publish(self._silence(self.next, state, silent), 1)
-        elif now - self._moved > self.timeout:
+        elif now - self._moved > self.timeout and self._is_stuck():
             self._publish(*self._find_culprit())
         elif silent > min(SILENCE, self.timeout / 2) and not self._is_reported:
             self._is_reported = True
@@ -199,6 +204,13 @@ class Watch:
                 f"warning: {self._silence(self.next, state, silent)}; the run ends after {self.timeout:g} s "
                 "(--collective_timeout)"
             )
+
+    def _is_stuck(self) -> bool:
+        """Whether a process that waits for nobody does not move, or none does. Others may wait longer than the timeout
+        for one that evaluates, writes a sample or saves. One that is silent is found by the process before it."""
+        active = [state for state in self._states(list(range(self.world_size))).values() if not state["done"]]
+        still = [state for state in active if state["still"] > self.timeout]
+        return len(still) == len(active) or any(not state["waits"] for state in still)
 
     def _find_culprit(self) -> tuple[str, int]:
         """The process that the others wait for, and whether it hangs. Takes three beats, unless one has died here."""
@@ -215,7 +227,8 @@ class Watch:
             if state["beat"] == before[rank]["beat"] and not alive:
                 return self._silence(rank, state, max(state["still"], 3 * BEAT)), 1
         active = {rank: state for rank, state in after.items() if not state["done"]}
-        rank = min(active, key=lambda r: (active[r]["waits"], active[r]["step"], -active[r]["still"]))
+        moves = {r: state["still"] <= self.timeout for r, state in active.items()}
+        rank = min(active, key=lambda r: (active[r]["waits"], moves[r], active[r]["step"], -active[r]["still"]))
         state = active[rank]
         if all(one["waits"] and one["step"] == state["step"] for one in active.values()):
             return f"all ranks wait for each other {_at(state)}: a network that loses data?", 1

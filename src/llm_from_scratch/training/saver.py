@@ -19,6 +19,7 @@ from ..checkpoint.store import Checkpoint, load_checkpoint
 from ..core.adapters import adapter_of
 from ..core.model import GPT
 from ..errors import SaveError, UserError
+from ..machine import processes
 from ..machine.device import is_out_of_memory
 from ..machine.files import FolderLock
 from ..machine.memory import free_memory
@@ -131,7 +132,7 @@ class Saver:
         del given, contents  # the thread alone holds the copy
         self._thread.start()
         if waits:
-            self._thread.join()
+            processes.join(self._thread)
 
     def _write(
         self, contents: dict[str, Any] | None, saved: Saved, val_loss: float | None, is_best: bool
@@ -177,7 +178,7 @@ class Saver:
         if saved is None or (thread is not None and thread.is_alive() and not wait):
             return
         if thread is not None:  # a thread that still frees tensors when Python exits would abort the process
-            thread.join()
+            processes.join(thread)
         self._saved = self._thread = None
         if saved.bug is not None:
             raise saved.bug
@@ -199,6 +200,7 @@ class Saver:
             if not wait and self.mirror is not None:
                 self.log.say(f"uploading to the mirror {self.mirror.store.url}")
             wait = 1.0
+            processes.moved()
         self.report()
 
     def _is_mirrored(self, seconds: float, begin: float, stopped: bool) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llm_from_scratch.checkpoint.hashed_folder import write_synced
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import GPTConfig, OptimizerConfig, SystemConfig
 from llm_from_scratch.core.dataset import TokenData
@@ -27,6 +30,7 @@ from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.machine import device as runtimes
+from llm_from_scratch.machine import processes
 from llm_from_scratch.training.evaluate import estimate_loss, evaluate_split
 from llm_from_scratch.training.harness import TaskModel
 from llm_from_scratch.training.optimizer import make_optimizer
@@ -119,6 +123,36 @@ def test_processes_with_other_data_of_the_same_size_do_not_start(differs: str, h
     for error in in_ranks(2, refused, here, here):
         what = "the checksum of the tokens" if differs == "tokens" else "the tokenizer"
         assert error.startswith(f"the processes do not agree: {what} is ")
+
+
+def waited_for(work: str) -> str:
+    """Rank 0 works for twice the timeout: in a thread that writes, or in functions whose stack changes."""
+    rank, timeout = int(os.environ["RANK"]), 4.0
+    processes.start("gloo", rank, 2, timeout)
+
+    def moves() -> None:
+        end = time.monotonic() + 2 * timeout
+        while time.monotonic() < end:
+            if work == "writes":
+                write_synced(Path("file"), (b"x" for _ in range(10)))
+            else:
+                babble(200)
+
+    if rank == 0 and work == "writes":
+        thread = threading.Thread(target=moves)
+        thread.start()
+        processes.join(thread)
+    elif rank == 0:
+        moves()
+    processes.wait_for_all(2)
+    processes.stop()
+    return "healthy"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["writes", "computes"])
+def test_a_process_that_moves_is_waited_for_longer_than_the_timeout(work: str, here: Path) -> None:
+    assert in_ranks(2, waited_for, here, work) == ["healthy", "healthy"]
 
 
 # --- Muon ---
