@@ -102,7 +102,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     choose_length(parsed)
     config.validate()
     if asked := {name: values[name] for name in CLUSTER if name in values}:
-        return _on_cluster(config, asked, dry_run or flags["dry_run"])
+        others = [*(values.keys() - asked.keys()), *(name for name in flags if flags[name] and name != "dry_run")]
+        return _on_cluster(config, asked, dry_run or flags["dry_run"], others)
     if chosen and not (flags["print_config"] or defaults):
         raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
     if budget is not None and begin == "resume":
@@ -290,11 +291,13 @@ def _is_plain(name: str, value: Any) -> bool:
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
 
 
-def _on_cluster(config: Config, asked: dict[str, str], is_plan: bool) -> int:
+def _on_cluster(config: Config, asked: dict[str, str], is_plan: bool, others: list[str]) -> int:
     if not is_plan:
         raise UserError(f"--{next(iter(asked))} estimates a run on other machines: use it with llm-plan")
     if config.training.init_from not in ("scratch", "resume"):
         raise UserError(f"--{next(iter(asked))} estimates new runs and resumed ones: leave --init_from out")
+    if others:
+        raise UserError(f"--{others[0]} has no effect with --{next(iter(asked))}: leave one of them out")
     from ..training.cluster import cluster_of, lines
 
     print("\n".join(lines(config, cluster_of(asked))))

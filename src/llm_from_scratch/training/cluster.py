@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..machine.device import DTYPES, PEAKS
 from ..settings import did_you_mean
 from .muon import CHUNK, CHUNKS
-from .optimizer import Optimizer, make_optimizer, optimizer_bytes, sparse_tables
+from .optimizer import Optimizer, make_optimizer, optimizer_bytes, share_of, sparse_tables
 from .owners import matrices_of, rounds
 from .plan import count_of
 from .setup import GPT2_IDS, GPT2_PADDED
@@ -37,7 +37,7 @@ BUCKET = 25 << 20  # bytes of gradients that DDP sends at once
 MOST = 1 << 16  # GPUs of a node, and nodes
 USABLE = 0.9  # of the memory; the rest is torch's, NCCL's and lost in fragments
 GB = 1e9
-SIZES = [1 << n for n in range(11)]  # of the table
+LARGEST = 1024  # GPUs of the table, unless the cluster has more
 # For the names in PEAKS: memory in GB; GB/s that a GPU sends inside its node, and to other nodes
 GPUS = {
     "H200": (141, 450, 50), "H100 PCIe": (80, 50, 25), "H100": (80, 450, 50), "A100": (80, 300, 25),
@@ -262,37 +262,60 @@ def _estimate(
         exposed += max(seconds / exchange.messages, seconds - room)  # the last message waits for the last gradient
     muon = muon_flops(optimizer, cluster.size if mode == "ddp" else shards) / (MFU * peak)
     return Estimate(
-        mode, cluster, sequences, micro_batch, memory(model, counted, shards, cluster.size > 1, dtype.itemsize), shared,
-        arithmetic + muon + exposed,
+        mode, cluster, sequences, micro_batch,
+        memory(config, model, counted, shards, cluster.size > 1, dtype.itemsize), shared, arithmetic + muon + exposed,
     )  # fmt: skip
 
 
-def memory(model: Any, counted: Sizes, shards: int, several: bool, itemsize: int) -> dict[str, float]:
+def memory(
+    config: Config, model: Any, counted: Sizes, shards: int, several: bool, itemsize: int
+) -> dict[str, float]:  # fmt: skip
     """Bytes of a GPU. buffers: DDP's copy of the gradients; or the whole weights and gradients of two blocks and of
-    what is not in a block."""
+    what is not in a block and not a table."""
     if shards == 1:
         buffers: float = counted.gradients if several else 0
-        parts = 1
     else:
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
-        rest = counted.params - sum(blocks)
-        buffers, parts = (2 * max(blocks, default=0) + rest) * (itemsize + 4), shards
+        tables = sum(p.numel() for module in sparse_tables(model) for p in module.parameters(recurse=False))
+        buffers = (2 * max(blocks, default=0) + counted.params - sum(blocks) - tables) * (itemsize + 4)
+    whole: dict[str, float] = {
+        "weights": counted.weights, "gradients": counted.gradients, "optimizer": counted.optimizer,
+    }  # fmt: skip
+    share = share_of(whole, model, config.optimizer, shards)
     return {
-        "parameters": counted.weights / parts, "gradients": counted.gradients / parts,
-        "optimizer": counted.optimizer / parts, "activations": counted.activations, "buffers": buffers,
+        "parameters": share["weights"], "gradients": share["gradients"], "optimizer": share["optimizer"],
+        "activations": counted.activations, "buffers": buffers,
     }  # fmt: skip
 
 
-def modes(config: Config, cluster: Cluster) -> list[str]:
-    """The ways to share the model: that of --parallel, or all that the cluster and the precision allow."""
+def _allowed(config: Config, cluster: Cluster) -> list[str]:
+    """The ways to share the model that the cluster and the precision allow."""
     if cluster.size == 1 or precision(config, cluster.gpu) == torch.float16:
         return ["ddp"]
-    found = ["ddp", "fsdp", "hsdp"] if cluster.nodes > 1 and cluster.gpus > 1 else ["ddp", "fsdp"]
+    return ["ddp", "fsdp", "hsdp"] if cluster.nodes > 1 and cluster.gpus > 1 else ["ddp", "fsdp"]
+
+
+def modes(config: Config, cluster: Cluster) -> list[str]:
+    """The ways to share the model: that of --parallel, or all that are allowed."""
+    found = _allowed(config, cluster)
     return [config.system.parallel] if config.system.parallel in found else found
+
+
+def table_sizes(cluster: Cluster) -> list[int]:
+    """The numbers of GPUs in the table, doubling: within a node, and of whole nodes."""
+    doubled = [1 << n for n in range(LARGEST.bit_length())]
+    found = {*(n for n in doubled if n < cluster.gpus), *(n * cluster.gpus for n in doubled), cluster.size}
+    return sorted(n for n in found if n <= max(LARGEST, cluster.size))
 
 
 def lines(config: Config, cluster: Cluster) -> list[str]:
     """What llm-plan prints. Sets the vocabulary of the config."""
+    asked, allowed = config.system.parallel, _allowed(config, cluster)
+    if asked not in ("auto", *allowed):
+        why = (
+            "in float16" if precision(config, cluster.gpu) == torch.float16 else f"on {cluster.nodes} x {cluster.gpus}"
+        )
+        raise UserError(f"--parallel={asked} cannot train {why} {cluster.gpu}: choose {' or '.join(allowed)}")
     if config.system.shard_group is not None:
         raise UserError("llm-plan --gpus takes the nodes as the groups of hsdp: leave --shard_group out")
     text, dtype = with_vocabulary(config), precision(config, cluster.gpu)
@@ -319,7 +342,7 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
     text += ["", "  GPUs  parallel  global batch  micro-batch  sent per GPU        step      tokens/s  scaling"]
     single = estimate(config, cluster.of(1), "ddp")
     rate = single.sequences / single.seconds
-    for size in sorted({*SIZES, cluster.size}):
+    for size in table_sizes(cluster):
         found = [estimate(config, cluster.of(size), mode) for mode in modes(config, cluster.of(size))]
         best = min(found, key=lambda one: (not one.fits, one.seconds))
         batch, way = best.sequences * size, best.mode if size > 1 else "-"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import FinetuneConfig
+from ..core.adapters import trained_model
 from ..core.cache import Documents
 from ..core.sizes import sizes
 from ..errors import UserError
@@ -27,6 +28,7 @@ from ..machine.device import Runtime
 from ..machine.memory import free_memory, peak_memory, total_memory
 from .evaluate import estimate_loss, even_size, windows_at_once
 from .microbatch import retry_smaller
+from .optimizer import share_of
 from .plan import Plan
 from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .run import Run
@@ -353,9 +355,9 @@ def extrapolate(
         "steps": steps * step, "evaluations": evaluations * evaluation + final,
         "checkpoints": (saves * SAVE_BESIDE + SAVE_AWAITED) * written, "start": ran + built * W / weights.whole,
     }  # fmt: skip
-    shards = plan.runtime.shards
+    shards, whole = plan.runtime.shards, {"weights": W, "gradients": G, "optimizer": M}
     memory = {
-        "weights": W / shards, "gradients": G / shards, "optimizer": M / shards, "activations": activations,
+        **share_of(whole, trained_model(plan.config), plan.config.optimizer, shards), "activations": activations,
         "copies for a checkpoint": copies / shards,
         "kept for the next step": KEPT * (G + activations) if plan.keeps_more else 0,
         "the program": base,

@@ -122,11 +122,26 @@ def make_optimizer(
     return Optimizer(groups, config.learning_rate, betas, can_fuse and config.fused != "off", dtype, seed, processes)
 
 
-def optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
+def optimizer_bytes(model: nn.Module, config: OptimizerConfig, only_tables: bool = False) -> int:
     """Memory of the moments, by the declarations of the rules. The model may be on the meta device."""
     optimizer = make_optimizer(model, config, torch.device("cpu"))
-    slots = [optimizer.slots(group, p) for group in optimizer.param_groups for p in group["params"]]
+    groups = [group for group in optimizer.param_groups if group["rule"] == SPARSE or not only_tables]
+    slots = [optimizer.slots(group, p) for group in groups for p in group["params"]]
     return sum(torch.Size(shape).numel() * dtype.itemsize for of_one in slots for shape, dtype in of_one.values())
+
+
+def share_of(
+    bytes_by_part: dict[str, float], model: nn.Module, config: OptimizerConfig, shards: int
+) -> dict[str, float]:
+    """A process's share of the weights, gradients and optimizer of a sharded model. The tables with sparse gradients
+    stay whole in every process."""
+    tables = [p for module in sparse_tables(model) for p in module.parameters(recurse=False)]
+    whole = {
+        "weights": 4 * sum(p.numel() for p in tables),
+        "gradients": 4 * sum(p.numel() for p in tables if p.requires_grad),
+        "optimizer": optimizer_bytes(model, config, only_tables=True),
+    }
+    return {name: whole[name] + (size - whole[name]) / shards for name, size in bytes_by_part.items()}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:

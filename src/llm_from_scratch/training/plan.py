@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
 from ..machine.device import LARGE, Runtime
-from .optimizer import optimizer_bytes
+from .optimizer import optimizer_bytes, share_of
 from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
@@ -99,8 +100,9 @@ def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
     moments = optimizer_bytes(model, config.optimizer)
     recomputes, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
     found = sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
-    parts = ("weights", "gradients", "optimizer") if runtime.is_sharded else ()
-    return replace(found, **{name: -(-getattr(found, name) // runtime.shards) for name in parts})
+    whole = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    share = share_of(whole, model, config.optimizer, runtime.shards)
+    return replace(found, **{name: math.ceil(size) for name, size in share.items()})
 
 
 @functools.lru_cache(maxsize=64)

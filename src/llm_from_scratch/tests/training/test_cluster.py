@@ -13,7 +13,7 @@ from llm_from_scratch.cli.train import main, main_plan
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.adapters import trained_model
 from llm_from_scratch.machine import device as runtimes
-from llm_from_scratch.training.cluster import Cluster, Exchange, cluster_of, estimate, exchanges, modes
+from llm_from_scratch.training.cluster import Cluster, Exchange, cluster_of, estimate, exchanges, modes, table_sizes
 from llm_from_scratch.training.optimizer import make_optimizer
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
@@ -137,6 +137,24 @@ def test_an_edited_model_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert other.sent > one.sent
 
 
+def test_the_tables_of_ngrams_stay_whole() -> None:
+    """By hand: weights, gradients and Adagrad's sums of a table, and of everything else over the shards."""
+    small, ngrams = gpt2(n_layer=2), gpt2(n_layer=2, max_ngram=3, ngram_rows=1000)
+    one, eight = (Cluster("H100", n, 1) for n in (1, 8))
+    table = estimate(ngrams, one, "ddp").memory["parameters"] - estimate(small, one, "ddp").memory["parameters"]
+    without, found = (estimate(config, eight, "fsdp").memory for config in (small, ngrams))
+    assert found["parameters"] - without["parameters"] == table == found["gradients"] - without["gradients"]
+    assert table > 0 and found["buffers"] == without["buffers"]
+    plain = estimate(ngrams, one, "ddp").memory["optimizer"] - estimate(small, one, "ddp").memory["optimizer"]
+    assert found["optimizer"] - without["optimizer"] == plain > 0
+
+
+def test_the_table_has_whole_nodes() -> None:
+    assert table_sizes(Cluster("H100", 6, 3)) == [1, 2, 4, 6, 12, 18, 24, 48, 96, 192, 384, 768]
+    assert table_sizes(Cluster("H100", 8, 4)) == [1 << n for n in range(11)]
+    assert table_sizes(Cluster("H100", 1, 3)) == sorted({3, *(1 << n for n in range(11))})
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert main_plan(["gpt2-124m", "--gpus=8", "--gpu=h100", "--nodes=4", "--dataset=nowhere"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -157,6 +175,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
         (main_plan, ["--nodes=two"], "--nodes=two is not a whole number"),
         (main_plan, ["--gpu=v100", "--dtype=bfloat16"], "--dtype=bfloat16: the V100 does not compute in it"),
         (main_plan, ["--gpus=8", "--init_from=gpt2"], "leave --init_from out"),
+        (main_plan, ["--gpus=8", "--budget=1min"], "--budget has no effect with --gpus"),
+        (main_plan, ["--gpus=8", "--print_config"], "--print_config has no effect with --gpus"),
+        (main_plan, ["--gpus=8", "--parallel=hsdp"], "--parallel=hsdp cannot train on 1 x 8 H100: choose ddp or fsdp"),
+        (main_plan, ["--gpus=8", "--gpu=t4", "--parallel=fsdp"], "--parallel=fsdp cannot train in float16 T4: choose"),
         (main, ["--gpus=8"], "--gpus estimates a run on other machines: use it with llm-plan"),
     ],
 )
