@@ -145,7 +145,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     "workers, moment", [("0", "encoding"), ("2", "starting"), pytest.param("2", "encoding", marks=pytest.mark.slow)]
 )
-def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str, moment: str) -> None:
+def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path, workers: str, moment: str) -> None:
     gpt2_folder()
     (tmp_path / "long.txt").write_text(real_text()[:400_000] * 100, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(SRC)}
@@ -160,7 +160,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str, moment: str) -> Non
             with contextlib.suppress(OSError):
                 maps = [Path(f"/proc/{pid}/maps").read_text() for pid in children.read_text().split()]
                 return any("numpy" in libraries for libraries in maps)  # a worker is importing
-        return bool(list(tmp_path.glob("data/cache/tokens/*/*.tokens")))  # the first part is encoded
+        begun = tmp_path.glob("data/processed/.long.building-*/*.bin")
+        return any(path.stat().st_size for path in begun)  # the first part is encoded
 
     while not has_come():
         assert child.poll() is None, child.communicate()
@@ -169,7 +170,10 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, workers: str, moment: str) -> Non
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 130, errors
     assert errors.decode() == "interrupted\n"
-    assert list((tmp_path / "data/processed").iterdir()) == []
+    for left in (tmp_path / "data/processed").iterdir():
+        assert left.name.startswith(".long.building-") and (left / "progress.json").is_file()
+    subprocess.run(arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    assert [path.name for path in (tmp_path / "data/processed").iterdir()] == ["long"]
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
