@@ -4,6 +4,7 @@ A new format is an entry in READERS; the file is source.open(), already decompre
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import io
 import json
@@ -21,12 +22,17 @@ from ..core.tokenizer import safe_cut
 from ..errors import UserError, one_line
 from ..machine.extras import missing
 from ..machine.files import parse_json
-from .archives import COMPRESSIONS, SHORT, Zip, damage, tar_members, zip_members
+from .archives import COMPRESSIONS, SHORT, Bound, Zip, damage, tar_members, zip_members
 
 PIECE = 1 << 20  # maximum characters per piece
 WHOLE = 64 << 20  # bytes of a file that must be in memory
+ROWS = 8  # of a table that are decoded at once
+DEPTH = 1024  # of the elements of a page; a browser's limit is 512
+NOT_OF_PAGES = ("idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7")
 WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]{1,40})""", re.IGNORECASE)
+REPEATED = r"(?:b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)[\s>]"  # elements that a new paragraph repeats
+OPENED, CLOSED = (re.compile(begin + REPEATED, re.IGNORECASE) for begin in ("<", "</"))
 
 FileSource = Any  # of sources.py, which imports this module
 Pieces = Iterator[tuple[str, bool]]
@@ -128,10 +134,10 @@ def read_parquet(source: FileSource) -> Iterator[str]:
         raise missing("pyarrow", "data", f"{source.name}: reading .parquet", instead) from None
     key = source.text_key
     try:
-        with (
-            source.open() as raw,
-            parquet.ParquetFile(raw if raw.seekable() else io.BytesIO(_limited(raw, source.name))) as table,
-        ):
+        with source.open() as raw, contextlib.ExitStack() as stack:
+            file = raw if raw.seekable() else io.BytesIO(_limited(raw, source.name))
+            size = file.seek(0, io.SEEK_END)
+            table = stack.enter_context(parquet.ParquetFile(file))
             if key not in table.schema_arrow.names:
                 names = ", ".join(map(repr, table.schema_arrow.names))
                 raise UserError(f"{source.name} does not have a column {key!r} (it has {names}): see --text_key")
@@ -139,12 +145,25 @@ def read_parquet(source: FileSource) -> Iterator[str]:
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{source.name}: column {key!r} contains {kind}, not text: see --text_key")
-            for batch in table.iter_batches(batch_size=256, columns=[key]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+            yield from _rows(table, key, source.name, size)
     except UserError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read {source.name} as parquet: {one_line(error)}") from None
+
+
+def _rows(table: Any, key: str, name: str, size: int) -> Iterator[str]:
+    """The texts of a column. A dictionary or compression makes a small file large: few rows are decoded at once."""
+    groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    stated, decoded = Bound(name, lambda: size), Bound(name, lambda: size)
+    stated.count(sum(column.total_uncompressed_size for column in columns if column.path_in_schema == key))
+    for batch in table.iter_batches(batch_size=ROWS, columns=[key]):
+        for value in batch.column(0):
+            text = value.as_py()
+            decoded.count(len(text or ""))
+            if text:
+                yield text
 
 
 def read_html(source: FileSource) -> Pieces:
@@ -163,7 +182,9 @@ def _decode_page(data: bytes, source: FileSource) -> str:
         name = stated[1].decode("ascii", "replace")
         encoding = name if not name.lower().startswith("utf-16") else encoding  # it could not be read as ASCII
     try:
-        return data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding)
+        if codecs.lookup(encoding).name in NOT_OF_PAGES:
+            raise LookupError("not an encoding of web pages")
+        return without_surrogates(data.decode("utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding))
     except UnicodeDecodeError as error:
         raise _not_text(source, error.start, error, encoding) from None
     except (LookupError, ValueError) as error:
@@ -173,9 +194,25 @@ def _decode_page(data: bytes, source: FileSource) -> str:
 def _page_text(page: str, source: FileSource, main: bool) -> str:
     try:
         from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.html import HTMLTree
     except ImportError:
         raise missing("resiliparse", "documents", f"{source.name}: reading HTML", "convert it to text") from None
-    return extract_plain_text(page, main_content=main, alt_texts=False, noscript=False).strip()
+    if len(OPENED.findall(page)) - len(CLOSED.findall(page)) > DEPTH or _is_deep(tree := HTMLTree.parse(page)):
+        raise UserError(f"{source.name} nests more than {DEPTH:,} elements: convert it to text")
+    return extract_plain_text(tree, main_content=main, alt_texts=False, noscript=False).strip()
+
+
+def _is_deep(tree: Any) -> bool:
+    """Whether more than DEPTH elements are nested: the extraction needs the square of the depth."""
+    node, depth = tree.document, 0
+    while node is not None and depth <= DEPTH:
+        if (child := node.first_child) is not None:
+            node, depth = child, depth + 1
+            continue
+        while node is not None and node.next is None:
+            node, depth = node.parent, depth - 1
+        node = node.next if node is not None else None
+    return depth > DEPTH
 
 
 def read_notebook(source: FileSource) -> Pieces:
@@ -297,18 +334,23 @@ def _limited(file: IO[bytes], name: str) -> bytes:
 
 
 def split_document(text: str) -> Pieces:
-    """The pieces of one document; none if it is empty. Lone surrogates, which UTF-8 does not have, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    start = 0
+    """The pieces of one document; none if it is empty."""
+    text, start = without_surrogates(text), 0
     while len(text) - start > PIECE:
         end = start + safe_cut(text[start : start + PIECE], PIECE)
         yield text[start:end], False
         start = end
     if text:
         yield text[start:], True
+
+
+def without_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 does not have, become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _not_text(source: FileSource, offset: int, error: UnicodeDecodeError, encoding: str = "") -> UserError:
