@@ -16,7 +16,7 @@ from ..core.cache import Documents
 from ..core.dataset import TokenData
 from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
-from ..errors import Interrupted, UserError, one_line
+from ..errors import Interrupted, MemoryShortError, UserError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.processes import sum_over_ranks
 
@@ -137,6 +137,12 @@ def _sum_of_losses(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            if runtime.is_sharded and runtime.world_size > 1:  # the others already wait in this batch's exchanges
+                raise MemoryShortError(
+                    f"out of memory evaluating {size} sequences of {block_size} tokens on rank {runtime.rank} "
+                    f"({one_line(error) or type(error).__name__}), and the other processes of a sharded model cannot "
+                    "repeat the batch: shorten the context, or use more processes"
+                ) from None
             if size == 1:
                 raise UserError(
                     f"out of memory evaluating one sequence of {block_size} tokens "

@@ -14,6 +14,7 @@ from llm_from_scratch.config import GPTConfig, SystemConfig
 from llm_from_scratch.core.dataset import SampleOrder, TokenData
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer
+from llm_from_scratch.errors import MemoryShortError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.training import evaluate
 from llm_from_scratch.training.evaluate import Evaluation, combined, count_bytes, estimate_loss, evaluate_split
@@ -101,6 +102,22 @@ def test_batch_size_and_shards_do_not_show() -> None:
             expected, rel=1e-6
         )
     assert evaluate_split(model, data(101, shards=7), 8, RUNTIME).loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_shortage_of_one_process_ends_the_evaluation_of_a_sharded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait in the exchanges of this batch: none of them would take part in a smaller one."""
+    model = make()
+    calls: list[int] = []
+
+    def short(self: Any, idx: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(idx))
+        raise MemoryError
+
+    monkeypatch.setattr(type(model), "forward", short)
+    runtime = dataclasses.replace(RUNTIME, rank=1, world_size=2, parallel="fsdp", shards=2)
+    with pytest.raises(MemoryShortError, match=r"evaluating 4 sequences .* on rank 1 \(MemoryError\)"):
+        evaluate_split(model, data(161), 8, runtime, batch_size=4)
+    assert calls == [4]
 
 
 def test_processes_that_run_short_of_memory_still_count_every_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
