@@ -74,6 +74,7 @@ NOT_RUN = [
     (r"assets/page\.py", "", "pictures of the page, which test_page.py tests"),
     (r"scripts/run_notebook\.py", "", "writes into the checkout; test_notebook.py runs the notebook"),
     (r"^\. \.venv/bin/activate", "", "changes the shell"),
+    *([] if is_installed("datatrove") else [(r"^llm-prepare .* --executor=", "", "needs the extra cluster")]),
     *([] if is_installed("optuna") else [(r"^llm-(sweep|scale) ", "", "needs the extra sweep")]),
 ]
 
@@ -313,7 +314,8 @@ def torchrun(args: list[str], forks: bool = True) -> int:
     script = args[len(own) :]
     script += train_sizes(script[2:] if script[0] == "-m" else script[1:])
     if forks:
-        return processes(int(own[own.index("--standalone") + 1].removeprefix("--nproc_per_node=")), script)
+        count = int(own[own.index("--standalone") + 1].removeprefix("--nproc_per_node="))
+        return processes(count, script[1:] if script[0] == "-m" else script)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", *own, *script]
     ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
