@@ -227,7 +227,7 @@ def test_a_process_that_does_not_answer_ends_the_run(
                 Forked("hanging.py", str(here), str(tiny_data), how, env=environment, stdout=log, stderr=log)
             )
             cleanup.callback(processes[-1].kill)
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not Path("pid").exists():
             assert time.monotonic() < end, Path("0.log").read_text()
             time.sleep(0.01)
@@ -314,7 +314,7 @@ def _torchrun(*options: str, script: str = ATTEMPTS, **settings: Any) -> subproc
 def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: Path) -> None:
     settings: dict[str, Any] = {"dataset": tiny_data, "dropout": 0.1, "max_iters": 8, "inclusive_max_iters": False}
     process = _torchrun("--max-restarts=1", out_dir="cut", **settings)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert re.search(r"^error: rank 1 \(.*, process \d+\) died at step 5, ", printed, re.MULTILINE), printed
     assert re.search(r"resuming from cut/step-0000000[24]", printed)  # the save of step 4 may have been cut short
