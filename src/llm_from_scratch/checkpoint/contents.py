@@ -5,6 +5,7 @@
         optimizer.json  trainer.json  config.json  model.json          plain data
         tokenizer.meta.json ...                                        what Tokenizer.save writes
         adapter.safetensors  adapter.json                              instead of model.safetensors: see adapter.py
+        reference.safetensors                                          of a run with --loss=dpo
         model-00001-of-00004.safetensors ...                           of four processes, likewise: see shards.py
         MANIFEST.json                                                  step, run id, val loss, sizes and hashes
 
@@ -40,7 +41,7 @@ FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
 VERSION_OF_SHARDS = 2
 OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
              "optimizer.json", "trainer.json", "config.json", "model.json",
-             "adapter.safetensors", "adapter.json")  # fmt: skip
+             "adapter.safetensors", "adapter.json", "reference.safetensors")  # fmt: skip
 MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
 MAX_PATH = 4096  # characters
 
@@ -53,7 +54,8 @@ class Checkpoint:
     load.py). adapter: {name: A or B} as in core/adapters.py; base: what it adapts (adapter.py). optimizer:
     {"state": {parameter name: {slot: tensor or number}}, "param_groups": [{"names": [...], "lr": ..., ...}]}, or None.
     trainer: plain data. config: {section: {leaf: value}}. parts: of several processes that save together, where the
-    tensors belong that are parts of others, by their names in the files.
+    tensors belong that are parts of others, by their names in the files. reference: the content of
+    reference.safetensors, which training/preferences.py reads and writes.
     """
 
     path: Path | None
@@ -69,6 +71,7 @@ class Checkpoint:
     base: Base | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Place] = field(default_factory=dict)
+    reference: bytes | None = None
 
 
 def write_checkpoint(
@@ -123,6 +126,8 @@ def write_checkpoint(
             "config.json": lambda: [to_json(saved.config)],
             "model.json": lambda: [to_json(dataclasses.asdict(saved.model_config))],
         }
+    if (reference := saved.reference) is not None and team.is_first:
+        parts["reference.safetensors"] = lambda: [reference]
     if saved.base is not None and team.is_first:
         parts["adapter.json"] = lambda: [to_json(vars(saved.base))]
     fields = {
@@ -205,6 +210,8 @@ def load_checkpoint(path: str | Path, weights_only: bool = False, lazily: bool =
         moments = on_disk("optimizer") if lazily else tensors("optimizer")
         found.optimizer = join_optimizer(moments, plain("optimizer.json"), shapes | found.adapter, str(path))
         found.rng = tensors("rng")
+        if "reference.safetensors" in manifest["files"]:
+            found.reference = read_member(path, "reference.safetensors", manifest)
     if others := [name for name in manifest["files"] if name not in OWN_FILES and not SHARD.fullmatch(name)]:
         from ..core.tokenizer import Tokenizer
 

@@ -64,6 +64,8 @@ class Plan:
     """Checks of large data that run in the background during the first steps."""
     tasks: dict[str, Any] = field(default_factory=dict)
     """The loaded tasks of eval_tasks."""
+    reference: bytes | None = None
+    """Of a resumed run with --loss=dpo; see preferences.py."""
 
     @property
     def micro_steps(self) -> int:

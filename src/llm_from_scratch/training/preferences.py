@@ -2,8 +2,8 @@
 the rejected one, compared with itself at the start of the run.
 
 The loss of a pair is -log sigmoid(beta (m - m0)), where m is the log-probability of the chosen answer minus that of the
-rejected one, and m0 the same of the reference, which is computed once and stored with the run. The answers of a pair
-share a row of packed documents. Shapes: B rows, T positions, P pairs of the fullest row.
+rejected one, and m0 the same of the reference, which is computed once and stored in every checkpoint. The answers of a
+pair share a row of packed documents. Shapes: B rows, T positions, P pairs of the fullest row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..core.packing import PackedData, best_fit
 from ..core.tokenfile import Shards
 from ..core.weights import file_of
 from ..errors import DataError, UserError, one_line
-from ..machine.files import read_file, write_file
+from ..machine.files import read_file
 from .evaluate import windows_at_once
 
 FILE = "reference.safetensors"
@@ -111,27 +111,30 @@ def use_preferences(model: GPT, settings: FinetuneConfig) -> None:
 
 
 def add_reference(run: Any) -> None:
-    """Gives the pairs of a Run m0, of the model at its start: computed and written to the run's folder, or read from
-    there if the run is resumed. Raises UserError if a resumed run's is gone, damaged, or of other data."""
-    plan, path = run.plan, run.out_dir / FILE
+    """Gives the pairs of a Run m0, of the model at its start: computed, or that of its checkpoint if it is resumed.
+    Raises UserError if a resumed run's is gone, damaged, or of other data."""
+    plan = run.plan
     if plan.config.finetune.loss != "dpo":
         return
     splits: dict[str, Any] = {"train": plan.train_data, "val": plan.val_data}
     identity = f"{plan.hashes[1]} {plan.config.model.block_size}"
     if run.config.training.init_from == "resume":
-        found = _stored(path, identity, splits)
+        found = _stored(plan.reference, run.out_dir, plan.start_step, identity, splits)
     else:
         run.say(f"reference: log-probabilities of {sum(int(d.learned.sum()) for d in splits.values()):,} pairs")
         found = {name: _margins(run, data) for name, data in splits.items()}
-        if run.runtime.is_master and not run.config.training.eval_only:
-            write_file(path, lambda file: file.writelines(file_of(found, data=identity)))
+    run.saver.reference = b"".join(file_of(found, data=identity))
     for name, data in splits.items():
         data.margins = found[name].numpy()
 
 
-def _stored(path: Path, identity: str, splits: dict[str, Any]) -> dict[str, Tensor]:
+def _stored(
+    content: bytes | None, out_dir: Path, step: int, identity: str, splits: dict[str, Any]
+) -> dict[str, Tensor]:  # fmt: skip
+    """m0 from a step's checkpoint, or from the run's folder if it was made before checkpoints had it."""
+    path = out_dir / FILE if content is None else out_dir / f"step-{step:08d}" / FILE
     try:
-        content = read_file(path, MAX_FILE)
+        content = read_file(path, MAX_FILE) if content is None else content
         found = load(content)
         expected = {name: (int(data.learned.sum()),) for name, data in splits.items()}
         is_same = {name: tuple(t.shape) for name, t in found.items()} == expected and identity.encode() in content
@@ -142,7 +145,7 @@ def _stored(path: Path, identity: str, splits: dict[str, Any]) -> dict[str, Tens
         reason = one_line(getattr(error, "strerror", None) or error)
     raise UserError(
         f"{path}, the reference of this run, cannot be used ({reason}): restore it, or start a new run from the "
-        f"weights (--init_from={path.parent}, another --out_dir)"
+        f"weights (--init_from={out_dir}, another --out_dir)"
     )
 
 

@@ -79,6 +79,7 @@ class Saver:
 
     def __init__(self, plan: Plan, state: TrainState, log: RunLog, team: Team = ALONE, mirror: Mirror | None = None):
         self.plan, self.state, self.log, self.team = plan, state, log, team
+        self.reference = plan.reference  # of preferences.py, stored with every checkpoint
         self.saved_to: Path | None = None
         self.failed = False  # the last save
         self.mirror = mirror
@@ -112,6 +113,7 @@ class Saver:
             "step": state.step, "model": {} if adapter else model.state_dict(), "adapter": adapter, "base": plan.base,
             "optimizer": optimizer_state(optimizer), "trainer": vars(state) | rest, "rng": rng,
             "config": to_dict(plan.config), "model_config": model.config, "tokenizer": plan.tokenizer,
+            "reference": self.reference,
         }  # fmt: skip
         assert self._saved is None
         if self.team.size > 1 or plan.runtime.is_sharded:

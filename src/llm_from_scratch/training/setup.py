@@ -159,7 +159,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     plan = Plan(
         config, runtime, folder, tokenizer, *splits, order, global_batch, micro_batch,
         last_step, False, resumed.step if resumed is not None else 0, weights, base, resumed, prompt, notes,
-        [scan for scan in scans if scan is not None], tasks,
+        [scan for scan in scans if scan is not None], tasks, resumed.reference if resumed is not None else None,
     )  # fmt: skip
     plan = dataclasses.replace(plan, keep_memory=keeps_memory(plan))
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before

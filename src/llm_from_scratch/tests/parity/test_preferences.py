@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llm_from_scratch.checkpoint.contents import read_manifest
+from llm_from_scratch.checkpoint.hashed_folder import MANIFEST, with_own_hash, write_synced
+from llm_from_scratch.cli.train import main
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.cache import Documents
 from llm_from_scratch.core.model import Head
@@ -153,15 +156,60 @@ def test_a_resumed_run_has_the_reference_of_its_start(here: Path) -> None:
     plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "learning_rate": 3e-2, "final_eval": True}
     whole = train(settings(out_dir="whole", **plain))
     train(settings(max_iters=8, **plain))
-    stored = (here / "run" / FILE).read_bytes()
+    stored = (here / "run" / "step-00000008" / FILE).read_bytes()
     resumed = train(settings(init_from="resume", **plain))
     assert resumed.final is not None and whole.final is not None and resumed.final.loss == whole.final.loss
     assert resumed.final.of_pairs
-    assert resumed.final.loss < 0.69 and (here / "run" / FILE).read_bytes() == stored
+    assert resumed.final.loss < 0.69 and (here / "run" / f"step-{STEPS:08d}" / FILE).read_bytes() == stored
+    rows = [json.dumps(talk(random.Random(n))) + "\n" for n in range(120)]
+    (here / "other.jsonl").write_text("".join(rows))
+    prepare("other.jsonl", root=here, report=lambda line: None, tokenizer="model")
+    other = settings(init_from="resume", allow_new_data=True, max_iters=30, **plain)
+    other.data.dataset = "data/processed/other"
+    with pytest.raises(UserError, match=f"step-{STEPS:08d}/{FILE}, the reference .*other data"):
+        train(other)
+
+
+def forget_reference(step: Path) -> bytes:
+    """Makes a checkpoint as it was before it had a reference."""
+    content = (step / FILE).read_bytes()
+    (step / FILE).unlink()
+    manifest = read_manifest(step)
+    files = {name: entry for name, entry in manifest["files"].items() if name != FILE}
+    write_synced(step / MANIFEST, [with_own_hash({**manifest, "files": files})])
+    return content
+
+
+@pytest.mark.slow
+def test_a_run_from_before_checkpoints_had_the_reference_is_resumed(here: Path) -> None:
+    plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "keep_last": 9}
+    train(settings(max_iters=8, **plain))
+    stored = forget_reference(here / "run" / "step-00000008")
+    (here / "run" / FILE).write_bytes(stored)
+    train(settings(init_from="resume", max_iters=12, **plain))
+    assert (here / "run" / "step-00000012" / FILE).read_bytes() == stored
+    shutil.rmtree(here / "run" / "step-00000012")
     for content, reason in ((stored[:-4], "cannot be used"), (None, "No such file")):
         (here / "run" / FILE).unlink() if content is None else (here / "run" / FILE).write_bytes(content)
         with pytest.raises(UserError, match=f"{FILE}, the reference of this run, cannot be used.*{reason}|{reason}"):
             train(settings(init_from="resume", max_iters=30, **plain))
+
+
+@pytest.mark.slow
+def test_the_reference_comes_back_from_a_mirror_and_goes_into_a_cooldown(here: Path) -> None:
+    plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "learning_rate": 3e-2, "keep_last": 9}
+    whole = train(settings(out_dir="whole", **plain))
+    train(settings(max_iters=8, mirror=f"file://{here}/store", **plain))
+    shutil.rmtree(here / "run")
+    data = "--dataset=data/processed/pairs"
+    words = ["--init_from=resume", "--out_dir=run", f"--max_iters={STEPS}", f"--mirror=file://{here}/store", data]
+    assert main(words) == 0
+    final = f"step-{STEPS:08d}/adapter.safetensors"
+    assert whole.step == STEPS and (here / "run" / final).read_bytes() == (here / "whole" / final).read_bytes()
+    assert main(["--init_from=whole/step-00000008", "--cooldown=0.5", data, "--out_dir=cooled"]) == 0
+    assert (here / "cooled" / "step-00000012" / FILE).read_bytes() == (
+        here / "whole" / "step-00000008" / FILE
+    ).read_bytes()
 
 
 @pytest.mark.slow
