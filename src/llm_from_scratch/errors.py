@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 def one_line(value: object, limit: int | None = 200) -> str:
     """The text of a value on one line of at most `limit` characters."""
@@ -22,6 +25,15 @@ def listed(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+@contextlib.contextmanager
+def shared_by_all() -> Iterator[None]:
+    """Around checks of the settings alone: every process of a run finds the same mistake, and rank 0 reports it."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error)) from None
 
 
 class UserError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..checkpoint.contents import is_dataset_name
 from ..config import Config, GPTConfig
-from ..errors import DamagedError, TrainingError, UserError
+from ..errors import DamagedError, TrainingError, UserError, shared_by_all
 from ..machine.budget import Budget, Deadline, parse_budget
 from ..machine.files import read_json
 from ..machine.processes import process_age
@@ -99,8 +99,9 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
             parsed = read(argv, defaults={**defaults, **saved, **cooldown})
     config, deadline, is_auto = parsed.tree, None, parsed.tree.training.init_from == "auto"
     config.training.init_from = begin
-    choose_length(parsed)
-    config.validate()
+    with shared_by_all():
+        choose_length(parsed)
+        config.validate()
     if asked := {name: values[name] for name in CLUSTER if name in values}:
         others = [*(values.keys() - asked.keys()), *(name for name in flags if flags[name] and name != "dry_run")]
         return _on_cluster(config, asked, dry_run or flags["dry_run"], others)

@@ -11,7 +11,7 @@ from ..config import Config
 from ..core.dataset import TokenData, read_manifest, resolve_dataset
 from ..core.mixed import Mixture
 from ..core.tokenizer import Tokenizer, tokenizer_of
-from ..errors import SharedError, UserError
+from ..errors import SharedError, UserError, shared_by_all
 from ..machine.extras import require
 from ..machine.files import check_writable
 from ..machine.processes import distributed_env
@@ -46,9 +46,10 @@ def check(config: Config) -> Inputs:
     """Finds the mistakes in settings, machine and data that can be found without torch. init_from=auto is resolved
     before. Writes nothing. Raises UserError."""
     init_from = config.training.init_from
-    config.validate()
+    with shared_by_all():
+        config.validate()
     if init_from == "scratch" and config.finetune.lora_rank is not None:
-        raise UserError("lora_rank trains an adapter of an existing model: name it with --init_from=FOLDER")
+        raise SharedError("lora_rank trains an adapter of an existing model: name it with --init_from=FOLDER")
     check_extras(config)
     if config.training.eval_tasks is not None:
         require("lm_eval", "eval", "--eval_tasks")
@@ -65,7 +66,7 @@ def check(config: Config) -> Inputs:
         )
     share, micro_batch = global_batch // world_size, config.data.micro_batch
     if isinstance(micro_batch, int) and share % micro_batch:
-        raise UserError(
+        raise SharedError(
             f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
             "divisor, or auto"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def optimizer_bytes(model: nn.Module, config: OptimizerConfig, only_tables: bool
 
 
 def share_of(
-    bytes_by_part: dict[str, float], model: nn.Module, config: OptimizerConfig, shards: int
+    bytes_by_part: Mapping[str, float], model: nn.Module, config: OptimizerConfig, shards: int
 ) -> dict[str, float]:
     """A process's share of the weights, gradients and optimizer of a sharded model. The tables with sparse gradients
     stay whole in every process."""

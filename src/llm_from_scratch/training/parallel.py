@@ -7,7 +7,7 @@ import os
 
 from ..checkpoint.store import Checkpoint
 from ..config import Config
-from ..errors import UserError
+from ..errors import SharedError, UserError
 from ..machine.device import Runtime
 from ..machine.memory import total_memory
 from .plan import training_sizes
@@ -59,7 +59,7 @@ def _group(config: Config, world: int) -> int:
     source = "the processes of a node" if config.system.shard_group is None else f"shard_group={group}"
     if world % group or group == 1:
         fits = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)
-        raise UserError(
+        raise SharedError(
             f"--parallel=hsdp cannot divide {world} processes into groups of {group} ({source}): set --shard_group to "
             f"one of {fits}"
         )

@@ -44,3 +44,15 @@ def test_training_names_the_data_that_it_chose(here: Path, capsys: pytest.Captur
     assert "recently prepared" not in capsys.readouterr().err  # the run's own
     assert train.main(["default", *small, "--dataset=book"]) == 0
     assert "recently prepared" not in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_settings_is_printed_by_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, shown in ((0, True), (1, False)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert train.main(["quick", "--dataset=nowhere", "--batch_size=0"]) == 2
+        assert ("batch_size" in capsys.readouterr().err) is shown
