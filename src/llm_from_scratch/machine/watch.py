@@ -165,7 +165,7 @@ class Watch:
     def _operation(self, stack: list[tuple[Any, int, int]]) -> dict[str, Any]:
         """What the training thread does, from its frames, the inner ones first; for how many seconds they have not
         moved; and whether it waits for other processes."""
-        names, line, waits = [], "", False
+        names, line, waits = list[str](), "", False
         for code, number, _ in stack:
             if code.co_filename.startswith(PACKAGE) and code.co_filename != __file__:
                 waits |= not names and code.co_filename == EXCHANGES
