@@ -18,13 +18,14 @@ from ..errors import DataError, UserError, one_line
 from ..machine.extras import require
 from ..machine.files import lock_file, open_file, open_whole, read_json, to_json, write_whole
 from .tokenfile import MANIFEST, TokenFile, read_manifest
-from .tokenizer import HF_FILE, META_FILE, RANKS_FILE
+from .tokenizer import HF_FILE, META_FILE, RANKS_FILE, TIKTOKEN_NAMES
 
 URL = re.compile(r"[a-z][a-z0-9+]*(::[a-z][a-z0-9+]*)*://", re.IGNORECASE)
 SOURCE = ".remote.json"  # in the local folder: {url}
 MOST = 1 << 26  # bytes of a manifest or tokenizer file
 CHUNK = 1 << 22  # bytes of a read
 ATTEMPTS = 3
+FILE_OF = {"bpe": HF_FILE, "hf": HF_FILE, **dict.fromkeys(TIKTOKEN_NAMES, RANKS_FILE)}  # by the kind of tokenizer
 
 
 def is_url(name: str) -> bool:
@@ -38,12 +39,20 @@ def local_folder(url: str, root: str | Path = ".") -> Path:
     url = url.removesuffix("/" + MANIFEST).rstrip("/")
     name = f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
     folder = Path(root) / "data" / "cache" / "remote" / name
-    found = {file: _read(f"{url}/{file}") for file in (MANIFEST, META_FILE, RANKS_FILE, HF_FILE)}
-    if found[MANIFEST] is None:
+    if (manifest := _read(f"{url}/{MANIFEST}")) is None:
         raise UserError(f"{url} does not have a {MANIFEST}: upload the folder that llm-prepare wrote")
-    for file, content in found.items():
-        if content is not None:
+    write_whole(folder / MANIFEST, manifest)
+    needed: list[str | None] = [META_FILE] if "tokenizer" in (read_manifest(folder) or {}) else []
+    for file in (META_FILE, RANKS_FILE, HF_FILE):
+        if (content := _read(f"{url}/{file}")) is not None:
             write_whole(folder / file, content)
+        elif file in needed:
+            raise DataError(
+                f"{url}/{file} cannot be read, but the tokenizer in its {MANIFEST} needs it: run the same command again"
+                ", or upload the dataset again"
+            )
+        if file == META_FILE and content is not None:
+            needed.append(FILE_OF.get(str(read_json(folder / file).get("name"))))
     write_whole(folder / SOURCE, to_json({"url": url}))
     return folder
 
@@ -169,16 +178,24 @@ class RemoteFile(TokenFile):
 
 
 def _read(url: str) -> bytes | None:
-    """A small file; None if there is none."""
-    found = b""
-    try:
-        for chunk in _chunks(url):
-            found += chunk
-            if len(found) > MOST:
-                raise UserError(f"{url} has more than {MOST} bytes: not a file of a dataset")
-    except FileNotFoundError:
-        return None
-    return found
+    """A small file; None if there is none. Asks several times: some stores report a failed connection as a missing
+    file."""
+    failed: DataError | None = None
+    for _ in range(ATTEMPTS):
+        found = b""
+        try:
+            for chunk in _chunks(url):
+                found += chunk
+                if len(found) > MOST:
+                    raise UserError(f"{url} has more than {MOST} bytes: not a file of a dataset")
+            return found
+        except FileNotFoundError:
+            failed = None
+        except DataError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+    return None
 
 
 def _chunks(url: str) -> Iterator[bytes]:

@@ -85,29 +85,34 @@ def exact_duplicates(hashes: Iterable[np.ndarray], total: int, folder: Path) -> 
 
 
 class Signatures:
-    """Those of all documents, in files of consecutive documents."""
+    """Those of all documents, in files of consecutive documents. One file is open at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         sizes = [file.stat().st_size // (4 * NUMBERS) for file in files]
-        self.parts = [
-            np.memmap(file, "<u4", "r", shape=(size, NUMBERS)) if size else np.empty((0, NUMBERS), "<u4")
-            for file, size in zip(files, sizes, strict=True)
-        ]
+        self.files = files
         self.borders = np.cumsum([0, *sizes])
 
     def __len__(self) -> int:
         return int(self.borders[-1])
 
+    def _part(self, number: int) -> np.ndarray:
+        size = int(self.borders[number + 1] - self.borders[number])
+        if not size:
+            return np.empty((0, NUMBERS), "<u4")
+        return np.memmap(self.files[number], "<u4", "r", shape=(size, NUMBERS))
+
     def at(self, indices: np.ndarray) -> np.ndarray:
         found = np.empty((len(indices), NUMBERS), np.uint32)
-        for begin, end, part in zip(self.borders[:-1], self.borders[1:], self.parts, strict=True):
-            here = (indices >= begin) & (indices < end)
-            found[here] = part[indices[here] - begin]
+        parts = np.searchsorted(self.borders, indices, side="right") - 1
+        for number in np.unique(parts).tolist():
+            here = parts == number
+            found[here] = self._part(number)[indices[here] - self.borders[number]]
         return found
 
     def band(self, number: int, size: int = 1 << 16) -> Iterator[np.ndarray]:
         """The records of a band: a hash of its numbers, and the document."""
-        for begin, part in zip(self.borders[:-1], self.parts, strict=True):
+        for file in range(len(self.files)):
+            begin, part = int(self.borders[file]), self._part(file)
             for at in range(0, len(part), size):
                 numbers = part[at : at + size, number * ROWS : (number + 1) * ROWS].astype(np.uint64)
                 has_words = part[at : at + size].any(axis=1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.dataset import TokenData
 from ..core.packing import BEGINS, open_marks
+from ..core.remote import RemoteFile, source_of
 from ..core.tokenfile import BLOCK, MANIFEST, Shards, read_manifest
 from ..core.tokenizer import Tokenizer, tokenizer_of
 from ..errors import UserError
@@ -55,15 +56,17 @@ def inspect_dataset(folder: Path, windows: int, length: int, seed: int, duplicat
     manifest, tokenizer = read_manifest(folder) or {}, tokenizer_of(folder)
     if tokenizer is None:
         tokenizer = Tokenizer.from_name("gpt2")  # nanoGPT's data without meta.pkl
-    splits, problems, hashes = {}, _damaged(folder, manifest), {}
+    splits, hashes = dict[str, SplitReport](), dict[str, np.ndarray]()
+    problems = [] if source_of(folder) else _damaged(folder, manifest)
     for split in ("train", "val"):
+        entry = manifest.get("splits", {}).get(split, {})
         try:
             data = TokenData.open(folder, split)
+            marks = open_marks(folder, entry["marks"], data.shards) if entry.get("marks") else ()
+            problems += _damaged_downloads([*data.shards, *marks])
         except UserError as error:
             problems.append(str(error))
             continue
-        entry = manifest.get("splits", {}).get(split, {})
-        marks = open_marks(folder, entry["marks"], data.shards) if entry.get("marks") else ()
         end = manifest.get("document_end", tokenizer.eot_id)
         report, outside = _count(data, tokenizer, entry)
         if outside:
@@ -73,7 +76,9 @@ def inspect_dataset(folder: Path, windows: int, length: int, seed: int, duplicat
         rng = np.random.default_rng(seed)
         for _ in range(windows):
             at = int(rng.integers(0, max(1, len(data) - length + 1)))
-            report.windows.append(tokenizer.decode(data.windows(np.array([at]), min(length, len(data)))[0]))
+            ids = data.windows(np.array([at]), min(length, len(data)))[0]
+            if ids.max() < tokenizer.vocab_size:
+                report.windows.append(tokenizer.decode(ids))
         splits[split] = report
     if not splits:
         raise UserError(problems[0])
@@ -104,6 +109,19 @@ def _damaged(folder: Path, manifest: dict[str, Any]) -> list[str]:
     return found
 
 
+def _damaged_downloads(shards: Shards) -> list[str]:
+    """The same for the shards of a dataset in an object store, which are downloaded."""
+    found = []
+    for shard in shards:
+        if isinstance(shard, RemoteFile):
+            digest = hashlib.sha256()
+            for begin in range(0, len(shard), BLOCK):
+                digest.update(shard[begin : begin + BLOCK].tobytes())
+            if digest.hexdigest() != shard.sha256:
+                found.append(f"{shard.path} is not the file that was prepared (its hash differs): delete it")
+    return found
+
+
 def _blocks(shards: Shards) -> Iterator[np.ndarray]:
     for shard in shards:
         for begin in range(0, len(shard), BLOCK):
@@ -114,9 +132,9 @@ def _count(data: TokenData, tokenizer: Tokenizer, entry: dict[str, Any]) -> tupl
     """The counts of a split, and how many ids are outside the vocabulary."""
     counts, outside = np.zeros(tokenizer.vocab_size, np.int64), 0
     for block in _blocks(data.shards):
-        found = np.bincount(block)
-        outside += int(found[len(counts) :].sum())
-        counts[: len(found)] += found[: len(counts)]
+        inside = block[block < len(counts)]
+        outside += len(block) - len(inside)
+        counts += np.bincount(inside, minlength=len(counts))
     order = np.argsort(-counts, kind="stable")[:COMMON]
     common = [(tokenizer.decode([int(i)]), int(counts[i])) for i in order if counts[i]]
     starts = np.linspace(0, len(data), PARTS + 1).astype(int)

@@ -21,6 +21,7 @@ from ..core.sizes import Sizes, sizes
 from ..core.tokenizer import tokenizer_of
 from ..errors import UserError
 from ..machine.device import DTYPES, PEAKS
+from ..mixture import read_mixture
 from ..settings import did_you_mean
 from .muon import CHUNK, CHUNKS
 from .optimizer import Optimizer, make_optimizer, optimizer_bytes, share_of, sparse_tables
@@ -131,8 +132,9 @@ def with_vocabulary(config: Config) -> list[str]:
     """Sets vocab_size to that of the data if it is open. Returns a note if GPT-2's is assumed."""
     if config.model.vocab_size is not None:
         return []
+    parts = read_mixture(config.data.dataset)  # which have the same tokenizer
     try:
-        folder = resolve_dataset(config.data.dataset)
+        folder = resolve_dataset(parts[0].name if parts else config.data.dataset)
         tokenizer, manifest = tokenizer_of(folder), read_manifest(folder)
         size = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else GPT2_IDS
     except UserError:

@@ -119,6 +119,29 @@ def test_what_is_wrong_with_a_store_is_named(store: Path) -> None:
             TokenData.open(folder, "val")
 
 
+@pytest.mark.parametrize("missing", ["manifest.json", "tokenizer.meta.json", "tokenizer.json"])
+def test_a_dataset_is_not_opened_without_its_tokenizer(
+    here: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec reports a failed connection to a web server as a missing file."""
+    files, open_it, failures = fsspec.filesystem("memory"), fsspec.open, [2]
+    Path("a.txt").write_text("some words that are read " * 40)
+    files.put(str(prepare(["a.txt"], tokenizer="bpe:300", report=lambda line: None)), "/bucket/a", recursive=True)
+
+    def failing(url: str, *args: Any) -> Any:
+        if url.endswith(f"/{missing}") and failures[0]:
+            failures[0] -= 1
+            raise FileNotFoundError(url)
+        return open_it(url, *args)
+
+    monkeypatch.setattr(fsspec, "open", failing)
+    assert tokenizer_of(resolve_dataset("memory://bucket/a")) is not None
+    failures[0] = 100
+    with pytest.raises(UserError, match=f"{missing} cannot be read, but|does not have a {missing}"):
+        resolve_dataset("memory://bucket/a")
+    files.rm("/bucket", recursive=True)
+
+
 def test_a_failing_store_is_asked_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, open_it = [], fsspec.open
 

@@ -99,6 +99,24 @@ def test_signatures_estimate_the_share_of_common_runs() -> None:
     assert not duplicates.signatures(["a few words"]).any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as on Linux")
+def test_signatures_of_any_number_of_parts_need_one_open_file(here: Path) -> None:
+    numbers = np.random.default_rng(0).integers(1, 1 << 32, (90, duplicates.NUMBERS)).astype("<u4")
+    files = [here / str(number) for number in range(60)]
+    for number, file in enumerate(files):
+        numbers[number * 3 // 2 : (number + 1) * 3 // 2].tofile(file)
+    files[7:7] = [here / "empty"]
+    (here / "empty").touch()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    signatures, opened = duplicates.Signatures(files), 0
+    for at, band in enumerate(signatures.band(3)):
+        opened = max(opened, len(list(Path("/proc/self/fd").iterdir())) - before)
+        assert at or band["index"].tolist() == [0]
+    indices = np.random.default_rng(1).permutation(90)
+    assert (signatures.at(indices) == numbers[indices]).all() and len(signatures) == 90
+    assert opened <= 2
+
+
 @pytest.mark.slow
 def test_a_copy_in_validation_leaves_training(here: Path) -> None:
     texts = stories(20)

@@ -78,6 +78,38 @@ def test_damage_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert inspect_data.main([]) == 2 and inspect_data.main(["nosuch"]) == 2
 
 
+def test_ids_far_outside_the_vocabulary_are_counted(here: Path) -> None:
+    """A count for every id up to the largest would need 32 GB."""
+    folder = Path("data/wide")
+    folder.mkdir(parents=True)
+    ids = np.arange(400, dtype="<u4") % 9
+    ids[7::50] = 4_000_000_000
+    splits = {split: {"shards": [{"file": f"{split}.bin", "tokens": len(ids)}]} for split in ("train", "val")}
+    manifest = {"format": tokenfile.FORMAT, "version": 1, "dtype": "uint32", "vocab_size": 9, "splits": splits}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for split in splits:
+        ids.tofile(folder / f"{split}.bin")
+    Tokenizer.from_name("char", "abcdefghi").save(folder)
+    found = report_of(folder, windows=20)
+    assert found.problems == [f"{split}: 8 ids are outside the vocabulary of 9" for split in splits]
+    windows = found.splits["train"].windows
+    assert 0 < len(windows) < 20 and all(window in "abcdefghi" * 9 for window in windows)
+    assert inspect_data.main(["wide"]) == 1
+
+
+def test_a_dataset_in_a_store_is_compared_with_its_hashes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    Path("a.txt").write_text("hello world, " * 200)
+    folder = prepare(["a.txt"], tokenizer="char", report=lambda line: None)
+    store.put(str(folder), "/inspected/a", recursive=True)
+    assert inspect_data.main(["memory://inspected/a"]) == 0 and "hashes agree" in capsys.readouterr().out
+    (kept,) = Path("data/cache/remote").glob("*/*-train.bin")
+    kept.write_bytes(bytes(kept.stat().st_size))
+    assert inspect_data.main(["memory://inspected/a"]) == 1
+    assert "-train.bin is not the file that was prepared" in capsys.readouterr().out
+    store.rm("/inspected", recursive=True)
+
+
 def test_data_of_nanogpt(here: Path) -> None:
     Path("data/n").mkdir(parents=True)
     for split in ("train", "val"):

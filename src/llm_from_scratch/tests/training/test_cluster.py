@@ -20,7 +20,7 @@ from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train_step
 
 from ..ranks import bytes_sent, in_ranks
-from ..tiny import tiny_config
+from ..tiny import tiny_config, write_data
 
 WIDE: dict[str, Any] = {
     "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 192, "batch_size": 2, "gradient_accumulation_steps": 8,
@@ -165,6 +165,13 @@ def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert [row[0] for row in table] == [*(f"{2**n:,}" for n in range(11))]
     assert table[0][-1] == "100%" and int(table[-1][-1][:-1]) < 100
     assert list(here.iterdir()) == []
+
+
+def test_a_mixture_has_the_vocabulary_of_its_parts(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    for name in ("a", "b"):
+        write_data(here / "data" / name)
+    assert main_plan(["quick", "--gpus=8", "--dataset=a:0.5,b:0.5"]) == 0
+    assert "vocabulary 20," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
