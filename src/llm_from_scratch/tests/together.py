@@ -12,7 +12,7 @@ from llm_from_scratch.checkpoint.shards import Place
 from llm_from_scratch.machine.team import Team
 
 T = TypeVar("T")
-PATIENCE = 60.0  # seconds that a member waits for the others
+PATIENCE = 300.0  # seconds that a member waits for the others
 
 
 class Member(Team):
