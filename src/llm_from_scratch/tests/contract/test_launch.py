@@ -49,7 +49,7 @@ def test_a_failed_run_is_queued_again_if_it_saved(tmp_path: Path, option: str, w
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", LAUNCH / "slurm.sh", "quick", *option.format("run").split()]
+    command = ["bash", str(LAUNCH / "slurm.sh"), "quick", *option.format("run").split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (tmp_path / "queued").exists() == queued
     assert ("without a new checkpoint in run" in done.stdout) == (work == "false")
