@@ -30,7 +30,6 @@ from .store import kept_steps, list_checkpoints
 
 CHUNK = 4 << 20  # bytes
 RETRIES = (1.0, 60.0)  # seconds until a failed upload is tried again, doubled up to the second
-POLL, LONGEST = 1.0, 1800.0  # seconds between looks for what another process downloads, and until it has failed
 _FOLDER, _MARKER = re.compile(r"step-\d{8,15}"), re.compile(r"(step-\d{8,15})\.complete")
 
 
@@ -320,12 +319,11 @@ class Mirror:
         self.active = time.monotonic()
 
 
-def restore(url: str, out_dir: Path, is_first: bool, say: Callable[[str], None]) -> None:
+def restore(url: str, out_dir: Path, say: Callable[[str], None]) -> None:
     """Downloads the newest checkpoint of the mirror, unless out_dir has a good one that is as new. One whose bytes are
-    wrong loses its marker. is_first: the process that does it; the others wait until it is done. Raises UserError if
-    the store fails and out_dir has no checkpoint."""
+    wrong loses its marker. One process does it, and the others wait. Raises UserError if the store fails and out_dir
+    has no checkpoint."""
     store, known = Store(url), dict[tuple[Any, ...], bool]()
-    say, end = (say if is_first else lambda line: None), time.monotonic() + LONGEST
 
     def is_good(path: Path) -> bool:
         try:
@@ -346,11 +344,6 @@ def restore(url: str, out_dir: Path, is_first: bool, say: Callable[[str], None])
             newest = found[0] if found else None
             if newest is None or any(step >= newest.step and is_good(path) for step, path in local):
                 return
-            if not is_first:
-                if time.monotonic() > end:
-                    return  # it has failed, and says so; or the machines do not share the folder, which the run reports
-                time.sleep(POLL)
-                continue
             ids = {str(read_manifest(path).get("run_id")) for _, path in local} - {newest.run_id}
             if ids:
                 raise OtherRunError(f"mirror={store.url} holds another run than {out_dir}: choose another --mirror")

@@ -18,7 +18,7 @@ from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError, shared_by_all
 from ..machine.budget import Budget, Deadline, parse_budget
 from ..machine.files import read_json
-from ..machine.processes import process_age
+from ..machine.processes import after_first, process_age
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
 from ..settings import flatten, to_dict
@@ -77,14 +77,15 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     parsed: Parsed[Config] = read(argv, defaults=defaults, base_preset=base_preset)
     from ..checkpoint.store import resolved_init  # --help does not need it
 
-    training, is_first = parsed.tree.training, os.environ.get("RANK", "0") == "0"
+    training = parsed.tree.training
     writes = not (dry_run or any(flags.values()))
     resumes = training.init_from in ("resume", "auto") and not training.eval_only
     if training.mirror is not None and resumes and writes:
         parsed.tree.validate()
         from ..checkpoint.mirror import restore
 
-        restore(training.mirror, Path(training.out_dir), is_first, note)
+        url, out_dir = training.mirror, Path(training.out_dir)
+        after_first(lambda: restore(url, out_dir, note), parsed.tree.system.collective_timeout)
     begin = resolved_init(training.init_from, training.out_dir)
     # by data_prepared_last; nanoGPT's defaults, which also lie under its presets, name openwebtext
     chosen = not (nanogpt or "dataset" in parsed.sources or parsed.files[0].endswith(".py"))

@@ -13,12 +13,12 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TrainingError, UserError
+from ..errors import SharedError, TrainingError, UserError
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 watch: Watch | None = None
 """Of the processes of this process group."""
 LONGEST = timedelta(hours=1)  # that processes wait for a healthy one, such as one that writes a long sample
+FIRST_POLL = 0.2  # seconds between looks whether rank 0 is done
+_kept: list[Any] = []  # stores of after_first: rank 0 may serve them, and start() uses them again
 YOUNG, OLD = 1.5, 30.0  # seconds that a command's imports take, and that they take at most on a busy machine
 
 
@@ -82,6 +84,53 @@ def device_mesh(device: torch.device, world_size: int, shards: int) -> DeviceMes
     return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
+def after_first(work: Callable[[], None], timeout: float) -> None:
+    """Rank 0 does the work, and the others wait until it is done. Before start(). timeout: seconds until all have come.
+    Raises UserError; if rank 0's work raises it, it does so in every process."""
+    rank, _, world = distributed_env()
+    if world == 1:
+        return work()
+    import torch.distributed as dist
+
+    from .preflight import diagnosed
+
+    missing: list[int] | None = None
+    try:
+        _kept.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0])
+        shared = _shared_store(timeout)
+        prefix, missing = meet(shared, rank, world, timeout)
+        if missing:
+            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
+    except (RuntimeError, ValueError) as error:
+        raise diagnosed(error, "gloo", rank, missing) from None
+    if rank == 0:
+        outcome = "rank 0 has failed"
+        try:
+            work()
+            outcome = ""
+        except UserError as error:
+            outcome = str(error)
+            raise
+        finally:
+            shared.set(f"{prefix}/first", json.dumps(outcome))
+        return None
+    try:
+        while not (found := _read(shared, f"{prefix}/first")):
+            time.sleep(FIRST_POLL)
+    except RuntimeError:  # torch's errors of a store that is gone
+        found = json.dumps("rank 0 has ended")
+    if outcome := json.loads(found):
+        raise SharedError(outcome)
+    return None
+
+
+def _shared_store(timeout: float) -> Any:
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+
+
 def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
     """Joins the other processes of torchrun and begins to watch them. timeout: seconds that an exchange may take.
     Raises UserError, with the likely reason, if the processes do not find each other."""
@@ -95,9 +144,7 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
     missing: list[int] | None = None
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        shared = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=patience, wait_for_workers=False
-        )
+        shared = _shared_store(timeout)
         prefix, missing = meet(shared, rank, world_size, timeout)
         if missing:
             raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")

@@ -33,7 +33,6 @@ fsspec = pytest.importorskip("fsspec")
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mirror, "RETRIES", (0.01, 0.05))
-    monkeypatch.setattr(mirror, "POLL", 0.01)
     yield
     store = fsspec.filesystem("memory")
     store.store.clear()
@@ -48,7 +47,7 @@ def opened(url: str, out: Path, keep_last: int = 2, **more: Any) -> Mirror:
 
 def restored(url: str, out: Path) -> list[str]:
     lines: list[str] = []
-    restore(url, out, True, lines.append)
+    restore(url, out, lines.append)
     return lines
 
 
@@ -160,21 +159,6 @@ def test_a_store_that_cannot_be_reached_delays_nothing(tmp_path: Path, monkeypat
         assert restored("memory", tmp_path)[0].startswith("warning: the mirror cannot be read")
     assert copy.wait(10) and steps("memory") == [2, 1]
     assert copy.lines[1:] == ["mirror: memory://mirror is up to date again"]
-
-
-def test_the_other_processes_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "a", 1)
-    assert opened("memory", tmp_path / "a").wait(10)
-    waiting = threading.Thread(target=restore, args=("memory", tmp_path / "b", False, print))
-    waiting.start()
-    waiting.join(0.2)
-    assert waiting.is_alive()
-    restored("memory", tmp_path / "b")
-    waiting.join(30)
-    assert not waiting.is_alive()
-    monkeypatch.setattr(mirror, "LONGEST", 0.0)
-    restore("memory", tmp_path / "c", False, print)  # in vain
-    assert not (tmp_path / "c").exists()
 
 
 def test_a_run_keeps_what_is_being_uploaded_and_abandoned_uploads_are_removed(

@@ -155,6 +155,36 @@ def test_a_process_that_moves_is_waited_for_longer_than_the_timeout(work: str, h
     assert in_ranks(2, waited_for, here, work) == ["healthy", "healthy"]
 
 
+def after_first(fails: bool) -> str:
+    """What each process learns of rank 0's work; then they meet again."""
+    done = Path(f"done-{fails}")
+
+    def work() -> None:
+        time.sleep(1)
+        done.touch()
+        if fails:
+            raise UserError("no space left")
+
+    try:
+        processes.after_first(work, 30.0)
+        outcome = "done"
+    except UserError as error:
+        outcome = str(error)
+    assert done.exists()
+    processes.start("gloo", int(os.environ["RANK"]), 2, 30.0)
+    processes.wait_for_all(2)
+    processes.stop()
+    return outcome
+
+
+@pytest.mark.slow
+def test_the_others_learn_what_became_of_the_work_of_rank_0(here: Path) -> None:
+    """So that none waits for ever for a checkpoint that could not be downloaded."""
+    assert in_ranks(2, after_first, here, False) == ["done", "done"]
+    (here / "after_first-2").rename(here / "first")
+    assert in_ranks(2, after_first, here, True) == ["no space left", "no space left"]
+
+
 # --- Muon ---
 
 
