@@ -33,7 +33,7 @@ from .sources import FileSource, Source
 from .split import Documents, Split
 
 POLL = 2.0  # seconds
-DONE, ERROR, JOBS = "encoded.json", "error.txt", "jobs.txt"
+DONE, ERROR, JOBS, LEAST = "encoded.json", "error.txt", "jobs.txt", "bytes_of_a_part.txt"
 SLURM = {"time": "24:00:00", "partition": "", "qos": "", "cpus_per_task": "1", "mem_per_cpu_gb": "4"}
 
 
@@ -100,6 +100,8 @@ def make_job(
     spec = dataclasses.replace(spec, sources=sources, tokenizer=tokenizer)
     tasks = options.tasks or os.cpu_count() or 1
     least = min(cleaning.PART, sum(source.size for source in spec.all()) // tasks)
+    if (work / LEAST).is_file():  # finished parts are reused, also by another number of tasks
+        least = int((work / LEAST).read_text())
     texts = list(map(_absolute, evaluation))
     return Job(spec, options, texts, work.absolute(), target.absolute(), extra, tasks, least)
 
@@ -207,12 +209,16 @@ def run_steps(job: Job, report: Callable[[str], None]) -> None:
         import datatrove.executor  # noqa: F401
     except ImportError:
         raise missing("datatrove", "cluster", f"--executor={job.options.executor}") from None
-    job.work.mkdir(parents=True, exist_ok=True)
+    if job.options.executor == "slurm":
+        _check_slurm(job)
+    write_whole(job.work / LEAST, str(job.least).encode())
     remove_tree(job.work / ERROR)
     if job.options.executor == "slurm":
         _run_on_slurm(job, report)
-    else:
-        for name in _steps(job):
+        return
+    remove_tree(_merged(job))
+    try:
+        for name in steps_of(job):
             executor = _executor(job, name)
             report(f"{name}: {executor.world_size} tasks on {job.options.executor}")
             try:
@@ -223,10 +229,22 @@ def run_steps(job: Job, report: Callable[[str], None]) -> None:
                 raise _failure(job, one_line(error)) from None
             if executor.get_incomplete_ranks():
                 raise _failure(job, f"tasks of the step {name} failed")
-    remove_tree(job.work)
+    except UserError:
+        if (job.work / ERROR).is_file() and not _has_parts(job):
+            remove_tree(job.work)
+        raise
 
 
-def _steps(job: Job) -> list[str]:
+def _has_parts(job: Job) -> bool:
+    return any(any(job.work.glob(f"*/*/{done}")) for done in (cleaning.DONE, DONE))
+
+
+def _merged(job: Job) -> Path:
+    """The marker of the last step. The target may have been replaced since, so that it must run again."""
+    return job.work / "logs" / "merge-1" / "completions" / "00000"
+
+
+def steps_of(job: Job) -> list[str]:
     return [name for name in STEPS if name != "clean" or job.cleans]
 
 
@@ -266,26 +284,30 @@ def _slurm_options(options: PrepareOptions) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
-    """Submits the jobs, unless those of an earlier call are still there, and waits for them."""
+def _check_slurm(job: Job) -> None:
+    """Raises UserError if jobs cannot be submitted."""
     _slurm_options(job.options)
     if shutil.which("sbatch") is None:
         raise UserError("--executor=slurm needs the command sbatch: run it on a machine of the cluster")
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UserError("--executor=slurm submits jobs itself: run it outside of a job")
+
+
+def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
+    """Submits the jobs, unless those of an earlier call are still there, and waits for them."""
     names = job.work / JOBS
     jobs = names.read_text().split() if names.is_file() else []
     if not _queued(jobs):
+        remove_tree(_merged(job))
         executors: list[Any] = [None]
-        for name in _steps(job):
+        for name in steps_of(job):
             executors.append(_executor(job, name, executors[-1]))
         executors[-1].run()
         jobs = [str(executor.job_id) for executor in executors[1:] if executor.job_id not in (None, -1)]
         write_whole(names, " ".join(jobs).encode())
     report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")
-    merged = job.work / "logs" / "merge-1" / "completions" / "00000"
-    while not merged.exists():
-        if (job.work / ERROR).exists() or (not _queued(jobs) and not merged.exists()):
+    while not _merged(job).exists():
+        if (job.work / ERROR).exists() or (not _queued(jobs) and not _merged(job).exists()):
             raise _failure(job, "the jobs ended before the dataset was complete")
         time.sleep(POLL)
 

@@ -27,7 +27,7 @@ from ..core.tokenfile import CHECKED, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.budget import Budget, parse_budget
-from ..machine.files import read_json, remove_tree, replace_folder, temporary_folder
+from ..machine.files import read_json, replace_folder, temporary_folder
 from . import chats, cleaning
 from . import sources as src
 from .building import DatasetSpec, Report, build, choose_workers
@@ -36,6 +36,7 @@ from .encode import read_progress
 from .executor import make_job, run_steps
 from .options import CLEANING, PrepareOptions
 from .split import empty
+from .work_folder import remove_work, work_folder
 
 MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost grows with it
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
@@ -69,18 +70,21 @@ def prepare(
         plain = dataclasses.replace(options, include=(), exclude=())
         evaluation = src.find_sources(options.decontaminate, root, Path(spool), plain, report)
         request = cleaning.extend_request(request, options, evaluation, spec.is_chat)
+        cache = root / options.cache_dir if options.cache_dir else None
+        beside = cache or target.parent
         if _up_to_date(target, request):
+            remove_work(beside, target, request)  # of an interrupted wait for the tasks
             report(f"{src.display_path(target, root)} is up to date: sources and settings have not changed")
             os.utime(target / MANIFEST)  # now the dataset prepared last
         else:
             _refuse_foreign(target)
-            cache = root / options.cache_dir if options.cache_dir else None
             extra = {"request": request, "sources": identities}
             if options.executor:
-                work = (cache or target.parent) / f"executor-{request[:16]}"
+                work = work_folder(beside, "executor", target, request)
                 run_steps(make_job(spec, options, evaluation, work, target, extra), report)
             else:
                 _make(spec, options, evaluation, cache, Path(spool), target, extra, report)
+            remove_work(beside, target)  # also of abandoned requests
         _print_summary(target, root, report)
         if given != ["demo"]:  # which trains by itself
             report(_next_command(target, root, run, options.budget))
@@ -93,17 +97,21 @@ def _make(
 ) -> None:  # fmt: skip
     """Cleans and encodes in this process and its workers."""
     request = extra["request"]
-    parts = (cache or spool) / f"cleaning-{request[:16]}"
+    parts = work_folder(cache or spool, "cleaning", target, request)
     with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
         if options.given(*CLEANING):
             total = sum(source.size for source in spec.all())
             workers = choose_workers(total) if options.workers is None else options.workers
-            spec.sources, extra["cleaning"] = cleaning.clean(
-                spec.sources, options, evaluation, parts, folder, workers, report
-            )
+            try:
+                spec.sources, extra["cleaning"] = cleaning.clean(
+                    spec.sources, options, evaluation, parts, folder, workers, report
+                )
+            except UserError:
+                with contextlib.suppress(OSError):
+                    parts.rmdir()  # if no part is complete
+                raise
         build(spec, folder, options.shard_size, options.workers, cache, extra, report)
         replace_folder(target, folder)
-        remove_tree(parts)
 
 
 def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: Path, report: Report) -> DatasetSpec:

@@ -230,6 +230,22 @@ def is_running(pid: str) -> bool:
 
 
 @pytest.mark.slow
+def test_abandoned_parts_are_removed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = here / "data" / "cache"
+    with pytest.raises(UserError, match="cleaning removed all"):
+        kept(write("d.jsonl", stories(3)), min_chars=10_000)
+    assert len(list(cache.glob("cleaning-*"))) == 1
+    kept("d.jsonl", min_chars=10, out_dir="other")
+    assert len(list(cache.glob("cleaning-*"))) == 1  # of another dataset
+    kept("d.jsonl", min_chars=10)
+    assert not list(cache.glob("cleaning-*"))
+    Path("d.jsonl").write_text('{"body": 1}\n')
+    with pytest.raises(UserError, match="does not have the text field"):
+        kept("d.jsonl", min_chars=10)
+    assert not list(cache.glob("cleaning-*"))
+
+
+@pytest.mark.slow
 def test_boilerplate_lines(here: Path) -> None:
     texts = [f"Cookies: accept all\n{text}\n  Cookies: accept all\n---\n" for text in stories(6)]
     found, _ = kept(write("d.jsonl", [*texts[:5], stories(6)[5]]), boilerplate=5)

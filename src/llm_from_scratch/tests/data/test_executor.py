@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from llm_from_scratch.data import cleaning
+from llm_from_scratch.data import cleaning, executor
+from llm_from_scratch.data import prepare as prepare_module
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.tests.texts import real_text
@@ -94,6 +95,36 @@ def test_local_tasks_give_the_same(texts: Path) -> None:
     assert not list(Path("data/cache").glob("executor-*"))
 
 
+def fail_to_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ctrl-C before the last step does."""
+    steps = executor.steps_of
+    monkeypatch.setattr(executor, "steps_of", lambda job: steps(job)[:-1])
+
+
+def test_another_number_of_tasks_resumes(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning, "PART", 1 << 25)
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "dedup": "exact", "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **settings)
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        fail_to_merge(patch)
+        prepare(["*.jsonl"], out_dir="tasks", executor="local", tasks=2, **settings)
+    same(alone, prepare(["*.jsonl"], out_dir="tasks", executor="local", tasks=5, **settings))
+
+
+def test_a_replaced_dataset_is_merged_again(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its last step had ended before Ctrl-C."""
+    settings: dict[str, Any] = {"tokenizer": "gpt2", "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **settings)
+    tasks: dict[str, Any] = {"out_dir": "tasks", "executor": "local", "tasks": 2, **settings}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "remove_work", lambda *_: None)
+        prepare(["*.jsonl"], **tasks)
+        prepare(["0.jsonl"], **{**tasks, "executor": None, "tasks": None})
+    assert list(Path("data/cache").glob("executor-*"))
+    same(alone, prepare(["*.jsonl"], **tasks))
+    assert not list(Path("data/cache").glob("executor-*"))
+
+
 def test_a_killed_run_resumes(texts: Path) -> None:
     settings: dict[str, Any] = {"tokenizer": "gpt2", "report": lambda line: None}
     alone = prepare(["*.jsonl"], out_dir="alone", **settings)
@@ -170,3 +201,4 @@ def test_what_cannot_run(texts: Path, settings: dict[str, Any], message: str, mo
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match=message):
         prepare(["*.jsonl"], tokenizer="gpt2", **settings)
+    assert not list(Path("data/cache").glob("executor-*"))
