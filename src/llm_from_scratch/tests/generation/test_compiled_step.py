@@ -203,7 +203,9 @@ class Scattered(nn.Module):
 
 
 @pytest.mark.parametrize("edit", [TwoTables, Scattered])
-def test_no_operand_is_a_copy_or_missing(edit: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_operand_is_a_copy_or_missing(
+    edit: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = copy.deepcopy(memorised("modern"))
     if edit is TwoTables:
         model.transformer.wte = edit(model.transformer.wte)
@@ -212,6 +214,10 @@ def test_no_operand_is_a_copy_or_missing(edit: Any, kernel: Kernel, monkeypatch:
             block.mlp = edit(block.mlp)
     expected, _ = texts(model, "torch", monkeypatch)
     assert texts(model, "compiled", monkeypatch)[0] == expected
+    said = capsys.readouterr().err  # not that the compiled step gives other logits
+    assert said == (
+        "" if edit is TwoTables else "decoding with torch's operations: the compiled kernel lacks index_copy_\n"
+    )
 
 
 class Unusual(nn.Module):
