@@ -142,8 +142,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     monkeypatch.setenv("RANK", "0")
     assert main(arguments(dataset=tiny_data, batch_size=40)) == 2
     assert "start 1, 2, 4, 5, 8, 10, 20, 40 of them" in capsys.readouterr().err
-    assert main(arguments(dataset=tiny_data, batch_size=3, max_ngram=2)) == 2
-    assert "max_ngram trains in one process" in capsys.readouterr().err
     monkeypatch.delenv("MASTER_ADDR")
     assert main(arguments(dataset=tiny_data)) == 2
     told = capsys.readouterr().err
