@@ -239,7 +239,8 @@ def sharded(seed: int, shards: int) -> GPT:
 
     torch.manual_seed(seed)
     model, world = GPT(UNEVEN), torch.distributed.get_world_size()
-    mesh = init_device_mesh("cpu", (world // shards, shards) if shards < world else (world,))
+    sizes = (world // shards, shards) if shards < world else (world,)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "shards")[-len(sizes) :])
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
