@@ -60,16 +60,13 @@ class Builder:
     # --- memory ---
 
     def reserve(self, name: str, t: Tensor) -> None:
-        size = -(-t.untyped_storage().nbytes() // t.itemsize // ALIGNED) * ALIGNED
-        if free := self.free.get(size):
+        if free := self.free.get(size := _room(t)):
             self.places[name] = free.pop()
         else:
             self.places[name], self.size = self.size, self.size + size
 
     def release(self, name: str, t: Tensor) -> None:
-        if name in self.places:
-            size = -(-t.untyped_storage().nbytes() // t.itemsize // ALIGNED) * ALIGNED
-            self.free.setdefault(size, []).append(self.places.pop(name))
+        self.free.setdefault(_room(t), []).append(self.places.pop(name))
 
     def view(self, t: Tensor, shape: Sequence[int] | None = None) -> View:
         """t, broadcast to a shape."""
@@ -205,6 +202,11 @@ class Builder:
                 raise CannotRecord("the kernel lacks it")
         except (TypeError, AttributeError, RuntimeError, LookupError):  # other arguments than those above
             raise CannotRecord("the kernel lacks it") from None
+
+
+def _room(t: Tensor) -> int:
+    """Numbers in the arena for the memory of t."""
+    return -(-t.untyped_storage().nbytes() // t.itemsize // ALIGNED) * ALIGNED
 
 
 def _floats(*given: Any) -> None:
