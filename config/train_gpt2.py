@@ -14,7 +14,7 @@ gradient_accumulation_steps = 5 * 8
 max_iters = 600000
 lr_decay_iters = 600000  # the decay ends with the run
 
-eval_interval = 1000  # twice as often as by default
+eval_interval = 1000  # half the default
 eval_iters = 200
 log_interval = 10  # steps are slow
 

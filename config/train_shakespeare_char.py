@@ -7,7 +7,7 @@ wandb_log = False
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
-# one million characters overfit soon: evaluate often, and keep only checkpoints that improve the val loss
+# one million characters overfit soon: evaluate every 250 steps, and keep only checkpoints that improve the val loss
 eval_interval = 250
 eval_iters = 200
 always_save_checkpoint = False
