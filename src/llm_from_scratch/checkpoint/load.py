@@ -78,7 +78,7 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
 def _load_base(path: Path, place: str, depth: int) -> Checkpoint:
     """The model that the adapter in path was trained on. Raises UserError."""
     if depth == MAX_CHAIN:
-        raise UserError(f"{path} is an adapter of an adapter, and so on {depth} times: the chain is too long")
+        raise UserError(f"{path} is an adapter of another adapter: the chain is too long (more than {depth})")
     try:
         return load(place, weights_only=True, need_tokenizer=False, depth=depth + 1)
     except UserError as error:

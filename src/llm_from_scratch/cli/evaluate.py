@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
         name, documents = options.dataset or _trained_on(loaded, argv), _documents(loaded, options.dataset)
         data = [_prepared(name, options.split, tokenizer, block_size, documents)]
         if data[0].is_packed and options.stride is not None:
-            raise UserError(f"{data[0].name} holds documents, which --stride does not apply to: remove it")
+            raise UserError(f"--stride does not apply to {data[0].name}, which holds documents: remove it")
     for part in data:
         part.check(1, model.config.vocab_size)
 

@@ -54,7 +54,7 @@ class PackedData(TokenData):
             begins, lengths = _pieces(begins, ends, block_size)
             counts = lengths - 1
         if not len(begins):
-            what = f"in its first {block_size + 1} tokens, what the assistant says" if marks else "two tokens"
+            what = f"tokens of the assistant among its first {block_size + 1}" if marks else "two tokens"
             raise UserError(f"{name}: no document has {what}; use a larger --block_size or other data")
         order, first = best_fit(lengths - 1, block_size)
         self.begins, self.lengths, self.first = begins[order], lengths[order], first

@@ -76,8 +76,8 @@ def open_remote(url: str, folder: Path, split: str, limit: int) -> tuple[list[Re
     needed = sum(sizes.get("val", [])) + 3 * max(sizes.get("train", [0]))
     if needed > limit:
         raise UserError(
-            f"--data_cache is too small for {url}: {needed / (1 << 30):.2g} GiB hold its validation split and three "
-            "training shards"
+            f"--data_cache is too small for {url}: it must hold the validation split and three training "
+            f"shards, {needed / (1 << 30):.2g} GiB"
         )
     cache = Cache(url, folder, limit)
     files = [RemoteFile(cache, shard, f"<u{size}") for shard in stated[split] if shard["tokens"]]

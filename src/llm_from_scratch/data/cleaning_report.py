@@ -59,7 +59,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, int, str]]:
 
 
 def as_text(summary: dict[str, Any]) -> list[str]:
-    lines = [f"cleaning: {summary['kept']:,} of {summary['documents']:,} documents are left"]
+    lines = [f"cleaning kept {summary['kept']:,} of {summary['documents']:,} documents"]
     lines += [f"  {count:>12,}  {what}" for what, count, _ in rows(summary)]
     return lines + ([f"{summary['lines']:,} lines of boilerplate were removed"] if "lines" in summary else [])
 

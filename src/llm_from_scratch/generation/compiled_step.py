@@ -158,7 +158,7 @@ class Builder:
     def store_rows(self, memory: Tensor, dim: int, where: Tensor, rows: Tensor) -> None:
         _floats(memory, rows)
         if self.origin(memory) != "memory":
-            raise CannotRecord("the kernel writes rows to the cache alone")
+            raise CannotRecord("the kernel writes rows only to the cache")
         if dim or memory.ndim != 2 or memory.stride(1) != 1 or rows.stride(1) != 1 or where.dtype != torch.int64:
             raise CannotRecord("the kernel lacks it")
         n, width = rows.shape

@@ -40,8 +40,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise UserError(
             f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
         )
-    purpose = f"there is no folder {name}; downloading it from Hugging Face"
-    require("huggingface_hub", "hf", purpose, "name a folder that holds it")
+    require("huggingface_hub", "hf", f"{name!r} is not a local folder, and a download", "name a folder")
     check(_download(name, FETCHED[:1]))
     folder = _download(name, FETCHED)
     if not list(folder.glob("*.safetensors")):
@@ -54,8 +53,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
 
 def get_tokenizer_folder(name: str) -> Path:
     """The folder in Hugging Face's cache with the tokenizer of owner/name, downloaded if needed. Raises UserError."""
-    purpose = f"there is no folder {name}; downloading its tokenizer from Hugging Face"
-    require("huggingface_hub", "hf", purpose, "name a folder that holds it")
+    require("huggingface_hub", "hf", f"{name!r} is not a local folder, and a download", "name a folder")
     folder = _download(name, [file for file in FETCHED if not file.startswith("model")])
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{name!r} does not have a tokenizer.json on Hugging Face (offline: in its cache)")

@@ -86,7 +86,7 @@ def _store_problem(address: str, port: int) -> str:
 
 def _group_problem(backend: str, missing: list[int]) -> str:
     if missing:
-        return f"rank{'s' * (len(missing) > 1)} {listed(missing)} did not come: look for their errors above"
+        return f"rank{'s' * (len(missing) > 1)} {listed(missing)} not found: look for their errors above"
     name = f"{backend.upper()}_SOCKET_IFNAME"
     others = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
     chosen = f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"

@@ -231,7 +231,7 @@ class Watch:
         rank = min(active, key=lambda r: (active[r]["waits"], moves[r], active[r]["step"], -active[r]["still"]))
         state = active[rank]
         if all(one["waits"] and one["step"] == state["step"] for one in active.values()):
-            return f"all ranks wait for each other {_at(state)}: a network that loses data?", 1
+            return f"all ranks wait for each other {_at(state)}: does the network lose data?", 1
         return f"{self._name(rank)} hangs {_at(state)}, for {state['still']:.0f} s", 1
 
     def _silence(self, rank: int, state: dict[str, Any], seconds: float) -> str:

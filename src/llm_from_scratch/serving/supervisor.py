@@ -11,7 +11,7 @@ from ..generation.engine import Engine, Handle, Request, Stats, Update
 from ..machine.terminal import note
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds before a new engine is built
-MAX_FAILURES = 6  # in a row, after which it stays down
+MAX_FAILURES = 6  # in a row, after which it is not restarted
 SETTLED = 60.0  # seconds; a failure after a longer life starts a new count
 LOOK_EVERY = 0.05
 RESTARTING = "the engine failed and is being restarted"
@@ -70,7 +70,7 @@ class Supervisor:
             self.failures += 1
             note(f"llm-serve: the engine failed: {one_line(reason, 300)}")
             if self.failures >= MAX_FAILURES:
-                self.problem = f"the engine failed {self.failures} times in a row and stays down: restart the server"
+                self.problem = f"the engine failed {self.failures} times in a row and is not restarted: restart the server"
                 note(f"llm-serve: {self.problem}")
                 await asyncio.Event().wait()
             self.problem = RESTARTING

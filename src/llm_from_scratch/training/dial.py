@@ -152,7 +152,7 @@ def explain(
     if choice.is_cut and is_short and not {"max_iters", "epochs"} & fixed.keys():
         lines.append(
             f"note: the run takes about {in_words(choice.seconds)}, less than the budget: after {epochs:.0f} epochs "
-            "the text has no more to teach; use more text"
+            "the loss would not fall any more; use more text"
         )
     return lines
 
