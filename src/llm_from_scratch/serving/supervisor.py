@@ -70,7 +70,7 @@ class Supervisor:
             self.failures += 1
             note(f"llm-serve: the engine failed: {one_line(reason, 300)}")
             if self.failures >= MAX_FAILURES:
-                self.problem = f"the engine failed {self.failures} times in a row and is not restarted: restart the server"
+                self.problem = f"the engine failed {self.failures} times and is not restarted: restart the server"
                 note(f"llm-serve: {self.problem}")
                 await asyncio.Event().wait()
             self.problem = RESTARTING
