@@ -41,7 +41,7 @@ class Complete:
     run_id: str
     val_loss: float | None
     manifest: str
-    """SHA-256 of MANIFEST.json, which has those of the other files."""
+    """SHA-256 of MANIFEST.json, which lists the hashes of the other files."""
 
     @property
     def name(self) -> str:
@@ -166,7 +166,7 @@ class Store:
         with self.reached():
             raw = b"".join(self.read(f"{wanted.name}/{MANIFEST}", MAX_JSON))
             if sha256_of(raw) != wanted.manifest:
-                raise DamagedError(f"{self.url}/{wanted.name}/{MANIFEST} is not the one that was uploaded")
+                raise DamagedError(f"{self.url}/{wanted.name}/{MANIFEST} differs from the upload")
             make_folder(out)
             remove_tree(tmp)
             tmp.mkdir()

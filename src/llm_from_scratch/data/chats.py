@@ -220,8 +220,8 @@ def give_template(
         tokenizer.chat = read_template(file, *([own.bos, own.eos] if own else [eot, eot]))
     elif own is None:
         add_plain_template(tokenizer)
-    whose = file or ("plain (the tokenizer has none)" if own is None else "the model's")
-    report(f"chat template: {whose}; the assistant's turns are learned")
+    template = file or ("plain (the tokenizer has none)" if own is None else "the model's")
+    report(f"chat template: {template}; the assistant's turns are learned")
     assert tokenizer.chat is not None
     tokenizer.chat.total = RUN_SECONDS
     try:

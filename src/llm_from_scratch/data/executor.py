@@ -92,7 +92,7 @@ def make_job(
     if spec.is_chat:
         raise UserError(f"--executor={options.executor} does not support conversations: remove it")
     if spec.permuted:
-        raise UserError(f"--executor={options.executor} does not support openwebtext, whose documents are one stream")
+        raise UserError(f"--executor={options.executor} does not support openwebtext, which is one stream of documents")
     if any(source.name == "standard input" for source in spec.all()):
         raise UserError(f"--executor={options.executor} cannot read standard input: save it to a file")
     sources = [[_absolute(source) for source in group] for group in spec.sources]

@@ -123,7 +123,7 @@ class FastTokenizer:
     def compare(self, text: str) -> None:
         """Raises EncoderDiffersError if the ids of a text differ from the tokenizer's."""
         if not np.array_equal(self.encode(text), self.tokenizer.encode(text)):
-            raise EncoderDiffersError(f"gigatoken's ids differ from those of {self.tokenizer.name} for {text[:40]!r}")
+            raise EncoderDiffersError(f"gigatoken's ids differ from {self.tokenizer.name}'s for {text[:40]!r}")
 
 
 def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str], None]) -> HFTokenizer | None:
@@ -151,7 +151,7 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
                 with_merges(pool.submit(find_merges, beginning, few).result())
                 != HFTokenizer.train(first, few).json_text
             ):
-                raise EncoderDiffersError("its merges differ from those of tokenizers")
+                raise EncoderDiffersError("its merges differ from tokenizers'")
             return HFTokenizer(with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
     except UserError:  # of the texts
         raise

@@ -63,7 +63,7 @@ class PrepareOptions:
     language: tuple[str, ...] = ()
     """Keep only documents in these languages, such as en."""
     quality: tuple[Literal["gopher", "c4"], ...] = ()
-    """Quality rules for English web pages: those of Gopher, of C4, or both."""
+    """Quality rules for English web pages: Gopher's, C4's, or both."""
     personal_data: Literal["keep", "mask"] = "keep"
     """mask: replace e-mail and IP addresses, phone, card and account numbers."""
     decontaminate: tuple[str, ...] = ()

@@ -74,7 +74,7 @@ class GGUFFile:
             return [value(kind, nested=True) for _ in range(count)]
 
         if take(4) != b"GGUF" or number("I") not in (2, 3):
-            raise ValueError("its first bytes are not those of version 2 or 3, little-endian")
+            raise ValueError("it does not begin as a little-endian file of version 2 or 3")
         count, pairs = number("Q"), number("Q")
         for _ in range(pairs):
             key, kind = text(), number("I")

@@ -69,7 +69,7 @@ class Finding:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def __str__(self) -> str:
-        alone = "" if self.rank is None else f" on rank {self.rank} only, whose device may be faulty"
+        alone = "" if self.rank is None else f" on rank {self.rank} only (its device may be faulty)"
         return f"step {self.step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}{alone}"
 
 

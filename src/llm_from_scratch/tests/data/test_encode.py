@@ -233,7 +233,7 @@ def test_an_encoder_that_differs_is_no_longer_used(
     monkeypatch.setattr(Differing, "encoded", 0)
     told = Told()
     folder = prepare(["d.jsonl"], tokenizer="byte", shard_size=shard_size, workers=0, report=told)
-    assert Differing.encoded > 250 and "gigatoken's ids differ from those of byte for " in told
+    assert Differing.encoded > 250 and "gigatoken's ids differ from byte's for " in told
     assert bytes_of(folder) == bytes_of(whole) and manifest_of(folder)["splits"] == manifest_of(whole)["splits"]
 
 

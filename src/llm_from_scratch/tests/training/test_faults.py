@@ -145,7 +145,7 @@ def _short(data: Path) -> dict[str, Any]:
 def test_both_processes_decide_the_same(here: Path, tiny_data: Path) -> None:
     """One start for several faults, because starting takes longer than they do."""
     first, second = in_ranks(2, faulty_runs, here, str(here), tiny_data)
-    warning = r"warning: step 3: loss [0-9.]+, gradient norm nan on rank 1 only, whose device may be faulty, skipped"
+    warning = r"warning: step 3: loss [0-9.]+, gradient norm nan on rank 1 only \(its device may be faulty\), skipped"
     assert re.search(warning, first["nan"]["printed"]) and first["nan"]["error"] is second["nan"]["error"] is None
     last = load_checkpoint(find_checkpoint("nan", "last"))
     assert last.step == 6 and last.optimizer is not None
