@@ -54,7 +54,8 @@ class GPTConfig(Settings):
     rope_low: float = 1.0
     """With llama3 or yarn: frequencies with fewer turns in the original context are divided by rope_factor."""
     rope_high: float | None = None
-    """With llama3 or yarn: frequencies with more turns in the original context stay. None: 4 (llama3) or 32 (yarn)."""
+    """With llama3 or yarn: frequencies with more turns in the original context do not change. None: 4 (llama3) or 32
+    (yarn)."""
     rope_attention: float | None = None
     """With yarn: factor of the rotated queries and keys. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -198,8 +199,8 @@ class TrainingConfig(Settings):
     keep_every: int | None = None
     """Also keep the checkpoints at multiples of this step."""
     mirror: str | None = None
-    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). A run whose out_dir is lost or
-    damaged resumes from there. Not stored: give it again to resume."""
+    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). If out_dir is lost or damaged,
+    the run resumes from there. Not stored: give it again to resume."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None
@@ -261,7 +262,7 @@ class FinetuneConfig(Settings):
     loss: Literal["next_token", "dpo"] = "next_token"
     """dpo: learn from pairs of answers which one is preferred (direct preference optimisation, arXiv 2305.18290)."""
     dpo_beta: float = 0.1
-    """With dpo: how strongly the model is held to that of init_from."""
+    """With dpo: larger values keep the model closer to init_from."""
     freeze: tuple[str, ...] = ()
     """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
     before_after: bool | Literal["auto"] = "auto"
@@ -301,8 +302,8 @@ class OptimizerConfig(Settings):
     head_learning_rate: float | None = None
     """With muon: AdamW's peak learning rate for the head, tied or not. None: learning_rate."""
     lr_scaling: Literal["none", "mup"] = "none"
-    """mup: AdamW's rates of hidden matrices and the head are for models of base_width, and shrink as wider models need
-    (arXiv 2203.03466). A rate found at one width then holds at others. Needs tie_embeddings=False."""
+    """mup: multiply AdamW's rates of hidden matrices and the head by base_width / n_embd (arXiv 2203.03466), so that a
+    rate found at one width works at others. Needs tie_embeddings=False."""
     base_width: int | None = None
     """With lr_scaling=mup: the n_embd at which the rates are unchanged."""
     ngram_learning_rate: float = 0.3
@@ -352,8 +353,8 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With linear: from each of these steps on, the rate falls towards another end, such as '{0: 900, 200: 1100}'.
-    Written by a run with a budget (--budget), whose length is adjusted."""
+    """With linear: from each of these steps on, the step at which the rate reaches min_lr, such as
+    '{0: 900, 200: 1100}'. Set by a run with --budget when it adjusts its length."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
@@ -441,16 +442,16 @@ class SystemConfig(Settings):
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the matrix products; float16 uses loss scaling. auto: bfloat16 if the device supports it, float16 on
-    older CUDA devices, else float32."""
+    """Precision of the matrix products; float16 trains with loss scaling. auto: bfloat16 on CUDA (float16 on older
+    devices), and in training on a CPU that supports it; else float32."""
     compile: bool | Literal["auto"] = "auto"
     """Use torch.compile. auto: on CUDA with Triton, and for long runs of small models on a CPU. If compiling fails, the
     run continues in eager mode."""
     backend: str = "auto"
     """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
     collective_timeout: float = 600.0
-    """With several processes: seconds after which a process that does not answer ends the run. A process that has died
-    ends it sooner."""
+    """With several processes: if one does not answer for this number of seconds, the run ends. If one has died, it ends
+    sooner."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How processes share a model. ddp: each holds all of it. fsdp: each holds a part of every parameter, gradient and
     moment (FSDP2). hsdp: fsdp within groups of processes, ddp between them. auto: ddp if all fits on each device, else
@@ -465,8 +466,8 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU: keep the memory of a large model's step for the next one. A sixth faster, with up to a fifth more
-    memory. auto: if twice the estimated memory is free."""
+    """On a CPU: keep the memory of a large model's step for the next one. Faster, with up to a fifth more memory.
+    auto: if twice the estimated memory is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

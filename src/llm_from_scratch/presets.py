@@ -118,7 +118,8 @@ def _print_help(
     values = {n: v.encode("unicode_escape").decode() if isinstance(v, str) else v for n, v in settings.items()}
 
     def behaviour(name: str) -> str | None:
-        return f"(default: {notes[name]})" if name in notes else None
+        text = notes.get(name, "none" if values.get(name) in ((), {}) else None)
+        return f"(default: {text})" if text else None
 
     def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
         hints = {

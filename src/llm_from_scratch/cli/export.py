@@ -24,8 +24,7 @@ HELP = """Writes a checkpoint for transformers, llama.cpp or nanoGPT.
   llm-export --out_dir=out --format=gguf --gguf_type=q8_0 --output=model.gguf
   llm-export --out_dir=out --format=nanogpt --output=nanogpt/ckpt.pt
   llm-export --out_dir=out-lora --format=peft --output=adapter
-  llm-export --out_dir=out --output=hf-model --push=me/my-model
-"""
+  llm-export --out_dir=out --output=hf-model --push=me/my-model"""
 
 
 @dataclass

@@ -45,7 +45,7 @@ class SourceOptions:
     checkpoint: str | None = None
     """Instead of out_dir: a step folder, a nanoGPT ckpt.pt or another run's folder."""
     init_from: str | None = None
-    """Instead of out_dir: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a Hugging Face folder."""
+    """Instead of out_dir: a Hugging Face folder or name (gpt2 to gpt2-xl, owner/name), or a GGUF file."""
     which: str | None = None
     """best, last or a step. None: best if the run saved only improvements, else last."""
     dataset: str | None = None

@@ -39,9 +39,8 @@ llm-train.
   llm-scale quick --dataset=book --sizes=64,128,256 --budgets=1min,4min
 
 To resume, run the same command again; to share the work, run it in other
-processes or on other machines. Writes a table, a plot, and law.json for
-llm-train --law.
-"""
+processes or on other machines. Writes a table, a plot, and law.json for the option
+--law of llm-train."""
 
 
 @dataclass

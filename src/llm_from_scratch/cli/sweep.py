@@ -29,8 +29,7 @@ HELP = """Trains with many combinations of settings and ranks the results. Also 
 --over has a list (2,4,6), a range (0..0.3; 64..512/64 in steps of 64) or a
 logarithmic range (log(1e-4,1e-1)) for each setting. In a YAML preset, over is a
 list of these. To resume a stopped or killed sweep, run the same command again;
-to share it, run the command in other processes or on other machines.
-"""
+to share it, run the command in other processes or on other machines."""
 
 
 @dataclass

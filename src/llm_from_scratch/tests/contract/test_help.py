@@ -77,6 +77,8 @@ def in_force(command: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict
 
 
 def as_shown(value: Any) -> str:
+    if value in ((), {}):
+        return "none"
     text = value.encode("unicode_escape").decode() if isinstance(value, str) else str(value)
     return shlex.quote(text)  # as a shell reads it
 
