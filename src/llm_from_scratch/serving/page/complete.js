@@ -239,6 +239,6 @@ const showBounds = () => $("samples").classList.toggle("bounded", $("bounded").c
 $("bounded").addEventListener("change", () => (stored.set("llm-bounded", $("bounded").checked), showBounds()));
 showBounds();
 
-const names = LEVELS.map((limit, i) => (i ? `${100 * limit} – ${100 * LEVELS[i - 1]} %` : `≥ ${100 * limit} %`));
-names.push(`< ${100 * LEVELS.at(-1)} %`);
+const names = LEVELS.map((limit, i) => (i ? `${100 * limit}–${100 * LEVELS[i - 1]}%` : `≥ ${100 * limit}%`));
+names.push(`< ${100 * LEVELS.at(-1)}%`);
 $("legend").append(...names.map((name, i) => element("span", `level-${i}`, name)));

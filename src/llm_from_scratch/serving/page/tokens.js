@@ -7,8 +7,8 @@ export const LEVELS = [0.5, 0.2, 0.05, 0.01]; // probabilities at which the colo
 
 export function percent(logprob) {
   const p = 100 * Math.exp(logprob);
-  if (p < 0.1) return "< 0.1 %";
-  return p > 99.9 ? "> 99.9 %" : `${p.toFixed(p < 10 || p > 99.4 ? 1 : 0)} %`;
+  if (p < 0.1) return "< 0.1%";
+  return p > 99.9 ? "> 99.9%" : `${p.toFixed(p < 10 || p > 99.4 ? 1 : 0)}%`;
 }
 
 // A token: {id, bytes, logprob, top: [{id, bytes, logprob}], prompt, chosen, beyond}. logprob, top: null if unknown.

@@ -106,7 +106,7 @@ function figures() {
   const speed = rates.length ? rates.reduce((a, b) => a + b) / rates.length : undefined;
   const facts = [
     ["train loss", curves.loss.steps.length ? figure(loss) : "–"],
-    [`best validation loss${best === undefined ? "" : `, step ${curves.val.steps[curves.val.values.indexOf(best)]}`}`, best === undefined ? "–" : figure(best)],
+    [`best validation loss${best === undefined ? "" : `, step ${curves.val.steps[curves.val.values.indexOf(best)].toLocaleString()}`}`, best === undefined ? "–" : figure(best)],
     ["tokens/s", speed ? Math.round(speed).toLocaleString() : "–"],
   ];
   if (finals.val_loss_full) facts.push(["whole validation split", figure(finals.val_loss_full)]);

@@ -132,7 +132,7 @@ def test_an_alternative_is_chosen_by_keyboard_and_continued_from(browser, site):
     assert [choice[0] for choice in choices] == best.indices.tolist()
     for (_, shown), logprob in zip(choices, best.values.tolist(), strict=True):
         p, number = 100 * math.exp(logprob), float(shown.strip("<> %"))
-        assert abs(number - p) <= (0.051 if p < 10 else 0.51) or (shown == "< 0.1 %" and p < 0.1), shown
+        assert abs(number - p) <= (0.051 if p < 10 else 0.51) or (shown == "< 0.1%" and p < 0.1), shown
 
     browser.press("ESCAPE")
     assert not browser.find("#alternatives").is_displayed()
