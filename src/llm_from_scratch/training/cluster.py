@@ -319,7 +319,7 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
         )
         raise UserError(f"--parallel={asked} cannot train {why} {cluster.gpu}: choose {' or '.join(allowed)}")
     if config.system.shard_group is not None:
-        raise UserError("llm-plan --gpus takes the nodes as the groups of hsdp: leave --shard_group out")
+        raise UserError("llm-plan --gpus uses the nodes as groups of hsdp: remove --shard_group")
     text, dtype = with_vocabulary(config), precision(config, cluster.gpu)
     amount, inside, outside = GPUS[cluster.gpu]
     peak, name = dict(PEAKS)[cluster.gpu][dtype] / 1e12, str(dtype).removeprefix("torch.")
