@@ -354,7 +354,7 @@ class SchedulerConfig(Settings):
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
     """With linear: from each of these steps on, the step at which the rate reaches min_lr, such as
-    '{0: 900, 200: 1100}'. Set by a run with --budget when it adjusts its length."""
+    '{0: 900, 200: 1100}'. Set when a run with a budget (--budget) adjusts its length."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
