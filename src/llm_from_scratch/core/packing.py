@@ -25,6 +25,7 @@ LEARNED, BEGINS = 1, 2  # bits of a token's mark: the model learns to write it; 
 GROUP = 1 << 16  # documents that are packed together, which bounds time and memory
 IN_MEMORY = 1 << 28  # bytes of a split up to which its tokens are kept in memory
 SHOWN = 400  # characters of an example
+SEEN, FEWEST = 1 << 14, 100  # tokens in which samples of a line each are looked for, and how many there must be
 
 
 class PackedData(TokenData):
@@ -190,8 +191,9 @@ def shares_of(learned: np.ndarray, starts: np.ndarray, share: slice, processes: 
     return (learned[starts[share]] * (processes / total)).astype(np.float32)
 
 
-def short_documents(data: TokenData, folder: Path, block_size: int) -> str | None:
-    """The advice for documents that are short compared with the windows, as far as it is known where they end."""
+def short_documents(data: TokenData, folder: Path, block_size: int, tokenizer: Tokenizer | None = None) -> str | None:
+    """The advice for documents that are short compared with the windows, as far as it is known where they end. With a
+    tokenizer, also for lines that look like samples of their own."""
     end_id = (read_manifest(folder) or {}).get("document_end")
     if (ends := document_ends(data.shards)) is not None:
         count, tokens = len(ends), len(data)
@@ -199,12 +201,27 @@ def short_documents(data: TokenData, folder: Path, block_size: int) -> str | Non
         first = np.asarray(data.shards[0][:BLOCK])
         count, tokens = int((first == end_id).sum()), len(first)
     else:
-        return None
+        return _short_lines(data, folder, block_size, tokenizer) if tokenizer is not None else None
     if count * block_size < 2 * tokens:
         return None
     return (
         f"note: the documents of {folder} have about {tokens / count:,.0f} tokens, and windows of {block_size} mix "
         "them: --documents=True trains on whole documents, each on its own"
+    )
+
+
+def _short_lines(data: TokenData, folder: Path, block_size: int, tokenizer: Tokenizer) -> str | None:
+    """Lines of prose and of programs have blank lines or indented ones between them."""
+    ids = np.asarray(data.shards[0][:SEEN])
+    if ids.max(initial=0) >= tokenizer.vocab_size:
+        return None
+    lines = tokenizer.decode(ids).split("\n")[1:-1]  # the first and the last one may be cut
+    size = len(ids) / max(1, len(lines))
+    if len(lines) < FEWEST or 2 * size > block_size or any(line[:1].isspace() or not line for line in lines):
+        return None
+    return (
+        f"note: the lines of {folder} have about {size:,.0f} tokens, and windows of {block_size} mix them: if each is "
+        "a sample of its own, prepare the text with llm-prepare --lines=True"
     )
 
 

@@ -71,12 +71,11 @@ def _first_fields(source: FileSource) -> set[str]:
     """The fields of the first line that is not blank; empty if it is not an object."""
     if source.suffix != ".jsonl" and source.path.name != "stdin.txt":
         return set()
-    with source.open() as file:
-        lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
-        line = next(filter(None, lines), b"")
     try:
-        row = parse_json(line)
-    except (ValueError, RecursionError):
+        with source.open() as file:
+            lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
+            row = parse_json(next(filter(None, lines), b""))
+    except (ValueError, RecursionError, UserError, OSError):  # a damaged file is reported, or skipped, when it is read
         return set()
     return set(row) if isinstance(row, dict) else set()
 

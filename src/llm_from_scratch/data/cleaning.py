@@ -43,7 +43,7 @@ from .options import CLEANING, PrepareOptions
 from .readers import split_document
 from .sources import Source
 
-VERSION = 1  # of the parts and of the decisions
+VERSION = 2  # of the parts and of the decisions
 PART = 32 << 20  # bytes of sources per part
 BATCH = 1 << 18  # characters whose signatures are computed at once
 LONGEST = 1 << 26  # characters of a document

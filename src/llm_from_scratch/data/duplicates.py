@@ -62,7 +62,8 @@ def grouped(records: Iterable[np.ndarray], dtype: np.dtype, total: int, folder: 
 
 
 def _sorted(records: np.ndarray) -> np.ndarray:
-    names = records.dtype.names or ()
+    """By hash. Those of the same hash stay in the order of the documents."""
+    names = [name for name in records.dtype.names or () if name != "index"]
     return records[np.lexsort([records[name] for name in reversed(names)])]
 
 
@@ -115,7 +116,7 @@ class Signatures:
             begin, part = int(self.borders[file]), self._part(file)
             for at in range(0, len(part), size):
                 numbers = part[at : at + size, number * ROWS : (number + 1) * ROWS].astype(np.uint64)
-                has_words = part[at : at + size].any(axis=1)
+                has_words = numbers.any(axis=1)
                 value = np.zeros(len(numbers), np.uint64)
                 for column in numbers.T:
                     value = (value ^ column) * np.uint64(0x9E3779B97F4A7C15)

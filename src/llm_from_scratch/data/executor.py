@@ -4,15 +4,17 @@ repeated. The dataset has the same bytes as without an executor."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ from .sources import FileSource, Source
 from .split import Documents, Split
 
 POLL = 2.0  # seconds
-DONE, ERROR, JOBS, LEAST = "encoded.json", "error.txt", "jobs.txt", "bytes_of_a_part.txt"
+DONE, ERROR, NOTES, JOBS, LEAST = "encoded.json", "error.txt", "notes", "jobs.txt", "bytes_of_a_part.txt"
+OUTPUT = "logs/output.txt"  # what datatrove and all tasks print on standard error
 SLURM = {"time": "24:00:00", "partition": "", "qos": "", "cpus_per_task": "1", "mem_per_cpu_gb": "4"}
 
 
@@ -184,11 +187,16 @@ STEPS: dict[str, Callable[[Job, int, int], None]] = {
 
 def run_task(data: Any, rank: int, world_size: int, name: str, job: Job) -> None:
     """A task of a step, as datatrove calls it."""
+    notes = io.StringIO()
     try:
-        STEPS[name](job, rank, world_size)
+        with contextlib.redirect_stderr(notes):
+            STEPS[name](job, rank, world_size)
     except UserError as error:
         write_whole(job.work / ERROR, one_line(error, None).encode())
         raise
+    finally:
+        if notes.getvalue():
+            write_whole(job.work / NOTES / f"{name}-{rank}.txt", notes.getvalue().encode())
 
 
 def _zero() -> int:
@@ -204,7 +212,6 @@ def _ignore(line: str) -> None:
 
 def run_steps(job: Job, report: Callable[[str], None]) -> None:
     """Runs all steps, and waits for them. Raises UserError."""
-    os.environ.setdefault("LOGURU_LEVEL", "WARNING")  # datatrove prints each step of each task
     try:
         import datatrove.executor  # noqa: F401
     except ImportError:
@@ -213,16 +220,25 @@ def run_steps(job: Job, report: Callable[[str], None]) -> None:
         _check_slurm(job)
     write_whole(job.work / LEAST, str(job.least).encode())
     remove_tree(job.work / ERROR)
-    if job.options.executor == "slurm":
-        _run_on_slurm(job, report)
-        return
+    try:
+        if job.options.executor == "slurm":
+            _run_on_slurm(job, report)
+        else:
+            _run_here(job, report)
+    finally:
+        for line in _notes(job):
+            report(line)
+
+
+def _run_here(job: Job, report: Callable[[str], None]) -> None:
     remove_tree(_merged(job))
     try:
         for name in steps_of(job):
-            executor = _executor(job, name)
-            report(f"{name}: {executor.world_size} tasks on {job.options.executor}")
+            report(f"{name}: {_tasks(job, name)} tasks on {job.options.executor}")
             try:
-                executor.run()
+                with _errors_in(job.work / OUTPUT):
+                    executor = _executor(job, name)
+                    executor.run()
             except UserError:
                 raise
             except Exception as error:
@@ -233,6 +249,27 @@ def run_steps(job: Job, report: Callable[[str], None]) -> None:
         if (job.work / ERROR).is_file() and not _has_parts(job):
             remove_tree(job.work)
         raise
+
+
+@contextlib.contextmanager
+def _errors_in(path: Path) -> Iterator[None]:
+    """Standard error, also that of new processes, goes to a file: datatrove prints every step of every task, and the
+    traceback of a user's mistake."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _notes(job: Job) -> list[str]:
+    """What tasks have noted, such as files that were skipped: each line once."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted((job.work / NOTES).glob("*.txt")))
+    return list(dict.fromkeys(line for text in texts for line in text.splitlines()))
 
 
 def _has_parts(job: Job) -> bool:
@@ -256,10 +293,14 @@ def _failure(job: Job, reason: str) -> UserError:
     return UserError(f"{reason}: see {job.work / 'logs'}; the same command resumes")
 
 
+def _tasks(job: Job, name: str) -> int:
+    return job.tasks if name in ("clean", "encode") else 1
+
+
 def _executor(job: Job, name: str, depends: Any = None) -> Any:
     from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 
-    tasks = job.tasks if name in ("clean", "encode") else 1
+    tasks = _tasks(job, name)
     pipeline = [functools.partial(run_task, name=name, job=job)]
     logs = str(job.work / "logs" / f"{name}-{tasks}")  # of another number of tasks, other ones are complete
     if job.options.executor == "slurm":
@@ -302,7 +343,8 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
         executors: list[Any] = [None]
         for name in steps_of(job):
             executors.append(_executor(job, name, executors[-1]))
-        executors[-1].run()
+        with _errors_in(job.work / OUTPUT):
+            executors[-1].run()
         jobs = [str(executor.job_id) for executor in executors[1:] if executor.job_id not in (None, -1)]
         write_whole(names, " ".join(jobs).encode())
     report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")

@@ -10,8 +10,8 @@ import numpy as np
 
 # Scripts without spaces, in which each character counts as a word: Thai, Lao, Kana, Han
 ALONE = ((0x0E00, 0x0EFF), (0x3040, 0x30FF), (0x3400, 0x9FFF))
-LONGEST = 256  # characters of a word, after which positions repeat
 LETTER, WORD = 1, 2  # what a character is: a part of a word, or a word by itself
+BLOCK = 1 << 15  # characters whose numbers fit in a processor's cache
 MIX, STEP = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 
@@ -25,8 +25,17 @@ def _kinds() -> np.ndarray:
 
 
 @functools.cache
-def _powers(count: int) -> np.ndarray:
-    return np.array([pow(STEP, power, 1 << 64) for power in range(1, count + 1)], np.uint64)
+def _small_letters() -> bytes:
+    """For bytes.translate: the characters of words as small letters, null for other ASCII characters."""
+    return bytes(ord(chr(code).lower()) if _kinds()[code] else 0 for code in range(128)) + bytes(128)
+
+
+@functools.lru_cache(maxsize=8)
+def _powers(count: int, step: int = STEP, first: int = STEP) -> np.ndarray:
+    """first, first * step, first * step², ... modulo 2**64."""
+    factors = np.full(count, step, np.uint64)
+    factors[:1] = first
+    return np.cumprod(factors)
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
@@ -37,26 +46,40 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def hash_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The hash of every word, in small letters: punctuation and white space do not count. And the number of words of
     each text."""
-    small = [text.lower() for text in texts]
-    joined = "\n".join(small)
+    joined = "\n".join(texts)
     if joined.isascii():
-        codes = np.frombuffer(joined.encode(), np.uint8)
-        kinds = _kinds()[codes]
+        codes = np.frombuffer(joined.encode().translate(_small_letters()), np.uint8)
+        begins = codes > 0
+        begins[1:] &= codes[:-1] == 0
     else:
-        codes = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
+        texts = [text.lower() for text in texts]
+        codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
         kinds = _kinds()[np.minimum(codes, 0xFFFF)]
-    begins = kinds > 0
-    begins[1:] &= (kinds[1:] == WORD) | (kinds[:-1] != LETTER)
+        codes = codes * (kinds > 0)
+        begins = kinds > 0
+        begins[1:] &= (kinds[1:] == WORD) | (kinds[:-1] != LETTER)
     starts = np.flatnonzero(begins)
-    ends = np.cumsum([len(text) + 1 for text in small])
-    counts = np.diff(np.searchsorted(starts, np.r_[0, ends]))
-    if not len(starts):
-        return np.empty(0, np.uint64), counts
-    edges = np.r_[0, starts, len(codes)]
-    position = np.arange(len(codes)) - np.repeat(edges[:-1], np.diff(edges))
-    values = _powers(LONGEST)[position % LONGEST] * codes
-    values[kinds == 0] = 0
-    return _mixed(np.add.reduceat(values, starts)), counts
+    ends = np.cumsum([len(text) + 1 for text in texts])
+    return _mixed(_polynomials(codes, starts)), np.diff(np.searchsorted(starts, np.r_[0, ends]))
+
+
+def _polynomials(codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """For each word, the sum of its codes times STEP, STEP², ... modulo 2**64. Other characters have the code 0. The
+    powers count from the beginning of a block, so that one running sum serves all of its words; the inverse of the
+    power at a word's beginning shifts its part of the sum."""
+    found, first = np.empty(len(starts), np.uint64), 0
+    while first < len(starts):
+        begin = starts[first]
+        last = int(np.searchsorted(starts, begin + BLOCK))
+        edges = np.append(starts[first:last], starts[last] if last < len(starts) else len(codes)) - begin
+        size = int(edges[-1])
+        powers = _powers(BLOCK)[:size] if size <= BLOCK else _powers.__wrapped__(size)  # a very long word
+        sums = np.zeros(size + 1, np.uint64)
+        np.multiply(codes[begin : begin + size], powers, out=sums[1:])
+        np.cumsum(sums[1:], out=sums[1:])
+        found[first:last] = np.diff(sums[edges]) * _powers(BLOCK, pow(STEP, -1, 1 << 64), 1)[edges[:-1]]
+        first = last
+    return found
 
 
 def runs_of_words(texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:

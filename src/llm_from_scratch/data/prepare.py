@@ -35,6 +35,7 @@ from .cleaning_report import FILES as REPORTS
 from .encode import read_progress
 from .executor import make_job, run_steps
 from .options import CLEANING, PrepareOptions
+from .readers import check_lines
 from .split import empty
 from .work_folder import remove_work, work_folder
 
@@ -148,6 +149,8 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     if not size:
         raise empty(lists[0])
     is_chat = chats.are_conversations([source for some in lists for source in some], options, report)
+    for source in (source for some in lists for source in some if options.lines):
+        check_lines(source)
     tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
     fraction = options.val_fraction or 0.1
     return DatasetSpec(name, lists, tokenizer, fraction, options.seed, options.chat_template, is_chat)

@@ -288,6 +288,12 @@ def read_archive(source: FileSource) -> Iterator[tuple[str, bool]]:
             ).pieces()
 
 
+def check_lines(source: Any) -> None:
+    """Raises UserError if --lines cannot divide a source: in other documents, the end of a line is not an end."""
+    if getattr(source, "lines", True) and getattr(source, "reader", None) not in (LINES, ARCHIVE):
+        raise UserError(f"{source.name} is not a text file that --lines divides: prepare it without --lines")
+
+
 ARCHIVE = Reader(read_archive)
 TEXT = Reader(read_plain_text, many=False, is_text=True)
 LINES, SEPARATED = Reader(read_lines), Reader(read_separated)

@@ -31,7 +31,7 @@ from ..settings import did_you_mean
 from . import stores
 from .archives import decompress
 from .options import PrepareOptions
-from .readers import ARCHIVE, LINES, READERS, SEPARATED, TEXT, WHOLE, Reader, reader_of, split_document, suffixes
+from .readers import ARCHIVE, LINES, READERS, SEPARATED, TEXT, Reader, check_lines, reader_of, split_document, suffixes
 from .selection import Selection, fixed_part, is_hidden, walk
 
 RAW = Path("data/raw")
@@ -61,6 +61,7 @@ class FileSource:
     url: str = ""
     stream: Any = field(default=None, compare=False)  # of an archive's member
     said: set[str] = field(default_factory=set, compare=False)
+    damaged: dict[str, bool] = field(default_factory=dict, compare=False)  # of skip_bad: names that were read once
 
     @property
     def name(self) -> str:
@@ -99,16 +100,19 @@ class FileSource:
         return decompress(packed, raw, self.name) if packed else raw
 
     def identity(self) -> dict[str, Any]:
-        """By which a change is detected: the hash of the content, or the version that a server states."""
-        if self.url:
-            query = {"query": stores.hash_text(self.url)} if stores.shown(self.url) != self.url else {}  # may be secret
-            return {"path": self.name, "bytes": self.size, "version": stores.version(self.url), **query}
-        with _reading(self.name), self.path.open("rb") as file:
+        """By which a change is detected: the version that a server states, or the hash of the content."""
+        url = self.url
+        query = {"query": stores.hash_text(url)} if stores.shown(url) != url else {}  # may be secret
+        if url:
+            if version := stores.version(url):
+                return {"path": self.name, "bytes": self.size, "version": version, **query}
+            self._say(f"note: {self.name} has no version (ETag, Last-Modified), so it is downloaded to compare it")
+        with _reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
             digest, size = hashlib.sha256(), 0
             while block := file.read(1 << 20):
                 digest.update(block)
                 size += len(block)
-        return {"path": self.name, "bytes": size, "sha256": digest.hexdigest()}
+        return {"path": self.name, "bytes": size, "sha256": digest.hexdigest(), **query}
 
     def reading(self) -> dict[str, Any]:
         """The settings that determine its documents, if they are not the usual ones."""
@@ -118,37 +122,40 @@ class FileSource:
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The documents in pieces. Raises UserError: unreadable, damaged, not text, a missing field or extra."""
-        try:
-            with _reading(self.name):
-                for item in self._checked() if self.skip_bad and not self.has_many else self.reader.read(self):
-                    yield from split_document(item) if isinstance(item, str) else [item]
-        except UserError as error:
-            self.refuse(error)
-        except Exception as error:
-            if not self.url:
-                raise
-            self.refuse(UserError(f"reading {self.name} failed ({one_line(error)}): run the same command again"))
-
-    def _checked(self) -> Iterator[Any]:
-        """The pieces of the only document, after all of it was read: a part of it must not be kept."""
-        if self.stream is None:
-            deque(self.reader.read(self), maxlen=0)
-            yield from self.reader.read(self)
+        if self.skip_bad and self.name not in self.damaged:  # read once before: a part of it must not be kept
+            self.damaged[self.name] = False
+            try:
+                deque(self._pieces(), maxlen=0)
+            except UserError as error:
+                self.damaged[self.name] = True
+                self.refuse(error)
+            if self.stream is not None:  # its archive is read again
+                return
+        if (damaged := self.damaged.get(self.name, False)) and self.reader is not ARCHIVE:
             return
-        pieces, size = [], 0
-        for piece in self.reader.read(self):
-            pieces.append(piece)
-            if (size := size + len(piece[0])) > WHOLE:
-                raise UserError(f"{self.name} is too large to check it in its archive: extract it")
-        yield from pieces
+        try:
+            yield from self._pieces()
+        except UserError as error:  # the files before the damage of an archive are whole
+            if not damaged:
+                raise
+            self.refuse(error)
+
+    def _pieces(self) -> Iterator[tuple[str, bool]]:
+        check_lines(self)
+        with _reading(self.name, self.url):
+            for item in self.reader.read(self):
+                yield from split_document(item) if isinstance(item, str) else [item]
 
     def refuse(self, error: UserError) -> None:
         """Raises the error, or with --bad_files=skip, prints it once."""
         if not self.skip_bad:
             raise error
-        if str(error) not in self.said:
-            self.said.add(str(error))
-            note(f"skipped: {error}")
+        self._say(f"skipped: {error}")
+
+    def _say(self, line: str) -> None:
+        if line not in self.said:
+            self.said.add(line)
+            note(line)
 
 
 @dataclass(frozen=True)
@@ -250,8 +257,8 @@ def find_sources(
             some = [HubSource.open(name, common.text_key, config)]
         elif "://" in argument:
             urls = stores.find(argument, common.selection, lambda name: reader_of(name) is not None)
-            named = [(Path(stores.file_name(url)), stores.shown(url), url) for url in urls]
-            some = [dataclasses.replace(common, path=path, label=label, url=url) for path, label, url in named]
+            named = [{"path": Path(stores.file_name(url)), "label": stores.shown(url), "url": url} for url in urls]
+            some = [dataclasses.replace(common, **each, damaged={}) for each in named]
         else:
             for path in find_files([argument], root, spool, report, common.selection):
                 some.append(dataclasses.replace(common, path=path, label=display_path(path, root, spool)))
@@ -348,11 +355,17 @@ def _glob(pattern: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, url: str = "") -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror or error}") from None
+    except Exception as error:  # each store has its own
+        if not url:
+            raise
+        raise UserError(f"reading {name} failed ({one_line(error)}): run the same command again") from None
 
 
 def demo_file(root: Path, report: Any = print) -> Path:

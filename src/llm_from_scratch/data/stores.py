@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -71,13 +70,13 @@ def size(url: str) -> int:
         return store.info(path).get("size") or 0
 
 
-def version(url: str) -> str:
-    """The same for an unchanged file; new on every call if the server does not state a version."""
+def version(url: str) -> str | None:
+    """The same for an unchanged file; None if the server does not state a version."""
     with _asking(url):
         store, path = open_store(url)
         info = store.info(path)
     stated = [(key, str(info[key])) for key in VERSION if info.get(key)]
-    return hash_text(repr(stated)) if stated else f"not stated {os.urandom(8).hex()}"
+    return hash_text(repr(stated)) if stated else None
 
 
 def find(url: str, selection: Selection, is_known: Callable[[str], bool]) -> list[str]:

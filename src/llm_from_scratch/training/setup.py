@@ -115,7 +115,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     splits = (inputs.train_data, inputs.val_data)
     if config.data.documents == "auto" and not inputs.documents:
         parts = zip([data for _, _, data in splits[0].weighted], inputs.folders, strict=True)
-        found = (short_documents(data, folder, config.model.block_size) for data, folder in parts)
+        found = (short_documents(data, folder, config.model.block_size, tokenizer) for data, folder in parts)
         notes += [line for line in found if line is not None]
     config.data.documents = inputs.documents
     if inputs.documents:

@@ -12,12 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from llm_from_scratch.core import remote
+from llm_from_scratch.core import packing, remote
 from llm_from_scratch.core.dataset import TokenData, resolve_dataset
 from llm_from_scratch.core.packing import PackedData, short_documents
 from llm_from_scratch.core.tokenizer import tokenizer_of
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import DataError, UserError
+from llm_from_scratch.tests.texts import real_text
 from llm_from_scratch.training.check import check
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
@@ -212,3 +213,21 @@ def test_short_documents_in_prepared_data_are_noted(here: Path) -> None:
     data = TokenData.open(folder, "train")
     assert "--documents=True trains on whole documents" in str(short_documents(data, folder, 64))
     assert short_documents(data, folder, 7) is None
+
+
+def test_lines_that_are_samples_are_noted(here: Path) -> None:
+    """Lines of verse and programs are not: they have blank and indented lines between them."""
+    sums = "".join(f"{a:02}+{b:02}={a + b:03}\n" for a in range(40) for b in range(40))
+    names = "".join(f"{name}\n" for name in sorted(set(real_text()[:100_000].split())))
+    program = Path(packing.__file__).read_text(encoding="utf-8")
+    for text, noted in ((sums, True), (names, True), (real_text()[:100_000], False), (program, False)):
+        (here / "t.txt").write_text(text, encoding="utf-8")
+        folder = prepare("t.txt", root=here, report=lambda line: None, tokenizer="char")
+        data, tokenizer = TokenData.open(folder, "train"), tokenizer_of(folder)
+        line = short_documents(data, folder, 64, tokenizer)
+        assert (line is not None) == noted and short_documents(data, folder, 12, tokenizer) is None
+        assert not line or line.endswith("prepare the text with llm-prepare --lines=True")
+        assert text != sums or "have about 10 tokens, and windows of 64 mix them" in str(line)
+    (here / "t.txt").write_text(sums)
+    folder = prepare("t.txt", root=here, report=lambda line: None, tokenizer="char", lines=True)
+    assert "llm-prepare" not in str(short_documents(TokenData.open(folder, "train"), folder, 64, tokenizer_of(folder)))

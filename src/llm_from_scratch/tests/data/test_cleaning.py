@@ -14,6 +14,7 @@ import pytest
 
 from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.data import cleaning, duplicates
+from llm_from_scratch.data import hashes as hashing
 from llm_from_scratch.data.filters import Cleaner, c4, count_sentences, gopher, mask
 from llm_from_scratch.data.hashes import hash_words, runs_of_words
 from llm_from_scratch.data.options import PrepareOptions
@@ -382,8 +383,10 @@ def test_length_and_unicode(here: Path) -> None:
     assert [entry["documents"] for entry in summary["removed"].values()] == [1, 1]
 
 
-def test_hashes_of_words() -> None:
-    """Words are those of a regular expression, of each text by itself."""
+@pytest.mark.parametrize("block", [hashing.BLOCK, 5])
+def test_hashes_of_words(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are those of a regular expression, of each text by itself; their hashes are those of a plain loop."""
+    monkeypatch.setattr(hashing, "BLOCK", block)
     texts = [
         real_text()[:5000],
         "Hello, World",
@@ -401,6 +404,10 @@ def test_hashes_of_words() -> None:
     assert counts.tolist() == list(map(len, words))
     flat = sum(words, [])
     assert len(set(flat)) == len(set(hashes.tolist())) == len(set(zip(flat, hashes.tolist(), strict=True)))
+    for word, found in zip(flat[-9:], hashes[-9:].tolist(), strict=True):
+        value = sum(ord(char) * pow(hashing.STEP, at, 1 << 64) for at, char in enumerate(word, 1)) % (1 << 64)
+        value = ((value ^ (value >> 32)) * int(hashing.MIX)) % (1 << 64)
+        assert value ^ (value >> 29) == found
     runs, counts = runs_of_words(texts, 3)
     sets = [{tuple(some[at : at + 3]) for at in range(len(some) - 2)} for some in words]
     assert counts.tolist() == [max(0, len(some) - 2) for some in words]

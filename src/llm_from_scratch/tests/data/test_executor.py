@@ -174,11 +174,18 @@ def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.2)  # for the jobs that add up the statistics
 
 
-def test_an_error_in_a_task_is_the_users_line(texts: Path) -> None:
+def test_an_error_in_a_task_is_the_users_line(texts: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("3.jsonl").write_text('{"body": 1}\n')
+    Path("4.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match="3.jsonl, line 1 does not have the text field 'text'"):
-        prepare(["*.jsonl"], tokenizer="gpt2", executor="local", tasks=2, report=lambda line: None)
-    assert not Path("data/processed/0").exists()
+        prepare(["[0-3].jsonl"], tokenizer="gpt2", executor="local", tasks=2, report=lambda line: None)
+    assert not Path("data/processed/0").exists() and not list(Path("data/cache").glob("executor-*"))
+    lines: list[str] = []
+    settings: dict[str, Any] = {"bad_files": "skip", "tokenizer": "gpt2", "executor": "local", "tasks": 2}
+    prepare(["[0-3].jsonl", "4.jsonl.gz"], report=lines.append, **settings)
+    skipped = [line.split(" ")[1].rstrip(",") for line in lines if line.startswith("skipped: ")]
+    assert sorted(skipped) == ["3.jsonl", "4.jsonl.gz"]
+    assert capfd.readouterr().err == ""  # no log, no traceback
 
 
 def test_ray(texts: Path) -> None:

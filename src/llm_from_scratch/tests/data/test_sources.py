@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -157,6 +158,35 @@ def test_bad_files_are_skipped_by_name(here: Path, capsys: pytest.CaptureFixture
             documents(name)
 
 
+def test_a_damaged_file_with_many_documents_is_skipped_whole(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its beginning is not kept, and not joined to the next document. Of an archive, whole files are kept."""
+    rng = random.Random(0)
+    text = "".join(f"{rng.random()}\n" for _ in range(70_000))  # more than a piece
+    rows = "".join(json.dumps({"text": line}) + "\n" for line in text.split("\n")[:9000]).encode()
+    members = {"one.txt": b"first\n", "two.jsonl": b'{"text": "second"}\n', "three.jsonl": rows, "four.txt": b"fourth"}
+    for name, data in {
+        "a.jsonl.gz": gzip.compress(rows)[:-100_000],
+        "b.jsonl.gz": b"no gzip",
+        "c.tar.gz": gzip.compress(tarred(members))[:-100_000],
+        "d.zip": zipped({"five.jsonl": rows[:-3] + b"\xff", "six.txt": "sixth"}),
+        "e.txt": b"last",
+    }.items():
+        (here / name).write_bytes(data)
+    files = ["a.jsonl.gz", "b.jsonl.gz", "c.tar.gz", "d.zip", "e.txt"]
+    for _ in range(2):
+        expected = ["first\n", "second", *text.split("\n")[:8999], "sixth", "last"]
+        assert documents(*files, bad_files="skip") == expected
+    (here / "f.txt").write_bytes(text.encode() + b"\xff\n")
+    assert documents("f.txt", "e.txt", bad_files="skip", lines=True) == ["last"]
+    assert documents("f.txt", "e.txt", bad_files="skip", separator="5\n") == ["last"]
+    capsys.readouterr()
+    prepare(["b.jsonl.gz", "e.txt"], bad_files="skip", tokenizer="char", val_files=("d.zip",), report=lambda line: None)
+    said = capsys.readouterr().err.splitlines()
+    assert ["skipped: b.jsonl.gz is damaged: Not a gzipped file (b'no')"] == [line for line in said if "b.json" in line]
+    with pytest.raises(UserError, match="b.jsonl.gz is damaged"):
+        prepare(["b.jsonl.gz"], tokenizer="char")
+
+
 # folders
 
 
@@ -239,6 +269,14 @@ def test_options_without_effect_are_refused(here: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             prepare(["a.txt"], **settings)
+    (here / "b.jsonl").write_text(json.dumps({"text": "two\nlines"}) + "\n")
+    (here / "b.zip").write_bytes(zipped({"c.txt": "one\ntwo", "b.jsonl": '{"text": "x"}'}))
+    for files, name in ((["b.jsonl"], "b.jsonl"), (["a.txt", "b.jsonl"], "b.jsonl"), (["b.zip"], "b.zip:b.jsonl")):
+        with pytest.raises(UserError, match=f"^{name} is not a text file that --lines divides"):
+            prepare(files, lines=True, tokenizer="byte", report=lambda line: None)
+    with pytest.raises(UserError, match="rows is not a text file that --lines"):
+        readers.check_lines(sources.HubSource("rows", "text", None, []))
+    assert documents("b.zip", lines=True, bad_files="skip") == ["one", "two"]
     (here / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(UserError, match="holds conversations: remove --separator"):
         prepare(["c.jsonl"], separator="x")
@@ -384,12 +422,37 @@ def test_urls_that_differ_in_their_query_are_different_files(monkeypatch: pytest
     assert first.name == "http://host/get.txt" and "id=1" not in json.dumps(first.identity())
 
 
-def test_a_file_whose_server_states_no_version_counts_as_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_a_version_is_compared_by_its_content(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     info: dict[str, Any] = {"size": 3, "ETag": None}
-    monkeypatch.setattr(stores, "open_store", lambda url: (SimpleNamespace(info=lambda path: info), url))
-    assert stores.version("http://host/a.txt") != stores.version("http://host/a.txt")
+    content, downloads = [b"one"], []
+
+    def download(path: str, mode: str) -> io.BytesIO:
+        downloads.append(path)
+        return io.BytesIO(content[0])
+
+    store = SimpleNamespace(info=lambda path: info, open=download)
+    monkeypatch.setattr(stores, "open_store", lambda url: (store, url))
+    (source,) = find("http://host/a.txt")
+    before = source.identity()
+    assert source.identity() == before and before["sha256"] == hashlib.sha256(b"one").hexdigest()
+    content[0] = b"two"
+    assert source.identity() != before
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "http://host/a.txt has no version" in said[0]
     info["Last-Modified"] = "Sun, 29 Nov 2026 18:00:00 GMT"
-    assert stores.version("http://host/a.txt") == stores.version("http://host/a.txt")
+    count = len(downloads)
+    assert source.identity() == source.identity() and len(downloads) == count
+    info["Last-Modified"] = None
+    monkeypatch.setattr(stores, "open_url", lambda url: Broken())
+    with pytest.raises(UserError, match="reading http://host/a.txt failed .* run the same command again"):
+        source.identity()
+
+
+class Broken(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise ValueError("the connection ended")
 
 
 def test_a_web_server(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
