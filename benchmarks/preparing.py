@@ -30,10 +30,13 @@ PARQUET_MB = 200
 
 OPENWEBTEXT = """
 import sys, datasets
+from pyarrow import parquet
 file, script, ours = sys.argv[1:]
 if ours == "ours":
-    plain = datasets.load_dataset
-    datasets.load_dataset = lambda *a, **k: plain("parquet", data_files=file, split="train", streaming=True)
+    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    count = parquet.read_metadata(file).num_rows  # which the hub states
+    rows.info.splits = {"train": datasets.SplitInfo("train", num_examples=count)}
+    datasets.load_dataset = lambda *a, **k: rows
     from llm_from_scratch.data import nanogpt, sources
     sources.check_reachable = lambda url: None
     nanogpt.prepare_openwebtext(script)

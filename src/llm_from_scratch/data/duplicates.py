@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     runs, counts = runs_of_words(texts, SHINGLE)
     ends = np.r_[0, np.cumsum(counts)].astype(np.uint64)
     rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(runs, ends, NUMBERS, SEED).to_rows()
-    found = np.array(rows, np.uint32).reshape(len(texts), NUMBERS)
+    numbers = itertools.chain.from_iterable(rows)  # np.array(rows) takes twice as long
+    found = np.fromiter(numbers, np.uint32, len(texts) * NUMBERS).reshape(len(texts), NUMBERS)
     found[counts < FEWEST] = 0
     return found
 

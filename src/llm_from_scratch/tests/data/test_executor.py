@@ -174,18 +174,20 @@ def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.2)  # for the jobs that add up the statistics
 
 
-def test_an_error_in_a_task_is_the_users_line(texts: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_in_a_task_is_the_users_line(texts: Path) -> None:
+    """Without logs and tracebacks. What tasks note is printed, too."""
     Path("3.jsonl").write_text('{"body": 1}\n')
     Path("4.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match="3.jsonl, line 1 does not have the text field 'text'"):
-        prepare(["[0-3].jsonl"], tokenizer="gpt2", executor="local", tasks=2, report=lambda line: None)
+    command = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data", "[0-3].jsonl", "--tokenizer=gpt2"]
+    command += ["--executor=local", "--tasks=2"]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2
+    (line,) = failed.stderr.splitlines()
+    assert "3.jsonl, line 1 does not have the text field 'text'" in line
     assert not Path("data/processed/0").exists() and not list(Path("data/cache").glob("executor-*"))
-    lines: list[str] = []
-    settings: dict[str, Any] = {"bad_files": "skip", "tokenizer": "gpt2", "executor": "local", "tasks": 2}
-    prepare(["[0-3].jsonl", "4.jsonl.gz"], report=lines.append, **settings)
-    skipped = [line.split(" ")[1].rstrip(",") for line in lines if line.startswith("skipped: ")]
-    assert sorted(skipped) == ["3.jsonl", "4.jsonl.gz"]
-    assert capfd.readouterr().err == ""  # no log, no traceback
+    done = subprocess.run([*command, "4.jsonl.gz", "--bad_files=skip"], capture_output=True, text=True)
+    skipped = [line.split(" ")[1].rstrip(",") for line in done.stdout.splitlines() if line.startswith("skipped: ")]
+    assert sorted(skipped) == ["3.jsonl", "4.jsonl.gz"] and not done.stderr and not done.returncode
 
 
 def test_ray(texts: Path) -> None:
