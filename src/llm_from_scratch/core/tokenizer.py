@@ -202,8 +202,6 @@ class CharTokenizer(Tokenizer):
         # code point -> id, or the number of ids if it is unknown, as all after the last one are
         self._table = np.full(int(self._codes.max()) + 2, len(chars), np.min_scalar_type(len(chars)))
         self._table[self._codes] = np.arange(len(chars))
-        # For bytes.translate, which is several times as fast, if an id fits in a byte
-        self._ascii = self._table.take(range(256), mode="clip").tobytes() if self._table.itemsize == 1 else b""
 
     @classmethod
     def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
@@ -220,10 +218,7 @@ class CharTokenizer(Tokenizer):
         return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        if self._ascii and text.isascii():
-            ids = np.frombuffer(text.encode().translate(self._ascii), "u1")
-        else:
-            ids = self._table.take(_code_points(text), mode="clip")
+        ids = self._table.take(_code_points(text), mode="clip")
         if ids.max(initial=0) == self.vocab_size:
             char = text[int(ids.argmax())]
             raise UserError(

@@ -7,7 +7,6 @@ marks its last piece. A new file format is a reader in readers.READERS, a new bu
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import glob
 import hashlib
 import os
@@ -18,7 +17,7 @@ import time
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -257,11 +256,11 @@ def find_sources(
             some = [HubSource.open(name, common.text_key, config)]
         elif "://" in argument:
             urls = stores.find(argument, common.selection, lambda name: reader_of(name) is not None)
-            named = [{"path": Path(stores.file_name(url)), "label": stores.shown(url), "url": url} for url in urls]
-            some = [dataclasses.replace(common, **each, damaged={}) for each in named]
+            named = [(Path(stores.file_name(url)), stores.shown(url), url) for url in urls]
+            some = [replace(common, path=path, label=label, url=url, damaged={}) for path, label, url in named]
         else:
             for path in find_files([argument], root, spool, report, common.selection):
-                some.append(dataclasses.replace(common, path=path, label=display_path(path, root, spool)))
+                some.append(replace(common, path=path, label=display_path(path, root, spool)))
         found |= {source.key: source for source in some if source.key not in found}
     return list(found.values())
 
