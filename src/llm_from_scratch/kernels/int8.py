@@ -18,7 +18,7 @@ from ..core.cache import Documents
 from ..core.model import GPT
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
-from .compiled import Kernel, find_kernel, to_int8
+from .compiled import Kernel, Rows, find_kernel, to_int8
 
 Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix above which a few rows are multiplied faster from its other side
@@ -174,6 +174,18 @@ class Linears:
                 yield
         finally:
             self.model.compute_dtype = before
+
+    @contextlib.contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """A context in which int8 products of the compiled kernel do not round their rows."""
+        kernels = [product for product in self.packed.values() if isinstance(product, Rows)]
+        try:
+            for product in kernels:
+                product.round_rows(False)
+            yield
+        finally:
+            for product in kernels:
+                product.round_rows(True)
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:

@@ -17,13 +17,13 @@ extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads
 #define UNROLL _Pragma("GCC unroll 8")
 
 enum { MOST = 8, BLOCK = 64, SHARES = 8, LEAST = 16, SMALL = 1 << 15 };
-enum { FLOAT32, FLOAT16, BFLOAT16, INT8 };
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8, UNROUNDED };  /* the last: int8 weights, float32 rows */
 
 typedef struct {
     int kind, has_avx512;
     long outputs, inputs;
     const void *weights;
-    const float *scales;   /* of int8 */
+    const float *scales;   /* of int8 and UNROUNDED */
     const int32_t *sums;   /* of int8: of each output's weights */
     const float *bias;     /* or NULL */
 } Matrix;
@@ -97,20 +97,28 @@ WITH_AVX512 INLINE __m512 brain16(const uint16_t *w) {
 }
 WITH_AVX512 INLINE __m512 load16(const float *x) { return _mm512_loadu_ps(x); }
 WITH_AVX2 INLINE __m256 load8(const float *x) { return _mm256_loadu_ps(x); }
+WITH_AVX2 INLINE __m256 bytes8(const int8_t *w) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w)));
+}
+WITH_AVX512 INLINE __m512 bytes16(const int8_t *w) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+}
 #define ADD16(s, a, b) _mm512_fmadd_ps(a, b, s)
 #define ADD8(s, a, b) _mm256_fmadd_ps(a, b, s)
 #define WITH_BIAS(total, o, r) (m->bias ? (total) + m->bias[o] : (total))
+#define WITH_SCALE(total, o, r) WITH_BIAS((total)*m->scales[o], o, r)
 
-#define FLOATS(NAME, WEIGHT, READ8, READ16)                                                                            \
+#define FLOATS(NAME, WEIGHT, READ8, READ16, STORE)                                                                     \
     TILE(NAME##_avx2, WITH_AVX2, WEIGHT, float, __m256, float, _mm256_setzero_ps, 8, READ8, load8, ADD8, total8)       \
-    PRODUCT(NAME##_avx2, WITH_AVX2, WEIGHT, float, float, 2, WITH_BIAS)                                                \
+    PRODUCT(NAME##_avx2, WITH_AVX2, WEIGHT, float, float, 2, STORE)                                                    \
     TILE(NAME##_avx512, WITH_AVX512, WEIGHT, float, __m512, float, _mm512_setzero_ps, 16, READ16, load16, ADD16,       \
          _mm512_reduce_add_ps)                                                                                         \
-    PRODUCT(NAME##_avx512, WITH_AVX512, WEIGHT, float, float, 4, WITH_BIAS)
+    PRODUCT(NAME##_avx512, WITH_AVX512, WEIGHT, float, float, 4, STORE)
 
-FLOATS(float32, float, load8, load16)
-FLOATS(float16, uint16_t, half8, half16)
-FLOATS(bfloat16, uint16_t, brain8, brain16)
+FLOATS(float32, float, load8, load16, WITH_BIAS)
+FLOATS(float16, uint16_t, half8, half16, WITH_BIAS)
+FLOATS(bfloat16, uint16_t, brain8, brain16, WITH_BIAS)
+FLOATS(unrounded, int8_t, bytes8, bytes16, WITH_SCALE)
 
 /* --- int8: rows are rounded to 127 steps of their largest number --- */
 
@@ -160,11 +168,12 @@ WITH_AVX2 static float rounded(const float *x, int8_t *to, long n) {
 /* --- threads --- */
 
 static void work(void *data) {
-    static void (*const products[4][2])(const Job *, long, long) = {
+    static void (*const products[5][2])(const Job *, long, long) = {
         {float32_avx2, float32_avx512},
         {float16_avx2, float16_avx512},
         {bfloat16_avx2, bfloat16_avx512},
         {int8_avx2, int8_avx512},
+        {unrounded_avx2, unrounded_avx512},
     };
     Job *job = data;
     const Matrix *m = job->matrix;

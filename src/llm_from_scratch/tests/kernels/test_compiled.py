@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import itertools
 import os
 import shlex
 import subprocess
@@ -70,12 +71,14 @@ def test_products_are_those_of_float64(kernel: Kernel, dtype: torch.dtype) -> No
         for rows, outputs in ((1, 1), (1, 70), (2, 5), (3, 16), (5, 131), (65, 7)):
             x, bias = torch.randn(rows, N) * torch.logspace(-3, 3, rows)[:, None], torch.randn(outputs)
             weight, scales = held(torch.randn(outputs, N), dtype)
-            expected = by_hand(x, weight, scales)
-            for b in (bias, None):
+            for b, rounds in itertools.product((bias, None), (True, False)[: 1 + (scales is not None)]):
                 product = here.rows(weight, b, scales)
                 assert product is not None
+                product.round_rows(rounds)
+                exact = weight.double() if scales is None else weight * scales.double()[:, None]
+                expected = by_hand(x, weight, scales) if rounds else x.double() @ exact.T
                 error = (product(x) - (expected if b is None else expected + b)).norm(dim=1)
-                assert (error <= 1e-6 * (expected.norm(dim=1) + bias.norm())).all(), (here, rows, outputs)
+                assert (error <= 1e-6 * (expected.norm(dim=1) + bias.norm())).all(), (here, rows, outputs, rounds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
