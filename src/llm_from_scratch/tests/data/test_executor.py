@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -130,18 +129,17 @@ def test_a_killed_run_resumes(texts: Path) -> None:
     alone = prepare(["*.jsonl"], out_dir="alone", **settings)
     command = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data", "*.jsonl", "--out_dir=tasks"]
     command += ["--tokenizer=gpt2", "--executor=local", "--tasks=3"]
-    rng, killed = random.Random(0), 0
-    for _ in range(2):
+    killed = 0
+    for files in (1, 6):  # that the tasks have written
         process = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        try:
-            process.wait(rng.uniform(2, 6))
-            break
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and len(list(Path("data/cache").glob("executor-*/**/*.*"))) < files:
+            time.sleep(0.002)
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             killed += 1
+        process.wait()
     same(alone, prepare(["*.jsonl"], out_dir="tasks", executor="local", tasks=3, **settings))
     assert killed
 
