@@ -5,13 +5,13 @@ field."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .combinations import check_model, check_run
 from .errors import UserError
 from .mixture import read_mixture
-from .settings import Settings, above, at_least, between, flatten, validate
+from .settings import Settings, above, at_least, between, matches, validate
 
 GATED_ACTIVATIONS = ("swiglu",)  # activations with two inputs, and so a third matrix in the MLP
 
@@ -88,7 +88,6 @@ class GPTConfig(Settings):
 
     @property
     def head_width(self) -> int:
-        """Width of an attention head."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
@@ -107,24 +106,7 @@ class GPTConfig(Settings):
         between(self, 1, 1e6, "rope_factor")
         between(self, 1e-6, 1e6, "rope_low", "rope_high")
         between(self, 0, 1, "dropout", open_right=True)
-        if self.head_dim is None and self.n_embd % self.n_head:
-            width = 2 if self.pos_embedding == "rope" else 1  # a divisor of a head's width
-            fits = [n for n in range(1, min(2 * self.n_head, 1 << 12)) if self.n_embd % (n * width) == 0]
-            hint = f"; try n_head={min(fits, key=lambda n: abs(n - self.n_head))}" if fits else ""
-            raise UserError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}{hint}")
-        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
-            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
-        if self.pos_embedding == "rope" and self.head_width % 2:
-            raise UserError(f"rope needs an even head width, got n_embd/n_head = {self.head_width}")
-        if self.rope_scaling != "none" and self.pos_embedding != "rope":
-            raise UserError(f"rope_scaling={self.rope_scaling} needs --pos_embedding=rope")
-        if self.rope_scaling in ("llama3", "yarn"):
-            if self.rope_original is None:
-                raise UserError(f"rope_scaling={self.rope_scaling} needs rope_original, the context of the pretraining")
-            above(self, 1, "rope_theta")
-            above(self, self.rope_low, "rope_high")
-        if self.max_ngram and not 2 <= self.max_ngram <= 16:
-            raise UserError(f"max_ngram={self.max_ngram} is out of range: expected 0, or 2 to 16 tokens")
+        check_model(self)
 
 
 @dataclass
@@ -137,8 +119,7 @@ class DataConfig(Settings):
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per process per forward pass (default: batch_size). The global batch is unchanged. auto: the largest
-    that fits in memory."""
+    """Sequences per process per forward pass, for the same global batch. None: batch_size. auto: the most that fit."""
     sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
@@ -183,11 +164,9 @@ class TrainingConfig(Settings):
     eval_only: bool = False
     """Evaluate once and stop."""
     final_eval: bool | Literal["always"] = True
-    """Evaluate the whole validation split when the run ends. True: unless it takes over 2 minutes and longer than the
-    training."""
+    """Evaluate the whole val split at the end. True: unless it takes over 2 minutes and longer than the training."""
     eval_tasks: str | None = None
-    """Tasks of lm-evaluation-harness to score at every evaluation (extra: eval): YAML files, folders of them, or names,
-    comma-separated."""
+    """lm-evaluation-harness tasks for every evaluation (extra: eval), comma-separated: names, YAML files or folders."""
     eval_limit: float | None = None
     """Documents per task of eval_tasks; below 1: a fraction of them. None: all."""
     always_save_checkpoint: bool = True
@@ -206,8 +185,7 @@ class TrainingConfig(Settings):
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without a better val loss. None: never."""
     sample_interval: int | None = None
-    """Steps between text samples during training (see start, max_new_tokens, temperature, top_k). The last sample is
-    from the finished model."""
+    """Steps between samples (see start, max_new_tokens, temperature, top_k). The last is from the finished model."""
     max_skipped_steps: int = 5
     """Skip steps with a non-finite loss or gradient. After this many in a row, return to the last good checkpoint."""
     max_rollbacks: int = 2
@@ -224,25 +202,13 @@ class TrainingConfig(Settings):
 
     def validate(self) -> None:
         at_least(self, 0, "max_iters", "max_rollbacks")
-        at_least(self, 1, "max_skipped_steps")
-        at_least(self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last")
-        at_least(self, 1, "save_interval", "keep_every", "early_stopping_patience", "sample_interval")
+        at_least(self, 1, "gradient_accumulation_steps", "eval_interval", "eval_iters", "keep_last", "keep_every")
+        at_least(self, 1, "max_skipped_steps", "save_interval", "early_stopping_patience", "sample_interval")
         above(self, 0, "epochs", "activation_budget", "eval_limit")
-        if self.eval_limit is not None and self.eval_tasks is None:
-            raise UserError("eval_limit needs --eval_tasks")
-        if self.gradient_checkpointing and self.activation_budget not in ("auto", None):
-            raise UserError("activation_budget decides which blocks are recomputed: remove gradient_checkpointing")
         if not self.out_dir:
             raise UserError("out_dir is empty: choose a folder for the run, for example --out_dir=out")
-        if self.mirror is not None and not re.fullmatch(r"memory|[a-z0-9+]+://(?![^/]*:[^/]*@).+", self.mirror):
-            raise UserError(
-                f"mirror={self.mirror!r} is not a URL such as s3://BUCKET/FOLDER or file:///FOLDER; keys belong in the "
-                "environment, not in the URL"
-            )
-
-
-DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False),
-               ("parallel", "fsdp"), ("parallel", "hsdp"))  # fmt: skip
+        url = "a URL such as s3://BUCKET/FOLDER or file:///FOLDER; keys belong in the environment, not in the URL"
+        matches(self, r"memory|[a-z0-9+]+://(?![^/]*:[^/]*@).+", url, "mirror")
 
 
 @dataclass
@@ -250,13 +216,11 @@ class FinetuneConfig(Settings):
     """Which weights train: all, all but frozen ones, or only adapters (LoRA, arXiv 2106.09685)."""
 
     lora_rank: int | None = None
-    """Train a low-rank adapter of this rank for each target layer and freeze the weights of init_from. Checkpoints then
-    hold only the adapter. None: off."""
+    """Train adapters of this rank and freeze the weights of init_from. Checkpoints hold only adapters. None: off."""
     lora_alpha: float | None = None
     """Adapters are scaled by lora_alpha / lora_rank. None: 2 * lora_rank."""
     lora_targets: tuple[str, ...] = ("transformer.h",)
-    """Layers that get an adapter: whole parts of their names, for example attn, c_attn,c_fc or 'h.[0-3].*'. Default:
-    all linear layers of the blocks."""
+    """Layers that get an adapter, by parts of their names: attn or c_attn,c_fc or 'h.[0-3].*'. Default: the blocks'."""
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' inputs."""
     loss: Literal["next_token", "dpo"] = "next_token"
@@ -266,22 +230,12 @@ class FinetuneConfig(Settings):
     freeze: tuple[str, ...] = ()
     """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
     before_after: bool | Literal["auto"] = "auto"
-    """Compare texts and loss before and after finetuning, at the end and in the run's README.md. auto: in a
-    terminal."""
+    """Compare texts and loss before and after finetuning, at the end and in README.md. auto: in a terminal."""
 
     def validate(self) -> None:
         at_least(self, 1, "lora_rank")
-        above(self, 0, "lora_alpha")
+        above(self, 0, "lora_alpha", "dpo_beta")
         between(self, 0, 1, "lora_dropout", open_right=True)
-        plain = FinetuneConfig()
-        for name in ("lora_alpha", "lora_targets", "lora_dropout") if self.lora_rank is None else ():
-            if getattr(self, name) != getattr(plain, name):
-                raise UserError(f"{name} has no effect without lora_rank: set --lora_rank=8, or remove it")
-        above(self, 0, "dpo_beta")
-        if self.loss != "dpo" and self.dpo_beta != plain.dpo_beta:
-            raise UserError("dpo_beta has no effect without --loss=dpo: remove it")
-        if self.lora_rank is not None and self.freeze:
-            raise UserError("lora_rank already freezes all weights: remove --freeze")
 
 
 @dataclass
@@ -289,8 +243,7 @@ class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for everything else."""
 
     optimizer_type: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon (kellerjordan.github.io/posts/muon). Muon needs fewer steps to the same loss; a step is a little
-    slower."""
+    """adamw, or muon (kellerjordan.github.io/posts/muon), which needs fewer but slightly slower steps."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
     muon_learning_rate: float = 0.02
@@ -329,11 +282,6 @@ class OptimizerConfig(Settings):
         at_least(self, 0, "weight_decay", "grad_clip")
         at_least(self, 1, "base_width")
         between(self, 0, 1, "muon_momentum", "beta1", "beta2", open_right=True)
-        if (self.lr_scaling == "mup") != (self.base_width is not None):
-            raise UserError("lr_scaling=mup and base_width need each other: give both, or neither")
-        for name in ("embedding_learning_rate", "head_learning_rate"):
-            if getattr(self, name) is not None and self.optimizer_type != "muon":
-                raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
 
 
 @dataclass
@@ -361,8 +309,6 @@ class SchedulerConfig(Settings):
         between(self, 0, 1, "cooldown_frac")
         at_least({"a step in lr_ends": min(self.lr_ends, default=0)}, 0)
         above({f"the end in lr_ends from step {step} on": end - step for step, end in self.lr_ends.items()}, 0)
-        if self.lr_ends and self.schedule != "linear":
-            raise UserError(f"lr_ends needs --schedule=linear, not {self.schedule}")
 
 
 @dataclass
@@ -392,8 +338,7 @@ class GenerationConfig(Settings):
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits by token id before any other processing, for example '{50256: -100}'."""
     stop: tuple[str, ...] = ()
-    """Stop sequences: generation ends at the first one, which is not returned. One string, or a list such as
-    '["END", "\\n\\n"]'."""
+    """Stop sequences: generation ends at the first, which is left out. One string, or a list: '["END", "\\n\\n"]'."""
     ignore_eos: bool = False
     """Continue after tokens that end a text or a turn. Otherwise the first one ends the sample and is not printed."""
 
@@ -426,8 +371,7 @@ class LoggingConfig(Settings):
     wandb_run_name: str = "gpt2"
     """Weights & Biases run name."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Progress bar, plain lines, or none: print nothing. auto: in a terminal the bar, and a short sample at the end;
-    otherwise lines."""
+    """Progress bar, plain lines, or nothing. auto: in a terminal the bar and a short sample at the end, else lines."""
     loss_plot: bool | None = None
     """Write out_dir/loss.png at the end (extra: plots). None: if the extra is installed."""
 
@@ -445,13 +389,11 @@ class SystemConfig(Settings):
     """Precision of the matrix products; float16 trains with loss scaling. auto: bfloat16 on CUDA (float16 on older
     devices), and in training on a CPU that supports it; else float32."""
     compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile. auto: on CUDA with Triton, and for long runs of small models on a CPU. If compiling fails, the
-    run continues in eager mode."""
+    """Use torch.compile; if it fails, eager mode. auto: on CUDA with Triton, and in long CPU runs of small models."""
     backend: str = "auto"
     """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
     collective_timeout: float = 600.0
-    """With several processes: if one does not answer for this number of seconds, the run ends. If one has died, it ends
-    sooner."""
+    """Seconds after which a process that does not answer ends the run. A process that has died ends it sooner."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How processes share a model. ddp: each holds all of it. fsdp: each holds a part of every parameter, gradient and
     moment (FSDP2). hsdp: fsdp within groups of processes, ddp between them. auto: ddp if all fits on each device, else
@@ -478,16 +420,10 @@ class SystemConfig(Settings):
     def validate(self) -> None:
         between(self, 0, 2**63 - 1, "seed")
         at_least(self, 1, "threads")
-        between(self, 5, 7 * 86400, "collective_timeout")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
-            raise UserError(f"device={self.device!r} is not one of auto, cpu, cuda, cuda:N, mps")
-        if self.backend not in ("auto", "nccl", "gloo"):
-            raise UserError(f"backend={self.backend!r} is not one of auto, nccl, gloo")
         at_least(self, 2, "shard_group")
-        if self.shard_group is not None and self.parallel != "hsdp":
-            raise UserError("shard_group needs --parallel=hsdp")
-        if not self.reshard_after_forward and self.parallel == "ddp":
-            raise UserError("reshard_after_forward has no effect with --parallel=ddp: remove one of them")
+        between(self, 5, 7 * 86400, "collective_timeout")
+        matches(self, r"auto|cpu|mps|cuda(:[0-9]{1,2})?", "one of auto, cpu, cuda, cuda:N, mps", "device")
+        matches(self, "auto|nccl|gloo", "one of auto, nccl, gloo", "backend")
 
 
 @dataclass
@@ -511,20 +447,4 @@ class Config(Settings):
     def validate(self) -> None:
         """Checks every value that can be checked without data, device or torch. Raises UserError."""
         validate(self)
-        if self.data.stride is not None and self.data.sample_order == "random":
-            raise UserError("stride needs --sample_order=shuffled")
-        if self.data.documents is True and (self.data.stride is not None or self.system.data_on_device is True):
-            name = "data_on_device" if self.data.stride is None else "stride"
-            raise UserError(f"{name} has no effect with --documents=True: remove one of them")
-        for name, value in (("optimizer_type", "muon"), ("fp8", True), ("save_nanogpt_ckpt", True)):
-            if self.finetune.lora_rank is not None and flatten(self)[name] == value:
-                raise UserError(f"lora_rank does not support {name}={value}: remove one of them")
-        for name, value in DPO_REFUSES:
-            if self.finetune.loss == "dpo" and flatten(self)[name] == value:
-                raise UserError(f"--loss=dpo does not support {name}={value}: remove one of them")
-        if self.finetune.loss == "dpo" and self.training.init_from == "scratch":
-            raise UserError("--loss=dpo needs a model that writes answers: name it with --init_from=FOLDER")
-        if self.optimizer.forget_ngrams and (self.data.sample_order == "random" or not self.model.max_ngram):
-            raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")
-        if self.optimizer.forget_ngrams and read_mixture(self.data.dataset):
-            raise UserError("forget_ngrams needs one dataset: the epochs of a mixture's parts end at different steps")
+        check_run(self)

@@ -216,17 +216,14 @@ def _sections(tree_type: type) -> dict[str, set[str]]:
 def find_preset(name: str) -> Path:
     """The file of a preset, given as a path or as a bare name in configs/ or config/ (here or in the package)."""
     given = Path(name)
-    if given.is_file():
-        return given
-    roots = [Path("."), *ROOTS]
+    roots, candidates = [Path("."), *ROOTS], [given]
     if given.suffix in (".yaml", ".yml", ".py"):
-        candidates = [root / given for root in roots[1:]]
+        candidates += [root / given for root in ROOTS]
     else:
-        candidates = [root / "configs" / f"{name}.yaml" for root in roots]
-        candidates += [root / "config" / f"{name}.py" for root in roots[1:]]
-    for path in candidates:
-        if path.is_file():
-            return path
+        candidates += [root / "configs" / f"{name}.yaml" for root in roots]
+        candidates += [root / "config" / f"{name}.py" for root in ROOTS]
+    if found := next(filter(Path.is_file, candidates), None):
+        return found
     known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
     hint = did_you_mean(given.stem, known, f"available: {', '.join(known)}")
     if given.name == name and any((Path(folder) / name).is_dir() for folder in ("data/processed", "data")):
@@ -318,15 +315,11 @@ def _as_names(key: str, value: Any) -> dict[str, str]:
 
     try:
         content = yaml.safe_load(value) if isinstance(value, str) else value
-        return {str(name): text for name, text in content.items() if _is_text(text)}
+        if not all(isinstance(text, str) for text in content.values()):
+            raise ValueError
+        return {str(name): text for name, text in content.items()}
     except (yaml.YAMLError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{key} must be written as '{{NAME: FOLDER, ...}}', got {_short(value)}") from None
-
-
-def _is_text(value: Any) -> bool:
-    if not isinstance(value, str):
-        raise ValueError
-    return True
 
 
 def _as_list(key: str, value: Any) -> list[str]:

@@ -8,6 +8,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -98,6 +99,13 @@ def between(
         if not low <= value <= high or (open_left and value == low) or (open_right and value == high):
             left, right = "above" if open_left else "from", "below" if open_right else "to"
             raise UserError(f"{name}={value} is out of range: expected a value {left} {low:g} {right} {high:g}")
+
+
+def matches(settings: Any, pattern: str, expected: str, *names: str) -> None:
+    """Raises UserError if one of these texts is not what the pattern describes. None is allowed."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and not re.fullmatch(pattern, value):
+            raise UserError(f"{name}={value!r} is not {expected}")
 
 
 def _numbers(settings: Any, names: tuple[str, ...]) -> list[tuple[str, float]]:

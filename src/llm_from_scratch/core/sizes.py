@@ -101,7 +101,7 @@ def sizes(
 ) -> Sizes:  # fmt: skip
     """Costs of training with micro-batches of batch_size sequences; element_size: bytes of an activation.
 
-    optimizer: bytes of its moments, which it declares itself (training.optimizer.optimizer_bytes); chunked_loss: never
+    optimizer: bytes of its moments, which it declares itself (training.moments.optimizer_bytes); chunked_loss: never
     all logits at once, but the head's gradient twice; model: GPT(config) on the meta device with adapters or frozen
     parameters.
     """

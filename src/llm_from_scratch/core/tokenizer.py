@@ -21,7 +21,7 @@ from ..settings import did_you_mean
 from .chat import ChatTemplate, chat_in
 from .cuts import cut_text as cut_text
 from .cuts import safe_cut as safe_cut
-from .vocab_files import EOT, byte_to_char, read_meta_pkl, tiktoken_parts
+from .vocab_files import EOT, byte_to_char, growth, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
 MAX_GROWTH = 64  # how much longer the replacements of a tokenizer.json may make a text
@@ -296,13 +296,13 @@ class HFTokenizer(Tokenizer):
         self.name, self.eot_id, self.json_text = name, eot_id, definition
         try:
             body = parse_json(definition.encode("utf-8"))
-            kind, growth = json.dumps(body.get("decoder")), _growth(body)
+            kind, longer = json.dumps(body.get("decoder")), growth(body)
             self._plain = self.backend(special_is_text=True)
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except BaseException as error:  # a Rust panic is not an Exception
             raise UserError(f"not a tokenizer.json in Hugging Face's format: {str(error)[:200]}") from None
-        if growth > MAX_GROWTH:
+        if longer > MAX_GROWTH:
             raise UserError("unusable tokenizer.json: its replacements make texts too long")
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
@@ -420,19 +420,6 @@ def _of_datatrove(folder: Path, described: Path) -> Tokenizer | None:
     if name in ("gpt2", "openai-community/gpt2", "Unknown Tokenizer", ""):
         return None
     raise UserError(f"the shards in {folder} were made with {name}: copy its {HF_FILE} into the folder")
-
-
-def _growth(part: Any) -> float:
-    """The factor by which all replacements in a tokenizer.json together may lengthen a text."""
-    factor = 1.0
-    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-        if isinstance(value, (dict, list)) and value:
-            factor *= _growth(value)
-    if isinstance(part, dict) and part.get("type") == "Replace":
-        pattern = part.get("pattern")
-        before = pattern.get("String") if isinstance(pattern, dict) else None
-        factor *= max(1.0, len(str(part.get("content"))) / max(1, len(before) if isinstance(before, str) else 1))
-    return factor
 
 
 def build_tokenizer(folder: Path, meta: dict[str, Any]) -> Tokenizer:

@@ -168,3 +168,16 @@ def read_meta_pkl(path: Path) -> str:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path} is not a usable nanoGPT meta.pkl: {what}") from None
     return "".join(chars)
+
+
+def growth(part: Any) -> float:
+    """The factor by which all replacements in a tokenizer.json together may lengthen a text."""
+    factor = 1.0
+    for value in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        if isinstance(value, (dict, list)) and value:
+            factor *= growth(value)
+    if isinstance(part, dict) and part.get("type") == "Replace":
+        pattern = part.get("pattern")
+        before = pattern.get("String") if isinstance(pattern, dict) else None
+        factor *= max(1.0, len(str(part.get("content"))) / max(1, len(before) if isinstance(before, str) else 1))
+    return factor

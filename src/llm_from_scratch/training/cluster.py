@@ -23,8 +23,9 @@ from ..errors import UserError
 from ..machine.device import DTYPES, PEAKS
 from ..mixture import read_mixture
 from ..settings import did_you_mean
+from .moments import optimizer_bytes, share_of
 from .muon import CHUNK, CHUNKS
-from .optimizer import Optimizer, make_optimizer, optimizer_bytes, share_of, sparse_tables
+from .optimizer import Optimizer, make_optimizer, sparse_tables
 from .owners import matrices_of, rounds
 from .plan import count_of
 from .setup import GPT2_IDS, GPT2_PADDED

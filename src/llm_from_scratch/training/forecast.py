@@ -28,7 +28,7 @@ from ..machine.device import Runtime
 from ..machine.memory import free_memory, peak_memory, total_memory
 from .evaluate import estimate_loss, even_size, windows_at_once
 from .microbatch import retry_smaller
-from .optimizer import share_of
+from .moments import share_of
 from .plan import Plan
 from .progress import SAVE_AWAITED, SAVE_BESIDE, Calendar, clock_time, in_words
 from .run import Run

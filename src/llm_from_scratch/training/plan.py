@@ -22,7 +22,7 @@ from ..core.sizes import Sizes, sizes
 from ..core.tokenfile import BackgroundScan
 from ..core.tokenizer import Tokenizer
 from ..machine.device import LARGE, Runtime
-from .optimizer import optimizer_bytes, share_of
+from .moments import optimizer_bytes, share_of
 from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so

@@ -26,7 +26,7 @@ from ..machine.memory import free_memory
 from ..machine.team import ALONE, Team
 from ..settings import to_dict
 from .loggers import RunLog
-from .optimizer import optimizer_state
+from .moments import optimizer_state
 from .plan import Plan, part_hashes
 from .shares import own_share
 from .state import TrainState, copied, random_states

@@ -15,7 +15,7 @@ from ..config import Config
 from ..errors import UserError, one_line
 from ..machine.device import Runtime
 from ..machine.processes import launch
-from .optimizer import load_optimizer_state
+from .moments import load_optimizer_state
 from .resume import saved_settings
 
 

@@ -20,7 +20,8 @@ from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import DamagedError, SaveError, UserError
 from llm_from_scratch.machine.team import Team
-from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw, optimizer_state
+from llm_from_scratch.training.moments import load_optimizer_state, optimizer_state
+from llm_from_scratch.training.optimizer import make_adamw
 from llm_from_scratch.training.shares import own_share
 
 from ..ranks import in_ranks, process_group

@@ -36,7 +36,8 @@ from llm_from_scratch.core.sizes import meta_model, meta_tensors, tied_names
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import files
-from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw, optimizer_state
+from llm_from_scratch.training.moments import load_optimizer_state, optimizer_state
+from llm_from_scratch.training.optimizer import make_adamw
 
 TINY = GPTConfig(block_size=4, vocab_size=6, n_layer=1, n_head=1, n_embd=4, bias=False)
 SMALL = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)

@@ -31,7 +31,8 @@ from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
-from llm_from_scratch.training.optimizer import load_optimizer_state, make_adamw
+from llm_from_scratch.training.moments import load_optimizer_state
+from llm_from_scratch.training.optimizer import make_adamw
 
 L, H, C, T, V = 2, 2, 8, 6, 13
 NANOGPT = os.environ.get("NANOGPT_DIR")

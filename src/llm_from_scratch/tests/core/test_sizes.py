@@ -11,7 +11,8 @@ import torch
 from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.sizes import count_params, meta_model, sizes
-from llm_from_scratch.training.optimizer import make_optimizer, optimizer_bytes, optimizer_state
+from llm_from_scratch.training.moments import optimizer_bytes, optimizer_state
+from llm_from_scratch.training.optimizer import make_optimizer
 
 from .test_model import BASE, OPTIONS
 

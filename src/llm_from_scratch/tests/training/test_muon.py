@@ -13,18 +13,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
-from llm_from_scratch.config import GPTConfig, OptimizerConfig
+from llm_from_scratch.config import Config, GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training import muon
+from llm_from_scratch.training.moments import load_optimizer_state, optimizer_state
 from llm_from_scratch.training.muon import COEFFICIENTS, Muon, orthogonalized
-from llm_from_scratch.training.optimizer import (
-    Optimizer,
-    load_optimizer_state,
-    make_optimizer,
-    optimizer_state,
-    parameter_groups,
-)
+from llm_from_scratch.training.optimizer import Optimizer, make_optimizer, parameter_groups
 from llm_from_scratch.training.rule import PIECE, Dither
 from llm_from_scratch.training.trainer import train as run_training
 
@@ -197,7 +192,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
     ):
         made(make(pos_embedding="rope"), **rates)
     with pytest.raises(UserError, match="head_learning_rate needs --optimizer_type=muon"):
-        OptimizerConfig(head_learning_rate=0.1).validate()
+        Config(optimizer=OptimizerConfig(head_learning_rate=0.1)).validate()
 
 
 @pytest.mark.parametrize("fused", ["off", "on"])

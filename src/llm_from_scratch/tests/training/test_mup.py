@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm_from_scratch.config import GPTConfig, OptimizerConfig
+from llm_from_scratch.config import Config, GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.training.mup import summed_over_width
@@ -75,9 +75,9 @@ def test_an_edited_model_is_scaled_by_its_shapes_or_refused() -> None:
     with pytest.raises(UserError, match="needs --tie_embeddings=False"):
         make_optimizer(model_of(64, tie_embeddings=True), OptimizerConfig(**MUP), CPU)
     with pytest.raises(UserError, match="need each other"):
-        OptimizerConfig(lr_scaling="mup").validate()
+        Config(optimizer=OptimizerConfig(lr_scaling="mup")).validate()
     with pytest.raises(UserError, match="need each other"):
-        OptimizerConfig(base_width=64).validate()
+        Config(optimizer=OptimizerConfig(base_width=64)).validate()
 
 
 def sizes_after_steps(width: int, steps: int = 4, **optimizer: Any) -> dict[str, float]:

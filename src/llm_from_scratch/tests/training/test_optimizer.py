@@ -13,14 +13,8 @@ import torch.nn as nn
 from llm_from_scratch.config import GPTConfig, OptimizerConfig
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.training.optimizer import (
-    clip_gradients,
-    load_optimizer_state,
-    make_adamw,
-    make_optimizer,
-    optimizer_state,
-    parameter_groups,
-)
+from llm_from_scratch.training.moments import load_optimizer_state, optimizer_state
+from llm_from_scratch.training.optimizer import clip_gradients, make_adamw, make_optimizer, parameter_groups
 
 from ..stepping import same_weights as same
 from ..stepping import train_steps as train

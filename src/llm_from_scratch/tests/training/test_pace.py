@@ -12,7 +12,7 @@ import torch
 from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, read_settings
 from llm_from_scratch.cli.train import main
-from llm_from_scratch.config import SchedulerConfig
+from llm_from_scratch.config import Config, SchedulerConfig
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.budget import Deadline
 from llm_from_scratch.training import pace as pacing
@@ -61,7 +61,7 @@ def test_a_longer_run_learns_until_its_new_end_by_hand() -> None:
 )
 def test_ends_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SchedulerConfig(**settings).validate()
+        Config(scheduler=SchedulerConfig(**settings)).validate()
 
 
 class Clock:

@@ -117,9 +117,9 @@ def test_what_a_sharded_model_does_not_support_is_refused(monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="parallel=fsdp .*does not fit.* does not support lora_rank: remove it"):
         chosen(monkeypatch, 2, memory=1000, lora_rank=4)
     with pytest.raises(UserError, match="shard_group needs --parallel=hsdp"):
-        SystemConfig(shard_group=2).validate()
+        Config(system=SystemConfig(shard_group=2)).validate()
     with pytest.raises(UserError, match="reshard_after_forward has no effect with --parallel=ddp"):
-        SystemConfig(parallel="ddp", reshard_after_forward=False).validate()
+        Config(system=SystemConfig(parallel="ddp", reshard_after_forward=False)).validate()
 
 
 # --- in several processes ---
