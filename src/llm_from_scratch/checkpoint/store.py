@@ -231,7 +231,7 @@ def first_good(
         raise UserError(f"no checkpoint of step {which} in {out}; available: {', '.join(str(e.step) for e in entries)}")
     order = entries
     if which == "best" or (which is None and _saved_only_the_best(entries)):
-        order = _by_val_loss(entries)
+        order = sorted((e for e in entries if e.val_loss is not None), key=lambda e: (e.val_loss, -e.step))
         if which is None:
             order += [entry for entry in entries if entry.val_loss is None]
         if not order:
@@ -278,10 +278,6 @@ def find_entries(out: Path, skip_foreign: bool = False) -> list[_Entry]:
                     raise
     # of two with the same step, the one with the step's own name first
     return sorted(entries, key=lambda e: (e.step, e.path.name == f"step-{e.step:08d}", e.path.name), reverse=True)
-
-
-def _by_val_loss(entries: list[_Entry]) -> list[_Entry]:
-    return sorted((e for e in entries if e.val_loss is not None), key=lambda e: (e.val_loss, -e.step))
 
 
 def write_nanogpt(

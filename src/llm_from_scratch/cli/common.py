@@ -70,6 +70,13 @@ def data_prepared_last() -> dict[str, str]:
     return {"dataset": folder.as_posix() if is_hidden else folder.name}
 
 
+def need_data(dataset: str) -> None:
+    """Prints which data was chosen. Raises UserError if none is prepared."""
+    if not data_prepared_last():
+        raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+    note(f"training on the most recently prepared data: {dataset} (override with --dataset=NAME)")
+
+
 def used_a_path(what: str, dataset: object, prog: str, argv: list[str]) -> UserError:
     """The error for data that a checkpoint names by a path. The path is not opened, because the checkpoint may be
     untrusted, but printed as part of the command to run."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..machine.files import write_whole
 from ..machine.processes import shield_children
-from ..machine.terminal import announce, note
+from ..machine.terminal import announce
 from ..presets import Parsed, parse
 from ..settings import to_dict
 from ..sweep.results import RESULTS, table, train_command, write_results
 from ..sweep.study import SETTINGS, Row, Study
-from .common import data_prepared_last
+from .common import data_prepared_last, need_data
 from .train import choose_length
 
 if TYPE_CHECKING:  # it imports what --help does not need
@@ -65,9 +65,7 @@ def check_run(parsed: Parsed[Any], over: set[str], has_budget: bool) -> None:
     if "seed" in over and options.seeds > 1:
         raise UserError("seed and seeds both set the seeds of the runs; remove one")
     if "dataset" not in parsed.sources and "dataset" not in over:
-        if not data_prepared_last():
-            raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
-        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
+        need_data(config.data.dataset)
 
 
 def run_settings(parsed: Parsed[Any], has_budget: bool) -> dict[str, Any]:

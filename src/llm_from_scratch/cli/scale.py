@@ -20,17 +20,8 @@ from .many_runs import FOLDER, check_run, read_command, run_settings, run_study
 
 LAW, TABLE, PLOT = "law.json", "scale.md", "scale.png"
 COMMON = (
-    "sizes",
-    "budgets",
-    "seeds",
-    "name",
-    "workers",
-    "dataset",
-    "batch_size",
-    "block_size",
-    "optimizer_type",
-    "seed",
-)
+    "sizes", "budgets", "seeds", "name", "workers", "dataset", "batch_size", "block_size", "optimizer_type", "seed",
+)  # fmt: skip
 HELP = """Trains models of several sizes for several lengths, and fits a scaling law, which
 predicts the loss of larger models and longer runs. Also accepts the options of
 llm-train.

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
 from ..settings import flatten, to_dict
 from ..training.law import read_law
-from .common import command, data_prepared_last, used_a_path
+from .common import command, data_prepared_last, need_data, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb or a mirror either.
@@ -59,8 +59,7 @@ command line overrides all. Without a preset: {default}.
 
 def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = False) -> int:
     began = time.monotonic() - process_age(time.process_time())
-    typed, (flags, argv) = argv, _own_flags(argv)
-    values, argv = ({}, argv) if nanogpt else _own_values(argv)
+    typed, (flags, values, argv) = argv, _own_options(argv, () if nanogpt else OWN_VALUES)
     if ("law" in values or flags["exportable"]) and "budget" not in values:
         raise UserError(
             f"--{'law' if 'law' in values else 'exportable'} guides the choice of --budget, which is missing"
@@ -106,8 +105,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     if asked := {name: values[name] for name in CLUSTER if name in values}:
         others = [*(values.keys() - asked.keys()), *(name for name in flags if flags[name] and name != "dry_run")]
         return _on_cluster(config, asked, dry_run or flags["dry_run"], others)
-    if chosen and not (flags["print_config"] or defaults):
-        raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
+    if chosen and not flags["print_config"]:
+        need_data(config.data.dataset)
     if budget is not None and begin == "resume":
         if not is_auto:
             raise UserError("--budget chooses the settings of a new run; to train a run longer, raise --max_iters")
@@ -122,8 +121,6 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
 
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True), end="")
         return 0
-    if chosen:
-        note(f"training on the most recently prepared data: {config.data.dataset} (override with --dataset=NAME)")
     from ..training.check import check
 
     check(config)  # before torch is imported, which takes seconds
@@ -178,37 +175,26 @@ def _print_help(
     read(argv, defaults=defaults, base_preset=base, shown=shown)
 
 
-def _own_flags(argv: list[str]) -> tuple[dict[str, bool], list[str]]:
-    """Separates --print_config and --dry_run from the settings of the run."""
-    flags, rest = dict.fromkeys(OWN_FLAGS, False), []
-    words = list(argv)
-    while words:
-        arg = words.pop(0)
-        name, equals, value = arg.removeprefix("--").replace("-", "_").partition("=")
-        if not arg.startswith("--") or name not in flags:
-            rest.append(arg)
-            continue
-        if not equals and words and words[0].lower() in ("true", "false"):
-            value = words.pop(0)
-        if value.lower() not in ("", "true", "false"):
-            raise UserError(f"--{name} must be True or False, got {value!r}")
-        flags[name] = value.lower() != "false"
-    return flags, rest
-
-
-def _own_values(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Separates the options of OWN_VALUES from the settings of the run."""
-    values, rest, words = dict[str, str](), list[str](), list(argv)
+def _own_options(argv: list[str], names: Collection[str]) -> tuple[dict[str, bool], dict[str, str], list[str]]:
+    """Separates OWN_FLAGS and the options of these names from the settings of the run."""
+    flags, values, rest, words = dict.fromkeys(OWN_FLAGS, False), dict[str, str](), list[str](), list(argv)
     while words:
         arg = words.pop(0)
         name, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or name not in OWN_VALUES:
+        name = name.replace("-", "_")
+        following = words[0] if words and not equals else "--"
+        if not arg.startswith("--") or name not in (*flags, *names):
             rest.append(arg)
-            continue
-        if not equals and (not words or words[0].startswith("--")):
+        elif name in flags:
+            value = words.pop(0) if following.lower() in ("true", "false") else value
+            if value.lower() not in ("", "true", "false"):
+                raise UserError(f"--{name} must be True or False, got {value!r}")
+            flags[name] = value.lower() != "false"
+        elif not equals and following.startswith("--"):
             raise UserError(f"--{name} needs a value: --{name}={OWN_VALUES[name]}")
-        values[name] = value if equals else words.pop(0)
-    return values, rest
+        else:
+            values[name] = value if equals else words.pop(0)
+    return flags, values, rest
 
 
 def _dial(

@@ -41,11 +41,7 @@ SCALED = {
     "yarn": {"rope_factor": "rope.scaling.factor", "rope_original": "rope.scaling.original_context_length"},
 }
 DIVISORS, ATTENTION = "rope_freqs.weight", "rope.scaling.attn_factor"
-LLAMA3 = {
-    "rope_original": 8192,
-    "rope_low": 1.0,
-    "rope_high": 4.0,
-}  # where the file does not have our own keys for them
+LLAMA3 = {"rope_original": 8192, "rope_low": 1.0, "rope_high": 4.0}  # if the file does not have our own keys for them
 OWN = "gptsmith."
 GGUFType = Literal["f32", "f16", "q8_0"]
 TOLERANCE = {"f32": 1e-5, "f16": 1e-2, "q8_0": 1e-1}  # of logits, read back

@@ -23,8 +23,8 @@ from ..core.sizes import meta_tensors, tied_names
 from ..core.tokenizer import Tokenizer
 from ..core.weights import build_model, checked_model_config, checked_weights, expected_tensors, file_of
 from ..errors import UserError, one_line
-from ..machine.files import read_json, temporary_folder, to_json
-from .hf_files import damage_is_a_user_error, get_folder, open_weights
+from ..machine.files import read_json, to_json
+from .hf_files import damage_is_a_user_error, get_folder, new_folder, open_weights
 from .hf_tokenizer import probes, read_tokenizer, write_tokenizer
 from .nanogpt import MODULES as GPT2_MODULES
 from .nanogpt import every_layer
@@ -208,35 +208,27 @@ def export_hf(
     end = ends[0] if ends else None
     # None must be written: by default, transformers would end a text of Llama at id 2
     described |= {"bos_token_id": eot, "eos_token_id": end, "dtype": dtype}
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
-        with temporary_folder(folder) as made:
-            backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
-            used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
-            special = {"bos": eot, "eos": ends if len(ends) > 1 else end, "pad": end}
-            generation: dict[str, Any] = {f"{kind}_token_id": i for kind, i in special.items() if i is not None}
-            if sampling:
-                generation |= {"do_sample": True} | sampling if sampling.get("temperature") else {"do_sample": False}
-            if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary
-                generation["suppress_tokens"] = unused
-            (made / "generation_config.json").write_bytes(to_json(generation))
-            (made / "config.json").write_bytes(to_json(described))
-            if card is not None:
-                (made / "README.md").write_text(card, encoding="utf-8")
-            with open(made / "model.safetensors", "wb") as file:
-                for part in file_of(written_weights(state, names, family, config), format="pt"):
-                    file.write(part)
-            ids, logits = sample_logits(config, state)
-            if free:
-                weights.clear()
-                state.clear()
-            finding = _compare(ids, logits, tokenizer, made)
-            if folder.is_dir():
-                folder.rmdir()  # empty; Windows cannot rename onto it
-            made.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    with new_folder(folder) as made:
+        backend = None if tokenizer is None else write_tokenizer(tokenizer, made, config.block_size)
+        used = set(range(rows)) if backend is None else set(backend.get_vocab(with_added_tokens=True).values())
+        special = {"bos": eot, "eos": ends if len(ends) > 1 else end, "pad": end}
+        generation: dict[str, Any] = {f"{kind}_token_id": i for kind, i in special.items() if i is not None}
+        if sampling:
+            generation |= {"do_sample": True} | sampling if sampling.get("temperature") else {"do_sample": False}
+        if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary
+            generation["suppress_tokens"] = unused
+        (made / "generation_config.json").write_bytes(to_json(generation))
+        (made / "config.json").write_bytes(to_json(described))
+        if card is not None:
+            (made / "README.md").write_text(card, encoding="utf-8")
+        with open(made / "model.safetensors", "wb") as file:
+            for part in file_of(written_weights(state, names, family, config), format="pt"):
+                file.write(part)
+        ids, logits = sample_logits(config, state)
+        if free:
+            weights.clear()
+            state.clear()
+        finding = _compare(ids, logits, tokenizer, made)
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import UserError, first_line, one_line
 from ..machine.extras import require
-from ..machine.files import read_json
+from ..machine.files import read_json, temporary_folder
 from . import GPT2_NAMES, is_hub_id
 from .torch_file import load_plain
 
@@ -135,6 +135,22 @@ def open_tensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     """{name: function that reads the tensor} of a safetensors file."""
     handle = safe_open(file, framework="pt")
     return {key: partial(handle.get_tensor, key) for key in handle.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which appears under its name when the block ends. Raises UserError if there is one with
+    content, or if it cannot be written."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
+        with temporary_folder(folder) as made:
+            yield made
+            if folder.is_dir():
+                folder.rmdir()  # empty; Windows cannot rename onto it
+            made.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -22,10 +22,10 @@ from ..core.sizes import meta_model
 from ..core.tokenizer import Tokenizer
 from ..core.weights import file_of
 from ..errors import UserError, one_line
-from ..machine.files import read_json, temporary_folder, to_json
+from ..machine.files import read_json, to_json
 from . import GPT2_NAMES, is_hub_id
 from .hf import family_of, sample_logits
-from .hf_files import cached_folder, damage_is_a_user_error, open_tensors
+from .hf_files import cached_folder, damage_is_a_user_error, new_folder, open_tensors
 from .hf_tokenizer import write_tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -131,24 +131,16 @@ def export_peft(
         "alpha_pattern": {module: scale * one for module, one in larger.items()}, "init_lora_weights": True,
         "target_modules": list(ranks), "fan_in_fan_out": family.gpt2,
     }  # fmt: skip
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not an empty folder: name a new one, or remove it first")
-        with temporary_folder(folder) as made:
-            (made / CONFIG).write_bytes(to_json(described))
-            with open(made / WEIGHTS, "wb") as file:
-                file.writelines(file_of({name: t.contiguous() for name, t in tensors.items()}, format="pt"))
-            if tokenizer is not None:
-                write_tokenizer(tokenizer, made, config.block_size)
-            expected = sample_logits(config, merged(config, weights, adapter, scale))[1]
-            found = sample_logits(config, merged(config, weights, read_peft(made, config), 1.0))[1]
-            apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-            if not apart <= 1e-5:
-                raise UserError(f"the export is wrong: its logits differ from ours by up to {apart:.1e} of the largest")
-            if folder.is_dir():
-                folder.rmdir()  # empty; Windows cannot rename onto it
-            made.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    with new_folder(folder) as made:
+        (made / CONFIG).write_bytes(to_json(described))
+        with open(made / WEIGHTS, "wb") as file:
+            file.writelines(file_of({name: t.contiguous() for name, t in tensors.items()}, format="pt"))
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, made, config.block_size)
+        expected = sample_logits(config, merged(config, weights, adapter, scale))[1]
+        found = sample_logits(config, merged(config, weights, read_peft(made, config), 1.0))[1]
+        apart = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        if not apart <= 1e-5:
+            raise UserError(f"the export is wrong: its logits differ from ours by up to {apart:.1e} of the largest")
     print(f"wrote {folder}: an adapter of {base} for peft; read back, its logits differ by up to {apart:.0e} of the "
           "largest")  # fmt: skip

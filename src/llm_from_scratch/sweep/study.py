@@ -172,15 +172,12 @@ class Study:
     def is_hopeless(self, claim: Claim, at: int, loss: float) -> bool:
         """Reports the loss of an evaluation, and returns whether the trial should end there. A step that is known is
         judged again if it is the last one: the process may have been killed before."""
-        known = self._frozen(claim).intermediate_values
+        known = self._trials()[claim.number].intermediate_values
         if at < max(known, default=at):
             return False
         if at not in known:
             claim.trial.report(loss, at)
         return bool(claim.trial.should_prune())
-
-    def _frozen(self, claim: Claim) -> Any:
-        return self._trials()[claim.number]
 
     def finish(self, claim: Claim, state: str, losses: dict[str, float] | None = None, message: str = "") -> None:
         """Ends a trial: complete, pruned or failed."""

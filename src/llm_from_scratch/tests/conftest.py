@@ -6,7 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +74,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in which the test stands."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The compiled kernel of decoding, built once for all workers. LLM_KERNEL is the module's KERNEL, or auto."""
+    from llm_from_scratch.kernels import compiled
+
+    if compiled.lacking():
+        pytest.skip(str(compiled.lacking()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ[FOLDER]) / "kernel"))
+        patch.setenv(compiled.VARIABLE, getattr(request.module, "KERNEL", "auto"))
+        compiled.load_kernel.cache_clear()
+        found = compiled.find_kernel(pytest.fail)
+        assert found is not None
+        yield found
+        compiled.load_kernel.cache_clear()

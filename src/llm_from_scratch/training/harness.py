@@ -25,7 +25,6 @@ from ..errors import Interrupted, UserError, one_line
 from ..generation.generator import Generator
 from ..generation.likelihoods import Ids, Likelihoods, Score
 from ..machine.extras import require
-from ..machine.terminal import note
 
 AT_ONCE = 64  # texts that are generated together
 GENERATED = 256  # tokens, if a task does not say: as in the harness
@@ -207,19 +206,6 @@ def evaluate_tasks(model: TaskModel, loaded: dict[str, Any], limit: float | None
     LM.register(TaskModel)  # an instance of LM for the harness, without its base class
     with _harness_errors("evaluating", ", ".join(loaded["tasks"])), contextlib.redirect_stdout(io.StringIO()):
         return lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """Drops what the harness prints; other lines on standard error follow at the end."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-            yield
-    finally:
-        for line in errors.getvalue().split("\n"):
-            if line and "\r" not in line:
-                note(line)
 
 
 @contextlib.contextmanager

@@ -23,11 +23,7 @@ from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import Removed, UserError
 from llm_from_scratch.tests.texts import real_text
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def write(name: str, texts: list[str]) -> str:

@@ -30,10 +30,7 @@ from llm_from_scratch.tests.texts import real_text, reference_gpt2
 needs_gigatoken = pytest.mark.skipif(not is_installed("gigatoken"), reason="needs gigatoken")
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture

@@ -15,11 +15,7 @@ from llm_from_scratch.data import inspection
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.tests.texts import real_text
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def report_of(folder: Path, **settings: Any) -> inspection.Inspection:

@@ -11,11 +11,7 @@ from llm_from_scratch.data import archives
 from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def documents(name: str, **settings: Any) -> list[str]:

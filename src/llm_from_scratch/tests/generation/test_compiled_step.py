@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from llm_from_scratch.generation.compiled_step import Builder, CompiledStep
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.generation.recorder import Line
 from llm_from_scratch.kernels import compiled
-from llm_from_scratch.kernels.compiled import Kernel, find_kernel
+from llm_from_scratch.kernels.compiled import Kernel
 
 from ..memorised import OPTIONS, TOKENIZER, memorised
 from .test_decode_step import model_of
@@ -33,18 +31,7 @@ keys = torch.randn(2, 2, 7, 2, 24, generator=torch.Generator().manual_seed(2))
 mask = torch.zeros(2, 1, 1, 7).index_fill_(3, torch.tensor([1, 5, 6]), -torch.inf)
 mask[1, 0, 0, 6] = 0.5
 
-
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[Kernel]:
-    if compiled.lacking():
-        pytest.skip(str(compiled.lacking()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
-        patch.setenv(compiled.VARIABLE, "compiled")
-        compiled.load_kernel.cache_clear()
-        found = find_kernel(print)
-        assert found is not None
-        yield found
+KERNEL = "compiled"  # LLM_KERNEL while the kernel is there
 
 
 def run(kernel: Kernel, function: Any, *args: Any, **options: Any) -> Tensor:

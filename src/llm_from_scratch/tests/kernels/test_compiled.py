@@ -10,7 +10,6 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,20 +30,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8]
 
 def none(line: str) -> None:
     raise AssertionError(line)
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[Kernel]:
-    if compiled.lacking():
-        pytest.skip(str(compiled.lacking()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
-        patch.setenv(compiled.VARIABLE, "auto")
-        compiled.load_kernel.cache_clear()
-        found = find_kernel(none)
-        assert found is not None
-        yield found
-        compiled.load_kernel.cache_clear()
 
 
 def levels(kernel: Kernel) -> list[Kernel]:
