@@ -46,21 +46,22 @@ def check_types(section: Any) -> None:
     """Raises UserError if a value does not have the type of its setting."""
     hints = type_hints(section.__class__)
     for item in dataclasses.fields(section):
-        if not _fits(value := getattr(section, item.name), hints[item.name]):
+        if not fits(value := getattr(section, item.name), hints[item.name]):
             raise UserError(f"{item.name}={one_line(repr(value))} has the wrong type: expected {item.type}")
 
 
 type_hints = functools.cache(typing.get_type_hints)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a setting."""
     kind = typing.get_origin(hint) or hint
     if kind is Literal:
         return value in typing.get_args(hint)
     if kind in (int, float):
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     if kind in (typing.Union, types.UnionType):
-        return any(_fits(value, some) for some in typing.get_args(hint))
+        return any(fits(value, some) for some in typing.get_args(hint))
     return isinstance(value, (list, tuple, str) if kind is tuple else kind)
 
 

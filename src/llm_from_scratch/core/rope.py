@@ -62,14 +62,6 @@ def _cos_sin(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # the 1 broadcasts over the heads
 
 
-def _none_kept(config: GPTConfig, frequencies: Tensor) -> Tensor:
-    return torch.zeros_like(frequencies)
-
-
-def _all_kept(config: GPTConfig, frequencies: Tensor) -> Tensor:
-    return torch.ones_like(frequencies)
-
-
 def _llama3_kept(config: GPTConfig, frequencies: Tensor) -> Tensor:
     """A ramp over the turns in the original context, from rope_low to rope_high."""
     turns = float(config.rope_original or 0) / (2 * math.pi) * frequencies
@@ -91,8 +83,8 @@ def _yarn_kept(config: GPTConfig, frequencies: Tensor) -> Tensor:
 
 # The share of each frequency that stays; the rest is divided by rope_factor
 SCALINGS: dict[str, Callable[[GPTConfig, Tensor], Tensor]] = {
-    "none": _all_kept,
-    "linear": _none_kept,
+    "none": lambda config, frequencies: torch.ones_like(frequencies),
+    "linear": lambda config, frequencies: torch.zeros_like(frequencies),
     "llama3": _llama3_kept,
     "yarn": _yarn_kept,
 }

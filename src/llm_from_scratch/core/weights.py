@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import settings
 from ..config import GPTConfig
 from ..errors import DamagedError, UserError
 from .model import GPT
@@ -42,13 +43,9 @@ def checked_model_config(raw: dict[str, Any], where: str) -> GPTConfig:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of plain data has a setting's type."""
-    options = typing.get_args(hint) or (hint,)
-    if isinstance(value, str):
-        return str in options or value in options or any(value in typing.get_args(option) for option in options)
-    if type(value) is int:
-        return (int in options or float in options) and abs(value) < 1 << 63
-    return type(value) in options and not (isinstance(value, float) and not math.isfinite(value))
+    """Whether a value of plain data has a setting's type. Numbers are finite, and whole ones have 64 bits."""
+    limit = {int: 1 << 63, float: math.inf}.get(type(value))
+    return settings.fits(value, hint) and (limit is None or abs(value) < limit)
 
 
 def expected_tensors(config: GPTConfig, held: int, where: str) -> dict[str, Tensor]:

@@ -69,6 +69,18 @@ def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
     return content
 
 
+def json_steps(raw: bytes) -> list[dict[str, Any]]:
+    """The JSON objects with a step among some lines; NaN and infinities become None. Invalid lines, such as one cut
+    short by a kill, are skipped."""
+    found = []
+    for line in raw.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line, parse_constant=lambda name: None)
+            if isinstance(entry, dict) and type(entry.get("step")) is int:
+                found.append(entry)
+    return found
+
+
 def to_json(data: Any) -> bytes:
     """Plain data as JSON with sorted keys. Infinite and NaN numbers are Python's Infinity and NaN."""
     return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()

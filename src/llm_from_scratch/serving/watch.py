@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..machine.files import open_file, read_file
+from ..machine.files import json_steps, open_file, read_file
 
 AT_ONCE = 1 << 18  # bytes per response, unless a line is longer
 LONGEST = 1 << 22  # bytes of a line; longer lines are skipped
@@ -59,13 +59,13 @@ class Watch:
         end = data.rfind(b"\n") + 1
         if not end and len(data) == LONGEST:
             end = len(data)  # skip the rest of a line that is too long
-        return _entries(data[:end]), {"next": count * GENERATION + at + end, "reset": reset}
+        return json_steps(data[:end]), {"next": count * GENERATION + at + end, "reset": reset}
 
     def _last_step(self) -> int | None:
         with contextlib.suppress(OSError, UserError):
             with os.fdopen(open_file(self.folder / "metrics.jsonl"), "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 14)))
-                return next((entry["step"] for entry in reversed(_entries(file.read(1 << 14)))), None)
+                return next((entry["step"] for entry in reversed(json_steps(file.read(1 << 14)))), None)
         return None
 
     def _max_iters(self) -> int | None:
@@ -88,14 +88,3 @@ class Watch:
         with contextlib.suppress(OSError):
             return time.time() - os.stat(self.folder / "metrics.jsonl").st_mtime < RECENT
         return False
-
-
-def _entries(lines: bytes) -> list[dict[str, Any]]:
-    """The JSON objects with a step among some lines. NaN and infinities become null."""
-    found = []
-    for line in lines.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line, parse_constant=lambda name: None)
-            if isinstance(entry, dict) and type(entry.get("step")) is int:
-                found.append(entry)
-    return found

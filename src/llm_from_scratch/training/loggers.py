@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress
 from ..config import Config
 from ..errors import UserError, one_line
 from ..machine.extras import is_installed, require
-from ..machine.files import open_whole
+from ..machine.files import json_steps, open_whole
 from ..machine.terminal import Lenient, announce
 from ..settings import flatten
 from .progress import Remaining, clock_time, in_words, with_prefix
@@ -386,14 +386,8 @@ def read_metrics(out_dir: str | Path) -> dict[str, list[Any]]:
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl. Invalid lines, such as one cut short by a kill, are skipped."""
-    entries = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and type(entry.get("step")) is int:
-                entries.append(entry)
-    return entries
+    """The objects of a metrics.jsonl."""
+    return json_steps(path.read_bytes())
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
