@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .combinations import check_model, check_run
+from .conflicts import check_model, check_run
 from .errors import UserError
 from .mixture import read_mixture
 from .settings import Settings, above, at_least, between, matches, validate
