@@ -1,9 +1,11 @@
-"""What processes on this machine exchange: bytes of an update against llm-plan's estimate, and Muon's time per process.
+"""What processes on this machine exchange: bytes of an update against llm-plan's estimate, Muon's time per process, and
+the share of the comparison of parameters in a step.
 
     python benchmarks/exchanged.py [--processes=2,4] [--parallel=ddp] [--layers=4] [--width=256]
 
-Bytes are those of TCP connections, as the kernel counts them (Linux). Times are processor time of the optimizer's step
-alone, without its groups of AdamW, with one thread.
+Bytes are those of TCP connections, as the kernel counts them (Linux). hsdp: groups of two processes. Times are
+processor time with one thread: of the optimizer's step alone, without its groups of AdamW; of a comparison, over those
+of the steps between two.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from llm_from_scratch.tests.forked import rendezvous
 from llm_from_scratch.tests.ranks import bytes_sent
 from llm_from_scratch.tests.tiny import tiny_config, write_data
 from llm_from_scratch.training.cluster import Cluster, exchanges
+from llm_from_scratch.training.guards import CHECK
 from llm_from_scratch.training.optimizer import make_optimizer
 from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.setup import make_plan
@@ -42,7 +45,7 @@ def settings(options: argparse.Namespace, kind: str) -> dict[str, Any]:
     return {
         "n_layer": options.layers, "n_embd": options.width, "n_head": heads, "block_size": 64, "batch_size": 1,
         "gradient_accumulation_steps": 12, "optimizer_type": kind, "backend": "gloo", "out_dir": "unused",
-        "parallel": options.parallel,
+        "parallel": options.parallel, "shard_group": 2 if options.parallel == "hsdp" else None,
     }  # fmt: skip
 
 
@@ -66,14 +69,19 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
             run.optimizer.param_groups = kept
 
         run.optimizer.step = timed  # type: ignore[method-assign]
-        before = 0
+        before, begin = 0, 0.0
         for number in range(WARM + STEPS):
             if number == WARM:
                 wait_for_all(plan.runtime.world_size)
-                before = bytes_sent()
+                before, begin = bytes_sent(), time.process_time()
             train_step(run, *run.next_batch())
+        steps = time.process_time() - begin
         wait_for_all(plan.runtime.world_size)
         found[kind] = {"bytes": (bytes_sent() - before) / STEPS, "seconds": statistics.median(spent[WARM:])}
+        begin = time.process_time()
+        for _ in range(STEPS):
+            run.guard.compare(run.model, run.state.step, now=True)
+        found[kind]["comparison"] = (time.process_time() - begin) / (CHECK * steps)
         found[kind]["passes"] = plan.micro_steps
         run.close()
         runtimes.stop()
@@ -86,7 +94,7 @@ def expected(options: argparse.Namespace, kind: str, processes: int, passes: int
     config.model.vocab_size = 20
     model = trained_model(config)
     optimizer = make_optimizer(model, config.optimizer, torch.device("cpu"))
-    cluster = Cluster("H100", processes, 1)
+    cluster = Cluster("H100", *((2, processes // 2) if options.parallel == "hsdp" else (processes, 1)))
     return sum(
         e.sent for e in exchanges(model, optimizer, options.parallel, cluster, passes, 4, 4, True, backend="gloo")
     )
@@ -131,7 +139,10 @@ def main() -> None:
                 sent = statistics.fmean(one[kind]["bytes"] for one in of_each)
                 plan = expected(options, kind, processes, of_each[0][kind]["passes"])
                 result[f"{kind}_{processes}"] = sent / plan
-                print(f"  {kind}: {sent:,.0f} bytes sent by a process, {plan:,.0f} estimated ({sent / plan:.4f})")
+                comparison = max(one[kind]["comparison"] for one in of_each)
+                result[f"{kind}_{processes}_comparison"] = comparison
+                print(f"  {kind}: {sent:,.0f} bytes sent by a process, {plan:,.0f} estimated ({sent / plan:.4f}); "
+                      f"parameters compared in {comparison:.3%} of a step")  # fmt: skip
     print(json.dumps(result))
 
 

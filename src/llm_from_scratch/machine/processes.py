@@ -90,19 +90,8 @@ def after_first(work: Callable[[], None], timeout: float) -> None:
     rank, _, world = distributed_env()
     if world == 1:
         return work()
-    import torch.distributed as dist
-
-    from .preflight import diagnosed
-
-    missing: list[int] | None = None
-    try:
-        _kept.append(next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))[0])
-        shared = _shared_store(timeout)
-        prefix, missing = meet(shared, rank, world, timeout)
-        if missing:
-            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
-    except (RuntimeError, ValueError) as error:
-        raise diagnosed(error, "gloo", rank, missing) from None
+    store, shared = _meeting("gloo", rank, world, timeout)
+    _kept.append(store)
     if rank == 0:
         outcome = "rank 0 has failed"
         try:
@@ -112,10 +101,10 @@ def after_first(work: Callable[[], None], timeout: float) -> None:
             outcome = str(error)
             raise
         finally:
-            shared.set(f"{prefix}/first", json.dumps(outcome))
+            shared.set("first", json.dumps(outcome))
         return None
     try:
-        while not (found := _read(shared, f"{prefix}/first")):
+        while not (found := _read(shared, "first")):
             time.sleep(FIRST_POLL)
     except RuntimeError:  # torch's errors of a store that is gone
         found = json.dumps("rank 0 has ended")
@@ -124,11 +113,24 @@ def after_first(work: Callable[[], None], timeout: float) -> None:
     return None
 
 
-def _shared_store(timeout: float) -> Any:
+def _meeting(backend: str, rank: int, world_size: int, timeout: float) -> tuple[Any, Any]:
+    """Waits until all processes have come. Returns two connections to the store of this meeting: one for torch, and one
+    for other threads. Raises UserError, with the likely reason, if the processes do not find each other."""
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+    from .preflight import diagnosed
+
+    missing: list[int] | None = None
+    patience, address, port = timedelta(seconds=timeout), os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        shared = dist.TCPStore(address, port, timeout=patience, wait_for_workers=False)
+        prefix, missing = meet(shared, rank, world_size, timeout)
+        if missing:
+            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
+        return dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, shared)
+    except (RuntimeError, ValueError) as error:
+        raise diagnosed(error, backend, rank, missing) from None
 
 
 def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
@@ -140,16 +142,9 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
     from .preflight import diagnosed
 
     patience = timedelta(seconds=timeout)
-    found: Watch | None = None
-    missing: list[int] | None = None
+    store, own = _meeting(backend, rank, world_size, timeout)
+    found = Watch(own, rank, world_size, timeout)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        shared = _shared_store(timeout)
-        prefix, missing = meet(shared, rank, world_size, timeout)
-        if missing:
-            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
-        store, own = dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, shared)
-        found = Watch(own, rank, world_size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
         dist.barrier()
         # from here on the watch ends what hangs, and a healthy process may be waited for longer
@@ -157,9 +152,7 @@ def start(backend: str, rank: int, world_size: int, timeout: float) -> None:
         found.begin()
         watch = found
     except (RuntimeError, ValueError) as error:
-        if found is not None:
-            missing = found.missing()
-        raise diagnosed(error, backend, rank, missing) from None
+        raise diagnosed(error, backend, rank, found.missing()) from None
 
 
 def meet(store: Any, rank: int, world_size: int, timeout: float) -> tuple[str, list[int]]:

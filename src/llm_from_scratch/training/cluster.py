@@ -170,7 +170,7 @@ def exchanges(
     for p in tables:  # at most: every n-gram of the batch has a row of its own
         rows = min(tokens * max(1, model.config.max_ngram - 1), p.size(0))
         yield Exchange("n-gram rows", (processes - 1) * rows * (4 * p.size(1) + 12), 3, near, far, False)
-    dense = [p for p in model.parameters() if p not in tables]
+    dense = [p for p in model.parameters() if p not in tables and p.dim()]  # a number is 4 bytes
     if mode == "ddp":
         size = 4 * sum(p.numel() for p in dense if p.requires_grad)
         ring = (processes - 1) / processes
@@ -252,7 +252,8 @@ def _estimate(
     )  # fmt: skip
     passes, tokens = sequences // micro_batch, sequences * config.model.block_size
     reshard = config.system.reshard_after_forward
-    shared = list(exchanges(model, optimizer, mode, cluster, passes, dtype.itemsize, 2, reshard, tokens))
+    gathered = 2 if dtype == torch.bfloat16 else 4  # autocast rounds to float16 after weights are gathered
+    shared = list(exchanges(model, optimizer, mode, cluster, passes, gathered, 2, reshard, tokens))
     peak = dict(PEAKS)[cluster.gpu][dtype]
     shards = {"ddp": 1, "hsdp": cluster.gpus}.get(mode, cluster.size)
     arithmetic = counted.flops_per_token * tokens / (MFU * peak)
@@ -266,7 +267,7 @@ def _estimate(
     muon = muon_flops(optimizer, cluster.size if mode == "ddp" else shards) / (MFU * peak)
     return Estimate(
         mode, cluster, sequences, micro_batch,
-        memory(config, model, counted, shards, cluster.size > 1, dtype.itemsize), shared, arithmetic + muon + exposed,
+        memory(config, model, counted, shards, cluster.size > 1, gathered), shared, arithmetic + muon + exposed,
     )  # fmt: skip
 
 
@@ -291,16 +292,16 @@ def memory(
     }  # fmt: skip
 
 
-def _allowed(config: Config, cluster: Cluster) -> list[str]:
-    """The ways to share the model that the cluster and the precision allow."""
-    if cluster.size == 1 or precision(config, cluster.gpu) == torch.float16:
+def _allowed(cluster: Cluster) -> list[str]:
+    """The ways to share the model that the cluster allows."""
+    if cluster.size == 1:
         return ["ddp"]
     return ["ddp", "fsdp", "hsdp"] if cluster.nodes > 1 and cluster.gpus > 1 else ["ddp", "fsdp"]
 
 
 def modes(config: Config, cluster: Cluster) -> list[str]:
     """The ways to share the model: that of --parallel, or all that are allowed."""
-    found = _allowed(config, cluster)
+    found = _allowed(cluster)
     return [config.system.parallel] if config.system.parallel in found else found
 
 
@@ -313,12 +314,12 @@ def table_sizes(cluster: Cluster) -> list[int]:
 
 def lines(config: Config, cluster: Cluster) -> list[str]:
     """What llm-plan prints. Sets the vocabulary of the config."""
-    asked, allowed = config.system.parallel, _allowed(config, cluster)
+    asked, allowed = config.system.parallel, _allowed(cluster)
     if asked not in ("auto", *allowed):
-        why = (
-            "in float16" if precision(config, cluster.gpu) == torch.float16 else f"on {cluster.nodes} x {cluster.gpus}"
+        raise UserError(
+            f"--parallel={asked} cannot train on {cluster.nodes} x {cluster.gpus} {cluster.gpu}: choose "
+            f"{' or '.join(allowed)}"
         )
-        raise UserError(f"--parallel={asked} cannot train {why} {cluster.gpu}: choose {' or '.join(allowed)}")
     if config.system.shard_group is not None:
         raise UserError("llm-plan --gpus uses the nodes as groups of hsdp: remove --shard_group")
     text, dtype = with_vocabulary(config), precision(config, cluster.gpu)

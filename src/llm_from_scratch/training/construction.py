@@ -40,8 +40,7 @@ OVERWRITING = {aten.normal_.default, aten.uniform_.default, aten.zero_.default, 
 
 def build(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, say: Callable[[str], None]) -> GPT:
     """The model of a run. If it is to be sharded, matrices are stand-ins that need no memory, and the attribute `rows`
-    of each has the numbers that this process keeps. weights: of a checkpoint. Raises UserError if it cannot be
-    sharded."""
+    of each has the numbers that this process keeps. weights: of a checkpoint."""
     if not runtime.is_sharded:
         return _whole(config, weights)
     keep_freed_memory(False)  # else the matrices that are drawn leave holes between the shards
@@ -70,14 +69,11 @@ def _in_rows(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None
     """The model with stand-ins."""
     with importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(), recorder:
         model = GPT(config.model)
-    for name, p in model.named_parameters():
-        if not p.dim():
-            raise UserError(f"--parallel={runtime.parallel} cannot shard {name}, a single number: give it a dimension")
     uncut = {id(p) for module in sparse_tables(model) for p in module.parameters(recurse=False)}
     own, kept = dict[int, Tensor](), dict[int, Tensor]()
 
     def keep(tensor: Tensor, numbers: Tensor) -> None:
-        if not isinstance(tensor, nn.Parameter) or tensor.dim() == 1 or id(tensor) in uncut:
+        if not isinstance(tensor, nn.Parameter) or tensor.dim() <= 1 or id(tensor) in uncut:
             own[id(tensor)] = numbers.to(runtime.device, copy=True)
         else:
             own[id(tensor)] = _stand_in(numbers, runtime)

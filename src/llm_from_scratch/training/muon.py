@@ -40,17 +40,17 @@ def orthogonalized(x: Tensor, coefficients: tuple[tuple[float, float, float], ..
     matrix: closer to the largest than the usual Frobenius norm, which saves about one polynomial. With many columns,
     two polynomials share a product with x ("Gram Newton-Schulz"); three would diverge in bfloat16.
     """
-    at_once = 2 if x.size(2) > 2 * x.size(1) else 1
+    at_once, wide = 2 if x.size(2) > 2 * x.size(1) else 1, torch.promote_types(x.dtype, torch.float32)
     for begin in range(0, len(coefficients), at_once):
         a, b, c = coefficients[begin]
         gram = x @ x.mT
         if begin:
             q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         else:
-            size = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float32)[:, None, None].clamp(min=1e-30)
+            size = gram.diagonal(dim1=1, dim2=2).sum(-1, dtype=wide)[:, None, None].clamp(min=1e-30)
             gram /= size.to(x.dtype)  # now no square overflows
             square = gram @ gram
-            norm = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(square, dim=(1, 2), keepdim=True, dtype=wide)
             scale = (MARGIN**2 * norm.sqrt()).clamp(min=1e-14)  # squared, as gram is
             gram /= scale.to(x.dtype)
             q = square.mul_((c / scale**2).to(x.dtype)).add_(gram, alpha=b)

@@ -30,7 +30,7 @@ def with_parallel(config: Config, runtime: Runtime, resumed: Checkpoint | None) 
         kind, why = (before, "as at the start of the run") if before in ("ddp", "fsdp") else _fitting(config, runtime)
     shards = {"ddp": 1, "fsdp": world}.get(kind) or _group(config, world)
     if kind != "ddp":
-        _refuse(config, runtime, kind)
+        _refuse(config, kind)
     if kind == "hsdp":
         why += f", {world // shards} groups of {shards} processes"
     reasons = runtime.reasons | {"parallel": f"{kind} ({why})"}
@@ -66,10 +66,9 @@ def _group(config: Config, world: int) -> int:
     return group
 
 
-def _refuse(config: Config, runtime: Runtime, kind: str) -> None:
+def _refuse(config: Config, kind: str) -> None:
     """Raises UserError for what does not work with a sharded model."""
     unfit = {
-        "dtype=float16": str(runtime.dtype) == "torch.float16",
         "lora_rank": config.finetune.lora_rank is not None,
         "before_after": config.finetune.before_after is True,
         "eval_tasks": config.training.eval_tasks is not None,

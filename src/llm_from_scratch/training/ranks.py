@@ -7,6 +7,7 @@ import gc
 import hashlib
 import importlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..machine.preflight import preflight
 from ..settings import to_dict
 from .guards import StepGuard
 from .plan import Plan
+from .sharding import local
 from .wrap import Wrapped, data_parallel
 
 OWN = ("device", "threads")  # settings that may differ between machines
@@ -46,9 +48,18 @@ def agreed(plan: Plan) -> Plan:
 def scaler_of(runtime: Runtime) -> torch.amp.GradScaler:
     """The loss scaler of float16. The processes agree on overflows, because they must have the same scale."""
     enabled, kind = runtime.dtype == torch.float16, torch.amp.GradScaler
-    if enabled and runtime.world_size > 1:
-        kind = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler").ShardedGradScaler
-    return kind(runtime.device.type, enabled=enabled)
+    if not enabled or runtime.world_size == 1:
+        return kind(runtime.device.type, enabled=enabled)
+    agreeing: Any = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler").ShardedGradScaler
+
+    class OfOwnRows(agreeing):
+        def unscale_(self, optimizer: Any) -> None:
+            """Of sharded gradients, unscales the rows of this process; torch cannot unscale them with whole ones."""
+            with torch.no_grad():
+                held = [SimpleNamespace(grad=local(p.grad)) for g in optimizer.param_groups for p in g["params"]]
+                super().unscale_(SimpleNamespace(param_groups=[{"params": held}]))
+
+    return OfOwnRows(runtime.device.type)
 
 
 def regroup(models: Wrapped, guard: StepGuard, runtime: Runtime, reason: str) -> None:

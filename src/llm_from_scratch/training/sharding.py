@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -66,6 +68,21 @@ def replace_parameters(model: nn.Module, new: dict[nn.Parameter, nn.Parameter]) 
         for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
             if p in new:
                 setattr(module, name, new[p])
+
+
+@contextlib.contextmanager
+def averaged_numbers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the gradients of parameters without a dimension, which FSDP2 cannot shard, are the means over the
+    processes. All processes call this."""
+    yield
+    numbers = [p for p in model.parameters() if not p.dim() and p.requires_grad]
+    if not numbers:
+        return
+    # a process that does not use one of them takes part
+    means = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in numbers])
+    torch.distributed.all_reduce(means)
+    for p, mean in zip(numbers, means / torch.distributed.get_world_size(), strict=True):
+        p.grad = mean
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ from ..machine.processes import device_mesh, shield_children
 from .adagrad import keep_occurrences
 from .optimizer import sparse_tables
 from .preferences import use_preferences
-from .sharding import placed_as, replace_parameters, rows_of
+from .sharding import averaged_numbers, placed_as, replace_parameters, rows_of
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
@@ -65,6 +65,7 @@ class Wrapped:
         set_exchange = getattr(self.train, "set_requires_gradient_sync", None)  # FSDP2's
         if set_exchange is not None:
             set_exchange(is_last or self.adds_shards)
+            return averaged_numbers(self.train) if is_last else contextlib.nullcontext()
         return contextlib.nullcontext()
 
 
@@ -151,12 +152,13 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
 @torch.no_grad()
 def shard(model: GPT, config: Config, runtime: Runtime) -> None:
     """Shards the blocks, then the rest of the model, with FSDP2. Each process keeps its rows of every parameter: those
-    in its attribute `rows`, if it has one. Tables with sparse gradients stay whole."""
+    in its attribute `rows`, if it has one. Tables with sparse gradients and single numbers stay whole."""
     fsdp = importlib.import_module("torch.distributed.fsdp")  # takes a second to import
-    tables = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
+    whole = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
+    whole |= {p for p in model.parameters() if not p.dim()}
     rows, empty = dict[str, Tensor](), dict[nn.Parameter, nn.Parameter]()
     for name, p in model.named_parameters():
-        if p not in tables:
+        if p not in whole:
             own = rows_of(len(p), runtime.shards, runtime.rank % runtime.shards)
             rows[name] = p.rows if hasattr(p, "rows") else p[own].clone()
             empty[p] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
@@ -164,7 +166,7 @@ def shard(model: GPT, config: Config, runtime: Runtime) -> None:
     half = (torch.bfloat16, torch.float32) if runtime.dtype == torch.bfloat16 else ()  # weights, sums of gradients
     settings: dict[str, Any] = {"mp_policy": fsdp.MixedPrecisionPolicy(*half)}
     settings["mesh"] = device_mesh(runtime.device, runtime.world_size, runtime.shards)
-    settings |= {"ignored_params": tables} if tables else {}
+    settings |= {"ignored_params": whole} if whole else {}
     for block in model.transformer.h:
         fsdp.fully_shard(block, reshard_after_forward=config.system.reshard_after_forward, **settings)
     fsdp.fully_shard(model, **settings)

@@ -32,7 +32,8 @@ def counted(config: Config, processes: int, passes: int) -> float:
     """The estimate for processes on CPUs, in float32."""
     model, system = trained_model(config), config.system
     optimizer, mode = make_optimizer(model, config.optimizer, torch.device("cpu")), system.parallel
-    cluster, reshard = Cluster("H100", processes, 1), system.reshard_after_forward
+    near = system.shard_group or processes
+    cluster, reshard = Cluster("H100", near, processes // near), system.reshard_after_forward
     return sum(e.sent for e in exchanges(model, optimizer, mode, cluster, passes, 4, 4, reshard, backend="gloo"))
 
 
@@ -55,16 +56,24 @@ def sent_by_steps(dataset: Path, settings: dict[str, Any]) -> tuple[float, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"optimizer_type": "adamw"}, {"parallel": "fsdp"}, {"parallel": "fsdp", "reshard_after_forward": False}],
-    ids=["muon", "adamw", "sharded", "sharded, gathered once"],
+    "processes, settings",
+    [
+        (2, {}),
+        (2, {"optimizer_type": "adamw"}),
+        (4, {"parallel": "fsdp"}),
+        (2, {"parallel": "fsdp", "reshard_after_forward": False}),
+        (4, {"parallel": "hsdp", "shard_group": 2}),
+    ],
+    ids=["muon", "adamw", "sharded", "sharded, gathered once", "groups"],
 )
-def test_the_estimated_bytes_are_those_that_are_sent(settings: dict[str, Any], here: Path, tiny_data: Path) -> None:
+def test_the_estimated_bytes_are_those_that_are_sent(
+    processes: int, settings: dict[str, Any], here: Path, tiny_data: Path
+) -> None:
     config = tiny_config(tiny_data, **WIDE | settings)
     config.model.vocab_size = 20
-    of_each = in_ranks(2, sent_by_steps, here, tiny_data, settings)
-    expected = counted(config, 2, of_each[0][1])
-    assert sum(sent for sent, _ in of_each) / 2 == pytest.approx(expected, rel=0.02)
+    of_each = in_ranks(processes, sent_by_steps, here, tiny_data, settings)
+    expected = counted(config, processes, of_each[0][1])
+    assert sum(sent for sent, _ in of_each) / processes == pytest.approx(expected, rel=0.02)
 
 
 # --- by hand ---
@@ -92,6 +101,9 @@ def test_memory_and_bytes_of_gpt2_by_hand() -> None:
     # each of 5 micro-batches gathers the blocks twice and the rest once, in bfloat16; gradients are float32
     blocks = 12 * (12 * 768**2 + 2 * 768)
     assert sharded.sent == pytest.approx(7 / 8 * (5 * 2 * (2 * blocks + n - blocks) + 5 * 4 * n), rel=1e-3)
+    half = estimate(gpt2(dtype="float16"), eight, "fsdp")  # which gathers float32
+    assert half.exchanges[0].sent == 2 * sharded.exchanges[0].sent
+    assert half.exchanges[1].sent == sharded.exchanges[1].sent
     two = estimate(gpt2(), Cluster("H100", 8, 2), "hsdp")
     weights, gradients, replicas = (exchange.sent for exchange in two.exchanges)
     assert two.sequences / two.micro_batch == 5
@@ -126,6 +138,7 @@ def test_an_edited_model_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         model = copy.deepcopy(trained_model(config))
         for block in model.transformer.h:
             block.gate = torch.nn.Parameter(torch.empty(5, 100, device="meta"))
+            block.number = torch.nn.Parameter(torch.empty((), device="meta"))
         return model
 
     cluster = Cluster("A100", 2, 2)
@@ -185,7 +198,7 @@ def test_a_mixture_has_the_vocabulary_of_its_parts(capsys: pytest.CaptureFixture
         (main_plan, ["--gpus=8", "--budget=1min"], "--budget has no effect with --gpus"),
         (main_plan, ["--gpus=8", "--print_config"], "--print_config has no effect with --gpus"),
         (main_plan, ["--gpus=8", "--parallel=hsdp"], "--parallel=hsdp cannot train on 1 x 8 H100: choose ddp or fsdp"),
-        (main_plan, ["--gpus=8", "--gpu=t4", "--parallel=fsdp"], "--parallel=fsdp cannot train in float16 T4: choose"),
+        (main_plan, ["--gpus=8", "--gpu=t4", "--parallel=hsdp"], "cannot train on 1 x 8 T4: choose ddp or fsdp"),
         (main, ["--gpus=8"], "--gpus estimates a run on other machines: use it with llm-plan"),
     ],
 )

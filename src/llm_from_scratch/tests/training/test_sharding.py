@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import Config, GPTConfig, OptimizerConfig, SystemConfig
+from llm_from_scratch.core import model as models
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.packing import PackedData
@@ -135,12 +137,6 @@ def final(out_dir: Path) -> dict[str, Tensor]:
     return load_checkpoint(find_checkpoint(out_dir, "last")).model
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """{name of settings: the weights of one process's run}"""
-    return {}
-
-
 def equal(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-6) -> None:
     for name, tensor in expected.items():
         apart = float((found[name] - tensor).norm() / tensor.norm())
@@ -179,6 +175,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed blocks, a loss in chunks": {"gradient_checkpointing": True, "chunked_loss": True, **ODD},
     "a budget": {"activation_budget": 2e-5, **ODD},
     "bfloat16": {"dtype": "bfloat16", **ODD},
+    "float16": {"dtype": "float16", **ODD},
 }
 
 
@@ -190,7 +187,7 @@ def test_kernels_work_in_shards(name: str, tiny_data: Path, tmp_path: Path) -> N
     sharded = {"parallel": "fsdp", **leaves}
     assert in_ranks(2, trained, tmp_path, tiny_data, tmp_path / "many", sharded) == [0, 0]
     assert trained(tiny_data, tmp_path / "one", leaves) == 0
-    equal(final(tmp_path / "many"), final(tmp_path / "one"), 2e-2 if name == "bfloat16" else 1e-5)
+    equal(final(tmp_path / "many"), final(tmp_path / "one"), {"bfloat16": 2e-2, "float16": 2e-3}.get(name, 1e-5))
 
 
 @SLOW
@@ -280,17 +277,25 @@ def test_moments_in_bfloat16_do_not_depend_on_the_shards(tmp_path: Path) -> None
             assert torch.equal(sharded[name], tensor), name
 
 
-def skipped(dataset: Path, out_dir: Path) -> tuple[list[bool], bool]:
-    """Step 1 has a gradient that is not finite on rank 1. Returns the verdicts, and whether that step left this
-    process's rows as they were."""
-    leaves = {**SETTINGS, "parallel": "fsdp", "progress": "none"}
+def skipped(dataset: Path, out_dir: Path, dtype: str) -> tuple[list[bool], bool, float]:
+    """Step 1 is not finite on rank 1: its loss, or in float16 the rows of a gradient, as if they overflowed. Returns
+    the verdicts, whether that step left this process's rows as they were, and the last scale of the loss."""
+    leaves = {**SETTINGS, "parallel": "fsdp", "progress": "none", "dtype": dtype}
     config = tiny_config(dataset, out_dir=str(out_dir), **leaves)
     verdicts = []
     with open_run(config, None, "llm-train", None) as run, torch.no_grad():
+        unscale = run.scaler.unscale_
+
+        def overflow(optimizer: torch.optim.Optimizer) -> None:
+            if run.state.step == 1 and run.runtime.rank == 1 and run.scaler.is_enabled():
+                local(run.model.lm_head.weight.grad).fill_(float("inf"))
+            unscale(optimizer)
+
+        run.scaler.unscale_ = overflow  # type: ignore[method-assign]
         for step in range(3):
             before = [local(p).clone() for p in run.model.parameters()]
             hook = None
-            if step == 1 and run.runtime.rank == 1:
+            if step == 1 and run.runtime.rank == 1 and dtype == "float32":
                 hook = run.model.register_forward_hook(lambda m, a, out: (out[0], out[1] * float("nan")))
             with torch.enable_grad():
                 verdicts.append(bool(train_step(run, *run.next_batch()).skipped))
@@ -300,11 +305,51 @@ def skipped(dataset: Path, out_dir: Path) -> tuple[list[bool], bool]:
             if step == 1:
                 unchanged = all(same)
         run.report_steps(wait=True)
-    return verdicts, unchanged
+        return verdicts, unchanged, run.scaler.get_scale()
 
 
 @SLOW
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_is_skipped_in_all_shards(tiny_data: Path, tmp_path: Path) -> None:
-    results = in_ranks(2, skipped, tmp_path, tiny_data, tmp_path / "run")
-    assert results == [([False, True, False], True)] * 2
+@pytest.mark.parametrize("dtype, scale", [("float32", 1.0), ("float16", 2.0**15)])
+def test_what_is_not_finite_is_skipped_in_all_shards(dtype: str, scale: float, tiny_data: Path, tmp_path: Path) -> None:
+    """In float16 it also halves the scale of every process, which is 2^16 at first."""
+    results = in_ranks(2, skipped, tmp_path, tiny_data, tmp_path / "run", dtype)
+    assert results == [([False, True, False], True, scale)] * 2
+
+
+class Gated(models.Block):
+    """A researcher's first edit: a learned number."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.gate = torch.nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return x + self.gate * (super().forward(x, *more) - x)
+
+
+def gated(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> int:
+    with mock.patch.object(models, "Block", Gated):
+        return trained(dataset, out_dir, leaves)
+
+
+@SLOW
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "leaves"),
+    [
+        (2, {"parallel": "fsdp", "reshard_after_forward": False, "optimizer_type": "muon"}),
+        (4, {"parallel": "hsdp", "shard_group": 2}),
+    ],
+)
+def test_a_learned_number_trains_beside_shards(
+    processes: int, leaves: dict[str, Any], tiny_data: Path, tmp_path: Path
+) -> None:
+    """FSDP2 does not shard parameters without a dimension."""
+    assert in_ranks(processes, gated, tmp_path, tiny_data, tmp_path / "many", leaves) == [0] * processes
+    alone = {name: value for name, value in leaves.items() if name == "optimizer_type"}
+    assert gated(tiny_data, tmp_path / "one", alone) == 0
+    equal(final(tmp_path / "many"), final(tmp_path / "one"), 1e-5 if alone else 1e-6)
+    gates = [tensor for name, tensor in final(tmp_path / "many").items() if name.endswith("gate")]
+    assert len(gates) == 2 and all(abs(float(gate) - 0.7) > 1e-3 for gate in gates)
+    assert gated(tiny_data, tmp_path / "many", alone | {"init_from": "resume", "max_iters": 22}) == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import math
 import shutil
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from safetensors import safe_open
 
 from llm_from_scratch.checkpoint import store as cp
 from llm_from_scratch.checkpoint.load import load
+from llm_from_scratch.cli.evaluate import main as evaluate
 from llm_from_scratch.cli.export import main as export
 from llm_from_scratch.cli.generate import main as generate
 from llm_from_scratch.cli.train import main as train
 from llm_from_scratch.training import trainer
+from llm_from_scratch.training.optimizer import optimizer_state
+from llm_from_scratch.training.run import open_run
 
+from ..contract.test_llm_serve import running
 from ..ranks import in_ranks
-from ..tiny import arguments, read_metrics
+from ..tiny import arguments, read_metrics, tiny_config
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {
@@ -128,6 +134,60 @@ def test_what_fsdp_saved_is_resumed_by_others(here: Path, tiny_data: Path) -> No
     for name in ("three", "one"):
         assert_equal(state(name, 4), saved)
         assert_close(state(name, 8), state("whole", 8))
+
+
+def held(dataset: Path, out_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every tensor that a run has read when it resumes; torch gathers the shards."""
+    leaves = {**SETTINGS, "out_dir": str(out_dir), "init_from": "resume", "progress": "none", **settings}
+    with open_run(tiny_config(dataset, **leaves), None, "llm-train", None) as run:
+        slots = optimizer_state(run.optimizer)["state"].items()
+        moments = {f"{name}/{slot}": torch.as_tensor(value) for name, of in slots for slot, value in of.items()}
+        found: dict[str, Any] = run.model.state_dict() | moments
+        return {name: (t.full_tensor() if hasattr(t, "device_mesh") else t).clone() for name, t in found.items()}
+
+
+def read_plainly(folder: Path) -> dict[str, Any]:
+    """The weights, by safetensors and the places in the headers alone."""
+    parts: dict[str, list[tuple[int, Any]]] = {}
+    for path in folder.glob("model-*-of-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            places = json.loads((file.metadata() or {}).get("parts", "{}"))
+            for name in file.keys():
+                parts.setdefault(name, []).append((places.get(name, [0, 0])[1], file.get_tensor(name)))
+    return {name: torch.cat([t for _, t in sorted(rows, key=lambda row: row[0])]) for name, rows in parts.items()}
+
+
+def test_what_four_processes_of_fsdp_saved_is_read_everywhere_bit_for_bit(here: Path, tiny_data: Path) -> None:
+    """By 3, 2 and 1 processes, without torch.distributed, and by the commands."""
+    run(4, dataset=tiny_data, out_dir="cut", parallel="fsdp", max_iters=4, optimizer_type="muon")
+    assert len([*Path("cut/step-00000004").glob("model-*-of-00004.safetensors")]) == 4
+    saved = state("cut", 4)
+    plain = read_plainly(Path("cut/step-00000004"))
+    assert_equal(plain, {name: saved[name] for name in plain})
+    for ranks, settings in ((3, {"parallel": "fsdp"}), (2, {"parallel": "ddp"}), (1, {"parallel": "fsdp"}), (0, {})):
+        given = (tiny_data, here / "cut", {"optimizer_type": "muon", **settings})
+        for found in in_ranks(ranks, held, here, *given) if ranks else [held(*given)]:
+            assert_equal(found, saved)
+    found = load("cut", need_tokenizer=False)
+    again = {name: getattr(found, name) for name in ("step", "model_config", "model", "trainer")}
+    cp.save_checkpoint("whole", run_id="x", config=found.config, tokenizer=found.tokenizer, **again)
+    assert (Path("whole") / "step-00000004" / "model.safetensors").is_file()
+    answers = []
+    for name in ("cut", "whole"):
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            assert generate([f"--out_dir={name}", "--max_new_tokens=30", "--num_samples=1", "--device=cpu"]) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as evaluation:
+            words = [f"--out_dir={name}", f"--dataset={tiny_data}", "--device=cpu", "--json=True"]
+            assert evaluate(words) == 0
+        with running(f"--out_dir={name}", "--model_name=m") as (_, url):
+            body = json.dumps({"model": "m", "prompt": "ba", "max_tokens": 8, "temperature": 0}).encode()
+            request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                served = json.load(reply)["choices"][0]["text"]
+        assert export([f"--checkpoint={name}", "--format=hf", f"--output={name}-hf"]) == 0
+        exported = Path(f"{name}-hf/model.safetensors").read_bytes()
+        answers.append((text.getvalue(), json.loads(evaluation.getvalue())["loss"], served, exported))
+    assert answers[0] == answers[1] and all(answers[0])
 
 
 def test_a_run_rolls_back_to_shards_prunes_and_cools_down(here: Path, tiny_data: Path) -> None:
