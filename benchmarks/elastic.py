@@ -57,13 +57,13 @@ def _elastic(folder: Path, out_dir: Path, options: argparse.Namespace) -> list[t
     environment, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder / "log.txt"
     with open(log, "w") as output:
         first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        _await_steps(out_dir, 1, first)
+        _await_steps(out_dir, 1, first, log)
         time.sleep(options.join)
         second = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         while "processes: 2" not in log.read_text():
             assert first.poll() is None, log.read_text()[-2000:]
             time.sleep(0.2)
-        _await_steps(out_dir, len((out_dir / "metrics.jsonl").read_text().splitlines()) + 2, first)
+        _await_steps(out_dir, len((out_dir / "metrics.jsonl").read_text().splitlines()) + 2, first, log)
         time.sleep(options.leave)
         second.send_signal(signal.SIGKILL)
         second.wait()
@@ -80,10 +80,10 @@ def _elastic(folder: Path, out_dir: Path, options: argparse.Namespace) -> list[t
     return [part for part, after in zip(parts, [*parts[1:], (0, -1)], strict=True) if part[1] != after[1]]
 
 
-def _await_steps(out_dir: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
+def _await_steps(out_dir: Path, lines: int, process: subprocess.Popen[bytes], log: Path) -> None:
     path = out_dir / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < lines:
-        assert process.poll() is None
+        assert process.poll() is None, log.read_text()[-2000:]
         time.sleep(0.1)
 
 
