@@ -1,8 +1,8 @@
-"""Products of a few rows, and whole decode steps, by a kernel in C (rows.c, step.c), which the system's compiler builds
-on first use.
+"""Products of a few rows, whole decode steps and layers of training by a library in C (rows.c, step.c, layers.c), which
+the system's compiler builds on first use.
 
 The library is kept in the user's cache folder, under a hash of its source. Each process compares it with torch before
-it is used. Without a compiler, or if anything fails, products remain torch's.
+it is used. Without a compiler, or if anything fails, torch computes all of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..machine.files import open_whole
 
 VARIABLE = "LLM_KERNEL"
 CHOICES = ("auto", "compiled", "torch")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c", "layers.c"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
 LIMIT = 60  # seconds to compile
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -58,6 +58,8 @@ class Kernel:
     multiply: Any
     run: Any
     """run(operations, count, blocks, threads): see step.c."""
+    layers: Any
+    """The functions of layers.c."""
     has_avx512: bool
 
     def rows(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Rows | None:
@@ -103,12 +105,20 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, scales
 
 
-def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None:
-    """The compiled kernel, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
-    reports why it is not used. Raises UserError for a wrong value of LLM_KERNEL."""
+def wanted_kernel() -> str:
+    """The value of LLM_KERNEL. Raises UserError for a wrong one."""
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted not in CHOICES:
         raise UserError(f"{VARIABLE}={wanted}: expected {', '.join(CHOICES[:-1])} or {CHOICES[-1]}")
+    return wanted
+
+
+def find_kernel(
+    say: Callable[[str], None], large: bool = True, without: str = "decoding with torch's products"
+) -> Kernel | None:
+    """The compiled kernel, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
+    reports why it is not used, and what happens `without` it. Raises UserError for a wrong value of LLM_KERNEL."""
+    wanted = wanted_kernel()
     if wanted == "torch":
         return None
     missing = lacking()
@@ -118,7 +128,7 @@ def find_kernel(say: Callable[[str], None], large: bool = True) -> Kernel | None
     if isinstance(found, Kernel):
         return found
     if wanted == "compiled" or not missing:
-        say(f"decoding with torch's products: {found}")
+        say(f"{without}: {found}")
     return None
 
 
@@ -177,7 +187,12 @@ def load_kernel() -> Kernel | str:
     if not level:
         return "the compiled kernel needs AVX2"
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
-    kernel = Kernel(library.multiply, library.run, level == 2)
+    places, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
+    library.normalize.argtypes = [*[places] * 4, number, number, ctypes.c_float, flag, flag]
+    library.normalize_back.argtypes = [*[places] * 6, number, number, flag, flag]
+    library.attention.argtypes = [places, flag, flag]
+    kernel = Kernel(library.multiply, library.run, library, level == 2)
     return kernel if is_right(kernel) else "the compiled kernel gives other results"
 
 

@@ -58,6 +58,8 @@ class Runtime:
     """How processes share the model: ddp, fsdp or hsdp."""
     shards: int = 1
     """Processes that share one copy of the model."""
+    compiled_layers: bool = False
+    """Whether activations, RMSNorm and attention run in C on a CPU (kernels/layers.py)."""
 
     @property
     def is_master(self) -> bool:

@@ -33,7 +33,7 @@ from .parallel import with_parallel
 from .plan import Plan, dataset_hashes, part_hashes
 from .preferences import PreferenceData
 from .resume import differences, same_machine, same_micro_batch
-from .wrap import compiled_where_it_pays
+from .wrap import compiled_where_it_pays, with_layers
 
 COMMAND_LINE = "command line"
 KNOWN_INITS = ("scratch", "resume", "auto", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -164,7 +164,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     plan = dataclasses.replace(plan, keep_memory=keeps_memory(plan))
     if resumed is None and not training.eval_only:  # a resumed run compiles if it did before
         flops = plan.sizes.flops_per_token * plan.tokens_per_step * last_step / runtime.world_size
-        plan = dataclasses.replace(plan, runtime=compiled_where_it_pays(config, runtime, flops))
+        runtime = with_layers(config, compiled_where_it_pays(config, runtime, flops), flops)
+        plan = dataclasses.replace(plan, runtime=runtime)
     return plan
 
 

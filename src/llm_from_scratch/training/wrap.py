@@ -22,9 +22,11 @@ from ..core.adapters import adapter_of, freeze, unfreeze
 from ..core.cache import Documents
 from ..core.model import GPT, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
+from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
+from ..kernels.layers import layer_replacements
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
@@ -38,6 +40,7 @@ from .sharding import averaged_numbers, placed_as, replace_parameters, rows_of
 
 CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # FLOP/s of a training thread, about
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
+REPAYS_LIBRARY = 1  # minutes of a run, for the layers in C: they compile in seconds
 NARROW = 256
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22  # with fewer, the plain loss is as fast (measured on a CPU)
 LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU probably waits for kernel launches; not measured
@@ -120,6 +123,8 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
+    if runtime.compiled_layers and find_kernel(say, without="training with torch's layers"):
+        replacements = layer_replacements(replacements)
     libraries = fitting_libraries(model, config, runtime, micro_batch)
     if any(ONEDNN in found for found in libraries.values()):
         replacements |= {Linear: CPULinear, Head: CPUHead}
@@ -206,6 +211,20 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     reason = f"pays off in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler here (CXX)"
     reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
+
+
+def with_layers(config: Config, runtime: Runtime, flops: float) -> Runtime:
+    """compiled_layers for a run of `flops` operations in float32 on a CPU, if the library is there or repays its
+    compilation."""
+    wanted = wanted_kernel()
+    if wanted == "torch" or runtime.device.type != "cpu" or runtime.dtype != torch.float32 or runtime.compile:
+        return runtime
+    threads = runtime.threads or torch.get_num_threads()
+    repaid = flops / (threads * CPU_FLOPS[runtime.dtype]) >= 60 * REPAYS_LIBRARY
+    if wanted == "auto" and (lacking() or not (repaid or is_built())):
+        return runtime
+    reasons = {} if lacking() else {"layers": "compiled C, faster than torch's on a CPU (LLM_KERNEL=torch: without)"}
+    return dataclasses.replace(runtime, compiled_layers=True, reasons=runtime.reasons | reasons)
 
 
 def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:

@@ -1,0 +1,166 @@
+"""Layers for training in float32 on a CPU, forward and backward in C (layers.c): activations, RMSNorm, attention.
+
+Each equals the module of core/model.py that it replaces, except for rounding. Where the C code does not fit, the
+replaced module's own forward runs: in inference mode too, because decoding records torch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..core.model import Attention, ReLUSquared, RMSNorm, SwiGLU
+from .compiled import Kernel, load_kernel
+from .cpu import CPUReLUSquared, CPURMSNorm, CPUSwiGLU
+
+WHOLE = 16  # the length of a row is a multiple of it
+ACTIVATIONS = {"none": 0, "tanh": 2, "swiglu": 4, "relu2": 6}  # of layers.c; the gradient has the next number
+LONGEST = 1024  # tokens of a row up to which attention is faster than torch's
+
+
+def layer_replacements(replacements: dict[type, type]) -> dict[type, type]:
+    """These replacements for kernels.swap, with the layers in C. An attention that is already there remains: it has
+    dropout or a mask."""
+    found: dict[type, type] = {RMSNorm: CompiledRMSNorm, nn.GELU: CompiledGELU}
+    found |= {SwiGLU: CompiledSwiGLU, ReLUSquared: CompiledReLUSquared}
+    return {Attention: CompiledAttention} | replacements | found
+
+
+def are_used(model: nn.Module) -> bool:
+    kinds = (CompiledRMSNorm, CompiledGELU, CompiledSwiGLU, CompiledReLUSquared, CompiledAttention)
+    return any(isinstance(module, kinds) for module in model.modules())
+
+
+def _kernel() -> Kernel:
+    kernel = load_kernel()
+    assert isinstance(kernel, Kernel)
+    return kernel
+
+
+def _fits(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors) and _are_rows(*tensors)
+
+
+def _are_rows(*tensors: Tensor) -> bool:
+    """Whether the C code can read them: float32, and rows of whole vectors. None in inference mode or autocast."""
+    fit = all(t.dtype == torch.float32 and t.stride(-1) == 1 and t.size(-1) % WHOLE == 0 for t in tensors)
+    return fit and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+class CompiledGELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Activation.apply(ACTIVATIONS[self.approximate], x) if _fits(x) else super().forward(x)
+
+
+class CompiledSwiGLU(CPUSwiGLU):
+    def forward(self, gate: Tensor, x: Tensor) -> Tensor:
+        fits = _fits(gate, x) and gate.shape == x.shape
+        return _Activation.apply(ACTIVATIONS["swiglu"], gate, x) if fits else super().forward(gate, x)
+
+
+class CompiledReLUSquared(CPUReLUSquared):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Activation.apply(ACTIVATIONS["relu2"], x) if _fits(x) else super().forward(x)
+
+
+class CompiledRMSNorm(CPURMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return _Normalize.apply(x, self.weight, self.eps) if _fits(x, self.weight) else super().forward(x)
+
+
+class CompiledAttention(Attention):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        fits = causal and mask is None and not (self.training and self.dropout) and q.size(2) <= LONGEST
+        if fits and _are_rows(q, k, v):
+            return _CausalAttention.apply(q, k, v)
+        return super().forward(q, k, v, mask, causal)
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.code = code
+        y = torch.empty_like(inputs[0])
+        _activate(code, inputs, (y,))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in inputs]
+        _activate(ctx.code + 1, (*inputs, grads[0].contiguous()), gradients)
+        return None, *gradients
+
+
+def _activate(code: int, inputs: Any, outputs: Any) -> None:
+    kernel = _kernel()
+    a, b, c = ([t.data_ptr() for t in inputs] + [None, None])[:3]
+    y, z = ([t.data_ptr() for t in outputs] + [None])[:2]
+    kernel.layers.activation(code, a, b, c, y, z, inputs[0].numel(), kernel.has_avx512, torch.get_num_threads())
+
+
+class _Normalize(torch.autograd.Function):
+    """RMSNorm over the last dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, width, kernel = torch.empty_like(x), x.size(-1), _kernel()
+        scale = x.new_empty(x.numel() // width)
+        places, how = _places(x, weight, y, scale), (kernel.has_avx512, torch.get_num_threads())
+        kernel.layers.normalize(*places, len(scale), width, eps, *how)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight, kernel = torch.empty_like(x), torch.empty_like(weight), _kernel()
+        places = _places(x, weight, grads[0].contiguous(), scale, dx, dweight)
+        how = kernel.has_avx512, torch.get_num_threads()
+        if kernel.layers.normalize_back(*places, len(scale), x.size(-1), *how):
+            raise MemoryError
+        return dx, dweight, None
+
+
+def _places(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+class _CausalAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D)) v; a token attends to itself and those before it. q: (B, H, T, D); k, v: (B, Hkv, T, D).
+    Stores only the norm of each query's weights, which backward computes again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, T, D = q.shape
+        y = q.new_empty(B, T, H, D).transpose(1, 2)  # the next product needs the heads side by side
+        norms = q.new_empty(B, H, T)
+        _attend(norms, k.size(1), q, k, v, y)
+        ctx.save_for_backward(q, k, v, norms)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, norms = ctx.saved_tensors
+        (B, H, T, D), G, dy = q.shape, k.size(1), grads[0]
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        gradients = q.new_empty(B, T, H + 2 * G, D).transpose(1, 2).split((H, G, G), dim=1)
+        _attend(norms, G, q, k, v, dy, *gradients)
+        return gradients
+
+
+VIEWS = 7
+
+
+def _attend(norms: Tensor, groups: int, *views: Tensor) -> None:
+    kernel, (B, H, T, D) = _kernel(), views[0].shape
+    numbers = [n for t in views for n in (t.data_ptr(), *t.stride()[:3])] + [0] * (4 * (VIEWS - len(views)))
+    numbers += [norms.data_ptr(), B, H, groups, T, D, 0, 0, 0, 0]
+    job = (ctypes.c_long * len(numbers))(*numbers)
+    if kernel.layers.attention(ctypes.addressof(job), kernel.has_avx512, torch.get_num_threads()):
+        raise MemoryError

@@ -1,0 +1,293 @@
+"""The layers in C: against float64, with AVX2 and AVX-512, in whole models, and when they cannot be used."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.config import Config, GPTConfig, SystemConfig
+from llm_from_scratch.core import model as models
+from llm_from_scratch.core.model import GPT, Attention, ReLUSquared, RMSNorm, SwiGLU
+from llm_from_scratch.kernels import compiled, layers, recompute
+from llm_from_scratch.kernels.compiled import Kernel, find_kernel
+from llm_from_scratch.kernels.cpu import CPUAttention, plain_attention
+from llm_from_scratch.machine.device import Runtime, resolve
+from llm_from_scratch.training import wrap
+from llm_from_scratch.training.trainer import train
+from llm_from_scratch.training.wrap import exchange, with_layers
+
+from ..tiny import tiny_config
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    if compiled.lacking():
+        pytest.skip(str(compiled.lacking()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
+        patch.setenv(compiled.VARIABLE, "auto")
+        compiled.load_kernel.cache_clear()
+        found = find_kernel(pytest.fail)
+        assert found is not None
+        yield found
+        compiled.load_kernel.cache_clear()
+
+
+@pytest.fixture(params=["AVX2", "AVX-512"])
+def level(kernel: Kernel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    if request.param == "AVX-512" and not kernel.has_avx512:
+        pytest.skip("this processor has no AVX-512")
+    found = dataclasses.replace(kernel, has_avx512=request.param == "AVX-512")
+    monkeypatch.setattr(layers, "load_kernel", lambda: found)
+    return found
+
+
+def as_compiled(module: Any) -> Any:
+    module.__class__ = layers.layer_replacements({})[type(module)]
+    return module
+
+
+def values(module: Callable[..., Tensor], parameters: list[Tensor], *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and gradients of a weighted sum of them."""
+    leaves = [*[x.detach().requires_grad_() for x in inputs], *parameters]
+    y = module(*leaves[: len(inputs)])
+    weights = torch.arange(y.numel(), dtype=DOUBLE).cos().view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weights.to(y.dtype)).sum(), leaves)]
+
+
+def compare(module: Any, *inputs: Tensor, tolerance: float = 1e-6) -> None:
+    exact = copy.deepcopy(module).double()
+    expected = values(exact, list(exact.parameters()), *(x.double() for x in inputs))
+    found = values(as_compiled(module), list(module.parameters()), *inputs)
+    for a, b in zip(expected, found, strict=True):
+        assert b.dtype == torch.float32 and (b - a).norm() <= tolerance * a.norm()
+        assert (b - a).abs().max() <= 4 * tolerance * a.abs().max()
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "relu2": ReLUSquared, "swiglu": SwiGLU
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_are_those_of_float64(level: Kernel, name: str) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.cat((torch.linspace(-12, 12, 20_000), torch.randn(20_000))).view(-1, 32) for _ in range(2)]
+    inputs[1] = inputs[1].flip(0)
+    compare(ACTIVATIONS[name](), *inputs[: 2 if name == "swiglu" else 1])
+
+
+def test_the_tail_of_gelu_keeps_its_digits(level: Kernel) -> None:
+    """Where 1 + erf(x) would have lost them."""
+    x = torch.linspace(-5, -3, 1024)
+    found = as_compiled(nn.GELU())(x).double()
+    assert ((found / F.gelu(x.double())) - 1).abs().max() < 3e-6
+    extreme = as_compiled(nn.GELU())(torch.tensor([-100.0, 100.0, 1e30, 0.0] * 4))
+    assert extreme.tolist() == [0.0, 100.0, pytest.approx(1e30), 0.0] * 4
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 11, 48), (100, 384), (2100, 16)])
+def test_norms_are_those_of_float64(level: Kernel, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = RMSNorm(shape[-1])
+    nn.init.normal_(module.weight)
+    compare(module, torch.randn(shape) + 3)
+
+
+SHAPES = [
+    (2, 4, 4, 64, 32), (1, 4, 2, 200, 16), (3, 2, 1, 5, 48), (2, 1, 1, 2, 16), (1, 2, 2, 129, 64)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_is_that_of_float64(level: Kernel, shape: tuple[int, int, int, int, int]) -> None:
+    """Of views of one fused projection, as the model has them."""
+    B, H, G, T, D = shape
+    torch.manual_seed(0)
+
+    def attend(fused: Tensor, module: Any = None) -> Tensor:
+        q, k, v = fused.transpose(1, 2).split((H, G, G), dim=1)
+        return plain_attention(q, k, v, None, 0.0, True) if module is None else module(q, k, v, None, True)
+
+    fused, module = 2 * torch.randn(B, T, H + 2 * G, D), as_compiled(Attention(0.0))
+    expected = values(attend, [], fused.double())
+    for a, b in zip(expected, values(lambda x: attend(x, module), [], fused), strict=True):
+        assert (b - a).norm() <= 1e-6 * a.norm() and (b - a).abs().max() <= 4e-6 * a.abs().max()
+
+
+def test_threads_do_not_change_a_result(level: Kernel) -> None:
+    torch.manual_seed(0)
+    x, heads, before, results = torch.randn(300, 64), torch.randn(3, 8, 70, 16), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norm = as_compiled(RMSNorm(64))
+            found = values(norm, list(norm.parameters()), x) + values(as_compiled(nn.GELU()), [], x)
+            attend = as_compiled(Attention(0.0))
+            results.append(found + values(lambda q, a=attend: a(q, q, q, None, True), [], heads))
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_what_the_code_does_not_fit_is_torchs(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "load_kernel", lambda: pytest.fail("used"))
+    odd, whole = torch.randn(3, 20), torch.randn(3, 32)
+    for x in (odd, whole.double(), whole.bfloat16(), whole.repeat(1, 2)[:, ::2]):
+        torch.testing.assert_close(as_compiled(nn.GELU())(x), F.gelu(x))
+        norm = as_compiled(RMSNorm(x.size(-1)).to(x.dtype))
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (x.size(-1),), norm.weight, norm.eps))
+    q, attend = torch.randn(1, 2, 8, 16), as_compiled(Attention(0.5))
+    attend(q, q, q, None, True)  # dropout
+    expected = F.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(attend.eval()(q, q, q, None, False), expected)
+    with torch.inference_mode():  # a decode step is recorded
+        torch.testing.assert_close(as_compiled(nn.GELU())(whole), F.gelu(whole))
+
+
+SHAPE: dict[str, Any] = {"block_size": 40, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 32}
+MODERN: dict[str, Any] = {"pos_embedding": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}
+
+
+def exchanged(one: GPT) -> tuple[GPT, list[str]]:
+    config, said = Config(model=one.config), list[str]()
+    config.system = SystemConfig(device="cpu", dtype="float32", compile=False)
+    runtime = dataclasses.replace(resolve(config.system), compiled_layers=True)
+    exchange(one, config, runtime, 4, said.append)
+    return one, said
+
+
+def loss_and_gradients(one: GPT) -> list[Tensor]:
+    ids = torch.arange(123).view(3, 41) * 7 % 31
+    loss = one(ids[:, :-1], ids[:, 1:])[1]
+    return [loss.detach(), *torch.autograd.grad(loss, list(one.parameters()))]
+
+
+@pytest.fixture
+def allowed(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, "compiled")
+
+
+VARIANTS: list[dict[str, Any]] = [{}, MODERN, {"activation": "gelu_tanh"}, {"activation": "relu2"}, {"dropout": 0.1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_a_model_learns_as_without_them(
+    allowed: None, changes: dict[str, Any], recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(**SHAPE | changes))
+    monkeypatch.setattr(recompute, "WORTH_IT", 0 if recomputed else 1 << 40)
+    model, said = exchanged(copy.deepcopy(plain))
+    assert not [line for line in said if "core/model.py" in line]
+    attention = CPUAttention if changes.get("dropout") else layers.CompiledAttention
+    assert isinstance(model.transformer.h[0].attn.attend, attention)
+    assert isinstance(model.transformer.h[0].ln_1, layers.CompiledRMSNorm) == (changes is MODERN)
+    for a, b in zip(loss_and_gradients(plain.eval()), loss_and_gradients(model.eval()), strict=True):
+        assert (b - a).norm() <= 1e-5 * a.norm()
+    assert layers.are_used(model) and set(model.state_dict()) == set(plain.state_dict())
+
+
+EDITS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "RMSNorm": (RMSNorm, lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight + 0.5, self.eps)),
+    "GELU": (nn.GELU, lambda self, x: F.gelu(x) * 1.1),
+    "Attention": (Attention, lambda self, q, k, v, mask, causal: plain_attention(2 * q, k, v, mask, 0.0, causal)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_an_edited_layer_is_used_and_one_line_says_so(
+    allowed: None, edit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, forward = EDITS[edit]
+    monkeypatch.setattr(cls, "forward", forward)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(**SHAPE, norm="rmsnorm"))
+    model, said = exchanged(copy.deepcopy(plain))
+    assert [line for line in said if f"using core/model.py's {edit}" in line and "different result" in line]
+    for a, b in zip(loss_and_gradients(plain), loss_and_gradients(model), strict=True):
+        assert (b - a).norm() <= 1e-5 * a.norm()
+
+
+@pytest.mark.slow
+def test_an_added_parameter_trains(allowed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, forward = models.Block.__init__, models.Block.forward
+
+    def init(self: Any, config: GPTConfig) -> None:
+        before(self, config)
+        self.gate = nn.Parameter(torch.full((config.n_embd,), 0.5))
+
+    monkeypatch.setattr(models.Block, "__init__", init)
+    monkeypatch.setattr(models.Block, "forward", lambda self, x, *rest: forward(self, x, *rest) * self.gate)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(**SHAPE))
+    model, said = exchanged(copy.deepcopy(plain))
+    assert layers.are_used(model)
+    for a, b in zip(loss_and_gradients(plain), loss_and_gradients(model), strict=True):
+        assert (b - a).norm() <= 1e-5 * a.norm()
+
+
+def chosen(flops: float, **changes: Any) -> Runtime:
+    config = Config()
+    config.system = SystemConfig(device="cpu", dtype="float32", compile=False, threads=2)
+    return with_layers(config, dataclasses.replace(resolve(config.system), **changes), flops)
+
+
+def test_a_long_run_in_float32_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.VARIABLE, "auto")
+    monkeypatch.setattr(wrap, "lacking", lambda: None)
+    monkeypatch.setattr(wrap, "is_built", lambda: False)
+    minute = 60 * 2 * wrap.CPU_FLOPS[torch.float32]
+    assert chosen(minute).compiled_layers and "LLM_KERNEL" in chosen(minute).reasons["layers"]
+    assert not chosen(minute / 2).compiled_layers
+    assert not chosen(minute, dtype=torch.bfloat16).compiled_layers and not chosen(minute, compile=True).compiled_layers
+    monkeypatch.setattr(wrap, "is_built", lambda: True)
+    assert chosen(0).compiled_layers
+    monkeypatch.setattr(wrap, "lacking", lambda: "there is no C compiler")
+    assert not chosen(minute).compiled_layers
+    monkeypatch.setenv(compiled.VARIABLE, "compiled")  # which reports that it is missing
+    assert chosen(0).compiled_layers and "layers" not in chosen(0).reasons
+    monkeypatch.setenv(compiled.VARIABLE, "torch")
+    assert not chosen(minute).compiled_layers
+
+
+@pytest.mark.slow
+def test_a_resumed_run_makes_the_same_choice(
+    allowed: None, here: Any, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"schedule": "constant", "dtype": "float32", "compile": False, "n_embd": 32}
+    train(tiny_config(tiny_data, **settings, out_dir="whole", max_iters=6))
+    train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=3))
+    assert "layers: compiled C" in capsys.readouterr().out
+    monkeypatch.setenv(compiled.VARIABLE, "auto")
+    monkeypatch.setattr(wrap, "is_built", lambda: False)  # a short run would not build it
+    train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=6, init_from="resume"))
+    assert "not bit-exact" not in capsys.readouterr().out
+    one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("run", "whole"))
+    assert one.trainer["machine"]["compiled_layers"] is other.trainer["machine"]["compiled_layers"] is True
+    assert all(torch.equal(one.model[name], other.model[name]) for name in other.model)
+
+    monkeypatch.setattr(compiled, "lacking", lambda: "there is no C compiler")
+    train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=7, init_from="resume"))
+    assert "not bit-exact from here on: compiled_layers True -> False" in capsys.readouterr().out
+    train(tiny_config(tiny_data, **settings, out_dir="old", max_iters=1))
+    monkeypatch.setattr(compiled, "lacking", lambda: None)
+    monkeypatch.setattr(wrap, "is_built", lambda: True)  # a run without it remains without it
+    train(tiny_config(tiny_data, **settings, out_dir="old", max_iters=2, init_from="resume"))
+    assert "not bit-exact" not in capsys.readouterr().out
