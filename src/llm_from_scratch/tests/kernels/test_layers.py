@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core import model as models
 from llm_from_scratch.core.model import GPT, Attention, ReLUSquared, RMSNorm, SwiGLU
 from llm_from_scratch.kernels import compiled, layers, recompute
-from llm_from_scratch.kernels.compiled import Kernel, find_kernel
+from llm_from_scratch.kernels.compiled import Kernel
 from llm_from_scratch.kernels.cpu import CPUAttention, plain_attention
 from llm_from_scratch.machine.device import Runtime, resolve
 from llm_from_scratch.training import wrap
@@ -29,20 +28,6 @@ from llm_from_scratch.training.wrap import exchange, with_layers
 from ..tiny import tiny_config
 
 DOUBLE = torch.float64
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[Kernel]:
-    if compiled.lacking():
-        pytest.skip(str(compiled.lacking()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(Path(os.environ["LLM_TEST_SHARED"]) / "kernel"))
-        patch.setenv(compiled.VARIABLE, "auto")
-        compiled.load_kernel.cache_clear()
-        found = find_kernel(pytest.fail)
-        assert found is not None
-        yield found
-        compiled.load_kernel.cache_clear()
 
 
 @pytest.fixture(params=["AVX2", "AVX-512"])
