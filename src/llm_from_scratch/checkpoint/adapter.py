@@ -55,15 +55,15 @@ def read_base(raw: dict[str, Any], where: str) -> Base:
 def weights_hash(state: dict[str, Tensor]) -> str:
     """SHA-256 of the names, shapes and numbers (as float32) of a state dict, the same for every file format."""
 
-    def digest(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
+    def digest(name: str) -> bytes:
+        tensor = state[name]  # perhaps read from disk: one per thread in memory
         numbers = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().reshape(-1)
         head = f"{name} {tuple(tensor.shape)} {numbers.dtype} ".encode()
         content: Any = numbers.numpy()
         return hashlib.sha256(head + hashlib.sha256(content).digest()).digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
-        return hashlib.sha256(b"".join(pool.map(digest, sorted(state.items())))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(state)))).hexdigest()
 
 
 def base_of(state: dict[str, Tensor], found: Path | None, name: str, out_dir: Path, rank: int, scale: float) -> Base:

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 FORMAT = {"format": "llm-from-scratch-checkpoint", "version": 1}
 VERSION_OF_SHARDS = 2
+REFERENCE = "reference.safetensors"  # in a run's folder if its checkpoints are from before they held it
 OWN_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors",
              "optimizer.json", "trainer.json", "config.json", "model.json",
-             "adapter.safetensors", "adapter.json", "reference.safetensors")  # fmt: skip
+             "adapter.safetensors", "adapter.json", REFERENCE)  # fmt: skip
 MAX_HEADER = 2 << 20  # bytes of a safetensors header, which opens to twenty times as much; 48 layers have 0.2 MB
 MAX_PATH = 4096  # characters
 
@@ -127,7 +128,7 @@ def write_checkpoint(
             "model.json": lambda: [to_json(dataclasses.asdict(saved.model_config))],
         }
     if (reference := saved.reference) is not None and team.is_first:
-        parts["reference.safetensors"] = lambda: [reference]
+        parts[REFERENCE] = lambda: [reference]
     if saved.base is not None and team.is_first:
         parts["adapter.json"] = lambda: [to_json(vars(saved.base))]
     fields = {
@@ -210,8 +211,8 @@ def load_checkpoint(path: str | Path, weights_only: bool = False, lazily: bool =
         moments = on_disk("optimizer") if lazily else tensors("optimizer")
         found.optimizer = join_optimizer(moments, plain("optimizer.json"), shapes | found.adapter, str(path))
         found.rng = tensors("rng")
-        if "reference.safetensors" in manifest["files"]:
-            found.reference = read_member(path, "reference.safetensors", manifest)
+        if REFERENCE in manifest["files"]:
+            found.reference = read_member(path, REFERENCE, manifest)
     if others := [name for name in manifest["files"] if name not in OWN_FILES and not SHARD.fullmatch(name)]:
         from ..core.tokenizer import Tokenizer
 

@@ -25,14 +25,14 @@ from ..machine.processes import is_restarted, launch
 from ..machine.team import ALONE, Team
 from . import hashed_folder
 from .contents import OWN_FILES as OWN_FILES
-from .contents import Checkpoint, read_manifest, read_settings, verify_checkpoint, write_checkpoint
+from .contents import REFERENCE, Checkpoint, read_manifest, read_settings, verify_checkpoint, write_checkpoint
 from .contents import check_storable as check_storable
 from .contents import load_checkpoint as load_checkpoint
 from .hashed_folder import MANIFEST
 
 # A run's files next to its checkpoints
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "loss.png", "tensorboard", "README.md", "before_after.json",
-             "reference.safetensors")  # fmt: skip
+             REFERENCE)  # fmt: skip
 _STEP = re.compile(r"step-(\d{1,15})(\.old)?")
 T = TypeVar("T")
 

@@ -90,17 +90,13 @@ def adapter_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_adapter(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Copies an adapter's numbers into the model. Raises UserError if it adapts other layers, or has another rank."""
-    own = adapter_of(model)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in saved.items()}:
+def check_adapter(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Raises UserError if a saved adapter is of other layers than the model's, or has another rank."""
+    if {name: t.shape for name, t in adapter_of(model).items()} != {name: t.shape for name, t in saved.items()}:
         raise UserError(
             "the saved adapter has other layers than --lora_targets: leave it as it was, or start a new run from the "
             "saved one (--init_from=FOLDER, another --out_dir)"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
 
 
 def unfreeze(model: GPT) -> None:

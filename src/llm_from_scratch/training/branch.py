@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.contents import read_manifest, write_run_id
+from ..checkpoint.contents import REFERENCE, read_manifest, write_run_id
 from ..checkpoint.store import find_checkpoint, list_checkpoints, read_settings
 from ..config import Config, SchedulerConfig
 from ..errors import UserError
-from ..machine.files import replace_folder, temporary_folder
+from ..machine.files import replace_folder, temporary_folder, write_whole
 from ..settings import flatten
 from .scheduler import learning_rate_at
 
@@ -36,7 +36,10 @@ def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
     if found.resolve() not in steps:
         raise UserError(f"--cooldown needs a step folder of a run, with its optimizer state; {found} is not one")
     step, target = steps[found.resolve()], Path(out_dir) / found.name
-    scheduler = _check_rate(found, step)
+    settings = flatten(Config())  # of what is missing: the new run will have the defaults too
+    for section in read_settings(found).values():
+        settings |= section if isinstance(section, dict) else {}
+    scheduler, reference = _check_rate(settings, step), _older_reference(settings, found)
     others = [path for _, path in list_checkpoints(out_dir) if path.name != found.name]
     if others or target.resolve() == found.resolve():
         hint = shlex.join(["--init_from=resume", f"--out_dir={out_dir}"])
@@ -48,6 +51,8 @@ def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
         with temporary_folder(target) as folder:
             shutil.copytree(found, folder, dirs_exist_ok=True)
             write_run_id(folder, secrets.token_hex(6))
+            if reference is not None:
+                write_whole(Path(out_dir) / REFERENCE, reference.read_bytes())
             replace_folder(target, folder)
     last = step + max(1, round(share * step))
     return {
@@ -62,12 +67,23 @@ def _content(folder: Path) -> dict[str, Any]:
     return {name: entry for name, entry in read_manifest(folder)["files"].items() if name != "trainer.json"}
 
 
-def _check_rate(folder: Path, step: int) -> SchedulerConfig:
-    """The schedule of the step's run. Raises UserError unless the learning rate of the step is the peak, where a
+def _older_reference(settings: dict[str, Any], step: Path) -> Path | None:
+    """The reference of a run with --loss=dpo, if it is in the run's folder and not in the step. Raises UserError if it
+    is in neither."""
+    reference = step.parent / REFERENCE
+    if settings["loss"] != "dpo" or REFERENCE in read_manifest(step)["files"]:
+        return None
+    if not reference.is_file():
+        raise UserError(
+            f"{step} does not hold the reference of its run with --loss=dpo, and {reference} does not exist: put it "
+            "back there, or start a new run from the weights (without --cooldown)"
+        )
+    return reference
+
+
+def _check_rate(settings: dict[str, Any], step: int) -> SchedulerConfig:
+    """The schedule of a step's run. Raises UserError unless the learning rate of the step is the peak, where a
     cool-down begins."""
-    settings = flatten(Config())  # of what is missing: the new run will have the defaults too
-    for section in read_settings(folder).values():
-        settings |= section if isinstance(section, dict) else {}
     scheduler = SchedulerConfig(**{item.name: settings[item.name] for item in dataclasses.fields(SchedulerConfig)})
     scheduler.lr_ends = {int(begin): end for begin, end in scheduler.lr_ends.items()}  # JSON has text keys
     peak = settings["learning_rate"]

@@ -69,7 +69,6 @@ def _group(config: Config, world: int) -> int:
 def _refuse(config: Config, kind: str) -> None:
     """Raises UserError for what does not work with a sharded model."""
     unfit = {
-        "lora_rank": config.finetune.lora_rank is not None,
         "before_after": config.finetune.before_after is True,
         "eval_tasks": config.training.eval_tasks is not None,
         "fp8": config.system.fp8,

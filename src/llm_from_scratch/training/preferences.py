@@ -18,6 +18,7 @@ from safetensors.torch import load
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checkpoint.contents import REFERENCE
 from ..config import FinetuneConfig
 from ..core.cache import Documents
 from ..core.dataset import TokenData
@@ -29,7 +30,6 @@ from ..errors import DataError, UserError, one_line
 from ..machine.files import read_file
 from .evaluate import windows_at_once
 
-FILE = "reference.safetensors"
 MAX_FILE = 1 << 31  # bytes
 
 
@@ -132,7 +132,7 @@ def _stored(
     content: bytes | None, out_dir: Path, step: int, identity: str, splits: dict[str, Any]
 ) -> dict[str, Tensor]:  # fmt: skip
     """m0 from a step's checkpoint, or from the run's folder if it was made before checkpoints had it."""
-    path = out_dir / FILE if content is None else out_dir / f"step-{step:08d}" / FILE
+    path = out_dir / REFERENCE if content is None else out_dir / f"step-{step:08d}" / REFERENCE
     try:
         content = read_file(path, MAX_FILE) if content is None else content
         found = load(content)
@@ -156,7 +156,7 @@ def _margins(run: Any, data: PreferenceData) -> Tensor:
     size, was_training = windows_at_once(run.model, data.block_size), run.model.training
     run.model.eval()
     for at in range(0, len(rows), size):
-        if run.stop.signum is not None:
+        if run.stop.agree(run.stop.signum is not None):
             raise KeyboardInterrupt  # nothing is trained yet
         (x, y), numbers, *_ = data.batch(rows, data.block_size, slice(at, at + size))
         idx, targets, documents = (torch.from_numpy(part).to(run.runtime.device) for part in (x, y, numbers))

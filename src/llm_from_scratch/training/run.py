@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
 from ..config import Config
-from ..core.adapters import load_adapter
+from ..core.adapters import check_adapter
 from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
@@ -346,7 +346,8 @@ class Run:
 
     def _restore(self, saved: checkpoints.Checkpoint) -> list[str]:
         """Restores all but the model's own weights from a checkpoint. Returns what cannot be restored."""
-        load_adapter(self.model, saved.adapter)
+        check_adapter(self.model, saved.adapter)
+        load_weights(self.model, saved.adapter)
         notes = restore(saved, self.state, self.optimizer, self.scaler, self.runtime, self.config)
         self.guard.detector.recent = self.state.recent_losses
         return notes

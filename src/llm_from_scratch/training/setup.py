@@ -56,7 +56,6 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     inputs = check(config)
     if config.finetune.loss == "dpo":
         config.system.compile = config.training.chunked_loss = False  # its loss has another shape in each step
-        config.system.parallel = "ddp"
     runtime = runtimes.resolve(config.system)
     if config.system.fp8:
         refuse_unfit(runtime.device, runtime.dtype)

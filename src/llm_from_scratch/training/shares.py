@@ -23,7 +23,7 @@ def place_of(tensor: Tensor) -> Place | None:
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies weights of these names to a model, sharded or not. Others stay as they are: those of adapters."""
+    """Copies weights of these names to a model, sharded or not. Others stay as they are."""
     for name, tensor in model.state_dict().items():
         if name in weights:
             tensor.copy_(shard_of(tensor, weights[name]))

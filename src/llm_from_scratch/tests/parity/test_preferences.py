@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llm_from_scratch.checkpoint.contents import read_manifest
+from llm_from_scratch.checkpoint.contents import REFERENCE, read_manifest
 from llm_from_scratch.checkpoint.hashed_folder import MANIFEST, with_own_hash, write_synced
+from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.cli.train import main
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.cache import Documents
@@ -21,11 +22,12 @@ from llm_from_scratch.core.model import Head
 from llm_from_scratch.core.packing import LEARNED
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.training.preferences import FILE, PreferenceLoss
+from llm_from_scratch.training.preferences import PreferenceLoss
 from llm_from_scratch.training.run import open_run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train, train_step
 
+from ..ranks import in_ranks
 from ..tiny import tiny_config
 
 TEMPLATE = (
@@ -156,43 +158,51 @@ def test_a_resumed_run_has_the_reference_of_its_start(here: Path) -> None:
     plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "learning_rate": 3e-2, "final_eval": True}
     whole = train(settings(out_dir="whole", **plain))
     train(settings(max_iters=8, **plain))
-    stored = (here / "run" / "step-00000008" / FILE).read_bytes()
+    stored = (here / "run" / "step-00000008" / REFERENCE).read_bytes()
     resumed = train(settings(init_from="resume", **plain))
     assert resumed.final is not None and whole.final is not None and resumed.final.loss == whole.final.loss
     assert resumed.final.of_pairs
-    assert resumed.final.loss < 0.69 and (here / "run" / f"step-{STEPS:08d}" / FILE).read_bytes() == stored
+    assert resumed.final.loss < 0.69 and (here / "run" / f"step-{STEPS:08d}" / REFERENCE).read_bytes() == stored
     rows = [json.dumps(talk(random.Random(n))) + "\n" for n in range(120)]
     (here / "other.jsonl").write_text("".join(rows))
     prepare("other.jsonl", root=here, report=lambda line: None, tokenizer="model")
     other = settings(init_from="resume", allow_new_data=True, max_iters=30, **plain)
     other.data.dataset = "data/processed/other"
-    with pytest.raises(UserError, match=f"step-{STEPS:08d}/{FILE}, the reference .*other data"):
+    with pytest.raises(UserError, match=f"step-{STEPS:08d}/{REFERENCE}, the reference .*other data"):
         train(other)
 
 
 def forget_reference(step: Path) -> bytes:
     """Makes a checkpoint as it was before it had a reference."""
-    content = (step / FILE).read_bytes()
-    (step / FILE).unlink()
+    content = (step / REFERENCE).read_bytes()
+    (step / REFERENCE).unlink()
     manifest = read_manifest(step)
-    files = {name: entry for name, entry in manifest["files"].items() if name != FILE}
+    files = {name: entry for name, entry in manifest["files"].items() if name != REFERENCE}
     write_synced(step / MANIFEST, [with_own_hash({**manifest, "files": files})])
     return content
 
 
 @pytest.mark.slow
-def test_a_run_from_before_checkpoints_had_the_reference_is_resumed(here: Path) -> None:
+def test_a_run_from_before_checkpoints_had_the_reference_is_resumed(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "keep_last": 9}
     train(settings(max_iters=8, **plain))
     stored = forget_reference(here / "run" / "step-00000008")
-    (here / "run" / FILE).write_bytes(stored)
+    (here / "run" / REFERENCE).write_bytes(stored)
     train(settings(init_from="resume", max_iters=12, **plain))
-    assert (here / "run" / "step-00000012" / FILE).read_bytes() == stored
+    assert (here / "run" / "step-00000012" / REFERENCE).read_bytes() == stored
     shutil.rmtree(here / "run" / "step-00000012")
+    cool = ["--init_from=run/step-00000008", "--cooldown=0.5", "--dataset=data/processed/pairs"]
+    assert main([*cool, "--out_dir=cooled"]) == 0
+    assert (here / "cooled" / "step-00000012" / REFERENCE).read_bytes() == stored
     for content, reason in ((stored[:-4], "cannot be used"), (None, "No such file")):
-        (here / "run" / FILE).unlink() if content is None else (here / "run" / FILE).write_bytes(content)
-        with pytest.raises(UserError, match=f"{FILE}, the reference of this run, cannot be used.*{reason}|{reason}"):
+        (here / "run" / REFERENCE).unlink() if content is None else (here / "run" / REFERENCE).write_bytes(content)
+        message = f"{REFERENCE}, the reference of this run, cannot be used.*{reason}|{reason}"
+        with pytest.raises(UserError, match=message):
             train(settings(init_from="resume", max_iters=30, **plain))
+    assert main([*cool, "--out_dir=again"]) == 2 and not Path("again").exists()
+    assert "does not hold the reference of its run with --loss=dpo, and run/reference" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -207,9 +217,28 @@ def test_the_reference_comes_back_from_a_mirror_and_goes_into_a_cooldown(here: P
     final = f"step-{STEPS:08d}/adapter.safetensors"
     assert whole.step == STEPS and (here / "run" / final).read_bytes() == (here / "whole" / final).read_bytes()
     assert main(["--init_from=whole/step-00000008", "--cooldown=0.5", data, "--out_dir=cooled"]) == 0
-    assert (here / "cooled" / "step-00000012" / FILE).read_bytes() == (
-        here / "whole" / "step-00000008" / FILE
+    assert (here / "cooled" / "step-00000012" / REFERENCE).read_bytes() == (
+        here / "whole" / "step-00000008" / REFERENCE
     ).read_bytes()
+
+
+def trained(leaves: dict[str, Any]) -> float:
+    """The loss of the whole validation split after a run, in a process of in_ranks() or alone."""
+    torch.set_num_threads(1)
+    result = train(settings(**leaves))
+    assert result.final is not None
+    return result.final.loss
+
+
+@pytest.mark.slow
+def test_sharded_models_learn_preferences_too(here: Path) -> None:
+    plain = {"eval_interval": 20, "progress": "none", "lora_rank": 2, "learning_rate": 1e-2, "final_eval": True}
+    losses = in_ranks(2, trained, here, {**plain, "parallel": "fsdp", "out_dir": "sharded"})
+    assert losses == [pytest.approx(trained(plain), rel=1e-5)] * 2 and losses[0] < 0.69
+    one, two = (load(name, "last", merge=False) for name in ("run", "sharded"))
+    assert one.reference is not None and two.reference is not None and len(one.reference) == len(two.reference)
+    for name, tensor in one.adapter.items():
+        assert float((two.adapter[name] - tensor).norm() / tensor.norm()) < 1e-5, name
 
 
 @pytest.mark.slow

@@ -68,10 +68,10 @@ def test_the_noise_of_an_element_does_not_depend_on_who_rounds_it() -> None:
 def chosen(monkeypatch: pytest.MonkeyPatch, world: int, memory: int | None = 1 << 40, **system: Any) -> Runtime:
     monkeypatch.setattr(parallel, "total_memory", lambda device: memory)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(system.pop("here", world)))
-    rank = system.pop("lora_rank", None)
+    tasks = system.pop("eval_tasks", None)
     again: Any = SimpleNamespace(trainer={"machine": {"parallel": "fsdp"}}) if system.pop("again", False) else None
     config = Config(system=SystemConfig(device="cpu", **system), model=GPTConfig(n_layer=2, vocab_size=1000))
-    config.finetune.lora_rank = rank
+    config.training.eval_tasks = tasks
     runtime = runtimes.resolve(SystemConfig(device="cpu", backend="gloo"))
     return with_parallel(config, Runtime(**{**vars(runtime), "world_size": world}), again)
 
@@ -116,8 +116,8 @@ def test_one_process_that_remains_of_hsdp_trains_the_whole_model(monkeypatch: py
 
 
 def test_what_a_sharded_model_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
-    with pytest.raises(UserError, match="parallel=fsdp .*does not fit.* does not support lora_rank: remove it"):
-        chosen(monkeypatch, 2, memory=1000, lora_rank=4)
+    with pytest.raises(UserError, match="parallel=fsdp .*does not fit.* does not support eval_tasks: remove it"):
+        chosen(monkeypatch, 2, memory=1000, eval_tasks="a.yaml")
     with pytest.raises(UserError, match="shard_group needs --parallel=hsdp"):
         Config(system=SystemConfig(shard_group=2)).validate()
     with pytest.raises(UserError, match="reshard_after_forward has no effect with --parallel=ddp"):

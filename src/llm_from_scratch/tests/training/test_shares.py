@@ -205,14 +205,22 @@ def test_a_run_rolls_back_to_shards_prunes_and_cools_down(here: Path, tiny_data:
     assert f"moved to {moved}" in printed and (moved / "step-00000008" / "MANIFEST.json").is_file()
 
 
-def test_adapters_are_saved_together(here: Path, tiny_data: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_adapters_train_and_are_saved_together(here: Path, tiny_data: Path, parallel: str) -> None:
     run(0, dataset=tiny_data, out_dir="base")
-    given: dict[str, Any] = {"dataset": tiny_data, "init_from": "base", "lora_rank": 2, "out_dir": "tuned"}
-    run(2, **given | {"max_iters": 4})
+    # of one row, a shard is empty
+    given: dict[str, Any] = {"dataset": tiny_data, "init_from": "base", "lora_rank": 1, "learning_rate": 3e-3}
+    run(0, **given, out_dir="alone")
+    run(2, **given, out_dir="whole", parallel=parallel)
+    run(2, **given | {"max_iters": 4}, out_dir="tuned", parallel=parallel)
     shutil.copytree("tuned", "again")
-    run(2, **given | {"init_from": "resume"})
+    run(2, **given | {"init_from": "resume"}, out_dir="tuned", parallel=parallel)
+    assert_equal(state("tuned", 8), state("whole", 8))
     with safe_open("tuned/step-00000008/adapter-00002-of-00002.safetensors", "pt") as file:
         assert file.keys()
     assert load("tuned").model.keys() == load("base").model.keys()
-    run(0, **given | {"init_from": "resume", "out_dir": "again"})
+    alone, whole = load("alone", 8, merge=False).adapter, load("whole", 8, merge=False).adapter
+    for name, tensor in alone.items():
+        assert float((whole[name] - tensor).norm() / tensor.norm()) < 1e-6, name
+    run(0, **given | {"init_from": "resume"}, out_dir="again")
     assert_close(state("again", 8), state("tuned", 8))
