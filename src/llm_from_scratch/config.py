@@ -207,19 +207,8 @@ class TrainingConfig(Settings):
         above(self, 0, "epochs", "activation_budget", "eval_limit")
         if not self.out_dir:
             raise UserError("out_dir is empty: choose a folder for the run, for example --out_dir=out")
-<<<<<<< HEAD
         url = "a URL such as s3://BUCKET/FOLDER or file:///FOLDER; keys belong in the environment, not in the URL"
         matches(self, r"memory|[a-z0-9+]+://(?![^/]*:[^/]*@).+", url, "mirror")
-=======
-        if self.mirror is not None and not re.fullmatch(r"memory|[a-z0-9+]+://(?![^/]*:[^/]*@).+", self.mirror):
-            raise UserError(
-                f"mirror={self.mirror!r} is not a URL such as s3://BUCKET/FOLDER or file:///FOLDER; keys belong in the "
-                "environment, not in the URL"
-            )
-
-
-DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False))
->>>>>>> 94526d1 (feat: LoRA and DPO train sharded models; fix: a cool-down of a DPO checkpoint from before it held the reference takes the run's)
 
 
 @dataclass

@@ -9,8 +9,7 @@ from .mixture import read_mixture
 from .settings import above, flatten
 
 LORA_REFUSES = (("optimizer_type", "muon"), ("fp8", True), ("save_nanogpt_ckpt", True))
-DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False),
-               ("parallel", "fsdp"), ("parallel", "hsdp"))  # fmt: skip
+DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False))
 
 
 def check_model(model: Any) -> None:

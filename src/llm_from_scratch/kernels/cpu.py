@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..machine.memory import empty, empty_like
 
 QUERIES = 64  # queries per product, with the keys up to the last of them; the rest above the diagonal is skipped
 SHORT = 128  # tokens up to which the compiler's attention is faster
@@ -311,7 +312,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     # with the heads side by side, as the product left them, rows are long, and halves are exchanged by one copy
     x, half = x.transpose(1, 2), x.size(-1) // 2  # (B, T, H, D)
     cos, sin = torch.cat((cos, cos), dim=-1).transpose(-2, -3), torch.cat((-sin, sin), dim=-1).transpose(-2, -3)
-    exchanged = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    exchanged = torch.cat((x[..., half:], x[..., :half]), dim=-1, out=empty(x.shape, x.dtype))
     return torch.mul(x, cos).addcmul_(exchanged, sin, value=sign).transpose(1, 2)
 
 
@@ -330,7 +331,7 @@ class RMSNormalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide, w = torch.promote_types(x.dtype, torch.float32), weight.to(x.dtype)
-        y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        y, scale = empty_like(x), x.new_empty(*x.shape[:-1], 1)
         for xi, yi, si in in_cache(x, y, scale):
             norm = torch.linalg.vector_norm(xi, dim=-1, keepdim=True, dtype=wide)  # (..., 1)
             si.copy_(norm.square_().div_(x.size(-1)).add_(eps).rsqrt_())
@@ -344,7 +345,7 @@ class RMSNormalize(torch.autograd.Function):
         dweight, w = None, weight.to(x.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (x * scale).mul_(grads[0]).flatten(0, -2).sum(0, dtype=weight.dtype)
-        dx = torch.empty_like(x)
+        dx = empty_like(x)
         for xi, di, si, out in in_cache(x, grads[0], scale, dx):
             g, scaled = di * w, torch.mul(xi, si, out=out)
             along = torch.linalg.vecdot(g, scaled).unsqueeze(-1).div_(-x.size(-1))  # (..., 1)
@@ -366,7 +367,7 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
-        dgate, dx = torch.empty_like(gate), torch.empty_like(x)
+        dgate, dx = empty_like(gate), empty_like(x)
         for gi, xi, di, dg, out in in_cache(gate, x, grads[0], dgate, dx):
             torch.ops.aten.silu.out(gi, out=out).mul_(di)
             torch.ops.aten.silu_backward.grad_input(torch.mul(di, xi, out=dg), gi, grad_input=dg)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.model import Head, NextTokenLoss
+from ..machine.memory import empty
 from .products import PLAIN, TORCH, CPUHead, multiply
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
@@ -127,7 +128,7 @@ class CPULogitPasses(LogitPasses):
     def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool, libraries: str = PLAIN):
         super().__init__(w, piece, softcap, with_gradient, libraries)
         vocabulary = len(w)
-        self.logits = torch.empty(piece if libraries[0] == TORCH else 0, vocabulary, dtype=w.dtype)
+        self.logits = empty((piece if libraries[0] == TORCH else 0, vocabulary), w.dtype)
         self.few = min(piece, max(1, IN_CACHE // vocabulary))
         self.z = torch.empty(self.few, vocabulary, dtype=self.high)
         self.p = torch.empty(self.few, vocabulary, dtype=self.high)

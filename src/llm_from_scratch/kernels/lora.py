@@ -15,6 +15,7 @@ from ..core.adapters import add_parameters, blocks, change, stacked
 from ..core.model import GPT, Linear
 from ..errors import UserError, one_line
 from ..machine.device import forked_random
+from ..machine.memory import empty
 from .products import TORCH, CPULinear, multiply
 from .swap import kind_of, swap
 
@@ -71,10 +72,13 @@ class _MergedProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale, ctx.heights, ctx.libraries = scale, heights, libraries
-        merged = torch.addmm(weight, blocks(b, heights), a, alpha=scale)
-        if libraries[0] == TORCH:
-            return F.linear(x, merged, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, merged, bias, "none", [], "")
+        merged = _merged(weight, blocks(b, heights), a, scale)
+        if libraries[0] != TORCH:
+            return torch.ops.mkldnn._linear_pointwise(x, merged, bias, "none", [], "")
+        rows, y = x.flatten(0, -2), empty((*x.shape[:-1], len(weight)), x.dtype)
+        flat = y.view(-1, len(weight))
+        torch.mm(rows, merged.t(), out=flat) if bias is None else torch.addmm(bias, rows, merged.t(), out=flat)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +87,8 @@ class _MergedProduct(torch.autograd.Function):
         dy, rows, wide = grads[0].flatten(0, -2), x.flatten(0, -2), blocks(b, ctx.heights)  # (N, O), (N, I), (O, M R)
         dx = dw = da = db = None
         if for_x:
-            dx = multiply(dy, torch.addmm(weight, wide, a, alpha=ctx.scale), ctx.libraries[1]).view(x.shape)
+            merged = _merged(weight, wide, a, ctx.scale)
+            dx = multiply(dy, merged, ctx.libraries[1], empty(rows.shape, x.dtype)).view(x.shape)
         if for_weight:
             dw = multiply(dy.t(), rows, ctx.libraries[2])
         if for_a:
@@ -93,6 +98,10 @@ class _MergedProduct(torch.autograd.Function):
             parts = zip(whole.split(ctx.heights), range(0, a.size(0), b.size(1)), strict=True)
             db = torch.cat([part[:, at : at + b.size(1)] for part, at in parts])
         return dx, dw, dy.sum(0) if for_bias else None, da, db, None, None, None
+
+
+def _merged(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    return torch.addmm(weight, b, a, alpha=scale, out=empty(weight.shape, weight.dtype))
 
 
 def add_change(layer: Any, x: Tensor, y: Tensor, b: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def multiply(a: Tensor, b: Tensor, library: str) -> Tensor:
-    """a @ b for matrices, which may be transposed views."""
+def multiply(a: Tensor, b: Tensor, library: str, out: Tensor | None = None) -> Tensor:
+    """a @ b for matrices, which may be transposed views. out: memory for the result, which torch's product uses."""
     if library == TORCH:
-        return torch.mm(a, b)
+        return torch.mm(a, b, out=out)
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
 

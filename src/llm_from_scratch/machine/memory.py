@@ -1,16 +1,21 @@
-"""Memory of the machine: free, total, peak, and the allocator's settings."""
+"""Memory of the machine: free, total, peak; the allocator's settings; large tensors whose memory is reused."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+LEAST_REUSED = 1 << 20  # bytes of a tensor
 CGROUP = Path("/sys/fs/cgroup")  # control groups, version 2; memory.max holds "max" if there is no limit
 
 
@@ -52,14 +57,55 @@ def peak_memory(device: torch.device) -> int:
 
 def keep_freed_memory(keep: bool) -> None:
     """Whether glibc keeps freed memory for the next step or returns blocks of 2 MiB to the system at once. Keeping it
-    saves a sixth of a step, because new pages are zeroed, and needs up to a fifth more memory. Other C libraries have
-    no mallopt."""
+    saves a sixth of a step, because new pages are zeroed, and needs up to a fifth more memory. What is free now, as
+    after a model was loaded, is returned either way. Other C libraries have no mallopt."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0 if keep else 1 << 16)
         libc.mallopt(mmap_threshold, 2 << 20)
         libc.mallopt(trim_threshold, (1 << 31) - 1 if keep else 1 << 20)
+        libc.malloc_trim(0)
+
+
+class ReusedMemory:
+    """Memory of large tensors on a CPU, for the next ones of the same size. glibc 2.36 cannot do that: it allocates an
+    aligned block in a larger one and frees the ends, so that a freed block is too small for its own size, and stays a
+    hole between tensors that live longer. Used as a context, in one thread; what it holds is freed with it."""
+
+    active: ReusedMemory | None = None
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[torch.UntypedStorage]] = {}  # by size
+
+    def __enter__(self) -> None:
+        ReusedMemory.active = self
+
+    def __exit__(self, kind: type | None, *rest: Any) -> None:
+        ReusedMemory.active = None
+        if kind is not None:  # perhaps memory ran out, and the next sizes are others
+            self.blocks.clear()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        blocks = self.blocks.setdefault(math.prod(shape) * dtype.itemsize, [])
+        for block in blocks:
+            if torch._C._storage_Use_Count(block._cdata) == 1:  # no tensor has it
+                return torch.empty(0, dtype=dtype).set_(block).view(shape)
+        made = torch.empty(shape, dtype=dtype)
+        blocks.append(made.untyped_storage())
+        return made
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """torch.empty on the CPU, in reused memory if the tensor is large and a ReusedMemory is active."""
+    found = ReusedMemory.active
+    if found is None or math.prod(shape) * dtype.itemsize < LEAST_REUSED:
+        return torch.empty(shape, dtype=dtype)
+    return found.empty(shape, dtype)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    return empty(tensor.shape, tensor.dtype) if tensor.is_contiguous() else torch.empty_like(tensor)
 
 
 def _container_limit() -> int | None:

@@ -8,8 +8,8 @@ import dataclasses
 import importlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, se
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
 from ..machine.device import Runtime, forked_random, is_out_of_memory
+from ..machine.memory import ReusedMemory
 from ..machine.processes import device_mesh, shield_children
 from .adagrad import keep_occurrences
 from .optimizer import sparse_tables
@@ -60,16 +61,22 @@ class Wrapped:
     adds_shards: bool = True
     """If sharded: whether gradients are exchanged after every micro-batch, so that none is kept whole."""
 
-    def gradient_exchange(self, is_last: bool) -> contextlib.AbstractContextManager:
+    memory: ReusedMemory = field(default_factory=ReusedMemory)
+
+    @contextlib.contextmanager
+    def gradient_exchange(self, is_last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch: processes exchange gradients in the last one only,
         unless that would need memory."""
-        if isinstance(self.train, nn.parallel.DistributedDataParallel) and not is_last:
-            return self.train.no_sync()
         set_exchange = getattr(self.train, "set_requires_gradient_sync", None)  # FSDP2's
         if set_exchange is not None:
             set_exchange(is_last or self.adds_shards)
-            return averaged_numbers(self.train) if is_last else contextlib.nullcontext()
-        return contextlib.nullcontext()
+        with contextlib.ExitStack() as around:
+            around.enter_context(self.memory)
+            if set_exchange is not None and is_last:
+                around.enter_context(averaged_numbers(self.train))
+            elif isinstance(self.train, nn.parallel.DistributedDataParallel) and not is_last:
+                around.enter_context(self.train.no_sync())
+            yield
 
 
 def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> Wrapped:

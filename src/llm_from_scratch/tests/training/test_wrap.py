@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.core.adapters import adapter_of
 from llm_from_scratch.errors import NotFiniteError, UserError
+from llm_from_scratch.kernels import recompute
+from llm_from_scratch.machine import memory
+from llm_from_scratch.machine.memory import ReusedMemory
 from llm_from_scratch.training.forecast import forecast
 from llm_from_scratch.training.plan import describe
 from llm_from_scratch.training.run import open_run
@@ -81,6 +85,26 @@ def test_only_the_adapter_trains(base: Path) -> None:
         assert all(torch.equal(run.model.state_dict()[name], tensor) for name, tensor in plain.items())
         assert all(t.any() for t in adapter_of(run.model).values())
         assert all(torch.equal(t, load("base").model[name]) for name, t in plain.items())
+
+
+def test_reused_memory_changes_no_bit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor in reused memory is NaN until it is written, and memory that is reused too early would be too."""
+    modern = {"norm": "rmsnorm", "activation": "swiglu", "pos_embedding": "rope", "bias": False, "n_layer": 2}
+    train(tiny_config(base, **modern, max_iters=1, out_dir="modern"))
+    monkeypatch.setattr(recompute, "WORTH_IT", 0)
+    plain = ReusedMemory.empty
+    monkeypatch.setattr(ReusedMemory, "empty", lambda *given: plain(*given).fill_(math.nan))
+    leaves = {"init_from": "modern", "lora_rank": 2, "batch_size": 64, "micro_batch": 32, "out_dir": "run"}
+    found = []
+    for least in (1 << 60, 1):
+        monkeypatch.setattr(memory, "LEAST_REUSED", least)
+        with open_run(tiny_config(base, **leaves), None, "llm-train", None) as run:
+            for _ in range(3):
+                train_step(run, *run.next_batch())
+            blocks = [block for same in run.models.memory.blocks.values() for block in same]
+            found.append({name: t.detach().clone() for name, t in adapter_of(run.model).items()})
+    assert len(blocks) > 10
+    assert all(torch.equal(t, found[0][name]) and t.any() for name, t in found[1].items())
 
 
 def test_frozen_parameters_keep_their_values_and_have_no_state(base: Path) -> None:
