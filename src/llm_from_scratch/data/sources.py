@@ -298,8 +298,8 @@ def find_files(
             hint = did_you_mean(argument, names, f"built-in sources: {', '.join(names)}", similarity=0.75)
             if (root / argument).is_dir():
                 wanted = "file that --include selects" if selection.include else f"{', '.join(READERS)} file"
-                hint = f"the folder contains no {wanted}{others}"
-            elif glob.has_magic(argument) and selection != ALL:
+                raise UserError(f"the folder {argument!r} contains no {wanted}{others}")
+            if glob.has_magic(argument) and selection != ALL:
                 hint = "no file matches the glob, --include and --exclude"
             raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}: {hint}")
         for path in found:

@@ -236,7 +236,7 @@ def test_options_of_llm_eval_that_contradict_each_other(
         (["a.txt", "--stride=9"], "stride=9 exceeds the window of 8 tokens"),
         (["--stride=0"], "stride=0 is out of range"),
         (["--text_files=nosuch"], "--text_files=nosuch is not a folder"),
-        (["--text_files=texts"], "the folder contains no .txt"),
+        (["--text_files=texts"], "the folder 'texts' contains no .txt"),
         (["--text_files=texts", "--dataset=tiny"], "give --dataset or --text_files, not both"),
         (["--text_files=texts", "--split=val"], "--split has no effect on text_files"),
         (["a.txt", "--split=val"], "--split has no effect on a.txt"),
