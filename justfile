@@ -9,6 +9,7 @@ bin := root / ".venv" / if os_family() == "windows" { "Scripts" } else { "bin" }
 python := bin / "python"
 
 export HERE := invocation_directory()
+export LLM_ACTIVATE := bin / "activate" # llm-train and llm-prepare explain it, if it is not in force
 
 # Shell text: puts the recipe's first argument into $first; a path is relative to the user's working directory.
 first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || first=$HERE/$first'

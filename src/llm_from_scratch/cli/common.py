@@ -4,7 +4,9 @@ exit code 2, never a traceback."""
 from __future__ import annotations
 
 import functools
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +77,12 @@ def need_data(dataset: str) -> None:
     if not data_prepared_last():
         raise UserError("no prepared data found: run llm-prepare FILE with a text, or give --dataset=NAME")
     note(f"training on the most recently prepared data: {dataset} (override with --dataset=NAME)")
+
+
+def explain_activation() -> None:
+    """Prints how to run the commands that were printed, for users of ./just, which does not activate .venv."""
+    if (script := os.environ.get("LLM_ACTIVATE")) and shutil.which("llm-train") is None:
+        note(f"to use the llm-* commands in this shell: . {shlex.quote(os.path.relpath(script, os.environ['HERE']))}")
 
 
 def used_a_path(what: str, dataset: object, prog: str, argv: list[str]) -> UserError:

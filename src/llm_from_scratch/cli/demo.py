@@ -106,7 +106,8 @@ def option(argv: list[str], name: str) -> str | None:
 def call(name: str, *args: str) -> int:
     """Runs a command in a child process. Ctrl-C reaches the child too, so this waits until it ends."""
     sys.stdout.flush()
-    child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{name}", *args])
+    env = {name: value for name, value in os.environ.items() if name != "LLM_ACTIVATE"}  # it prints its own hints
+    child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{name}", *args], env=env)
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return child.wait()

@@ -10,7 +10,7 @@ from ..config import Config
 from ..data.options import PrepareOptions
 from ..errors import OutputError
 from ..presets import parse
-from .common import command
+from .common import command, explain_activation
 
 ENOUGH = 100_000_000  # tokens for llm-train's default model with any tokenizer
 COMMON = (
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         parsed.positionals != ["demo"] and not parsed.tree.budget and not (tokenizer and Path(tokenizer).exists())
     ):  # those train another model
         _note_on_size(folder)
+    explain_activation()
 
 
 def _note_on_size(folder: Path) -> None:

@@ -23,7 +23,7 @@ from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
 from ..settings import flatten, to_dict
 from ..training.law import read_law
-from .common import command, data_prepared_last, need_data, used_a_path
+from .common import command, data_prepared_last, explain_activation, need_data, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb or a mirror either.
@@ -136,6 +136,8 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         if speaks and result.checkpoint is not None and not result.exit_code:
             sampler = "python sample.py" if nanogpt else "llm-chat" if _is_chat(result.checkpoint) else "llm-generate"
             announce(f"sample from it: {sampler} {shlex.join([f'--out_dir={result.out_dir}'])}")
+        if speaks:
+            explain_activation()
         return result.exit_code
     except TrainingError as error:
         drop_lost_output()

@@ -72,6 +72,19 @@ def test_a_model_with_more_parameters_than_tokens_is_noted(
     assert "note: " not in capsys.readouterr().out
 
 
+def test_users_of_just_learn_where_the_commands_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("abc " * 100)
+    monkeypatch.setenv("PATH", "")
+    assert prepare_data.main(["book.txt", "--tokenizer=byte"]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setenv("HERE", str(tmp_path))  # where the user is
+    monkeypatch.setenv("LLM_ACTIVATE", str(tmp_path / ".venv" / "bin" / "activate"))
+    assert prepare_data.main(["book.txt", "--tokenizer=byte"]) == 0
+    assert capsys.readouterr().err == "to use the llm-* commands in this shell: . .venv/bin/activate\n"
+
+
 def test_standard_input(tmp_path: Path) -> None:
     done = run(tmp_path, "-", "--tokenizer=byte", "--name=piped", text="héllo wörld\n" * 9)
     assert done.returncode == 0, done.stderr
