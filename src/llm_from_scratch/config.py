@@ -54,8 +54,7 @@ class GPTConfig(Settings):
     rope_low: float = 1.0
     """With llama3 or yarn: frequencies with fewer turns in the original context are divided by rope_factor."""
     rope_high: float | None = None
-    """With llama3 or yarn: frequencies with more turns in the original context do not change. None: 4 (llama3) or 32
-    (yarn)."""
+    """With llama3 or yarn: frequencies with more turns in that context do not change. None: 4 (llama3) or 32 (yarn)."""
     rope_attention: float | None = None
     """With yarn: factor of the rotated queries and keys. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -408,8 +407,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU: keep the memory of a large model's step for the next one. Faster, with up to a fifth more memory.
-    auto: if twice the estimated memory is free."""
+    """On a CPU: keep a large model's memory for the next step: faster, a fifth more. auto: if twice it is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -114,7 +114,6 @@ def _print_help(
     """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show. notes:
     texts to show instead."""
     types, sections = leaf_types(tree_type), _sections(tree_type)
-    # a newline shows as \\n
     values = {n: v.encode("unicode_escape").decode() if isinstance(v, str) else v for n, v in settings.items()}
 
     def behaviour(name: str) -> str | None:

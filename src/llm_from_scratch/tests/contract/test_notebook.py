@@ -41,6 +41,7 @@ def check(outputs: list[dict[str, Any]], text: str) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "the loss curve and the attention"
 
 
+@pytest.mark.slow  # starts a kernel
 def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -193,7 +193,8 @@ def test_the_theme_is_the_systems_or_the_readers(browser, site):
     assert browser.js(paper) == light
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
+@pytest.mark.slow  # only .ci/run installs axe-core
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_serious_by_axe(browser, site, run_dir, scheme):
     """LLM_AXE_PATH: axe.min.js of the npm package axe-core."""
     axe = Path(os.environ.get("LLM_AXE_PATH", "axe.min.js"))
