@@ -151,8 +151,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: LayerCache | None = None) -> Tensor:
         B, T, _ = x.size()
-        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2 Hkv, T, D)
-        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, H + 2 Hkv, D)
+        q, k, v = (t.transpose(1, 2) for t in qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2))
         q, k = self.positions(self.q_norm(q), self.k_norm(k), *where)
         mask = None
         if cache is not None:

@@ -26,7 +26,7 @@ extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads
 #define Vec JOIN(Floats, LANES)
 #define Int JOIN(Ints, LANES)
 
-enum { PIECE = 1 << 13, ROWS = 32, PIECES = 64, QUERIES = 64, PAIR = 32, TERMS = 14 };
+enum { PIECE = 1 << 13, ROWS = 32, PIECES = 64, QUERIES = 64, PAIR = 32 };
 
 /* a tensor (batch, heads, tokens, D): its strides, in numbers */
 typedef struct { float *data; long batch, head, token; } View;
@@ -46,12 +46,7 @@ typedef struct {
     float eps;
 } Norm;
 
-/* the probability that a normal number is below -x, over exp(-x^2 / 2), for 0 <= x <= 5: a Chebyshev interpolation, as
-   powers of 0.4 x - 1, the highest first */
-static const float tails[TERMS] = {
-    -0.000414556693f, 0.000840449089f, -0.000311424456f, 0.000659870832f, -0.00303900582f, 0.00552765097f, -0.00871130921f,
-    0.0150161922f, -0.0251706657f, 0.0397849255f, -0.0598584187f, 0.0852991838f, -0.114034961f, 0.141331354f,
-};
+static const int32_t places[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 typedef struct {
     void (*work)(void *job, long piece);
@@ -124,9 +119,8 @@ static inline __attribute__((always_inline, target("avx2,fma"))) float most8(__m
 void activation(int which, const float *a, const float *b, const float *c, float *y, float *z, long n, int has_avx512,
                 int threads) {
     static void (*const functions[][2])(void *, long) = {
-        {gelu_8, gelu_16}, {gelu_back_8, gelu_back_16}, {gelu_tanh_8, gelu_tanh_16},
-        {gelu_tanh_back_8, gelu_tanh_back_16}, {swiglu_8, swiglu_16}, {swiglu_back_8, swiglu_back_16},
-        {relu2_8, relu2_16}, {relu2_back_8, relu2_back_16},
+        {gelu_tanh_8, gelu_tanh_16}, {gelu_tanh_back_8, gelu_tanh_back_16}, {swiglu_8, swiglu_16},
+        {swiglu_back_8, swiglu_back_16}, {relu2_8, relu2_16}, {relu2_back_8, relu2_back_16},
     };
     Numbers job = {a, b, c, y, z, n};
     share(functions[which][has_avx512], &job, (n + PIECE - 1) / PIECE, threads);
@@ -197,29 +191,9 @@ INLINE Vec N(exp)(Vec given) {
 
 /* --- activations --- */
 
-/* exp(-x^2 / 2), and by *tail the probability that a normal number is below -|x| */
-INLINE Vec N(normal)(Vec x, Vec *tail) {
-    Vec size = MAX(x, -x), e = N(exp)(x * x * -0.5f);
-    Vec t = FMA(MIN(size, ALL(5)), ALL(0.4f), ALL(-1));
-    Vec p = ALL(tails[0]);
-    UNROLL for (int i = 1; i < TERMS; i++) p = FMA(p, t, ALL(tails[i]));
-    *tail = p * e;
-    return e;
-}
-
 /* 1 / (1 + exp(-x)) */
 INLINE Vec N(logistic)(Vec x) { return 1.0f / (1.0f + N(exp)(-x)); }
 
-ACTIVATION(gelu, {
-    Vec x = LOAD(m->a + i), tail;
-    N(normal)(x, &tail);
-    STORE(m->y + i, MAX(x, ALL(0)) - MAX(x, -x) * tail);
-})
-ACTIVATION(gelu_back, {
-    Vec x = LOAD(m->a + i), tail, e = N(normal)(x, &tail);
-    Vec slope = FMA(x * 0.398942280f, e, N(choose)((Int)(x < 0.0f), tail, 1.0f - tail));
-    STORE(m->y + i, LOAD(m->b + i) * slope);
-})
 ACTIVATION(gelu_tanh, {
     Vec x = LOAD(m->a + i);
     STORE(m->y + i, x * N(logistic)(x * FMA(x * x, ALL(0.0713548163f), ALL(1.59576912f))));
@@ -314,32 +288,34 @@ KERNEL void N(product)(long M, long n, long K, const float *a, long ar, long ac,
 
 /* Rows of numbers to columns that lie `keys` apart; the rest up to `keys` is zero. */
 KERNEL void N(transpose)(const float *from, long step, long tokens, long width, float *to, long keys) {
-    for (long t = 0; t < keys; t++)
-        for (long d = 0; d < width; d++) to[d * keys + t] = t < tokens ? from[t * step + d] : 0;
+    for (long d = 0; d < width; d++) {
+        for (long t = 0; t < tokens; t++) to[d * keys + t] = from[t * step + d];
+        for (long t = tokens; t < keys; t++) to[d * keys + t] = 0;
+    }
 }
 
 INLINE long N(padded)(long n) { return (n + LANES - 1) / LANES * LANES; }
 
+/* x, with `other` from place n on */
+INLINE Vec N(first)(Vec x, long n, float other) {
+    return n >= LANES ? x : N(choose)((Int)(*(const Int *)places < (int32_t)n), x, ALL(other));
+}
+
+INLINE float N(largest)(const float *s, long n) {
+    Vec top = ALL(-INFINITY);
+    for (long j = 0; j < n; j += LANES) top = MAX(top, N(first)(LOAD(s + j), n - j, -INFINITY));
+    return MOST(top);
+}
+
 /* Scores of a query to weights: exp(scale * s - norm) of the keys before `shown`, and zeros up to n. Returns their sum. */
 INLINE float N(weights)(float *s, long shown, long n, float scale, float norm) {
     Vec sum = ALL(0);
-    for (long j = shown; j < n; j++) s[j] = -INFINITY;
     for (long j = 0; j < n; j += LANES) {
-        Vec p = N(exp)(FMA(LOAD(s + j), ALL(scale), ALL(-norm)));
+        Vec p = N(first)(N(exp)(FMA(LOAD(s + j), ALL(scale), ALL(-norm))), shown - j, 0);
         STORE(s + j, p);
         sum += p;
     }
     return TOTAL(sum);
-}
-
-INLINE float N(largest)(const float *s, long n) {
-    float most = s[0];
-    Vec top = ALL(most);
-    long j = 0;
-    for (; j + LANES <= n; j += LANES) top = MAX(top, LOAD(s + j));
-    for (; j < n; j++) most = s[j] > most ? s[j] : most;
-    float other = MOST(top);
-    return other > most ? other : most;
 }
 
 /* One thread's share of the heads. */
@@ -357,11 +333,10 @@ KERNEL void N(attend)(void *data) {
             for (long t = 0; t < T; t += SIDE) {
                 long M = T - t < SIDE ? T - t : SIDE, n = N(padded)(t + M);
                 N(product)(M, n, D, q + t * m->q.token, m->q.token, 1, kt, keys, s, keys, 0);
-                for (long i = 0; i < M; i++) {
-                    float most = scale * N(largest)(s + i * keys, t + i + 1);
-                    sums[i] = N(weights)(s + i * keys, t + i + 1, n, scale, most);
-                    norms[t + i] = most + logf(sums[i]);
-                }
+                /* in three loops, so that the rows do not wait for each other */
+                for (long i = 0; i < M; i++) norms[t + i] = scale * N(largest)(s + i * keys, t + i + 1);
+                for (long i = 0; i < M; i++) sums[i] = N(weights)(s + i * keys, t + i + 1, n, scale, norms[t + i]);
+                for (long i = 0; i < M; i++) norms[t + i] += logf(sums[i]);
                 N(product)(M, D, t + M, s, keys, 1, v, m->v.token, y + t * m->y.token, m->y.token, 0);
                 for (long i = 0; i < M; i++)
                     for (long d = 0; d < D; d += LANES) {
@@ -394,9 +369,10 @@ KERNEL void N(attend_back)(void *data) {
                     float *few = p + (t - begin) * keys, *slopes = ds + (t - begin) * keys;
                     N(product)(M, n, D, q + t * m->q.token, m->q.token, 1, kt, keys, few, keys, 0);
                     N(product)(M, n, D, dy + t * m->y.token, m->y.token, 1, vt, keys, slopes, keys, 0);
+                    for (long i = 0; i < M; i++) N(weights)(few + i * keys, t + i + 1, n, scale, norms[t + i]);
                     for (long i = 0; i < M; i++) {
-                        float *w = few + i * keys, *d = slopes + i * keys;
-                        N(weights)(w, t + i + 1, n, scale, norms[t + i]);
+                        const float *w = few + i * keys;
+                        float *d = slopes + i * keys;
                         Vec sum = ALL(0);
                         for (long j = 0; j < n; j += LANES) sum = FMA(LOAD(w + j), LOAD(d + j), sum);
                         float mean = TOTAL(sum);

@@ -7,32 +7,34 @@ replaced module's own forward runs: in inference mode too, because decoding reco
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import Attention, ReLUSquared, RMSNorm, SwiGLU
+from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, SwiGLU
 from .compiled import Kernel, load_kernel
 from .cpu import CPUReLUSquared, CPURMSNorm, CPUSwiGLU
 
 WHOLE = 16  # the length of a row is a multiple of it
-ACTIVATIONS = {"none": 0, "tanh": 2, "swiglu": 4, "relu2": 6}  # of layers.c; the gradient has the next number
-LONGEST = 1024  # tokens of a row up to which attention is faster than torch's
+ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4}  # of layers.c; the gradient has the next number
+LONGEST = 512  # tokens of a row up to which attention is faster than torch's
 
 
-def layer_replacements(replacements: dict[type, type]) -> dict[type, type]:
-    """These replacements for kernels.swap, with the layers in C. An attention that is already there remains: it has
-    dropout or a mask."""
-    found: dict[type, type] = {RMSNorm: CompiledRMSNorm, nn.GELU: CompiledGELU}
-    found |= {SwiGLU: CompiledSwiGLU, ReLUSquared: CompiledReLUSquared}
-    return {Attention: CompiledAttention} | replacements | found
+def layer_replacements(model: GPT, others: Collection[type]) -> dict[type, type]:
+    """The replacements for kernels.swap of the model's layers that are faster in C. others: the classes that have
+    another replacement; an attention among them has dropout or a mask."""
+    kinds = {type(m) for m in model.modules() if not isinstance(m, nn.GELU) or m.approximate == "tanh"}
+    if Attention in others or model.config.block_size > LONGEST or model.config.head_width % WHOLE:
+        kinds.discard(Attention)
+    return {kind: replacement for kind, replacement in REPLACEMENTS.items() if kind in kinds}
 
 
-def are_used(model: nn.Module) -> bool:
-    kinds = (CompiledRMSNorm, CompiledGELU, CompiledSwiGLU, CompiledReLUSquared, CompiledAttention)
-    return any(isinstance(module, kinds) for module in model.modules())
+def layers_in_c(model: nn.Module) -> list[str]:
+    """The names of core/model.py's layers that run in C."""
+    return [kind.__name__ for kind, c in REPLACEMENTS.items() if any(isinstance(m, c) for m in model.modules())]
 
 
 def _kernel() -> Kernel:
@@ -53,7 +55,8 @@ def _are_rows(*tensors: Tensor) -> bool:
 
 class CompiledGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
-        return _Activation.apply(ACTIVATIONS[self.approximate], x) if _fits(x) else super().forward(x)
+        fits = self.approximate == "tanh" and _fits(x)  # torch's exact GELU is as fast
+        return _Activation.apply(ACTIVATIONS["gelu_tanh"], x) if fits else super().forward(x)
 
 
 class CompiledSwiGLU(CPUSwiGLU):
@@ -78,6 +81,12 @@ class CompiledAttention(Attention):
         if fits and _are_rows(q, k, v):
             return _CausalAttention.apply(q, k, v)
         return super().forward(q, k, v, mask, causal)
+
+
+REPLACEMENTS: dict[type, type] = {
+    Attention: CompiledAttention, RMSNorm: CompiledRMSNorm, nn.GELU: CompiledGELU, SwiGLU: CompiledSwiGLU,
+    ReLUSquared: CompiledReLUSquared,
+}  # fmt: skip
 
 
 class _Activation(torch.autograd.Function):

@@ -14,7 +14,7 @@ from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config
 from ..core.model import GPT
 from ..kernels.compiled import wanted_kernel
-from ..kernels.layers import are_used
+from ..kernels.layers import layers_in_c
 from ..kernels.products import checked_libraries, libraries_of
 from ..machine import device as runtimes
 from ..machine.device import Runtime
@@ -45,7 +45,7 @@ def present_machine(
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "compile": is_compiled,
         "products": libraries_of(model),
-        "compiled_layers": are_used(model),
+        "compiled_layers": layers_in_c(model),
         "fused": bool(optimizer.defaults.get("fused")),
         "micro_batch": micro_batch,
         "threads": torch.get_num_threads(),
@@ -97,7 +97,7 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
     products = checked_libraries(before.get("products"))
     if products is not None and before.get("processor") == torch.backends.cpu.get_cpu_capability():
         changes["products"] = products
-    if before.get("compiled_layers") is True and wanted_kernel() != "torch":
+    if before.get("compiled_layers") and wanted_kernel() != "torch":
         changes["compiled_layers"] = True
     threads = before.get("threads")
     if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):

@@ -26,7 +26,7 @@ from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
-from ..kernels.layers import layer_replacements
+from ..kernels.layers import layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
@@ -130,8 +130,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
-    if runtime.compiled_layers and find_kernel(say, without="training with torch's layers"):
-        replacements = layer_replacements(replacements)
+    layers = layer_replacements(model, replacements) if runtime.compiled_layers else {}
+    if layers and find_kernel(say, without="training with torch's layers"):
+        replacements |= layers
     libraries = fitting_libraries(model, config, runtime, micro_batch)
     if any(ONEDNN in found for found in libraries.values()):
         replacements |= {Linear: CPULinear, Head: CPUHead}
@@ -147,6 +148,8 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
     eager_cpu = runtime.device.type == "cpu" and not runtime.compile
     swap(model, with_adapters(replacements, eager_cpu), say, keep)
+    if found_layers := layers_in_c(model):
+        say(f"layers: {', '.join(found_layers)} in C, faster than torch's here (LLM_KERNEL=torch: without)")
     set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
@@ -230,8 +233,7 @@ def with_layers(config: Config, runtime: Runtime, flops: float) -> Runtime:
     repaid = flops / (threads * CPU_FLOPS[runtime.dtype]) >= 60 * REPAYS_LIBRARY
     if wanted == "auto" and (lacking() or not (repaid or is_built())):
         return runtime
-    reasons = {} if lacking() else {"layers": "compiled C, faster than torch's on a CPU (LLM_KERNEL=torch: without)"}
-    return dataclasses.replace(runtime, compiled_layers=True, reasons=runtime.reasons | reasons)
+    return dataclasses.replace(runtime, compiled_layers=True)
 
 
 def records_kernels(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:

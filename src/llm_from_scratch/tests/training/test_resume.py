@@ -75,7 +75,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert machine == {
         "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "dtype": "float32", "compile": False,
         "fused": True, "micro_batch": 4, "threads": 1, "processes": 1, "torch": torch.__version__,
-        "products": {}, "compiled_layers": False,
+        "products": {}, "compiled_layers": [],
     }  # fmt: skip
 
     def resolved(device: str = "cpu", **before: Any) -> tuple[runtimes.Runtime, list[str]]:
