@@ -191,7 +191,8 @@ def load_kernel() -> Kernel | str:
     library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
     library.normalize.argtypes = [*[places] * 4, number, number, ctypes.c_float, flag, flag]
     library.normalize_back.argtypes = [*[places] * 6, number, number, flag, flag]
-    library.attention.argtypes = [places, flag, flag]
+    library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
+    library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
     return kernel if is_right(kernel) else "the compiled kernel gives other results"
 

@@ -24,15 +24,21 @@ IN_CACHE, SLICE = 1 << 19, 1 << 22  # numbers that a CPU works on at once: of th
 class ChunkedLoss(NextTokenLoss):
     """NextTokenLoss that never computes all logits at once."""
 
+    def passes(self) -> type[CPULogitPasses]:
+        """The class of the passes on a CPU."""
+        return CPULogitPasses
+
     def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[None, Tensor]:
         x = x.reshape(-1, x.size(-1))
         libraries = head.libraries if isinstance(head, CPUHead) and x.dtype == torch.float32 else PLAIN
-        return None, linear_cross_entropy(x, head.weight, targets.reshape(-1), head.softcap, libraries=libraries)
+        options: Any = {"libraries": libraries, "passes": self.passes()}
+        return None, linear_cross_entropy(x, head.weight, targets.reshape(-1), head.softcap, **options)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None, libraries: str = PLAIN
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None, libraries: str = PLAIN,
+    passes: type[CPULogitPasses] | None = None,
+) -> Tensor:  # fmt: skip
     """Mean cross-entropy (nats) of the logits x @ weight.T over the rows whose target is not -1.
 
     x: (N, C); weight: (V, C); targets: (N,) int64; softcap: a logit z becomes softcap * tanh(z / softcap), 0 is off;
@@ -47,19 +53,20 @@ def linear_cross_entropy(
     wanted = (grad and x.requires_grad, grad and weight.requires_grad)
     piece = min(piece or (PIECE_ON_CPU if kind == "cpu" else PIECE_ELSEWHERE), max(1, len(x)))
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets, softcap, piece, *wanted, libraries)
+        given = libraries, passes or CPULogitPasses
+        return _LinearCrossEntropy.apply(x, weight, targets, softcap, piece, *wanted, *given)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, softcap: float, piece: int, for_x: bool, for_w: bool,
-        libraries: str,
+        libraries: str, passes: type[CPULogitPasses],
     ) -> Tensor:  # fmt: skip
         w, valid = weight.to(x.dtype), targets >= 0
         # rows without a target are excluded from all three results here, which saves a pass over their logits
         ids, seen = targets.clamp(min=0), x * valid[:, None] if for_w else x
-        kernel = CPULogitPasses if x.device.type == "cpu" and not torch.compiler.is_compiling() else LogitPasses
+        kernel = passes if x.device.type == "cpu" and not torch.compiler.is_compiling() else LogitPasses
         rows = kernel(w, piece, softcap, for_x or for_w, libraries)
         losses, dx, dw = [], [], None
         for at in range(0, len(x), piece):
@@ -83,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled: Any = torch.mul if torch.compiler.is_compiling() or is_retained() else Tensor.mul_
         dx = None if dx is None else scaled(dx, factor).to(dx.dtype)
         dw = None if dw is None else scaled(dw, factor).to(ctx.weight_dtype)
-        return dx, dw, None, None, None, None, None, None
+        return dx, dw, *[None] * 7
 
 
 def is_retained() -> bool:

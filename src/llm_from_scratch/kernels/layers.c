@@ -48,6 +48,10 @@ typedef struct {
 
 static const int32_t places[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
+/* x, rotated to y by the angles of each token; sign: -1 rotates back */
+typedef struct { View x, y; const float *cos, *sin; long batch, heads, tokens, width; float sign; } Rotation;
+typedef struct { float *logits, *losses; const int64_t *ids; long rows, width; int back; } Entropy;
+
 typedef struct {
     void (*work)(void *job, long piece);
     void *job;
@@ -114,6 +118,18 @@ static inline __attribute__((always_inline, target("avx2,fma"))) float most8(__m
 #define MIN(a, b) _mm512_min_ps(a, b)
 #define ROUND(a) _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #include "layers.c"
+
+/* Half the width is a multiple of 16. */
+void rotate(const Rotation *job, int has_avx512, int threads) {
+    share(has_avx512 ? rotate_16 : rotate_8, (void *)job, job->batch * job->tokens, threads);
+}
+
+/* The losses of rows of logits, which `back` overwrites by their gradients. The width is a multiple of 16. */
+void entropy(float *logits, const int64_t *ids, float *losses, long rows, long width, int back, int has_avx512,
+             int threads) {
+    Entropy job = {logits, losses, ids, rows, width, back};
+    share(has_avx512 ? entropy_16 : entropy_8, &job, rows, threads);
+}
 
 /* n is a multiple of 16. */
 void activation(int which, const float *a, const float *b, const float *c, float *y, float *z, long n, int has_avx512,
@@ -250,6 +266,22 @@ KERNEL void N(normalize_back)(void *data, long piece) {
         float slope = TOTAL(along) / n * scale;
         for (long i = 0; i < n; i += LANES)
             STORE(m->y + r * n + i, (LOAD(dy + i) * LOAD(m->weight + i) - LOAD(x + i) * slope) * scale);
+    }
+}
+
+/* --- positions --- */
+
+KERNEL void N(rotate)(void *data, long piece) {
+    const Rotation *m = data;
+    long half = m->width / 2, b = piece / m->tokens, t = piece % m->tokens;
+    for (long h = 0; h < m->heads; h++) {
+        const float *x = HEAD(m->x, b, h) + t * m->x.token, *cos = m->cos + t * half, *sin = m->sin + t * half;
+        float *y = HEAD(m->y, b, h) + t * m->y.token;
+        for (long i = 0; i < half; i += LANES) {
+            Vec first = LOAD(x + i), second = LOAD(x + half + i), s = LOAD(sin + i) * m->sign;
+            STORE(y + i, first * LOAD(cos + i) - second * s);
+            STORE(y + half + i, second * LOAD(cos + i) + first * s);
+        }
     }
 }
 
@@ -391,6 +423,29 @@ KERNEL void N(attend_back)(void *data) {
             }
         }
     }
+}
+
+/* --- loss --- */
+
+KERNEL void N(entropy)(void *data, long row) {
+    const Entropy *m = data;
+    float *z = m->logits + row * m->width, most = N(largest)(z, m->width), own = z[m->ids[row]];
+    double total = 0;
+    for (long begin = 0; begin < m->width; begin += PIECE) {  /* float sums of few numbers each */
+        long end = begin + PIECE < m->width ? begin + PIECE : m->width;
+        Vec sum = ALL(0);
+        for (long i = begin; i < end; i += LANES) {
+            Vec e = N(exp)(LOAD(z + i) - most);
+            if (m->back) STORE(z + i, e);
+            sum += e;
+        }
+        total += TOTAL(sum);
+    }
+    m->losses[row] = log(total) + (most - own);
+    if (!m->back) return;
+    float share = 1 / total;
+    for (long i = 0; i < m->width; i += LANES) STORE(z + i, LOAD(z + i) * share);
+    z[m->ids[row]] -= 1;
 }
 
 #endif

@@ -14,9 +14,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, SwiGLU
+from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..machine.memory import empty_like
 from .compiled import Kernel, load_kernel
-from .cpu import CPUReLUSquared, CPURMSNorm, CPUSwiGLU
+from .cpu import CPUReLUSquared, CPURMSNorm, CPURotaryPositions, CPUSwiGLU
+from .cross_entropy import ChunkedLoss, CPULogitPasses
+from .products import TORCH
 
 WHOLE = 16  # the length of a row is a multiple of it
 ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4}  # of layers.c; the gradient has the next number
@@ -83,9 +86,35 @@ class CompiledAttention(Attention):
         return super().forward(q, k, v, mask, causal)
 
 
+class CompiledRotaryPositions(CPURotaryPositions):
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        # one row of angles per token, which all sequences share
+        fits = _are_rows(q, k) and _fits(cos, sin) and cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2)
+        if not fits:
+            return super().forward(q, k, cos, sin)
+        return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+class CompiledLoss(ChunkedLoss):
+    def passes(self) -> type[CPULogitPasses]:
+        return CompiledLogitPasses
+
+
+class CompiledLogitPasses(CPULogitPasses):
+    """One pass over a row of logits in the processor's cache gives its loss and its gradient."""
+
+    def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
+        if self.softcap or self.libraries[0] != TORCH or not _fits(self.logits, x):
+            return super().losses(x, ids)
+        logits, kernel = torch.mm(x, self.w.t(), out=self.logits[: len(x)]), _kernel()
+        found, how = x.new_empty(len(x)), (self.with_gradient, kernel.has_avx512, torch.get_num_threads())
+        kernel.layers.entropy(*_places(logits, ids, found), *logits.shape, *how)
+        return found, logits
+
+
 REPLACEMENTS: dict[type, type] = {
     Attention: CompiledAttention, RMSNorm: CompiledRMSNorm, nn.GELU: CompiledGELU, SwiGLU: CompiledSwiGLU,
-    ReLUSquared: CompiledReLUSquared,
+    ReLUSquared: CompiledReLUSquared, RotaryPositions: CompiledRotaryPositions,
 }  # fmt: skip
 
 
@@ -94,14 +123,14 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.code = code
-        y = torch.empty_like(inputs[0])
+        y = empty_like(inputs[0])
         _activate(code, inputs, (y,))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        gradients = [torch.empty_like(x) for x in inputs]
+        gradients = [empty_like(x) for x in inputs]
         _activate(ctx.code + 1, (*inputs, grads[0].contiguous()), gradients)
         return None, *gradients
 
@@ -118,7 +147,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, width, kernel = torch.empty_like(x), x.size(-1), _kernel()
+        y, width, kernel = empty_like(x), x.size(-1), _kernel()
         scale = x.new_empty(x.numel() // width)
         places, how = _places(x, weight, y, scale), (kernel.has_avx512, torch.get_num_threads())
         kernel.layers.normalize(*places, len(scale), width, eps, *how)
@@ -128,7 +157,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        dx, dweight, kernel = torch.empty_like(x), torch.empty_like(weight), _kernel()
+        dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
         places = _places(x, weight, grads[0].contiguous(), scale, dx, dweight)
         how = kernel.has_avx512, torch.get_num_threads()
         if kernel.layers.normalize_back(*places, len(scale), x.size(-1), *how):
@@ -138,6 +167,33 @@ class _Normalize(torch.autograd.Function):
 
 def _places(*tensors: Tensor) -> list[int]:
     return [t.data_ptr() for t in tensors]
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = [("numbers", ctypes.c_long * 14), ("sign", ctypes.c_float)]
+
+
+class _Rotate(torch.autograd.Function):
+    """core/model.py's apply_rotary. x: (B, H, T, D); cos, sin: (1, T, D/2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grads[0], *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    (B, H, T, D), kernel = x.shape, _kernel()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = x.new_empty(B, T, H, D).transpose(1, 2)
+    views = [n for t in (x, y) for n in (t.data_ptr(), *t.stride()[:3])]
+    job = _Rotation((ctypes.c_long * 14)(*views, *_places(cos, sin), B, H, T, D), sign)
+    kernel.layers.rotate(ctypes.addressof(job), kernel.has_avx512, torch.get_num_threads())
+    return y
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -150,6 +206,8 @@ class _CausalAttention(torch.autograd.Function):
         y = q.new_empty(B, T, H, D).transpose(1, 2)  # the next product needs the heads side by side
         norms = q.new_empty(B, H, T)
         _attend(norms, k.size(1), q, k, v, y)
+        if _shares(v) and not _shares(q):  # rotated: of queries, keys and values only the values would be kept for this
+            v = v.transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, norms)
         return y
 
@@ -161,6 +219,11 @@ class _CausalAttention(torch.autograd.Function):
         gradients = q.new_empty(B, T, H + 2 * G, D).transpose(1, 2).split((H, G, G), dim=1)
         _attend(norms, G, q, k, v, dy, *gradients)
         return gradients
+
+
+def _shares(view: Tensor) -> bool:
+    """Whether a view is a part of a larger tensor, which it keeps in memory."""
+    return view.untyped_storage().nbytes() > view.nbytes
 
 
 VIEWS = 7

@@ -26,7 +26,7 @@ from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.float8 import Float8Linear, float8_replacements
-from ..kernels.layers import layer_replacements, layers_in_c
+from ..kernels.layers import CompiledLoss, layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
@@ -130,9 +130,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
-    layers = layer_replacements(model, replacements) if runtime.compiled_layers else {}
+    layers, loss = layer_replacements(model, replacements) if runtime.compiled_layers else {}, ChunkedLoss
     if layers and find_kernel(say, without="training with torch's layers"):
-        replacements |= layers
+        replacements, loss = replacements | layers, CompiledLoss
     libraries = fitting_libraries(model, config, runtime, micro_batch)
     if any(ONEDNN in found for found in libraries.values()):
         replacements |= {Linear: CPULinear, Head: CPUHead}
@@ -143,7 +143,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others
     if loss_is_chunked(config, micro_batch):
-        replacements[NextTokenLoss] = ChunkedLoss
+        replacements[NextTokenLoss] = loss
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
     eager_cpu = runtime.device.type == "cpu" and not runtime.compile

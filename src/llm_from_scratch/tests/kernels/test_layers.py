@@ -103,6 +103,52 @@ def test_attention_is_that_of_float64(level: Kernel, shape: tuple[int, int, int,
         assert (b - a).norm() <= 1e-6 * a.norm() and (b - a).abs().max() <= 4e-6 * a.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1, 70, 64), (1, 2, 2, 5, 32)], ids=str)
+def test_positions_are_rotated_as_in_float64(level: Kernel, shape: tuple[int, int, int, int, int]) -> None:
+    (B, H, G, T, D), results = shape, []
+    config = GPTConfig(pos_embedding="rope", n_head=H, n_embd=H * D, block_size=T)
+    fused = torch.randn(B, T, H + 2 * G, D)
+    for dtype in (DOUBLE, torch.float32):
+        positions = models.RotaryPositions(config)
+        if dtype == torch.float32:
+            as_compiled(positions)
+        leaf = fused.to(dtype).requires_grad_()
+        q, k, _ = leaf.transpose(1, 2).split((H, G, G), dim=1)
+        where = [t.to(dtype) for t in positions.prepare(torch.arange(T), torch.float32)]
+        found = positions(q, k, *where)
+        assert ("_Rotate" in str(found[0].grad_fn)) == (dtype == torch.float32)
+        weights = torch.arange(H * T * D, dtype=DOUBLE).cos().view(1, H, T, D).to(dtype)
+        (gradient,) = torch.autograd.grad((found[0] * weights).sum() + (found[1] * weights[:, :G]).sum(), leaf)
+        results.append([*found, gradient])
+    for a, b in zip(*results, strict=True):
+        assert (b - a).norm() <= 1e-6 * a.norm()
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_losses_of_a_large_vocabulary_are_those_of_float64(level: Kernel, scale: float) -> None:
+    head, x = models.Head(32, 16 * 700, 0.0), torch.randn(70, 32) * scale
+    targets = torch.randint(16 * 700, (70,))
+    targets[3] = -1
+    results = []
+    for dtype, loss in ((DOUBLE, models.NextTokenLoss()), (torch.float32, layers.CompiledLoss())):
+        one, leaf = copy.deepcopy(head).to(dtype), x.to(dtype).requires_grad_()
+        found = loss(leaf, targets, one)[1] * 3
+        results.append([found.detach(), *torch.autograd.grad(found, (leaf, one.weight))])
+    for a, b in zip(*results, strict=True):
+        assert (b - a).norm() <= 2e-6 * a.norm()
+
+
+def test_values_that_attention_stores_do_not_keep_the_whole_projection(kernel: Kernel) -> None:
+    B, H, G, T, D = (2, 3, 1, 20, 64)
+    fused = torch.randn(B, T, H + 2 * G, D, requires_grad=True)
+    q, k, v = fused.transpose(1, 2).split((H, G, G), dim=1)
+    for rotated in (False, True):
+        given = (q * 1, k * 1, v) if rotated else (q, k, v)
+        y = as_compiled(Attention(0.0))(*given, None, True)
+        stored = y.grad_fn.saved_tensors[2]  # type: ignore[union-attr]
+        assert torch.equal(stored, v) and (stored.untyped_storage().nbytes() == stored.nbytes) == rotated
+
+
 def test_threads_do_not_change_a_result(level: Kernel) -> None:
     torch.manual_seed(0)
     x, heads, before, results = torch.randn(300, 64), torch.randn(3, 8, 70, 16), torch.get_num_threads(), []
