@@ -1,7 +1,7 @@
 """Full finetuning against LoRA, on the same text from the same weights for the same time or number of steps: held-out
 loss, peak memory, parameters that train; and with --peft the speed of LoRA by peft and transformers.
 
-python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=8] [--block_size=256]
+python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=4] [--block_size=256]
        [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--windows=16] [--peft] [--threads=N]
        [SETTING ...]
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--steps", type=int, help="instead of --minutes")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--methods", default="full,lora")

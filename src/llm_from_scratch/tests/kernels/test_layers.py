@@ -145,7 +145,7 @@ def test_values_that_attention_stores_do_not_keep_the_whole_projection(kernel: K
     for rotated in (False, True):
         given = (q * 1, k * 1, v) if rotated else (q, k, v)
         y = as_compiled(Attention(0.0))(*given, None, True)
-        stored = y.grad_fn.saved_tensors[2]  # type: ignore[union-attr]
+        stored = y.grad_fn.saved_tensors[2]
         assert torch.equal(stored, v) and (stored.untyped_storage().nbytes() == stored.nbytes) == rotated
 
 
