@@ -393,7 +393,6 @@ class Run:
         if state.step > 0 or stopped:  # the resume command needs a checkpoint
             self.save()
             self.saver.finish(stopped)
-        wait_for_all(self.runtime.world_size)  # torchrun ends the writing process when another one leaves
         if stopped:
             hint = resume_command(self.config, self.command, self.runtime.world_size)
             self.say(f"stopped at step {state.step}{', not saved' * self.saver.failed}; resume with: {hint}")

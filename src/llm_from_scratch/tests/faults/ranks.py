@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
+from llm_from_scratch.machine import processes
 from llm_from_scratch.machine import watch as watches
 from llm_from_scratch.training import guards
-from llm_from_scratch.training import run as runs_module
 
 from .rows import Report, Row
 from .runs import (
@@ -197,6 +197,6 @@ ROW = Row(
         "message without the rank": _nameless,
         "each process decides alone": lambda: replaced(guards.StepGuard, "_sum_over_ranks", _alone),
         "random states not restored": lambda: replaced(torch, "set_rng_state", nothing),
-        "processes do not wait for the last save": lambda: replaced(runs_module, "wait_for_all", nothing),
+        "processes do not wait for the last save": lambda: replaced(processes, "join", nothing),
     },
 )
