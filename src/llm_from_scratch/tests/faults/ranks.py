@@ -66,7 +66,7 @@ class Pair:
                 for rank, output in enumerate(outputs)
             ]
 
-    def wait(self, rank: int, seconds: float = 60.0) -> int:
+    def wait(self, rank: int, seconds: float = 300.0) -> int:
         return wait(self.pids[rank], seconds)
 
     def close(self) -> None:
@@ -155,9 +155,9 @@ def _trial(
         report.check(codes[1 - victim] in (1, FAILED), f"{case}: exit codes {codes}: {tail(outputs[1 - victim])}")
     said, found = acknowledged(outputs[0]) if outputs[0].exists() else None, newest(out_dir)
     report.check((found or 0) >= (said or 0), f"{case}: step {said} was said to be saved, the newest is {found}")
-    _finish(whole, out_dir, outputs, report, case)
-    for line in [*whole.differences(out_dir), *leftovers(out_dir)]:
-        report.check(False, f"{case}: {line}")
+    if _finish(whole, out_dir, outputs, report, case):
+        for line in [*whole.differences(out_dir), *leftovers(out_dir)]:
+            report.check(False, f"{case}: {line}")
 
 
 def _await_save(marks: Marks, number: int) -> None:
@@ -168,11 +168,12 @@ def _await_save(marks: Marks, number: int) -> None:
         time.sleep(0.0005)
 
 
-def _finish(whole: Whole, out_dir: Path, outputs: list[Path], report: Report, case: str, **leaves: Any) -> None:
+def _finish(whole: Whole, out_dir: Path, outputs: list[Path], report: Report, case: str, **leaves: Any) -> bool:
     pair = Pair(whole, out_dir, outputs, lambda rank: None, **leaves)
     codes = [pair.wait(rank) for rank in range(2)]
     pair.close()
-    report.check(codes == [0, 0], f"{case}: both processes ended with {codes}: {tail(outputs[0])} {tail(outputs[1])}")
+    ends = f"both processes ended with {codes}: {tail(outputs[0])} {tail(outputs[1])}"
+    return report.check(codes == [0, 0], f"{case}: {ends}")
 
 
 def _alone(guard: guards.StepGuard, values: torch.Tensor) -> torch.Tensor:
