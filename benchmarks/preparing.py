@@ -37,8 +37,8 @@ if ours == "ours":
     count = parquet.read_metadata(file).num_rows  # which the hub states
     rows.info.splits = {"train": datasets.SplitInfo("train", num_examples=count)}
     datasets.load_dataset = lambda *a, **k: rows
-    from llm_from_scratch.data import nanogpt, sources
-    sources.check_reachable = lambda url: None
+    from llm_from_scratch.data import hub, nanogpt
+    hub.check_reachable = lambda url: None
     nanogpt.prepare_openwebtext(script)
 else:
     datasets.load_dataset = lambda *a, **k: datasets.DatasetDict({"train": datasets.Dataset.from_parquet(file)})

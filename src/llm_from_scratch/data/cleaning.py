@@ -231,7 +231,7 @@ def clean_part(job: tuple[Sequence[Source], Path], options: PrepareOptions, eval
 def _write_part(
     sources: Sequence[Source], folder: Path, options: PrepareOptions, evaluation: np.ndarray | None
 ) -> None:
-    cleaner, removals, counts = Cleaner(options, evaluation), _Removals(), Counter[str]()
+    cleaner, removals, read, read_bytes = Cleaner(options, evaluation), _Removals(), 0, 0
     names = ["texts", "sizes", *(["hashes"] if options.dedup != "none" else [])]
     names += ["signatures"] if options.dedup == "near" else []
     names += ["lines", "line_counts"] if options.boilerplate else []
@@ -239,20 +239,21 @@ def _write_part(
     pending = 0  # characters in waiting
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
-        for text in (text for source in sources for text in whole_documents(source)):
-            counts.update(read=1, read_bytes=len(text.encode()))
+        for given in (text for source in sources for text in whole_documents(source)):
+            text, data = given, given.encode()
+            read, read_bytes = read + 1, read_bytes + len(data)
             try:
-                text = cleaner(text)
-                if not text.strip():
+                text = cleaner(given)
+                if not text or text.isspace():
                     raise Removed("empty")
             except Removed as reason:
                 removals.add(str(reason), text)
                 continue
-            data = text.encode()
+            data = data if text is given else text.encode()
             files["texts"].write(data)
             files["sizes"].write(len(data).to_bytes(8, "little"))
             if "hashes" in files:
-                files["hashes"].write(hash_document(text))
+                files["hashes"].write(hash_document(data))
             if "lines" in files:
                 found = np.fromiter(hash_lines(text), np.uint64)
                 found.tofile(files["lines"])
@@ -264,7 +265,8 @@ def _write_part(
                     waiting, pending = [], 0
         if waiting:
             signatures(waiting).astype("<u4").tofile(files["signatures"])
-    about = {"counts": dict(counts), "removed": removals.plain(), "changed": cleaner.changed}
+    counts = {"read": read, "read_bytes": read_bytes} if read else {}
+    about = {"counts": counts, "removed": removals.plain(), "changed": cleaner.changed}
     write_whole(folder / DONE, to_json(about))
 
 

@@ -99,5 +99,5 @@ def hash_lines(text: str) -> dict[int, str]:
     return {int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "little"): line for line in lines}
 
 
-def hash_document(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def hash_document(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -156,14 +156,14 @@ def test_a_killed_run_keeps_its_parts(here: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cleaning, "PART", 100)
     settings: dict[str, Any] = {"dedup": "exact", "tokenizer": "gpt2", "report": lambda line: None}
     whole = prepare(["*.jsonl"], out_dir="whole", **settings)
-    calls: list[str] = []
+    calls: list[bytes] = []
     hash_document = cleaning.hash_document
 
-    def dying(text: str) -> bytes:
-        calls.append(text)
+    def dying(data: bytes) -> bytes:
+        calls.append(data)
         if len(calls) == 25:
             raise KeyboardInterrupt
-        return hash_document(text)
+        return hash_document(data)
 
     monkeypatch.setattr(cleaning, "hash_document", dying)
     with pytest.raises(KeyboardInterrupt):
@@ -177,13 +177,13 @@ def test_two_writers_of_a_part_do_not_mix(here: Path, monkeypatch: pytest.Monkey
     """As after kill -9, when a worker of the killed run may still write."""
     write("d.jsonl", texts := stories(10))
     job = ([FileSource(Path("d.jsonl"))], here / "parts" / "0-000000")
-    options, calls, hash_document = PrepareOptions(dedup="exact"), list[str](), cleaning.hash_document
+    options, calls, hash_document = PrepareOptions(dedup="exact"), list[bytes](), cleaning.hash_document
 
-    def overtaken(text: str) -> bytes:
-        calls.append(text)
+    def overtaken(data: bytes) -> bytes:
+        calls.append(data)
         if len(calls) == 5:
             cleaning.clean_part(job, options, None)
-        return hash_document(text)
+        return hash_document(data)
 
     monkeypatch.setattr(cleaning, "hash_document", overtaken)
     cleaning.clean_part(job, options, None)

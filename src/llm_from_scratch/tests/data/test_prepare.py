@@ -26,7 +26,7 @@ from llm_from_scratch.config import Config, DataConfig, GPTConfig
 from llm_from_scratch.core.dataset import TokenData, resolve_dataset
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
-from llm_from_scratch.data import encode, nanogpt, readers, sources
+from llm_from_scratch.data import encode, hub, nanogpt, readers, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, tokenizer_for
@@ -885,7 +885,7 @@ def fake_datasets(texts: list[str], count: int | None) -> types.ModuleType:
 def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, stated: int | None) -> None:
     texts = [f"document {i} " + "word " * (i % 9) for i in range(3000)]
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(texts, stated))
-    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
     (here / "prepare.py").touch()
     nanogpt.prepare_openwebtext(here, workers=1 if stated == 3000 else 0)
     assert {path.name for path in here.iterdir()} == {"prepare.py", "train.bin", "val.bin"}
@@ -901,11 +901,27 @@ def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, s
 
 def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(["some text"] * 4000, 4000))
-    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
     told = Told()
     folder = prepare(["openwebtext"], workers=0, report=told)
     assert tokens(folder, "val").count(EOT) == 2  # a share of 0.0005
     assert prepare(["openwebtext"], report=told) == folder and "up to date" in told
+
+
+def test_a_stream_of_the_hub_does_not_import_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, seen = fake_datasets(["text"], 1), list[bool]()
+    fake.config = types.SimpleNamespace(TORCH_AVAILABLE=True)  # type: ignore[attr-defined]
+    plain = fake.load_dataset
+
+    def load(*given: Any, **settings: Any) -> Any:
+        seen.append(fake.config.TORCH_AVAILABLE)
+        return plain(*given, **settings)
+
+    fake.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
+    assert hub.HubSource.open(sources.OPENWEBTEXT).documents == 1
+    assert seen == [False] and fake.config.TORCH_AVAILABLE
 
 
 def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -923,10 +939,10 @@ def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPa
     def unreachable(url: str) -> None:
         raise OSError("no route")
 
-    monkeypatch.setattr(sources, "check_reachable", unreachable)
+    monkeypatch.setattr(hub, "check_reachable", unreachable)
     with pytest.raises(UserError, match="no route"):
         nanogpt.prepare_openwebtext(here)
-    monkeypatch.setattr(sources, "check_reachable", lambda url: None)
+    monkeypatch.setattr(hub, "check_reachable", lambda url: None)
     with pytest.raises(UserError, match="reading Skylion007/openwebtext failed .reset by peer"):
         nanogpt.prepare_openwebtext(here)
     assert left_behind(here) == []

@@ -1,0 +1,83 @@
+"""Datasets on the Hugging Face hub as streams of documents."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.vocab_files import check_reachable
+from ..errors import UserError, one_line
+from ..machine.extras import missing
+from .readers import split_document
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A text dataset on the Hugging Face hub, streamed by the library `datasets` (extra: data)."""
+
+    name: str
+    text_key: str
+    documents: int | None
+    rows: Any  # iterable of {column: value}
+    config: str = ""  # of a dataset with several
+    has_many = True
+    size = 0  # unknown
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.config}"
+
+    @classmethod
+    def open(cls, name: str, text_key: str = "text", config: str = "") -> HubSource:
+        """Raises UserError without the extra or the network."""
+        try:
+            import datasets
+        except ImportError:
+            raise missing("datasets", "data", f"reading {name}") from None
+        try:
+            offline = any(os.environ.get(f"HF_{part}_OFFLINE", "0") not in ("0", "") for part in ("HUB", "DATASETS"))
+            if not offline and not Path(name).exists():  # datasets would wait half a minute
+                check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+            with _without_torch(datasets):
+                rows = datasets.load_dataset(name, *filter(None, [config]), split="train", streaming=True)
+            info = (rows.info.splits or {}).get("train")
+        except Exception as error:
+            advice = "check the network, or run llm-prepare on its files (.parquet, .jsonl)"
+            raise UserError(f"cannot load the dataset {name} ({one_line(error)}): {advice}") from None
+        return cls(name, text_key, info.num_examples if info and info.num_examples else None, rows, config)
+
+    def identity(self) -> dict[str, Any]:
+        version = str(getattr(self.rows, "info", ""))[:4096]
+        config = {"config": self.config} if self.config else {}
+        return {"dataset": self.name, "documents": self.documents, "version": version, **config}
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        try:
+            for row in self.rows:
+                if not isinstance(text := row.get(self.text_key), str):
+                    has = f"does not have a text {self.text_key!r} (it has {', '.join(map(repr, row))})"
+                    raise UserError(f"{self.name} {has}: see --text_key")
+                yield from split_document(text)
+        except UserError:
+            raise
+        except Exception as error:
+            advice = "run the same command again to resume from the cache"
+            raise UserError(f"reading {self.name} failed ({one_line(error)}): {advice}") from None
+
+
+@contextlib.contextmanager
+def _without_torch(datasets: Any) -> Iterator[None]:
+    """For the workers of torch's loader, which are not used here, the library imports torch: 1.5 seconds."""
+    config = getattr(datasets, "config", None)
+    before = getattr(config, "TORCH_AVAILABLE", False)
+    if before:
+        config.TORCH_AVAILABLE = False
+    try:
+        yield
+    finally:
+        if before:
+            config.TORCH_AVAILABLE = before
