@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 LEAST_REUSED = 1 << 20  # bytes of a tensor
+_own = threading.local()  # memory: the active ReusedMemory of a thread
 CGROUP = Path("/sys/fs/cgroup")  # control groups, version 2; memory.max holds "max" if there is no limit
 
 
@@ -71,18 +73,16 @@ def keep_freed_memory(keep: bool) -> None:
 class ReusedMemory:
     """Memory of large tensors on a CPU, for the next ones of the same size. glibc 2.36 cannot do that: it allocates an
     aligned block in a larger one and frees the ends, so that a freed block is too small for its own size, and stays a
-    hole between tensors that live longer. Used as a context, in one thread; what it holds is freed with it."""
-
-    active: ReusedMemory | None = None
+    hole between tensors that live longer. Used as a context, for its thread; what it holds is freed with it."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, list[torch.UntypedStorage]] = {}  # by size
 
     def __enter__(self) -> None:
-        ReusedMemory.active = self
+        _own.memory = self
 
     def __exit__(self, kind: type | None, *rest: Any) -> None:
-        ReusedMemory.active = None
+        _own.memory = None
         if kind is not None:  # perhaps memory ran out, and the next sizes are others
             self.blocks.clear()
 
@@ -98,7 +98,7 @@ class ReusedMemory:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, in reused memory if the tensor is large and a ReusedMemory is active."""
-    found = ReusedMemory.active
+    found: ReusedMemory | None = getattr(_own, "memory", None)
     if found is None or math.prod(shape) * dtype.itemsize < LEAST_REUSED:
         return torch.empty(shape, dtype=dtype)
     return found.empty(shape, dtype)

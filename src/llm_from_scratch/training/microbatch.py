@@ -20,12 +20,15 @@ T = TypeVar("T")
 SHARE = 0.85  # of the free memory: estimates are rough, and other programs grow
 ENOUGH_ON_GPU = 1 << 16  # tokens of a micro-batch; more are not faster (an estimate)
 ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; more are not faster (measured)
+ENOUGH_FOR_ADAPTERS = 1024  # on a CPU: twice as many are a twentieth faster and need a quarter more memory (measured)
 
 
 def largest_micro_batch(config: Config, runtime: Runtime, local_batch: int) -> int:
     """The largest divisor of a process's share of the batch that fits in free memory and is still faster."""
     free = _free(runtime)
-    enough = ENOUGH_ON_CPU if runtime.device.type == "cpu" else ENOUGH_ON_GPU
+    adapts = config.finetune.lora_rank is not None
+    on_cpu = ENOUGH_FOR_ADAPTERS if adapts else ENOUGH_ON_CPU
+    enough = on_cpu if runtime.device.type == "cpu" else ENOUGH_ON_GPU
     for size in range(min(local_batch, enough // config.model.block_size), 1, -1):
         if local_batch % size == 0:
             if free is None or training_sizes(config, runtime, size).memory <= SHARE * free:

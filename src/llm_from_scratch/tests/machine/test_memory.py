@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,10 +36,13 @@ def test_nothing_is_kept_outside_the_context_or_after_an_error() -> None:
     memory = ReusedMemory()
     first: Tensor = empty(SHAPE, torch.float32)
     assert not memory.blocks
-    with memory:
+    with memory, ThreadPoolExecutor(1) as other:
         first = empty(SHAPE, torch.float32)
+        other.submit(empty, (2, *SHAPE), torch.float32).result()
+    assert [len(same) for same in memory.blocks.values()] == [1]
+    empty((3, *SHAPE), torch.float32)
     assert len(memory.blocks) == 1
     with pytest.raises(ZeroDivisionError), memory:
         1 / 0  # noqa: B018
-    assert not memory.blocks and ReusedMemory.active is None
+    assert not memory.blocks
     first.fill_(1)

@@ -111,6 +111,7 @@ def test_on_a_cpu_no_more_tokens_than_pay(free: Any, monkeypatch: pytest.MonkeyP
     assert largest_micro_batch(gpt2(), RUNTIME, 480) == 4
     assert largest_micro_batch(gpt2(), RUNTIME, 9) == 3
     assert largest_micro_batch(gpt2(block_size=8192), RUNTIME, 480) == 1
+    assert largest_micro_batch(gpt2(lora_rank=4, block_size=256), RUNTIME, 480) == 4
     free(8 << 30)
     alone = largest_micro_batch(gpt2(), RUNTIME, 480)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
