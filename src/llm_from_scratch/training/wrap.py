@@ -149,7 +149,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     eager_cpu = runtime.device.type == "cpu" and not runtime.compile
     swap(model, with_adapters(replacements, eager_cpu), say, keep)
     if found_layers := layers_in_c(model):
-        say(f"layers: {', '.join(found_layers)} in C, faster than torch's here (LLM_KERNEL=torch: without)")
+        say(f"layers: {', '.join(found_layers)} in C, faster on a CPU (LLM_KERNEL=torch: without)")
     set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
