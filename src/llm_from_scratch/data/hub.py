@@ -72,7 +72,7 @@ class HubSource:
 @contextlib.contextmanager
 def _without_torch(datasets: Any) -> Iterator[None]:
     """For the workers of torch's loader, which are not used here, the library imports torch: 1.5 seconds."""
-    config = getattr(datasets, "config", None)
+    config: Any = getattr(datasets, "config", None)
     before = getattr(config, "TORCH_AVAILABLE", False)
     if before:
         config.TORCH_AVAILABLE = False
