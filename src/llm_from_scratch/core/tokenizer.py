@@ -202,6 +202,8 @@ class CharTokenizer(Tokenizer):
         # code point -> id, or the number of ids if it is unknown, as all after the last one are
         self._table = np.full(int(self._codes.max()) + 2, len(chars), np.min_scalar_type(len(chars)))
         self._table[self._codes] = np.arange(len(chars))
+        # For bytes.translate, several times as fast, if an id fits in a byte
+        self._ascii = self._table.take(range(128), mode="clip").tobytes().ljust(256) if len(chars) < 256 else b""
 
     @classmethod
     def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
@@ -218,7 +220,10 @@ class CharTokenizer(Tokenizer):
         return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        ids = self._table.take(_code_points(text), mode="clip")
+        if self._ascii and text.isascii():
+            ids = np.frombuffer(text.encode().translate(self._ascii), "u1")
+        else:
+            ids = self._table.take(_code_points(text), mode="clip")
         if ids.max(initial=0) == self.vocab_size:
             char = text[int(ids.argmax())]
             raise UserError(
