@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 LEAST_REUSED = 1 << 20  # bytes of a tensor
+USES: Any = getattr(torch._C, "_storage_Use_Count", None)  # private: without it, memory is not reused
 _own = threading.local()  # memory: the active ReusedMemory of a thread
 CGROUP = Path("/sys/fs/cgroup")  # control groups, version 2; memory.max holds "max" if there is no limit
 
@@ -89,7 +90,7 @@ class ReusedMemory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         blocks = self.blocks.setdefault(math.prod(shape) * dtype.itemsize, [])
         for block in blocks:
-            if torch._C._storage_Use_Count(block._cdata) == 1:  # no tensor has it
+            if USES(block._cdata) == 1:  # no tensor has it
                 return torch.empty(0, dtype=dtype).set_(block).view(shape)
         made = torch.empty(shape, dtype=dtype)
         blocks.append(made.untyped_storage())
@@ -99,7 +100,7 @@ class ReusedMemory:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """torch.empty on the CPU, in reused memory if the tensor is large and a ReusedMemory is active."""
     found: ReusedMemory | None = getattr(_own, "memory", None)
-    if found is None or math.prod(shape) * dtype.itemsize < LEAST_REUSED:
+    if found is None or USES is None or math.prod(shape) * dtype.itemsize < LEAST_REUSED:
         return torch.empty(shape, dtype=dtype)
     return found.empty(shape, dtype)
 
