@@ -115,7 +115,8 @@ def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for p in tables:  # their optimizer exchanges the gradients
         torch.distributed.broadcast(p.detach(), 0)
-    return DistributedDataParallel(model, device_ids=ids, process_group=group)
+    # gradients are computed where they are exchanged: no copies
+    return DistributedDataParallel(model, device_ids=ids, process_group=group, gradient_as_bucket_view=True)
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
