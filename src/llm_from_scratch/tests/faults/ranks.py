@@ -99,7 +99,8 @@ def run(count: int, seed: int, folder: Path) -> Report:
     whole = Whole(SETTINGS, data)
     outputs = [folder / f"rank-{rank}.txt" for rank in range(2)]
     begin = time.monotonic()
-    _finish(whole, folder / "whole", outputs, report, "the uninterrupted run", keep_last=1000)
+    if not _finish(whole, folder / "whole", outputs, report, "the uninterrupted run", keep_last=1000):
+        return report
     whole.seconds = time.monotonic() - begin
     whole.learn(folder / "whole")
     report.counts["inside a save"] = 0
