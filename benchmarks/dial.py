@@ -1,23 +1,25 @@
 """The dial against other choices with the same budget: final bits per byte.
 
 python benchmarks/dial.py TEXT [TEXT ...] [--budget=60] [--results=dial.jsonl] [--threads=1] [--nanogpt=DIR]
-       [--clock=wall|cpu]
+       [--clock=wall|cpu] [--others=NAME,NAME]
 
-Each TEXT is prepared once with characters as tokens. The dial trains with --budget. The others train with the settings
-in OTHERS for the same time: two short runs measure the seconds of a step, and the number of steps follows. nanoGPT is
-its command for a CPU, with as many steps as fit. --clock=cpu compares processor time, for a machine that is busy: what
-the dial chose then trains with the steps that fit into the processor time. Bits per byte are those of the whole
+Each TEXT is prepared once with characters as tokens; the last 300,000 or fewer are the validation split. The dial
+trains with --budget. The others train with the settings in OTHERS and end on time in the same way: the number of steps
+follows their speed. nanoGPT is its command for a CPU, with as many steps as fit by two short runs. --clock=cpu gives
+every run a clock that counts its processor time, for a machine that is busy. Bits per byte are those of the whole
 validation split, by llm-eval. Every result is a line of the file --results. A run whose line is there is not repeated,
 so the comparison continues if it was stopped. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations
 
+import asyncio  # noqa: F401  its waits keep the clock on the wall
 import json
 import math
 import pickle
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,23 +28,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from contenders import arguments, environment, machine, nanogpt_readme
 
-SHARE = 0.97  # of the budget that the others are planned to use
-TRIAL = 24  # steps of the run that measures the speed
-MODERN = ["--sample_order=shuffled", "--loss_plot=False", "--tensorboard=False"]
+SHARE, TRIAL = 0.97, 24  # nanoGPT: of the budget that its steps are planned to use; steps that measure its speed
+HELD = 300_000  # characters
+MODERN = ["--sample_order=shuffled", "--loss_plot=False", "--tensorboard=False", "--final_eval=False"]
+MODERN += ["--eval_interval=1000000", "--eval_iters=1"]
 # A person's choices: the presets, and these with another size, context or rate
 OTHERS = {
     "three-minutes": ["three-minutes"],
     "speedrun": ["speedrun"],
+    "speedrun-context-256": ["speedrun", "--block_size=256", "--batch_size=4", "--muon_learning_rate=0.03"],
+    "three-minutes-2-layers": ["three-minutes", "--n_layer=2", "--block_size=128"],
     "quick": ["quick"],
-    "laptop": ["laptop"],
-    "default": ["default"],
     "quick-2-layers": ["quick", "--n_layer=2"],
     "quick-context-256": ["quick", "--block_size=256"],
-    "three-minutes-2-layers": ["three-minutes", "--n_layer=2", "--block_size=128"],
+    "laptop": ["laptop"],
 }
+
+
+def timed(clock: str, seconds: float, words: list[str]) -> None:
+    """In a process of its own: trains, and ends after this time. Without a preset: what the dial chooses."""
+    if clock == "cpu":
+        time.monotonic = time.perf_counter = time.process_time
+    from llm_from_scratch.machine import processes
+
+    if clock == "cpu":
+        processes.process_age = lambda otherwise: time.process_time()
+    if words[0].startswith("--"):
+        from llm_from_scratch.cli.train import main as train_command
+
+        sys.exit(train_command([*words, f"--budget={seconds:g}s"]))
+    began = time.monotonic() - processes.process_age(time.process_time())
+    from llm_from_scratch.config import Config
+    from llm_from_scratch.machine.budget import Deadline
+    from llm_from_scratch.presets import parse
+    from llm_from_scratch.training.trainer import train
+
+    parsed = parse(Config, [*words, *MODERN], prog="llm-train", base_preset="default")
+    train(parsed.tree, parsed.sources, deadline=Deadline(began + seconds))
 
 
 def run(words: list[str], threads: int, clock: str, folder: Path | None = None) -> tuple[float, str]:
@@ -66,13 +90,11 @@ class Comparison:
     def __init__(self, text: Path, options: Any, known: dict[str, Any]):
         self.text, self.options, self.known = text, options, known
         self.folder = options.results.resolve().parent / f"{options.results.stem}-{text.stem}"
-        self.data = self.folder / "data"
+        self.data, self.out_dir = self.folder / "data", self.folder / "out"
         if not (self.data / "manifest.json").is_file():
-            run(
-                module("prepare_data", str(text), f"--out_dir={self.data}", "--tokenizer=char", "--cache_dir=None"),
-                1,
-                "cpu",
-            )
+            held = min(0.1, HELD / len(text.read_text(encoding="utf-8")))
+            words = [str(text), f"--out_dir={self.data}", "--tokenizer=char", f"--val_fraction={held:.4g}"]
+            run(module("prepare_data", *words, "--cache_dir=None"), 1, "cpu")
 
     def once(self, name: str, make: Any) -> dict[str, Any]:
         """The result of this name: read, or made and written."""
@@ -85,69 +107,49 @@ class Comparison:
             print(f"{key}: {json.dumps(self.known[key])}", flush=True)
         return self.known[key]
 
-    def train(self, *words: str) -> tuple[float, str]:
-        out_dir = f"--out_dir={self.folder / 'out'}"
-        return run(module("train", *words, f"--dataset={self.data}", out_dir), self.options.threads, self.options.clock)
+    def trained(self, words: list[str]) -> dict[str, Any]:
+        options = self.options
+        place = [f"--dataset={self.data}", f"--out_dir={self.out_dir}"]
+        shutil.rmtree(self.out_dir, ignore_errors=True)
+        command = [sys.executable, __file__, "timed", options.clock, str(options.budget), *words, *place]
+        took, said = run(command, options.threads, options.clock)
+        _, text = run(module("evaluate", *place), options.threads, options.clock)
+        bits = float(re.findall(r"bits per byte ([\d.]+)", text)[-1])
+        found = {"bits": bits, "seconds": took, "used": took / options.budget, **self.size()}
+        if expected := re.findall(r"expected: .* ([\d.]+) bits per byte", said):
+            chosen = re.findall(r"^(?:model|training|expected): .*$", said, re.MULTILINE)
+            found |= {"expected": float(expected[-1]), "chosen": chosen}
+        return found
 
-    def bits(self) -> float:
-        """Bits per byte of the last run on the whole validation split."""
-        words = [f"--out_dir={self.folder / 'out'}", f"--dataset={self.data}"]
-        _, text = run(module("evaluate", *words), self.options.threads, self.options.clock)
-        return float(re.findall(r"bits per byte ([\d.]+)", text)[-1])
+    def size(self) -> dict[str, Any]:
+        """What the law (docs/SCALING.md) needs to know about the last run."""
+        from llm_from_scratch.checkpoint.load import load
+        from llm_from_scratch.core.sizes import sizes
 
-    def settled(self, *words: str) -> tuple[int, float]:
-        """(steps that fit into the budget, seconds of the rest of the process), from two short runs."""
-        plain = [*words, "--eval_interval=1000000", "--eval_iters=1", "--final_eval=False", *MODERN]
-        one, _ = self.train(*plain, "--max_iters=4")
-        two, _ = self.train(*plain, f"--max_iters={4 + TRIAL}")
-        step = max(1e-4, (two - one) / TRIAL)
-        return max(1, int((SHARE * self.options.budget - one) / step) + 4), one
-
-    def dial(self) -> dict[str, Any]:
-        budget = self.options.budget
-        took, text = self.train(f"--budget={budget:g}s")
-        expected = float(re.findall(r"expected: .* ([\d.]+) bits per byte", text)[-1])
-        if self.options.clock == "cpu":  # the run had a share of the machine: again with what fits into processor time
-            wall, text = run(
-                module("train", f"--budget={budget:g}s", f"--dataset={self.data}", "--print_config"),
-                self.options.threads, "cpu",
-            )  # fmt: skip
-            chosen = self.folder / "dial.yaml"
-            settings = yaml.safe_load(text[text.index("model:\n") : text.index("\nbudget: ") + 1])
-            chosen.write_text(yaml.safe_dump(settings))
-            steps, _ = self.settled(str(chosen))
-            took, _ = self.train(str(chosen), f"--max_iters={steps}", "--final_eval=False")
-        settings = (self.folder / "out" / "README.md").read_text(encoding="utf-8")
-        found = self.bits()
-        return {
-            "bits": found,
-            "seconds": took,
-            "expected": expected,
-            "used": took / budget,
-            "settings": settings[-1500:],
-        }
-
-    def other(self, words: list[str]) -> dict[str, Any]:
-        steps, _ = self.settled(*words)
-        took, _ = self.train(*words, f"--max_iters={steps}", f"--eval_interval={steps}", "--final_eval=False", *MODERN)
-        return {"bits": self.bits(), "seconds": took, "steps": steps}
+        saved = load(self.out_dir, "last", weights_only=True, need_tokenizer=False)
+        model, settings = saved.model_config, {}
+        for section in saved.config.values():
+            settings |= section
+        counts, batch = sizes(model, 1), settings["batch_size"] * settings["gradient_accumulation_steps"]
+        return {"params": counts.params - counts.embedding_params, "steps": saved.step, "batch": batch,
+                "context": model.block_size, "max_ngram": model.max_ngram}  # fmt: skip
 
     def nanogpt(self, checkout: Path) -> dict[str, Any]:
         """nanoGPT's own estimate of its val loss, over 20 batches."""
         vocab_size = json.loads((self.data / "manifest.json").read_text())["vocab_size"]
         (self.data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
 
-        def trained(steps: int) -> tuple[float, str]:
+        def took_and_said(steps: int) -> tuple[float, str]:
             words = nanogpt_readme(self.data, self.folder / "nanogpt")
             words += [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={steps}"]
             return run(words, self.options.threads, self.options.clock, checkout)
 
-        one, _ = trained(4)
-        two, _ = trained(4 + TRIAL)
+        one, _ = took_and_said(4)
+        two, _ = took_and_said(4 + TRIAL)
         steps = max(1, int((SHARE * self.options.budget - one) / max(1e-4, (two - one) / TRIAL)) + 4)
-        took, said = trained(steps)
+        took, said = took_and_said(steps)
         text = self.text.read_text(encoding="utf-8")
-        val = text[int(len(text) * 0.9) :]
+        val = text[-len(text) // 10 :]
         loss = float(re.findall(r"val loss ([\d.]+)", said)[-1])
         return {"bits": loss / math.log(2) * len(val) / len(val.encode()), "seconds": took, "steps": steps}
 
@@ -168,13 +170,14 @@ def main() -> None:
     rows = []
     for text in options.texts:
         comparison = Comparison(text.resolve(), options, known)
-        ours = comparison.once("dial", comparison.dial)
+        ours = comparison.once("dial", partial(comparison.trained, []))
         names = [name for name in options.others.split(",") if name]
-        found = {name: comparison.once(name, partial(comparison.other, OTHERS[name])) for name in names}
+        found = {name: comparison.once(name, partial(comparison.trained, OTHERS[name])) for name in names}
         if options.nanogpt is not None:
             checkout = options.nanogpt.resolve()
             found["nanogpt"] = comparison.once("nanogpt", partial(comparison.nanogpt, checkout))
-        best = min((entry["bits"], name) for name, entry in found.items() if name != "nanogpt")
+        others = [(entry["bits"], name) for name, entry in found.items() if name != "nanogpt"]
+        best = min(others, default=(math.nan, "none"))
         row = {"text": text.stem, "dial": ours["bits"], "best": best[0], "of": best[1], "ratio": ours["bits"] / best[0],
                "used": ours["used"], "expected": ours["expected"] / ours["bits"]}  # fmt: skip
         if "nanogpt" in found:
@@ -189,4 +192,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["timed"]:
+        timed(sys.argv[2], float(sys.argv[3]), sys.argv[4:])
+    else:
+        main()

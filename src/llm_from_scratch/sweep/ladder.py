@@ -12,7 +12,7 @@ from ..core.dataset import TokenData, resolve_dataset
 from ..core.sizes import count_params, embedding_params
 from ..errors import UserError
 from ..presets import build
-from ..training.law import Law
+from ..training.law import CONSTANTS, Law
 from ..training.loggers import METRICS, read_entries
 from .fit import Fit, Point
 
@@ -72,7 +72,8 @@ def lines(points: list[Point], found: Fit) -> list[str]:
 
 def law_json(found: Fit) -> dict[str, Any]:
     """The law as `llm-train --law=FILE` reads it, with its intervals."""
-    return {**vars(found.law), "intervals": {name: list(ends) for name, ends in found.intervals.items()}}
+    constants = {name: getattr(found.law, name) for name in CONSTANTS}
+    return {**constants, "intervals": {name: list(ends) for name, ends in found.intervals.items()}}
 
 
 def plot(path: Path, points: list[Point], law: Law) -> None:

@@ -20,6 +20,7 @@ from ..core.sizes import sizes
 from ..errors import UserError
 from ..machine.budget import Budget
 from ..settings import flatten
+from .counts import Curve
 from .law import NGRAMS, PLAIN, Law, Prediction
 from .progress import FORWARD_SHARE, SAVE_AWAITED, SAVE_BESIDE
 
@@ -41,7 +42,7 @@ MOST_EPOCHS_OF_NGRAMS = 4  # more are untested
 MOST_EPOCHS = 60  # passes over the text after which more training does not help
 MOST_PARAMETERS = 10  # per token of the text; larger models memorise it
 FEWEST_STEPS = 20
-LAUNCH, LAUNCH_ON_GPU = 1e-3, 4e-4  # seconds per layer and update; a rehearsal corrects them
+LAUNCH, LAUNCH_ON_GPU = 5e-3, 4e-4  # seconds per layer and update, measured on a CPU; a rehearsal corrects them
 BATCH_TOKENS = 2048  # of an update in a run of 4 million tokens
 ENOUGH_TOKENS = 4096  # of a forward pass; more are not faster on a CPU
 DROPOUT_BY_EPOCHS = ((4, 0.0), (12, 0.1), (math.inf, 0.2))
@@ -58,8 +59,8 @@ class Facts:
     characters: float = 1.0
     """Of a token, in the mean."""
     bytes_per_character: float = 1.0
-    text_bits: float | None = None
-    """How hard the text is (law.py); None if it is unknown."""
+    text: Curve | None = None
+    """How hard the text is; None if it is unknown."""
     processes: int = 1
     memory: int | None = None
     """Bytes of the device of one process."""
@@ -245,6 +246,11 @@ def _filled(
     if params > MOST_PARAMETERS * facts.train_tokens and (model.n_layer, model.n_embd) != SHAPES[0]:
         if not {"n_layer", "n_embd"} & fixed.keys():
             return
+    per_row = 0.0  # parameters of a row of the n-gram tables, which follow the tokens
+    if model.max_ngram and "ngram_rows" not in fixed:
+        model = dataclasses.replace(model, ngram_rows=_rows(math.inf))
+        total = _counts(model)[0]
+        per_row = (total - _counts(dataclasses.replace(model, ngram_rows=_rows(0)))[0]) / (_rows(math.inf) - _rows(0))
     T, accumulation = model.block_size, fixed.get("gradient_accumulation_steps", 1)
     tokens, overhead = 1e5, 0.0
     most = (MOST_EPOCHS_OF_NGRAMS if model.max_ngram else MOST_EPOCHS) * facts.train_tokens
@@ -252,7 +258,8 @@ def _filled(
         batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, accumulation * facts.processes)
         step = speed.seconds(model, arithmetic, batch * T)
         if budget.unit == "seconds":
-            overhead = _overhead(budget, facts, speed, step / (batch * T), total)
+            stored = total - per_row * (model.ngram_rows - _rows(tokens))
+            overhead = _overhead(budget, facts, speed, step / (batch * T), stored)
             tokens = (budget.amount - overhead) / step * batch * T
         else:
             tokens = budget.amount / (arithmetic if budget.unit == "flops" else 1)
@@ -267,15 +274,20 @@ def _filled(
     if steps < (1 if is_cut else fewest):
         return
     if model.max_ngram and "ngram_rows" not in fixed:
-        rows = 1 << min(18, max(12, round(math.log2(tokens / 8))))
+        rows = _rows(tokens)
         settings = {**settings, "ngram_rows": rows}
         model = dataclasses.replace(model, ngram_rows=rows)
     used, size = law or (NGRAMS if model.max_ngram else PLAIN), facts.unit(law)
-    expected = used.predict(params, steps * batch * T * size, facts.train_tokens * size, T * size, facts.text_bits)
+    expected = used.predict(params, steps * batch * T * size, facts.train_tokens * size, T * size, facts.text)
     if law is None:
         expected = Prediction(*(bits / facts.bytes_per_character for bits in expected))
     seconds = steps * step + (overhead if budget.unit == "seconds" and not is_cut else speed.start)
     yield Choice(settings, model, int(params), arithmetic, steps, batch, step, expected, seconds, is_cut)
+
+
+def _rows(tokens: float) -> int:
+    """Of each n-gram table, in a run of this many tokens."""
+    return 1 << round(math.log2(min(1 << 18, max(1 << 12, tokens / 8))))
 
 
 def _overhead(budget: Budget, facts: Facts, speed: Speed, per_token: float, params: float) -> float:

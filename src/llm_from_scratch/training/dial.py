@@ -10,7 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..config import Config, GPTConfig
+from ..core.dataset import TokenData
+from ..core.remote import RemoteFile
 from ..machine import device as runtimes
 from ..machine.budget import Budget, Deadline
 from ..machine.device import Runtime
@@ -19,15 +23,18 @@ from ..machine.processes import sum_over_ranks
 from ..settings import flatten
 from .check import check
 from .choice import LAUNCH, LAUNCH_ON_GPU, Choice, Facts, Speed, choose, settings_of
+from .counts import counted
 from .forecast import forecast, products_per_second
-from .law import Law, text_bits
+from .law import Law
 from .pace import EXIT
 from .progress import in_words
 from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
 COMPILED_ON_GPU = 1200.0  # seconds: in shorter runs on a GPU, compiling takes longer than it saves
-SAMPLED = 1 << 17  # tokens that are decoded to see how hard the text is
+# How hard the text is: tokens that are counted, at most and for each second of the budget (about 1 us each), and that
+# they are asked for; in blocks from the whole text
+COUNTED, COUNTED_PER_SECOND, ASKED, BLOCK = 1 << 20, 1 << 13, 1 << 17, 1 << 11
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ def dial(
     on time.monotonic(). Takes some seconds if the budget is a time. Raises UserError."""
     runtime = runtimes.resolve(config.system)
     runtimes.start(runtime, config.system)
-    facts = facts_of(config, fixed, runtime)
+    is_timed = budget.unit == "seconds"
+    most = int(COUNTED_PER_SECOND * budget.amount) if is_timed else COUNTED
+    facts = facts_of(config, fixed, runtime, min(COUNTED, most))
 
     def agreed(value: float) -> float:
         """The first process's value: its clock counts."""
@@ -61,7 +70,7 @@ def dial(
     speed = Speed(agreed(rate), LAUNCH_ON_GPU if runtime.device.type == "cuda" else LAUNCH, spent + EXIT)
     measured = list[GPTConfig]()
     choices = choose(budget, facts, speed, fixed, exportable, law)
-    is_open = budget.unit == "seconds" and (len(choices) > 1 or not choices[0].is_cut)
+    is_open = is_timed and (len(choices) > 1 or not choices[0].is_cut)
     while is_open and len(measured) < MOST_REHEARSALS and choices[0].model not in measured:
         left = REHEARSAL_SHARE * budget.amount - (time.monotonic() - began - spent)
         if agreed(left) <= 0 and measured:
@@ -101,8 +110,8 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     return config
 
 
-def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime) -> Facts:
-    """What the choice depends on, apart from the speed."""
+def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, tokens: int) -> Facts:
+    """What the choice depends on, apart from the speed. tokens: of the training text that are counted."""
     smallest = {
         "block_size": 1,
         "batch_size": runtime.world_size,
@@ -110,18 +119,27 @@ def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime) -> Facts:
         "micro_batch": None,
     }
     inputs = check(with_settings(config, {name: value for name, value in smallest.items() if name not in fixed}))
-    sample, tokens = "", min(SAMPLED, len(inputs.train_data.shards[0]))
+    sample, curve, blocks = "", None, sampled(inputs.train_data, tokens)
     if inputs.tokenizer is not None:
-        sample = inputs.tokenizer.decode(inputs.train_data.shards[0][:tokens])
+        sample = inputs.tokenizer.decode(blocks)
+        curve = counted(sample, inputs.tokenizer.decode(sampled(inputs.val_data, ASKED)))
     size = inputs.vocab_size or GPT2_PADDED
     memory = free_memory(runtime.device)
     if memory is not None and runtime.device.type == "cpu":
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Facts(
         len(inputs.train_data), len(inputs.val_data), GPT2_PADDED if size == GPT2_IDS else size,
-        len(sample) / tokens if sample else 1.0, len(sample.encode()) / len(sample) if sample else 1.0,
-        text_bits(sample), runtime.world_size, memory,
+        len(sample) / len(blocks) if sample else 1.0, len(sample.encode()) / len(sample) if sample else 1.0,
+        curve, runtime.world_size, memory,
     )  # fmt: skip
+
+
+def sampled(data: TokenData, tokens: int) -> np.ndarray:
+    """About as many tokens, in blocks from the whole split in a mixed order; of a remote one, from its first shard."""
+    total = len(data.shards[0] if isinstance(data.shards[0], RemoteFile) else data)
+    length = min(BLOCK, total)
+    starts = np.linspace(0, total - length, max(1, min(tokens, total) // length)).astype(np.int64)
+    return data.windows(np.random.default_rng(0).permutation(starts), length).ravel()
 
 
 def explain(

@@ -7,24 +7,24 @@ N: parameters that are multiplied (without embeddings). D: text trained on. U: d
 text are in characters (a law of llm-scale: bytes), not in tokens, so that tokenizers compare. The form in N and D is
 that of arXiv 2203.15556. D' is from arXiv 2305.16264: the text that would be worth as much if nothing were repeated.
 
-The constants hold for texts as hard as the text they were fitted on. `text_bits` is its conditional entropy: bits per
-character if the two before it are known. For another text, the loss is multiplied by the ratio of the two entropies.
+The constants hold for the text they were fitted on. For another text, the loss is multiplied by a power of the ratio
+of the two texts' cross-entropies under counted n-grams, after as much text as the run trains on (counts.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..machine.files import read_json
+from .counts import Curve
 
-SAMPLE = 100_000  # characters of a text that are counted
-EASIEST, HARDEST = 0.4, 2.0  # limits of the ratio of two texts: a very short text says little
+POWER = 2.4  # a model gains more from an easier text than counts do (docs/SCALING.md)
+EASIEST, HARDEST = 0.2, 3.0  # limits of the scale: a very short text says little
 INTERVAL = 2.0  # standard deviations: about 95% of the runs
 
 
@@ -51,15 +51,14 @@ class Law:
     """Repetitions after which text has lost most of its worth."""
     spread: float = 0.05
     """Standard deviation of measured / predicted - 1."""
-    text_bits: float | None = None
-    """Of the fitted text. None: the law is for one text and is not scaled."""
+    text: Curve | None = None
+    """Of the fitted text. None: the law is for one text and is not scaled. Not in files."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name == "text_bits" and value is None:
-                continue
+        for name in CONSTANTS:
+            value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            positive = name in ("alpha", "beta", "gamma", "R", "text_bits")
+            positive = name in ("alpha", "beta", "gamma", "R")
             if not is_number or value < 0 or (positive and value == 0):
                 raise UserError(
                     f"a law's {name} must be a number {'above' if positive else 'of at least'} 0: {value!r}"
@@ -87,43 +86,35 @@ class Law:
         seen: float,
         unique: float = math.inf,
         context: float = math.inf,
-        text_bits: float | None = None,
+        text: Curve | None = None,
     ) -> Prediction:
-        """The expected loss of a text with these text_bits. None: as hard as the fitted one."""
-        scale = min(HARDEST, max(EASIEST, text_bits / self.text_bits)) if text_bits and self.text_bits else 1.0
+        """The expected loss of a text with this curve. None: as hard as the fitted one."""
+        scale = 1.0
+        if text is not None and self.text is not None:
+            worth = self.worth(seen, unique)
+            scale = min(HARDEST, max(EASIEST, (text.at(worth) / self.text.at(worth)) ** POWER))
         bits, factor = scale * self.bits(params, seen, unique, context), math.exp(INTERVAL * self.spread)
         return Prediction(bits, bits / factor, bits * factor)
 
 
-def text_bits(text: str) -> float | None:
-    """Bits of a character if the two before it are known, in the first characters of a text; None for too few."""
-    part = text[:SAMPLE]
-    count = len(part) - 2
-    if count < 1:
-        return None
-    three, two = Counter(zip(part, part[1:], part[2:], strict=False)), Counter(zip(part[:-2], part[1:-1], strict=True))
-    return (_entropy(three, count) - _entropy(two, count)) or None
-
-
-def _entropy(counts: Counter, total: int) -> float:
-    return -sum(n / total * math.log2(n / total) for n in counts.values())
+CONSTANTS = tuple(item.name for item in dataclasses.fields(Law) if item.name != "text")
 
 
 def read_law(path: str | Path) -> Law:
     """A law from a JSON file: {"E": ..., "A": ..., "alpha": ..., "B": ..., "beta": ..., ...}; other names are ignored.
     Raises UserError."""
     content: Any = read_json(Path(path))
-    names = [item.name for item in dataclasses.fields(Law)]
     if not isinstance(content, dict) or not {"E", "A", "alpha", "B", "beta"} <= content.keys():
         raise UserError(
             f"{path} is not a law: expected a JSON object with E, A, alpha, B and beta, as llm-scale writes"
         )
     try:
-        return Law(**{name: content[name] for name in names if name in content})
+        return Law(**{name: content[name] for name in CONSTANTS if name in content})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 # Fitted by hand to runs on tiny Shakespeare with up to 2 million characters; docs/SCALING.md compares them.
-PLAIN = Law(E=1.52, A=20.4, alpha=0.34, B=50.0, beta=0.335, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.571)
-NGRAMS = Law(E=1.81, A=5.0, alpha=0.34, B=140.0, beta=0.47, C=8.0, gamma=1.0, R=3.0, spread=0.06, text_bits=2.571)
+SHAKESPEARE = Curve(amount=491520.0, bits=2.545, gain=0.424)
+PLAIN = Law(E=1.52, A=20.4, alpha=0.34, B=50.0, beta=0.335, C=8.0, gamma=1.0, R=3.0, spread=0.06, text=SHAKESPEARE)
+NGRAMS = Law(E=1.81, A=5.0, alpha=0.34, B=140.0, beta=0.47, C=8.0, gamma=1.0, R=3.0, spread=0.06, text=SHAKESPEARE)

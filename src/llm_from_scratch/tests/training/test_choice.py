@@ -13,16 +13,17 @@ from llm_from_scratch.interop.hf import family_of
 from llm_from_scratch.machine.budget import parse_budget
 from llm_from_scratch.settings import flatten
 from llm_from_scratch.training.choice import Choice, Facts, Speed, choose, sequences, settings_of
+from llm_from_scratch.training.counts import Curve
 from llm_from_scratch.training.dial import with_settings
 from llm_from_scratch.training.scheduler import learning_rate_at
 
 LAPTOP = Speed(flops=1e11)
-BOOK = Facts(1_000_000, 110_000, 65, 1.0, 1.0, 2.57)
+BOOK = Facts(1_000_000, 110_000, 65, 1.0, 1.0, Curve(500_000, 2.56, 0.44))
 TEXTS = {
-    "three lines": Facts(90, 11, 25, 1.0, 1.0, 0.5),
+    "three lines": Facts(90, 11, 25, 1.0, 1.0, None),
     "book": BOOK,
-    "30 MB": Facts(9_000_000, 1_000_000, 4096, 3.3, 1.0, 1.9),
-    "100 GB": Facts(25_000_000_000, 12_000_000, 50304, 4.4, 1.01, 2.5),
+    "30 MB": Facts(9_000_000, 1_000_000, 4096, 3.3, 1.0, Curve(1e6, 2.1, 0.35)),
+    "100 GB": Facts(25_000_000_000, 12_000_000, 50304, 4.4, 1.01, Curve(1e6, 2.4, 0.4)),
 }
 
 

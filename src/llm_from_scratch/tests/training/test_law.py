@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.training.law import NGRAMS, PLAIN, Law, read_law, text_bits
+from llm_from_scratch.training.counts import Curve
+from llm_from_scratch.training.law import NGRAMS, PLAIN, POWER, Law, read_law
 
-SIMPLE = Law(E=1.0, A=100.0, alpha=0.5, B=1000.0, beta=0.5, C=4.0, gamma=1.0, R=2.0, spread=0.1, text_bits=2.0)
+EASY = Curve(amount=1e6, bits=2.0, gain=0.4)
+SIMPLE = Law(E=1.0, A=100.0, alpha=0.5, B=1000.0, beta=0.5, C=4.0, gamma=1.0, R=2.0, spread=0.1, text=EASY)
 
 
 def test_the_sum_by_hand() -> None:
@@ -29,9 +30,9 @@ def test_repeated_text_is_worth_less_and_less() -> None:
 
 
 def test_a_harder_text_scales_the_loss_and_its_interval() -> None:
-    easy, hard = SIMPLE.predict(1e4, 1e6), SIMPLE.predict(1e4, 1e6, text_bits=3.0)
-    assert easy == pytest.approx((3.0, 3.0 / math.exp(0.2), 3.0 * math.exp(0.2)))
-    assert hard == pytest.approx(tuple(1.5 * value for value in easy))
+    same, hard = SIMPLE.predict(1e4, 1e6, text=EASY), SIMPLE.predict(1e4, 1e6, text=Curve(EASY.amount, 3.0, EASY.gain))
+    assert same == SIMPLE.predict(1e4, 1e6) == pytest.approx((3.0, 3.0 / math.exp(0.2), 3.0 * math.exp(0.2)))
+    assert hard == pytest.approx(tuple(1.5**POWER * value for value in same))
 
 
 def test_the_balance_is_where_parameters_and_text_help_equally() -> None:
@@ -48,18 +49,21 @@ def test_the_stored_laws_fall_with_parameters_text_and_context(law: Law) -> None
     assert law.bits(1e6, 1e6, 1e6, 512) < base < 8
 
 
-def test_the_entropy_of_a_character_after_two_others() -> None:
-    text = "abaabb" * 200
-    pairs = Counter(zip(text[:-2], text[1:-1], strict=False))
-    triples = Counter(zip(text, text[1:], text[2:], strict=False))
-    by_hand = sum(n * math.log2(pairs[a, b] / n) for (a, b, _), n in triples.items()) / (len(text) - 2)
-    assert text_bits(text) == pytest.approx(by_hand)
-    assert text_bits("ab") is None and text_bits("aaaa" * 9) is None
+def test_the_scale_is_that_of_the_text_that_is_worth_as_much() -> None:
+    """Repeated text counts as in the law, and the ratio of two texts changes with the amount."""
+    steeper = Curve(EASY.amount, bits=1.8, gain=0.8)
+    for seen, unique in ((1e6, math.inf), (4e6, math.inf), (2e6, 1e6)):
+        worth = SIMPLE.worth(seen, unique)
+        scale = (steeper.at(worth) / EASY.at(worth)) ** POWER
+        assert SIMPLE.predict(1e4, seen, unique, text=steeper).bits == pytest.approx(
+            scale * SIMPLE.bits(1e4, seen, unique)
+        )
+    assert steeper.at(4e6) / EASY.at(4e6) != pytest.approx(0.9, abs=0.02)  # as it is at 1e6
 
 
 def test_a_law_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "law.json"
-    path.write_text(json.dumps({"E": 1, "A": 2, "alpha": 0.3, "B": 4, "beta": 0.5, "runs": 12}))
+    path.write_text(json.dumps({"E": 1, "A": 2, "alpha": 0.3, "B": 4, "beta": 0.5, "text": "x", "runs": 12}))
     assert read_law(path) == Law(E=1, A=2, alpha=0.3, B=4, beta=0.5)
 
 
