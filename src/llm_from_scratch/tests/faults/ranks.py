@@ -100,6 +100,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
     outputs = [folder / f"rank-{rank}.txt" for rank in range(2)]
     begin = time.monotonic()
     if not _finish(whole, folder / "whole", outputs, report, "the uninterrupted run", keep_last=1000):
+        report.done = 1
         return report
     whole.seconds = time.monotonic() - begin
     whole.learn(folder / "whole")
