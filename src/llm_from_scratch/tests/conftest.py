@@ -18,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("LLM_KERNEL", "torch")  # a library that some test builds must not change the others
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # the tests say themselves when they run under torchrun
+os.environ.pop("LLM_ACTIVATE", None)  # or under ./just
 
 
 # Files that take longest, so that workers begin with them and none is left with one of these at the end.
