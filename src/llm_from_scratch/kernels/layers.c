@@ -1,4 +1,4 @@
-/* Layers of training in float32, forward and backward: activations, RMSNorm, causal attention.
+/* Layers of training in float32, forward and backward: activations, RMSNorm, rotations, causal attention, loss.
 
    This file includes itself, for AVX2 and for AVX-512. Sums have one order, whatever the number of threads. */
 

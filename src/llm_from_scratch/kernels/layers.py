@@ -1,4 +1,5 @@
-"""Layers for training in float32 on a CPU, forward and backward in C (layers.c): activations, RMSNorm, attention.
+"""Layers for training in float32 on a CPU, forward and backward in C (layers.c): activations, RMSNorm, rotations,
+attention, and the loss of a large vocabulary.
 
 Each equals the module of core/model.py that it replaces, except for rounding. Where the C code does not fit, the
 replaced module's own forward runs: in inference mode too, because decoding records torch's operations.
@@ -14,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..core.model import GPT, Attention, NextTokenLoss, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 from ..machine.memory import empty_like
 from .compiled import Kernel, load_kernel
 from .cpu import CPUReLUSquared, CPURMSNorm, CPURotaryPositions, CPUSwiGLU
@@ -37,7 +38,8 @@ def layer_replacements(model: GPT, others: Collection[type]) -> dict[type, type]
 
 def layers_in_c(model: nn.Module) -> list[str]:
     """The names of core/model.py's layers that run in C."""
-    return [kind.__name__ for kind, c in REPLACEMENTS.items() if any(isinstance(m, c) for m in model.modules())]
+    kinds = REPLACEMENTS | {NextTokenLoss: CompiledLoss}
+    return [kind.__name__ for kind, c in kinds.items() if any(isinstance(m, c) for m in model.modules())]
 
 
 def _kernel() -> Kernel:

@@ -267,17 +267,19 @@ def _estimate(
     muon = muon_flops(optimizer, cluster.size if mode == "ddp" else shards) / (MFU * peak)
     return Estimate(
         mode, cluster, sequences, micro_batch,
-        memory(config, model, counted, shards, gathered), shared, arithmetic + muon + exposed,
+        memory(config, model, counted, shards, cluster.size > 1 and passes > 1, gathered), shared,
+        arithmetic + muon + exposed,
     )  # fmt: skip
 
 
 def memory(
-    config: Config, model: Any, counted: Sizes, shards: int, itemsize: int
+    config: Config, model: Any, counted: Sizes, shards: int, accumulates: bool, itemsize: int
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes of a GPU. buffers: of a sharded model, the whole weights and gradients of two blocks and of what is not in
-    a block and not a table."""
-    buffers = 0.0
-    if shards > 1:
+    """Bytes of a GPU. buffers: with DDP and several micro-batches, what is exchanged is a copy of the gradients; of a
+    sharded model, the whole weights and gradients of two blocks and of what is not in a block and not a table."""
+    if shards == 1:
+        buffers: float = counted.gradients if accumulates else 0
+    else:
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
         tables = sum(p.numel() for module in sparse_tables(model) for p in module.parameters(recurse=False))
         buffers = (2 * max(blocks, default=0) + counted.params - sum(blocks) - tables) * (itemsize + 4)

@@ -44,7 +44,8 @@ def _fitting(config: Config, runtime: Runtime) -> tuple[str, str]:
         return "ddp", "chosen; the memory of the device is unknown"
     if runtime.device.type == "cpu":
         has //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    parts = {"weights": sizes.weights, "gradients": sizes.gradients, "moments": sizes.optimizer}
+    # with several micro-batches, DDP's buckets are a second copy of the gradients
+    parts = {"weights": sizes.weights, "gradients": 2 * sizes.gradients, "moments": sizes.optimizer}
     needed, limit = sum(parts.values()), SHARE * has
     shown = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     kind, relation = ("ddp", "within") if needed <= limit else ("fsdp", "more than")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.compiled import find_kernel
 from ..machine.device import Runtime
 from ..machine.preflight import preflight
 from ..settings import to_dict
@@ -24,8 +25,9 @@ OWN = ("device", "threads")  # settings that may differ between machines
 
 
 def agreed(plan: Plan) -> Plan:
-    """The plan, with the smallest micro-batch of any process, and notes about hosts and network. All take part. Raises
-    UserError if the processes would not train the same model on the same batches."""
+    """The plan, with the smallest micro-batch of any process, layers in C only if all can have them, and notes about
+    hosts and network. All take part. Raises UserError if the processes would not train the same model on the same
+    batches."""
     runtime = plan.runtime
     if runtime.world_size == 1:
         return plan
@@ -40,9 +42,12 @@ def agreed(plan: Plan) -> Plan:
         "the tokenizer": "unknown" if (known := plan.tokenizer) is None else f"{known.name} {known.fingerprint()[:12]}",
     }  # fmt: skip
     lines = preflight(runtime.device, facts)
-    smallest = torch.tensor(plan.micro_batch, device=runtime.device)
-    torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-    return dataclasses.replace(plan, micro_batch=int(smallest), notes=[*plan.notes, *lines])
+    has_layers = runtime.compiled_layers and find_kernel(plan.notes.append) is not None
+    least = torch.tensor([plan.micro_batch, has_layers], device=runtime.device)
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    micro_batch, layers = least.tolist()
+    runtime = dataclasses.replace(runtime, compiled_layers=bool(layers))
+    return dataclasses.replace(plan, runtime=runtime, micro_batch=micro_batch, notes=[*plan.notes, *lines])
 
 
 def scaler_of(runtime: Runtime) -> torch.amp.GradScaler:

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config
 from ..core.model import GPT
-from ..kernels.compiled import wanted_kernel
 from ..kernels.layers import layers_in_c
 from ..kernels.products import checked_libraries, libraries_of
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 from ..settings import flatten
+from .wrap import may_have_layers
 
 NOT_COMPARED = {"init_from", "eval_only", "allow_new_data", "progress", "mirror"}  # settings of a call, not of the run
 BATCH = ("batch_size", "gradient_accumulation_steps", "micro_batch")
@@ -97,12 +97,12 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
     products = checked_libraries(before.get("products"))
     if products is not None and before.get("processor") == torch.backends.cpu.get_cpu_capability():
         changes["products"] = products
-    if before.get("compiled_layers") and wanted_kernel() != "torch":
-        changes["compiled_layers"] = True
     threads = before.get("threads")
     if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
         changes["threads"] = threads
-    return dataclasses.replace(runtime, **changes, reasons=reasons)
+    found = dataclasses.replace(runtime, **changes, reasons=reasons)
+    has_layers = bool(before.get("compiled_layers")) and may_have_layers(found)
+    return dataclasses.replace(found, compiled_layers=has_layers)
 
 
 def same_micro_batch(config: Config, resumed: Checkpoint, local_batch: int, chosen: int) -> int:

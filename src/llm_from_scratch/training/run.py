@@ -173,6 +173,8 @@ class Run:
         """Halves the micro-batch of all processes. reason: the allocator's message; empty if another process ran short.
         is_wrapped: whether self.models exists. Raises MemoryShortError if the micro-batch cannot be smaller."""
         self.model.zero_grad(set_to_none=True)
+        if is_wrapped:
+            self.models.memory.blocks.clear()  # of the larger micro-batch
         self.scaler.scale(torch.zeros((), device=self.runtime.device))  # its scale exists from the first use on
         self.scaler.update(self.scaler.get_scale())  # unchanged, but the gradients no longer count as unscaled
         together = self.runtime.can_regroup and is_wrapped

@@ -115,7 +115,7 @@ def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for p in tables:  # their optimizer exchanges the gradients
         torch.distributed.broadcast(p.detach(), 0)
-    # gradients are computed where they are exchanged: no copies
+    # after the exchange, gradients are where they were exchanged: no second copy of them
     return DistributedDataParallel(model, device_ids=ids, process_group=group, gradient_as_bucket_view=True)
 
 
@@ -224,12 +224,18 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
 
 
+def may_have_layers(runtime: Runtime) -> bool:
+    """Whether this run's layers can be those in C."""
+    plain = runtime.device.type == "cpu" and runtime.dtype == torch.float32 and not runtime.compile
+    return plain and wanted_kernel() != "torch"
+
+
 def with_layers(config: Config, runtime: Runtime, flops: float) -> Runtime:
     """compiled_layers for a run of `flops` operations in float32 on a CPU, if the library is there or repays its
     compilation."""
-    wanted = wanted_kernel()
-    if wanted == "torch" or runtime.device.type != "cpu" or runtime.dtype != torch.float32 or runtime.compile:
+    if not may_have_layers(runtime):
         return runtime
+    wanted = wanted_kernel()
     threads = runtime.threads or torch.get_num_threads()
     repaid = flops / (threads * CPU_FLOPS[runtime.dtype]) >= 60 * REPAYS_LIBRARY
     if wanted == "auto" and (lacking() or not (repaid or is_built())):

@@ -97,6 +97,12 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
         "not bit-exact from here on: products {'16x64': 'oto'} -> {}"
     ]
     assert resolved(products={"16x64": "oto"}, processor="AVX1")[0].products is None
+    monkeypatch.setenv("LLM_KERNEL", "auto")
+    assert resolved(compiled_layers=["Attention"])[0].compiled_layers
+    for change in ({"dtype": "bfloat16"}, {"compile": True}):  # the layers in C are float32's, and not compiled
+        assert not resolved(compiled_layers=["Attention"], **change)[0].compiled_layers
+    monkeypatch.setenv("LLM_KERNEL", "torch")
+    assert not resolved(compiled_layers=["Attention"])[0].compiled_layers
     config = tiny_config(tiny_data, **{**settings, "dtype": "float32", "compile": False, "threads": 2})
     runtime, _ = resolved(dtype="bfloat16", compile=True, threads=1)
     assert (runtime.dtype, runtime.compile, runtime.threads) == (torch.float32, False, 2)
