@@ -149,7 +149,7 @@ class Comparison:
         steps = max(1, int((SHARE * self.options.budget - one) / max(1e-4, (two - one) / TRIAL)) + 4)
         took, said = took_and_said(steps)
         text = self.text.read_text(encoding="utf-8")
-        val = text[-len(text) // 10 :]
+        val = text[-round(min(0.1 * len(text), HELD)) :]
         loss = float(re.findall(r"val loss ([\d.]+)", said)[-1])
         return {"bits": loss / math.log(2) * len(val) / len(val.encode()), "seconds": took, "steps": steps}
 

@@ -32,9 +32,10 @@ from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
 COMPILED_ON_GPU = 1200.0  # seconds: in shorter runs on a GPU, compiling takes longer than it saves
-# How hard the text is: tokens that are counted, at most and for each second of the budget (about 1 us each), and that
-# they are asked for; in blocks from the whole text
+# How hard the text is: characters that are counted, at most and for each second of the budget (about 1 us each), and
+# that they are asked for; in blocks of tokens from the whole text
 COUNTED, COUNTED_PER_SECOND, ASKED, BLOCK = 1 << 20, 1 << 13, 1 << 17, 1 << 11
+SAMPLE = 1 << 15  # tokens that tell the length of a token
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def dial(
     runtimes.start(runtime, config.system)
     is_timed = budget.unit == "seconds"
     most = int(COUNTED_PER_SECOND * budget.amount) if is_timed else COUNTED
-    facts = facts_of(config, fixed, runtime, min(COUNTED, most))
+    is_counted = law is None or law.text is not None
+    facts = facts_of(config, fixed, runtime, min(COUNTED, most) if is_counted else 0)
 
     def agreed(value: float) -> float:
         """The first process's value: its clock counts."""
@@ -110,8 +112,8 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     return config
 
 
-def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, tokens: int) -> Facts:
-    """What the choice depends on, apart from the speed. tokens: of the training text that are counted."""
+def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, characters: int) -> Facts:
+    """What the choice depends on, apart from the speed. characters: of the training text that are counted."""
     smallest = {
         "block_size": 1,
         "batch_size": runtime.world_size,
@@ -119,10 +121,13 @@ def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, tokens: in
         "micro_batch": None,
     }
     inputs = check(with_settings(config, {name: value for name, value in smallest.items() if name not in fixed}))
-    sample, curve, blocks = "", None, sampled(inputs.train_data, tokens)
+    sample, curve, blocks = "", None, sampled(inputs.train_data, SAMPLE)
     if inputs.tokenizer is not None:
         sample = inputs.tokenizer.decode(blocks)
-        curve = counted(sample, inputs.tokenizer.decode(sampled(inputs.val_data, ASKED)))
+        if characters and sample:
+            tokens = [int(number * len(blocks) / len(sample)) for number in (characters, ASKED)]
+            both = zip((inputs.train_data, inputs.val_data), tokens, strict=True)
+            curve = counted(*(inputs.tokenizer.decode(sampled(data, number)) for data, number in both))
     size = inputs.vocab_size or GPT2_PADDED
     memory = free_memory(runtime.device)
     if memory is not None and runtime.device.type == "cpu":

@@ -174,8 +174,9 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
     if training.init_from == "resume":
         ranks = loaded.base and loaded.base.rank, settings.lora_rank
         if ranks[0] != ranks[1]:
+            same = "leave --lora_rank out" if ranks[0] is None else f"set --lora_rank={ranks[0]}"  # a preset may set it
             raise UserError(
-                f"the run in {training.out_dir} has lora_rank={ranks[0]}, not {ranks[1]}: leave --lora_rank out, or "
+                f"the run in {training.out_dir} has lora_rank={ranks[0]}, not {ranks[1]}: {same}, or "
                 f"start a new run from it ({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
             )
         if loaded.base is not None and loaded.base.scale != scale_of(settings):
