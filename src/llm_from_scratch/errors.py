@@ -40,6 +40,10 @@ class UserError(ValueError):
     """A mistake the user can fix. The message states what was wrong, what was expected and what to do."""
 
 
+class AccessError(UserError):
+    """A file could not be read, for a reason outside of its content: the network, the disk, a missing package."""
+
+
 class SharedError(UserError):
     """A mistake that every process of a run finds: rank 0 reports it."""
 

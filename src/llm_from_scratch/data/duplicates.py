@@ -64,7 +64,7 @@ def grouped(records: Iterable[np.ndarray], dtype: np.dtype, total: int, folder: 
 
 
 def _sorted(records: np.ndarray) -> np.ndarray:
-    """By hash. Those of the same hash stay in the order of the documents."""
+    """By hash. Records with equal hashes keep the order of the documents."""
     names = [name for name in records.dtype.names or () if name != "index"]
     return records[np.lexsort([records[name] for name in reversed(names)])]
 

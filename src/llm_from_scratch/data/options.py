@@ -53,7 +53,7 @@ class PrepareOptions:
     encoding: str = "utf-8"
     """Encoding of text files."""
     bad_files: Literal["stop", "skip"] = "stop"
-    """skip: name a file that cannot be read (damaged, wrong encoding), and continue."""
+    """skip: name a damaged file, or one in another encoding, and continue without it."""
     unicode: Literal["none", "NFC", "NFKC"] = "none"
     """Unicode normalisation."""
     min_chars: int = 0

@@ -281,11 +281,10 @@ def read_archive(source: FileSource) -> Iterator[tuple[str, bool]]:
         else:
             file = file if file.seekable() else io.BytesIO(_limited(file, source.name))
             members = zip_members(file, source.name, accepts)
-        for name, stream in members:
-            path = source.path.with_name(PurePosixPath(name).name)
-            yield from dataclasses.replace(
-                source, path=path, label=f"{source.name}:{name}", url="", stream=stream
-            ).pieces()
+        for position, (name, stream) in enumerate(members):
+            path, label = source.path.with_name(PurePosixPath(name).name), f"{source.name}:{name}"
+            member = dataclasses.replace(source, path=path, label=label, url="", stream=stream)
+            yield from source.pieces_of(position, member)
 
 
 def check_lines(source: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import io
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..core.vocab_files import call_with_timeout
-from ..errors import UserError, one_line
+from ..errors import AccessError, UserError, one_line
 from ..machine.files import open_file, write_whole
 from ..machine.terminal import note
 from ..settings import did_you_mean
@@ -43,6 +44,15 @@ ALL = Selection()
 HUB = "hf:"  # hf:owner/name or hf:owner/name:configuration
 
 
+@dataclass
+class Damage:
+    """What the first read of a file has found, with --bad_files=skip."""
+
+    is_known: bool = False
+    is_own: bool = False  # of an archive: it ends early
+    members: set[int] = field(default_factory=set)  # positions of an archive's damaged files
+
+
 @dataclass(frozen=True)
 class FileSource:
     """One file, read by the reader of its suffix, or as plain text."""
@@ -60,7 +70,7 @@ class FileSource:
     url: str = ""
     stream: Any = field(default=None, compare=False)  # of an archive's member
     said: set[str] = field(default_factory=set, compare=False)
-    damaged: dict[str, bool] = field(default_factory=dict, compare=False)  # of skip_bad: names that were read once
+    damage: Damage = field(default_factory=Damage, init=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -89,12 +99,15 @@ class FileSource:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        with _reading(self.name):
+        with stores.reading(self.name):
             return stores.size(self.url) if self.url else self.path.stat().st_size
 
     def open(self) -> IO[bytes]:
         """The decompressed content."""
-        raw = self.stream or (stores.open_url(self.url) if self.url else self.path.open("rb"))
+        raw = self.stream
+        if raw is None:
+            file = stores.open_url(self.url) if self.url else self.path.open("rb", buffering=0)
+            raw = io.BufferedReader(stores.Raw(file, self.name, self.url), 1 << 17)
         packed = suffixes(self.path.name)[1]
         return decompress(packed, raw, self.name) if packed else raw
 
@@ -106,7 +119,7 @@ class FileSource:
             if version := stores.version(url):
                 return {"path": self.name, "bytes": self.size, "version": version, **query}
             self._say(f"note: {self.name} has no version (ETag, Last-Modified), so it is downloaded to compare it")
-        with _reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
+        with stores.reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
             digest, size = hashlib.sha256(), 0
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -121,33 +134,46 @@ class FileSource:
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """The documents in pieces. Raises UserError: unreadable, damaged, not text, a missing field or extra."""
-        if self.skip_bad and self.name not in self.damaged:  # read once before: a part of it must not be kept
-            self.damaged[self.name] = False
-            try:
-                deque(self._pieces(), maxlen=0)
-            except UserError as error:
-                self.damaged[self.name] = True
-                self.refuse(error)
-            if self.stream is not None:  # its archive is read again
-                return
-        if (damaged := self.damaged.get(self.name, False)) and self.reader is not ARCHIVE:
+        damage = self.damage
+        if self.skip_bad and not damage.is_known:  # a part of a damaged file must not be kept
+            damage.members.clear()
+            damage.is_own = not self._is_whole()
+            damage.is_known = True
+        if damage.is_own and self.reader is not ARCHIVE:
             return
         try:
             yield from self._pieces()
         except UserError as error:  # the files before the damage of an archive are whole
-            if not damaged:
+            if not damage.is_own:
                 raise
             self.refuse(error)
 
+    def pieces_of(self, position: int, member: FileSource) -> Iterator[tuple[str, bool]]:
+        """The documents of an archive's file, in pieces. position: its number, as two files may have the same name."""
+        if self.skip_bad and not self.damage.is_known:
+            if not member._is_whole():
+                self.damage.members.add(position)
+        elif position not in self.damage.members:
+            yield from member._pieces()
+
+    def _is_whole(self) -> bool:
+        """Reads it to its end."""
+        try:
+            deque(self._pieces(), maxlen=0)
+        except UserError as error:
+            self.refuse(error)
+            return False
+        return True
+
     def _pieces(self) -> Iterator[tuple[str, bool]]:
         check_lines(self)
-        with _reading(self.name, self.url):
+        with stores.reading(self.name, self.url):
             for item in self.reader.read(self):
                 yield from split_document(item) if isinstance(item, str) else [item]
 
     def refuse(self, error: UserError) -> None:
-        """Raises the error, or with --bad_files=skip, prints it once."""
-        if not self.skip_bad:
+        """Raises the error, or with --bad_files=skip, prints it once if the content is damaged."""
+        if not self.skip_bad or isinstance(error, AccessError):
             raise error
         self._say(f"skipped: {error}")
 
@@ -204,7 +230,7 @@ def find_sources(
         elif "://" in argument:
             urls = stores.find(argument, common.selection, lambda name: reader_of(name) is not None)
             named = [(Path(stores.file_name(url)), stores.shown(url), url) for url in urls]
-            some = [replace(common, path=path, label=label, url=url, damaged={}) for path, label, url in named]
+            some = [replace(common, path=path, label=label, url=url) for path, label, url in named]
         else:
             for path in find_files([argument], root, spool, report, common.selection):
                 some.append(replace(common, path=path, label=display_path(path, root, spool)))
@@ -271,7 +297,7 @@ def _other_files(folder: Path, argument: str, found: int) -> str:
 
 def _matches(base: Path, argument: str, selection: Selection, report: Any) -> list[Path]:
     path = base / argument
-    with _reading(argument):
+    with stores.reading(argument):
         if path.is_fifo():
             command = f"llm-prepare - < {shlex.quote(argument)}"
             raise UserError(f"{argument} is a pipe; read it from standard input instead: {command}")
@@ -298,20 +324,6 @@ def _glob(pattern: Path) -> list[Path]:
     for top in map(Path, glob.glob(str(Path(*parts[:at])))):
         found.update(path for path in top.glob(str(Path(*parts[at:]))) if not is_hidden(str(path.relative_to(top))))
     return sorted(found, key=str)
-
-
-@contextlib.contextmanager
-def _reading(name: str, url: str = "") -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror or error}") from None
-    except Exception as error:  # each store has its own
-        if not url:
-            raise
-        raise UserError(f"reading {name} failed ({one_line(error)}): run the same command again") from None
 
 
 def demo_file(root: Path, report: Any = print) -> Path:

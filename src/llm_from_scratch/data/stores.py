@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from ..errors import UserError, one_line
+from ..errors import AccessError, UserError, one_line
 from ..machine.extras import missing
 from .selection import Selection, fixed_part, is_hidden
 
@@ -26,9 +26,56 @@ def _asking(url: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{shown(url)} not found") from None
+        raise AccessError(f"{shown(url)} not found") from None
     except Exception as error:  # each store has its own
-        raise UserError(f"cannot read {shown(url)}: {one_line(error) or type(error).__name__}") from None
+        raise AccessError(f"cannot read {shown(url)}: {one_line(error) or type(error).__name__}") from None
+
+
+@contextlib.contextmanager
+def reading(name: str, url: str = "") -> Iterator[None]:
+    """Errors of the network and the disk as AccessError, which names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each store has its own
+        reason = one_line(error) or type(error).__name__
+        if url:
+            raise AccessError(f"reading {name} failed ({reason}): run the same command again") from None
+        if not isinstance(error, OSError):
+            raise
+        raise AccessError(f"cannot read {name}: {error.strerror or reason}") from None
+
+
+class Raw(io.RawIOBase):
+    """The bytes of a file. Reading raises AccessError, so that no reader takes an error of the network or the disk for
+    damage of the content; a position that damaged content states raises an OSError without a number."""
+
+    def __init__(self, file: Any, name: str, url: str) -> None:
+        self.file, self.name, self.url = file, name, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self.file.seekable()
+
+    def readinto(self, buffer: Any) -> int | None:
+        with reading(self.name, self.url):
+            return self.file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self.file.seek(offset, whence)
+        except OSError as error:
+            raise OSError(str(error)) from None
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        super().close()
+        self.file.close()
 
 
 def open_store(url: str) -> tuple[Any, str]:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import AccessError, UserError
 
 DISTRIBUTION = "gptsmith"  # the project's name on the package index
 REQUIRED = {  # module: package
@@ -52,7 +52,7 @@ def install_command(extra: str) -> str:
 def missing(package: str, extra: str, purpose: str, instead: str = "") -> UserError:
     """The error for a missing package. instead: what else the user can do."""
     otherwise = f", or {instead}" if instead else ""
-    return UserError(f"{purpose} needs the package {package}: {install_command(extra)}{otherwise}")
+    return AccessError(f"{purpose} needs the package {package}: {install_command(extra)}{otherwise}")
 
 
 def require(package: str, extra: str, purpose: str, instead: str = "") -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -182,6 +183,76 @@ def test_a_damaged_file_with_many_documents_is_skipped_whole(here: Path, capsys:
     assert ["skipped: b.jsonl.gz is damaged: Not a gzipped file (b'no')"] == [line for line in said if "b.json" in line]
     with pytest.raises(UserError, match="b.jsonl.gz is damaged"):
         prepare(["b.jsonl.gz"], tokenizer="char")
+
+
+def test_files_of_the_same_name_in_an_archive_are_judged_one_by_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, data in (("x.txt", b"good"), ("x.txt", b"\xff"), ("y.txt", b"why"), ("w.txt", b"last")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    (here / "a.tar").write_bytes(out.getvalue())
+    with zipfile.ZipFile("b.zip", "w") as packed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the same name
+        for content in (b"begins" * 500_000 + b"\xff", b"fine"):
+            packed.writestr("x.txt", content)
+    found = find("a.tar", "b.zip", bad_files="skip")
+    for _ in range(2):
+        texts = [[piece for piece, _ in source.pieces()] for source in found]
+        assert texts == [["good", "why", "last"], ["fine"]]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[1] for line in said] == ["a.tar:x.txt", "b.zip:x.txt"]
+    assert [source.damage.members for source in found] == [{1}, {0}]
+
+
+class Lost(io.BytesIO):
+    """A connection that ends at a position."""
+
+    error: Exception
+    end = 0
+
+    def readinto(self, buffer: Any) -> int:
+        if self.tell() >= self.end and self.end <= len(self.getvalue()):
+            raise self.error
+        return super().readinto(memoryview(buffer)[: self.end - self.tell()])
+
+    readinto1 = readinto
+
+
+LOST = (TimeoutError(), ConnectionError("reset"), ValueError("HTTP 503"), EOFError(), OSError(5, "EIO"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.xz", "a.zip", "a.tgz", "a.tar", "a.parquet", "a.pdf"])
+def test_an_error_of_the_network_is_no_damage(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (module for suffix, module in NEEDED.items() if name.endswith(suffix)):
+        pytest.importorskip(module)
+    data, texts = samples()[name]
+    monkeypatch.setattr(stores, "open_store", lambda url: (SimpleNamespace(open=lambda *_: Lost(data)), url))
+    (source,) = find(f"http://host/{name}", bad_files="skip")
+    for Lost.error in LOST:
+        for Lost.end in (0, 1, len(data) // 2):
+            with pytest.raises(UserError, match="reading http://host/a.* failed .*: run the same command again"):
+                list(source.pieces())
+    Lost.end = len(data) + 1
+    assert "".join(piece for piece, _ in source.pieces()) == "".join(texts)
+
+
+def test_what_is_no_damage_is_not_skipped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "a.zip").write_bytes(zipped({"a.txt": "text"}))
+    (source,) = find("a.zip", bad_files="skip")
+    failing = Lost((here / "a.zip").read_bytes())
+    Lost.error, Lost.end = OSError(5, "Input/output error"), 0
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read a.zip: Input/output error"):
+        patch.setattr(Path, "open", lambda *_, **__: failing)
+        list(source.pieces())
+    assert list(source.pieces()) == [("text", True)]
+    (here / "a.pdf").write_bytes(b"%PDF")
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    with pytest.raises(UserError, match="a.pdf: reading PDF needs the package pypdf"):
+        documents("a.pdf", bad_files="skip")
 
 
 # folders
