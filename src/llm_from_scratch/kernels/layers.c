@@ -1,6 +1,7 @@
 /* Layers of training in float32, forward and backward: activations, RMSNorm, rotations, causal attention, loss.
 
-   This file includes itself, for AVX2 and for AVX-512. Sums have one order, whatever the number of threads. */
+   This file includes itself, for AVX2 and for AVX-512. Sums have one order, whatever the number of threads. NaN stays
+   NaN, as in torch: MAX and MIN return their second operand if one is NaN. */
 
 #ifndef LANES
 
@@ -189,9 +190,9 @@ INLINE Vec N(all)(float x) { return x - (Vec){0}; }
 INLINE Vec N(load)(const float *p) { return *(const Vec *)p; }
 INLINE void N(store)(float *p, Vec x) { *(Vec *)p = x; }
 INLINE Vec N(choose)(Int where, Vec a, Vec b) { return (Vec)(((Int)a & where) | ((Int)b & ~where)); }
-/* exp(x), to 2 units in the last place, and 0 below -87; the polynomial is the Taylor series on |r| <= ln 2 / 2 */
+/* exp(x), to 2 units in the last place, 0 below -87, infinite above 88.4 (2^128). Taylor series on |r| <= ln 2 / 2 */
 INLINE Vec N(exp)(Vec given) {
-    Vec x = MIN(MAX(given, ALL(-87)), ALL(88)), n = ROUND(x * 1.44269504f);
+    Vec x = MIN(ALL(89), MAX(ALL(-87), given)), n = ROUND(x * 1.44269504f);
     Vec r = FMA(n, ALL(2.12194440e-4f), FMA(n, ALL(-0.693359375f), x));
     Vec p = ALL(1.0f / 5040);
     p = FMA(p, r, ALL(1.0f / 720));
@@ -207,7 +208,6 @@ INLINE Vec N(exp)(Vec given) {
 
 /* --- activations --- */
 
-/* 1 / (1 + exp(-x)) */
 INLINE Vec N(logistic)(Vec x) { return 1.0f / (1.0f + N(exp)(-x)); }
 
 ACTIVATION(gelu_tanh, {
@@ -217,8 +217,7 @@ ACTIVATION(gelu_tanh, {
 ACTIVATION(gelu_tanh_back, {
     Vec x = LOAD(m->a + i), square = x * x;
     Vec s = N(logistic)(x * FMA(square, ALL(0.0713548163f), ALL(1.59576912f)));
-    Vec inner = x * FMA(square, ALL(0.2140644489f), ALL(1.59576912f));
-    STORE(m->y + i, LOAD(m->b + i) * FMA(s * (1.0f - s), inner, s));
+    STORE(m->y + i, LOAD(m->b + i) * FMA(s * (1.0f - s) * x, FMA(square, ALL(0.2140644489f), ALL(1.59576912f)), s));
 })
 ACTIVATION(swiglu, {
     Vec gate = LOAD(m->a + i);
@@ -229,11 +228,8 @@ ACTIVATION(swiglu_back, {
     STORE(m->y + i, dy * x * s * FMA(gate, 1.0f - s, ALL(1)));
     STORE(m->z + i, dy * gate * s);
 })
-ACTIVATION(relu2, {
-    Vec x = MAX(LOAD(m->a + i), ALL(0));
-    STORE(m->y + i, x * x);
-})
-ACTIVATION(relu2_back, { STORE(m->y + i, MAX(LOAD(m->a + i), ALL(0)) * 2.0f * LOAD(m->b + i)); })
+ACTIVATION(relu2, { STORE(m->y + i, MAX(ALL(0), LOAD(m->a + i)) * MAX(ALL(0), LOAD(m->a + i))); })
+ACTIVATION(relu2_back, { STORE(m->y + i, MAX(ALL(0), LOAD(m->a + i)) * 2.0f * LOAD(m->b + i)); })
 
 /* --- RMSNorm --- */
 
@@ -334,16 +330,17 @@ INLINE Vec N(first)(Vec x, long n, float other) {
 }
 
 INLINE float N(largest)(const float *s, long n) {
-    Vec top = ALL(-INFINITY);
+    Vec top = ALL(-INFINITY);  /* a NaN may be skipped: its exp is NaN */
     for (long j = 0; j < n; j += LANES) top = MAX(top, N(first)(LOAD(s + j), n - j, -INFINITY));
     return MOST(top);
 }
 
-/* Scores of a query to weights: exp(scale * s - norm) of the keys before `shown`, and zeros up to n. Returns their sum. */
+/* Scores of a query to weights: exp(scale * s - norm) of the keys before `shown`, and zeros up to n. Returns their sum.
+   No FMA: scale * s is rounded as in the norm, so that it does not exceed the largest one. */
 INLINE float N(weights)(float *s, long shown, long n, float scale, float norm) {
     Vec sum = ALL(0);
     for (long j = 0; j < n; j += LANES) {
-        Vec p = N(first)(N(exp)(FMA(LOAD(s + j), ALL(scale), ALL(-norm))), shown - j, 0);
+        Vec p = N(first)(N(exp)(LOAD(s + j) * scale - norm), shown - j, 0);
         STORE(s + j, p);
         sum += p;
     }

@@ -138,6 +138,83 @@ def test_losses_of_a_large_vocabulary_are_those_of_float64(level: Kernel, scale:
         assert (b - a).norm() <= 2e-6 * a.norm()
 
 
+def rotated(module: Any) -> Callable[..., Tensor]:
+    cos, sin = torch.rand(2, 1, 6, 16).unbind()
+    return lambda q, k: torch.cat(module(q, k, cos, sin), dim=1)
+
+
+def attended(module: Any) -> Callable[..., Tensor]:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # torch's fused kernel gives 0 for a NaN
+        scores = q @ k.mT / q.size(-1) ** 0.5
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1).tril() @ v  # no NaN for a hidden key
+
+    return plain if type(module) is Attention else lambda q, k, v: module(q, k, v, None, True)
+
+
+def with_targets(module: Any) -> Callable[..., Tensor]:
+    head = models.Head(32, 96, 0.0)
+    return lambda x, weight: module(x, torch.arange(6).expand(4, 6), replaced(head, weight))[1]
+
+
+def replaced(head: models.Head, weight: Tensor) -> models.Head:
+    one = copy.copy(head)
+    one._parameters = {"weight": weight, "bias": None}  # type: ignore[dict-item]
+    return one
+
+
+def same(module: Any) -> Any:
+    return module
+
+
+HEADS = (2, 2, 6, 32)
+# the layer, how it is called, and the shapes of its inputs
+BROKEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[..., Tensor]], list[tuple[int, ...]]]] = {
+    "gelu_tanh": (ACTIVATIONS["gelu_tanh"], same, [(3, 32)]),
+    "swiglu": (SwiGLU, same, [(3, 32), (3, 32)]),
+    "relu2": (ReLUSquared, same, [(3, 32)]),
+    "norm": (lambda: RMSNorm(32), same, [(3, 32)]),
+    "rotation": (lambda: models.RotaryPositions(GPTConfig(n_head=2, n_embd=64)), rotated, [HEADS, HEADS]),
+    "attention": (lambda: Attention(0.0), attended, [HEADS] * 3),
+    "loss": (models.NextTokenLoss, with_targets, [(24, 32), (96, 32)]),
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -100.0])
+@pytest.mark.parametrize("name", list(BROKEN))
+def test_what_is_not_finite_in_torch_is_not_finite(level: Kernel, name: str, value: float) -> None:
+    """A number, then a row of numbers; the products of two large ones exceed float32."""
+    make, call, shapes = BROKEN[name]
+    in_c = layers.CompiledLoss() if name == "loss" else as_compiled(make())
+    for at in range(len(shapes)):
+        for numbers in (1, 32):
+            torch.manual_seed(0)
+            inputs = [torch.randn(shape) for shape in shapes]
+            # the last query attends to the first key, so that no weight of the broken number is 0
+            inputs[at].view(-1, 32)[-1 if name == "attention" and at == 0 else 0, -numbers:] = value
+            if abs(value) == 1e30 and numbers == 32:
+                inputs = [torch.full_like(x, value) if i == at else x.abs() * 1e30 for i, x in enumerate(inputs)]
+            results = []
+            for module in (make(), in_c):
+                torch.manual_seed(1)
+                results.append(values(call(module), list(module.parameters()), *inputs))
+            for a, b in zip(*results, strict=True):
+                assert not b[~a.isfinite()].isfinite().any()
+                if name in ACTIVATIONS:
+                    torch.testing.assert_close(b[a.isfinite()], a[a.isfinite()], atol=1e-6, rtol=1e-5)
+
+
+def test_large_scores_are_those_of_float64(level: Kernel) -> None:
+    """Their rounding errors exceed the largest exponent; the attention chooses one token."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 40, 32).unbind()
+    for scale in (1e4, 1e8, 1e15):
+        expected = plain_attention(*(t.double() for t in (q * scale, k * scale, v)), None, 0.0, True)
+        found = values(lambda *x: as_compiled(Attention(0.0))(*x, None, True), [], q * scale, k * scale, v)
+        torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-4)
+        assert all(b.isfinite().all() for b in found)
+
+
 def test_values_that_attention_stores_do_not_keep_the_whole_projection(kernel: Kernel) -> None:
     B, H, G, T, D = (2, 3, 1, 20, 64)
     fused = torch.randn(B, T, H + 2 * G, D, requires_grad=True)
