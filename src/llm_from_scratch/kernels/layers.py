@@ -8,14 +8,15 @@ replaced module's own forward runs: in inference mode too, because decoding reco
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import GPT, Attention, NextTokenLoss, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..core.model import GPT, Attention, Head, NextTokenLoss, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 from ..machine.memory import empty_like
 from .compiled import Kernel, load_kernel
 from .cpu import CPUReLUSquared, CPURMSNorm, CPURotaryPositions, CPUSwiGLU
@@ -53,8 +54,9 @@ def _fits(*tensors: Tensor) -> bool:
 
 
 def _are_rows(*tensors: Tensor) -> bool:
-    """Whether the C code can read them: float32, and rows of whole vectors. None in inference mode or autocast."""
-    fit = all(t.dtype == torch.float32 and t.stride(-1) == 1 and t.size(-1) % WHOLE == 0 for t in tensors)
+    """Whether the C code can read them: float32 on a CPU, rows of whole vectors. None in inference mode or autocast."""
+    fit = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0 for t in tensors)
+    fit = fit and all(t.dim() and t.stride(-1) == 1 and t.size(-1) % WHOLE == 0 for t in tensors)
     return fit and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
@@ -77,13 +79,15 @@ class CompiledReLUSquared(CPUReLUSquared):
 
 class CompiledRMSNorm(CPURMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return _Normalize.apply(x, self.weight, self.eps) if _fits(x, self.weight) else super().forward(x)
+        fits = _fits(x, self.weight) and self.weight.shape == x.shape[-1:]
+        return _Normalize.apply(x, self.weight, self.eps) if fits else super().forward(x)
 
 
 class CompiledAttention(Attention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        fits = causal and mask is None and not (self.training and self.dropout) and q.size(2) <= LONGEST
-        if fits and _are_rows(q, k, v):
+        fits = causal and mask is None and not (self.training and self.dropout) and _are_rows(q, k, v)
+        fits = fits and q.dim() == k.dim() == 4 and k.shape == v.shape and q.size(2) <= LONGEST
+        if fits and len(q) == len(k) and q.shape[2:] == k.shape[2:] and q.size(1) % k.size(1) == 0:
             return _CausalAttention.apply(q, k, v)
         return super().forward(q, k, v, mask, causal)
 
@@ -91,13 +95,18 @@ class CompiledAttention(Attention):
 class CompiledRotaryPositions(CPURotaryPositions):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         # one row of angles per token, which all sequences share
-        fits = _are_rows(q, k) and _fits(cos, sin) and cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2)
-        if not fits:
+        fits = _are_rows(q, k) and _fits(cos, sin) and q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:]
+        if not fits or not cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2):
             return super().forward(q, k, cos, sin)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
 
 class CompiledLoss(ChunkedLoss):
+    def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[None, Tensor]:
+        if (wrong := targets[(targets < -1) | (targets >= len(head.weight))]).numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")  # as NextTokenLoss
+        return super().forward(x, targets, head)
+
     def passes(self) -> type[CPULogitPasses]:
         return CompiledLogitPasses
 
@@ -106,7 +115,8 @@ class CompiledLogitPasses(CPULogitPasses):
     """One pass over a row of logits in the processor's cache gives its loss and its gradient."""
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        if self.softcap or self.libraries[0] != TORCH or not _fits(self.logits, x):
+        fits = _fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
+        if self.softcap or self.libraries[0] != TORCH or not fits:
             return super().losses(x, ids)
         logits, kernel = torch.mm(x, self.w.t(), out=self.logits[: len(x)]), _kernel()
         found, how = x.new_empty(len(x)), (self.with_gradient, kernel.has_avx512, torch.get_num_threads())
@@ -120,6 +130,19 @@ REPLACEMENTS: dict[type, type] = {
 }  # fmt: skip
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass without a second derivative. torch's once_differentiable returns a zero one for a constant
+    gradient of the result."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph: the layers in C have no second derivative; run with LLM_KERNEL=torch")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
@@ -130,6 +153,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         gradients = [empty_like(x) for x in inputs]
@@ -157,6 +181,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
@@ -184,6 +209,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grads[0], cos, sin, -1.0), None, None
@@ -215,6 +241,7 @@ class _CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
+    @_differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q, k, v, norms = ctx.saved_tensors
         (B, H, T, D), G, dy = q.shape, k.size(1), grads[0]

@@ -215,6 +215,22 @@ def test_large_scores_are_those_of_float64(level: Kernel) -> None:
         assert all(b.isfinite().all() for b in found)
 
 
+@pytest.mark.parametrize("target", [96, -2, 1 << 40])
+def test_a_target_outside_the_vocabulary_is_an_error(kernel: Kernel, target: int) -> None:
+    head, targets = models.Head(32, 96, 0.0), torch.tensor([3, -1, target])
+    for loss in (models.NextTokenLoss(), layers.CompiledLoss()):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            loss(torch.randn(3, 32), targets, head)
+
+
+def test_a_second_derivative_is_an_error(kernel: Kernel) -> None:
+    for name, (make, call, shapes) in BROKEN.items():
+        inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        if name != "loss":
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(call(as_compiled(make()))(*inputs).sum(), inputs, create_graph=True)
+
+
 def test_values_that_attention_stores_do_not_keep_the_whole_projection(kernel: Kernel) -> None:
     B, H, G, T, D = (2, 3, 1, 20, 64)
     fused = torch.randn(B, T, H + 2 * G, D, requires_grad=True)
@@ -253,6 +269,23 @@ def test_what_the_code_does_not_fit_is_torchs(kernel: Kernel, monkeypatch: pytes
     attend(q, q, q, None, True)  # dropout
     expected = F.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(attend.eval()(q, q, q, None, False), expected)
+    attend = as_compiled(Attention(0.0))
+    q, half, one = (torch.randn(shape) for shape in ((4, 2, 8, 16), (4, 2, 4, 16), (1, 2, 8, 16)))
+    for k, v in ((half, half), (one, one), (q, torch.randn(4, 2, 8, 32))):
+        torch.testing.assert_close(attend(q, k, v, None, True), Attention(0.0)(q, k, v, None, True))
+    three = torch.randn(4, 3, 8, 16)
+    with pytest.raises(RuntimeError):
+        attend(q, three, three, None, True)
+    with pytest.raises(RuntimeError):
+        as_compiled(RMSNorm(16))(whole)
+    head, few = models.Head(32, 96, 0.0), torch.tensor([3])
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        layers.CompiledLoss()(whole, few, head)
+    assert as_compiled(ReLUSquared())(torch.tensor(3.0)) == 9 and not as_compiled(nn.GELU("tanh"))(whole[:0]).numel()
+    positions = as_compiled(models.RotaryPositions(GPTConfig(n_head=2, n_embd=64)))
+    angles, q = torch.rand(1, 8, 16), torch.randn(1, 2, 8, 32)
+    with pytest.raises(RuntimeError):
+        positions(q, q[:, :, :4], angles, angles)
     with torch.inference_mode():  # a decode step is recorded
         torch.testing.assert_close(as_compiled(nn.GELU("tanh"))(whole), F.gelu(whole, approximate="tanh"))
 
