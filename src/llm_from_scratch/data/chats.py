@@ -17,12 +17,13 @@ from ..core.chat import END, PLAIN, RUN_SECONDS, Message, read_template
 from ..core.conversations import add_plain_template, encode_conversation, find_turn_ends
 from ..core.packing import BEGINS, LEARNED, marked
 from ..core.tokenizer import Tokenizer
-from ..errors import UserError, one_line
+from ..errors import AccessError, UserError, one_line
 from ..machine.files import parse_json
 from .encode import ShardWriter
 from .options import PrepareOptions
 from .sources import FileSource, Source
 from .split import Split, choose_by_hash, hash_document
+from .stores import reading
 
 VERSION = 1  # of what is written for the same conversations
 MAX_LINE = 4 << 20  # bytes of a conversation
@@ -35,10 +36,11 @@ NO_TEXT = "is not a text, or a list of parts of type text"
 
 def are_conversations(sources: list[Source], options: PrepareOptions, report: Callable[[str], None]) -> bool:
     """Whether the sources are conversations. Raises UserError if only some are, or if an option has no effect."""
-    chat = [source for source in sources if isinstance(source, FileSource) and is_conversations(source)]
-    if 0 < len(chat) < len(sources):
-        other = next(source for source in sources if source not in chat)
-        raise UserError(f"{chat[0].name} holds conversations, {other.name} does not: prepare them separately")
+    found = [(source, isinstance(source, FileSource) and is_conversations(source)) for source in sources]
+    chat = [source for source, is_chat in found if is_chat and isinstance(source, FileSource)]
+    others = [source for source, is_chat in found if is_chat is False]
+    if chat and others:
+        raise UserError(f"{chat[0].name} holds conversations, {others[0].name} does not: prepare them separately")
     if chat and (useless := options.given("lines", "separator", "encoding", "bad_files")):
         raise UserError(f"{chat[0].name} holds conversations: remove --{' and --'.join(useless)}")
     if not chat and options.chat_template is not None:
@@ -54,29 +56,38 @@ def are_conversations(sources: list[Source], options: PrepareOptions, report: Ca
     return bool(chat)
 
 
-def is_conversations(source: FileSource) -> bool:
+def is_conversations(source: FileSource) -> bool | None:
     """Whether the first line that is not blank is a conversation, or a pair of answers. A field named by --text_key
-    makes it a text."""
+    makes it a text. None if the line is damaged: reading the file reports it."""
     fields = _first_fields(source)
+    if fields is None:
+        return None
     is_chat = "messages" in fields or {"prompt", "completion"} <= fields or fields.issuperset(PAIR)
     return is_chat and source.text_key not in fields
 
 
 def are_pairs(source: FileSource) -> bool:
     """Whether a file with conversations holds pairs of answers."""
-    return _first_fields(source).issuperset(PAIR)
+    return (_first_fields(source) or set()).issuperset(PAIR)
 
 
-def _first_fields(source: FileSource) -> set[str]:
-    """The fields of the first line that is not blank; empty if it is not an object."""
+def _first_fields(source: FileSource) -> set[str] | None:
+    """The fields of the first line that is not blank; empty if it is not an object, None if it is damaged. Raises
+    AccessError."""
     if source.suffix != ".jsonl" and source.path.name != "stdin.txt":
         return set()
     try:
-        with source.open() as file:
+        with reading(source.name, source.url), source.open() as file:
             lines = (line.removeprefix(BOM).strip() for line in iter(lambda: file.readline(MAX_LINE), b""))
-            row = parse_json(next(filter(None, lines), b""))
-    except (ValueError, RecursionError, UserError, OSError):  # a damaged file is reported, or skipped, when it is read
-        return set()
+            line = next(filter(None, lines), b"")
+    except AccessError:
+        raise
+    except UserError:
+        return None
+    try:
+        row = parse_json(line)
+    except (ValueError, RecursionError):
+        return None if line and source.suffix == ".jsonl" else set()
     return set(row) if isinstance(row, dict) else set()
 
 
@@ -84,7 +95,7 @@ def conversations(source: FileSource) -> Iterator[tuple[str, list[Message]]]:
     """(file and line, messages) of every line; of a pair, first with the chosen and then with the rejected answer.
     Raises UserError with file and line for another line."""
     paired = are_pairs(source)
-    with source.open() as file:
+    with reading(source.name, source.url), source.open() as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
             where = f"{source.name}, line {number}"
             if len(line) > MAX_LINE:

@@ -270,6 +270,35 @@ def test_conversations_from_standard_input_and_mixed_sources(tmp_path: Path, mon
             prepare(given, **quiet, **options)  # type: ignore[arg-type]
 
 
+def test_a_damaged_file_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = {"root": tmp_path, "report": lambda line: None, "tokenizer": "byte"}
+    for kind, row in (("talk", ask("a", "b")), ("text", {"text": "some text"})):
+        (tmp_path / kind).mkdir()
+        for name in ("a", "c"):
+            write(tmp_path / kind / f"{name}.jsonl", *[row] * 9)
+        (tmp_path / kind / "b.jsonl.gz").write_bytes(b"no gzip")
+        with pytest.raises(UserError, match=f"^{kind}/b.jsonl.gz is damaged: Not a gzipped file"):
+            prepare(kind, **quiet)  # type: ignore[arg-type]
+    prepare("text", bad_files="skip", **quiet)  # type: ignore[arg-type]
+    assert "skipped: text/b.jsonl.gz is damaged" in capsys.readouterr().err
+    (tmp_path / "talk" / "b.jsonl.gz").unlink()
+    (tmp_path / "talk" / "b.jsonl").write_text("{half a line\n")
+    with pytest.raises(UserError, match="^talk/b.jsonl, line 1: "):
+        prepare("talk", **quiet)  # type: ignore[arg-type]
+
+
+def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", *[ask("a", "b")] * 9)
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    for read in (chats.is_conversations, lambda source: list(chats.conversations(source))):
+        with pytest.raises(UserError, match="cannot read .*a.jsonl: Input/output error"):
+            read(FileSource(path))
+
+
 def test_a_vocabulary_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("abc" * 100)
     char = prepare("t.txt", root=tmp_path, report=lambda line: None, tokenizer="char")
