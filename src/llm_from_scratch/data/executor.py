@@ -341,10 +341,22 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
     if not _queued(jobs):
         remove_tree(_merged(job))
         executors: list[Any] = [None]
-        for name in steps_of(job):
-            executors.append(_executor(job, name, executors[-1]))
-        with _errors_in(job.work / OUTPUT):
-            executors[-1].run()
+        output = job.work / OUTPUT
+        before = output.stat().st_size if output.is_file() else 0
+        try:
+            for name in steps_of(job):
+                executors.append(_executor(job, name, executors[-1]))
+            with _errors_in(output):
+                executors[-1].run()
+        except subprocess.CalledProcessError as error:  # sbatch has printed the reason
+            lines = output.read_bytes()[before:].decode("utf-8", "replace").split("\n")
+            raise _failure(
+                job, next((line for line in map(one_line, reversed(lines)) if line), one_line(error))
+            ) from None
+        except UserError:
+            raise
+        except Exception as error:
+            raise _failure(job, one_line(error)) from None
         jobs = [str(executor.job_id) for executor in executors[1:] if executor.job_id not in (None, -1)]
         write_whole(names, " ".join(jobs).encode())
     report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")

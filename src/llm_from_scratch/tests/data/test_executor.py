@@ -172,6 +172,23 @@ def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.2)  # for the jobs that add up the statistics
 
 
+def test_a_job_that_slurm_refuses_is_one_line(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = texts / "bin" / "sbatch"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    command = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data", "*.jsonl", "--tokenizer=gpt2", "--tasks=2"]
+    command += ["--executor=slurm", "--slurm"]
+    for given, message in (
+        ("partition=cpu", "error: sbatch: error: invalid partition specified: see "),
+        ("cpus_per_task=many", "error: invalid literal for int() with base 10: 'many': see "),
+    ):
+        failed = subprocess.run([*command, given], capture_output=True, text=True)
+        (line,) = failed.stderr.splitlines()
+        assert failed.returncode == 2 and message in line
+
+
 def test_an_error_in_a_task_is_the_users_line(texts: Path) -> None:
     """Without logs and tracebacks. What tasks note is printed, too."""
     Path("3.jsonl").write_text('{"body": 1}\n')
