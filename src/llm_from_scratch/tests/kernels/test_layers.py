@@ -209,7 +209,8 @@ def test_large_scores_are_those_of_float64(level: Kernel) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 40, 32).unbind()
     for scale in (1e4, 1e8, 1e15):
-        expected = plain_attention(*(t.double() for t in (q * scale, k * scale, v)), None, 0.0, True)
+        large = ((q * scale).double(), (k * scale).double(), v.double())
+        expected = plain_attention(large[0], large[1], large[2], None, 0.0, True)
         found = values(lambda *x: as_compiled(Attention(0.0))(*x, None, True), [], q * scale, k * scale, v)
         torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-4)
         assert all(b.isfinite().all() for b in found)
