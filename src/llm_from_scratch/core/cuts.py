@@ -1,4 +1,4 @@
-"""Places where a text can be cut without changing its tokens."""
+"""Places where a text can be cut without changing its tokens; lone surrogates."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def cut_text(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def without_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 does not have, become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -21,6 +21,7 @@ from ..settings import did_you_mean
 from .chat import ChatTemplate, chat_in
 from .cuts import cut_text as cut_text
 from .cuts import safe_cut as safe_cut
+from .cuts import without_surrogates
 from .vocab_files import EOT, byte_to_char, growth, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
@@ -64,7 +65,7 @@ class Tokenizer:
         except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except UnicodeEncodeError:
-            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), allow_special)
+            return self.encode(without_surrogates(text), allow_special)
         except BaseException as error:  # a Rust panic is not an Exception
             # Long runs of the same kind of character overflow the stack of the regular expression engine.
             if len(text) < 2:

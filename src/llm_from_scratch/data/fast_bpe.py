@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.cuts import cut_text
+from ..core.cuts import cut_text, without_surrogates
 from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, byte_to_char
 from ..errors import EncoderDiffersError, UserError, one_line
@@ -104,8 +104,8 @@ class FastTokenizer:
     def encode(self, text: str) -> np.ndarray:
         try:
             data = text.encode()
-        except UnicodeEncodeError:  # lone surrogates, as in Tokenizer.encode
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except UnicodeEncodeError:  # as in Tokenizer.encode
+            text = without_surrogates(text)
             data = text.encode()
         if may_differ(text):
             return self.tokenizer.encode(text)

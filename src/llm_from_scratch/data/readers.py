@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 from xml.etree import ElementTree
 
+from ..core.cuts import without_surrogates
 from ..core.tokenizer import safe_cut
 from ..errors import UserError, one_line
 from ..machine.extras import missing
@@ -347,15 +348,6 @@ def split_document(text: str) -> Pieces:
         start = end
     if text:
         yield text[start:], True
-
-
-def without_surrogates(text: str) -> str:
-    """Lone surrogates, which UTF-8 does not have, become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _not_text(source: FileSource, offset: int, error: UnicodeDecodeError, encoding: str = "") -> UserError:

@@ -59,7 +59,7 @@ class Runtime:
     shards: int = 1
     """Processes that share one copy of the model."""
     compiled_layers: bool = False
-    """Whether activations, RMSNorm and attention run in C on a CPU (kernels/layers.py)."""
+    """Whether layers run in C on a CPU (kernels/layers.py)."""
 
     @property
     def is_master(self) -> bool:

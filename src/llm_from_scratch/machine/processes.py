@@ -85,7 +85,7 @@ def device_mesh(device: torch.device, world_size: int, shards: int) -> DeviceMes
 
 
 def after_first(work: Callable[[], None], timeout: float) -> None:
-    """Rank 0 does the work, and the others wait until it is done. Before start(). timeout: seconds until all have come.
+    """Rank 0 does the work, and the others wait until it is done. Before start(). timeout: seconds until all are there.
     Raises UserError; if rank 0's work raises it, it does so in every process."""
     rank, _, world = distributed_env()
     if world == 1:
@@ -114,7 +114,7 @@ def after_first(work: Callable[[], None], timeout: float) -> None:
 
 
 def _meeting(backend: str, rank: int, world_size: int, timeout: float) -> tuple[Any, Any]:
-    """Waits until all processes have come. Returns two connections to the store of this meeting: one for torch, and one
+    """Waits until all processes are there. Returns two connections to the store of this meeting: one for torch, and one
     for other threads. Raises UserError, with the likely reason, if the processes do not find each other."""
     import torch.distributed as dist
 

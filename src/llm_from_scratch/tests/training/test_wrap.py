@@ -88,7 +88,7 @@ def test_only_the_adapter_trains(base: Path) -> None:
 
 
 def test_reused_memory_changes_no_bit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tensor in reused memory is NaN until it is written, and memory that is reused too early would be too."""
+    """Tensors in reused memory are NaN until they are written: memory that is reused too early would show."""
     modern = {"norm": "rmsnorm", "activation": "swiglu", "pos_embedding": "rope", "bias": False, "n_layer": 2}
     train(tiny_config(base, **modern, max_iters=1, out_dir="modern"))
     monkeypatch.setattr(recompute, "WORTH_IT", 0)
