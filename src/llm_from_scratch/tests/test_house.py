@@ -26,7 +26,7 @@ from llm_from_scratch.generation.sampling import FILTERS
 from llm_from_scratch.training.optimizer import OPTIMIZERS
 from llm_from_scratch.training.scheduler import SCHEDULES
 
-from .source_code import NAME, PACKAGE, imports, sources
+from .source_code import NAME, PACKAGE, dotted, for_types, imports, nodes_of, sources, tree_of
 from .test_architecture import wrong_imports
 
 ROOT = PACKAGE.parents[1]
@@ -61,15 +61,10 @@ def line_of(node: ast.AST) -> int:
     return getattr(node, "lineno", 0)
 
 
-@functools.cache
-def tree_of(source: str) -> ast.Module:
-    return ast.parse(source)
-
-
 def names_bound(source: str, of: str) -> set[str]:
     """Names that a source imports from a package: {"torch", "nn", "F"} for torch."""
     names = set()
-    for node in ast.walk(tree_of(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             names |= {(a.asname or a.name).split(".")[0] for a in node.names if a.name.split(".")[0] == of}
         elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == of:
@@ -77,9 +72,9 @@ def names_bound(source: str, of: str) -> set[str]:
     return names
 
 
-def attribute_targets(tree: ast.AST) -> Iterator[tuple[int, ast.expr, str]]:
+def attribute_targets(source: str) -> Iterator[tuple[int, ast.expr, str]]:
     """(line, object, attribute) of everything that sets an attribute: by assignment or by setattr."""
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, (ast.AnnAssign, ast.AugAssign)):
             targets = [node.target]
@@ -87,7 +82,7 @@ def attribute_targets(tree: ast.AST) -> Iterator[tuple[int, ast.expr, str]]:
             for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
                 if isinstance(part, ast.Attribute):
                     yield line_of(node), part.value, part.attr
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "object.__setattr__"):
+        if isinstance(node, ast.Call) and dotted(node.func) in ("setattr", "object.__setattr__"):
             name = node.args[1]
             yield line_of(node), node.args[0], str(name.value) if isinstance(name, ast.Constant) else ""
 
@@ -139,6 +134,7 @@ def loads_slow(module: str, texts: dict[str, str]) -> bool:
     return False
 
 
+@functools.cache
 def outside_at_top(source: str) -> set[str]:
     """Packages of others that a source imports at module level, not for types alone."""
     found: set[str] = set()
@@ -150,7 +146,7 @@ def outside_at_top(source: str) -> set[str]:
             found.add((node.module or "").split(".")[0])
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and for_types(node):
             children: list[ast.stmt] = node.orelse
         else:
             children = list(ast.iter_child_nodes(node))  # type: ignore[arg-type]
@@ -170,7 +166,7 @@ def hidden_imports(texts: dict[str, str]) -> list[str]:
             waits = early and loads_slow(entry.target, texts)
             if entry.function and not waits and (module, entry.target) not in UPWARD:
                 found.append(str(entry))
-        for function in ast.walk(tree_of(source)):
+        for function in nodes_of(source):
             if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
             for node in ast.walk(function):
@@ -188,7 +184,7 @@ def forward_assignments(texts: dict[str, str]) -> list[str]:
     return [
         f"{module}:{line} sets {ast.unparse(owner)}.forward"
         for module, source in texts.items()
-        for line, owner, name in attribute_targets(tree_of(source))
+        for line, owner, name in attribute_targets(source)
         if name == "forward"
     ]
 
@@ -197,12 +193,12 @@ def changed_namespaces(texts: dict[str, str]) -> list[str]:
     """vars(x) or x.__dict__ that is changed, or asked whether it has a name; reading an object's fields is fine."""
 
     def is_namespace(node: ast.AST) -> bool:
-        called = isinstance(node, ast.Call) and ast.unparse(node.func) == "vars" and bool(node.args)
+        called = isinstance(node, ast.Call) and dotted(node.func) == "vars" and bool(node.args)
         return called or (isinstance(node, ast.Attribute) and node.attr == "__dict__")
 
     found = []
     for module, source in texts.items():
-        for node in ast.walk(tree_of(source)):
+        for node in nodes_of(source):
             if isinstance(node, ast.Subscript) and is_namespace(node.value):
                 bad = isinstance(node.ctx, (ast.Store, ast.Del))
             elif isinstance(node, ast.Attribute) and is_namespace(node.value):
@@ -221,13 +217,13 @@ def patches_of_torch(texts: dict[str, str]) -> list[str]:
     found = []
     for module, source in texts.items():
         names = names_bound(source, "torch")
-        for node in ast.walk(tree_of(source)):  # x = torch.optim...: x is torch's as well
+        for node in nodes_of(source) if "getattr(" in source else ():  # x = torch.optim...: x is torch's as well
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Attribute, ast.Call)):
                 text = ast.unparse(node.value)
                 if text.startswith("getattr(torch.") or text.startswith("getattr(getattr(torch."):
                     names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        for line, owner, name in attribute_targets(tree_of(source)):
-            text = ast.unparse(owner)
+        for line, owner, name in attribute_targets(source):
+            text = owner.id if isinstance(owner, ast.Name) else ast.unparse(owner)
             if re.split(r"\W", text)[0] in names and not re.search(r"\b(backends|config)\b", text):
                 found.append(f"{module}:{line} sets {text}.{name or '...'}")
     return found
@@ -236,7 +232,7 @@ def patches_of_torch(texts: dict[str, str]) -> list[str]:
 def private_names(source: str) -> set[str]:
     """Names with one underscore that a source defines: functions, classes, variables, attributes."""
     found = set()
-    for node in ast.walk(tree_of(source)):
+    for node in nodes_of(source):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -254,7 +250,7 @@ def foreign_private_names(texts: dict[str, str]) -> list[str]:
     for module, source in texts.items():
         foreign = everywhere - defined[module]
         ours = names_of_ours(source)
-        for node in ast.walk(tree_of(source)):
+        for node in nodes_of(source):
             names: list[str] = []
             if isinstance(node, ast.Attribute):
                 # in module._name the module is another file, even where this one has the same name
@@ -262,7 +258,7 @@ def foreign_private_names(texts: dict[str, str]) -> list[str]:
                 names = [node.attr] if node.attr in (everywhere if outside else foreign) else []
             elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith(NAME)):
                 names = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name[:2] != "__"]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and len(node.args) > 1:
+            elif isinstance(node, ast.Call) and dotted(node.func).endswith("setattr") and len(node.args) > 1:
                 text = node.args[1] if isinstance(node.args[1], ast.Constant) else node.args[0]
                 if isinstance(text, ast.Constant) and isinstance(text.value, str):
                     names = [name for name in [text.value.rpartition(".")[2]] if name in foreign]
@@ -273,7 +269,7 @@ def foreign_private_names(texts: dict[str, str]) -> list[str]:
 def names_of_ours(source: str) -> set[str]:
     """Names under which a source imports modules or names of ours."""
     found = set()
-    for node in ast.walk(tree_of(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == NAME):
             found |= {alias.asname or alias.name for alias in node.names}
     return found
@@ -289,7 +285,7 @@ def stray_exceptions(texts: dict[str, str]) -> list[str]:
         f"{module}:{line_of(node)} class {node.name}"
         for module, source in texts.items()
         if module != "errors"
-        for node in ast.walk(tree_of(source))
+        for node in nodes_of(source)
         if isinstance(node, ast.ClassDef) and is_exception(node)
     ]
 
@@ -329,7 +325,7 @@ def unquoted_paths(texts: dict[str, str]) -> list[str]:
     """Paths in the commands of messages: every word of a command goes through shlex, so that it can be pasted."""
     found = []
     for module, source in texts.items():
-        for text in (node for node in ast.walk(tree_of(source)) if isinstance(node, ast.JoinedStr)):
+        for text in (node for node in nodes_of(source) if isinstance(node, ast.JoinedStr)):
             for before, value in itertools.pairwise(text.values):
                 option = re.search(rf"\s--({'|'.join(PATHS)})=$", str(getattr(before, "value", "")))
                 if option and isinstance(value, ast.FormattedValue):

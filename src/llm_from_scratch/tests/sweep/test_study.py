@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.sweep.space import Space, parse_space
 from llm_from_scratch.sweep.study import JOURNAL, Study
 
+# not imported here: every worker of the tests would import it
+pytestmark = pytest.mark.skipif(not is_installed("optuna"), reason="needs optuna")
 LISTS = parse_space(["n_layer=1,2,3 bias=true,false"])
 RANGES = parse_space(["learning_rate=log(1e-4,1e-1)"])
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
-
 from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.cli import sweep
+from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.sweep import worker
 from llm_from_scratch.sweep.space import parse_space
 from llm_from_scratch.sweep.study import Study
@@ -26,6 +25,8 @@ from llm_from_scratch.sweep.worker import Runs, Trial, run_trials
 from ..forked import forks
 from ..tiny import arguments
 
+# not imported here: every worker of the tests would import it
+pytestmark = pytest.mark.skipif(not is_installed("optuna"), reason="needs optuna")
 RUN_COMMAND = Trial.run_command
 SETTINGS = arguments(final_eval=True, max_iters=20, eval_interval=5, eval_iters=1, min_lr=0)
 
