@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UserError
-from ..presets import build, leaf_types, union_members
+from ..presets import build, leaf_types
+from ..setting_text import union_members
 from ..settings import did_you_mean, flatten
 
 # Settings that the sweep sets itself

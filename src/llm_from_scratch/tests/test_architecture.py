@@ -16,7 +16,7 @@ import pytest
 
 from llm_from_scratch.config import Config
 
-from .source_code import NAME, PACKAGE, imports, sources
+from .source_code import NAME, PACKAGE, dotted, imports, nodes_of, sources, tree_of
 
 # The rooms from the bottom up, and which others each may import. errors and config are open to all above them; the
 # package's __init__ hands out names lazily and is free to import anything.
@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "training": {"machine", "core", "kernels", "interop", "checkpoint", "generation"},
     "serving": {"machine", "core", "interop", "checkpoint", "generation"},
     "data": {"machine", "core", "checkpoint"},
-    "sweep": {"machine", "core", "checkpoint", "training", "presets"},
+    "sweep": {"machine", "core", "checkpoint", "training", "setting_text", "presets"},
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -39,7 +39,8 @@ ROOMS: dict[str, set[str]] = {
     "conflicts": {"errors", "settings", "mixture"},
     "config": {"errors", "settings", "mixture", "conflicts"},
     "completion": {"errors"},
-    "presets": {"errors", "settings", "config", "completion"},
+    "setting_text": {"errors"},
+    "presets": {"errors", "settings", "setting_text", "config", "completion"},
     **{room: {"errors", "settings", "mixture", "config", *below} for room, below in BELOW.items()},
     "cli": {"errors", "settings", "mixture", "config", "completion", "presets", *BELOW},
 }
@@ -98,14 +99,16 @@ def holding_imports(module: str, source: str) -> list[str]:
 def unsafe_calls(module: str, source: str) -> list[str]:
     """Calls that run code which came as data: eval, exec, unpickling, YAML with constructors."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Unpickler") for base in node.bases):
             if "find_class" not in {item.name for item in node.body if isinstance(item, ast.FunctionDef)}:
                 found.append(f"{module}:{node.lineno} {node.name} unpickles any class")
         if not isinstance(node, ast.Call):
             continue
-        name, last = ast.unparse(node.func), ast.unparse(node.func).rpartition(".")[2]
-        keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        name = dotted(node.func)
+        last = name.rpartition(".")[2]
+        flags = [word for word in node.keywords if word.arg in ("weights_only", "allow_pickle")]
+        keywords = {word.arg: ast.unparse(word.value) for word in flags}
         unsafe = (
             name in ("eval", "exec", "builtins.eval", "builtins.exec", "Unpickler")
             or name.startswith(("pickle.load", "pickle.Unpickler", "marshal.load", "shelve.", "dill.", "joblib."))
@@ -123,7 +126,7 @@ def unsafe_calls(module: str, source: str) -> list[str]:
 def unsafe_names(source: str) -> set[str]:
     """Names under which pickle, marshal or yaml's loaders were imported differently: from pickle import load."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and node.module in (
             "pickle",
             "marshal",
@@ -139,7 +142,7 @@ def unsafe_names(source: str) -> set[str]:
 
 def body_of(source: str, name: str) -> ast.FunctionDef:
     """The function `Class.method` of a module."""
-    found: ast.AST = ast.parse(source)
+    found: ast.AST = tree_of(source)
     for part in name.split("."):
         nodes = ast.iter_child_nodes(found)
         found = next(n for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == part)
@@ -182,9 +185,8 @@ def test_settings_load_without_torch_and_the_model_with_torch_alone() -> None:
     """config and presets serve --help, which must answer at once; the model is read and copied by itself."""
 
     def outside(module: str) -> set[str]:
-        nodes = ast.walk(ast.parse(sources()[module]))
+        nodes = nodes_of(sources()[module])
         absolute = [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
-        nodes = ast.walk(ast.parse(sources()[module]))
         absolute += [alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names]
         return {name.partition(".")[0] for name in absolute} - set(sys.stdlib_module_names)
 
@@ -241,13 +243,13 @@ def test_the_one_hour_path_shows_a_whole_step() -> None:
 def test_nothing_derives_from_the_trainer_or_patches_torch() -> None:
     for module, source in sources().items():
         if module.startswith(("training", "machine")):
-            tree = ast.parse(source)
-            bases = [ast.unparse(b) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for b in node.bases]
+            nodes = nodes_of(source)
+            bases = [ast.unparse(b) for node in nodes if isinstance(node, ast.ClassDef) for b in node.bases]
             assert not {"Run", "Trainer"} & set(bases), module
-            targets = [ast.unparse(t) for node in ast.walk(tree) if isinstance(node, ast.Assign) for t in node.targets]
-            calls = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+            targets = [ast.unparse(t) for node in nodes if isinstance(node, ast.Assign) for t in node.targets]
+            calls = [node for node in nodes if isinstance(node, ast.Call) and dotted(node.func) == "setattr"]
             assert not [t for t in targets if t.startswith("torch.") and not t.startswith("torch.backends.")], module
-            assert not [call for call in calls if call.startswith("setattr(torch")], module
+            assert not [call for call in calls if ast.unparse(call.args[0]).startswith("torch")], module
 
 
 def test_forward_stays_the_equation() -> None:

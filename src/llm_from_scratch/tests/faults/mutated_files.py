@@ -18,6 +18,7 @@ from llm_from_scratch.config import Config
 from llm_from_scratch.core import tokenfile
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, build_tokenizer
+from llm_from_scratch.setting_text import literal_values, union_members
 from llm_from_scratch.settings import flatten, validate
 from llm_from_scratch.training.loggers import read_entries
 
@@ -197,9 +198,9 @@ class Yaml:
 def check_settings(tree: Any) -> None:
     kinds = presets.leaf_types(type(tree))
     for name, value in flatten(tree).items():
-        options = presets.union_members(kinds[name])
+        options = union_members(kinds[name])
         plain = {option for option in options if isinstance(option, type)}
-        literal = presets.literal_values(options)
+        literal = literal_values(options)
         if isinstance(value, dict):
             good = all(type(key) is int and type(number) is float for key, number in value.items())
         else:
