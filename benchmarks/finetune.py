@@ -123,7 +123,7 @@ def train(amount: float, windows: int, words: list[str]) -> dict[str, Any]:
     from llm_from_scratch.config import Config
     from llm_from_scratch.presets import parse
     from llm_from_scratch.training.evaluate import estimate_loss
-    from llm_from_scratch.training.run import open_run
+    from llm_from_scratch.training.opening import open_run
     from llm_from_scratch.training.trainer import train_step
 
     parsed, is_speed = parse(Config, words, prog="finetune.py"), not windows

@@ -83,7 +83,7 @@ def member(words: list[str]) -> None:
 
     from llm_from_scratch.config import Config
     from llm_from_scratch.presets import parse
-    from llm_from_scratch.training.run import open_run
+    from llm_from_scratch.training.opening import open_run
     from llm_from_scratch.training.sharding import local
     from llm_from_scratch.training.trainer import train_step
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,18 @@ from torch import Tensor
 
 from ..checkpoint import store as checkpoints
 from ..checkpoint.load import load
-from ..config import Config
 from ..core.adapters import check_adapter
 from ..core.cache import check_documents
 from ..core.dataset import BatchLoader, load_on_device
 from ..errors import Interrupted, NotFiniteError, TrainingError, UserError
 from ..generation.generator import Generator
-from ..machine import device as runtimes
 from ..machine import processes
-from ..machine.budget import Deadline
 from ..machine.device import forked_random
 from ..machine.files import FolderLock
-from ..machine.processes import any_rank, distributed_env, wait_for_all
+from ..machine.processes import any_rank, wait_for_all
 from ..machine.team import Team
 from ..machine.terminal import announce
-from . import before_after, preferences
+from . import before_after
 from .construction import build
 from .evaluate import Evaluation, estimate_loss, evaluate_parts
 from .guards import Finding, StepGuard, all_finite
@@ -42,45 +39,17 @@ from .optimizer import make_optimizer
 from .pace import Pace
 from .plan import Plan, describe
 from .progress import LONG_FINAL_EVALUATION, Calendar, Remaining, StepTimer
-from .ranks import agreed, regroup, scaler_of
+from .ranks import regroup, scaler_of
 from .report import README, TrainResult, readme, write_readme
 from .resume import eval_command, not_bit_exact, present_machine, resume_command
 from .saver import Saver, take_folder
 from .scheduler import learning_rate_at
-from .setup import make_plan
 from .shares import load_weights
 from .signals import StopRequest
 from .state import TrainState, restore
 from .wrap import wrap
 
 SHORT_SAMPLE = 200  # tokens of a sample that was not asked for
-
-
-@contextlib.contextmanager
-def open_run(config: Config, sources: dict[str, str] | None, command: str, deadline: Deadline | None) -> Iterator[Run]:
-    """Plans a run, starts the machine and builds the run; closes them in the reverse order."""
-    training, lock = config.training, FolderLock(Path(config.training.out_dir))
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(lock.release)
-        may_rename = distributed_env()[0] == 0 and not training.eval_only  # damaged checkpoints, while planning
-        if may_rename and lock.path.parent.is_dir() and training.init_from in ("resume", "auto"):
-            lock.acquire()
-        plan = make_plan(config, sources)
-        cleanup.callback(runtimes.stop)
-        runtimes.start(plan.runtime, plan.config.system)
-        cleanup.enter_context(processes.failures_named())
-        plan = agreed(plan)
-        stop = cleanup.enter_context(StopRequest(plan.runtime.world_size))
-        run = Run(plan, stop, lock, command)
-        run.pace = Pace(deadline, plan)
-        if processes.watch is not None:
-            processes.watch.follow(lambda: run.state.step, resume_command(run.config, command, plan.runtime.world_size))
-        del plan  # it holds the loaded weights, which the run has copied
-        cleanup.callback(run.close)
-        preferences.add_reference(run)
-        before_after.begin(run.plan, run.log, run.state.run_id, run.continued)
-        with processes.failures_named():  # before the run is closed, which takes time
-            yield run
 
 
 class Run:

@@ -17,8 +17,9 @@ from ..core.cache import Documents
 from ..errors import Interrupted, MemoryShortError, NotFiniteError, UserError
 from ..machine.budget import Deadline
 from .microbatch import no_memory_for_moments, retry_smaller
+from .opening import open_run
 from .optimizer import clip_gradients, set_learning_rates, step_unless
-from .run import Run, TrainResult, open_run
+from .run import Run, TrainResult
 from .scheduler import learning_rate_at
 
 

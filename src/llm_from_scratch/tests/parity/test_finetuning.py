@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from llm_from_scratch.core.adapters import adapter_of
-from llm_from_scratch.training.run import Run, open_run
+from llm_from_scratch.training.opening import open_run
+from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.trainer import train_step
 
 from ..lazy import peft, transformers

@@ -22,8 +22,8 @@ from llm_from_scratch.core.model import Head
 from llm_from_scratch.core.packing import LEARNED
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
+from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.preferences import PreferenceLoss
-from llm_from_scratch.training.run import open_run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train, train_step
 

@@ -153,7 +153,7 @@ def paced(data: Path, out_dir: str, pace: Jumping) -> int:
     """Trains with this pace. Returns the last step."""
     config = tiny_config(data, out_dir=out_dir, max_iters=40, schedule="linear", eval_interval=16, dropout=0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llm_from_scratch.training.run.Pace", lambda deadline, plan: pace)
+        patch.setattr("llm_from_scratch.training.opening.Pace", lambda deadline, plan: pace)
         return train(config, quiet=True, deadline=Deadline(0.0)).step
 
 

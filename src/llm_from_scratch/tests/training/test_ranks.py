@@ -37,10 +37,11 @@ from llm_from_scratch.training import run as runs
 from llm_from_scratch.training import wrap as wrapping
 from llm_from_scratch.training.evaluate import estimate_loss, evaluate_split
 from llm_from_scratch.training.harness import TaskModel
+from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.optimizer import make_optimizer
 from llm_from_scratch.training.owners import Matrix, rounds
 from llm_from_scratch.training.report import TrainResult
-from llm_from_scratch.training.run import Run, open_run
+from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.trainer import train, train_step
 
 from ..ranks import in_ranks, process_group

@@ -18,8 +18,9 @@ from llm_from_scratch.presets import parse
 from llm_from_scratch.settings import flatten
 from llm_from_scratch.training import report
 from llm_from_scratch.training import run as runs
+from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.report import write_readme
-from llm_from_scratch.training.run import Run, open_run
+from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.trainer import train
 
 from ..tiny import tiny_config

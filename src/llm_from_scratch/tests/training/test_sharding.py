@@ -23,10 +23,10 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.device import Runtime
 from llm_from_scratch.training import parallel
+from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.optimizer import clip_gradients, make_optimizer
 from llm_from_scratch.training.parallel import with_parallel
 from llm_from_scratch.training.rule import Dither
-from llm_from_scratch.training.run import open_run
 from llm_from_scratch.training.sharding import local, rows_of
 from llm_from_scratch.training.trainer import train, train_step
 from llm_from_scratch.training.wrap import shard

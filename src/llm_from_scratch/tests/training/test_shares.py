@@ -24,7 +24,7 @@ from llm_from_scratch.cli.generate import main as generate
 from llm_from_scratch.cli.train import main as train
 from llm_from_scratch.training import trainer
 from llm_from_scratch.training.moments import optimizer_state
-from llm_from_scratch.training.run import open_run
+from llm_from_scratch.training.opening import open_run
 
 from ..contract.test_llm_serve import running
 from ..ranks import in_ranks

@@ -19,8 +19,8 @@ from llm_from_scratch.kernels import recompute
 from llm_from_scratch.machine import memory
 from llm_from_scratch.machine.memory import ReusedMemory
 from llm_from_scratch.training.forecast import forecast
+from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.plan import describe
-from llm_from_scratch.training.run import open_run
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train, train_step
 
