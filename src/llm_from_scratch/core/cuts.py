@@ -36,6 +36,20 @@ def cut_text(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def divide(text: str, successor: bool) -> Iterator[str]:
+    """Parts of a text that is too hard to encode whole: cut where the pattern of GPT-2, or of a successor, would cut,
+    else in half."""
+    cuts = set()
+    for run in re.finditer(r"\s{1000,}", text):
+        # GPT-2 joins the last space of a run to the next word; its successors first cut after the last line break
+        line_end = max(text.rfind("\n", run.start(), run.end()), text.rfind("\r", run.start(), run.end())) + 1
+        cuts |= {line_end} if successor else set()
+        if line_end != run.end() or not successor:
+            cuts.add(run.end() - (run.end() < len(text)))
+    edges = sorted(cuts - {0, len(text)}) or [safe_cut(text, (len(text) + 1) // 2)]
+    return (text[a:b] for a, b in zip([0, *edges], [*edges, len(text)], strict=True))
+
+
 def without_surrogates(text: str) -> str:
     """Lone surrogates, which UTF-8 does not have, become U+FFFD."""
     try:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from ..machine.files import parse_json, read_file
 from ..settings import did_you_mean
 from .chat import ChatTemplate, chat_in
 from .cuts import cut_text as cut_text
+from .cuts import divide, without_surrogates
 from .cuts import safe_cut as safe_cut
-from .cuts import without_surrogates
 from .vocab_files import EOT, byte_to_char, growth, read_meta_pkl, tiktoken_parts
 
 MAX_DEFINITION, MAX_RANKS = 64 << 20, 16 << 20  # bytes of a tokenizer.json or meta file, of a ranks file
@@ -70,7 +70,8 @@ class Tokenizer:
             # Long runs of the same kind of character overflow the stack of the regular expression engine.
             if len(text) < 2:
                 raise UserError(f"the {self.name} tokenizer fails on {text!r}: {error}") from None
-            return np.concatenate([self.encode(part, allow_special) for part in self.divide(text)])
+            parts = divide(text, successor=self.name in TIKTOKEN_NAMES[1:])
+            return np.concatenate([self.encode(part, allow_special) for part in parts])
 
     def decode(self, ids: Any) -> str:
         """The text of token ids (list, array or tensor). Invalid UTF-8 becomes U+FFFD."""
@@ -168,19 +169,6 @@ class Tokenizer:
     def _save(self, folder: Path) -> dict[str, Any]:
         """Writes more files. Returns more fields for the meta file."""
         return {}
-
-    def divide(self, text: str) -> Iterator[str]:
-        """Parts of a text that is too hard to encode whole: cut where the pattern would cut, else in half."""
-        cuts = set()
-        for run in re.finditer(r"\s{1000,}", text):
-            # GPT-2 joins the last space of a run to the next word; its successors first cut after the last line break
-            line_end = max(text.rfind("\n", run.start(), run.end()), text.rfind("\r", run.start(), run.end())) + 1
-            successor = self.name in TIKTOKEN_NAMES[1:]
-            cuts |= {line_end} if successor else set()
-            if line_end != run.end() or not successor:
-                cuts.add(run.end() - (run.end() < len(text)))
-        edges = sorted(cuts - {0, len(text)}) or [safe_cut(text, (len(text) + 1) // 2)]
-        return (text[a:b] for a, b in zip([0, *edges], [*edges, len(text)], strict=True))
 
     def _known(self, ids: Any) -> np.ndarray:
         array = np.asarray(ids).reshape(-1)

@@ -15,6 +15,7 @@ import pytest
 
 from llm_from_scratch import config
 from llm_from_scratch.core import vocab_files as vocabulary
+from llm_from_scratch.core.cuts import divide
 from llm_from_scratch.core.tokenizer import (
     CharTokenizer,
     HFTokenizer,
@@ -112,7 +113,7 @@ def test_long_runs_of_one_character(gpt2: Tokenizer, run: str) -> None:
 
 def test_divided_runs_give_the_tokens_of_the_whole(gpt2: Tokenizer) -> None:
     for run in (" " * 3000 + "x", "!" + "\n" * 2997 + " b", "a" + " " * 1500 + "\n" + " " * 1500, "\t" * 1200 + "b c"):
-        parts = list(gpt2.divide(run))
+        parts = list(divide(run, successor=False))
         assert len(parts) > 1 and "".join(parts) == run
         assert np.concatenate([gpt2.encode(part) for part in parts]).tolist() == gpt2.encode(run).tolist()
 
