@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from llm_from_scratch.core.dataset import BatchLoader
-from llm_from_scratch.training import loggers, setup
-from llm_from_scratch.training import run as runs
+from llm_from_scratch.training import loggers, opening, setup
 from llm_from_scratch.training import state as snapshot
 
 from .rows import Report, Row
@@ -154,6 +153,6 @@ ROW = Row(
         "loss scale not restored": lambda: replaced(torch.amp.GradScaler, "load_state_dict", nothing),
         "order begins at 0 again": lambda: replaced(BatchLoader, "get", _order_from_zero()),
         "metrics not truncated": lambda: replaced(loggers.JsonLines, "forget_from", nothing),
-        "quiet fresh start": lambda: replaced(runs, "make_plan", _fresh_start),
+        "quiet fresh start": lambda: replaced(opening, "make_plan", _fresh_start),
     },
 )
