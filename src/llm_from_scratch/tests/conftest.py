@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # before torch is imported, and inherited by every process that a test starts
 FOLDER = "LLM_TEST_SHARED"
@@ -88,7 +89,8 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
         patch.setenv("XDG_CACHE_HOME", str(Path(os.environ[FOLDER]) / "kernel"))
         patch.setenv(compiled.VARIABLE, getattr(request.module, "KERNEL", "auto"))
         compiled.load_kernel.cache_clear()
-        found = compiled.find_kernel(pytest.fail)
+        with FileLock(Path(os.environ[FOLDER]) / "kernel.lock"):
+            found = compiled.find_kernel(pytest.fail)
         assert found is not None
         yield found
         compiled.load_kernel.cache_clear()

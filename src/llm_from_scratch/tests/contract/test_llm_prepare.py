@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,26 +32,30 @@ CUT_OFF = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", 
 in_checkout = pytest.mark.skipif(not (SCRIPTS / "shakespeare").is_dir(), reason="data/ lies in a checkout only")
 
 
-def run(folder: Path, *arguments: str, text: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SRC), "PYTHONUTF8": "1"} | CUT_OFF | env
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=folder, input=text, env=environment, capture_output=True, text=True, timeout=120
-    )
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(SRC), "PYTHONUTF8": "1"} | CUT_OFF
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_file_to_data(tmp_path: Path) -> None:
+def run_forked(*arguments: str, stdin: Any = subprocess.DEVNULL, **env: str) -> subprocess.CompletedProcess[str]:
+    """In the working directory, without starting Python."""
+    return forked.run("llm_from_scratch.cli.prepare_data", *arguments, stdin=stdin, env=os.environ | CUT_OFF | env)
+
+
+def test_file_to_data(here: Path) -> None:
     text = real_text()[:50_000]
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    done = run(tmp_path, "book.txt", "--tokenizer", "char")
+    (here / "book.txt").write_text(text, encoding="utf-8")
+    done = run(here, "book.txt", "--tokenizer", "char")
     assert (done.returncode, done.stderr) == (0, "")
     *_, train, val, example, following, note = done.stdout.splitlines()
     assert note.startswith("note: 45,000 training tokens for the ")
     assert train.split()[:2] == ["train", "45,000"] and val.split()[:2] == ["val", "5,000"]
     assert repr(text[:32]) in example
     assert following == "next: llm-train --dataset=book"
-    made = {path.name for path in (tmp_path / "data/processed/book").iterdir()}
+    made = {path.name for path in (here / "data/processed/book").iterdir()}
     assert made == {"train.bin", "val.bin", "manifest.json", "tokenizer.meta.json"}
-    again = run(tmp_path, "book.txt", "--tokenizer=char")
+    again = run_forked("book.txt", "--tokenizer=char")
     assert (
         again.returncode == 0
         and "is up to date: sources and settings have not changed" in again.stdout
@@ -85,28 +90,30 @@ def test_users_of_just_learn_where_the_commands_are(
     assert capsys.readouterr().err == "to use the llm-* commands in this shell: . .venv/bin/activate\n"
 
 
-def test_standard_input(tmp_path: Path) -> None:
-    done = run(tmp_path, "-", "--tokenizer=byte", "--name=piped", text="héllo wörld\n" * 9)
+def test_standard_input(here: Path) -> None:
+    Path("given.txt").write_text("héllo wörld\n" * 9, encoding="utf-8")
+    with open("given.txt") as given:
+        done = run_forked("-", "--tokenizer=byte", "--name=piped", stdin=given)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "data/processed/piped"
+    folder = Path("data/processed/piped")
     got = (folder / "train.bin").read_bytes() + (folder / "val.bin").read_bytes()
     assert np.frombuffer(got, "<u2").astype(np.uint8).tobytes().decode() == "héllo wörld\n" * 9
     assert "standard input" in (folder / "manifest.json").read_text()
 
 
-def test_lists_of_files(tmp_path: Path) -> None:
+def test_lists_of_files(here: Path) -> None:
     for name in ("a", "b", "v"):
-        (tmp_path / f"{name}.md").write_text(name * 10)
+        Path(f"{name}.md").write_text(name * 10)
     files = json.dumps(["a.md", "b.md"])
-    done = run(tmp_path, f"--train_files={files}", "--val_files=v.md", "--tokenizer=byte", "--out_dir=o/x")
+    done = run_forked(f"--train_files={files}", "--val_files=v.md", "--tokenizer=byte", "--out_dir=o/x")
     assert done.returncode == 0, done.stderr
-    assert np.fromfile(tmp_path / "o/x/val.bin", "<u2").tolist() == [ord("v")] * 10
+    assert np.fromfile("o/x/val.bin", "<u2").tolist() == [ord("v")] * 10
     assert "next: llm-train --dataset=o/x" in done.stdout
 
 
-def test_a_terminal_that_cannot_show_the_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("東京 é\n" * 50, encoding="utf-8")
-    done = run(tmp_path, "a.txt", "--tokenizer=byte", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+def test_a_terminal_that_cannot_show_the_text(here: Path) -> None:
+    Path("a.txt").write_text("東京 é\n" * 50, encoding="utf-8")
+    done = run_forked("a.txt", "--tokenizer=byte", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "\\u6771" in done.stdout
 
 
@@ -156,7 +163,8 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as POSIX sends it")
 @pytest.mark.parametrize(
-    "workers, moment", [("0", "encoding"), ("2", "starting"), pytest.param("2", "encoding", marks=pytest.mark.slow)]
+    ("workers", "moment"),
+    [("0", "encoding"), *(pytest.param("2", moment, marks=pytest.mark.slow) for moment in ("starting", "encoding"))],
 )
 def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path, workers: str, moment: str) -> None:
     gpt2_folder()

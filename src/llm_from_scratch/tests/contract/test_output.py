@@ -57,7 +57,7 @@ COMMANDS = {
     "sample.py": ["sample.py", "--out_dir={place}/run", "--max_new_tokens=3", "--start=a"],
     "bench.py": ["bench.py", *SMALL],
 }
-QUICK = ("llm-train with a bar", "llm-train --help", "llm-prepare", "llm-generate")
+QUICK = ("llm-train with a bar", "llm-generate")
 CASES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in COMMANDS]
 
 

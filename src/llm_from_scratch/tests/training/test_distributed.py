@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,46 @@ import torch
 from llm_from_scratch.checkpoint.store import find_checkpoint, list_checkpoints, load_checkpoint
 from llm_from_scratch.training.trainer import train
 
-from ..forked import rendezvous
+from ..forked import Forked, rendezvous
 from ..tiny import arguments, read_metrics, tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
 SETTINGS = {"batch_size": 2, "gradient_accumulation_steps": 4, "max_iters": 5, "eval_interval": 2, "final_eval": True}
 
 
-def test_two_processes_are_one(here: Path, tiny_data: Path) -> None:
+def by_torchrun(program: Path, *argv: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of two processes, as a user starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program), *argv]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def by_forks(program: Path, *argv: str) -> tuple[int, str, str]:
+    """The same, without starting Python three times."""
+    with rendezvous(2) as shared, open("out.txt", "w+") as out, open("err.txt", "w+") as err:
+        own = [{**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        ranks = [
+            Forked(str(program), *argv, env=env, stdout=out, stderr=err, imports=("torch._dynamo",)) for env in own
+        ]
+        try:
+            codes = [rank.wait(60) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return max(codes, key=abs), Path("out.txt").read_text(), Path("err.txt").read_text()
+
+
+@pytest.mark.parametrize("start", [by_forks, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_are_one(start: Callable[..., tuple[int, str, str]], here: Path, tiny_data: Path) -> None:
     program = Path("two.py")
     program.write_text("import sys\nfrom llm_from_scratch.cli.train import main_nanogpt\nsys.exit(main_nanogpt())\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program),
-         *arguments(dataset=tiny_data, out_dir="two", backend="gloo", inclusive_max_iters=False, **SETTINGS)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "processes: 2 (gloo)" in done.stdout
-    assert "tokens per iteration will be: 64 (8 sequences: 2 x 2 x 2)" in done.stdout
-    assert done.stdout.count("iter 3:") == 1  # one process speaks
+    given = arguments(dataset=tiny_data, out_dir="two", backend="gloo", inclusive_max_iters=False, **SETTINGS)
+    code, out, err = start(program, *given)
+    assert code == 0, err
+    assert "processes: 2 (gloo)" in out
+    assert "tokens per iteration will be: 64 (8 sequences: 2 x 2 x 2)" in out
+    assert out.count("iter 3:") == 1  # one process speaks
     config = tiny_config(tiny_data, out_dir="one", bias=False, lr_decay_iters=600000, **SETTINGS)
     train(config)
     one, two = read_metrics(Path("one")), read_metrics(Path("two"))
