@@ -191,13 +191,14 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- what is noticed
 
 
-def test_every_changed_bit_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.2, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_every_changed_bit_is_noticed(share: float, tmp_path: Path) -> None:
     path = save(tmp_path, 7, tokenizer=Tokenizer.from_name("byte"), val_loss=1.5)
     rng, flips = random.Random(0), 0
     for file in sorted(path.iterdir()):
         whole = file.read_bytes()
         every = [(at, bit) for at in range(len(whole)) for bit in range(8)]
-        for at, bit in rng.sample(every, min(len(every), 200 if file.name == "MANIFEST.json" else 40)):
+        for at, bit in rng.sample(every, min(len(every), int(share * (200 if file.name == "MANIFEST.json" else 40)))):
             changed = bytearray(whole)
             changed[at] ^= 1 << bit
             file.write_bytes(changed)
@@ -206,7 +207,7 @@ def test_every_changed_bit_is_noticed(tmp_path: Path) -> None:
                     read(path)
             flips += 1
         file.write_bytes(whole)
-    assert flips > 450 and cp.load_checkpoint(path).step == 7
+    assert flips > 450 * share and cp.load_checkpoint(path).step == 7
 
 
 def test_truncated_longer_and_missing_files_are_noticed(tmp_path: Path) -> None:
@@ -666,14 +667,17 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: int, how: str) -> Iterator[list
         yield calls
 
 
-def every_failure(monkeypatch: pytest.MonkeyPatch, fresh: Callable[[], Path], act: Callable[[Path], Any]) -> Any:
-    """Yields (place, whether act succeeded, how it failed) for a failure at every disk call that act makes."""
+def every_failure(
+    monkeypatch: pytest.MonkeyPatch, fresh: Callable[[], Path], act: Callable[[Path], Any], stride: int = 1
+) -> Any:
+    """Yields (place, whether act succeeded, how it failed) for a failure at every disk call that act makes, or at every
+    stride-th one."""
     with failing(monkeypatch, 0, "error") as calls:
         act(fresh())
     total = len(calls)
     assert total > 3
     for how in ("die", "error"):
-        for at in range(1, total + 1):
+        for at in range(1, total + 1, stride):
             place = fresh()
             done = True
             with failing(monkeypatch, at, how):
@@ -685,10 +689,15 @@ def every_failure(monkeypatch: pytest.MonkeyPatch, fresh: Callable[[], Path], ac
 
 
 @pytest.mark.parametrize(
-    "new_step", [pytest.param(2, id="next step"), pytest.param(1, id="same step again", marks=pytest.mark.slow)]
+    ("new_step", "stride"),
+    [
+        pytest.param(2, 3, id="next step, every third call"),
+        pytest.param(2, 1, id="next step", marks=pytest.mark.slow),
+        pytest.param(1, 1, id="same step again", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_step: int, stride: int
 ) -> None:
     base = tmp_path / "base"
     save(base, 1, seed=111, tokenizer=Tokenizer.from_name("byte"))
@@ -704,7 +713,7 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
 
     wanted = {seed: contents(1, seed=seed)["model"] for seed in (111, 222)}
     outcomes = set()
-    for out, done, failure in every_failure(monkeypatch, fresh, act):
+    for out, done, failure in every_failure(monkeypatch, fresh, act, stride):
         for _ in range(2):  # for a concurrent reader, and after the next start
             got = load_any(out, need_tokenizer=False, set_aside=True)
             tag = got.trainer["tag"]
@@ -822,13 +831,14 @@ def test_an_interrupted_move_of_an_earlier_run_is_finished_by_the_next(
 # -------------------------------------------------------------------------------------------------------------- habits
 
 
-def test_the_meta_model_has_the_names_and_shapes_of_the_model() -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(256, marks=pytest.mark.slow)])
+def test_the_meta_model_has_the_names_and_shapes_of_the_model(count: int) -> None:
     choices: dict[str, list[Any]] = {
         "bias": [True, False], "n_kv_head": [None, 2], "pos_embedding": ["learned", "rope"],
         "norm": ["layernorm", "rmsnorm"], "activation": ["gelu", "swiglu"], "mlp_hidden": [None, 24],
         "qk_norm": [True, False], "tie_embeddings": [True, False],
     }  # fmt: skip
-    for values in itertools.product(*choices.values()):
+    for values in random.Random(0).sample([*itertools.product(*choices.values())], count):
         config = GPTConfig(
             block_size=3, vocab_size=5, n_layer=2, n_head=4, n_embd=16, **dict(zip(choices, values, strict=True))
         )

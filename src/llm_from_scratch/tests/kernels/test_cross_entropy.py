@@ -162,6 +162,7 @@ def test_float16_by_autocast_and_a_loss_scale() -> None:
     assert (x.grad / 2.0**16 - dx).norm() <= 2e-3 * dx.norm()  # type: ignore[operator]
 
 
+@pytest.mark.slow  # with float8 and a whole model: test_gpu_step
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_compiled_whole(softcap: float) -> None:
     x, weight, targets = inputs(torch.float32)

@@ -152,6 +152,7 @@ def test_a_model_learns_as_it_does_without() -> None:
     assert losses[0] < 1.0 and losses[1] == pytest.approx(losses[0], abs=0.15) and losses[0] != losses[1]
 
 
+@pytest.mark.slow  # in a whole model: test_gpu_step
 @needs_float8
 def test_the_compiler_can_follow_it() -> None:
     x, layer, dy = product()
