@@ -143,9 +143,8 @@ class TrainingConfig(Settings):
     out_dir: str = "out"
     """Folder for checkpoints, README.md, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); a name on
-    Hugging Face (gpt2 to gpt2-xl, owner/name); or a checkpoint, out_dir or Hugging Face folder. A name or folder starts
-    a new run from these weights."""
+    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or weights to
+    start from: a name on Hugging Face (gpt2 to gpt2-xl, owner/name), a checkpoint, out_dir or Hugging Face folder."""
     max_iters: int = 1000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False
@@ -394,9 +393,8 @@ class SystemConfig(Settings):
     collective_timeout: float = 600.0
     """Seconds after which a process that does not answer ends the run. A process that has died ends it sooner."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How processes share a model. ddp: each holds all of it. fsdp: each holds a part of every parameter, gradient and
-    moment (FSDP2). hsdp: fsdp within groups of processes, ddp between them. auto: ddp if all fits on each device, else
-    fsdp."""
+    """ddp: each process holds the whole model. fsdp: a part of every parameter, gradient and moment (FSDP2). hsdp: fsdp
+    within groups of processes, ddp between them. auto: ddp if the model fits on each device, else fsdp."""
     shard_group: int | None = None
     """With hsdp: processes that share one copy of the model. None: the processes of a node."""
     reshard_after_forward: bool = True

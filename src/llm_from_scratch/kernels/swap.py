@@ -1,8 +1,8 @@
 """Exchanges modules for faster ones: a module's class becomes a subclass with the same parameters and names.
 
 core/model.py remains the model. Before a replacement is used, its outputs and gradients are compared with those of the
-original module in float32, on the model's own inputs for a few tokens. If they differ, for example after an edit of
-core/model.py, the original module stays and one line reports it.
+original module in float32, on the model's own inputs for a few tokens; attention and loss on long rows too. If they
+differ, for example after an edit of core/model.py, the original module stays and one line reports it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.model import GPT
+from ..core.model import GPT, Attention, NextTokenLoss
 from ..errors import StopForward, one_line
 from ..machine.device import forked_random
 
 TOLERANCE = 1e-5  # largest relative difference from the plain module; float32 rounds to about 1e-7
 SEQUENCES, TOKENS = 2, 5  # of the comparison
+LONG, LONG_LOGITS = 512, 1 << 20  # tokens of a long row, and logits of its loss
 
 _plain: dict[type, type] = {}  # replacement -> the class that it replaced
 
@@ -51,6 +52,8 @@ def swap(
             continue
         if which not in verdicts:
             verdict = _difference(module, replacement, *given[which])
+            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size)):
+                verdict = _difference(module, replacement, args, {})
             if verdict is not None and verdict not in verdicts.values():
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[which] = verdict
@@ -106,6 +109,25 @@ def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, di
     finally:
         model.compute_dtype = dtype
         model.train(training)
+
+
+def _longer(module: nn.Module, args: Any, block_size: int) -> tuple[Any, ...]:
+    """The arguments for a long row of random numbers, for modules in which a token's place matters: an edit, such as a
+    window of attention, may change only the later ones. Empty for other modules."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(like: Tensor, *shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=random).to(like) * like.detach().std()
+        return drawn.requires_grad_(like.requires_grad)
+
+    if isinstance(module, Attention) and len(args) == 5 and args[3] is None:
+        T = min(block_size, LONG)
+        return *(draw(t, 1, t.size(1), T, t.size(-1)) for t in args[:3]), *args[3:]
+    if isinstance(module, NextTokenLoss) and len(args) == 3:
+        x, targets, head = args
+        T = min(block_size, LONG, max(TOKENS, LONG_LOGITS // len(head.weight)))
+        return draw(x, 1, T, x.size(-1)), targets[:1, torch.arange(T) % targets.size(1)], head
+    return ()
 
 
 def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:

@@ -67,6 +67,23 @@ EDITS: dict[str, tuple[str, str, Callable[..., Any]]] = {
 }
 
 
+def windowed_attention(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril().triu(-8)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+
+
+def late_loss(self: Any, x: Tensor, targets: Tensor, head: Any) -> tuple[None, Tensor]:
+    """The first eight tokens of a row count half."""
+    weights = torch.ones(targets.shape)
+    weights[:, :8] = 0.5
+    each = F.cross_entropy(head(x).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return None, (each * weights).sum() / weights.sum()
+
+
+# In a few tokens they change nothing.
+EDITS |= {"window": ("Attention", "forward", windowed_attention), "late": ("NextTokenLoss", "forward", late_loss)}
+
+
 @pytest.mark.parametrize("edit", list(EDITS))
 def test_an_edited_module_is_used_and_one_line_says_so(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
