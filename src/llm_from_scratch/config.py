@@ -143,8 +143,8 @@ class TrainingConfig(Settings):
     out_dir: str = "out"
     """Folder for checkpoints, README.md, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or weights to
-    start from: a name on Hugging Face (gpt2 to gpt2-xl, owner/name), a checkpoint, out_dir or Hugging Face folder."""
+    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or the
+    weights of a name on Hugging Face (gpt2 to gpt2-xl, owner/name), a checkpoint, out_dir or Hugging Face folder."""
     max_iters: int = 1000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False
