@@ -20,7 +20,6 @@ from .products import TORCH, CPULinear, multiply
 from .swap import kind_of, swap
 
 TOLERANCE = 1e-4  # of an adapted layer's output, from that of a plain layer with the merged weight
-FEW = 256  # rows that stay in the processor's cache
 MANY_ROWS = 256  # from which merging an adapter costs less than adding its product to every row
 
 
@@ -93,11 +92,9 @@ class _MergedProduct(torch.autograd.Function):
         if for_weight:
             dw = multiply(dy.t(), rows, ctx.libraries[2])
         if for_a or for_b:
-            # a few rows at a time, which stay in the cache for both products that read them; the short side first
-            da, whole = torch.zeros_like(a), torch.zeros_like(wide.t(), memory_format=torch.contiguous_format)
-            for some_dy, some in zip(dy.split(FEW), rows.split(FEW), strict=True):
-                da.addmm_(wide.t() @ some_dy.t(), some, alpha=ctx.scale)  # (M R, I)
-                whole.addmm_(a @ some.t(), some_dy, alpha=ctx.scale)  # (M R, O), of which the diagonal blocks are B's
+            # the short side first; a product with few columns is up to four times as fast as its transpose
+            da = (dy @ wide).t() @ rows * ctx.scale  # (M R, I)
+            whole = (rows @ a.t()).t() @ dy * ctx.scale  # (M R, O), of which the diagonal blocks are B's
             parts = zip(whole.split(ctx.heights, dim=1), range(0, a.size(0), b.size(1)), strict=True)
             db = torch.cat([part[at : at + b.size(1)].t() for part, at in parts])
         return dx, dw, dy.sum(0) if for_bias else None, da, db, None, None, None
