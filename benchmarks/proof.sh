@@ -1,11 +1,12 @@
 #!/bin/bash
-# Measures every figure of the table at the top of README.md on this machine: about 15 minutes on two idle cores.
+# Measures every figure of the table at the top of README.md on this machine: about 15 minutes on two idle cores, after the
+# installation of the others.
 #
 #   benchmarks/proof.sh [NANOGPT]
 #
-# NANOGPT is a checkout of nanoGPT, by default build/nanoGPT, which is cloned if it is missing. Python is .venv's, or
-# $PYTHON; it needs the extra dev (./just install-dev). litgpt, and llama.cpp as xllamacpp, are installed into build/peers,
-# in environments of their own. ROUNDS and STEPS make a quick trial: ROUNDS=1 STEPS=1 benchmarks/proof.sh
+# NANOGPT is a checkout of nanoGPT, by default build/nanoGPT, which is cloned if it is missing. Python is .venv's, with
+# the extra dev, which is installed if it is missing; or $PYTHON. litgpt, and llama.cpp as xllamacpp, are installed into
+# build/peers, in environments of their own. ROUNDS and STEPS make a quick trial: ROUNDS=1 STEPS=1 benchmarks/proof.sh
 #
 # Prints the processor, the versions and the output of each command, and last the table for README.md. The same is in
 # build/proof. `.venv/bin/python benchmarks/proof_table.py --write` puts the table into README.md.
@@ -16,6 +17,7 @@ python=${PYTHON:-.venv/bin/python}
 rounds=${ROUNDS:-5}
 steps=${STEPS:-2}
 
+[ -n "${PYTHON:-}" ] || ./just install-dev
 [ -d "$nanogpt" ] || git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT "$nanogpt"
 [ -f "$nanogpt/data/shakespeare_char/train.bin" ] || "$python" "$nanogpt/data/shakespeare_char/prepare.py"
 

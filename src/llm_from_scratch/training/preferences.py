@@ -140,7 +140,7 @@ def _stored(
         is_same = {name: tuple(t.shape) for name, t in found.items()} == expected and identity.encode() in content
         if is_same and all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in found.values()):
             return found
-        reason = "it is of other data"
+        reason = "it belongs to other data"
     except (OSError, ValueError, SafetensorError) as error:
         reason = one_line(getattr(error, "strerror", None) or error)
     raise UserError(
