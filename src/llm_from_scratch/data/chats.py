@@ -141,7 +141,7 @@ def messages_of(row: Any) -> list[Message]:
     if messages[0]["role"] == "assistant":
         raise ValueError("the first message is the assistant's: expected one to answer, of the user or the system")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message has the role assistant, so that nothing is learned")
+        raise ValueError("no message has the role assistant, so nothing is learned")
     return messages
 
 

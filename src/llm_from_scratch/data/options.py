@@ -79,7 +79,7 @@ class PrepareOptions:
     executor: Literal["local", "slurm", "ray"] | None = None
     """Run cleaning and encoding as tasks by datatrove (extra: cluster): on this machine, a Slurm or a Ray cluster."""
     tasks: int | None = None
-    """Tasks of --executor. None: the number of cores. More than files have no effect."""
+    """Tasks of --executor. None: the number of cores. More tasks than files have no effect."""
     slurm: str = ""
     """Options for sbatch, such as 'partition=cpu time=10:00:00 mem_per_cpu_gb=8'."""
     workers: int | None = None

@@ -6,7 +6,7 @@ import { sampling } from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
 const EMPTY = $("messages").firstElementChild;
-const messages = []; // {role, content}
+const messages = []; // {role, content, end}: end is a note below an answer
 let info;
 let running;
 
@@ -15,9 +15,9 @@ export function start(given) {
 }
 
 function draw() {
-  const bubbles = messages.map(({ role, content }) => {
+  const bubbles = messages.map(({ role, content, end }) => {
     const who = element("p", "note", role === "user" ? "You" : "Model");
-    return element("div", `message ${role}`, who, element("div", "text", content));
+    return element("div", `message ${role}`, who, element("div", "text", content), ...(end ? [element("p", "note", end)] : []));
   });
   $("messages").replaceChildren(...(bubbles.length ? bubbles : [EMPTY]));
   $("messages").scrollTop = $("messages").scrollHeight;
@@ -42,24 +42,28 @@ async function answer() {
   const { n, ...settings } = sampling();
   const asked = messages.at(-1)?.role === "assistant" ? messages.slice(0, -1) : messages.slice();
   try {
-    const body = { model: info.model, messages: asked, stream: true, ...settings };
+    const body = { model: info.model, messages: asked.map(({ role, content }) => ({ role, content })), stream: true, ...settings };
     const response = await call("v1/chat/completions", { body, signal: mine.signal });
     messages.length = asked.length;
     const reply = { role: "assistant", content: "" };
     messages.push(reply);
     const text = draw();
     for await (const event of events(response)) {
-      const more = event.choices[0]?.delta?.content;
-      if (!more) continue;
-      reply.content += more;
+      const { delta, finish_reason: reason } = event.choices[0] ?? {};
       const box = $("messages");
       const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
-      text.append(more);
+      reply.content += delta?.content ?? "";
+      text.append(delta?.content ?? "");
+      if (reason === "length") reply.end = "reached max tokens";
+      else if (reason && !reply.content) reply.end = "empty answer";
+      if (reason && reply.end) text.after(element("p", "note", reply.end));
       if (atEnd) box.scrollTop = box.scrollHeight; // unless the reader has scrolled back
     }
     say(`Model: ${reply.content}`);
   } catch (error) {
     if (messages.at(-1)?.content === "") messages.pop(); // an answer that never began
+    // without an answer, the message returns to the field: roles must alternate
+    if (messages.at(-1)?.role === "user") $("message").value = [messages.pop().content, $("message").value].filter(Boolean).join("\n");
     draw();
     say(error.name === "AbortError" ? "Stopped." : "");
     complain(error);

@@ -39,7 +39,7 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", (*COMMANDS, "inspect_data"))
 def test_help_fits_on_a_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     short = help_of(capsys, command, "--help")
     assert len(short) <= 60 and max(map(len, short)) <= 80

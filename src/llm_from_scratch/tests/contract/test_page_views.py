@@ -104,9 +104,14 @@ def test_a_conversation(browser, site):
     browser.wait(lambda: len(browser.all(".message.assistant")) == 1 and browser.find("#send").is_enabled())
     answer = browser.text(".message.assistant .text")
     assert len(answer) == 12 and browser.text(".message.user .text") == START
+    notes = [note.text for note in browser.all(".message.assistant .note")]
+    assert notes == ["Model", "reached max tokens"]
     browser.click("#chat-again")
     browser.wait(lambda: browser.find("#send").is_enabled() and browser.text(".message.assistant .text") == answer)
-    assert len(browser.all(".message")) == 2
+    assert len(browser.all(".message")) == 2 and len(browser.all(".message.assistant .note")) == 2
+    browser.write("#message", START)
+    browser.press("ENTER")  # the server refuses unknown fields of a message, such as the note
+    browser.wait(lambda: browser.find("#send").is_enabled() and len(browser.all(".message.assistant")) == 2)
     browser.click("#chat-clear")
     assert not browser.all(".message")
 
@@ -117,6 +122,22 @@ def test_a_conversation(browser, site):
     browser.click("#chat-stop")
     browser.wait(lambda: site.running == 0 and browser.find("#send").is_enabled())
     assert 0 < len(browser.text(".message.assistant .text")) < ENDLESS
+
+
+@pytest.mark.slow
+def test_a_message_without_an_answer_returns_to_the_field(browser):
+    """Otherwise the next message would be the second of the user in a row, which many templates refuse."""
+    own = Served(Generator(memorised(), TOKENIZER), chat=True)
+    visit(browser, link(own))
+    browser.click("#tab-chat")
+    own.close()
+    browser.write("#message", START)
+    browser.press("ENTER")
+    browser.wait(lambda: browser.text("#error"))
+    assert browser.text("#error p") == "The server cannot be reached. Is it still running?"
+    assert not browser.all(".message") and browser.find("#message").get_attribute("value") == START
+    browser.js("document.querySelector('#chat-again').click()")  # disabled: there is nothing to answer
+    assert browser.find("#send").is_enabled() and not browser.all(".message")
 
 
 def test_without_a_template_or_a_run(browser):
