@@ -51,7 +51,8 @@ async function begin() {
   try {
     const info = await getJson("v1/info");
     const size = Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 }).format(info.parameters);
-    const facts = [`${size} parameters`, `${info.tokenizer} tokens`, `window ${info.block_size}`, info.dtype, info.device];
+    const tokens = info.tokenizer === "hf" ? `vocabulary ${info.vocab_size.toLocaleString("en")}` : `${info.tokenizer} tokens`;
+    const facts = [`${size} parameters`, tokens, `window ${info.block_size}`, info.dtype, info.device];
     $("model").replaceChildren(Object.assign(document.createElement("b"), { textContent: info.model }), " ", facts.join(" · "));
     document.title = `${info.model} · Playground`;
     $("tab-chat").hidden = !info.chat;

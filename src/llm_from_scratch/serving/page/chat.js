@@ -41,11 +41,12 @@ async function answer() {
   say("Waiting for the server.");
   const { n, ...settings } = sampling();
   const asked = messages.at(-1)?.role === "assistant" ? messages.slice(0, -1) : messages.slice();
+  let reply;
   try {
     const body = { model: info.model, messages: asked.map(({ role, content }) => ({ role, content })), stream: true, ...settings };
     const response = await call("v1/chat/completions", { body, signal: mine.signal });
     messages.length = asked.length;
-    const reply = { role: "assistant", content: "" };
+    reply = { role: "assistant", content: "" };
     messages.push(reply);
     const text = draw();
     for await (const event of events(response)) {
@@ -61,6 +62,7 @@ async function answer() {
     }
     say(`Model: ${reply.content}`);
   } catch (error) {
+    if (reply) reply.end = error.name === "AbortError" ? "stopped" : "interrupted";
     if (messages.at(-1)?.content === "") messages.pop(); // an answer that never began
     // without an answer, the message returns to the field: roles must alternate
     if (messages.at(-1)?.role === "user") $("message").value = [messages.pop().content, $("message").value].filter(Boolean).join("\n");

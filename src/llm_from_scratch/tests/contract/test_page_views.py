@@ -122,6 +122,7 @@ def test_a_conversation(browser, site):
     browser.click("#chat-stop")
     browser.wait(lambda: site.running == 0 and browser.find("#send").is_enabled())
     assert 0 < len(browser.text(".message.assistant .text")) < ENDLESS
+    assert browser.all(".message.assistant .note")[-1].text == "stopped"
 
 
 @pytest.mark.slow
