@@ -1,8 +1,11 @@
-"""cli/common.py: the data that a command uses if none is named."""
+"""cli/common.py: the data that a command uses if none is named; Ctrl-C before a command has started."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,15 @@ def test_a_mistake_in_the_settings_is_printed_by_one_process(
         monkeypatch.setenv("RANK", str(rank))
         assert train.main(["quick", "--dataset=nowhere", "--batch_size=0"]) == 2
         assert ("batch_size" in capsys.readouterr().err) is shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_command_is_imported_is_one_line() -> None:
+    def ended(error: str) -> tuple[int, str]:
+        code = f"import llm_from_scratch.cli; raise {error}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+
+    assert ended("KeyboardInterrupt") == (-signal.SIGINT, "interrupted\n")
+    code, shown = ended("OSError('a bug')")
+    assert code == 1 and shown.startswith("Traceback") and shown.endswith("OSError: a bug\n")
