@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError, one_line
 from ..machine.files import parse_json, read_file
 from ..settings import did_you_mean
+from .characters import CharTable, characters_of
 from .chat import ChatTemplate, chat_in
 from .cuts import cut_text as cut_text
 from .cuts import divide, without_surrogates
@@ -58,10 +59,14 @@ class Tokenizer:
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """The token ids of a text, 1-D. allow_special: parse special tokens in the text. Lone surrogates become U+FFFD.
         Raises UserError if the vocabulary cannot express the text."""
+        return self.encode_uncast(text, allow_special).astype(self.dtype, copy=False)
+
+    def encode_uncast(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """As encode, in any type of integers: the caller casts when it copies."""
         if not text:
             return np.empty(0, self.dtype)
         try:
-            return self._encode(text, allow_special).astype(self.dtype, copy=False)
+            return self._encode(text, allow_special)
         except (UserError, KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except UnicodeEncodeError:
@@ -186,33 +191,17 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars: str) -> None:
         if not chars or len(set(chars)) != len(chars):
             raise UserError("a char vocabulary needs at least one character and no duplicates")
-        self.chars, self.vocab_size = chars, len(chars)
-        self._codes = np.frombuffer(chars.encode("utf-32-le"), "<u4")
-        # code point -> id, or the number of ids if it is unknown, as all after the last one are
-        self._table = np.full(int(self._codes.max()) + 2, len(chars), np.min_scalar_type(len(chars)))
-        self._table[self._codes] = np.arange(len(chars))
-        # For bytes.translate, several times as fast, if an id fits in a byte
-        self._ascii = self._table.take(range(128), mode="clip").tobytes().ljust(256) if len(chars) < 256 else b""
+        self.chars, self.vocab_size, self._table = chars, len(chars), CharTable(chars)
 
     @classmethod
     def from_text(cls, texts: Iterable[str]) -> CharTokenizer:
         """The sorted characters of all texts, numbered as in nanoGPT."""
-        seen, known = np.zeros(0x110000, dtype=bool), b""
-        for text in texts:
-            if text.isascii():  # most texts have no new character
-                known += bytes(set(text.encode().translate(None, known)))
-            else:
-                seen[_code_points(text)] = True
-        seen[list(known)] = True
-        if not seen.any():
+        if not (chars := characters_of(texts)):
             raise UserError("the text is empty: a char vocabulary needs at least one character")
-        return cls(np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le"))
+        return cls(chars)
 
     def _encode(self, text: str, allow_special: bool) -> np.ndarray:
-        if self._ascii and text.isascii():
-            ids = np.frombuffer(text.encode().translate(self._ascii), "u1")
-        else:
-            ids = self._table.take(_code_points(text), mode="clip")
+        ids = self._table.encode(text)
         if ids.max(initial=0) == self.vocab_size:
             char = text[int(ids.argmax())]
             raise UserError(
@@ -222,7 +211,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def decode_bytes(self, ids: Any) -> bytes:
-        return self._codes[self._known(ids)].tobytes().decode("utf-32-le").encode("utf-8")
+        return self._table.codes[self._known(ids)].tobytes().decode("utf-32-le").encode("utf-8")
 
     def _definition(self) -> bytes:
         return b"char\0" + self.chars.encode("utf-8")
@@ -429,8 +418,3 @@ def build_tokenizer(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     lines = read_file(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])
-
-
-def _code_points(text: str) -> np.ndarray:
-    """Shape (len(text),), of integers. Raises UnicodeEncodeError for a lone surrogate."""
-    return np.frombuffer(text.encode(), "u1") if text.isascii() else np.frombuffer(text.encode("utf-32-le"), "<u4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from .split import Documents, Split, choose_split
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
 VERSION = 1  # of the manifest
+SIMPLE = ("char", "byte")  # tokenizers that are faster than worker processes and the cache
 Report = Callable[[str], None]
 
 
@@ -59,10 +61,11 @@ def build(
     groups = [Documents(sources) for sources in spec.sources]
     total = sum(source.size for source in spec.all())
     tokenizer, rules = make_rules(spec, groups, folder, extra.get("request", ""), report)
+    is_slow = not rules.fast and tokenizer.name not in SIMPLE
     if workers is None:
-        workers = 0 if tokenizer.name in ("char", "byte") else choose_workers(total)
+        workers = 0 if tokenizer.name in SIMPLE else choose_workers(total)
     # to read cached tokens takes longer than to encode fast
-    cache = TokenCache(cache_dir / "tokens" if cache_dir and not rules.fast else None, tokenizer.dtype)
+    cache = TokenCache(cache_dir / "tokens" if cache_dir and is_slow else None, tokenizer.dtype)
     meter = Meter(total, lambda: sum(group.position for group in groups), report)
     try:
         splits = write_shards(
@@ -123,10 +126,10 @@ def _tokenizer(spec: DatasetSpec, groups: list[Documents], folder: Path, request
     if read_progress(folder, request):
         with contextlib.suppress(UserError):
             tokenizer = Tokenizer.load(folder)
-            _set_separators(groups, tokenizer.eot_id is None)
+            _settle(groups, tokenizer.name, tokenizer.eot_id is None)
             return tokenizer
     if spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:"):
-        _set_separators(groups, spec.tokenizer == "char")
+        _settle(groups, spec.tokenizer, spec.tokenizer == "char")
 
         def texts() -> Iterator[str]:
             return (text for group in groups for _, text, _ in group.pieces(report))
@@ -136,14 +139,20 @@ def _tokenizer(spec: DatasetSpec, groups: list[Documents], folder: Path, request
             spec.tokenizer, texts()
         )
     tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
-    _set_separators(groups, tokenizer.eot_id is None)
+    _settle(groups, tokenizer.name, tokenizer.eot_id is None)
     return tokenizer
 
 
-def _set_separators(groups: list[Documents], needed: bool) -> None:
-    """Without an end-of-text id, documents end with a line break. A single text is not changed."""
+def _settle(groups: list[Documents], tokenizer: str, separated: bool) -> None:
+    """How a tokenizer needs the documents. separated: without an end-of-text id, they end with a line break; a single
+    text is not changed."""
     for group in groups:
-        group.separator = "\n" if needed and group.may_be_many else ""
+        group.separator = "\n" if separated and group.may_be_many else ""
+        if tokenizer in SIMPLE and not group.may_be_many:  # of many, the first pieces choose the split
+            group.sources = [
+                dataclasses.replace(source, cut_anywhere=True) if isinstance(source, src.FileSource) else source
+                for source in group.sources
+            ]
 
 
 def write_manifest(

@@ -14,6 +14,7 @@ import signal
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ UNIT = 1 << 20  # characters per unit
 KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space
 VERSION = 1  # of the cache format
 PROGRESS = "progress.json"  # in the temporary folder
+UNITS = 2  # version of the rules by which texts are divided into units
+QUEUED = 4  # units that wait until they are written
+SYNC_EVERY = 1 << 24  # bytes
 SAVE_EVERY = 1 << 24  # tokens between two records of the progress
 SAMPLE = 1 << 12  # characters of a unit that are encoded twice
 MAX_FAILURES = 3  # of worker processes, without a finished unit between them
@@ -51,6 +55,7 @@ class ShardWriter:
     text_bytes: int = 0
     done: list[dict[str, Any]] = field(default_factory=list)
     _file: Any = None
+    _unsynced: int = 0
 
     def append(self, ids: np.ndarray) -> None:
         while len(ids):
@@ -59,10 +64,19 @@ class ShardWriter:
             part = np.ascontiguousarray(ids[: self.size - self.tokens % self.size], dtype=self.dtype)
             self._file.write(part.data)
             self._hash.update(part.data)
+            self._begin_sync(len(part) * part.itemsize)
             self.tokens += len(part)
             ids = ids[len(part) :]
             if self.tokens % self.size == 0:
                 self._end_shard()
+
+    def _begin_sync(self, size: int) -> None:
+        """Lets the system write what is new to the disk, so that fsync has little left to wait for."""
+        self._unsynced += size
+        if self._unsynced >= SYNC_EVERY and hasattr(os, "posix_fadvise"):
+            begin = self._file.tell() - self._unsynced
+            os.posix_fadvise(self._file.fileno(), max(0, begin), self._unsynced, os.POSIX_FADV_DONTNEED)
+            self._unsynced = 0
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.split}_{number:06d}.bin"
@@ -130,7 +144,7 @@ class Unit:
 
     def size(self) -> int:
         """Bytes of the texts."""
-        return sum(len(text.encode("utf-8", "replace")) for text, _ in self.pieces)
+        return sum(len(text) if text.isascii() else len(text.encode("utf-8", "replace")) for text, _ in self.pieces)
 
     def key(self, tokenizer: Tokenizer) -> str:
         """The cache key of the tokens."""
@@ -143,10 +157,10 @@ class Unit:
     def encode(self, tokenizer: Tokenizer | FastTokenizer) -> np.ndarray:
         parts = [np.empty(0, tokenizer.dtype)]
         for text, ends in self.pieces:
-            parts.append(tokenizer.encode(text))
+            parts.append(tokenizer.encode_uncast(text))
             if ends and self.mark_ends:
                 parts.append(np.array([tokenizer.eot_id], tokenizer.dtype))
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
 
 
 def units_of(stream: Iterable[tuple[str, str, bool]], mark_ends: bool) -> Iterator[Unit]:
@@ -209,7 +223,8 @@ def write_shards(
     done = 0
 
     def state() -> dict[str, Any]:
-        return {"request": request, "units": done, "splits": {split: s.state() for split, s in shards.items()}}
+        splits = {split: s.state() for split, s in shards.items()}
+        return {"request": request, "version": UNITS, "units": done, "splits": splits}
 
     def restore(earlier: dict[str, Any]) -> int:
         for split, writer in shards.items():
@@ -225,22 +240,37 @@ def write_shards(
             done = restore(start)
             report("the shards of an interrupted run are damaged: starting again")
     whole, saved = state(), sum(s.tokens for s in shards.values())  # when the last shard was completed; when saved
+
+    def write(before: Future[None] | None, split: str, size: int, ids: np.ndarray) -> None:
+        """In the writing thread. before: if an earlier unit failed, no later one is written."""
+        nonlocal done, whole, saved
+        if before is not None:
+            before.result()
+        writer = shards[split]
+        shards_before = len(writer.done)
+        writer.append(ids)
+        writer.text_bytes += size
+        done += 1
+        tokens = sum(s.tokens for s in shards.values())
+        if len(writer.done) > shards_before:
+            whole = state()
+        if len(writer.done) > shards_before or tokens - saved >= SAVE_EVERY:
+            saved = tokens
+            write_whole(folder / PROGRESS, to_json(state()))
+        meter.update(tokens, size)
+
     while True:
         rest = itertools.islice(units(), done, None)
         try:
-            for unit, size, ids in encode_units(rest, tokenizer, folder, cache, workers, report, fast):
-                writer = shards[unit.split]
-                shards_before = len(writer.done)
-                writer.append(ids)
-                writer.text_bytes += size
-                done += 1
-                tokens = sum(s.tokens for s in shards.values())
-                if len(writer.done) > shards_before:
-                    whole = state()
-                if len(writer.done) > shards_before or tokens - saved >= SAVE_EVERY:
-                    saved = tokens
-                    write_whole(folder / PROGRESS, to_json(state()))
-                meter.update(tokens, size)
+            with ThreadPoolExecutor(1) as thread:
+                written: deque[Future[None]] = deque()
+                for unit, size, ids in encode_units(rest, tokenizer, folder, cache, workers, report, fast):
+                    before = written[-1] if written else None
+                    written.append(thread.submit(write, before, unit.split, size, ids))
+                    if len(written) > QUEUED:
+                        written.popleft().result()
+                for one in written:
+                    one.result()
             break
         except EncoderDiffersError as error:
             report(f"{error}: continuing without it")
@@ -257,7 +287,8 @@ def write_shards(
 def read_progress(folder: Path, request: str) -> dict[str, Any] | None:
     """The progress of an interrupted run of the same request, if there is one in the folder."""
     with contextlib.suppress(UserError):
-        if (folder / PROGRESS).is_file() and (state := read_json(folder / PROGRESS)).get("request") == request:
+        state = read_json(folder / PROGRESS) if (folder / PROGRESS).is_file() else {}
+        if (state.get("request"), state.get("version")) == (request, UNITS):
             return state
     return None
 
@@ -284,7 +315,7 @@ def encode_units(
             with blocked_interrupts():
                 one.future = pool.submit(_encode_in_worker, one.unit)
         except BrokenProcessPool as error:  # handled when the result is read
-            one.future = concurrent.futures.Future()
+            one.future = Future()
             one.future.set_exception(error)
 
     def finish() -> tuple[Unit, int, np.ndarray]:
@@ -334,7 +365,7 @@ class _Waiting:
     size: int
     key: str
     ids: np.ndarray | None
-    future: concurrent.futures.Future[np.ndarray] | None = None
+    future: Future[np.ndarray] | None = None
 
 
 class UnitEncoder:

@@ -348,22 +348,38 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
                 executors.append(_executor(job, name, executors[-1]))
             with _errors_in(output):
                 executors[-1].run()
-        except subprocess.CalledProcessError as error:  # sbatch has printed the reason
-            lines = output.read_bytes()[before:].decode("utf-8", "replace").split("\n")
-            raise _failure(
-                job, next((line for line in map(one_line, reversed(lines)) if line), one_line(error))
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:
-            raise _failure(job, one_line(error)) from None
-        jobs = [str(executor.job_id) for executor in executors[1:] if executor.job_id not in (None, -1)]
+        except BaseException as error:
+            cancelled = _cancel(_job_ids(executors))  # later steps will never run
+            if isinstance(error, UserError) or not isinstance(error, Exception):
+                raise
+            reason = one_line(error)
+            if isinstance(error, subprocess.CalledProcessError):  # sbatch has printed the reason
+                lines = output.read_bytes()[before:].decode("utf-8", "replace").split("\n")
+                reason = next((line for line in map(one_line, reversed(lines)) if line), reason)
+            raise _failure(job, reason + cancelled) from None
+        jobs = _job_ids(executors)
         write_whole(names, " ".join(jobs).encode())
     report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")
     while not _merged(job).exists():
         if (job.work / ERROR).exists() or (not _queued(jobs) and not _merged(job).exists()):
             raise _failure(job, "the jobs ended before the dataset was complete")
         time.sleep(POLL)
+
+
+def _job_ids(executors: list[Any]) -> list[str]:
+    """Of the jobs that were submitted."""
+    return [str(one.job_id) for one in executors if one is not None and one.job_id not in (None, -1)]
+
+
+def _cancel(jobs: list[str]) -> str:
+    """Cancels jobs. Returns a note for the error; "" if there are none."""
+    if not jobs:
+        return ""
+    try:
+        subprocess.run(["scancel", *jobs], capture_output=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return f" (cancel the jobs before it: scancel {' '.join(jobs)})"
+    return f" (the jobs before it are cancelled: {', '.join(jobs)})"
 
 
 def _queued(jobs: list[str]) -> bool:

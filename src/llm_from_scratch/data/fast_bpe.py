@@ -120,6 +120,8 @@ class FastTokenizer:
             self._load()
         return np.asarray(ids).astype(self.dtype, copy=False)
 
+    encode_uncast = encode
+
     def compare(self, text: str) -> None:
         """Raises EncoderDiffersError if the ids of a text differ from the tokenizer's."""
         if not np.array_equal(self.encode(text), self.tokenizer.encode(text)):

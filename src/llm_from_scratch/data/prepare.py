@@ -97,7 +97,7 @@ def _make(
     target: Path, extra: dict[str, Any], report: Report,
 ) -> None:  # fmt: skip
     """Cleans and encodes in this process and its workers."""
-    request = extra["request"]
+    request, read = extra["request"], spec.all()
     parts = work_folder(cache or spool, "cleaning", target, request)
     with temporary_folder(target, lambda folder: read_progress(folder, request) is not None) as folder:
         if options.given(*CLEANING):
@@ -112,6 +112,9 @@ def _make(
                     parts.rmdir()  # if no part is complete
                 raise
         build(spec, folder, options.shard_size, options.workers, cache, extra, report)
+        for source, identity in zip(read, extra["sources"], strict=True):
+            if isinstance(source, src.FileSource) and not source.url and source.size != identity["bytes"]:
+                raise UserError(f"{source.name} changed while it was read: run the same command again")
         replace_folder(target, folder)
 
 

@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 from xml.etree import ElementTree
 
-from ..core.cuts import without_surrogates
+from ..core.cuts import cut_text, without_surrogates
 from ..core.tokenizer import safe_cut
 from ..errors import UserError, one_line
 from ..machine.extras import missing
@@ -26,6 +26,7 @@ from ..machine.files import parse_json
 from .archives import COMPRESSIONS, SHORT, Bound, Zip, damage, tar_members, zip_members
 
 PIECE = 1 << 20  # maximum characters per piece
+CUT = 1 << 15  # bytes per piece if it may be cut anywhere: most are then ASCII, which is encoded faster
 WHOLE = 64 << 20  # bytes of a file that must be in memory
 ROWS = 8  # of a table that are decoded at once
 DEPTH = 1024  # of the elements of a page; a browser's limit is 512
@@ -51,23 +52,42 @@ class Reader:
 
 def read_plain_text(source: FileSource) -> Pieces:
     """Pieces of one document. As in Python: every line break as "\\n". A byte order mark is dropped."""
-    text, encoding = "", source.encoding
-    if encoding == "utf-8" and not source.keep_bom:
-        encoding = "utf-8-sig"
-    with source.open() as raw, io.TextIOWrapper(raw, encoding) as file:
-        try:
-            while block := file.read(PIECE):
-                text += block
-                while len(text) > PIECE:
-                    cut = safe_cut(text, PIECE)
-                    yield text[:cut], False
-                    text = text[cut:]
-        except UnicodeDecodeError as error:
-            raise _not_text(source, raw.tell() - len(error.object) + error.start, error) from None
-        except UnicodeError as error:  # UTF-16 without a byte order mark
-            raise UserError(f"{source.name} is not {source.encoding} text: {error}") from None
+    text = ""
+    for block in _decoded(source):
+        if source.cut_anywhere:
+            complete, text = [text] if text else [], block
+        else:
+            *complete, text = cut_text(text + block, PIECE)
+        for part in complete:
+            yield part, False
     if text:
         yield text, True
+
+
+def _decoded(source: FileSource) -> Iterator[str]:
+    """A text in blocks, none of them empty."""
+    encoding = "utf-8-sig" if source.encoding == "utf-8" and not source.keep_bom else source.encoding
+    decoder, at = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True), 0
+    with source.open() as raw:
+        try:
+            while data := raw.read(PIECE):
+                for part in _parts(data) if source.cut_anywhere else (data,):
+                    at += len(part)
+                    if text := decoder.decode(part):
+                        yield text
+            if text := decoder.decode(b"", final=True):
+                yield text
+        except UnicodeDecodeError as error:
+            raise _not_text(source, at - len(error.object) + error.start, error) from None
+        except UnicodeError as error:  # UTF-16 without a byte order mark
+            raise UserError(f"{source.name} is not {source.encoding} text: {error}") from None
+
+
+def _parts(data: bytes) -> Iterator[bytes]:
+    """Short parts around characters that are not ASCII."""
+    for begin in range(0, len(data), 4 * CUT):
+        part = data[begin : begin + 4 * CUT]
+        yield from (part,) if part.isascii() else (part[at : at + CUT] for at in range(0, len(part), CUT))
 
 
 def read_lines(source: FileSource) -> Documents:

@@ -67,6 +67,7 @@ class FileSource:
     encoding: str = "utf-8"
     selection: Selection = ALL  # in an archive
     skip_bad: bool = False
+    cut_anywhere: bool = False  # the tokens of a text do not depend on its pieces
     url: str = ""
     stream: Any = field(default=None, compare=False)  # of an archive's member
     said: set[str] = field(default_factory=set, compare=False)

@@ -15,6 +15,8 @@ import numpy as np
 from ..errors import UserError
 from .sources import Source
 
+NAMED = 10  # empty sources
+
 
 @dataclass
 class Documents:
@@ -30,7 +32,7 @@ class Documents:
     def pieces(self, report: Callable[[str], None] | None = None) -> Iterator[tuple[int, str, bool]]:
         """(number of the document, text, ends) in order. report: receives the names of empty sources."""
         self.count = self.characters = self.position = begin = 0
-        self.is_counted = False
+        self.is_counted, ignored = False, 0
         for source in self.sources:
             before, characters, size = self.count, self.characters, source.size
             for text, ends in source.pieces():
@@ -40,8 +42,12 @@ class Documents:
                 self.characters += len(text)
                 self.position = begin + min(size, self.characters - characters)
             self.position = begin = begin + size
-            if report and self.count == before and len(self.sources) > 1:
-                report(f"{source.name} is empty and ignored")
+            if self.count == before:
+                ignored += 1
+                if report and len(self.sources) > 1 and ignored <= NAMED:
+                    report(f"{source.name} is empty and ignored")
+        if report and ignored > NAMED:
+            report(f"{ignored - NAMED:,} more sources are empty and ignored")
         self.is_counted = True
 
     @property

@@ -60,6 +60,26 @@ def test_char_beyond_16_bits() -> None:
     assert tokenizer.decode([69_999]) == chars[-1]
 
 
+def test_char_is_a_lookup_of_every_character() -> None:
+    """Texts with no, few and many characters beyond ASCII; vocabularies below and above 256 ids, in any order."""
+    random_ = random.Random(0)
+    rare, often = [chr(code) for code in (0x80, 0xE9, 0x7FF, 0x800, 0xFFFD, 0x10000, 0x10FFFF)], [*map(chr, range(128))]
+    for more in (0, 100, 70_000):
+        chars = [*often, *rare, *map(chr, range(0x10001, 0x10001 + more))]
+        for shuffled in (False, True):
+            random_.shuffle(chars) if shuffled else None
+            tokenizer, number = CharTokenizer("".join(chars)), {char: i for i, char in enumerate(chars)}
+            for share in (0.0, 0.01, 0.05, 0.12, 0.5, 1.0):
+                text = "".join(random_.choice(rare if random_.random() < share else often) for _ in range(500))
+                assert tokenizer.encode(text).tolist() == [number[char] for char in text]
+                assert CharTokenizer.from_text([text[:100], text[100:]]).chars == "".join(sorted(set(text)))
+                for wrong in ("\u0394", "\U000fffff"):
+                    with pytest.raises(UserError, match=re.escape(f"never saw the character {wrong!r}")):
+                        tokenizer.encode(text + wrong + text)
+    with pytest.raises(UserError, match="never saw the character 'z'"):
+        CharTokenizer("aé").encode("a" * 30 + "éz")
+
+
 @pytest.mark.parametrize("char", ["é", "\U0001f600", "a"])
 def test_char_names_what_it_does_not_know(char: str) -> None:
     with pytest.raises(UserError, match=f"U\\+{ord(char):04X}"):

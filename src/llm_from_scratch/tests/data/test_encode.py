@@ -23,6 +23,7 @@ from llm_from_scratch.data.encode import ShardWriter
 from llm_from_scratch.data.fast_bpe import FastTokenizer
 from llm_from_scratch.data.meter import Meter
 from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.tests.data.test_prepare import Told, left_behind, manifest_of, stories, write_jsonl
 from llm_from_scratch.tests.texts import real_text, reference_gpt2
@@ -130,6 +131,41 @@ def test_an_interrupted_run_continues(
         fresh = prepare(["d.jsonl"], **settings, out_dir="fresh")
         assert bytes_of(folder) == bytes_of(fresh)
         assert left_behind(here / "data/processed") == [str(p) for p in here.glob("data/processed/d/*.bin")]
+
+
+def test_nothing_is_written_after_a_failed_unit(here: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although later units wait to be written. Progress of another version is not resumed."""
+    (here / "a.txt").write_text(real_text()[:150_000])
+    monkeypatch.setattr(readers, "CUT", 1000)
+    plain, calls = ShardWriter.append, [0]
+
+    def failing(writer: ShardWriter, ids: np.ndarray) -> None:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise OSError(28, "No space left on device", "a disk")
+        plain(writer, ids)
+
+    monkeypatch.setattr(ShardWriter, "append", failing)
+    with pytest.raises(UserError, match="cannot write a disk: No space left"):
+        prepare(["a.txt"], tokenizer="byte")
+    assert calls[0] == 5
+    (progress,) = here.glob("data/processed/.a.building-*/progress.json")
+    state = json.loads(progress.read_text())
+    assert state["units"] == 4
+    told = Told()
+    whole = bytes_of(prepare(["a.txt"], tokenizer="byte", report=told))
+    assert "resuming after" in told
+    text = (here / "a.txt").read_bytes()
+    assert (
+        b"".join(whole[name] for name in ("train.bin", "val.bin")) == np.frombuffer(text, "u1").astype("<u2").tobytes()
+    )
+    calls[0] = 2
+    with pytest.raises(UserError):
+        prepare(["a.txt"], tokenizer="byte", seed=1)
+    (progress,) = here.glob("data/processed/.a.building-*/progress.json")
+    progress.write_text(progress.read_text().replace('"version"', '"old"'))
+    told = Told()
+    assert bytes_of(prepare(["a.txt"], tokenizer="byte", seed=1, report=told)) == whole and "resuming" not in told
 
 
 ROOT = Path(module.__file__).resolve().parents[2]

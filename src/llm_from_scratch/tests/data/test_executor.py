@@ -189,6 +189,29 @@ def test_a_job_that_slurm_refuses_is_one_line(texts: Path, monkeypatch: pytest.M
         assert failed.returncode == 2 and message in line
 
 
+@pytest.mark.slow
+def test_the_jobs_before_a_refused_one_are_cancelled(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = {
+        "sbatch": f"[ -e {texts}/first ] && {{ echo 'sbatch: error: too many jobs' >&2; exit 1; }}\n"
+        f"touch {texts}/first\necho 'Submitted batch job 107'",
+        "scancel": f'echo "$@" >{texts}/cancelled',
+    }
+    for name, script in scripts.items():
+        (texts / "bin").mkdir(exist_ok=True)
+        (texts / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (texts / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{texts / 'bin'}:{os.environ['PATH']}")
+    slurm: dict[str, Any] = {"executor": "slurm", "tasks": 2, "tokenizer": "gpt2", "report": lambda line: None}
+    with pytest.raises(UserError, match=r"too many jobs \(the jobs before it are cancelled: 107\): see "):
+        prepare(["*.jsonl"], **slurm)
+    assert (texts / "cancelled").read_text() == "107\n"
+    (texts / "first").unlink()
+    (texts / "bin" / "scancel").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UserError, match=r"too many jobs \(cancel the jobs before it: scancel 107\): see "):
+        prepare(["*.jsonl"], **slurm)
+    assert not list(Path("data/cache").glob("executor-*/jobs.txt"))
+
+
 def test_an_error_in_a_task_is_the_users_line(texts: Path) -> None:
     """Without logs and tracebacks. What tasks note is printed, too."""
     Path("3.jsonl").write_text('{"body": 1}\n')

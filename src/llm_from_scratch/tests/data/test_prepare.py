@@ -421,14 +421,14 @@ def test_tokens_are_cached(here: Path, small: None, monkeypatch: pytest.MonkeyPa
 def test_a_large_cache_ends_with_the_run(here: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "KEEP_CACHE", 100)
     write_jsonl(here / "d.jsonl", stories(100))
-    prepare(["d.jsonl"])
+    prepare(["d.jsonl"], tokenizer="gpt2")
     assert not [p for p in (here / "data/cache").rglob("*") if p.is_file()]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_a_killed_run_goes_on_where_it_was(here: Path) -> None:
     write_jsonl(here / "d.jsonl", stories(2000))
-    whole = prepare(["d.jsonl"], out_dir="whole", cache_dir=None)
+    whole = prepare(["d.jsonl"], out_dir="whole", cache_dir=None, tokenizer="gpt2")
     code = (
         "import os, signal; from llm_from_scratch.data import encode, prepare\n"
         "encode.UNIT, done, plain = 7000, [], encode.Unit.encode\n"
@@ -437,7 +437,7 @@ def test_a_killed_run_goes_on_where_it_was(here: Path) -> None:
         "    len(done) > 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return plain(unit, tokenizer)\n"
         "encode.Unit.encode = dying\n"
-        "prepare.prepare(['d.jsonl'])"
+        "prepare.prepare(['d.jsonl'], tokenizer='gpt2')"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
@@ -446,7 +446,7 @@ def test_a_killed_run_goes_on_where_it_was(here: Path) -> None:
     told, unit = Told(), encode.UNIT
     try:
         encode.UNIT = 7000
-        folder = prepare(["d.jsonl"], report=told)
+        folder = prepare(["d.jsonl"], report=told, tokenizer="gpt2")
     finally:
         encode.UNIT = unit
     assert "8 of " in told
@@ -602,6 +602,27 @@ def test_an_empty_file_among_others_is_left_out(here: Path) -> None:
     told = Told()
     folder = prepare(["a.txt", "b.txt", "c.txt"], tokenizer="gpt2", report=told)
     assert "b.txt is empty and ignored" in told and len(tokens(folder, "train") + tokens(folder, "val")) == 4
+    for number in range(25):
+        (here / f"empty-{number}.txt").touch()
+    told = Told()
+    prepare(["a.txt", "c.txt", "empty-*.txt"], tokenizer="byte", report=told)
+    assert sum(line.endswith("txt is empty and ignored") for line in told.lines) == 10
+    assert "15 more sources are empty and ignored" in told
+
+
+def test_a_file_that_grows_while_it_is_read_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "log.txt").write_text("a line\n" * 1000)
+    plain = encode.Unit.encode
+
+    def growing(unit: encode.Unit, tokenizer: Any) -> np.ndarray:
+        with (here / "log.txt").open("a") as file:
+            file.write("another line\n")
+        return plain(unit, tokenizer)
+
+    monkeypatch.setattr(encode.Unit, "encode", growing)
+    with pytest.raises(UserError, match="log.txt changed while it was read: run the same command again"):
+        prepare(["log.txt"], tokenizer="byte")
+    assert list((here / "data/processed").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -897,6 +918,26 @@ def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, s
         want["val" if number in chosen else "train"] += [*reference.encode_ordinary(text), EOT]
     for split, ids in want.items():
         assert np.fromfile(f"{split}.bin", np.uint16).tolist() == ids
+
+
+def test_the_hub_gives_tables(here: Path) -> None:
+    """As the library `datasets` gives them, in batches with only some columns of text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    texts = [f"document {number} é" for number in range(600)]
+    table = pyarrow.table({"id": list(range(600)), "text": texts, "gap": [*texts[:-1], None]})
+
+    class Rows:
+        def with_format(self, kind: str) -> Rows:
+            assert kind == "arrow"
+            return self
+
+        def iter(self, batch_size: int) -> Iterator[Any]:
+            return (table.slice(at, batch_size) for at in range(0, 600, batch_size))
+
+    assert [text for text, _ in hub.HubSource("rows", "text", None, Rows()).pieces()] == texts
+    for key in ("gap", "body", "id"):
+        with pytest.raises(UserError, match=f"rows does not have a text '{key}' .it has 'id', 'text', 'gap'.: see"):
+            list(hub.HubSource("rows", key, None, Rows()).pieces())
 
 
 def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,24 @@ def test_a_separator_divides_a_text(
     assert documents("a.txt", lines=True) == [line for line in text.replace("\r", "").split("\n") if line]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 15])
+def test_a_text_cut_anywhere_is_the_same_text(here: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CUT", size)
+    data = b"\xef\xbb\xbfone\r\ntwo\rthr\xc3\xa9e\n\r\n\xe6\x9d\xb1\0\xf0\x9f\x98\x80\r"
+    (here / "a.txt").write_bytes(data)
+    source = sources.FileSource(Path("a.txt"), cut_anywhere=True)
+    pieces = list(source.pieces())
+    assert "".join(text for text, _ in pieces) == "one\ntwo\nthrée\n\n東\0\U0001f600\n"
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True] and all(text for text, _ in pieces)
+    for cut, at in ((len(data) - 2, len(data) - 5), (1, 0), (0, None)):  # in the last character; in the mark; empty
+        (here / "a.txt").write_bytes(data[:cut])
+        if at is None:
+            assert list(source.pieces()) == []
+        else:
+            with pytest.raises(UserError, match=f"a.txt is not UTF-8 text: byte offset {at} "):
+                list(source.pieces())
+
+
 def test_encodings(here: Path) -> None:
     text = "naïve café\nЖ"
     for name in ("utf-16", "utf-8-sig", "utf-16-le", "koi8-r"):
