@@ -86,11 +86,21 @@ def averaged_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together. If some are sharded, all processes call this, and all get the same bits."""
+    """The 2-norm of all gradients together. If some are sharded, all processes call this, and all get the same bits. On
+    a CPU these are the bits of one process: no row is divided, and the rows are summed in float64."""
     sharded: list[Any] = [g for g in gradients if is_sharded(g)]
-    whole = nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])
-    if not sharded:
-        return whole
-    squared, mesh = nn.utils.get_total_norm([local(g) for g in sharded]).square(), sharded[0].device_mesh
-    torch.distributed.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
-    return (squared + whole.to(squared.device).square()).sqrt()
+    if not sharded and not all(g.device.type == "cpu" for g in gradients):
+        return nn.utils.get_total_norm(gradients)
+    squared = _squared_norm([g for g in gradients if not is_sharded(g)])
+    if sharded:
+        of_shards, mesh = _squared_norm([local(g) for g in sharded]), sharded[0].device_mesh
+        torch.distributed.all_reduce(of_shards, group=mesh.get_group(mesh.ndim - 1))
+        squared = squared.to(of_shards.device) + of_shards
+    return squared.sqrt().float()
+
+
+def _squared_norm(gradients: list[Tensor]) -> Tensor:
+    if any(g.device.type != "cpu" for g in gradients):  # where one kernel for all is faster
+        return nn.utils.get_total_norm(gradients).square()
+    rows = [torch.linalg.vector_norm(g, dim=-1).view(-1) if g.dim() > 1 else g.view(-1) for g in gradients]
+    return torch.cat(rows or [torch.zeros(0)]).double().square().sum()

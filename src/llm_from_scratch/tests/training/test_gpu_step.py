@@ -23,6 +23,7 @@ from llm_from_scratch.kernels import cross_entropy as loss
 from llm_from_scratch.kernels import float8 as fp8
 from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine.device import Runtime, resolve
+from llm_from_scratch.training import optimizer as optimizers
 from llm_from_scratch.training import setup, trainer
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.run import Run
@@ -101,8 +102,8 @@ def test_no_update_needs_a_number_from_the_device(
 ) -> None:
     monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)
     monkeypatch.setattr(trainer, "step_unless", as_on_a_gpu)
-    total_norm = torch.nn.utils.get_total_norm
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: total_norm(grads).as_subclass(OnGPU))
+    total_norm = torch.nn.utils.get_total_norm  # as on a GPU
+    monkeypatch.setattr(optimizers, "total_norm", lambda grads: total_norm(grads).as_subclass(OnGPU))
     monkeypatch.setattr(setup, "refuse_unfit", lambda *_: None)
     monkeypatch.setattr(Runtime, "place", lambda runtime, model, keep: setattr(model, "compute_dtype", torch.bfloat16))
     monkeypatch.setattr(parallel, "cpu_replacements", lambda *_: ({}, []))

@@ -283,6 +283,21 @@ def test_what_muon_adds_to_the_difference_is_rounding(here: Path, tiny_data: Pat
     assert 0.5 <= many / alone <= 2 and many <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_have_the_bits_of_one_that_accumulates_twice(parallel: str, here: Path, tiny_data: Path) -> None:
+    """A sum of two gradients does not depend on their order, and their norm not on the shards."""
+    for kind in ("adamw", "muon"):
+        given = {"optimizer_type": kind, "gradient_accumulation_steps": 2, "activation": "swiglu", "grad_clip": 0.5}
+        found = []
+        for count, way in ((1, {}), (2, {"parallel": parallel})):
+            found += in_ranks(count, stepped, here, tiny_data, str(here / f"{kind}-{count}"), given | way, False)
+            (here / f"stepped-{count}").rename(here / f"job-{kind}-{count}")
+        one, *many = found
+        for other in many:
+            assert [name for name, p in one.items() if not torch.equal(other[name], p)] == []
+
+
 def matrix(rows: int, columns: int) -> Matrix:
     return Matrix("", nn.Parameter(torch.empty(rows, columns, device="meta")), 0, rows)
 
