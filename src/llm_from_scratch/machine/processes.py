@@ -254,12 +254,26 @@ def sum_over_ranks(values: list[float], device: torch.device, world_size: int) -
     return total.tolist()
 
 
-def gather(own: torch.Tensor, found: torch.Tensor, wait: bool = True) -> Any:
-    """Everybody's tensor, one after the other in `found`, by rank. Not wait: returns a handle to wait for."""
+def gather(own: torch.Tensor, found: torch.Tensor) -> Callable[[], None]:
+    """Sends a tensor to all processes. Returns a function that waits until everybody's tensors are in `found`, one
+    after the other by rank."""
     import torch.distributed as dist
 
-    together = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
-    return together(found, own, async_op=not wait)
+    rank, ranks = dist.get_rank(), range(dist.get_world_size())
+    if dist.get_backend() == "gloo":  # its all_gather copies everything twice more
+        parts, others = found.view(len(ranks), *own.shape), [other for other in ranks if other != rank]
+        wanted = [dist.P2POp(dist.irecv, parts[other], other) for other in others]
+        works = dist.batch_isend_irecv(wanted + [dist.P2POp(dist.isend, own, other) for other in others])
+        parts[rank].copy_(own)
+    else:
+        together = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        works = [together(found, own, async_op=True)]
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return wait
 
 
 def largest(value: float, device: torch.device, world_size: int) -> float:

@@ -69,14 +69,14 @@ def exchanged(table: Tensor, processes: int) -> list[Rows]:
     sums = g.new_zeros(len(rows), table.size(1) + 1)
     sums.index_add_(0, places, torch.cat([g / processes, squares / processes**2], dim=1))
     counts = rows.new_empty(processes)
-    gather(torch.tensor([len(rows)], device=rows.device), counts)
+    gather(torch.tensor([len(rows)], device=rows.device), counts)()
     longest = int(counts.max())
     found = []
     for tensor in (rows, sums):
         shape = (longest, *tensor.shape[1:])
         own, every = tensor.new_zeros(shape), tensor.new_empty((processes, *shape))
         own[: len(tensor)] = tensor
-        gather(own, every.flatten(0, 1))
+        gather(own, every.flatten(0, 1))()
         found.append(every)
     parts = zip(*found, counts.tolist(), strict=True)
     return [(numbers[:n], values[:n, :-1], values[:n, -1:]) for numbers, values, n in parts]

@@ -105,13 +105,13 @@ class Whole:
             assert own is not None
             return lambda: [[m.lying(x) for m, x in zip(batches[0], own, strict=True)]]
         sizes = [sum(m.height * m.p.size(1) for m in batch) for batch in batches]
-        mine, all_of_them = like.new_zeros(max(sizes)), like.new_empty(self.processes, max(sizes))
-        if own is not None:
-            mine[: own.numel()] = own.flatten()
-        sent = gather(mine, all_of_them.view(-1), wait=False)
+        mine, all_of_them = like if own is None else own.flatten(), like.new_empty(self.processes, max(sizes))
+        if missing := max(sizes) - mine.numel():
+            mine = torch.cat([mine, like.new_zeros(missing)])
+        arrive = gather(mine, all_of_them.view(-1))
 
         def wait() -> list[list[Tensor]]:
-            sent.wait()
+            arrive()
             found = []
             for batch, size, flat in zip(batches, sizes, all_of_them, strict=True):
                 parts = flat[:size].view(-1, *batch[0].shape) if batch else ()

@@ -115,8 +115,11 @@ def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for p in tables:  # their optimizer exchanges the gradients
         torch.distributed.broadcast(p.detach(), 0)
-    # after the exchange, gradients are where they were exchanged: no second copy of them
-    return DistributedDataParallel(model, device_ids=ids, process_group=group, gradient_as_bucket_view=True)
+    # after the exchange, gradients are where they were exchanged: no second copy of them; torch's default first bucket
+    # of 1 MiB would be a second exchange of a small model
+    return DistributedDataParallel(
+        model, device_ids=ids, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=25
+    )
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
