@@ -2,10 +2,10 @@
 
 python benchmarks/ranks.py [--preset=quick] [--processes=2] [--kinds=ddp,fsdp] [--rounds=9] [--turn=1.0] [SETTING ...]
 
-Every contender runs the trainer's steps on the same global batch. They take turns of --turn seconds, --rounds times; a
-figure is the median over the turns, a ratio the median of the ratios to one process within a round. The last columns
-are MiB of weights and of the optimizer's moments in the first process. SETTINGs are those of llm-train. Prints a table,
-and a line of JSON last.
+Every contender runs the trainer's steps on the same global batch, planned as the preset plans them (a much larger
+--max_iters compiles the blocks). They take turns of --turn seconds, --rounds times; a figure is the median over the
+turns, a ratio the median of the ratios to one process within a round. The last columns are MiB of weights and of the
+optimizer's moments in the first process. SETTINGs are those of llm-train. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def member(words: list[str]) -> None:
     from llm_from_scratch.training.sharding import local
     from llm_from_scratch.training.trainer import train_step
 
-    quiet = ["--progress=none", "--max_iters=1000000000", "--final_eval=False", "--data_on_device=False"]
+    quiet = ["--progress=none", "--final_eval=False", "--data_on_device=False"]
     parsed = parse(Config, [*words, *quiet], prog="ranks")
     with open_run(parsed.tree, parsed.sources, "llm-train", None) as run:
         for line in orders:
