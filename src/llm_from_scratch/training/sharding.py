@@ -102,5 +102,5 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
 def _squared_norm(gradients: list[Tensor]) -> Tensor:
     if any(g.device.type != "cpu" for g in gradients):  # where one kernel for all is faster
         return nn.utils.get_total_norm(gradients).square()
-    rows = [torch.linalg.vector_norm(g, dim=-1).view(-1) if g.dim() > 1 else g.view(-1) for g in gradients]
+    rows = [torch.linalg.vector_norm(g, dim=-1).flatten() if g.dim() > 1 else g.flatten() for g in gradients]
     return torch.cat(rows or [torch.zeros(0)]).double().square().sum()
