@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,7 +197,9 @@ class Documents:
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         self.positions = steps - (begins * steps).cummax(dim=1).values  # (B, T)
         same = numbers[:, None, :, None] == numbers[:, None, None, :]
-        self.mask = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
+        self.mask: Any = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
+        if numbers.is_cuda:
+            self.mask.blocks = document_blocks(numbers)  # for kernels/flex.py; lost if an edited model changes the mask
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> list[Documents]:
@@ -217,6 +220,17 @@ class Documents:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return k, v, self.mask
+
+
+def document_blocks(numbers: Tensor) -> Any:
+    """The mask of Documents for flex_attention, which skips blocks of keys that no query of a block may see."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")  # takes a second to import
+
+    def may_see(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (numbers[b, query] == numbers[b, key])
+
+    B, T = numbers.shape
+    return flex.create_block_mask(may_see, B, None, T, T, device=numbers.device)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ..core.model import GPT, Attention, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 from ..machine.memory import empty, empty_like
+from .once import differentiable_once
 
 QUERIES = 64  # queries per product, with the keys up to the last of them; the rest above the diagonal is skipped
 SHORT = 128  # tokens up to which the compiler's attention is faster
@@ -203,6 +204,7 @@ class CausalAttention(torch.autograd.Function):
         return y.mul_(scale) if dropout else y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, *weights = ctx.saved_tensors
         (_, H, T, D), (dy,) = q.shape, grads
@@ -340,6 +342,7 @@ class RMSNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         dweight, w = None, weight.to(x.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.model import Head, NextTokenLoss
 from ..machine.memory import empty
+from .once import differentiable_once
 from .products import PLAIN, TORCH, CPUHead, multiply
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
@@ -83,6 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.cat(losses).masked_fill(~valid, 0).sum() / count
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         factor = grad / count.clamp(min=1)

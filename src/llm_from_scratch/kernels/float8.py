@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.model import GPT, Linear
 from ..errors import UserError
+from .once import differentiable_once
 
 MULTIPLE = 16  # both dimensions of a product's second operand must be divisible by it
 CAPABILITY = (8, 9)  # compute capability from which CUDA devices multiply float8: Ada, Hopper
@@ -77,6 +78,7 @@ class Float8Product(torch.autograd.Function):
         return _product(x8, w8.t(), x_scale, w_scale, x.dtype, fast=True)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes

@@ -8,8 +8,7 @@ replaced module's own forward runs: in inference mode too, because decoding reco
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..machine.memory import empty_like
 from .compiled import Kernel, load_kernel
 from .cpu import CPUReLUSquared, CPURMSNorm, CPURotaryPositions, CPUSwiGLU
 from .cross_entropy import ChunkedLoss, CPULogitPasses
+from .once import differentiable_once
 from .products import TORCH
 
 WHOLE = 16  # the length of a row is a multiple of it
@@ -130,19 +130,6 @@ REPLACEMENTS: dict[type, type] = {
 }  # fmt: skip
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass without a second derivative. torch's once_differentiable returns a zero one for a constant
-    gradient of the result."""
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph: the layers in C have no second derivative; run with LLM_KERNEL=torch")
-        return backward(ctx, *grads)
-
-    return checked
-
-
 class _Activation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ class _Activation(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         gradients = [empty_like(x) for x in inputs]
@@ -181,7 +168,7 @@ class _Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
@@ -209,7 +196,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grads[0], cos, sin, -1.0), None, None
@@ -241,7 +228,7 @@ class _CausalAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_differentiable_once
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q, k, v, norms = ctx.saved_tensors
         (B, H, T, D), G, dy = q.shape, k.size(1), grads[0]

@@ -16,6 +16,7 @@ from ..core.model import GPT, Linear
 from ..errors import UserError, one_line
 from ..machine.device import forked_random
 from ..machine.memory import empty
+from .once import differentiable_once
 from .products import TORCH, CPULinear, multiply
 from .swap import kind_of, swap
 
@@ -81,6 +82,7 @@ class _MergedProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         for_x, for_weight, for_bias, for_a, for_b, *_ = ctx.needs_input_grad

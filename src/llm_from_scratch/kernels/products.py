@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.model import GPT, Head, Linear
+from .once import differentiable_once
 
 TORCH, ONEDNN = "t", "o"
 PLAIN, ALL_ONEDNN = TORCH * 3, ONEDNN * 3  # of the output, of the input's gradient, of the weight's gradient
@@ -58,6 +59,7 @@ class _LinearProduct(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dy, (for_x, for_weight, for_bias, _) = grads[0].flatten(0, -2), ctx.needs_input_grad

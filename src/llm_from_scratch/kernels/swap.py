@@ -132,9 +132,10 @@ def _longer(module: nn.Module, args: Any, block_size: int) -> tuple[Any, ...]:
 
 def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
     """How the replacement differs from the module's present class on these arguments; None if it does not differ."""
-    plain, training = type(module), module.training
+    plain, training, precision = type(module), module.training, torch.get_float32_matmul_precision()
     passes = []
     module.eval()  # without dropout
+    torch.set_float32_matmul_precision("highest")  # without TensorFloat-32, whose rounding differs between kernels
     try:
         for cls, forward in ((plain, _exact(plain)), (replacement, _exact(replacement))):
             module.__class__ = cls
@@ -146,6 +147,7 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
     except Exception as error:
         return f"fails ({type(error).__name__}: {one_line(error, 100)})"
     finally:
+        torch.set_float32_matmul_precision(precision)
         module.__class__ = plain
         module.train(training)
     for a, b in zip(expected, found, strict=True):

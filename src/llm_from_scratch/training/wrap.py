@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import Config
 from ..core.adapters import adapter_of, freeze, unfreeze
 from ..core.cache import Documents
-from ..core.model import GPT, Head, Linear, NextTokenLoss
+from ..core.model import GPT, Attention, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
 from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
+from ..kernels.flex import document_attention
 from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.layers import CompiledLoss, layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
@@ -129,9 +130,13 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     unfreeze(model)  # swap compares the gradients of frozen weights too
     replacements: dict[type, type] = {}
     keep: list[nn.Module] = []
+    packed = config.data.documents is True
     if runtime.device.type == "cpu":
-        packed = config.data.documents is True
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
+    elif packed and config.model.dropout:
+        say("documents: attention with dropout reads a dense mask, and does not skip other documents")
+    elif packed and runtime.device.type == "cuda":
+        replacements[Attention] = document_attention()
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
     layers, loss = layer_replacements(model, replacements) if runtime.compiled_layers else {}, ChunkedLoss

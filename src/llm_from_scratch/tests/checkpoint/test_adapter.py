@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from llm_from_scratch.cli.common import check_location
 from llm_from_scratch.core.adapters import merged
 from llm_from_scratch.errors import DamagedError, UserError
 from llm_from_scratch.interop.hf import export_hf
+from llm_from_scratch.training import trainer
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 
@@ -208,3 +212,39 @@ def test_a_mistyped_folder_may_be_a_name_on_the_hub(
             ask("runs/a", "best")  # only a run has a best checkpoint
     with pytest.raises(UserError, match="no checkpoint runs/a"):
         make_plan(tiny_config(tiny_data, init_from="resume", out_dir="runs/a"))
+
+
+@pytest.mark.slow
+def test_a_run_cut_at_20_random_steps_ends_in_the_same_adapter(
+    runs: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with its optimizer: stopped by a signal, or by an error that saves nothing."""
+    settings = LORA | {"max_iters": 40, "eval_interval": 3, "lora_dropout": 0.2, "dropout": 0.1}
+    train(tiny_config(tiny_data, **settings | {"out_dir": "whole"}))
+    expected, step, original = load_checkpoint(find_checkpoint("whole", "last")), [0], trainer.train_step
+    assert expected.optimizer is not None
+
+    def cut(run: Any, *batch: Any) -> Any:
+        if run.state.step == step[0]:
+            if step[0] % 2:
+                raise RuntimeError("cut")
+            signal.raise_signal(signal.SIGTERM)
+        return original(run, *batch)
+
+    monkeypatch.setattr(trainer, "train_step", cut)
+    rng, seen = random.Random(0), set[int]()
+    for attempt in range(20):
+        step[0] = rng.randrange(4, 39)
+        out = f"cut-{attempt}"
+        with contextlib.suppress(RuntimeError):
+            train(tiny_config(tiny_data, **settings | {"out_dir": out}))
+        seen.add(load_checkpoint(find_checkpoint(out, "last")).step)
+        step[0] = -1
+        train(tiny_config(tiny_data, **settings | {"out_dir": out, "init_from": "resume"}))
+        found = load_checkpoint(find_checkpoint(out, "last"))
+        assert found.step == 40 and found.optimizer is not None and found.base == expected.base
+        assert found.adapter.keys() == expected.adapter.keys()
+        assert all(torch.equal(found.adapter[name], tensor) for name, tensor in expected.adapter.items()), out
+        for name, slots in expected.optimizer["state"].items():
+            assert all(torch.equal(found.optimizer["state"][name][key], t) for key, t in slots.items()), (out, name)
+    assert len(seen) > 8 and max(seen) < 40

@@ -20,7 +20,9 @@ import torch
 
 from llm_from_scratch.checkpoint import hashed_folder as sealed
 from llm_from_scratch.checkpoint import store as checkpoint
-from llm_from_scratch.config import Config, GPTConfig
+from llm_from_scratch.checkpoint.adapter import Base, weights_hash
+from llm_from_scratch.config import Config, FinetuneConfig, GPTConfig
+from llm_from_scratch.core.adapters import adapter_of, add_parameters, linear_layers, stacked
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.sizes import meta_model
 from llm_from_scratch.core.tokenizer import CharTokenizer, Tokenizer
@@ -48,13 +50,20 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 class Checkpoints:
     """A step directory with changed members or a changed manifest, and matching hashes."""
 
-    def __init__(self, folder: Path, members: tuple[str, ...], also_manifest: bool) -> None:
+    def __init__(self, folder: Path, members: tuple[str, ...], also_manifest: bool, is_adapter: bool = False) -> None:
         torch.manual_seed(0)
         model = GPT(TINY)
-        names = [name for name, _ in model.named_parameters()]
-        moments = {n: {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p)} for n, p in model.named_parameters()}
+        weights: dict[str, Any] = {"model": model.state_dict()}
+        trained = dict(model.named_parameters())
+        if is_adapter:
+            base = Base(2, 1.5, weights_hash(model.state_dict()), str(folder / "base"), "../base")
+            add_parameters(model, FinetuneConfig(lora_rank=2), 0)
+            trained = adapter_of(model)
+            weights = {"model": {}, "adapter": trained, "base": base}
+        names = list(trained)
+        moments = {n: {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p)} for n, p in trained.items()}
         path = checkpoint.save_checkpoint(
-            folder / "made", step=7, model_config=TINY, model=model.state_dict(), run_id="a",
+            folder / "made", step=7, model_config=TINY, **weights, run_id="a",
             optimizer={"state": moments, "param_groups": [{"names": names, "lr": 0.1, "betas": [0.9, 0.95]}]},
             trainer={"best_val_loss": 2.5, "dtype": "float32"}, rng={"cpu.0": torch.get_rng_state()},
             config={"training": {"always_save_checkpoint": True, "max_iters": 9}, "data": {"dataset": "x"}},
@@ -95,7 +104,11 @@ class Checkpoints:
 
     def read(self, folder: Path) -> None:
         found = checkpoint.load_checkpoint(folder)
-        check_model(found.model_config, found.model)
+        if found.base is None:
+            check_model(found.model_config, found.model)
+        else:
+            expect(0 < found.base.rank <= 4 and math.isfinite(found.base.scale), f"base {found.base}")
+            check_adapter(found.model_config, found.adapter)
         expect(type(found.step) is int and found.step >= 0, f"step {found.step!r}")
         for part in (found.config, found.trainer, found.manifest):
             expect(isinstance(part, dict), f"{part!r} is no dict")
@@ -111,6 +124,15 @@ def check_model(config: GPTConfig, model: dict[str, torch.Tensor]) -> None:
     for name, shape in shapes.items():
         expect(tuple(model[name].shape) == shape, f"{name} has shape {tuple(model[name].shape)}")
         expect(bool(torch.isfinite(model[name]).all()), f"{name} is not finite")
+
+
+def check_adapter(config: GPTConfig, adapter: dict[str, torch.Tensor]) -> None:
+    layers = linear_layers(meta_model(config))
+    for name in {key.rpartition(".")[0] for key in adapter}:
+        a, b, layer = adapter[f"{name}.lora_A"], adapter[f"{name}.lora_B"], layers[name]
+        expect(a.shape == (len(stacked(layer)) * b.size(1), layer.in_features), f"{name}: A has shape {a.shape}")
+        expect(len(b) == layer.out_features, f"{name}: B has shape {b.shape}")
+        expect(bool(a.isfinite().all() and b.isfinite().all()), f"{name} is not finite")
 
 
 class Archive:

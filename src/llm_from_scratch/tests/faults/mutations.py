@@ -33,6 +33,7 @@ from .mutated_files import (
     SavedTokenizer,
     Yaml,
 )  # fmt: skip
+from .mutated_finetuning import Conversations, Peft, Template
 from .mutated_gguf import GGUF
 from .rows import Report, Row
 
@@ -57,6 +58,7 @@ def in_time() -> Iterator[None]:
 
 
 JSON_MEMBERS = ("config.json", "trainer.json", "model.json", "optimizer.json", "tokenizer.meta.json")
+ADAPTER_MEMBERS = ("adapter.json", "adapter.safetensors")
 TENSOR_MEMBERS = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 PARSERS: dict[str, Callable[[Path], Any]] = {
     "JSON of a checkpoint": lambda folder: Checkpoints(folder, JSON_MEMBERS, True),
@@ -69,7 +71,12 @@ PARSERS: dict[str, Callable[[Path], Any]] = {
     "YAML": Yaml,
     "command line": CommandLine,
     "metrics.jsonl": Metrics,
+    "adapter": lambda folder: Checkpoints(folder, ADAPTER_MEMBERS, True, is_adapter=True),
+    "adapter of peft": Peft,
+    "conversations": Conversations,
 }
+if importlib.util.find_spec("jinja2"):
+    PARSERS["chat template"] = Template
 if importlib.util.find_spec("gguf"):
     PARSERS["GGUF"] = GGUF
 

@@ -79,6 +79,17 @@ def test_attention_of_documents_is_the_plain_one(ends: list[int], monkeypatch: p
     assert max(widths) <= 64 + max(np.diff([0, *ends, 130]))
 
 
+def test_a_second_derivative_is_right_or_an_error() -> None:
+    """Not one in which what forward stored counts as a constant."""
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    attention, norm = kernels.CPUAttention(0.0), kernels.CPURMSNorm(8)
+    for y in (attention(*qkv(1, 2, 1, 4, 8)[1], None, True), norm(x), kernels.RMSNormalize.apply(x, weight, 1e-5)):
+        with pytest.raises(RuntimeError, match="no second derivative; call"):
+            torch.autograd.grad(y.sum(), list(norm.parameters()) + [x], create_graph=True, allow_unused=True)
+    once = (torch.randn(9, dtype=DOUBLE, requires_grad=True),)
+    assert torch.autograd.gradgradcheck(kernels.SquaredReLU.apply, once)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_dropped_attention_weights_have_their_gradients(documents: bool) -> None:
     """Finite differences under one and the same mask."""

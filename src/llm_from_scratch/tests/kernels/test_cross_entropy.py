@@ -233,3 +233,12 @@ def test_the_logits_never_exist_and_do_not_wait_for_the_backward_pass(softcap: f
         loss.backward()
     assert largest.elements == piece * vocabulary
     assert sum(kept.values()) <= 4 * (x.numel() + weight.numel()) + 8 * 2  # and the count of targets
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_second_derivative_is_an_error() -> None:
+    """What forward stored would count as a constant."""
+    x, weight, targets = inputs()
+    loss = linear_cross_entropy(x, weight, targets)
+    with pytest.raises(RuntimeError, match="no second derivative; call"):
+        torch.autograd.grad(loss, (x, weight), create_graph=True)
