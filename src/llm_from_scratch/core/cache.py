@@ -197,9 +197,10 @@ class Documents:
         begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
         self.positions = steps - (begins * steps).cummax(dim=1).values  # (B, T)
         same = numbers[:, None, :, None] == numbers[:, None, None, :]
-        self.mask: Any = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
+        mask: Any = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
         if numbers.is_cuda:
-            self.mask.blocks = document_blocks(numbers)  # for kernels/flex.py; lost if an edited model changes the mask
+            mask.blocks = document_blocks(numbers)  # for kernels/flex.py; lost if an edited model changes the mask
+        self.mask: Tensor = mask
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> list[Documents]:

@@ -54,7 +54,7 @@ class Checkpoints:
         torch.manual_seed(0)
         model = GPT(TINY)
         weights: dict[str, Any] = {"model": model.state_dict()}
-        trained = dict(model.named_parameters())
+        trained: dict[str, torch.Tensor] = dict(model.named_parameters())
         if is_adapter:
             base = Base(2, 1.5, weights_hash(model.state_dict()), str(folder / "base"), "../base")
             add_parameters(model, FinetuneConfig(lora_rank=2), 0)
