@@ -187,7 +187,9 @@ def texts_and_bytes(pieces: list[bytes]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [TOKENIZER, BYTES, pytest.param(BPE, marks=pytest.mark.slow)], ids=["char", "byte", "bpe"]
+    "tokenizer",
+    [BYTES, *(pytest.param(other, marks=pytest.mark.slow) for other in (TOKENIZER, BPE))],
+    ids=["byte", "char", "bpe"],
 )
 def test_tokens_of_every_kind(browser, site, tokenizer):
     """The text reads as text, whichever tokens share a character; boundaries show each token, and its bytes."""

@@ -94,8 +94,8 @@ def test_a_seed_gives_nanogpts_samples(capsys, nanogpt_run):
 
 
 def test_the_defaults_are_nanogpts(capsys, nanogpt_run):
-    code, out, _ = call(capsys, "--num_samples=2")
-    assert code == 0 and out == as_nanogpt_prints("\n", 1337, 2, 500, 0.8, 200)
+    code, out, _ = call(capsys, "--num_samples=1")  # the others: test_a_seed_gives_nanogpts_samples
+    assert code == 0 and out == as_nanogpt_prints("\n", 1337, 1, 500, 0.8, 200)
     assert sample.SampleSettings().num_samples == 10
 
 

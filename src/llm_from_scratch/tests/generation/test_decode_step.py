@@ -56,7 +56,7 @@ def own(model: GPT, idx: Tensor, cache: KVCache | None = None) -> Tensor:
 # "modern" has what these have alone
 @pytest.mark.parametrize(
     "option",
-    [pytest.param(o, marks=[pytest.mark.slow] * (o in ("rope", "gqa", "qk_norm", "swiglu"))) for o in VARIANTS],
+    [pytest.param(o, marks=() if o in ("gpt2", "modern") else pytest.mark.slow) for o in VARIANTS],
 )
 def test_every_step_is_the_models_own(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One row, rows of one length, ragged rows; the cache holds the same afterwards."""
@@ -213,14 +213,15 @@ def test_half_and_int8_against_weights_rounded_by_hand() -> None:
     assert (error < step / 2 * rounded.abs().sum(1) + 1e-4).all() and 0 < error.mean() < 0.1
 
 
-def test_an_int8_row_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_an_int8_row_does_not_depend_on_its_neighbours(count: int) -> None:
     torch.manual_seed(0)
     layer, x = Int8(torch.randn(40, 24), torch.randn(40)), torch.randn(9, 24) * torch.logspace(-3, 3, 9)[:, None]
     x[4] = 0
     together = layer(x)
     assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
     assert layer.bias is not None and torch.equal(together[4], layer.bias)
-    prompts = ragged_prompts(20, BLOCK)
+    prompts = ragged_prompts(count, BLOCK)
     params = GenerationConfig(num_samples=2, max_new_tokens=BLOCK, temperature=1.0)
     generator = Generator(memorised("modern"), TOKENIZER, quantize="int8")
     both = generator.generate(prompts, params)
