@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -28,6 +29,8 @@ LONGEST = (
     *("contract/test_notebook.py", "contract/test_llm_prepare.py", "contract/test_train_command.py"),
     *("data/test_prepare.py", "parity/test_generation.py", "serving/test_life.py", "parity/test_hf.py"),
 )
+# Folders whose tests import large packages (transformers, openai, optuna): one worker runs all of such a folder.
+TOGETHER = ("parity", "serving", "sweep")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,11 +40,28 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER)))
 
 
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            folder = Path(file).parent.name
+            return folder if folder in TOGETHER else file
+
+    return Together(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, the others as they were."""
     here = Path(__file__).parent
     order = {here / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the garbage collector need not look through torch and all tests again and again
 
 
 @pytest.fixture(autouse=True)

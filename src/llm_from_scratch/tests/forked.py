@@ -7,6 +7,7 @@ The folder of shared.py has the socket of the forking process. It ends when the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -167,6 +168,7 @@ def _listen(path: str) -> int:
     os.rename(path + ".new", path)
     for name in ALWAYS:
         importlib.import_module(name)
+    gc.freeze()  # the processes need not collect what they share
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that only report
     clients: list[socket.socket] = []

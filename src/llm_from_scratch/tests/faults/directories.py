@@ -301,7 +301,7 @@ def _as_if_new() -> contextlib.AbstractContextManager[Any]:
 ROW = Row(
     title="newest m of 5 damaged, stray names, exchanged names, clocks in the future",
     target=100,
-    quick=8,
+    quick=4,
     prove=40,
     run=run,
     defects={

@@ -267,7 +267,7 @@ def _unsealed_manifest(folder: Path) -> dict[str, Any]:
 ROW = Row(
     title="flipped bits, truncations, other files in a checkpoint",
     target=10_000,
-    quick=200,
+    quick=50,
     prove=600,
     run=run,
     defects={

@@ -120,7 +120,7 @@ def _replaced(where: Any, name: str, by: Any) -> Iterator[None]:
 ROW = Row(
     title="mutated inputs to each parser: typed errors only, values in range",
     target=100_000,
-    quick=300,
+    quick=100,
     prove=2000,
     run=run,
     defects={

@@ -381,7 +381,7 @@ def _prune_first() -> Any:
 ROW = Row(
     title="death, full disk, I/O error, short write at every file operation of a save and a clean-up",
     target=2300,
-    quick=16,
+    quick=8,
     prove=250,
     run=run,
     defects={

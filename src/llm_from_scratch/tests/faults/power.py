@@ -381,7 +381,7 @@ def _remove_at_once(folder: Path) -> bool:
 ROW = Row(
     title="power cuts: un-fsynced writes dropped, truncated, zeroed, names reordered",
     target=3000,
-    quick=60,
+    quick=20,
     prove=200,
     run=run,
     defects={

@@ -109,7 +109,7 @@ def _wrong(out: Path, path: Path) -> str | None:
 ROW = Row(
     title="damaged, missing, older and exchanged shards",
     target=1_000,
-    quick=40,
+    quick=12,
     prove=100,
     run=run,
     defects={

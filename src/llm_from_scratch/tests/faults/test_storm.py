@@ -7,19 +7,24 @@ import pytest
 from .rows import Report
 from .storm import ROWS, in_process, load
 
+MORE = 3  # times as many cases of each row in the slow tests
 
-@pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
-    """In one process, with one thread: rows fork, and importing torch takes longer than their few cases."""
-    return in_process({name: load(name).quick for name in ROWS if load(name).quick}, seed=1)
+
+@pytest.fixture(scope="module", params=[1, pytest.param(MORE, marks=pytest.mark.slow)])
+def reports(request: pytest.FixtureRequest) -> dict[str, tuple[int, Report]]:
+    """The number of cases and the report of each row. In one process, with one thread: rows fork, and importing torch
+    takes longer than their few cases."""
+    cases = {name: request.param * load(name).quick for name in ROWS if load(name).quick}
+    return {name: (cases[name], report) for name, report in in_process(cases, seed=request.param).items()}
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_few_cases_of_each_row(name: str, reports: dict[str, Report]) -> None:
+def test_a_few_cases_of_each_row(name: str, reports: dict[str, tuple[int, Report]]) -> None:
     if not load(name).quick:
         pytest.skip("takes more than a few seconds: part of `just storm`")
-    assert reports[name].failures == []
-    assert reports[name].done >= load(name).quick
+    cases, report = reports[name]
+    assert report.failures == []
+    assert report.done >= cases
 
 
 @pytest.mark.parametrize("name", ROWS)
