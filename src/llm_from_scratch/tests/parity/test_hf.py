@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.interop import hf, hf_tokenizer
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
 
+from .. import forked
 from ..lazy import transformers
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
@@ -540,9 +540,9 @@ def test_the_cache_serves_offline(saved: dict[Any, Path], tmp_path: Path) -> Non
         "except ValueError as e: print(e)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    (tmp_path / "offline.py").write_text(script)
+    done = forked.run(str(tmp_path / "offline.py"), env=environment)
+    assert done.returncode == 0, done.stderr
     width, error = done.stdout.splitlines()
     assert width == "32"
     assert error == "Cannot load 'gpt2-medium': no such folder, and Hugging Face could not be reached."
@@ -938,6 +938,7 @@ def gpt2_files() -> Path | None:
 
 
 @pytest.mark.skipif(gpt2_files() is None, reason="needs GPT-2's vocab.bpe and encoder.json: LLM_GPT2_DIR")
+@pytest.mark.slow  # small ones of its kind: test_auto_tokenizer_reads_what_we_write
 def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its 50,000 merges are found again from the ids, and every form of its files is our gpt2 tokenizer."""
     source = gpt2_files()
