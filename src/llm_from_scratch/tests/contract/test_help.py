@@ -100,8 +100,15 @@ def compare(
         assert set(shown) == set(values) or flag == "--help"
 
 
+QUICK = ("quick", "finetune", "train_gpt2")  # nested and flat; one that starts from other weights
+
+
 @pytest.mark.parametrize(
-    ("command", "preset"), [*((command, "") for command in COMMANDS), *(("train", name) for name in PRESETS)]
+    ("command", "preset"),
+    [
+        *((command, "") for command in COMMANDS),
+        *(pytest.param("train", name, marks=() if name in QUICK else pytest.mark.slow) for name in PRESETS),
+    ],
 )
 def test_the_defaults_shown_are_those_in_force(
     command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
