@@ -195,6 +195,7 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
     folder = Path("bench_log")
     folder.mkdir(exist_ok=True)
     trace = folder / "trace.json"
+    trace.unlink(missing_ok=True)  # an earlier one: torch does not raise if it cannot write
     plan = schedule(wait=5, warmup=5, active=PROFILED, repeat=1)
     with profile(
         activities=activities, schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(trace))
@@ -206,7 +207,8 @@ def _profile(step: Callable[[], Tensor], device: Any) -> float:
             profiler.step()
     found = read(profiler.events() or (), PROFILED)
     print("\n".join(found.lines()))
-    print(f"trace: {trace} (open it in https://ui.perfetto.dev or chrome://tracing); torch {torch.__version__}")
+    hint = "open it in https://ui.perfetto.dev or chrome://tracing"
+    print(f"trace: {trace} ({hint if trace.is_file() else 'not written: disk full?'}); torch {torch.__version__}")
     return found.microseconds / PROFILED / 1e6
 
 

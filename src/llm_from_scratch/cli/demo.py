@@ -110,7 +110,8 @@ def call(name: str, *args: str) -> int:
     child = subprocess.Popen([sys.executable, "-m", f"llm_from_scratch.cli.{name}", *args], env=env)
     while True:
         with contextlib.suppress(KeyboardInterrupt):
-            return child.wait()
+            code = child.wait()
+            return code if code >= 0 else 128 - code  # ended by a signal: as a shell reports it
 
 
 @command

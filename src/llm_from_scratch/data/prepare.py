@@ -260,8 +260,8 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        raise UserError(f"cannot write{where}: {error.strerror or error}") from None
+        where = error.filename or "the dataset or its temporary files"
+        raise UserError(f"cannot write {where}: {error.strerror or error}") from None
 
 
 def _print_summary(target: Path, root: Path, report: Report) -> None:

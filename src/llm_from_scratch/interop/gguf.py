@@ -230,7 +230,8 @@ def export_gguf(
             finding = compare(made / path.name, ids, logits, tokenizer, kind)
             (made / path.name).rename(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        reason = error.strerror or f"{error} (is the disk full?)"  # numpy names only the counts
+        raise UserError(f"cannot write {path}: {reason}") from None
     print(f"wrote {path}: {family.model_type}, {kind}; {finding}")
 
 

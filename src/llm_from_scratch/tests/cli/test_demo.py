@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,20 @@ def test_demo_stops_where_a_command_fails(commands: list, monkeypatch: pytest.Mo
     assert demo.main([]) == 7
     order = ["prepare_data", "train", "generate"]
     assert [command[0] for command in commands] == order[: order.index(failing) + 1]
+
+
+@pytest.mark.parametrize(("ended", "code"), [(0, 0), (2, 2), (-2, 130), (-9, 137)])
+def test_a_command_that_a_signal_ended_has_a_shells_exit_code(
+    ended: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Child:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self) -> int:
+            return ended
+
+    monkeypatch.setattr(demo.subprocess, "Popen", Child)
+    assert demo.call("train") == code
 
 
 def test_demo_help_is_that_of_training(commands: list) -> None:
