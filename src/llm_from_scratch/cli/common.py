@@ -50,8 +50,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
             raise
         if lost.errno in READER_GONE:
             return 141
-        what = "the output" if isinstance(error, OutputError) or drop_lost_output() else "a file"
-        note(f"error: cannot write {what}: {lost.strerror or lost}")
+        note(f"error: cannot write the output: {lost.strerror or lost}")
         return 1
     finally:
         drop_lost_output()

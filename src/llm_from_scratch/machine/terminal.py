@@ -48,10 +48,8 @@ def announce(line: str, write: Callable[[str], None] | None = None) -> bool:
     return True
 
 
-def drop_lost_output() -> bool:
-    """Discards output that cannot be written, so that the interpreter's last flush does not fail. Returns whether there
-    was any."""
-    lost = False
+def drop_lost_output() -> None:
+    """Discards output that cannot be written, so that the interpreter's last flush does not fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -59,8 +57,6 @@ def drop_lost_output() -> bool:
             pass
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            lost = True
-    return lost
 
 
 class Lenient:

@@ -116,6 +116,8 @@ class Study:
         lock = lock_file(self.folder / ".lock", wait=True)
         try:
             yield
+        except OSError as error:  # optuna's names no file
+            raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from None
         finally:
             lock.release()
 

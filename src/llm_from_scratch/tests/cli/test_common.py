@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.cli import train
-from llm_from_scratch.cli.common import data_prepared_last, run
+from llm_from_scratch.cli.common import data_prepared_last
 
 from ..tiny import write_data
 
@@ -60,14 +59,6 @@ def test_a_mistake_in_the_settings_is_printed_by_one_process(
         monkeypatch.setenv("RANK", str(rank))
         assert train.main(["quick", "--dataset=nowhere", "--batch_size=0"]) == 2
         assert ("batch_size" in capsys.readouterr().err) is shown
-
-
-def test_a_full_disk_that_is_not_under_the_output(capsys: pytest.CaptureFixture[str]) -> None:
-    def fails(argv: list[str]) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as optuna's journal does: without a file name
-
-    assert run(fails, []) == 1
-    assert capsys.readouterr().err == "error: cannot write a file: No space left on device\n"
 
 
 @pytest.mark.slow

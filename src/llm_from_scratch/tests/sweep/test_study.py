@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,18 @@ def test_a_torn_line_is_dropped(tmp_path: Path) -> None:
 def test_a_grid_needs_lists(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sampler=grid needs lists"):
         study_in(tmp_path, sampler="grid")
+
+
+def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optuna.storages.journal import JournalFileBackend
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    study = study_in(tmp_path)
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: No space left on device"):
+        study.claim()
 
 
 def test_settings_with_numbers_as_keys_are_the_same_sweep(tmp_path: Path) -> None:
