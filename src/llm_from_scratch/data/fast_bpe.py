@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.characters import ASCII, code_points
 from ..core.cuts import cut_text, without_surrogates
 from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, byte_to_char
@@ -58,10 +59,11 @@ def unassigned() -> np.ndarray:
     return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x2FFFF)] + [True])
 
 
-def may_differ(text: str) -> bool:
-    if text.isascii():
+def may_differ(data: bytes) -> bool:
+    """data: a text as UTF-8."""
+    if data.isascii():
         return False
-    return bool(unassigned().take(np.frombuffer(text.encode("utf-32-le"), "<u4"), mode="clip").any())
+    return bool(unassigned().take(code_points(data.translate(None, ASCII).decode()), mode="clip").any())
 
 
 def can_encode(tokenizer: Tokenizer) -> bool:
@@ -107,7 +109,7 @@ class FastTokenizer:
         except UnicodeEncodeError:  # as in Tokenizer.encode
             text = without_surrogates(text)
             data = text.encode()
-        if may_differ(text):
+        if may_differ(data):
             return self.tokenizer.encode(text)
         try:
             ids: Any = self._backend.encode(data)
@@ -138,12 +140,12 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
     try:
         with spool.open("wb") as file, beginning.open("wb") as small:
             for part in (part for text in texts for part in cut_text(text, TRAINED_PART)):
-                data = part.encode() + SEPARATOR
-                if may_differ(part):
+                data = part.encode()
+                if may_differ(data):
                     raise EncoderDiffersError("the text has characters that this Python's Unicode does not define")
-                file.write(data)
+                file.write(data + SEPARATOR)
                 if characters < COMPARED:
-                    small.write(data)
+                    small.write(data + SEPARATOR)
                     first.append(part)
                 characters += len(part)
         shield_children()

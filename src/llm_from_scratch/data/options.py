@@ -85,7 +85,7 @@ class PrepareOptions:
     workers: int | None = None
     """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
-    """Cache of encoded parts for the next run, unless the fast encoder is used. None: no cache."""
+    """Cache of encoded parts for the next run, with tokenizers that are slower than reading it. None: no cache."""
 
     def given(self, *names: str) -> list[str]:
         """Those of the settings that are not at their defaults."""

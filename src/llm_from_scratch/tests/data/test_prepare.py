@@ -560,7 +560,7 @@ def test_bad_json_line_names_the_byte(here: Path) -> None:
         (["a.txt"], {"out_dir": "."}, "did not write"),
         (["a.txt"], {"out_dir": "a.txt"}, "is a file"),
         (["a.txt"], {"out_dir": "a.txt/b"}, "cannot write"),
-        (["a.txt"], {"cache_dir": "a.txt"}, "cannot write"),
+        (["a.txt"], {"cache_dir": "a.txt", "tokenizer": "gpt2"}, "cannot write"),
         (["a.txt"], {"train_files": ("a.txt",)}, "use only one of them"),
         (["a.txt"], {"val_files": ("./a.txt",)}, "both a training and a validation file"),
         (["a.txt"], {"val_files": ("none.txt",)}, "none.txt is empty"),
