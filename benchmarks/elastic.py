@@ -54,7 +54,9 @@ def _elastic(folder: Path, out_dir: Path, options: argparse.Namespace) -> list[t
         f"--rdzv_endpoint=localhost:{port}", "--rdzv_conf=last_call_timeout=2,join_timeout=60", *TRAIN, *options.argv,
         f"--out_dir={out_dir}", f"--lr_decay_iters={last}",
     ]  # fmt: skip
-    environment, log = os.environ | {"OMP_NUM_THREADS": "1"}, folder / "log.txt"
+    # without the second variable, torchrun 2.13 waits a minute for a node that joins, and fails
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    log = folder / "log.txt"
     with open(log, "w") as output:
         first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         _await_steps(out_dir, 1, first, log)
