@@ -35,7 +35,8 @@ file, script, ours = sys.argv[1:]
 if ours == "ours":
     rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
     count = parquet.read_metadata(file).num_rows  # which the hub states
-    rows.info.splits = {"train": datasets.SplitInfo("train", num_examples=count)}
+    rows.info.splits = datasets.splits.SplitDict()
+    rows.info.splits.add(datasets.SplitInfo("train", num_examples=count))
     datasets.load_dataset = lambda *a, **k: rows
     from llm_from_scratch.data import hub, nanogpt
     hub.check_reachable = lambda url: None
