@@ -197,6 +197,7 @@ def kills(files: dict[str, Path], folder: Path, count: int, seed: int) -> dict[s
             ends += 1
         else:
             assert what == "run", f"ended with {process.returncode} after a kill of a worker"
+        print(f"killed: {killed}, complete with the same bytes: {ends}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert hashes(out) == whole
     return {"killed": killed, "ended": ends + 1}

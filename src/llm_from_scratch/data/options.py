@@ -113,6 +113,6 @@ class PrepareOptions:
         try:
             self.encoding = codecs.lookup(self.encoding).name
             "".encode(self.encoding)  # not one from bytes to bytes
-        except LookupError:
+        except (LookupError, UnicodeError):
             expected = "expected utf-8, utf-16, latin-1, cp1252 or another of Python"
             raise UserError(f"encoding={self.encoding!r} is unknown: {expected}") from None

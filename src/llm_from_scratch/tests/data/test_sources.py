@@ -142,7 +142,7 @@ def test_encodings(here: Path) -> None:
         documents("a.txt")
     with pytest.raises(UserError, match="a.txt is not utf-16"):
         documents("a.txt", encoding="utf-16")
-    for wrong in ("utf-99", "base64", "rot13"):
+    for wrong in ("utf-99", "base64", "rot13", "undefined"):
         with pytest.raises(UserError, match="encoding="):
             PrepareOptions(encoding=wrong).validate()
 
