@@ -52,8 +52,9 @@ class Reader:
 
 def read_plain_text(source: FileSource) -> Pieces:
     """Pieces of one document. As in Python: every line break as "\\n". A byte order mark is dropped."""
+    valid: Callable[[str], str] = str if source.encoding == "utf-8" else without_surrogates  # UTF-8 has none
     text = ""
-    for block in _decoded(source):
+    for block in map(valid, _decoded(source)):
         if source.cut_anywhere:
             complete, text = [text] if text else [], block
         else:

@@ -121,7 +121,7 @@ def test_a_text_cut_anywhere_is_the_same_text(here: Path, size: int, monkeypatch
     pieces = list(source.pieces())
     assert "".join(text for text, _ in pieces) == "one\ntwo\nthrée\n\n東\0\U0001f600\n"
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True] and all(text for text, _ in pieces)
-    for cut, at in ((len(data) - 2, len(data) - 5), (1, 0), (0, None)):  # in the last character; in the mark; empty
+    for cut, at in ((len(data) - 2, len(data) - 5), (16, 15), (0, None)):  # within characters; empty
         (here / "a.txt").write_bytes(data[:cut])
         if at is None:
             assert list(source.pieces()) == []
@@ -142,6 +142,8 @@ def test_encodings(here: Path) -> None:
         documents("a.txt")
     with pytest.raises(UserError, match="a.txt is not utf-16"):
         documents("a.txt", encoding="utf-16")
+    (here / "a.txt").write_bytes(b"a \\ud800 \\ud83d\\ude00")
+    assert documents("a.txt", encoding="unicode_escape") == ["a \ufffd \U0001f600"]
     for wrong in ("utf-99", "base64", "rot13", "undefined"):
         with pytest.raises(UserError, match="encoding="):
             PrepareOptions(encoding=wrong).validate()
