@@ -291,7 +291,9 @@ def test_bench_reads_data_where_there_is_some(project: Path, capsys: pytest.Capt
 COMMANDS = ["train", "evaluate", "bench", "generate", "prepare_data", "export", "sample"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=() if name in ("train", "sample") else pytest.mark.slow) for name in COMMANDS]
+)
 def test_help_answers_at_once_without_torch(command: str) -> None:
     program = f"""
 import resource, sys

@@ -902,7 +902,7 @@ def fake_datasets(texts: list[str], count: int | None) -> types.ModuleType:
     return fake
 
 
-@pytest.mark.parametrize("stated", [3000, None, 2990])
+@pytest.mark.parametrize("stated", [2990, *(pytest.param(n, marks=pytest.mark.slow) for n in (3000, None))])
 def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, stated: int | None) -> None:
     texts = [f"document {i} " + "word " * (i % 9) for i in range(3000)]
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(texts, stated))

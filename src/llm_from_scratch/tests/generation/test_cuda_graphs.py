@@ -36,7 +36,7 @@ class Tape:
         return self.step(*self.inputs, *self.rest)
 
 
-@pytest.mark.parametrize("option", ["gpt2", "modern"])
+@pytest.mark.parametrize("option", ["modern", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_recorded_steps_give_the_same_tokens(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows leave, so that their number is now a power of two and now not; windows grow."""
     monkeypatch.setattr(window, "BUCKET", 8)

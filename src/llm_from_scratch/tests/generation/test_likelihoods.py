@@ -63,7 +63,9 @@ def questions(seed: int = 0) -> list[tuple[Ids, Ids]]:
     return pairs
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=pytest.mark.slow if name == "gpt2" else ()) for name in SHAPES]
+)
 @torch.no_grad()
 def test_scores_are_those_of_whole_sequences(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, pairs = make(**SHAPES[shape]), questions()

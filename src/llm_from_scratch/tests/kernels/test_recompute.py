@@ -103,8 +103,13 @@ def test_the_cheap_way_keeps_what_the_products_give_and_no_more() -> None:
     assert 4 * floats <= kept <= 4 * floats + 64  # and a seed that torch's attention keeps
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("variant", list(VARIANTS))
+QUICK = [("gpt2", "float32"), ("llama", "bfloat16")]
+CASES = [(variant, dtype) for variant in VARIANTS for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_loss_and_gradients_stay_as_they_are(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     loss, gradients = step(build(variant, dtype, activation_budget=None)[0])

@@ -46,6 +46,7 @@ def markers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("marker-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 refuses instead")
 def test_the_workers_of_llm_prepare_ignore_the_working_directory(hostile: Path) -> None:
     (hostile / "text.txt").write_text(babble(5000))

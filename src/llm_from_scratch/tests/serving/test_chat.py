@@ -111,7 +111,7 @@ def test_a_message_comes_back_as_it_was_received(client):
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = [
-    LOOPS,
+    pytest.param(LOOPS, marks=pytest.mark.slow),
     "{% set n = namespace(s='ab') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "{{ ('x' * messages | length) | center(10**9) }}",
 ]
