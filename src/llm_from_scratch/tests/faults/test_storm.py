@@ -7,22 +7,41 @@ import pytest
 from .rows import Report
 from .storm import ROWS, in_process, load
 
-MORE = 3  # times as many cases of each row in the slow tests
+# Whole runs are interrupted by one quick row; for those of the others see training/test_resume.py, test_guards.py, ...
+QUICK = ("kills", "operations", "power", "flips", "directories", "mutations", "shards")
+MORE = 4  # times as many cases of these in the slow tests, with a few of the others
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(MORE, marks=pytest.mark.slow)])
-def reports(request: pytest.FixtureRequest) -> dict[str, tuple[int, Report]]:
+def reports(cases: dict[str, int], seed: int) -> dict[str, tuple[int, Report]]:
     """The number of cases and the report of each row. In one process, with one thread: rows fork, and importing torch
     takes longer than their few cases."""
-    cases = {name: request.param * load(name).quick for name in ROWS if load(name).quick}
-    return {name: (cases[name], report) for name, report in in_process(cases, seed=request.param).items()}
+    return {name: (cases[name], report) for name, report in in_process(cases, seed).items()}
 
 
+@pytest.fixture(scope="module")
+def few() -> dict[str, tuple[int, Report]]:
+    return reports({name: load(name).quick for name in QUICK}, seed=1)
+
+
+@pytest.fixture(scope="module")
+def more() -> dict[str, tuple[int, Report]]:
+    quick = {name: load(name).quick for name in ROWS if load(name).quick}
+    return reports({name: count * (MORE if name in QUICK else 1) for name, count in quick.items()}, seed=2)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_few_cases_of_each_row(name: str, few: dict[str, tuple[int, Report]]) -> None:
+    cases, report = few[name]
+    assert report.failures == []
+    assert report.done >= cases
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
-def test_a_few_cases_of_each_row(name: str, reports: dict[str, tuple[int, Report]]) -> None:
+def test_more_cases_of_each_row(name: str, more: dict[str, tuple[int, Report]]) -> None:
     if not load(name).quick:
-        pytest.skip("takes more than a few seconds: part of `just storm`")
-    cases, report = reports[name]
+        pytest.skip("takes minutes: part of `just storm`")
+    cases, report = more[name]
     assert report.failures == []
     assert report.done >= cases
 
