@@ -24,7 +24,7 @@ from ..machine.extras import require
 from ..machine.files import temporary_folder
 from .gguf_file import GGUFFile
 from .gguf_tokenizer import describe_tokenizer, read_tokenizer
-from .hf import FAMILIES, Family, family_of, read_weights, sample_logits, written_weights
+from .hf import FAMILIES, Family, check_formulas, family_of, read_weights, sample_logits, written_weights
 from .hf_tokenizer import probes
 
 FAMILIES_THERE = {name: family for name, family in FAMILIES.items() if name != "mistral"}  # which is called llama
@@ -222,6 +222,7 @@ def export_gguf(
                 dtype = _type_of(there[theirs], tuple(values.shape), kind)
                 writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), dtype))
             writer.close()
+            formulas = check_formulas(family, small, state)
             ids, logits = sample_logits(small, state)
             if free:
                 weights.clear()
@@ -232,7 +233,7 @@ def export_gguf(
     except OSError as error:
         reason = error.strerror or f"{error} (is the disk full?)"  # numpy names only the counts
         raise UserError(f"cannot write {path}: {reason}") from None
-    print(f"wrote {path}: {family.model_type}, {kind}; {finding}")
+    print(f"wrote {path}: {family.model_type}, {kind}; {finding}; first layers: {formulas}")
 
 
 def _family(config: GPTConfig) -> Family:

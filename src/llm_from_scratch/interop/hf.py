@@ -7,7 +7,9 @@ qwen3, and modeling_rope_utils.py.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -218,18 +220,33 @@ def export_hf(
         if unused := sorted(set(range(rows)) - used):  # padding, and gaps in the vocabulary
             generation["suppress_tokens"] = unused
         (made / "generation_config.json").write_bytes(to_json(generation))
-        (made / "config.json").write_bytes(to_json(described))
         if card is not None:
             (made / "README.md").write_text(card, encoding="utf-8")
-        with open(made / "model.safetensors", "wb") as file:
-            for part in file_of(written_weights(state, names, family, config), format="pt"):
-                file.write(part)
+        _write(made, described, written_weights(state, names, family, config))
         ids, logits = sample_logits(config, state)
         if free:
             weights.clear()
             state.clear()
         finding = _compare(ids, logits, tokenizer, made)
     print(f"wrote {folder}: {family.architecture}, {tokenizer.name if tokenizer else 'no'} tokenizer; {finding}")
+
+
+def _write(folder: Path, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (folder / "config.json").write_bytes(to_json(described))
+    with open(folder / "model.safetensors", "wb") as file:
+        for part in file_of(tensors, format="pt"):
+            file.write(part)
+
+
+def check_formulas(family: Family, config: GPTConfig, state: dict[str, Tensor]) -> str:
+    """The result of comparing the first layers with transformers', in a few words. A file that only this program reads
+    back shows the weights, but not that core/model.py's formulas are the family's. Raises UserError if they differ."""
+    few = dataclasses.replace(config, n_layer=min(2, config.n_layer), vocab_size=min(256, int(config.vocab_size or 0)))
+    part = {name: state[name][: len(tensor)].float() for name, tensor in meta_tensors(few).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        described = write_config(family, few) | {"dtype": "float32"}
+        _write(Path(folder), described, written_weights(part, family.names(few), family, few))
+        return _compare(*sample_logits(few, part, 512), None, Path(folder))
 
 
 def read_config(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[Family, GPTConfig]:
@@ -380,9 +397,9 @@ def written_weights(
 
 
 @torch.no_grad()
-def sample_logits(config: GPTConfig, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sample_logits(config: GPTConfig, state: dict[str, Tensor], length: int = 64) -> tuple[Tensor, Tensor]:
     """Random ids and the model's logits for them, in float32: to be compared with those of the written file."""
-    shape, seeded = (2, min(config.block_size, 64)), torch.Generator().manual_seed(0)
+    shape, seeded = (2, min(config.block_size, length)), torch.Generator().manual_seed(0)
     ids = torch.randint(int(config.vocab_size or 0), shape, generator=seeded)
     model = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
     return ids, model(ids, targets=ids)[0]

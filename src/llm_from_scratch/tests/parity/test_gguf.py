@@ -16,7 +16,7 @@ from llm_from_scratch.cli import export, prepare_data
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.core.dataset import TokenData
-from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.model import GPT, RMSNorm
 from llm_from_scratch.core.rope import frequency_divisors, high_turns
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.errors import UserError
@@ -73,10 +73,20 @@ def test_a_model_comes_back(name, tmp_path, capsys):
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     text = "the dog's cat — 120 \n mats"
     assert np.array_equal(tokenizer.encode(text), TOKENIZER.encode(text))
-    assert capsys.readouterr().out.endswith(
-        f"m.gguf: {name.partition(',')[0]}, f32; read back, its logits differ by up to 0.0e+00 of the largest\n"
+    said = (
+        f"m.gguf: {name.partition(',')[0]}, f32; read back, its logits differ by up to 0.0e+00 of the largest; first "
     )
+    assert said in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_an_edited_formula_is_not_exported(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    model = random_model(**MODELS["llama"])
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: self.weight * x / x.abs().mean(-1, keepdim=True))
+    with pytest.raises(UserError, match="the export is wrong: transformers' logits differ from ours"):
+        export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_are_paired_as_llama_cpp_rotates_them(tmp_path):
