@@ -27,7 +27,7 @@ from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.optimizer import clip_gradients, make_optimizer
 from llm_from_scratch.training.parallel import with_parallel
 from llm_from_scratch.training.rule import Dither
-from llm_from_scratch.training.sharding import local, rows_of
+from llm_from_scratch.training.sharding import local, rows_of, total_norm
 from llm_from_scratch.training.trainer import train, train_step
 from llm_from_scratch.training.wrap import shard
 
@@ -60,6 +60,15 @@ def test_the_noise_of_an_element_does_not_depend_on_who_rounds_it() -> None:
         dither.round([(part, values[begin:].clone())], "w", 4, 0, begin)
         assert torch.equal(part, whole[begin:])
     assert not torch.equal(whole, values.bfloat16())
+
+
+def test_the_norm_is_precise_for_gradients_of_any_shape() -> None:
+    torch.manual_seed(0)
+    shapes = (torch.randn(()), torch.randn(7), torch.randn(4, 3, 2).permute(1, 2, 0), torch.full((2000, 1500), 0.3))
+    gradients = [*shapes, torch.empty(0, 5)]  # the last one is of a process without rows
+    exact = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+    assert float(total_norm(gradients)) == pytest.approx(exact, rel=1e-6)
+    assert float(total_norm([])) == 0.0
 
 
 # --- the choice ---
