@@ -1,5 +1,5 @@
-"""Products of a few rows, whole decode steps and layers of training by a library in C (rows.c, step.c, layers.c), which
-the system's compiler builds on first use.
+"""Products of a few rows, whole decode steps and layers of training by a library in C (rows.c, step.c, layers.c,
+passes.c), which the system's compiler builds on first use.
 
 The library is kept in the user's cache folder, under a hash of its source. Each process compares it with torch before
 it is used. Without a compiler, or if anything fails, torch computes all of it.
@@ -32,7 +32,7 @@ from ..machine.files import open_whole
 
 VARIABLE = "LLM_KERNEL"
 CHOICES = ("auto", "compiled", "torch")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c", "layers.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c", "layers.c", "passes.c", "vectors.h"))
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
 LIMIT = 60  # seconds to compile
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -59,7 +59,7 @@ class Kernel:
     run: Any
     """run(operations, count, blocks, threads): see step.c."""
     layers: Any
-    """The functions of layers.c."""
+    """The functions of layers.c and passes.c."""
     has_avx512: bool
 
     def rows(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> Rows | None:
@@ -188,9 +188,10 @@ def load_kernel() -> Kernel | str:
         return "the compiled kernel needs AVX2"
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
     places, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
-    library.normalize.argtypes = [*[places] * 4, number, number, ctypes.c_float, flag, flag]
-    library.normalize_back.argtypes = [*[places] * 6, number, number, flag, flag]
+    library.activation.argtypes = [flag, *[places] * 6, number, flag, flag]
+    library.normalize.argtypes = [*[places] * 5, number, number, flag, flag, ctypes.c_float, flag, flag]
+    library.normalize_back.argtypes = [*[places] * 8, number, number, *[flag] * 3]
+    library.drop.argtypes = [*[places] * 4, number, flag, ctypes.c_float, flag, flag]
     library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
     library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
@@ -210,7 +211,7 @@ def compile_library(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "rows.so"
-        command = [*compiler, *FLAGS, "-o", str(target), *map(str, SOURCES), "-lm"]
+        command = [*compiler, *FLAGS, "-o", str(target), *(str(file) for file in SOURCES if file.suffix == ".c"), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)

@@ -154,19 +154,26 @@ class CPUReLUSquared(ReLUSquared):
 
 
 def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(mask of ones, with zeros at a fraction p of the places; the factor that preserves the mean).
+    """(mask of ones, with zeros at a fraction p of the places; the factor that preserves the mean)."""
+    least, scale = drop_threshold(p)
+    mask = torch.empty(shape, dtype=dtype)
+    torch.ge(drop_noise(math.prod(shape)).view(shape), least, out=mask)
+    return mask, scale
 
-    p is rounded to a multiple of 1 / 65,536. torch draws masks on one core, one number per place. Here torch's
-    generator seeds numpy's SFC64, and each of its numbers is used for four places.
-    """
-    count = math.prod(shape)
+
+def drop_noise(count: int) -> Tensor:
+    """Random int16 numbers. torch draws masks on one core, one number per place. Here torch's generator seeds numpy's
+    SFC64, and each of its numbers is used for four places."""
     seed = int(torch.randint(1 << 62, ()))
     noise = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, -(-count // 4), dtype=np.uint64)
-    values = torch.from_numpy(noise.view(np.int16)[:count]).view(shape)
-    dropped = min(round(p * 65536), 65535)
-    mask = torch.empty(shape, dtype=dtype)
-    torch.ge(values, dropped - 32768, out=mask)
-    return mask, 65536 / (65536 - dropped)
+    return torch.from_numpy(noise.view(np.int16)[:count])
+
+
+def drop_threshold(p: float) -> tuple[int, float]:
+    """(the least noise at which a number is kept, the factor that preserves the mean). p is rounded to a multiple of
+    1 / 65,536."""
+    count = min(round(p * 65536), 65535)
+    return count - 32768, 65536 / (65536 - count)
 
 
 class CausalAttention(torch.autograd.Function):
@@ -186,7 +193,8 @@ class CausalAttention(torch.autograd.Function):
         B, H, T, D = q.shape
         y = torch.empty(B, T, H, D, dtype=q.dtype).transpose(1, 2)  # the next product needs the heads side by side
         weights, scale = [], 1.0
-        ctx.plan = [(rows, _blocks(T) if mask is None else masked_blocks(mask[rows, 0])) for rows in _rows(B, H, T)]
+        blocks_of = lambda rows: query_blocks(T) if mask is None else masked_blocks(mask[rows, 0])  # noqa: E731
+        ctx.plan = [(rows, blocks_of(rows)) for rows in few_rows(B, H, T)]
         for rows, blocks in ctx.plan:
             qr, kr, vr = _heads(q[rows]), _heads(k[rows], H), _heads(v[rows], H)  # (b H, T, D)
             out = torch.empty_like(qr)
@@ -255,13 +263,13 @@ def _weights(q: Tensor, k: Tensor, block: Block) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def _rows(B: int, H: int, T: int) -> Iterator[slice]:
+def few_rows(B: int, H: int, T: int) -> Iterator[slice]:
     """Sequences of the batch, a few at a time."""
     size = max(1, WEIGHTS // (H * min(T, QUERIES) * T))
     return (slice(at, min(B, at + size)) for at in range(0, B, size))
 
 
-def _blocks(T: int) -> list[Block]:
+def query_blocks(T: int) -> list[Block]:
     ends = [(at, min(T, at + QUERIES)) for at in range(0, T, QUERIES)]
     return [Block(slice(at, end), slice(0, end)) for at, end in ends]
 
@@ -269,7 +277,7 @@ def _blocks(T: int) -> list[Block]:
 def masked_blocks(mask: Tensor) -> list[Block]:
     """mask: (b, T, T), True if a query may attend to a key."""
     blocks = []
-    for queries in (block.queries for block in _blocks(mask.size(1))):
+    for queries in (block.queries for block in query_blocks(mask.size(1))):
         part = mask[:, queries]
         (used,) = part.any(1).any(0).nonzero(as_tuple=True)
         keys = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)

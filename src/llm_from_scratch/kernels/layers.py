@@ -1,5 +1,5 @@
-"""Layers for training in float32 on a CPU, forward and backward in C (layers.c): activations, RMSNorm, rotations,
-attention, and the loss of a large vocabulary.
+"""Layers for training in float32 on a CPU, forward and backward in C (layers.c, passes.c): activations, norms,
+rotations, attention, dropout, and the loss of a large vocabulary. blocks.py joins them.
 
 Each equals the module of core/model.py that it replaces, except for rounding. Where the C code does not fit, the
 replaced module's own forward runs: in inference mode too, because decoding records torch's operations.
@@ -8,39 +8,35 @@ replaced module's own forward runs: in inference mode too, because decoding reco
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import GPT, Attention, Head, NextTokenLoss, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
-from ..machine.memory import empty_like
+from ..core.model import Attention, Head, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..machine.memory import empty, empty_like
 from .compiled import Kernel, load_kernel
-from .cpu import CPUReLUSquared, CPURMSNorm, CPURotaryPositions, CPUSwiGLU
+from .cpu import (
+    CausalAttention,
+    CPUDropout,
+    CPUReLUSquared,
+    CPURMSNorm,
+    CPURotaryPositions,
+    CPUSwiGLU,
+    drop_noise,
+    drop_threshold,
+    few_rows,
+    query_blocks,
+)  # fmt: skip
 from .cross_entropy import ChunkedLoss, CPULogitPasses
 from .once import differentiable_once
 from .products import TORCH
 
 WHOLE = 16  # the length of a row is a multiple of it
-ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4}  # of layers.c; the gradient has the next number
+ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4, "gelu": 6}  # of passes.c; the gradient has the next number
 LONGEST = 512  # tokens of a row up to which attention is faster than torch's
-
-
-def layer_replacements(model: GPT, others: Collection[type]) -> dict[type, type]:
-    """The replacements for kernels.swap of the model's layers that are faster in C. others: the classes that have
-    another replacement; an attention among them has dropout or a mask."""
-    kinds = {type(m) for m in model.modules() if not isinstance(m, nn.GELU) or m.approximate == "tanh"}
-    if Attention in others or model.config.block_size > LONGEST or model.config.head_width % WHOLE:
-        kinds.discard(Attention)
-    return {kind: replacement for kind, replacement in REPLACEMENTS.items() if kind in kinds}
-
-
-def layers_in_c(model: nn.Module) -> list[str]:
-    """The names of core/model.py's layers that run in C."""
-    kinds = REPLACEMENTS | {NextTokenLoss: CompiledLoss}
-    return [kind.__name__ for kind, c in kinds.items() if any(isinstance(m, c) for m in model.modules())]
 
 
 def _kernel() -> Kernel:
@@ -49,54 +45,76 @@ def _kernel() -> Kernel:
     return kernel
 
 
-def _fits(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() for t in tensors) and _are_rows(*tensors)
+def fits(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors) and are_rows(*tensors)
 
 
-def _are_rows(*tensors: Tensor) -> bool:
+def are_rows(*tensors: Tensor) -> bool:
     """Whether the C code can read them: float32 on a CPU, rows of whole vectors. None in inference mode or autocast."""
-    fit = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0 for t in tensors)
-    fit = fit and all(t.dim() and t.stride(-1) == 1 and t.size(-1) % WHOLE == 0 for t in tensors)
-    return fit and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+    for t in tensors:
+        if t.dtype != torch.float32 or not t.is_cpu or not t.numel() or not t.dim():
+            return False
+        if t.stride(-1) != 1 or t.size(-1) % WHOLE:
+            return False
+    return not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 class CompiledGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
-        fits = self.approximate == "tanh" and _fits(x)  # torch's exact GELU is as fast
-        return _Activation.apply(ACTIVATIONS["gelu_tanh"], x) if fits else super().forward(x)
+        return _Activation.apply(code_of(self), x) if fits(x) else super().forward(x)
 
 
 class CompiledSwiGLU(CPUSwiGLU):
     def forward(self, gate: Tensor, x: Tensor) -> Tensor:
-        fits = _fits(gate, x) and gate.shape == x.shape
-        return _Activation.apply(ACTIVATIONS["swiglu"], gate, x) if fits else super().forward(gate, x)
+        fit = fits(gate, x) and gate.shape == x.shape
+        return _Activation.apply(ACTIVATIONS["swiglu"], gate, x) if fit else super().forward(gate, x)
 
 
 class CompiledReLUSquared(CPUReLUSquared):
     def forward(self, x: Tensor) -> Tensor:
-        return _Activation.apply(ACTIVATIONS["relu2"], x) if _fits(x) else super().forward(x)
+        return _Activation.apply(ACTIVATIONS["relu2"], x) if fits(x) else super().forward(x)
+
+
+def code_of(activation: nn.Module) -> int | None:
+    """The number of an activation in passes.c."""
+    if isinstance(activation, nn.GELU):
+        return ACTIVATIONS["gelu" if activation.approximate == "none" else "gelu_tanh"]
+    names = {SwiGLU: "swiglu", ReLUSquared: "relu2"}
+    return next((ACTIVATIONS[name] for kind, name in names.items() if isinstance(activation, kind)), None)
 
 
 class CompiledRMSNorm(CPURMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        fits = _fits(x, self.weight) and self.weight.shape == x.shape[-1:]
-        return _Normalize.apply(x, self.weight, self.eps) if fits else super().forward(x)
+        fit = fits(x, self.weight) and self.weight.shape == x.shape[-1:]
+        return _Normalize.apply(x, self.weight, self.eps) if fit else super().forward(x)
+
+
+class CompiledDropout(CPUDropout):
+    """The same masks in one pass that stores 2 bytes a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.p and fits(x)):
+            return super().forward(x)
+        return _Drop.apply(x, self.p)
 
 
 class CompiledAttention(Attention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        fits = causal and mask is None and not (self.training and self.dropout) and _are_rows(q, k, v)
-        fits = fits and q.dim() == k.dim() == 4 and k.shape == v.shape and q.size(2) <= LONGEST
-        if fits and len(q) == len(k) and q.shape[2:] == k.shape[2:] and q.size(1) % k.size(1) == 0:
-            return _CausalAttention.apply(q, k, v)
+        dropout = self.dropout if self.training else 0.0
+        fit = causal and mask is None and are_rows(q, k, v)
+        fit = fit and q.dim() == k.dim() == 4 and k.shape == v.shape and q.size(2) <= LONGEST
+        if fit and len(q) == len(k) and q.shape[2:] == k.shape[2:] and q.size(1) % k.size(1) == 0:
+            return _CausalAttention.apply(q, k, v, dropout)
+        if dropout and torch.is_grad_enabled() and causal:
+            return CausalAttention.apply(q, k, v, dropout, False, mask)
         return super().forward(q, k, v, mask, causal)
 
 
 class CompiledRotaryPositions(CPURotaryPositions):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         # one row of angles per token, which all sequences share
-        fits = _are_rows(q, k) and _fits(cos, sin) and q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:]
-        if not fits or not cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2):
+        fit = are_rows(q, k) and fits(cos, sin) and q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:]
+        if not fit or not cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2):
             return super().forward(q, k, cos, sin)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
@@ -115,8 +133,8 @@ class CompiledLogitPasses(CPULogitPasses):
     """One pass over a row of logits in the processor's cache gives its loss and its gradient."""
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        fits = _fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
-        if self.softcap or self.libraries[0] != TORCH or not fits:
+        fit = fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
+        if self.softcap or self.libraries[0] != TORCH or not fit:
             return super().losses(x, ids)
         logits, kernel = torch.mm(x, self.w.t(), out=self.logits[: len(x)]), _kernel()
         found, how = x.new_empty(len(x)), (self.with_gradient, kernel.has_avx512, torch.get_num_threads())
@@ -126,7 +144,7 @@ class CompiledLogitPasses(CPULogitPasses):
 
 REPLACEMENTS: dict[type, type] = {
     Attention: CompiledAttention, RMSNorm: CompiledRMSNorm, nn.GELU: CompiledGELU, SwiGLU: CompiledSwiGLU,
-    ReLUSquared: CompiledReLUSquared, RotaryPositions: CompiledRotaryPositions,
+    ReLUSquared: CompiledReLUSquared, RotaryPositions: CompiledRotaryPositions, nn.Dropout: CompiledDropout,
 }  # fmt: skip
 
 
@@ -135,24 +153,32 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.code = code
-        y = empty_like(inputs[0])
-        _activate(code, inputs, (y,))
-        return y
+        return activated(code, *inputs)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        gradients = [empty_like(x) for x in inputs]
-        _activate(ctx.code + 1, (*inputs, grads[0].contiguous()), gradients)
+        gradients = [empty_like(x) for x in ctx.saved_tensors]
+        activation_gradients(ctx.code, ctx.saved_tensors, grads[0].contiguous(), gradients)
         return None, *gradients
 
 
-def _activate(code: int, inputs: Any, outputs: Any) -> None:
-    kernel = _kernel()
-    a, b, c = ([t.data_ptr() for t in inputs] + [None, None])[:3]
-    y, z = ([t.data_ptr() for t in outputs] + [None])[:2]
-    kernel.layers.activation(code, a, b, c, y, z, inputs[0].numel(), kernel.has_avx512, torch.get_num_threads())
+def activated(code: int, *inputs: Tensor) -> Tensor:
+    y = empty_like(inputs[0])
+    _pass_over(code, inputs, [y, None, None])
+    return y
+
+
+def activation_gradients(
+    code: int, inputs: Sequence[Tensor], dy: Tensor, gradients: Sequence[Tensor], again: Tensor | None = None
+) -> None:
+    """Writes the gradients of the inputs; the first may be dy itself. again: memory for the activation."""
+    _pass_over(code + 1, (*inputs, dy), [*gradients, None][:2] + [again])
+
+
+def _pass_over(code: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> None:
+    kernel, places = _kernel(), _places(*[*inputs, None, None][:3], *outputs)
+    kernel.layers.activation(code, *places, inputs[0].numel(), kernel.has_avx512, torch.get_num_threads())
 
 
 class _Normalize(torch.autograd.Function):
@@ -160,27 +186,67 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, width, kernel = empty_like(x), x.size(-1), _kernel()
-        scale = x.new_empty(x.numel() // width)
-        places, how = _places(x, weight, y, scale), (kernel.has_avx512, torch.get_num_threads())
-        kernel.layers.normalize(*places, len(scale), width, eps, *how)
-        ctx.save_for_backward(x, weight, scale)
+        y, stats = normalized(x, weight, None, eps, False)
+        ctx.save_for_backward(x, weight, stats)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
-        places = _places(x, weight, grads[0].contiguous(), scale, dx, dweight)
-        how = kernel.has_avx512, torch.get_num_threads()
-        if kernel.layers.normalize_back(*places, len(scale), x.size(-1), *how):
-            raise MemoryError
+        x, weight, stats = ctx.saved_tensors
+        dx, dweight, _ = norm_gradients(x, weight, None, stats, False, grads[0].contiguous())
         return dx, dweight, None
 
 
-def _places(*tensors: Tensor) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+def normalized(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, stats: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm if centred, else RMSNorm, over the last dimension; and each row's mean and 1 / deviation, which may be
+    given."""
+    y, width, kernel, known = empty_like(x), x.size(-1), _kernel(), stats is not None
+    stats = x.new_empty(x.numel() // width, 2) if stats is None else stats
+    places, how = _places(x, weight, bias, y, stats), (kernel.has_avx512, torch.get_num_threads())
+    kernel.layers.normalize(*places, len(stats), width, centred, known, eps, *how)
+    return y, stats
+
+
+def norm_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, centred: bool, dy: Tensor,
+    beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Of the input, plus `beside`; of the weight; of the bias if there is one."""
+    dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
+    dbias = None if bias is None else torch.empty_like(bias)
+    places = _places(x, weight, dy, beside, stats, dx, dweight, dbias)
+    sizes = len(stats), x.size(-1), centred
+    if kernel.layers.normalize_back(*places, *sizes, kernel.has_avx512, torch.get_num_threads()):
+        raise MemoryError
+    return dx, dweight, dbias
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        ctx.p, noise = p, drop_noise(x.numel())
+        ctx.save_for_backward(noise)
+        return dropped(x, noise, p)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return dropped(grads[0].contiguous(), *ctx.saved_tensors, ctx.p), None
+
+
+def dropped(x: Tensor, noise: Tensor, p: float, beside: Tensor | None = None) -> Tensor:
+    """x with zeros at a fraction p of the places, scaled, plus `beside`."""
+    y, kernel, (least, scale) = empty_like(x), _kernel(), drop_threshold(p)
+    how = x.numel(), least, scale, kernel.has_avx512, torch.get_num_threads()
+    kernel.layers.drop(*_places(x, beside, noise, y), *how)
+    return y
+
+
+def _places(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
 
 
 class _Rotation(ctypes.Structure):
@@ -217,25 +283,58 @@ class _CausalAttention(torch.autograd.Function):
     Stores only the norm of each query's weights, which backward computes again."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        B, H, T, D = q.shape
-        y = q.new_empty(B, T, H, D).transpose(1, 2)  # the next product needs the heads side by side
-        norms = q.new_empty(B, H, T)
-        _attend(norms, k.size(1), q, k, v, y)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        found = Dropped.drawn(q, dropout)
+        y, norms = attend(q, k, v, found)
         if _shares(v) and not _shares(q):  # rotated: of queries, keys and values only the values would be kept for this
             v = v.transpose(1, 2).contiguous().transpose(1, 2)
-        ctx.save_for_backward(q, k, v, norms)
+        ctx.save_for_backward(q, k, v, norms, *(found.noise if found else []))
+        ctx.dropped = found and found._replace(noise=[])
         return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, norms = ctx.saved_tensors
-        (B, H, T, D), G, dy = q.shape, k.size(1), grads[0]
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, norms, *noise = ctx.saved_tensors
+        (B, H, T, D), G = q.shape, k.size(1)
         gradients = q.new_empty(B, T, H + 2 * G, D).transpose(1, 2).split((H, G, G), dim=1)
-        _attend(norms, G, q, k, v, dy, *gradients)
-        return gradients
+        attention_gradients(norms, ctx.dropped and ctx.dropped._replace(noise=noise), grads[0], (q, k, v), gradients)
+        return *gradients, None
+
+
+class Dropped(NamedTuple):
+    """Dropout of attention weights, with the draws of kernels/cpu.py's CausalAttention."""
+
+    noise: list[Tensor]
+    few: int
+    """Sequences per draw."""
+    least: int
+
+    @classmethod
+    def drawn(cls, q: Tensor, dropout: float) -> Dropped | None:
+        if not dropout:
+            return None
+        B, H, T, _ = q.shape
+        rows, blocks, least = list(few_rows(B, H, T)), query_blocks(T), drop_threshold(dropout)[0]
+        sizes = [(some.stop - some.start) * H * (b.queries.stop - b.queries.start) * b.keys.stop
+                 for some in rows for b in blocks]  # fmt: skip
+        return cls([drop_noise(size) for size in sizes], rows[0].stop, least)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropped: Dropped | None) -> tuple[Tensor, Tensor]:
+    """The result, (B, H, T, D), with the heads side by side as the next product needs them; the norms of weights."""
+    B, H, T, D = q.shape
+    y, norms = empty((B, T, H, D), q.dtype).transpose(1, 2), q.new_empty(B, H, T)
+    _call_attention(norms, k.size(1), dropped, q, k, v, y)
+    return y, norms
+
+
+def attention_gradients(
+    norms: Tensor, dropped: Dropped | None, dy: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Writes the gradients of q, k and v."""
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    _call_attention(norms, inputs[1].size(1), dropped, *inputs, dy, *gradients)
 
 
 def _shares(view: Tensor) -> bool:
@@ -246,10 +345,12 @@ def _shares(view: Tensor) -> bool:
 VIEWS = 7
 
 
-def _attend(norms: Tensor, groups: int, *views: Tensor) -> None:
+def _call_attention(norms: Tensor, groups: int, dropped: Dropped | None, *views: Tensor) -> None:
     kernel, (B, H, T, D) = _kernel(), views[0].shape
     numbers = [n for t in views for n in (t.data_ptr(), *t.stride()[:3])] + [0] * (4 * (VIEWS - len(views)))
-    numbers += [norms.data_ptr(), B, H, groups, T, D, 0, 0, 0, 0]
+    noise, few, least = dropped or ([], 0, 0)
+    table = (ctypes.c_void_p * len(noise))(*_places(*noise))
+    numbers += [norms.data_ptr(), B, H, groups, T, D, ctypes.addressof(table) if noise else 0, few, least, 0, 0, 0, 0]
     job = (ctypes.c_long * len(numbers))(*numbers)
     if kernel.layers.attention(ctypes.addressof(job), kernel.has_avx512, torch.get_num_threads()):
         raise MemoryError

@@ -24,6 +24,7 @@ from ..config import Config
 from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
 from ..errors import UserError
 from ..machine.device import Runtime, forked_random
+from .blocks import CompiledBlock
 from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
 from .swap import inputs, kind_of, swap, unswap
 
@@ -80,6 +81,7 @@ def _keep_within(
 
 def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[str], None]) -> None:
     chosen = set(blocks)
+    unswap(nn.ModuleList(chosen), CompiledBlock)
     swap(model, {Block: RecomputedBlock}, say, keep=[m for m in model.transformer.h if m not in chosen])
 
 
@@ -95,11 +97,13 @@ class RecomputedBlock(Block):
 
 def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
     """Recomputes the outputs of norms and activation functions in the blocks instead of storing them. On a CPU,
-    attention does not store its weights either. The arithmetic is the same."""
+    attention does not store its weights either. The arithmetic is the same. A CompiledBlock does so by itself."""
     on_cpu = model.lm_head.weight.device.type == "cpu"
     faster: dict[type, type] = {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared} if on_cpu else {}
     cheap = (*NORMS.values(), *(kind for kind in ACTIVATIONS.values() if isinstance(kind, type)))
-    inside = {m for m in model.transformer.h.modules() if isinstance(m, (CPUAttention, *cheap))}
+    plain = [m for block in model.transformer.h if not isinstance(block, CompiledBlock) for m in block.modules()]
+    inside = {m for m in plain if isinstance(m, cheap)}
+    inside |= {m for m in model.transformer.h.modules() if isinstance(m, CPUAttention)}
     lighter = {kind: lean(faster.get(kind, kind)) for kind in {type(m) for m in inside}}
     swap(model, {**lighter, CPUAttention: LeanCPUAttention}, say, keep=set(model.modules()) - inside)
     swap(model, {Block: LeanBlock}, say)

@@ -8,7 +8,8 @@ differ, for example after an edit of core/model.py, the original module stays an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.model import GPT, Attention, NextTokenLoss
+from ..core.model import GPT, Attention, Block, NextTokenLoss
 from ..errors import StopForward, one_line
 from ..machine.device import forked_random
 
@@ -37,7 +38,8 @@ def swap(
     """Replaces the class of every module whose class is a key. Returns the number of replaced modules.
 
     A replacement is a subclass of its key without parameters of its own. A deliberate approximation, such as float8,
-    has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged;
+    has a method `exact` with the arguments of forward, which is compared instead. One with modules of
+    its own sets `compared_in_training`, because an edit may act in training only. keep: modules to leave unchanged;
     lasting: unswap() does not undo it. If a replacement differs or fails, say reports it and the original module stays.
     """
     left = set(keep)
@@ -51,9 +53,10 @@ def swap(
         if which not in given:  # the model never calls one of this kind
             continue
         if which not in verdicts:
-            verdict = _difference(module, replacement, *given[which])
-            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size)):
-                verdict = _difference(module, replacement, args, {})
+            whole = getattr(replacement, "compared_in_training", False)
+            verdict = _difference(module, replacement, *given[which], modes=(False, True) if whole else (False,))
+            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size, whole)):
+                verdict = _difference(module, replacement, args, {}, modes=(whole,))
             if verdict is not None and verdict not in verdicts.values():
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[which] = verdict
@@ -73,8 +76,16 @@ def unswap(model: nn.Module, *classes: type) -> None:
 
 
 def kind_of(module: nn.Module) -> Any:
-    """Modules of one kind are compared once: same class, same shapes."""
-    return type(module), tuple(p.shape for p in module.parameters())
+    """Modules of one kind are compared once: same classes, shapes and settings, of the modules in them too."""
+    return tuple(
+        (type(m), tuple(p.shape for p in m.parameters(recurse=False)), *_settings(m)) for m in module.modules()
+    )
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training":
+            yield name, repr(value) if isinstance(value, (int, float, str, tuple, functools.partial)) else id(value)
 
 
 def inputs(model: GPT, modules: list[nn.Module], *tokens: Tensor) -> dict[Any, tuple[Any, dict[str, Any]]]:
@@ -111,7 +122,7 @@ def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, di
         model.train(training)
 
 
-def _longer(module: nn.Module, args: Any, block_size: int) -> tuple[Any, ...]:
+def _longer(module: nn.Module, args: Any, block_size: int, whole: bool) -> tuple[Any, ...]:
     """The arguments for a long row of random numbers, for modules in which a token's place matters: an edit, such as a
     window of attention, may change only the later ones. Empty for other modules."""
     random = torch.Generator().manual_seed(0)
@@ -127,15 +138,37 @@ def _longer(module: nn.Module, args: Any, block_size: int) -> tuple[Any, ...]:
         x, targets, head = args
         T = min(block_size, LONG, max(TOKENS, LONG_LOGITS // len(head.weight)))
         return draw(x, 1, T, x.size(-1)), targets[:1, torch.arange(T) % targets.size(1)], head
+    if whole and isinstance(module, Block) and len(args) == 3 and args[2] is None:
+        x, T = args[0], min(block_size, LONG)
+        where = tree_map(lambda t: t[..., torch.arange(T) % t.size(-2), :], args[1])
+        return draw(x, 1, T, x.size(-1)), where, None
     return ()
 
 
-def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
-    """How the replacement differs from the module's present class on these arguments; None if it does not differ."""
-    plain, training, precision = type(module), module.training, torch.get_float32_matmul_precision()
-    passes = []
-    module.eval()  # without dropout
+def _difference(
+    module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any], modes: Collection[bool] = (False,)
+) -> str | None:
+    """How the replacement differs from the module's present class on these arguments; None if it does not differ.
+    modes: whether in training. Without dropout."""
+    inner = [(vars(m), "p" if isinstance(m, nn.Dropout) else "dropout") for m in module.modules()]
+    rates = [(settings, name) for settings, name in inner if isinstance(settings.get(name), float)]
+    before, training = [settings[name] for settings, name in rates], module.training
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # without TensorFloat-32, whose rounding differs between kernels
+    try:
+        for settings, name in rates:
+            settings[name] = 0.0
+        found = (_difference_now(module.train(mode), replacement, args, kwargs) for mode in modes)
+        return next(filter(None, found), None)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        module.train(training)
+        for (settings, name), rate in zip(rates, before, strict=True):
+            settings[name] = rate
+
+
+def _difference_now(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
+    plain, passes = type(module), []
     try:
         for cls, forward in ((plain, _exact(plain)), (replacement, _exact(replacement))):
             module.__class__ = cls
@@ -147,9 +180,7 @@ def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[st
     except Exception as error:
         return f"fails ({type(error).__name__}: {one_line(error, 100)})"
     finally:
-        torch.set_float32_matmul_precision(precision)
         module.__class__ = plain
-        module.train(training)
     for a, b in zip(expected, found, strict=True):
         if a.shape != b.shape:
             return "returns another shape"

@@ -22,12 +22,13 @@ from ..core.adapters import adapter_of, freeze, unfreeze
 from ..core.cache import Documents
 from ..core.model import GPT, Attention, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
+from ..kernels.blocks import layer_replacements, layers_in_c
 from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.flex import document_attention
 from ..kernels.float8 import Float8Linear, float8_replacements
-from ..kernels.layers import CompiledLoss, layer_replacements, layers_in_c
+from ..kernels.layers import CompiledLoss
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
@@ -139,7 +140,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         replacements[Attention] = document_attention()
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
-    layers, loss = layer_replacements(model, replacements) if runtime.compiled_layers else {}, ChunkedLoss
+    layers, loss = layer_replacements(model, packed) if runtime.compiled_layers else {}, ChunkedLoss
     if layers and find_kernel(say, without="training with torch's layers"):
         replacements, loss = replacements | layers, CompiledLoss
     libraries = fitting_libraries(model, config, runtime, micro_batch)
