@@ -81,7 +81,7 @@ class CompiledBlock(Block):
     compared_in_training = True  # by swap
 
     def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: Any = None) -> Tensor:
-        parts = [*self._modules.values(), *self.attn._modules.values(), *self.mlp._modules.values()]
+        parts = [part for owner in (self, self.attn, self.mlp) for part in owner._modules.values()]
         plan = self.__dict__.get("_plan")
         if plan is None or plan.parts != parts or plan.kinds != [type(part) for part in parts]:
             plan = self.__dict__["_plan"] = _Plan(self, parts)
@@ -118,7 +118,7 @@ class _Plan:
     """Which parts of a block are core/model.py's and fit the C code. Made again if its modules or their classes
     change."""
 
-    def __init__(self, block: Block, parts: list[nn.Module]):
+    def __init__(self, block: Block, parts: list[Any]):
         self.parts, self.kinds, attn, mlp = parts, [type(part) for part in parts], block.attn, block.mlp
         names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         inner = itertools.islice(block.modules(), 1, None)
@@ -164,15 +164,15 @@ def _libraries(layer: nn.Module) -> str:
     return getattr(layer, "libraries", PLAIN)
 
 
-def _weights(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
     return layer.weight, getattr(layer, "bias", None)
 
 
-def _settings(norm: nn.Module) -> Normed:
+def _settings(norm: Any) -> Normed:
     return Normed(norm.eps, isinstance(norm, LayerNorm))
 
 
-def _rate(dropout: nn.Module) -> float:
+def _rate(dropout: Any) -> float:
     return dropout.p if dropout.training else 0.0
 
 

@@ -137,7 +137,7 @@ def test_gradients_that_are_not_contiguous(kernel: Kernel) -> None:
 
 
 def test_a_hook_in_a_block_runs(kernel: Kernel) -> None:
-    model, seen = exchanged(made({}))[0], []
+    model, seen = exchanged(made({}))[0], list[Any]()
     x = torch.randn(1, 4, 32)
     before = model.transformer.h[0](x)
     model.transformer.h[0].mlp.act.register_forward_hook(lambda *args: seen.append(args[2].shape))
