@@ -207,7 +207,7 @@ class _NormProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, gain, shift, weight, bias, stats = ctx.saved_tensors
         dy, rows = grads[0].reshape(-1, len(weight)).contiguous(), x.view(-1, x.size(-1))
-        h, _ = normalized(rows, gain, shift, *ctx.settings, stats)
+        h, _ = normalized(rows, gain, shift, *ctx.settings, stats=stats)
         dw = multiply(dy.t(), h, ctx.libraries[2]) if ctx.needs_input_grad[5] else None
         dh = _back(dy, weight, ctx.libraries[1])
         dx, *of_norm = norm_gradients(rows, gain, shift, stats, ctx.settings.centred, dh, grads[1].contiguous())
@@ -246,7 +246,7 @@ class _WholeMLP(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         rows, layers = x.view(-1, x.size(-1)), _pairs(weights)
         h, stats = normalized(rows, gain, shift, *settings)
-        inner = [_product(h, *layer, library[0]) for layer, library in zip(layers[:-1], libraries, strict=False)]
+        inner = [_product(h, w, b, library[0]) for (w, b), library in zip(layers[:-1], libraries, strict=False)]
         act, (weight, bias), library = activated(code, *inner), layers[-1], libraries[-1]
         del h
         noise = drop_noise(x.numel()) if rate else None
@@ -274,12 +274,13 @@ class _WholeMLP(torch.autograd.Function):
         activation_gradients(ctx.code, inner, dact, dinner, act)
         last = _weight_gradients(dz, act, libraries[-1], needed[-1])
         del act, dz
-        h, dh = normalized(rows, gain, shift, *ctx.settings, stats)[0], None
-        found: list[Any] = []
+        h, _ = normalized(rows, gain, shift, *ctx.settings, stats=stats)
+        found, dh = list[Any](), None
         for (weight, _), d, library, wanted in zip(layers[:-1], dinner, libraries, needed, strict=False):
             found += _weight_gradients(d, h, library, wanted)
             one = _back(d, weight, library[1])
             dh = one if dh is None else dh.add_(one)
+        assert dh is not None
         dx, *of_norm = norm_gradients(rows, gain, shift, stats, ctx.settings.centred, dh, dy)
         return dx.view(x.shape), *[None] * 4, *of_norm, *found, *last
 

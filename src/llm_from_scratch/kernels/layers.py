@@ -234,7 +234,8 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return dropped(grads[0].contiguous(), *ctx.saved_tensors, ctx.p), None
+        (noise,) = ctx.saved_tensors
+        return dropped(grads[0].contiguous(), noise, ctx.p), None
 
 
 def dropped(x: Tensor, noise: Tensor, p: float, beside: Tensor | None = None) -> Tensor:
@@ -273,7 +274,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(B, T, H, D).transpose(1, 2)
     views = [n for t in (x, y) for n in (t.data_ptr(), *t.stride()[:3])]
-    job = _Rotation((ctypes.c_long * 14)(*views, *_places(cos, sin), B, H, T, D), sign)
+    job = _Rotation((ctypes.c_long * 14)(*views, cos.data_ptr(), sin.data_ptr(), B, H, T, D), sign)
     kernel.layers.rotate(ctypes.addressof(job), kernel.has_avx512, torch.get_num_threads())
     return y
 
