@@ -207,7 +207,7 @@ class _NormProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, gain, shift, weight, bias, stats = ctx.saved_tensors
         dy, rows = grads[0].reshape(-1, len(weight)).contiguous(), x.view(-1, x.size(-1))
-        h, _ = normalized(rows, gain, shift, *ctx.settings, stats=stats)
+        h, _ = normalized(rows, gain, shift, ctx.settings.eps, ctx.settings.centred, stats)
         dw = multiply(dy.t(), h, ctx.libraries[2]) if ctx.needs_input_grad[5] else None
         dh = _back(dy, weight, ctx.libraries[1])
         dx, *of_norm = norm_gradients(rows, gain, shift, stats, ctx.settings.centred, dh, grads[1].contiguous())
@@ -274,7 +274,7 @@ class _WholeMLP(torch.autograd.Function):
         activation_gradients(ctx.code, inner, dact, dinner, act)
         last = _weight_gradients(dz, act, libraries[-1], needed[-1])
         del act, dz
-        h, _ = normalized(rows, gain, shift, *ctx.settings, stats=stats)
+        h, _ = normalized(rows, gain, shift, ctx.settings.eps, ctx.settings.centred, stats)
         found, dh = list[Any](), None
         for (weight, _), d, library, wanted in zip(layers[:-1], dinner, libraries, needed, strict=False):
             found += _weight_gradients(d, h, library, wanted)
