@@ -79,12 +79,13 @@ class Normed(NamedTuple):
 
 class CompiledBlock(Block):
     compared_in_training = True  # by swap
+    _plan: _Plan | None = None
 
     def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: Any = None) -> Tensor:
         parts = [part for owner in (self, self.attn, self.mlp) for part in owner._modules.values()]
-        plan = self.__dict__.get("_plan")
+        plan = self._plan
         if plan is None or plan.parts != parts or plan.kinds != [type(part) for part in parts]:
-            plan = self.__dict__["_plan"] = _Plan(self, parts)
+            plan = self._plan = _Plan(self, parts)
         if x.dim() != 3 or not fits(x) or any(plan.hooks) or x.shape[2:] != self.ln_1.weight.shape:
             return super().forward(x, where, cache)
         joined = cache is None and plan.joins_attention and _are_floats(self.ln_1, self.attn.c_attn)

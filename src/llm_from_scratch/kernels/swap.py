@@ -150,21 +150,21 @@ def _difference(
 ) -> str | None:
     """How the replacement differs from the module's present class on these arguments; None if it does not differ.
     modes: whether in training. Without dropout."""
-    inner = [(vars(m), "p" if isinstance(m, nn.Dropout) else "dropout") for m in module.modules()]
-    rates = [(settings, name) for settings, name in inner if isinstance(settings.get(name), float)]
-    before, training = [settings[name] for settings, name in rates], module.training
+    inner = [(m, "p" if isinstance(m, nn.Dropout) else "dropout") for m in module.modules()]
+    rates = [(m, name, getattr(m, name)) for m, name in inner if isinstance(getattr(m, name, None), float)]
+    training = module.training
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # without TensorFloat-32, whose rounding differs between kernels
     try:
-        for settings, name in rates:
-            settings[name] = 0.0
+        for m, name, _ in rates:
+            setattr(m, name, 0.0)
         found = (_difference_now(module.train(mode), replacement, args, kwargs) for mode in modes)
         return next(filter(None, found), None)
     finally:
         torch.set_float32_matmul_precision(precision)
         module.train(training)
-        for (settings, name), rate in zip(rates, before, strict=True):
-            settings[name] = rate
+        for m, name, rate in rates:
+            setattr(m, name, rate)
 
 
 def _difference_now(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:
