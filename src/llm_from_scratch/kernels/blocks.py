@@ -82,7 +82,7 @@ class CompiledBlock(Block):
     _plan: _Plan | None = None
 
     def forward(self, x: Tensor, where: tuple[Tensor, ...] = (), cache: Any = None) -> Tensor:
-        parts = [part for owner in (self, self.attn, self.mlp) for part in owner._modules.values()]
+        parts = [part for owner in (self, self.attn, self.mlp) for part in owner.children()]
         plan = self._plan
         if plan is None or plan.parts != parts or plan.kinds != [type(part) for part in parts]:
             plan = self._plan = _Plan(self, parts)
@@ -155,7 +155,7 @@ def _is_linear(layer: nn.Module) -> bool:
 def _are_floats(*layers: Any) -> bool:
     """Whether the weights are as the C code reads them."""
     for layer in layers:
-        weight = layer._parameters["weight"]
+        weight = layer.weight
         if weight.dtype != torch.float32 or not weight.is_contiguous() or not weight.is_cpu:
             return False
     return True
@@ -224,14 +224,14 @@ class _Attention(torch.autograd.Function):
         found = Dropped.drawn(q, dropout)
         y, norms = attend(q, k, v, found)
         ctx.save_for_backward(qkv, norms, *(found.noise if found else []))
-        ctx.heads, ctx.dropped = heads, found and found._replace(noise=[])
+        ctx.heads, ctx.dropped = heads, found and Dropped([], *found[1:])
         return y.transpose(1, 2)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         qkv, norms, *noise = ctx.saved_tensors
-        gradients, left_out = empty_like(qkv), ctx.dropped and ctx.dropped._replace(noise=noise)
+        gradients, left_out = empty_like(qkv), ctx.dropped and Dropped(noise, *ctx.dropped[1:])
         views = (t.transpose(1, 2).split(ctx.heads, dim=1) for t in (qkv, gradients))
         attention_gradients(norms, left_out, grads[0].transpose(1, 2), *views)
         return gradients, None, None

@@ -290,7 +290,7 @@ class _CausalAttention(torch.autograd.Function):
         if _shares(v) and not _shares(q):  # rotated: of queries, keys and values only the values would be kept for this
             v = v.transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, norms, *(found.noise if found else []))
-        ctx.dropped = found and found._replace(noise=[])
+        ctx.dropped = found and Dropped([], *found[1:])
         return y
 
     @staticmethod
@@ -299,7 +299,7 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, norms, *noise = ctx.saved_tensors
         (B, H, T, D), G = q.shape, k.size(1)
         gradients = q.new_empty(B, T, H + 2 * G, D).transpose(1, 2).split((H, G, G), dim=1)
-        attention_gradients(norms, ctx.dropped and ctx.dropped._replace(noise=noise), grads[0], (q, k, v), gradients)
+        attention_gradients(norms, ctx.dropped and Dropped(noise, *ctx.dropped[1:]), grads[0], (q, k, v), gradients)
         return *gradients, None
 
 
