@@ -238,14 +238,14 @@ def _write(folder: Path, described: dict[str, Any], tensors: dict[str, Tensor]) 
             file.write(part)
 
 
-def check_formulas(family: Family, config: GPTConfig, state: dict[str, Tensor]) -> str:
+def check_formulas(config: GPTConfig, state: dict[str, Tensor]) -> str:
     """The result of comparing the first layers with transformers', in a few words. A file that only this program reads
     back shows the weights, but not that core/model.py's formulas are the family's. Raises UserError if they differ."""
     few = dataclasses.replace(config, n_layer=min(2, config.n_layer), vocab_size=min(256, int(config.vocab_size or 0)))
     part = {name: state[name][: len(tensor)].float() for name, tensor in meta_tensors(few).items()}
+    family = family_of(few)
     with tempfile.TemporaryDirectory() as folder:
-        described = write_config(family, few) | {"dtype": "float32"}
-        _write(Path(folder), described, written_weights(part, family.names(few), family, few))
+        _write(Path(folder), write_config(family, few), written_weights(part, family.names(few), family, few))
         return _compare(*sample_logits(few, part, 512), None, Path(folder))
 
 
