@@ -313,6 +313,7 @@ class Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grads[0], cos, sin, -1), None, None
@@ -376,6 +377,7 @@ class GatedSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, x = ctx.saved_tensors
         dgate, dx = empty_like(gate), empty_like(x)
@@ -394,6 +396,7 @@ class SquaredReLU(torch.autograd.Function):
         return F.relu(x).square_()
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return F.relu(x).mul_(grads[0]).mul_(2)

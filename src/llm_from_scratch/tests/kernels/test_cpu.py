@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
@@ -82,8 +83,18 @@ def test_attention_of_documents_is_the_plain_one(ends: list[int], monkeypatch: p
 def test_a_second_derivative_is_an_error() -> None:
     """What forward stored would count as a constant."""
     fused, (q, k, v) = qkv(1, 2, 1, 4, 8)
-    x = torch.randn(2, 8, requires_grad=True)
-    for y, given in ((kernels.CPUAttention(0.0)(q, k, v, None, True), fused), (kernels.CPURMSNorm(8)(x), x)):
+    x, angles = torch.randn(2, 8, requires_grad=True), torch.randn(1, 4, 4, dtype=DOUBLE)
+    rotated = kernels.CPURotaryPositions(GPTConfig(pos_embedding="rope"))(q, k, angles.cos(), angles.sin())
+    results = {
+        "CausalAttention": (kernels.CPUAttention(0.0)(q, k, v, None, True), fused),
+        "Rotate": (rotated[0], fused),
+        "RMSNormalize": (kernels.CPURMSNorm(8)(x), x),
+        "GatedSiLU": (kernels.CPUSwiGLU()(x, x), x),
+        "SquaredReLU": (kernels.CPUReLUSquared()(x), x),
+    }
+    written = {name for name, f in vars(kernels).items() if isinstance(f, type) and issubclass(f, Function)}
+    assert set(results) == written
+    for y, given in results.values():
         with pytest.raises(RuntimeError, match="no second derivative; call"):
             torch.autograd.grad(y.sum(), given, create_graph=True)
 
