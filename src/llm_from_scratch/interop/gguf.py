@@ -222,7 +222,7 @@ def export_gguf(
                 dtype = _type_of(there[theirs], tuple(values.shape), kind)
                 writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), dtype))
             writer.close()
-            formulas = check_formulas(small, state)
+            formulas = check_formulas(small, state, made)
             ids, logits = sample_logits(small, state)
             if free:
                 weights.clear()

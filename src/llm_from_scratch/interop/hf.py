@@ -238,13 +238,13 @@ def _write(folder: Path, described: dict[str, Any], tensors: dict[str, Tensor]) 
             file.write(part)
 
 
-def check_formulas(config: GPTConfig, state: dict[str, Tensor]) -> str:
-    """The result of comparing the first layers with transformers', in a few words. A file that only this program reads
-    back shows the weights, but not that core/model.py's formulas are the family's. Raises UserError if they differ."""
+def check_formulas(config: GPTConfig, state: dict[str, Tensor], place: Path) -> str:
+    """The result of comparing the first layers (a copy in `place`) with transformers'. That only this program reads a
+    file back does not show that core/model.py's formulas are the family's. Raises UserError if they differ."""
     few = dataclasses.replace(config, n_layer=min(2, config.n_layer), vocab_size=min(256, int(config.vocab_size or 0)))
     part = {name: state[name][: len(tensor)].float() for name, tensor in meta_tensors(few).items()}
     family = family_of(few)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         _write(Path(folder), write_config(family, few), written_weights(part, family.names(few), family, few))
         return _compare(*sample_logits(few, part, 512), None, Path(folder))
 
@@ -416,7 +416,7 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
         missing = error.name == "transformers"
         why = "install transformers" if missing else f"transformers cannot be imported ({one_line(error)})"
         config, state, same = load_pretrained(folder)
-        difference = _difference(logits, sample_logits(config, state)[1], "its")
+        difference = _difference(logits, sample_logits(config, state, ids.size(1))[1], "its")
         if tokenizer is not None and (same is None or same.fingerprint() != tokenizer.fingerprint()):
             raise UserError("the export is wrong: its tokenizer is another one") from None
         return f"read back with the same logits (largest difference {difference:.1e}), but only by this program: {why}"

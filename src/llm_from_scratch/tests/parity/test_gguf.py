@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_an_edited_formula_is_not_exported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the export is wrong: transformers' logits differ from ours"):
         export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = random_model(**MODELS["llama"] | {"block_size": 100})
+    export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
+    assert "but only by this program: install transformers" in capsys.readouterr().out
 
 
 def test_rows_are_paired_as_llama_cpp_rotates_them(tmp_path):
