@@ -31,7 +31,7 @@ from .cleaning_report import summarise, without_examples, write_reports
 from .encode import ShardWriter, TokenCache, write_shards
 from .meter import Meter
 from .options import CLEANING, PrepareOptions
-from .sources import FileSource, Source
+from .sources import FileSource, Source, check_unchanged
 from .split import Documents, Split
 
 POLL = 2.0  # seconds
@@ -177,6 +177,7 @@ def merge_step(job: Job, rank: int, tasks: int) -> None:
             write_reports(plan["cleaning"], folder)
             extra["cleaning"] = without_examples(plan["cleaning"])
         write_manifest(job.spec, folder, tokenizer, splits, extra | rules.manifest())
+        check_unchanged(job.spec.all(), extra["sources"])
         replace_folder(job.target, folder)
 
 

@@ -112,9 +112,7 @@ def _make(
                     parts.rmdir()  # if no part is complete
                 raise
         build(spec, folder, options.shard_size, options.workers, cache, extra, report)
-        for source, identity in zip(read, extra["sources"], strict=True):
-            if isinstance(source, src.FileSource) and not source.url and source.size != identity["bytes"]:
-                raise UserError(f"{source.name} changed while it was read: run the same command again")
+        src.check_unchanged(read, extra["sources"])
         replace_folder(target, folder)
 
 

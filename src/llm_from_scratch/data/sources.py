@@ -209,6 +209,13 @@ class Source(Protocol):
     def pieces(self) -> Iterator[tuple[str, bool]]: ...
 
 
+def check_unchanged(sources: Sequence[Source], identities: Sequence[dict[str, Any]]) -> None:
+    """Raises UserError if a local file does not have the size of its identity, which was taken before."""
+    for source, identity in zip(sources, identities, strict=True):
+        if isinstance(source, FileSource) and not source.url and source.size != identity["bytes"]:
+            raise UserError(f"{source.name} changed while it was read: run the same command again")
+
+
 def find_sources(
     arguments: Sequence[str], root: Path, spool: Path, options: PrepareOptions, report: Any = print
 ) -> list[Source]:

@@ -100,6 +100,25 @@ def fail_to_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "steps_of", lambda job: steps(job)[:-1])
 
 
+def test_a_file_that_grows_while_tasks_read_it_is_named(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = executor.STEPS["encode"]
+
+    def growing(*task: Any) -> None:
+        with open("0.jsonl", "a") as file:
+            file.write('{"text": "one more"}\n')
+        encode(*task)
+
+    given: dict[str, Any] = {"tokenizer": "byte", "report": lambda line: None}
+    with monkeypatch.context() as patch:
+        patch.setitem(executor.STEPS, "encode", growing)
+        with pytest.raises(UserError, match="0.jsonl changed while it was read: run the same command again"):
+            prepare(["0.jsonl"], out_dir="tasks", executor="local", tasks=1, **given)
+    assert not Path("tasks").exists()
+    alone = prepare(["0.jsonl"], out_dir="alone", **given)
+    same(alone, prepare(["0.jsonl"], out_dir="tasks", executor="local", tasks=1, **given))
+    assert not list(Path("data/cache").glob("executor-*"))
+
+
 def test_another_number_of_tasks_resumes(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleaning, "PART", 1 << 25)
     settings: dict[str, Any] = {"tokenizer": "gpt2", "dedup": "exact", "report": lambda line: None}
