@@ -113,13 +113,20 @@ class Study:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """One worker at a time."""
-        lock = lock_file(self.folder / ".lock", wait=True)
+        with self._writing():
+            lock = lock_file(self.folder / ".lock", wait=True)
+            try:
+                yield
+            finally:
+                lock.release()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around writes of the journal. Raises UserError if the disk is full: optuna's error names no file."""
         try:
             yield
-        except OSError as error:  # optuna's names no file
+        except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from None
-        finally:
-            lock.release()
 
     def _study(self, number: int = 0) -> Any:
         """The study with a sampler that draws for trial `number`."""
@@ -168,18 +175,20 @@ class Study:
 
     def note(self, claim: Claim, name: str, value: Any) -> None:
         """Stores an attribute of a trial."""
+        with self._writing():
+            claim.trial.set_user_attr(name, value)
         claim.attributes[name] = value
-        claim.trial.set_user_attr(name, value)
 
     def is_hopeless(self, claim: Claim, at: int, loss: float) -> bool:
         """Reports the loss of an evaluation, and returns whether the trial should end there. A step that is known is
         judged again if it is the last one: the process may have been killed before."""
-        known = self._trials()[claim.number].intermediate_values
-        if at < max(known, default=at):
-            return False
-        if at not in known:
-            claim.trial.report(loss, at)
-        return bool(claim.trial.should_prune())
+        with self._writing():
+            known = self._trials()[claim.number].intermediate_values
+            if at < max(known, default=at):
+                return False
+            if at not in known:
+                claim.trial.report(loss, at)
+            return bool(claim.trial.should_prune())
 
     def finish(self, claim: Claim, state: str, losses: dict[str, float] | None = None, message: str = "") -> None:
         """Ends a trial: complete, pruned or failed."""
@@ -189,7 +198,8 @@ class Study:
             self.note(claim, "message", message)
         value = statistics.fmean(losses.values()) if losses and state == "complete" else None
         names = {"complete": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
-        self._study().tell(claim.number, value, names[state])
+        with self._writing():
+            self._study().tell(claim.number, value, names[state])
         claim.lock.release()
 
     def runs(self, row: Row) -> list[Path]:

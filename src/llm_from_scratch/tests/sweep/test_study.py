@@ -153,15 +153,45 @@ def test_a_grid_needs_lists(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every write of a sweep with one trial."""
     from optuna.storages.journal import JournalFileBackend
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    append, left = JournalFileBackend.append_logs, 0
 
-    study = study_in(tmp_path)
+    def full(*given: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(*given)
+
+    def sweep(folder: Path) -> str:
+        """The part that failed."""
+        folder.mkdir()
+        part = "open"
+        try:
+            study = study_in(folder)
+            part = "claim"
+            claim = study.claim()
+            assert claim
+            part = "note"
+            study.note(claim, "max_iters", 30)
+            part = "report"
+            study.is_hopeless(claim, 1, 2.0)
+            part = "finish"
+            study.finish(claim, "complete", {"1": 1.0})
+        except UserError as error:
+            assert str(error) == f"cannot write {folder}: No space left on device"
+            return part
+        return ""
+
     monkeypatch.setattr(JournalFileBackend, "append_logs", full)
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}: No space left on device"):
-        study.claim()
+    failed: list[str] = []
+    while not failed or failed[-1]:
+        left = len(failed)
+        failed.append(sweep(tmp_path / str(left)))
+    assert list(dict.fromkeys(failed)) == ["open", "claim", "note", "report", "finish", ""]
+    assert failed.count("finish") == 2  # the losses, the state
 
 
 def test_settings_with_numbers_as_keys_are_the_same_sweep(tmp_path: Path) -> None:
