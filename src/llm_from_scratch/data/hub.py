@@ -12,9 +12,7 @@ from typing import Any
 from ..core.vocab_files import check_reachable
 from ..errors import UserError, one_line
 from ..machine.extras import missing
-from .readers import split_document
-
-ROWS = 256  # that are decoded at once
+from .readers import ROWS, split_document
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,16 @@ class HubSource:
             raise UserError(f"reading {self.name} failed ({one_line(error)}): {advice}") from None
 
     def _columns(self) -> Iterator[tuple[list[str], list[Any]]]:
-        """(names of the columns, texts) of some rows. A column of a table is read many times as fast as rows."""
+        """(names of the columns, texts) of a few rows: documents may be large, and other columns larger. A column of a
+        table is read many times as fast as rows."""
         if not hasattr(self.rows, "with_format"):
             yield from ((list(row), [row.get(self.text_key)]) for row in self.rows)
             return
-        for table in self.rows.with_format("arrow").iter(ROWS):
-            names = table.column_names
-            yield names, table.column(self.text_key).to_pylist() if self.text_key in names else [None]
+        known = list(self.rows.column_names or ())  # of JSON they may be unknown
+        rows = self.rows.select_columns(self.text_key) if self.text_key in known else self.rows
+        for table in rows.with_format("arrow").iter(ROWS):
+            found = table.column_names
+            yield known or found, table.column(self.text_key).to_pylist() if self.text_key in found else [None]
 
 
 @contextlib.contextmanager

@@ -921,23 +921,36 @@ def test_openwebtext(here: Path, small: None, monkeypatch: pytest.MonkeyPatch, s
 
 
 def test_the_hub_gives_tables(here: Path) -> None:
-    """As the library `datasets` gives them, in batches with only some columns of text."""
+    """As the library `datasets` gives them, in batches with only some columns of text. A few rows of one column are
+    decoded at once; with unknown columns, of all."""
     pyarrow = pytest.importorskip("pyarrow")
     texts = [f"document {number} é" for number in range(600)]
     table = pyarrow.table({"id": list(range(600)), "text": texts, "gap": [*texts[:-1], None]})
 
+    decoded: list[tuple[int, list[str]]] = []
+
     class Rows:
+        def __init__(self, table: Any, column_names: list[str] | None) -> None:
+            self.table, self.column_names = table, column_names
+
+        def select_columns(self, name: str) -> Rows:
+            return Rows(self.table.select([name]), [name])
+
         def with_format(self, kind: str) -> Rows:
             assert kind == "arrow"
             return self
 
         def iter(self, batch_size: int) -> Iterator[Any]:
-            return (table.slice(at, batch_size) for at in range(0, 600, batch_size))
+            decoded.append((batch_size, self.table.column_names))
+            return (self.table.slice(at, batch_size) for at in range(0, 600, batch_size))
 
-    assert [text for text, _ in hub.HubSource("rows", "text", None, Rows()).pieces()] == texts
-    for key in ("gap", "body", "id"):
-        with pytest.raises(UserError, match=f"rows does not have a text '{key}' .it has 'id', 'text', 'gap'.: see"):
-            list(hub.HubSource("rows", key, None, Rows()).pieces())
+    for known in (table.column_names, None):
+        rows = Rows(table, known)
+        assert [text for text, _ in hub.HubSource("rows", "text", None, rows).pieces()] == texts
+        for key in ("gap", "body", "id"):
+            with pytest.raises(UserError, match=f"rows does not have a text '{key}' .it has 'id', 'text', 'gap'.: see"):
+                list(hub.HubSource("rows", key, None, rows).pieces())
+    assert decoded[0] == (8, ["text"]) and decoded[4] == (8, ["id", "text", "gap"])
 
 
 def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
