@@ -32,8 +32,8 @@ CUT_OFF = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", 
 in_checkout = pytest.mark.skipif(not (SCRIPTS / "shakespeare").is_dir(), reason="data/ lies in a checkout only")
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(SRC), "PYTHONUTF8": "1"} | CUT_OFF
+def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(SRC), "PYTHONUTF8": "1"} | CUT_OFF | env
     command = [*COMMAND, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -111,9 +111,11 @@ def test_lists_of_files(here: Path) -> None:
     assert "next: llm-train --dataset=o/x" in done.stdout
 
 
-def test_a_terminal_that_cannot_show_the_text(here: Path) -> None:
+@pytest.mark.parametrize("start", ["forked", pytest.param("python", marks=pytest.mark.slow)])
+def test_a_terminal_that_cannot_show_the_text(here: Path, start: str) -> None:
     Path("a.txt").write_text("東京 é\n" * 50, encoding="utf-8")
-    done = run_forked("a.txt", "--tokenizer=byte", PYTHONIOENCODING="ascii")
+    words, ascii_only = ("a.txt", "--tokenizer=byte"), {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run_forked(*words, **ascii_only) if start == "forked" else run(here, *words, **ascii_only)
     assert done.returncode == 0 and "\\u6771" in done.stdout
 
 

@@ -269,9 +269,10 @@ def test_a_request_that_fails_alone(monkeypatch):
         assert reply[0] == 500 and b"secret" not in reply[2] and server.idle()
 
 
-def test_many_at_once_are_as_each_alone():
-    asked = [{"prompt": TEXT[i : i + 1 + i % 7], "max_tokens": 5 + i, "seed": i, "top_p": 0.9} for i in range(12)]
-    with served(max_concurrent=5, max_queued=64) as server, ThreadPoolExecutor(12) as pool:
+@pytest.mark.parametrize(("count", "concurrent"), [(12, 5), pytest.param(24, 8, marks=pytest.mark.slow)])
+def test_many_at_once_are_as_each_alone(count: int, concurrent: int):
+    asked = [{"prompt": TEXT[i : i + 1 + i % 7], "max_tokens": 5 + i, "seed": i, "top_p": 0.9} for i in range(count)]
+    with served(max_concurrent=concurrent, max_queued=64) as server, ThreadPoolExecutor(count) as pool:
 
         def stream(fields: dict[str, Any]) -> str:
             chunks = server.client().completions.create(model=NAME, **fields, stream=True)
