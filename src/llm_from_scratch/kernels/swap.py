@@ -1,13 +1,15 @@
 """Exchanges modules for faster ones: a module's class becomes a subclass with the same parameters and names.
 
 core/model.py remains the model. Before a replacement is used, its outputs and gradients are compared with those of the
-original module in float32, on the model's own inputs for a few tokens; attention and loss on long rows too. If they
-differ, for example after an edit of core/model.py, the original module stays and one line reports it.
+original module in float32, on the model's own inputs for a few tokens; attention and loss in a row as long as the
+context too. If they differ, for example after an edit of core/model.py, the original module stays and one line reports
+it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -17,13 +19,14 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.model import GPT, Attention, Block, NextTokenLoss
+from ..core.model import GPT, Attention, Block, Head, NextTokenLoss
 from ..errors import StopForward, one_line
 from ..machine.device import forked_random
 
 TOLERANCE = 1e-5  # largest relative difference from the plain module; float32 rounds to about 1e-7
 SEQUENCES, TOKENS = 2, 5  # of the comparison
-LONG, LONG_LOGITS = 512, 1 << 20  # tokens of a long row, and logits of its loss
+LONG_WEIGHTS = 1 << 24  # attention weights of the heads in a row as long as the context; of one head there may be more
+FEW_IDS = 64  # of the vocabulary, in such a row of the loss
 
 _plain: dict[type, type] = {}  # replacement -> the class that it replaced
 
@@ -122,9 +125,10 @@ def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, di
         model.train(training)
 
 
-def _longer(module: nn.Module, args: Any, block_size: int, whole: bool) -> tuple[Any, ...]:
-    """The arguments for a long row of random numbers, for modules in which a token's place matters: an edit, such as a
-    window of attention, may change only the later ones. Empty for other modules."""
+def _longer(module: nn.Module, args: Any, T: int, whole: bool) -> tuple[Any, ...]:
+    """The arguments for a row of T random numbers, the whole context, for modules in which a token's place matters: an
+    edit, such as a window of attention, may change only the later ones. Attention has as many heads as fit, the loss a
+    head of a few ids: its short rows were compared with the whole vocabulary. Empty for other modules."""
     random = torch.Generator().manual_seed(0)
 
     def draw(like: Tensor, *shape: int) -> Tensor:
@@ -132,17 +136,30 @@ def _longer(module: nn.Module, args: Any, block_size: int, whole: bool) -> tuple
         return drawn.requires_grad_(like.requires_grad)
 
     if isinstance(module, Attention) and len(args) == 5 and args[3] is None:
-        T = min(block_size, LONG)
-        return *(draw(t, 1, t.size(1), T, t.size(-1)) for t in args[:3]), *args[3:]
+        heads, groups = args[0].size(1), args[1].size(1)
+        shared = heads // groups  # queries' heads per head of keys
+        groups = max(1, min(groups, LONG_WEIGHTS // (T * T * shared)))
+        sizes = shared * groups, groups, groups
+        return *(draw(t, 1, n, T, t.size(-1)) for t, n in zip(args, sizes, strict=False)), *args[3:]
     if isinstance(module, NextTokenLoss) and len(args) == 3:
         x, targets, head = args
-        T = min(block_size, LONG, max(TOKENS, LONG_LOGITS // len(head.weight)))
-        return draw(x, 1, T, x.size(-1)), targets[:1, torch.arange(T) % targets.size(1)], head
+        few = min(FEW_IDS, len(head.weight))
+        return draw(x, 1, T, x.size(-1)), targets[:1, torch.arange(T) % targets.size(1)] % few, _smaller(head, few)
     if whole and isinstance(module, Block) and len(args) == 3 and args[2] is None:
-        x, T = args[0], min(block_size, LONG)
+        x = args[0]
         where = tree_map(lambda t: t[..., torch.arange(T) % t.size(-2), :], args[1])
         return draw(x, 1, T, x.size(-1)), where, None
     return ()
+
+
+def _smaller(head: Head, few: int) -> Head:
+    """The head of the first few ids of the vocabulary."""
+    made: Any = {}
+    for t in (*head.parameters(), *head.buffers()):
+        if t.dim() and len(t) == len(head.weight):
+            part = t.detach()[:few].clone()
+            made[id(t)] = nn.Parameter(part, t.requires_grad) if isinstance(t, nn.Parameter) else part
+    return copy.deepcopy(head, made)
 
 
 def _difference(

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core import model as models
-from llm_from_scratch.core.model import GPT
+from llm_from_scratch.core.model import GPT, NextTokenLoss
 from llm_from_scratch.kernels import recompute as activations
-from llm_from_scratch.kernels.cpu import CPUAttention, CPUDropout, CPURMSNorm, cpu_replacements
+from llm_from_scratch.kernels import swap as swapping
+from llm_from_scratch.kernels.cpu import CPUAttention, CPUDropout, CPURMSNorm, LeanCPUAttention, cpu_replacements
 from llm_from_scratch.kernels.cross_entropy import ChunkedLoss
 from llm_from_scratch.kernels.float8 import Float8Linear, float8_replacements
 from llm_from_scratch.kernels.swap import swap, unswap
@@ -101,6 +102,50 @@ def test_an_edited_module_is_used_and_one_line_says_so(edit: str, monkeypatch: p
     assert len(lines) == 1 and "returns a different result (relative difference" in lines[0]
 
 
+@pytest.mark.parametrize("replacement", [CPUAttention, LeanCPUAttention])
+def test_a_long_window_counts_in_a_longer_context(replacement: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def windowed(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril().triu(-511)
+        return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+
+    monkeypatch.setattr(models.Attention, "forward", windowed)
+    for length, count in ((512, 2), (1024, 0)):  # in a shorter context it changes nothing
+        said = list[str]()
+        assert swap(model(block_size=length), {models.Attention: replacement}, said.append) == count
+        assert len(said) == (not count)
+
+
+def test_few_heads_of_many_are_compared_in_a_long_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many groups as fit, with the heads that share their keys."""
+    monkeypatch.setattr(swapping, "LONG_WEIGHTS", 4 * 64 * 64)
+    shapes = set()
+
+    class Noted(models.Attention):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+            shapes.add((q.shape, k.shape))
+            return super().forward(q, k, v, mask, causal)
+
+    one = model(block_size=64, n_head=8, n_kv_head=4)
+    assert swap(one, {models.Attention: Noted}, pytest.fail) == 2
+    assert shapes == {((2, 8, 5, 4), (2, 4, 5, 4)), ((1, 4, 64, 4), (1, 2, 64, 4))}
+
+
+def test_a_late_loss_counts_with_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_place(self: Any, x: Tensor, targets: Tensor, head: Any) -> tuple[None, Tensor]:
+        weights = torch.where(torch.arange(targets.size(1)) < 64, 0.1, 1.0).expand(targets.shape)
+        each = F.cross_entropy(head(x).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return None, (each * weights).sum() / weights.sum()
+
+    def one() -> GPT:
+        return model(block_size=128, vocab_size=50304, n_embd=16, n_layer=1)
+
+    assert swap(one(), {NextTokenLoss: ChunkedLoss}, pytest.fail) == 1
+    monkeypatch.setattr(NextTokenLoss, "forward", by_place)
+    said = list[str]()
+    assert swap(one(), {NextTokenLoss: ChunkedLoss}, said.append) == 0
+    assert len(said) == 1 and "returns a different result" in said[0]
+
+
 def test_without_an_edit_everything_is_exchanged_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     plain = model(dropout=0.1).eval()
@@ -179,4 +224,4 @@ def test_dropout_and_attention_are_chosen_by_dtype_and_dropout() -> None:
 
 def test_a_loss_without_logits_is_compared_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     one = model(logit_softcap=3.0)
-    assert swap(one, {models.NextTokenLoss: ChunkedLoss}, pytest.fail) == 1
+    assert swap(one, {NextTokenLoss: ChunkedLoss}, pytest.fail) == 1
