@@ -188,10 +188,10 @@ def load_kernel() -> Kernel | str:
         return "the compiled kernel needs AVX2"
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
     places, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
-    library.activation.argtypes = [flag, *[places] * 6, number, flag, flag]
-    library.normalize.argtypes = [*[places] * 5, number, number, flag, flag, ctypes.c_float, flag, flag]
-    library.normalize_back.argtypes = [*[places] * 8, number, number, *[flag] * 3]
-    library.drop.argtypes = [*[places] * 4, number, flag, ctypes.c_float, flag, flag]
+    library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
+    library.normalize.argtypes = [*[places] * 4, number, number, ctypes.c_float, flag, flag]
+    library.normalize_back.argtypes = [*[places] * 6, number, number, flag, flag]
+    library.drop.argtypes = [*[places] * 3, number, flag, ctypes.c_float, flag, flag]
     library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
     library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]
     kernel = Kernel(library.multiply, library.run, library, level == 2)

@@ -1,5 +1,5 @@
-"""Layers for training in float32 on a CPU, forward and backward in C (layers.c, passes.c): activations, norms,
-rotations, attention, dropout, and the loss of a large vocabulary. blocks.py joins them.
+"""Layers for training in float32 on a CPU, forward and backward in C (layers.c, passes.c): activations, RMSNorm,
+rotations, attention, dropout, and the loss of a large vocabulary.
 
 Each equals the module of core/model.py that it replaces, except for rounding. Where the C code does not fit, the
 replaced module's own forward runs: in inference mode too, because decoding records torch's operations.
@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core.model import Attention, Head, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
+from ..core.model import GPT, Attention, Head, NextTokenLoss, ReLUSquared, RMSNorm, RotaryPositions, SwiGLU
 from ..machine.memory import empty, empty_like
 from .compiled import Kernel, load_kernel
 from .cpu import (
@@ -39,17 +39,32 @@ ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4, "gelu": 6}  # of passes.
 LONGEST = 512  # tokens of a row up to which attention is faster than torch's
 
 
+def layer_replacements(model: GPT, documents: bool) -> dict[type, type]:
+    """The replacements for kernels.swap of the model's layers that are faster in C. documents: rows are shared by
+    documents, so that attention has a mask."""
+    kinds = {type(m) for m in model.modules() if not isinstance(m, nn.Dropout) or m.p}
+    if documents or model.config.block_size > LONGEST or model.config.head_width % WHOLE:
+        kinds.discard(Attention)
+    return {kind: replacement for kind, replacement in REPLACEMENTS.items() if kind in kinds}
+
+
+def layers_in_c(model: nn.Module) -> list[str]:
+    """The names of core/model.py's layers that run in C."""
+    kinds = REPLACEMENTS | {NextTokenLoss: CompiledLoss}
+    return [kind.__name__ for kind, c in kinds.items() if any(isinstance(m, c) for m in model.modules())]
+
+
 def _kernel() -> Kernel:
     kernel = load_kernel()
     assert isinstance(kernel, Kernel)
     return kernel
 
 
-def fits(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() for t in tensors) and are_rows(*tensors)
+def _fits(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors) and _are_rows(*tensors)
 
 
-def are_rows(*tensors: Tensor) -> bool:
+def _are_rows(*tensors: Tensor) -> bool:
     """Whether the C code can read them: float32 on a CPU, rows of whole vectors. None in inference mode or autocast."""
     for t in tensors:
         if t.dtype != torch.float32 or not t.is_cpu or not t.numel() or not t.dim():
@@ -61,31 +76,24 @@ def are_rows(*tensors: Tensor) -> bool:
 
 class CompiledGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
-        return _Activation.apply(code_of(self), x) if fits(x) else super().forward(x)
+        code = ACTIVATIONS["gelu_tanh" if self.approximate == "tanh" else "gelu"]
+        return _Activation.apply(code, x) if _fits(x) else super().forward(x)
 
 
 class CompiledSwiGLU(CPUSwiGLU):
     def forward(self, gate: Tensor, x: Tensor) -> Tensor:
-        fit = fits(gate, x) and gate.shape == x.shape
+        fit = _fits(gate, x) and gate.shape == x.shape
         return _Activation.apply(ACTIVATIONS["swiglu"], gate, x) if fit else super().forward(gate, x)
 
 
 class CompiledReLUSquared(CPUReLUSquared):
     def forward(self, x: Tensor) -> Tensor:
-        return _Activation.apply(ACTIVATIONS["relu2"], x) if fits(x) else super().forward(x)
-
-
-def code_of(activation: nn.Module) -> int | None:
-    """The number of an activation in passes.c."""
-    if isinstance(activation, nn.GELU):
-        return ACTIVATIONS["gelu" if activation.approximate == "none" else "gelu_tanh"]
-    names = {SwiGLU: "swiglu", ReLUSquared: "relu2"}
-    return next((ACTIVATIONS[name] for kind, name in names.items() if isinstance(activation, kind)), None)
+        return _Activation.apply(ACTIVATIONS["relu2"], x) if _fits(x) else super().forward(x)
 
 
 class CompiledRMSNorm(CPURMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        fit = fits(x, self.weight) and self.weight.shape == x.shape[-1:]
+        fit = _fits(x, self.weight) and self.weight.shape == x.shape[-1:]
         return _Normalize.apply(x, self.weight, self.eps) if fit else super().forward(x)
 
 
@@ -93,7 +101,7 @@ class CompiledDropout(CPUDropout):
     """The same masks in one pass that stores 2 bytes a number."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.p and fits(x)):
+        if not (self.training and self.p and _fits(x)):
             return super().forward(x)
         return _Drop.apply(x, self.p)
 
@@ -101,7 +109,7 @@ class CompiledDropout(CPUDropout):
 class CompiledAttention(Attention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        fit = causal and mask is None and are_rows(q, k, v)
+        fit = causal and mask is None and _are_rows(q, k, v)
         fit = fit and q.dim() == k.dim() == 4 and k.shape == v.shape and q.size(2) <= LONGEST
         if fit and len(q) == len(k) and q.shape[2:] == k.shape[2:] and q.size(1) % k.size(1) == 0:
             return _CausalAttention.apply(q, k, v, dropout)
@@ -113,7 +121,7 @@ class CompiledAttention(Attention):
 class CompiledRotaryPositions(CPURotaryPositions):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         # one row of angles per token, which all sequences share
-        fit = are_rows(q, k) and fits(cos, sin) and q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:]
+        fit = _are_rows(q, k) and _fits(cos, sin) and q.dim() == k.dim() == 4 and q.shape[2:] == k.shape[2:]
         if not fit or not cos.shape == sin.shape == (1, q.size(2), q.size(3) // 2):
             return super().forward(q, k, cos, sin)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
@@ -133,7 +141,7 @@ class CompiledLogitPasses(CPULogitPasses):
     """One pass over a row of logits in the processor's cache gives its loss and its gradient."""
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        fit = fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
+        fit = _fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
         if self.softcap or self.libraries[0] != TORCH or not fit:
             return super().losses(x, ids)
         logits, kernel = torch.mm(x, self.w.t(), out=self.logits[: len(x)]), _kernel()
@@ -153,31 +161,21 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, code: int, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
         ctx.code = code
-        return activated(code, *inputs)
+        y = empty_like(inputs[0])
+        _pass_over(code, inputs, [y])
+        return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [empty_like(x) for x in ctx.saved_tensors]
-        activation_gradients(ctx.code, ctx.saved_tensors, grads[0].contiguous(), gradients)
+        inputs = ctx.saved_tensors  # read once: a checkpointed block's tensors are there once
+        gradients = [empty_like(x) for x in inputs]
+        _pass_over(ctx.code + 1, (*inputs, grads[0].contiguous()), gradients)
         return None, *gradients
 
 
-def activated(code: int, *inputs: Tensor) -> Tensor:
-    y = empty_like(inputs[0])
-    _pass_over(code, inputs, [y, None, None])
-    return y
-
-
-def activation_gradients(
-    code: int, inputs: Sequence[Tensor], dy: Tensor, gradients: Sequence[Tensor], again: Tensor | None = None
-) -> None:
-    """Writes the gradients of the inputs; the first may be dy itself. again: memory for the activation."""
-    _pass_over(code + 1, (*inputs, dy), [*gradients, None][:2] + [again])
-
-
-def _pass_over(code: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]) -> None:
-    kernel, places = _kernel(), _places(*[*inputs, None, None][:3], *outputs)
+def _pass_over(code: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    kernel, places = _kernel(), _places(*[*inputs, None, None][:3], *[*outputs, None][:2])
     kernel.layers.activation(code, *places, inputs[0].numel(), kernel.has_avx512, torch.get_num_threads())
 
 
@@ -186,42 +184,22 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, stats = normalized(x, weight, None, eps, False)
-        ctx.save_for_backward(x, weight, stats)
+        y, width, kernel = empty_like(x), x.size(-1), _kernel()
+        scale = x.new_empty(x.numel() // width)
+        places, how = _places(x, weight, y, scale), (kernel.has_avx512, torch.get_num_threads())
+        kernel.layers.normalize(*places, len(scale), width, eps, *how)
+        ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats = ctx.saved_tensors
-        dx, dweight, _ = norm_gradients(x, weight, None, stats, False, grads[0].contiguous())
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight, dy, kernel = empty_like(x), torch.empty_like(weight), grads[0].contiguous(), _kernel()
+        places, how = _places(x, weight, dy, scale, dx, dweight), (kernel.has_avx512, torch.get_num_threads())
+        if kernel.layers.normalize_back(*places, len(scale), x.size(-1), *how):
+            raise MemoryError
         return dx, dweight, None
-
-
-def normalized(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, stats: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """LayerNorm if centred, else RMSNorm, over the last dimension; and each row's mean and 1 / deviation, which may be
-    given."""
-    y, width, kernel, known = empty_like(x), x.size(-1), _kernel(), stats is not None
-    stats = x.new_empty(x.numel() // width, 2) if stats is None else stats
-    places, how = _places(x, weight, bias, y, stats), (kernel.has_avx512, torch.get_num_threads())
-    kernel.layers.normalize(*places, len(stats), width, centred, known, eps, *how)
-    return y, stats
-
-
-def norm_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stats: Tensor, centred: bool, dy: Tensor,
-    beside: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Of the input, plus `beside`; of the weight; of the bias if there is one."""
-    dx, dweight, kernel = empty_like(x), torch.empty_like(weight), _kernel()
-    dbias = None if bias is None else torch.empty_like(bias)
-    places = _places(x, weight, dy, beside, stats, dx, dweight, dbias)
-    sizes = len(stats), x.size(-1), centred
-    if kernel.layers.normalize_back(*places, *sizes, kernel.has_avx512, torch.get_num_threads()):
-        raise MemoryError
-    return dx, dweight, dbias
 
 
 class _Drop(torch.autograd.Function):
@@ -229,20 +207,19 @@ class _Drop(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         ctx.p, noise = p, drop_noise(x.numel())
         ctx.save_for_backward(noise)
-        return dropped(x, noise, p)
+        return _dropped(x, noise, p)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (noise,) = ctx.saved_tensors
-        return dropped(grads[0].contiguous(), noise, ctx.p), None
+        return _dropped(grads[0].contiguous(), noise, ctx.p), None
 
 
-def dropped(x: Tensor, noise: Tensor, p: float, beside: Tensor | None = None) -> Tensor:
-    """x with zeros at a fraction p of the places, scaled, plus `beside`."""
+def _dropped(x: Tensor, noise: Tensor, p: float) -> Tensor:
+    """x with zeros at a fraction p of the places, scaled."""
     y, kernel, (least, scale) = empty_like(x), _kernel(), drop_threshold(p)
-    how = x.numel(), least, scale, kernel.has_avx512, torch.get_num_threads()
-    kernel.layers.drop(*_places(x, beside, noise, y), *how)
+    kernel.layers.drop(*_places(x, noise, y), x.numel(), least, scale, kernel.has_avx512, torch.get_num_threads())
     return y
 
 
@@ -285,25 +262,28 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        found = Dropped.drawn(q, dropout)
-        y, norms = attend(q, k, v, found)
+        (B, H, T, D), found = q.shape, _Dropped.drawn(q, dropout)
+        y = empty((B, T, H, D), q.dtype).transpose(1, 2)  # the next product needs the heads side by side
+        norms = q.new_empty(B, H, T)
+        _attend(norms, k.size(1), found, q, k, v, y)
         if _shares(v) and not _shares(q):  # rotated: of queries, keys and values only the values would be kept for this
             v = v.transpose(1, 2).contiguous().transpose(1, 2)
         ctx.save_for_backward(q, k, v, norms, *(found.noise if found else []))
-        ctx.dropped = found and Dropped([], *found[1:])
+        ctx.dropped = found and _Dropped([], *found[1:])
         return y
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, norms, *noise = ctx.saved_tensors
-        (B, H, T, D), G = q.shape, k.size(1)
+        (B, H, T, D), G, dy = q.shape, k.size(1), grads[0]
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         gradients = q.new_empty(B, T, H + 2 * G, D).transpose(1, 2).split((H, G, G), dim=1)
-        attention_gradients(norms, ctx.dropped and Dropped(noise, *ctx.dropped[1:]), grads[0], (q, k, v), gradients)
+        _attend(norms, G, ctx.dropped and _Dropped(noise, *ctx.dropped[1:]), q, k, v, dy, *gradients)
         return *gradients, None
 
 
-class Dropped(NamedTuple):
+class _Dropped(NamedTuple):
     """Dropout of attention weights, with the draws of kernels/cpu.py's CausalAttention."""
 
     noise: list[Tensor]
@@ -312,7 +292,7 @@ class Dropped(NamedTuple):
     least: int
 
     @classmethod
-    def drawn(cls, q: Tensor, dropout: float) -> Dropped | None:
+    def drawn(cls, q: Tensor, dropout: float) -> _Dropped | None:
         if not dropout:
             return None
         B, H, T, _ = q.shape
@@ -320,22 +300,6 @@ class Dropped(NamedTuple):
         sizes = [(some.stop - some.start) * H * (b.queries.stop - b.queries.start) * b.keys.stop
                  for some in rows for b in blocks]  # fmt: skip
         return cls([drop_noise(size) for size in sizes], rows[0].stop, least)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, dropped: Dropped | None) -> tuple[Tensor, Tensor]:
-    """The result, (B, H, T, D), with the heads side by side as the next product needs them; the norms of weights."""
-    B, H, T, D = q.shape
-    y, norms = empty((B, T, H, D), q.dtype).transpose(1, 2), q.new_empty(B, H, T)
-    _call_attention(norms, k.size(1), dropped, q, k, v, y)
-    return y, norms
-
-
-def attention_gradients(
-    norms: Tensor, dropped: Dropped | None, dy: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> None:
-    """Writes the gradients of q, k and v."""
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-    _call_attention(norms, inputs[1].size(1), dropped, *inputs, dy, *gradients)
 
 
 def _shares(view: Tensor) -> bool:
@@ -346,7 +310,7 @@ def _shares(view: Tensor) -> bool:
 VIEWS = 7
 
 
-def _call_attention(norms: Tensor, groups: int, dropped: Dropped | None, *views: Tensor) -> None:
+def _attend(norms: Tensor, groups: int, dropped: _Dropped | None, *views: Tensor) -> None:
     kernel, (B, H, T, D) = _kernel(), views[0].shape
     numbers = [n for t in views for n in (t.data_ptr(), *t.stride()[:3])] + [0] * (4 * (VIEWS - len(views)))
     noise, few, least = dropped or ([], 0, 0)

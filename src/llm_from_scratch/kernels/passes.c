@@ -1,4 +1,4 @@
-/* Passes over rows of numbers in float32, forward and backward: activations, norms, dropout. */
+/* Passes over rows of numbers in float32, forward and backward: activations, RMSNorm, dropout. */
 
 #ifndef LANES
 
@@ -7,16 +7,14 @@
 
 enum { PIECE = 1 << 13, ROWS = 32, PIECES = 64 };
 
-/* again: of a gradient, memory for the activation, or NULL */
-typedef struct { const float *a, *b, *c; float *y, *z, *again; long n; } Numbers;
+typedef struct { const float *a, *b, *c; float *y, *z; long n; } Numbers;
 typedef struct {
-    const float *x, *weight, *bias, *dy, *beside;  /* beside: added to the gradient of x, or NULL */
-    float *y, *stats, *sums;  /* y: the result, or the gradient of x; stats: of each row, its mean and 1 / deviation */
-    long rows, width, few;    /* few: rows of a piece; sums: of each piece, the gradients of weight and bias */
-    int centred, known;       /* known: stats are given */
+    const float *x, *weight, *dy;
+    float *y, *scale, *sums;   /* y: the result, or the gradient of x; sums: of each piece, the weight's gradient */
+    long rows, width, few;     /* few: rows of a piece */
     float eps;
 } Norm;
-typedef struct { const float *x, *beside; const int16_t *noise; float *y; long n; int least; float scale; } Dropped;
+typedef struct { const float *x; const int16_t *noise; float *y; long n; int least; float scale; } Dropped;
 
 #define ACTIVATION(NAME, ...)                                                                                          \
     KERNEL void N(NAME)(void *data, long piece) {                                                                      \
@@ -24,51 +22,47 @@ typedef struct { const float *x, *beside; const int16_t *noise; float *y; long n
         long end = (piece + 1) * PIECE < m->n ? (piece + 1) * PIECE : m->n;                                            \
         for (long i = piece * PIECE; i < end; i += LANES) __VA_ARGS__                                                  \
     }
-#define AGAIN(...) if (m->again) STORE(m->again + i, __VA_ARGS__)
 
 #include "vectors.h"
 
 /* n is a multiple of 16. */
-void activation(int which, const float *a, const float *b, const float *c, float *y, float *z, float *again, long n,
-                int has_avx512, int threads) {
+void activation(int which, const float *a, const float *b, const float *c, float *y, float *z, long n, int has_avx512,
+                int threads) {
     static void (*const functions[][2])(void *, long) = {
         {gelu_tanh_8, gelu_tanh_16}, {gelu_tanh_back_8, gelu_tanh_back_16}, {swiglu_8, swiglu_16},
         {swiglu_back_8, swiglu_back_16}, {relu2_8, relu2_16}, {relu2_back_8, relu2_back_16},
         {gelu_8, gelu_16}, {gelu_back_8, gelu_back_16},
     };
-    Numbers job = {a, b, c, y, z, again, n};
+    Numbers job = {a, b, c, y, z, n};
     share(functions[which][has_avx512], &job, (n + PIECE - 1) / PIECE, threads);
 }
 
-/* LayerNorm if centred, else RMSNorm. The width is a multiple of 16. */
-void normalize(const float *x, const float *weight, const float *bias, float *y, float *stats, long rows, long width,
-               int centred, int known, float eps, int has_avx512, int threads) {
-    Norm job = {x, weight, bias, NULL, NULL, y, stats, NULL, rows, width, ROWS, centred, known, eps};
+/* RMSNorm. The width is a multiple of 16. */
+void normalize(const float *x, const float *weight, float *y, float *scale, long rows, long width, float eps,
+               int has_avx512, int threads) {
+    Norm job = {x, weight, NULL, y, scale, NULL, rows, width, ROWS, eps};
     share(has_avx512 ? normalize_16 : normalize_8, &job, (rows + ROWS - 1) / ROWS, threads);
 }
 
 /* Returns 0, or 1 if memory is short. */
-int normalize_back(const float *x, const float *weight, const float *dy, const float *beside, float *stats, float *dx,
-                   float *dweight, float *dbias, long rows, long width, int centred, int has_avx512, int threads) {
+int normalize_back(const float *x, const float *weight, const float *dy, float *scale, float *dx, float *dweight,
+                   long rows, long width, int has_avx512, int threads) {
     long few = rows > ROWS * PIECES ? (rows + PIECES - 1) / PIECES : ROWS, pieces = (rows + few - 1) / few;
-    float *sums = calloc(pieces * 2 * width, sizeof *sums);
+    float *sums = calloc(pieces * width, sizeof *sums);
     if (!sums) return 1;
-    Norm job = {x, weight, NULL, dy, beside, dx, stats, sums, rows, width, few, centred, 1, 0};
+    Norm job = {x, weight, dy, dx, scale, sums, rows, width, few, 0};
     share(has_avx512 ? normalize_back_16 : normalize_back_8, &job, pieces, threads);
-    for (int which = 0; which < 2; which++) {
-        float *total = which ? dbias : dweight;
-        for (long i = 0; total && i < width; i++) total[i] = 0;
-        for (long p = which; total && p < 2 * pieces; p += 2)
-            for (long i = 0; i < width; i++) total[i] += sums[p * width + i];
-    }
+    for (long i = 0; i < width; i++) dweight[i] = 0;
+    for (long p = 0; p < pieces; p++)
+        for (long i = 0; i < width; i++) dweight[i] += sums[p * width + i];
     free(sums);
     return 0;
 }
 
-/* beside + x * scale where the noise is at least `least`, beside elsewhere. n is a multiple of 16. */
-void drop(const float *x, const float *beside, const int16_t *noise, float *y, long n, int least, float scale,
-          int has_avx512, int threads) {
-    Dropped job = {x, beside, noise, y, n, least, scale};
+/* x * scale where the noise is at least `least`, 0 elsewhere. n is a multiple of 16. */
+void drop(const float *x, const int16_t *noise, float *y, long n, int least, float scale, int has_avx512,
+          int threads) {
+    Dropped job = {x, noise, y, n, least, scale};
     share(has_avx512 ? drop_16 : drop_8, &job, (n + PIECE - 1) / PIECE, threads);
 }
 
@@ -102,7 +96,6 @@ ACTIVATION(gelu, {
 ACTIVATION(gelu_back, {
     Vec x = LOAD(m->a + i), bell, share = N(below)(x, &bell);
     STORE(m->y + i, LOAD(m->b + i) * FMA(x * 0.398942280f, bell, share));
-    AGAIN(x * share);
 })
 ACTIVATION(gelu_tanh, {
     Vec x = LOAD(m->a + i);
@@ -112,7 +105,6 @@ ACTIVATION(gelu_tanh_back, {
     Vec x = LOAD(m->a + i), square = x * x;
     Vec s = N(logistic)(x * FMA(square, ALL(0.0713548163f), ALL(1.59576912f)));
     STORE(m->y + i, LOAD(m->b + i) * FMA(s * (1.0f - s) * x, FMA(square, ALL(0.2140644489f), ALL(1.59576912f)), s));
-    AGAIN(x * s);
 })
 ACTIVATION(swiglu, {
     Vec gate = LOAD(m->a + i);
@@ -122,60 +114,44 @@ ACTIVATION(swiglu_back, {
     Vec gate = LOAD(m->a + i), x = LOAD(m->b + i), dy = LOAD(m->c + i), s = N(logistic)(gate);
     STORE(m->y + i, dy * x * s * FMA(gate, 1.0f - s, ALL(1)));
     STORE(m->z + i, dy * gate * s);
-    AGAIN(gate * s * x);
 })
 ACTIVATION(relu2, { STORE(m->y + i, MAX(ALL(0), LOAD(m->a + i)) * MAX(ALL(0), LOAD(m->a + i))); })
 ACTIVATION(relu2_back, {
     Vec x = MAX(ALL(0), LOAD(m->a + i));
     STORE(m->y + i, x * 2.0f * LOAD(m->b + i));
-    AGAIN(x * x);
 })
 
-/* --- norms --- */
+/* --- RMSNorm --- */
 
 KERNEL void N(normalize)(void *data, long piece) {
     const Norm *m = data;
     long n = m->width, end = (piece + 1) * m->few < m->rows ? (piece + 1) * m->few : m->rows;
     for (long r = piece * m->few; r < end; r++) {
         const float *x = m->x + r * n;
-        float *y = m->y + r * n, *stats = m->stats + 2 * r;
-        if (!m->known) {
-            Vec sum = ALL(0), square = ALL(0);
-            for (long i = 0; m->centred && i < n; i += LANES) sum += LOAD(x + i);
-            stats[0] = TOTAL(sum) / n;
-            for (long i = 0; i < n; i += LANES) square = FMA(LOAD(x + i) - stats[0], LOAD(x + i) - stats[0], square);
-            stats[1] = 1 / sqrtf(TOTAL(square) / n + m->eps);
-        }
-        float mean = stats[0], scale = stats[1];
-        for (long i = 0; i < n; i += LANES) {
-            Vec out = (LOAD(x + i) - mean) * scale * LOAD(m->weight + i);
-            if (m->bias) out += LOAD(m->bias + i);
-            STORE(y + i, out);
-        }
+        Vec square = ALL(0);
+        for (long i = 0; i < n; i += LANES) square = FMA(LOAD(x + i), LOAD(x + i), square);
+        float scale = 1 / sqrtf(TOTAL(square) / n + m->eps);
+        for (long i = 0; i < n; i += LANES) STORE(m->y + r * n + i, LOAD(x + i) * scale * LOAD(m->weight + i));
+        m->scale[r] = scale;
     }
 }
 
 KERNEL void N(normalize_back)(void *data, long piece) {
     const Norm *m = data;
     long n = m->width, end = (piece + 1) * m->few < m->rows ? (piece + 1) * m->few : m->rows;
-    float *sums = m->sums + piece * 2 * n;
+    float *sums = m->sums + piece * n;
     for (long r = piece * m->few; r < end; r++) {
         const float *x = m->x + r * n, *dy = m->dy + r * n;
-        float *dx = m->y + r * n, mean = m->stats[2 * r], scale = m->stats[2 * r + 1];
-        Vec along = ALL(0), level = ALL(0);
+        float scale = m->scale[r];
+        Vec along = ALL(0);
         for (long i = 0; i < n; i += LANES) {
-            Vec d = LOAD(dy + i), slope = d * ((LOAD(x + i) - mean) * scale);
-            along = FMA(slope, LOAD(m->weight + i), along);
-            level = FMA(d, LOAD(m->weight + i), level);
-            STORE(sums + i, LOAD(sums + i) + slope);
-            STORE(sums + n + i, LOAD(sums + n + i) + d);
+            Vec d = LOAD(dy + i) * LOAD(x + i) * scale;
+            along = FMA(d, LOAD(m->weight + i), along);
+            STORE(sums + i, LOAD(sums + i) + d);
         }
-        float shift = m->centred ? TOTAL(level) / n : 0, slope = TOTAL(along) / n * scale;
-        for (long i = 0; i < n; i += LANES) {
-            Vec out = (FMA(LOAD(dy + i), LOAD(m->weight + i), ALL(-shift)) - (LOAD(x + i) - mean) * slope) * scale;
-            if (m->beside) out += LOAD(m->beside + r * n + i);
-            STORE(dx + i, out);
-        }
+        float slope = TOTAL(along) / n * scale;
+        for (long i = 0; i < n; i += LANES)
+            STORE(m->y + r * n + i, (LOAD(dy + i) * LOAD(m->weight + i) - LOAD(x + i) * slope) * scale);
     }
 }
 
@@ -187,9 +163,7 @@ KERNEL void N(drop)(void *data, long piece) {
     for (long i = piece * PIECE; i < end; i += LANES) {
         Int noise = __builtin_convertvector(*(const JOIN(Shorts, LANES) *)(m->noise + i), Int);
         /* times 0 and not left out, so that NaN stays NaN */
-        Vec out = LOAD(m->x + i) * (Vec)((noise >= m->least) & (Int)ALL(m->scale));
-        if (m->beside) out += LOAD(m->beside + i);
-        STORE(m->y + i, out);
+        STORE(m->y + i, LOAD(m->x + i) * (Vec)((noise >= m->least) & (Int)ALL(m->scale)));
     }
 }
 

@@ -24,7 +24,6 @@ from ..config import Config
 from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
 from ..errors import UserError
 from ..machine.device import Runtime, forked_random
-from .blocks import CompiledBlock
 from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
 from .swap import inputs, kind_of, swap, unswap
 
@@ -71,18 +70,23 @@ def _keep_within(
     count = next(k for k in range(len(blocks)) if k * out + (len(blocks) - k) * one <= limit)
     # the first blocks, since they are recomputed when the others' activations are gone
     unswap(nn.ModuleList(blocks[:count]), LeanBlock)
-    _recompute_blocks(model, blocks[:count], say)
+    asked, count = count, _recompute_blocks(model, blocks[:count], say)
+    if count < asked and one < everything:
+        swap(model, {Block: LeanBlock}, say)
     kept = count * out + (len(blocks) - count) * one
     what = "norms and activation functions" if one < everything else ""
     if count:
         what = f"{count} of {len(blocks)} blocks{' and in the others ' * bool(what)}{what}"
-    say(f"activations: recomputing {what}: {kept / GIB:.2f} GiB stored per micro-batch instead of {whole / GIB:.2f}")
+    over = "" if kept <= limit else f", more than the budget of {budget:g} GiB"
+    say(
+        f"activations: recomputing {what or 'nothing'}: {kept / GIB:.2f} GiB stored per micro-batch instead of "
+        f"{whole / GIB:.2f}{over}"
+    )
 
 
-def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[str], None]) -> None:
+def _recompute_blocks(model: GPT, blocks: Iterable[nn.Module], say: Callable[[str], None]) -> int:
     chosen = set(blocks)
-    unswap(nn.ModuleList(chosen), CompiledBlock)
-    swap(model, {Block: RecomputedBlock}, say, keep=[m for m in model.transformer.h if m not in chosen])
+    return swap(model, {Block: RecomputedBlock}, say, keep=[m for m in model.transformer.h if m not in chosen])
 
 
 class RecomputedBlock(Block):
@@ -97,13 +101,11 @@ class RecomputedBlock(Block):
 
 def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
     """Recomputes the outputs of norms and activation functions in the blocks instead of storing them. On a CPU,
-    attention does not store its weights either. The arithmetic is the same. A CompiledBlock does so by itself."""
+    attention does not store its weights either. The arithmetic is the same."""
     on_cpu = model.lm_head.weight.device.type == "cpu"
     faster: dict[type, type] = {SwiGLU: CPUSwiGLU, ReLUSquared: CPUReLUSquared} if on_cpu else {}
     cheap = (*NORMS.values(), *(kind for kind in ACTIVATIONS.values() if isinstance(kind, type)))
-    plain = [m for block in model.transformer.h if not isinstance(block, CompiledBlock) for m in block.modules()]
-    inside = {m for m in plain if isinstance(m, cheap)}
-    inside |= {m for m in model.transformer.h.modules() if isinstance(m, CPUAttention)}
+    inside = {m for m in model.transformer.h.modules() if isinstance(m, (CPUAttention, *cheap))}
     lighter = {kind: lean(faster.get(kind, kind)) for kind in {type(m) for m in inside}}
     swap(model, {**lighter, CPUAttention: LeanCPUAttention}, say, keep=set(model.modules()) - inside)
     swap(model, {Block: LeanBlock}, say)

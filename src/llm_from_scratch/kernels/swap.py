@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..core.model import GPT, Attention, Block, Head, NextTokenLoss
+from ..core.model import GPT, Attention, Head, NextTokenLoss
 from ..errors import StopForward, one_line
 from ..machine.device import forked_random
 
@@ -41,8 +41,7 @@ def swap(
     """Replaces the class of every module whose class is a key. Returns the number of replaced modules.
 
     A replacement is a subclass of its key without parameters of its own. A deliberate approximation, such as float8,
-    has a method `exact` with the arguments of forward, which is compared instead. One with modules of
-    its own sets `compared_in_training`, because an edit may act in training only. keep: modules to leave unchanged;
+    has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged;
     lasting: unswap() does not undo it. If a replacement differs or fails, say reports it and the original module stays.
     """
     left = set(keep)
@@ -56,10 +55,9 @@ def swap(
         if which not in given:  # the model never calls one of this kind
             continue
         if which not in verdicts:
-            whole = getattr(replacement, "compared_in_training", False)
-            verdict = _difference(module, replacement, *given[which], modes=(False, True) if whole else (False,))
-            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size, whole)):
-                verdict = _difference(module, replacement, args, {}, modes=(whole,))
+            verdict = _difference(module, replacement, *given[which])
+            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size)):
+                verdict = _difference(module, replacement, args, {}, modes=(False,))
             if verdict is not None and verdict not in verdicts.values():
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[which] = verdict
@@ -125,7 +123,7 @@ def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, di
         model.train(training)
 
 
-def _longer(module: nn.Module, args: Any, T: int, whole: bool) -> tuple[Any, ...]:
+def _longer(module: nn.Module, args: Any, T: int) -> tuple[Any, ...]:
     """The arguments for a row of T random numbers, the whole context, for modules in which a token's place matters: an
     edit, such as a window of attention, may change only the later ones. Attention has as many heads as fit, the loss a
     head of a few ids: its short rows were compared with the whole vocabulary. Empty for other modules."""
@@ -145,10 +143,6 @@ def _longer(module: nn.Module, args: Any, T: int, whole: bool) -> tuple[Any, ...
         x, targets, head = args
         few = min(FEW_IDS, len(head.weight))
         return draw(x, 1, T, x.size(-1)), targets[:1, torch.arange(T) % targets.size(1)] % few, _smaller(head, few)
-    if whole and isinstance(module, Block) and len(args) == 3 and args[2] is None:
-        x = args[0]
-        where = tree_map(lambda t: t[..., torch.arange(T) % t.size(-2), :], args[1])
-        return draw(x, 1, T, x.size(-1)), where, None
     return ()
 
 
@@ -163,25 +157,26 @@ def _smaller(head: Head, few: int) -> Head:
 
 
 def _difference(
-    module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any], modes: Collection[bool] = (False,)
+    module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any], modes: Collection[bool] = (False, True)
 ) -> str | None:
     """How the replacement differs from the module's present class on these arguments; None if it does not differ.
-    modes: whether in training. Without dropout."""
-    inner = [(m, "p" if isinstance(m, nn.Dropout) else "dropout") for m in module.modules()]
-    rates = [(m, name, getattr(m, name)) for m, name in inner if isinstance(getattr(m, name, None), float)]
-    training = module.training
-    precision = torch.get_float32_matmul_precision()
+    modes: whether in training, where an edit may act; only of a module without others in it, with its dropout at 0."""
+    training, precision = module.training, torch.get_float32_matmul_precision()
+    is_single = next(module.children(), None) is None
+    name = "p" if isinstance(module, nn.Dropout) else "dropout"
+    rate = getattr(module, name, None)
     torch.set_float32_matmul_precision("highest")  # without TensorFloat-32, whose rounding differs between kernels
     try:
-        for m, name, _ in rates:
-            setattr(m, name, 0.0)
+        if isinstance(rate, float):
+            setattr(module, name, 0.0)
+        modes = modes if is_single else (False,)
         found = (_difference_now(module.train(mode), replacement, args, kwargs) for mode in modes)
         return next(filter(None, found), None)
     finally:
         torch.set_float32_matmul_precision(precision)
         module.train(training)
-        for m, name, rate in rates:
-            setattr(m, name, rate)
+        if isinstance(rate, float):
+            setattr(module, name, rate)
 
 
 def _difference_now(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any]) -> str | None:

@@ -441,7 +441,7 @@ ABOUT_SEVERAL = {
     "training": {"compile", "distributed", "documents", "faults", "gpu_step", "mixtures", "toys", "edited_models"},
     "serving": {"chat", "life"},
     "generation": {"edited_models"},
-    "kernels": {"edited_models"},
+    "kernels": {"dropout", "edited_models"},
 }
 
 

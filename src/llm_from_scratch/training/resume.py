@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config
 from ..core.model import GPT
-from ..kernels.blocks import layers_in_c
+from ..kernels.layers import layers_in_c
 from ..kernels.products import checked_libraries, libraries_of
 from ..machine import device as runtimes
 from ..machine.device import Runtime

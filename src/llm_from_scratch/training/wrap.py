@@ -22,13 +22,12 @@ from ..core.adapters import adapter_of, freeze, unfreeze
 from ..core.cache import Documents
 from ..core.model import GPT, Attention, Head, Linear, NextTokenLoss
 from ..errors import UserError, one_line
-from ..kernels.blocks import layer_replacements, layers_in_c
 from ..kernels.compiled import find_kernel, is_built, lacking, wanted_kernel
 from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.flex import document_attention
 from ..kernels.float8 import Float8Linear, float8_replacements
-from ..kernels.layers import CompiledLoss
+from ..kernels.layers import CompiledLoss, layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute

@@ -17,7 +17,7 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core import model as models
 from llm_from_scratch.core.model import GPT, Attention, ReLUSquared, RMSNorm, SwiGLU
-from llm_from_scratch.kernels import blocks, compiled, layers, recompute
+from llm_from_scratch.kernels import compiled, layers, recompute
 from llm_from_scratch.kernels.compiled import Kernel
 from llm_from_scratch.kernels.cpu import plain_attention
 from llm_from_scratch.machine.device import Runtime, resolve
@@ -331,7 +331,6 @@ def test_a_model_learns_as_without_them(
     assert not [line for line in said if "core/model.py" in line]
     assert [line for line in said if line.startswith("layers: ")]
     assert isinstance(model.transformer.h[0].attn.attend, layers.CompiledAttention)
-    assert isinstance(model.transformer.h[0], blocks.CompiledBlock)
     assert isinstance(model.transformer.h[0].ln_1, layers.CompiledRMSNorm) == (changes is MODERN)
     for a, b in zip(loss_and_gradients(plain.eval()), loss_and_gradients(model.eval()), strict=True):
         assert (b - a).norm() <= 1e-5 * a.norm()
@@ -373,7 +372,7 @@ def test_an_added_parameter_trains(allowed: None, monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     plain = GPT(GPTConfig(**SHAPE))
     model, said = exchanged(copy.deepcopy(plain))
-    assert blocks.layers_in_c(model)
+    assert layers.layers_in_c(model)
     for a, b in zip(loss_and_gradients(plain), loss_and_gradients(model), strict=True):
         assert (b - a).norm() <= 1e-5 * a.norm()
 
@@ -402,7 +401,7 @@ def test_a_long_run_in_float32_compiles(monkeypatch: pytest.MonkeyPatch) -> None
     assert not chosen(minute).compiled_layers
 
 
-IN_C = ["Attention", "GELU", "Block"]
+IN_C = ["Attention", "GELU"]
 
 
 @pytest.mark.slow
@@ -412,7 +411,7 @@ def test_a_resumed_run_makes_the_same_choice(
     settings: dict[str, Any] = {"schedule": "constant", "dtype": "float32", "compile": False, "n_embd": 32}
     train(tiny_config(tiny_data, **settings, out_dir="whole", max_iters=6))
     train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=3))
-    assert "layers: Attention, GELU, Block in C" in capsys.readouterr().out
+    assert "layers: Attention, GELU in C" in capsys.readouterr().out
     monkeypatch.setenv(compiled.VARIABLE, "auto")
     monkeypatch.setattr(wrap, "is_built", lambda: False)  # a short run would not build it
     train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=6, init_from="resume"))

@@ -14,7 +14,10 @@ from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core.model import GPT, Block, LayerNorm
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.kernels import recompute as activations
+from llm_from_scratch.kernels.compiled import Kernel
+from llm_from_scratch.kernels.layers import layer_replacements, layers_in_c
 from llm_from_scratch.kernels.recompute import GIB, kept_by_a_block, recompute_cheap
+from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.training.wrap import exchange
 
@@ -222,3 +225,36 @@ def test_a_block_edited_in_place_keeps_what_it_needs_or_is_left_alone(monkeypatc
     assert any("Block" in line and "fails" in line for line in said) and type(model.transformer.h[0]) is Block
     with pytest.raises(RuntimeError, match="modified by an inplace operation|changed in place"):
         step(model)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_blocks_with_layers_in_c_are_recomputed(kernel: Kernel, variant: str) -> None:
+    """torch's checkpoint gives a node its stored tensors once."""
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, said = GPT(GPTConfig(**SHAPE | VARIANTS[variant])), list[str]()
+        swap(model, layer_replacements(model, False), said.append)
+        config = Config(model=model.config)
+        config.training.gradient_checkpointing = checkpointing
+        activations.recompute(model, config, runtime(), BATCH, said.append)
+        assert layers_in_c(model) and not said
+        stored, out = kept_by_a_block(model, runtime(), BATCH)
+        assert (stored == out) == checkpointing
+        found.append(step(model))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_only_blocks_that_are_replaced_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = build(activation_budget=None)
+    out = kept_by_a_block(plain, runtime(), BATCH)[1]
+    recompute_cheap(plain, print)
+    cheap = kept_by_a_block(plain, runtime(), BATCH)[0]
+    budget = (3 * out + cheap) / GIB
+    monkeypatch.setattr(activations.RecomputedBlock, "forward", lambda self, x, *others: 2 * x)
+    model, said = build(activation_budget=budget)
+    assert "using core/model.py's Block" in said[0]
+    assert [type(block).__name__ for block in model.transformer.h] == ["LeanBlock"] * 4
+    assert "recomputing norms and activation functions: " in said[1]
+    assert f"{4 * cheap / GIB:.2f} GiB stored" in said[1] and "more than the budget" in said[1]
