@@ -197,6 +197,8 @@ class TrainingConfig(Settings):
     only what costs no time (norms, activation functions). None: store everything."""
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
+    flex_attention: bool = False
+    """With documents, on CUDA: attention skips other documents by torch's flex_attention. Untested on CUDA."""
 
     def validate(self) -> None:
         at_least(self, 0, "max_iters", "max_rollbacks")

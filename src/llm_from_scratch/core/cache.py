@@ -185,12 +185,12 @@ class Documents:
     document, and a token attends to its own document only.
 
     numbers: of the document at each position, (B, T), int64, counted from 0 in each row and never decreasing. margins:
-    what the loss of pairs of documents compares with (training/preferences.py).
+    what the loss of pairs of documents compares with (training/preferences.py). blocks: the mask has its blocks too.
     """
 
     GAP = 15  # ids that n-grams see before a document: the most that any reads
 
-    def __init__(self, numbers: Tensor, margins: Tensor | None = None):
+    def __init__(self, numbers: Tensor, margins: Tensor | None = None, *, blocks: bool = False):
         T, self.margins = numbers.size(1), margins
         self.numbers, steps = numbers, torch.arange(T, device=numbers.device)
         begins = torch.ones_like(numbers, dtype=torch.bool)
@@ -198,14 +198,17 @@ class Documents:
         self.positions = steps - (begins * steps).cummax(dim=1).values  # (B, T)
         same = numbers[:, None, :, None] == numbers[:, None, None, :]
         mask: Any = same & torch.ones(T, T, dtype=torch.bool, device=numbers.device).tril()  # (B, 1, T, T)
-        if numbers.is_cuda:
+        if blocks:
             mask.blocks = document_blocks(numbers)  # for kernels/flex.py; lost if an edited model changes the mask
         self.mask: Tensor = mask
 
     @classmethod
-    def of(cls, parts: Sequence[Tensor]) -> list[Documents]:
-        """Of what a batch of packed documents has for each row: [Documents], or nothing for other data."""
-        return [cls(*parts)] if parts else []
+    def of(cls, parts: Sequence[Tensor], model: torch.nn.Module) -> list[Documents]:
+        """Of what a batch of packed documents has for each row: [Documents], or nothing for other data. The mask has
+        blocks if a module of the model reads them."""
+        if not parts:
+            return []
+        return [cls(*parts, blocks=any(getattr(m, "reads_blocks", False) for m in model.modules()))]
 
     def begin(self, T: int) -> Tensor:
         return self.positions

@@ -29,8 +29,10 @@ def document_attention() -> type[Attention]:
         return flex(q, k, v, block_mask=blocks, enable_gqa=q.size(1) != k.size(1))
 
     class FlexAttention(Attention):
+        reads_blocks = True  # of core/cache.py's Documents
+
         def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-            blocks = getattr(mask, "blocks", None)  # of core/cache.py's Documents
+            blocks = getattr(mask, "blocks", None)
             return super().forward(q, k, v, mask, causal) if blocks is None else attend(q, k, v, blocks)
 
         def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

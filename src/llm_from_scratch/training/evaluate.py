@@ -127,7 +127,7 @@ def _sum_of_losses(
                     y[int(0 in mine[i : i + 1]) :, :known] = -1
                 # of pairs of documents, each counts once
                 count = int(((y >= 0) if len(documents) < 2 else ~documents[1].isnan()).sum())
-                loss = loss_of(model, x, y, runtime, *Documents.of(documents))
+                loss = loss_of(model, x, y, runtime, *Documents.of(documents, model))
                 nats += loss * count if count else 0.0
                 tokens += count
             *sums, stops = sum_over_ranks([nats, tokens, stopped], runtime.device, runtime.world_size)

@@ -171,7 +171,9 @@ class Rehearsal:
         """Forward and backward over one sequence, without an update: loads what torch loads at the first use."""
         x, y, *packed = self.run.loader.get(0)
         with self.run.runtime.autocast():
-            _, loss = self.run.models.train(x[:1], y[:1], *Documents.of([part[:1] for part in packed[::2]]))
+            _, loss = self.run.models.train(
+                x[:1], y[:1], *Documents.of([part[:1] for part in packed[::2]], self.run.model)
+            )
         loss.backward()
         self.run.model.zero_grad(set_to_none=True)
 
@@ -188,7 +190,7 @@ class Rehearsal:
 
         x, y, *packed = self.run.loader.get(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), self.run.runtime.autocast():
-            self.run.model(x, y, *Documents.of(packed[::2]))
+            self.run.model(x, y, *Documents.of(packed[::2], self.run.model))
         return Split.of(found.values())
 
     def trained(self) -> Split:

@@ -161,7 +161,7 @@ def _margins(run: Any, data: PreferenceData) -> Tensor:
         (x, y), numbers, *_ = data.batch(rows, data.block_size, slice(at, at + size))
         idx, targets, documents = (torch.from_numpy(part).to(run.runtime.device) for part in (x, y, numbers))
         with run.runtime.autocast():
-            _, m = run.model(idx, targets, Documents(documents))
+            _, m = run.model(idx, targets, *Documents.of([documents], run.model))
         counts = torch.from_numpy(data.learned[at : at + size]).to(m.device)
         found.append(m[torch.arange(m.size(1), device=m.device) < counts[:, None]].float().cpu())
     run.model.train(was_training)

@@ -59,6 +59,10 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     runtime = runtimes.resolve(config.system)
     if config.system.fp8:
         refuse_unfit(runtime.device, runtime.dtype)
+    if training.flex_attention and runtime.device.type != "cuda":
+        raise UserError(
+            f"--flex_attention=True needs a CUDA device, and this run uses {runtime.device.type}: leave it out"
+        )
     folder, notes = inputs.folder, list[str]()
     tokenizer, vocab_size = _vocabulary(inputs, notes)
     resumed, weights, base = None, None, None

@@ -55,7 +55,7 @@ def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
     for i, (xi, yi, *of_rows) in enumerate(parts):
         with run.models.gradient_exchange(is_last=i == len(parts) - 1):  # several processes exchange gradients once
             with run.runtime.autocast():
-                _, part = run.models.train(xi, yi, *Documents.of(of_rows[::2]))
+                _, part = run.models.train(xi, yi, *Documents.of(of_rows[::2], model))
             # the gradient of the mean over all tokens of the batch that are learned, not of the sum
             part = part * of_rows[1].sum() if of_rows else part / len(parts)
             scaler.scale(part).backward()

@@ -133,9 +133,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     packed = config.data.documents is True
     if runtime.device.type == "cpu":
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
-    elif packed and config.model.dropout:
+    elif packed and config.training.flex_attention and config.model.dropout:
         say("documents: attention with dropout reads a dense mask, and does not skip other documents")
-    elif packed and runtime.device.type == "cuda":
+    elif packed and config.training.flex_attention:
         replacements[Attention] = document_attention()
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
@@ -296,7 +296,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
     """The compiled model, tested on a batch of the run's shape, so that it fails before step 0 if at all."""
     shape = (micro_batch, config.model.block_size)
     x, y = torch.zeros((2, *shape), dtype=torch.long, device=runtime.device)
-    documents = [Documents(x)] if config.data.documents is True else []
+    documents = Documents.of([x] if config.data.documents is True else [], model)
     in_parts = runtime.device.type == "cpu" or config.model.max_ngram > 0 or runtime.is_sharded
     compiled: nn.Module = model
     shield_children()

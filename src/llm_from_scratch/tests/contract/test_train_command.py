@@ -349,6 +349,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "resumed in another shape": (["--init_from=resume", "--out_dir=run", "--n_layer=9"], "--n_layer=9 contradicts"),
     "no cuda": (["--device=cuda"], "sees no CUDA device; use --device=cpu"),
     "fp8 on a cpu": (["--fp8=True"], "--fp8=True needs a CUDA device of compute capability 8.9"),
+    "flex attention on a cpu": (["--flex_attention=True"], "--flex_attention=True needs a CUDA device"),
     "no such device": (["--device=tpu"], "device='tpu' is not one of auto, cpu, cuda"),
     "file in the way": (["--out_dir=file"], "out_dir=file is a file"),
     "file on the way": (["--out_dir=file/sub/run"], "out_dir=file/sub/run cannot be written"),

@@ -33,9 +33,7 @@ def numbers_of(*rows: list[int]) -> Tensor:
 
 
 def with_blocks(numbers: Tensor) -> Documents:
-    documents = Documents(numbers)
-    setattr(documents.mask, "blocks", document_blocks(numbers))  # noqa: B010
-    return documents
+    return Documents(numbers, blocks=True)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=["own keys", "grouped"])
@@ -121,7 +119,14 @@ def test_another_formula_stays_and_one_line_says_so(monkeypatch: pytest.MonkeyPa
     assert len(said) == 1 and "FlexAttention returns a different result" in said[0]
 
 
-def test_it_is_chosen_on_cuda_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_built_if_a_module_reads_them() -> None:
+    numbers, one = numbers_of([70, 5, 100, 25]), model()
+    assert not hasattr(Documents.of([numbers], one)[0].mask, "blocks") and not Documents.of([], one)
+    assert swap(one, {Attention: document_attention()}, pytest.fail) == 2
+    assert hasattr(Documents.of([numbers], one)[0].mask, "blocks")
+
+
+def test_it_is_used_if_requested_and_without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     from llm_from_scratch.training import wrap
 
     chosen = list[Any]()
@@ -130,9 +135,14 @@ def test_it_is_chosen_on_cuda_without_dropout(monkeypatch: pytest.MonkeyPatch) -
         device=torch.device("cuda"), dtype=torch.float32, is_sharded=False, compile=False, compiled_layers=False,
         world_size=1, products=None,
     )  # fmt: skip
+    config = Config(model=model().config)
+    config.data.documents, config.training.activation_budget = True, None
+    wrap.exchange(model(), config, runtime, 2, pytest.fail)
+    assert Attention not in chosen[-1]  # nobody measured it
     for documents, dropout in ((True, 0.0), (True, 0.1), (False, 0.0)):
         config, said = Config(model=model(dropout=dropout).config), list[str]()
         config.data.documents, config.training.activation_budget = documents, None
+        config.training.flex_attention = True
         wrap.exchange(model(dropout=dropout), config, runtime, 2, said.append)
         assert (Attention in chosen[-1]) == (documents and not dropout)
         assert said == ["documents: attention with dropout reads a dense mask, and does not skip other documents"] * (
