@@ -2,7 +2,7 @@
 loss, peak memory, parameters that train; and with --peft the speed of LoRA by peft and transformers.
 
 python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=4] [--block_size=256]
-       [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:1e-3] [--windows=16] [--peft] [--threads=N]
+       [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:2e-3] [--windows=16] [--peft] [--threads=N]
        [SETTING ...]
 
 The text is prepared with the model's tokenizer in a temporary folder. Each method trains in a fresh process, whose peak
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--methods", default="full,lora")
-    parser.add_argument("--rates", default="full:5e-5,lora:1e-3")
+    parser.add_argument("--rates", default="full:5e-5,lora:2e-3")
     parser.add_argument("--windows", type=int, default=16, help="of the validation split")
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--threads", type=int)
