@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -12,22 +11,12 @@ from torch import Tensor, nn
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core import model as models
 from llm_from_scratch.core.model import GPT, Attention
-from llm_from_scratch.kernels import layers
 from llm_from_scratch.kernels.compiled import Kernel
 from llm_from_scratch.kernels.cpu import CPUAttention, CPUDropout
 from llm_from_scratch.kernels.layers import CompiledAttention, CompiledDropout, layer_replacements
 from llm_from_scratch.kernels.swap import swap
 
 SHAPE: dict[str, Any] = {"block_size": 40, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.3}
-
-
-@pytest.fixture(params=["AVX2", "AVX-512"])
-def level(kernel: Kernel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    if request.param == "AVX-512" and not kernel.has_avx512:
-        pytest.skip("this processor has no AVX-512")
-    found = dataclasses.replace(kernel, has_avx512=request.param == "AVX-512")
-    monkeypatch.setattr(layers, "load_kernel", lambda: found)
-    return found
 
 
 def exchanged(**changes: Any) -> tuple[GPT, list[str]]:

@@ -30,15 +30,6 @@ from ..tiny import tiny_config
 DOUBLE = torch.float64
 
 
-@pytest.fixture(params=["AVX2", "AVX-512"])
-def level(kernel: Kernel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    if request.param == "AVX-512" and not kernel.has_avx512:
-        pytest.skip("this processor has no AVX-512")
-    found = dataclasses.replace(kernel, has_avx512=request.param == "AVX-512")
-    monkeypatch.setattr(layers, "load_kernel", lambda: found)
-    return found
-
-
 def as_compiled(module: Any) -> Any:
     module.__class__ = layers.REPLACEMENTS[type(module)]
     return module
