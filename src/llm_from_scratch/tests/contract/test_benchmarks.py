@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ def contenders(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def called(script: str, *words: str) -> dict[str, Any]:
     """The line of JSON that a script ends with."""
-    done = subprocess.run([sys.executable, BENCHMARKS / script, "--threads=1", *words], capture_output=True, text=True)
+    # a compilation in an earlier test sets PYTHONSAFEPATH, which hides the script's folder
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, BENCHMARKS / script, "--threads=1", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
