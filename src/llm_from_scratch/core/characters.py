@@ -37,7 +37,7 @@ class CharTable:
         ids = np.frombuffer(data.translate(self.ascii, INNER), "u1")  # of the first byte of each character
         others = np.flatnonzero(ids == OTHER)
         if len(others):
-            codes = code_points(data.translate(None, ASCII).decode())
+            codes = points_beyond_ascii(data)
             if len(codes) != len(others):
                 return None
             ids = ids.astype(self.ids.dtype)
@@ -52,7 +52,7 @@ def characters_of(texts: Iterable[str]) -> str:
         data = text.encode()
         known += bytes(set(data.translate(None, known)))  # most texts have no new byte
         if not text.isascii():
-            seen[code_points(data.translate(None, ASCII).decode())] = True
+            seen[points_beyond_ascii(data)] = True
     seen[[byte for byte in known if byte in ASCII]] = True
     return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
 
@@ -60,3 +60,8 @@ def characters_of(texts: Iterable[str]) -> str:
 def code_points(text: str) -> np.ndarray:
     """Shape (len(text),), of integers. Raises UnicodeEncodeError for a lone surrogate."""
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
+
+
+def points_beyond_ascii(data: bytes) -> np.ndarray:
+    """The code points of a text in UTF-8 that are not ASCII, in order."""
+    return code_points(data.translate(None, ASCII).decode())

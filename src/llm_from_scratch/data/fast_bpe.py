@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.characters import ASCII, code_points
+from ..core.characters import points_beyond_ascii
 from ..core.cuts import cut_text, without_surrogates
 from ..core.tokenizer import RANKS_FILE, TRAINED_PART, HFTokenizer, TiktokenTokenizer, Tokenizer
 from ..core.vocab_files import EOT, byte_to_char
@@ -63,7 +63,7 @@ def may_differ(data: bytes) -> bool:
     """data: a text as UTF-8."""
     if data.isascii():
         return False
-    return bool(unassigned().take(code_points(data.translate(None, ASCII).decode()), mode="clip").any())
+    return bool(unassigned().take(points_beyond_ascii(data), mode="clip").any())
 
 
 def can_encode(tokenizer: Tokenizer) -> bool:
