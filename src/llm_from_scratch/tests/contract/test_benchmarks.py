@@ -30,7 +30,7 @@ def called(script: str, *words: str) -> dict[str, Any]:
     """The line of JSON that a script ends with."""
     # a compilation in an earlier test sets PYTHONSAFEPATH, which hides the script's folder
     env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    command = [sys.executable, BENCHMARKS / script, "--threads=1", *words]
+    command = [sys.executable, str(BENCHMARKS / script), "--threads=1", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
