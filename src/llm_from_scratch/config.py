@@ -230,7 +230,8 @@ class FinetuneConfig(Settings):
     freeze: tuple[str, ...] = ()
     """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
     before_after: bool | Literal["auto"] = "auto"
-    """Compare texts and loss before and after finetuning, at the end and in README.md. auto: in a terminal."""
+    """Compare texts and loss before and after finetuning, at the end and in README.md. auto: with one process, or in a
+    terminal."""
 
     def validate(self) -> None:
         at_least(self, 1, "lora_rank")

@@ -167,7 +167,7 @@ class Service:
         if self.template is None:
             ways = "use /v1/completions, or start the server with --chat_template=FILE"
             raise ApiError(400, f"this model does not have a chat template: {ways}", code="no_chat_template")
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same: send one of them", "max_tokens")

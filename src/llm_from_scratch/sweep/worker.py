@@ -101,7 +101,7 @@ class Trial:
         begin = "auto" if resolved_init("auto", folder) == "resume" else self.runs.starts_from
         seeds = [] if "seed" in settings else [f"--seed={seed}"]
         own = [f"--out_dir={folder}", f"--init_from={begin}", "--progress=lines"]
-        return [str(self.runs.settings), *words_of(settings), *seeds, *own]
+        return [str(self.runs.settings), "--before_after=False", *words_of(settings), *seeds, *own]
 
     def folder(self, seed: int) -> Path:
         return self.claim.folder if len(self.runs.seeds) == 1 else self.claim.folder / f"seed-{seed}"

@@ -78,6 +78,7 @@ QUICK: dict[str, Any] = {
     "learning_rate": 1e-2,
     "min_lr": 1e-3,
     "max_new_tokens": 3,
+    "before_after": False,
     "final_eval": False,
     "loss_plot": False,
     "log_interval": 1,

@@ -51,11 +51,12 @@ def prompts_from(data: TokenData, tokenizer: Tokenizer) -> list[str]:
 
 
 def begin(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
-    """Stores the texts of the model with its first weights, if the run finetunes and somebody wants to see them. Their
-    length is what the machine writes in SECONDS."""
+    """Stores the texts of the model with its first weights, if the run finetunes and prints. Their length is what the
+    machine writes in SECONDS."""
     training, wanted = plan.config.training, plan.config.finetune.before_after
     is_new = training.init_from not in ("scratch", "resume") and not training.eval_only
-    wanted = (log.is_watched and log.nanogpt_mfu is None) if wanted == "auto" else wanted
+    if wanted == "auto":  # with several processes the others would wait for the texts
+        wanted = not log.silent and log.nanogpt_mfu is None and (log.is_watched or plan.runtime.world_size == 1)
     unfit = not plan.runtime.is_master or plan.runtime.is_sharded  # which writes with all processes
     if not wanted or not is_new or plan.tokenizer is None or unfit:
         return

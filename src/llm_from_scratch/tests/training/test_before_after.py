@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,10 +50,15 @@ def test_a_finetuned_run_compares_the_same_prompts_and_the_same_loss(
     )
 
 
-def test_piped_runs_do_not_compare_unless_asked(tiny_data: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "compares"),
+    [({}, True), ({"progress": "none"}, False), ({"init_from": "scratch"}, False), ({"eval_only": True}, False)],
+)
+def test_a_piped_finetune_compares(tiny_data: Path, settings: dict[str, Any], compares: bool) -> None:
     train(tiny_config(tiny_data, out_dir="base", max_iters=1))
-    train(tiny_config(tiny_data, init_from="base", out_dir="run", max_iters=1))
-    assert not Path("run", FILE).exists()
+    begin = {"init_from": "base", "out_dir": "run", "max_iters": 1, "before_after": "auto"}
+    train(tiny_config(tiny_data, **begin | settings))
+    assert Path("run", FILE).exists() == compares
 
 
 def test_a_broken_file_is_ignored(here: Path) -> None:
