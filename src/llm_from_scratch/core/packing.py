@@ -176,6 +176,12 @@ class PackedData(TokenData):
             parts.append(f"{self.cut:,} longer documents are cut into pieces, and nothing is cropped")
         return ", ".join(parts)
 
+    def prompt(self, place: float) -> np.ndarray:
+        """The tokens of a conversation before those that are learned. place: which one, from 0 to 1."""
+        at = slice(int(place * len(self.begins)), int(place * len(self.begins)) + 1)
+        ids, marks = self._read(self.begins[at], self.lengths[at])
+        return ids if marks is None else ids[: np.argmax(marks & LEARNED)]
+
     def example(self, tokenizer: Tokenizer) -> str:
         """The first document of the first row, as marked() shows it."""
         (_, targets), numbers, *_ = self.batch(np.zeros(1, np.int64), self.block_size, slice(0, 1), 1)

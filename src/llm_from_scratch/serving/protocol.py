@@ -255,4 +255,4 @@ def _as_sentence(kind: type[BaseModel], error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return ApiError(400, f"{name} is missing", name, "missing_required_parameter")
     message = first["msg"][0].lower() + first["msg"][1:]
-    return ApiError(400, f"{name}: {message}", name, "invalid_value")
+    return ApiError(400, f"{name or 'the body'}: {message}", name, "invalid_value")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.dataset import TokenData
+from ..core.packing import PackedData
 from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from ..machine.files import open_whole, read_json
@@ -21,6 +22,7 @@ from .plan import Plan
 FILE = "before_after.json"
 PLACES = (0.25, 0.6)  # of the prompts in the validation split
 SEEN, CHARACTERS = 200, 60  # tokens of the split that a prompt is taken from; length of a prompt
+SHOWN = 200  # characters of a prompt that are printed
 FEW, MANY, SECONDS = 4, 48, 2.0  # tokens of the trial and of a text, and the time of a text
 Write = Callable[[list[int], int], str]  # (prompt, number of tokens) -> the text with the prompt
 
@@ -39,15 +41,16 @@ class Comparison:
 
 
 def prompts_from(data: TokenData, tokenizer: Tokenizer) -> list[str]:
-    """Beginnings of lines of held-out text, cut at a space."""
-    found = []
-    for place in PLACES:
+    """Beginnings of lines of held-out text, cut at a space. Of conversations: up to the assistant's first turn."""
+    chats = [part for _, _, part in data.weighted if isinstance(part, PackedData) and part.marks]
+    found = [tokenizer.decode(chats[0].prompt(place)) for place in PLACES] if chats else []
+    for place in () if chats else PLACES:
         begin = int(place * max(0, len(data) - SEEN))
         ids = data.windows(np.array([begin]), min(SEEN, len(data)))[0]
         text = tokenizer.decode([int(i) for i in ids if i < tokenizer.vocab_size])
         line = text[text.find("\n", 0, len(text) // 2) + 1 :].lstrip()[:CHARACTERS]
         found.append(line.rpartition(" ")[0] or line or text)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def begin(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
@@ -60,15 +63,14 @@ def begin(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
     unfit = not plan.runtime.is_master or plan.runtime.is_sharded  # which writes with all processes
     if not wanted or not is_new or plan.tokenizer is None or unfit:
         return
-    texts = prompts_from(plan.val_data, plan.tokenizer)
-    ids = [plan.tokenizer.encode(text).tolist() for text in texts]
-    if not all(ids):
+    prompts = prompts_from(plan.val_data, plan.tokenizer)
+    if not all(prompts):
         return
-    write(ids[0], 1)
+    _continued(plan, prompts[0], write, 1)
     start = time.perf_counter()
-    write(ids[0], FEW)
+    _continued(plan, prompts[0], write, FEW)
     tokens = int(max(FEW, min(MANY, FEW * SECONDS / (time.perf_counter() - start))))
-    _save(log, Comparison(run_id, texts, tokens, [write(prompt, tokens) for prompt in ids]))
+    _save(log, Comparison(run_id, prompts, tokens, [_continued(plan, prompt, write, tokens) for prompt in prompts]))
 
 
 def end(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
@@ -76,12 +78,22 @@ def end(plan: Plan, log: RunLog, run_id: str, write: Write) -> None:
     found = read(log.out_dir / FILE, run_id)
     if found is None or plan.tokenizer is None or not plan.runtime.is_master:
         return
-    found.after = [write(plan.tokenizer.encode(text).tolist(), found.tokens) for text in found.prompts]
+    found.after = [_continued(plan, prompt, write, found.tokens) for prompt in found.prompts]
     entries = [entry for entry in read_entries(log.out_dir / METRICS) if isinstance(entry.get("val_loss"), float)]
     found.val_loss = [entry["val_loss"] for entry in (entries[0], entries[-1])] if entries else []
     _save(log, found)
     for line in lines(found):
         log.say(line)
+
+
+def _continued(plan: Plan, prompt: str, write: Write, tokens: int) -> str:
+    """A prompt and what follows, up to the end of the text or of the turn."""
+    assert plan.tokenizer is not None
+    whole = write(plan.tokenizer.encode(prompt, allow_special=bool(plan.val_data.marks)).tolist(), tokens)
+    text = whole.removeprefix(prompt)
+    for end in filter(None, (plan.tokenizer.decode([i]) for i in plan.tokenizer.end_ids)):
+        text = text.partition(end)[0]
+    return prompt + text
 
 
 def _save(log: RunLog, found: Comparison) -> None:
@@ -108,5 +120,5 @@ def lines(found: Comparison) -> list[str]:
     for prompt, first, last in zip(found.prompts, found.before, found.after, strict=True):
         for label, whole in (("before", first), ("after", last)):
             continuation = whole.removeprefix(prompt).strip("\n")
-            text += [f"--- {label}: {prompt!r} continues with", continuation.translate(CONTROL)]
+            text += [f"--- {label}: {prompt[-SHOWN:]!r} continues with", continuation.translate(CONTROL)]
     return [*text, "---"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 
 from llm_from_scratch.core.dataset import TokenData
+from llm_from_scratch.core.tokenizer import EOT, Tokenizer
+from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.training.before_after import FILE, Comparison, lines, prompts_from, read
+from llm_from_scratch.training.run import Run
 from llm_from_scratch.training.trainer import train
 
 from ..tiny import TOKENIZER, babble, read_metrics, tiny_config
@@ -48,6 +52,36 @@ def test_a_finetuned_run_compares_the_same_prompts_and_the_same_loss(
     assert read_metrics(Path("plain"))[-1]["loss" if "loss" in read_metrics(Path("plain"))[-1] else "val_loss"] in (
         entry.get("loss", entry.get("val_loss")) for entry in read_metrics(Path("run"))
     )
+
+
+def test_conversations_are_asked_and_answered(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts are whole questions, with special tokens as tokens; answers end with the turn."""
+    rows = [{"prompt": f"{n}?", "completion": f"{n * n}"} for n in range(60)]
+    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prepare("c.jsonl", root=here, report=lambda line: None, tokenizer="bpe:270")
+    settings: dict[str, Any] = {"block_size": 32, "max_iters": 2}
+    train(tiny_config(data, out_dir="base", **settings))
+    capsys.readouterr()
+    asked: list[list[int]] = []
+    tokenizer = Tokenizer.load(data)
+    (end,) = tokenizer.encode(EOT, allow_special=True)
+
+    def write(self: Run, prompt: list[int], tokens: int) -> str:
+        asked.append(prompt)
+        return tokenizer.decode([*prompt, *tokenizer.encode("yes"), end, *tokenizer.encode("no")])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "continued", write)
+        train(tiny_config(data, out_dir="run", init_from="base", before_after=True, **settings))
+    found = json.loads(Path("run", FILE).read_text())
+    assert len(found["prompts"]) == 2
+    for prompt, first, last in zip(found["prompts"], found["before"], found["after"], strict=True):
+        assert re.fullmatch(r"User:\n\d+\?<\|endoftext\|>\nAssistant:\n", prompt)
+        assert first == last == prompt + "yes"
+    assert {tuple(ids) for ids in asked} == {
+        tuple(tokenizer.encode(prompt, allow_special=True).tolist()) for prompt in found["prompts"]
+    }
+    assert all(end in ids for ids in asked) and "continues with\nyes\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
