@@ -69,18 +69,18 @@ def _store_problem(address: str, port: int) -> str:
         return f"MASTER_ADDR={address} is not the name of a host: use the address of rank 0's machine"
     families = {family for family, *_ in found}
     for family, kind, _, _, place in found:
-        with socket.socket(family, kind) as probe:
-            probe.settimeout(PROBE)
-            try:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.settimeout(PROBE)
                 probe.connect(place)
-            except ConnectionRefusedError:
-                reason = f"nothing listens at {address}:{port}: is rank 0 running, and MASTER_ADDR its machine?"
-            except OSError:
-                reason = f"{place[0]}:{port} does not answer: a firewall, another network, or a wrong MASTER_ADDR" + (
-                    f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else ""
-                )
-            else:
-                return f"{address}:{port} answers, but is not torch's store: choose another port"
+        except ConnectionRefusedError:
+            reason = f"nothing listens at {address}:{port}: is rank 0 running, and MASTER_ADDR its machine?"
+        except OSError:
+            reason = f"{place[0]}:{port} does not answer: a firewall, another network, or a wrong MASTER_ADDR" + (
+                f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else ""
+            )
+        else:
+            return f"{address}:{port} answers, but is not torch's store: choose another port"
     return reason
 
 
