@@ -45,9 +45,13 @@ def distributed_env() -> tuple[int, int, int]:
             "or unset RANK and WORLD_SIZE"
         )
     try:
-        rank, local_rank, world = (int(os.environ[name]) for name in names[:3])
+        rank, local_rank, world, port = (int(os.environ[name]) for name in names if name != "MASTER_ADDR")
     except ValueError:
-        raise UserError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers; start with torchrun") from None
+        raise UserError(
+            "RANK, LOCAL_RANK, WORLD_SIZE and MASTER_PORT must be whole numbers; start with torchrun"
+        ) from None
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"MASTER_PORT={port} must be between 0 and 65535")
     if not 0 <= rank < world or local_rank < 0:
         raise UserError(f"RANK={rank} must be between 0 and WORLD_SIZE - 1 = {world - 1}")
     return rank, local_rank, world
@@ -62,6 +66,12 @@ def launch() -> str:
 def is_restarted() -> bool:
     """Whether torchrun has started the processes again after one of them failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts the processes again if one of them fails."""
+    most, done = (os.environ.get(f"TORCHELASTIC_{name}") or "0" for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return int(done) < int(most)
 
 
 def process_age(otherwise: float) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,14 +14,16 @@ import torch
 from ..config import Config
 from ..errors import MemoryShortError, PeerMemoryError, TrainingError, one_line
 from ..machine.device import Runtime, is_out_of_memory
+from ..machine.files import read_json, write_whole
 from ..machine.memory import free_memory, total_memory
-from ..machine.processes import is_refused_exchange
+from ..machine.processes import is_refused_exchange, is_restarted, launch, may_restart
 from .plan import Plan, training_sizes
 
 T = TypeVar("T")
 SHARE = 0.85  # of the free memory: estimates are rough, and other programs grow
 ENOUGH_ON_GPU = 1 << 16  # tokens of a micro-batch; more are not faster (an estimate)
 ENOUGH_ON_CPU = 4096  # tokens of a micro-batch; more are not faster (measured)
+SHORT = ".micro-batch.json"  # in out_dir: for the processes that torchrun starts after memory ran out
 ENOUGH_FOR_ADAPTERS = 1024  # on a CPU: twice as many are a twentieth faster and need a quarter more memory (measured)
 
 
@@ -75,16 +79,37 @@ def no_memory_for_moments(plan: Plan) -> Iterator[None]:
 
 def halved(plan: Plan, micro_batch: int, reason: str, together: bool) -> int:
     """Half of the micro-batch, or the next smaller divisor of the batch. reason: the allocator's message; together:
-    whether all processes do the same. Raises MemoryShortError if it cannot be smaller."""
-    runtime = plan.runtime
+    whether all processes do the same. Raises MemoryShortError if it cannot be smaller now; if torchrun starts the
+    processes again, they do it."""
+    runtime, out_dir = plan.runtime, Path(plan.config.training.out_dir)
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    if micro_batch == 1 or (runtime.world_size > 1 and not together):  # others wait in an exchange
-        size = "one sequence" if micro_batch == 1 else f"{micro_batch} sequences"
-        smaller = "" if micro_batch == 1 else f"lower --batch_size (now {plan.config.data.batch_size}), "
-        raise MemoryShortError(_message(plan, f"with {size} at a time", reason, smaller))
-    batch = plan.global_batch // runtime.world_size
-    return next(size for size in range(micro_batch // 2, 0, -1) if batch % size == 0)
+    if micro_batch == 1:
+        raise MemoryShortError(_message(plan, "with one sequence at a time", reason, ""))
+    size = _divisor(plan.global_batch // runtime.world_size, micro_batch // 2)
+    if runtime.world_size == 1 or together:
+        return size
+    text = _message(plan, f"with {micro_batch} sequences at a time", reason, f"set --micro_batch={size}, ")
+    if may_restart():  # the others wait in an exchange, and end with this process
+        with contextlib.suppress(OSError):
+            write_whole(out_dir / SHORT, json.dumps({"launch": launch(), "micro_batch": size}).encode())
+            text += f". torchrun starts the run again, with {size} at a time"
+    raise MemoryShortError(text)
+
+
+def after_shortage(config: Config, runtime: Runtime, batch: int, chosen: int) -> int:
+    """The micro-batch of a run that torchrun has started again because memory ran out. Rank 0 knows it, and all get the
+    smallest of any process."""
+    path = Path(config.training.out_dir) / SHORT
+    if not (is_restarted() and runtime.is_master and path.is_file()):
+        return chosen
+    found = read_json(path)
+    path.unlink()
+    return _divisor(batch, min(found["micro_batch"], chosen)) if found["launch"] == launch() else chosen
+
+
+def _divisor(batch: int, most: int) -> int:
+    return next(size for size in range(most, 0, -1) if batch % size == 0)
 
 
 def _message(plan: Plan, when: str, reason: str, smaller: str) -> str:

@@ -324,6 +324,43 @@ def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: P
     assert one.step == other.step == 8 and all(torch.equal(one.model[name], other.model[name]) for name in one.model)
 
 
+SPENT = """
+import os, sys, torch
+from llm_from_scratch.cli.train import main_nanogpt
+from llm_from_scratch.core.model import GPT
+
+forward, seen = GPT.forward, []
+
+def limited(model, idx, *others):
+    if model.training and os.environ["RANK"] == "1":
+        seen.append(idx)
+        if len(seen) > 3 and len(idx) > 2:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    return forward(model, idx, *others)
+
+GPT.forward = limited
+sys.exit(main_nanogpt())
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_started_again_needs_less_memory(here: Path, tiny_data: Path) -> None:
+    """From step 3 on, one process has memory for half a micro-batch."""
+    settings: dict[str, Any] = {"dataset": tiny_data, "parallel": "fsdp", "inclusive_max_iters": False}
+    process = _torchrun("--max-restarts=1", script=SPENT, out_dir="short", **settings)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "error: out of memory with 4 sequences at a time" in printed and "set --micro_batch=2" in printed
+    assert "torchrun starts the run again, with 2 at a time" in printed
+    assert "micro-batch: 2 of 4 sequences, because memory ran out" in printed and "resuming from short/" in printed
+    in_ranks(2, whole_run, here, str(here), arguments(**{**SETTINGS, **settings, "out_dir": "roomy"}))
+    one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("roomy", "short"))
+    assert one.step == other.step == 6 and other.trainer["machine"]["micro_batch"] == 2
+    for name in one.model:
+        torch.testing.assert_close(other.model[name], one.model[name], atol=1e-6, rtol=1e-5)
+    assert not [path for path in Path("short").iterdir() if path.name.startswith(".micro")]
+
+
 def whole_run(folder: str, argv: list[str]) -> int:
     os.chdir(folder)
     return main_nanogpt(argv)
