@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from ..errors import UserError, one_line
@@ -28,6 +29,8 @@ class Deadline(NamedTuple):
     """On time.monotonic()."""
     may_extend: bool = True
     """Whether the run gets more updates than planned if there is time for them; it gets fewer if there is not."""
+    expected: Callable[[int], str] | None = None
+    """The expected loss after this many updates, as a line."""
 
 
 def parse_budget(text: str) -> Budget:

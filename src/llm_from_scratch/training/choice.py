@@ -277,12 +277,16 @@ def _filled(
         rows = _rows(tokens)
         settings = {**settings, "ngram_rows": rows}
         model = dataclasses.replace(model, ngram_rows=rows)
-    used, size = law or (NGRAMS if model.max_ngram else PLAIN), facts.unit(law)
-    expected = used.predict(params, steps * batch * T * size, facts.train_tokens * size, T * size, facts.text)
-    if law is None:
-        expected = Prediction(*(bits / facts.bytes_per_character for bits in expected))
+    expected = expected_loss(model, params, steps * batch * T, facts, law)
     seconds = steps * step + (overhead if budget.unit == "seconds" and not is_cut else speed.start)
     yield Choice(settings, model, int(params), arithmetic, steps, batch, step, expected, seconds, is_cut)
+
+
+def expected_loss(model: GPTConfig, params: float, tokens: float, facts: Facts, law: Law | None) -> Prediction:
+    """Bits per byte after training on these tokens. params: that are multiplied."""
+    used, size = law or (NGRAMS if model.max_ngram else PLAIN), facts.unit(law)
+    found = used.predict(params, tokens * size, facts.train_tokens * size, model.block_size * size, facts.text)
+    return found if law is not None else Prediction(*(bits / facts.bytes_per_character for bits in found))
 
 
 def _rows(tokens: float) -> int:

@@ -22,10 +22,10 @@ from ..machine.memory import free_memory
 from ..machine.processes import sum_over_ranks
 from ..settings import flatten
 from .check import check
-from .choice import LAUNCH, LAUNCH_ON_GPU, Choice, Facts, Speed, choose, settings_of
+from .choice import LAUNCH, LAUNCH_ON_GPU, Choice, Facts, Speed, choose, expected_loss, settings_of
 from .counts import counted
 from .forecast import forecast, products_per_second
-from .law import Law
+from .law import Law, Prediction
 from .pace import EXIT
 from .progress import in_words
 from .setup import GPT2_IDS, GPT2_PADDED, make_plan
@@ -91,7 +91,12 @@ def dial(
     chosen.validate()
     deadline = None
     if budget.unit == "seconds" and fixed.get("max_iters") is None and fixed.get("epochs") is None:
-        deadline = Deadline(began + budget.amount, may_extend=not choice.is_cut)
+
+        def expected(steps: int) -> str:
+            tokens = steps * choice.batch * choice.model.block_size
+            return in_line(expected_loss(choice.model, choice.params, tokens, facts, law), facts)
+
+        deadline = Deadline(began + budget.amount, not choice.is_cut, expected)
     took = time.monotonic() - began - spent
     return Dialed(chosen, explain(choices, chosen, budget, facts, fixed, len(measured), took), deadline)
 
@@ -157,7 +162,6 @@ def explain(
     epochs, muon = choice.tokens / facts.train_tokens, optimizer.optimizer_type == "muon"
     rate = f"{choice.batch * model.block_size / choice.step_seconds:,.0f} tokens/s"
     speed = f"{rate}, measured in {took:.1f} s" if rehearsals else f"about {rate}"
-    nats = [bits * math.log(2) * facts.bytes_per_character * facts.characters for bits in choice.expected]
     other = next((some for some in choices if some.model.n_embd != model.n_embd or
                   some.model.n_layer != model.n_layer), None)  # fmt: skip
     lines = [
@@ -169,7 +173,7 @@ def explain(
         f"why: the lowest expected loss of {len(choices)} candidates"
         + (f"; {_layers(other.model)}, width {other.model.n_embd}: {other.expected.bits:.3f} bits per byte"
            if other is not None else ""),
-        f"expected: val loss {nats[0]:.3f} ({nats[1]:.3f} to {nats[2]:.3f}), {choice.expected.bits:.3f} bits per byte",
+        in_line(choice.expected, facts),
     ]  # fmt: skip
     is_short = budget.unit == "seconds" and choice.seconds < 0.95 * budget.amount
     if choice.is_cut and is_short and not {"max_iters", "epochs"} & fixed.keys():
@@ -178,6 +182,11 @@ def explain(
             "the loss would not fall any more; use more text"
         )
     return lines
+
+
+def in_line(expected: Prediction, facts: Facts) -> str:
+    nats = [bits * math.log(2) * facts.bytes_per_character * facts.characters for bits in expected]
+    return f"expected: val loss {nats[0]:.3f} ({nats[1]:.3f} to {nats[2]:.3f}), {expected.bits:.3f} bits per byte"
 
 
 def _layers(model: GPTConfig) -> str:

@@ -115,9 +115,11 @@ class Remaining:
     def __init__(self, calendar: Calendar, timer: StepTimer, first: int):
         """first: updates before the timer started."""
         self.calendar, self.timer, self.first = calendar, timer, first
+        self.rate: float | None = None
+        """Tokens/s of the last evaluation, without what its first batches load."""
         self.seen: dict[tuple[bool, bool], tuple[int, float]] = {}
         """(whether with an evaluation, with a checkpoint) -> (pauses between updates, their seconds)."""
-        timer.on_pause = self._paused
+        timer.on_pause, timer._end = self._paused, timer.clock()  # building the run is not a pause
 
     def seconds(self, step: int) -> float | None:
         """After `step` updates; None before the second update of this process."""
@@ -128,7 +130,7 @@ class Remaining:
         plain, evaluation, save = self._pauses(update)
         ahead = updates * (update + plain)
         ahead += calendar.evaluations(step) * evaluation + calendar.saves(step) * save
-        rate = calendar.eval_tokens / evaluation if evaluation > 0 else 0.0
+        rate = self.rate or (calendar.eval_tokens / evaluation if evaluation > 0 else 0.0)
         return ahead + calendar.final_seconds(rate, timer.total + ahead) + calendar.save_bytes * SAVE_AWAITED
 
     def _paused(self, updates: int, seconds: float) -> None:

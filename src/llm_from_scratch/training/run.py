@@ -213,17 +213,19 @@ class Run:
         """Estimates the losses on fixed batches and tracks the best. Raises NotFiniteError, Interrupted."""
         self.report_steps(wait=True)
         state, windows = self.state, self.config.training.eval_iters * self.config.data.batch_size
-        block_size, losses, begin = self.config.model.block_size, {}, time.perf_counter()
+        block_size, losses = self.config.model.block_size, {}
         parts: dict[str, float] = {}
         for split, data in (("train", self.plan.train_data), ("val", self.plan.val_data)):
-            losses[split], each = 0.0, -(-windows // len(data.weighted))
+            losses[split], each, begin = 0.0, -(-windows // len(data.weighted)), time.perf_counter()
             for name, weight, part in data.weighted:
                 loss = estimate_loss(
                     self.models.compiled, part, block_size, each, self.runtime, self.eval_batch, self.stop.interrupt
                 )
                 losses[split] += weight * loss
                 parts |= {f"{split}_loss/{name}": loss} if name else {}
-        self.eval_rate = 2 * windows * block_size / (time.perf_counter() - begin)
+        self.eval_rate = windows * block_size / (time.perf_counter() - begin)  # of the second split: the first warms up
+        if self.log.remaining is not None:
+            self.log.remaining.rate = self.eval_rate
         lr = self._learning_rate()
         metrics = {"train_loss": losses["train"], "val_loss": losses["val"], "lr": lr}
         metrics |= ({"mfu": self.mfu} if self.mfu is not None else {}) | parts | self._score_tasks()

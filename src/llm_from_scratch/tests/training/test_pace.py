@@ -81,6 +81,7 @@ class Log:
         from llm_from_scratch.training.progress import Calendar
 
         self.clock, self.calendar, self.remaining, self.last = clock, Calendar.of(plan), self, plan.last_step
+        self.said = list[str]()
 
     def seconds(self, step: int) -> float:
         return (self.calendar.last - step) * self.clock.seconds + 3.0
@@ -91,7 +92,7 @@ class Log:
         self.calendar = dataclasses.replace(self.calendar, last=last)
 
     def say(self, line: str) -> None:
-        pass
+        self.said.append(line)
 
 
 @pytest.mark.parametrize("speeds", [[1.0], [0.5], [3.0], [1.0, 2.5], [1.0, 0.4, 1.7]])
@@ -110,6 +111,19 @@ def test_a_run_ends_within_two_hundredths_of_the_time_at_any_speed(tiny_data: Pa
     assert plan.config.training.max_iters == step == plan.last_step
     ends = plan.config.scheduler.lr_ends
     assert not ends or list(ends.values())[-1] == step
+
+
+def test_what_was_printed_is_corrected_with_the_expected_loss(tiny_data: Path) -> None:
+    """1,000 updates of 1 s are planned; each takes 1.05 s, and later 1.2: changes add up to what is printed."""
+    plan, clock = make_plan(tiny_config(tiny_data, max_iters=1000, schedule="linear")), Clock(1.05)
+    log = Log(clock, plan)
+    pace = Pace(Deadline(1003.0 + pacing.EXIT, expected=lambda steps: f"expected: {steps}"), plan, clock)
+    for step in range(1001):
+        plan = pace.replan(plan, step, log)  # type: ignore[arg-type]
+        clock.seconds = 1.05 if step < 400 else 1.2
+        clock.now += clock.seconds
+    # at the first look 1000 / 1.05 = 952 are not printed; at the first one with 1.2 s, 400 + (1000 - 420) / 1.2
+    assert log.said == ["pace: 883 steps fit into the budget instead of 1,000; expected: 883"]
 
 
 def test_a_run_of_limited_length_is_only_shortened(tiny_data: Path) -> None:

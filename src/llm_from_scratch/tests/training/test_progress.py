@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from llm_from_scratch.training import run as runs
 from llm_from_scratch.training.progress import (
     SAVE_AWAITED,
     Calendar,
@@ -145,6 +147,46 @@ def test_before_anything_is_seen_it_is_expected() -> None:
         timer.pause()
     # 88 updates of 2 s; one evaluation of 90 tokens, each of which takes a third of an update's 0.2 s
     assert remaining.seconds(12) == pytest.approx(88 * 2.0 + 90 * 0.2 / 3)
+
+
+def test_building_the_run_and_warming_up_are_not_expected_again() -> None:
+    """A run of 60 s once ended at 56: its last evaluation was expected to be as slow as the start of the process."""
+    now = 0.0
+    timer = StepTimer(clock=lambda: now)
+    now += 5.0  # the model is built
+    calendar = Calendar(100, 100, None, True, True, 10, 200, 1000, 0)
+    remaining = Remaining(calendar, timer, first=0)
+    now, remaining.rate = now + 3.0, 100.0  # the first evaluation: half of it loads kernels
+    for _ in range(2):
+        timer.start()
+        now += 1.0
+        timer.pause()
+    # 98 updates, an evaluation like the first, and 1,000 tokens at 100 tokens/s
+    assert remaining.seconds(2) == pytest.approx(98 * 1.0 + 3.0 + 10.0)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_tells_the_rate_of_its_evaluations(tiny_data: Path, monkeypatch: Any) -> None:
+    """The train split, which is first, takes 4 s in an evaluation, the val split 0.5 s."""
+    now, found = 0.0, list[float]()
+
+    def estimate(model: Any, data: Any, block_size: int, windows: int, *_: Any) -> float:
+        nonlocal now
+        now += 4.0 if len(data) > 1000 else 0.5
+        return 1.0
+
+    monkeypatch.setattr(runs, "estimate_loss", estimate)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now))
+    evaluate = Run.evaluate
+
+    def noted(self: Run) -> None:
+        evaluate(self)
+        assert self.log.remaining is not None and self.log.remaining.rate is not None
+        found.append(self.log.remaining.rate)
+
+    monkeypatch.setattr(Run, "evaluate", noted)
+    train(tiny_config(tiny_data, out_dir="run", final_eval=False, max_iters=1), quiet=True)
+    assert set(found) == {2 * 4 * 8 / 0.5}  # eval_iters, sequences, tokens
 
 
 def test_a_long_last_evaluation_is_left_out() -> None:
