@@ -70,11 +70,13 @@ def scaler_of(runtime: Runtime) -> torch.amp.GradScaler:
 def regroup(models: Wrapped, guard: StepGuard, runtime: Runtime, reason: str) -> None:
     """Replaces the exchange of gradients, which has failed or would never end, by a new one. All take part. reason: why
     it fails in this process; empty if its own judge() found out that another one failed."""
-    group: Any = models.train.process_group
+    before: Any = models.train
+    group, has_unused = before.process_group, before.find_unused_parameters
+    del before
     models.train = models.compiled
     gc.collect()  # the hooks of the old one on the parameters
     torch.distributed.destroy_process_group(group)
     del group  # closes its connections: a process that waits for this one gets an error
     if reason:
         guard.judge_short(runtime.device)
-    models.train = data_parallel(models.compiled, runtime)
+    models.train = data_parallel(models.compiled, runtime, has_unused)

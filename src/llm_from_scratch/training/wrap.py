@@ -89,6 +89,8 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     if config.finetune.lora_rank is not None and not adapter_of(model):  # else from an attempt that ran out of memory
         attach(model, config.finetune, config.system.seed)
     use_preferences(model, config.finetune)
+    averages = runtime.world_size > 1 and not runtime.is_sharded
+    unused = unused_parameters(model, runtime.device) if averages else []
     exchange(model, config, runtime, micro_batch, say)
     compiled, is_recorded = None, False
     if runtime.compile:
@@ -99,16 +101,38 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     elif runtime.is_sharded:
         shard(model, config, runtime)
     train = model if compiled is None else compiled
-    if runtime.world_size > 1 and not runtime.is_sharded:
-        train = data_parallel(train, runtime)
+    if averages:
+        if unused:
+            say(f"DDP looks for gradients in every step: the loss of two tokens does not depend on {', '.join(unused)}")
+        train = data_parallel(train, runtime, bool(unused))
     return Wrapped(
         model if compiled is None else compiled, train, compiled is not None, is_recorded,
         config.system.reshard_after_forward,
     )  # fmt: skip
 
 
-def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """The model for training: it averages gradients over the processes, with connections of its own."""
+def unused_parameters(model: GPT, device: torch.device) -> list[str]:
+    """The trained parameters of an edited model that do not affect its loss, here of two tokens. DDP waits for all
+    gradients unless it is told that some are missing."""
+    ids = torch.zeros(1, min(2, model.config.block_size), dtype=torch.long, device=device)
+    try:
+        with forked_random(device):
+            nodes: list[Any] = [model(ids, ids)[1].grad_fn]
+    except Exception:  # a loss that needs more than tokens
+        return []
+    seen, used = set(nodes), set[Any]()
+    while nodes:
+        node = nodes.pop()
+        used.add(getattr(node, "variable", None))
+        before = {other for other, _ in node.next_functions if other is not None} - seen
+        seen |= before
+        nodes += before
+    return [name for name, p in model.named_parameters() if p.requires_grad and p not in used]
+
+
+def data_parallel(model: nn.Module, runtime: Runtime, has_unused: bool) -> nn.Module:
+    """The model for training: it averages gradients over the processes, with connections of its own. has_unused: see
+    unused_parameters."""
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
     group = torch.distributed.new_group() if runtime.can_regroup else None
     tables = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
@@ -119,8 +143,9 @@ def data_parallel(model: nn.Module, runtime: Runtime) -> nn.Module:
     # after the exchange, gradients are where they were exchanged: no second copy of them; torch's default first bucket
     # of 1 MiB would be a second exchange of a small model
     return DistributedDataParallel(
-        model, device_ids=ids, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=25
-    )
+        model, device_ids=ids, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=25,
+        find_unused_parameters=has_unused,
+    )  # fmt: skip
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:

@@ -326,6 +326,31 @@ def test_what_is_not_finite_is_skipped_in_all_shards(dtype: str, scale: float, t
     assert results == [([False, True, False], True, scale)] * 2
 
 
+class Idle(models.Block):
+    """A parameter that an edit has left without a use."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.idle = torch.nn.Parameter(torch.ones(3))
+
+
+def idle(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> int:
+    with mock.patch.object(models, "Block", Idle):
+        return trained(dataset, out_dir, leaves | {"n_embd": 22})
+
+
+@SLOW
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_parameter_without_a_use_stays_as_it_is(parallel: str, tiny_data: Path, tmp_path: Path) -> None:
+    leaves = {"parallel": parallel, "max_iters": 5, "eval_interval": 5}
+    assert in_ranks(2, idle, tmp_path, tiny_data, tmp_path / "many", leaves) == [0, 0]
+    assert idle(tiny_data, tmp_path / "one", leaves | {"parallel": "auto"}) == 0
+    equal(final(tmp_path / "many"), final(tmp_path / "one"))
+    found = [tensor for name, tensor in final(tmp_path / "many").items() if name.endswith("idle")]
+    assert len(found) == 2 and all(torch.equal(tensor, torch.ones(3)) for tensor in found)
+
+
 class Gated(models.Block):
     """A researcher's first edit: a learned number."""
 
