@@ -342,18 +342,25 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
         total, fits = sum(one.memory.values()) / GB, "" if one.fits else "  too big"
         text.append(
             f"{one.mode:<10}{''.join(f'{size / GB:>{width}.2f}' for size, width in columns)}{total:>8.2f}{fits:<9}"
-            f"{one.sent / GB:>13.2f} GB{1e3 * one.seconds:>7,.0f} ms"
+            f"{one.sent / GB:>13,.2f} GB{1e3 * one.seconds:>7,.0f} ms"
         )
-    text += ["", "  GPUs  parallel  global batch  micro-batch  sent per GPU        step      tokens/s  scaling"]
-    single = estimate(config, cluster.of(1), "ddp")
-    rate = single.sequences / single.seconds
+    text += [
+        "",
+        "  GPUs  parallel  global batch  micro-batch  sent per GPU        step      tokens/s     hours  scaling",
+    ]
+    single, steps = estimate(config, cluster.of(1), "ddp"), config.training.max_iters
+    rate, tokens, of = single.sequences / single.seconds, 10**9, ""
+    if config.training.epochs is None:
+        tokens = single.sequences * model.block_size * steps
+        of = f" ({steps:,} steps of {single.sequences:,} sequences: --max_iters)"
     for size in table_sizes(cluster):
         found = [estimate(config, cluster.of(size), mode) for mode in modes(config, cluster.of(size))]
         best = min(found, key=lambda one: (not one.fits, one.seconds))
         batch, way = best.sequences * size, best.mode if size > 1 else "-"
+        speed = batch * model.block_size / best.seconds
         text.append(
-            f"{size:>6,}  {way:<8}{batch:>14,}{best.micro_batch:>13,}{best.sent / GB:>11.2f} GB"
-            f"{1e3 * best.seconds:>9,.0f} ms{batch * model.block_size / best.seconds:>14,.0f}"
+            f"{size:>6,}  {way:<8}{batch:>14,}{best.micro_batch:>13,}{best.sent / GB:>11,.2f} GB"
+            f"{1e3 * best.seconds:>9,.0f} ms{speed:>14,.0f}{tokens / speed / 3600:>10,.1f}"
             f"{batch / best.seconds / rate / size:>9.0%}{'' if best.fits else '  too big'}"
         )
-    return text
+    return [*text, "", f"hours: of {tokens:,} tokens{of}; scaling: tokens/s of a GPU, relative to one GPU alone"]

@@ -105,7 +105,7 @@ def after_shortage(config: Config, runtime: Runtime, batch: int, chosen: int) ->
         return chosen
     found = read_json(path)
     path.unlink()
-    return _divisor(batch, min(found["micro_batch"], chosen)) if found["launch"] == launch() else chosen
+    return _divisor(batch, min(found["micro_batch"], chosen)) if found.get("launch") == launch() else chosen
 
 
 def _divisor(batch: int, most: int) -> int:

@@ -174,9 +174,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert lines[0] == "the data nowhere are not prepared here: assuming GPT-2's vocabulary"
     assert "124,373,760 parameters" in lines[1] and "4 x 8 H100; each has 80 GB and 989 TFLOP/s" in lines[2]
     assert [line.split()[0] for line in lines[6:9]] == ["ddp", "fsdp", "hsdp"]
-    table = [line.split() for line in lines[11:]]
+    table = [line.split() for line in lines[11:22]]
     assert [row[0] for row in table] == [*(f"{2**n:,}" for n in range(11))]
     assert table[0][-1] == "100%" and int(table[-1][-1][:-1]) < 100
+    assert lines[23].startswith("hours: of 294,912,000,000 tokens (600,000 steps of 480 sequences: --max_iters);")
+    rates, hours = ([float(row[at].replace(",", "")) for row in table] for at in (-3, -2))
+    assert [294.912e9 / rate / 3600 for rate in rates] == pytest.approx(hours, abs=0.051)
     assert list(here.iterdir()) == []
 
 
