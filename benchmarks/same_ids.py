@@ -1,12 +1,12 @@
 """Whether the fast encoder gives the ids of the libraries that it replaces, on mixed text.
 
 python benchmarks/same_ids.py [--tokenizers=gpt2,cl100k_base,o200k_base,bpe:8192,FILE.json] [--mb=200] [--seed=0]
-    [--transformers=gpt2,FILE.json]
+    [--transformers=gpt2,FILE.json] [--folder=DIR]
 
 The text is two thirds Python sources and documentation of this machine; the rest is emoji, CJK, right-to-left and
 combining scripts, control characters, digits, long runs and random code points. The reference is tiktoken for its
-vocabularies, and tokenizers for a tokenizer.json; of --transformers, transformers. Prints a
-table, and a line of JSON last.
+vocabularies, and tokenizers for a tokenizer.json; of --transformers, transformers. --folder keeps the result of every
+part of the text, so that the same command resumes. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from preparing import changed, documents
 from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.data.fast_bpe import FastTokenizer, may_differ
 from llm_from_scratch.interop.hf_tokenizer import to_backend
+from llm_from_scratch.machine.files import write_whole
 
 UNIT = 1 << 20  # characters
 TRAINED = 20  # MB of text on which bpe:N is trained
+PARTS = 8  # of the text, each with every eighth document
 RANGES = {  # of code points
     "emoji": (0x1F300, 0x1FAFF), "CJK": (0x4E00, 0x9FFF), "kana": (0x3040, 0x30FF), "Hangul": (0xAC00, 0xD7A3),
     "Cyrillic": (0x400, 0x4FF), "Arabic": (0x600, 0x6FF), "Hebrew": (0x590, 0x5FF), "Devanagari": (0x900, 0x97F),
@@ -58,19 +61,21 @@ def strange(rng: random.Random, size: int, alphabets: dict[str, list[str]]) -> s
     return "".join(parts)
 
 
-def texts(size: int, seed: int) -> Iterator[str]:
+def texts(size: int, seed: int, part: int = 0) -> Iterator[str]:
     """Units of about a megabyte, `size` bytes in all."""
     alphabets = {}
     for name, (low, high) in RANGES.items():
         chars = [chr(code) for code in range(low, high + 1)]
         alphabets[name] = [char for char in chars if unicodedata.category(char) not in ("Cn", "Cs")]
-    rng, real = random.Random(seed), (changed(text, at) for at in itertools.count() for text in documents())
+    rng = random.Random(seed * PARTS + part)
+    chosen = (itertools.islice(documents(), part, None, PARTS) for _ in itertools.count())
+    real = (changed(text, at) for at, some in enumerate(chosen) for text in some)
     while size > 0:
         parts, length = [], 0
-        while length < UNIT:
-            part = next(real) if rng.random() < 0.8 else strange(rng, rng.randint(10, 20_000), alphabets)
-            parts.append(part)
-            length += len(part)
+        while length < min(UNIT, size):
+            piece = next(real) if rng.random() < 0.8 else strange(rng, rng.randint(10, 20_000), alphabets)
+            parts.append(piece)
+            length += len(piece)
         text = "".join(parts)
         size -= len(text.encode())
         yield text
@@ -83,15 +88,21 @@ def of_transformers(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: own.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def compare(name: str, size: int, seed: int, folder: Path, with_transformers: bool) -> dict[str, Any]:
-    trained = texts(TRAINED * 10**6, seed + 1) if name.startswith("bpe:") else None
-    tokenizer = Tokenizer.from_name(name, trained)
-    tokenizer.save(folder)
+def load(name: str, seed: int, folder: Path) -> Tokenizer:
+    """A tokenizer, saved in the folder. bpe:N is trained once."""
+    if not Tokenizer.exists(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = texts(TRAINED * 10**6, seed + 1) if name.startswith("bpe:") else None
+        Tokenizer.from_name(name, trained).save(folder)
+    return Tokenizer.load(folder)
+
+
+def compare(tokenizer: Tokenizer, folder: Path, with_transformers: bool, content: Iterator[str]) -> dict[str, float]:
     fast = FastTokenizer(tokenizer, folder)
     reference = of_transformers(tokenizer) if with_transformers else tokenizer.encode
     found: dict[str, float] = {"MB": 0.0, "by gigatoken": 0.0, "tokens": 0, "units": 0, "units that differ": 0}
     begin = time.process_time()
-    for text in texts(size, seed):
+    for text in content:
         ids, expected = fast.encode(text), np.asarray(reference(text))
         megabytes = len(text.encode()) / 1e6
         found["MB"] += megabytes
@@ -100,7 +111,7 @@ def compare(name: str, size: int, seed: int, folder: Path, with_transformers: bo
         found["units"] += 1
         if not np.array_equal(ids, expected):
             found["units that differ"] += 1
-            print(f"{name}: unit {found['units']} differs", file=sys.stderr)
+            print(f"{tokenizer.name}: unit {found['units']} differs", file=sys.stderr)
     return found | {"processor seconds": time.process_time() - begin}
 
 
@@ -110,20 +121,29 @@ def main() -> None:
     parser.add_argument("--transformers", default="")
     parser.add_argument("--mb", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     cases = [(name, False) for name in given.tokenizers.split(",") if name]
     cases += [(name, True) for name in given.transformers.split(",") if name]
     results = {}
-    for name, with_transformers in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            found = compare(name, given.mb * 10**6, given.seed, Path(folder), with_transformers)
-        label = f"{name}{', transformers' if with_transformers else ''}"
-        results[label] = found
-        print(
-            f"{label}: {found['MB']:.0f} MB ({found['by gigatoken']:.0f} by gigatoken), {found['tokens']:,} tokens, "
-            f"{found['units that differ']} of {found['units']} units differ, {found['processor seconds']:.0f} s",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as spool:
+        folder = given.folder or Path(spool)
+        for name, with_transformers in cases:
+            label, place = f"{name}{', transformers' if with_transformers else ''}", folder / name.replace("/", "+")
+            tokenizer, found = load(name, given.seed, place), Counter[str]()
+            for part in range(PARTS):
+                path = place / f"part-{part}-{given.mb}-{given.seed}-{with_transformers}.json"
+                if not path.is_file():
+                    content = texts(given.mb * 10**6 // PARTS, given.seed, part)
+                    write_whole(path, json.dumps(compare(tokenizer, place, with_transformers, content)).encode())
+                found.update(json.loads(path.read_text()))
+            results[label] = dict(found)
+            print(
+                f"{label}: {found['MB']:.0f} MB ({found['by gigatoken']:.0f} by gigatoken), {found['tokens']:,} "
+                f"tokens, {found['units that differ']} of {found['units']} units differ, "
+                f"{found['processor seconds']:.0f} s",
+                flush=True,
+            )
     print(json.dumps(results))
 
 

@@ -27,6 +27,7 @@ from ..errors import EncoderDiffersError, UserError
 from ..machine.files import read_json, to_json, write_whole
 from ..machine.processes import end_with_parent, shield_children
 from .fast_bpe import FastTokenizer
+from .hashes import FileHash
 from .meter import Meter
 
 UNIT = 1 << 20  # characters per unit
@@ -35,7 +36,7 @@ VERSION = 1  # of the cache format
 PROGRESS = "progress.json"  # in the temporary folder
 UNITS = 2  # version of the rules by which texts are divided into units
 QUEUED = 4  # units that wait until they are written
-SYNC_EVERY = 1 << 24  # bytes
+SYNC_EVERY = 1 << 26  # bytes
 SAVE_EVERY = 1 << 24  # tokens between two records of the progress
 SAMPLE = 1 << 12  # characters of a unit that are encoded twice
 MAX_FAILURES = 3  # of worker processes, without a finished unit between them
@@ -56,14 +57,16 @@ class ShardWriter:
     done: list[dict[str, Any]] = field(default_factory=list)
     _file: Any = None
     _unsynced: int = 0
+    _synced: Future[None] | None = None
+    _syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def append(self, ids: np.ndarray) -> None:
         while len(ids):
             if self._file is None:
-                self._file, self._hash = self._path(len(self.done)).open("wb"), hashlib.sha256()
+                self._file, self._hash = self._path(len(self.done)).open("wb"), FileHash()
             part = np.ascontiguousarray(ids[: self.size - self.tokens % self.size], dtype=self.dtype)
-            self._file.write(part.data)
             self._hash.update(part.data)
+            self._file.write(part.data)
             self._begin_sync(len(part) * part.itemsize)
             self.tokens += len(part)
             ids = ids[len(part) :]
@@ -71,12 +74,16 @@ class ShardWriter:
                 self._end_shard()
 
     def _begin_sync(self, size: int) -> None:
-        """Lets the system write what is new to the disk, so that fsync has little left to wait for."""
+        """A thread writes what is new to the disk, so that the last fsync has little left to wait for."""
         self._unsynced += size
-        if self._unsynced >= SYNC_EVERY and hasattr(os, "posix_fadvise"):
-            begin = self._file.tell() - self._unsynced
-            os.posix_fadvise(self._file.fileno(), max(0, begin), self._unsynced, os.POSIX_FADV_DONTNEED)
-            self._unsynced = 0
+        if self._unsynced >= SYNC_EVERY and (self._synced is None or self._synced.done()):
+            self._end_sync()
+            self._synced, self._unsynced = self._syncing.submit(os.fsync, self._file.fileno()), 0
+
+    def _end_sync(self) -> None:
+        before, self._synced = self._synced, None
+        if before is not None:
+            before.result()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.split}_{number:06d}.bin"
@@ -89,6 +96,7 @@ class ShardWriter:
         if self._file is None:
             return
         self._file.flush()
+        self._end_sync()
         os.fsync(self._file.fileno())
         self._file.close()
         self.done.append(self._entry())
@@ -104,10 +112,11 @@ class ShardWriter:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues after the tokens of an earlier state. Raises ValueError if its files have changed."""
         if self._file is not None:
+            self._end_sync()
             self._file.close()
         self.tokens, self.text_bytes, self.done, self._file = state["tokens"], state["bytes"], [], None
         for number, shard in enumerate(state["shards"]):
-            self._file, self._hash = self._path(number).open("r+b"), hashlib.sha256()
+            self._file, self._hash = self._path(number).open("r+b"), FileHash()
             left = shard["tokens"] * self.dtype.itemsize
             while left and (block := self._file.read(min(left, 1 << 20))):
                 self._hash.update(block)

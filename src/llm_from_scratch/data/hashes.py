@@ -1,16 +1,20 @@
-"""Hashes of words, runs of words, lines and documents. The same on every machine and in every run."""
+"""Hashes of words, runs of words, lines, documents and files. The same on every machine and in every run."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO
 
 import numpy as np
 
 # Scripts without spaces, in which each character counts as a word: Thai, Lao, Kana, Han
 ALONE = ((0x0E00, 0x0EFF), (0x3040, 0x30FF), (0x3400, 0x9FFF))
 LETTER, WORD = 1, 2  # what a character is: a part of a word, or a word by itself
+READ = 1 << 20  # bytes of a file at once
+IN_THREAD = 1 << 15  # bytes from which another thread hashes them
 BLOCK = 1 << 15  # characters whose numbers fit in a processor's cache
 MIX, STEP = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
@@ -101,3 +105,38 @@ def hash_lines(text: str) -> dict[int, str]:
 
 def hash_document(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class FileHash:
+    """SHA-256 of the content of a file, found by a thread while the caller reads or writes the file."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def update(self, data: bytes | memoryview) -> None:
+        """data must not change afterwards."""
+        self._wait()
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        self.size += size
+        if size < IN_THREAD:
+            self._digest.update(data)
+        else:
+            self._pending = self._thread.submit(self._digest.update, data)
+
+    def blocks(self, file: IO[bytes]) -> Iterator[bytes]:
+        """The rest of a file."""
+        while block := file.read(READ):
+            self.update(block)
+            yield block
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None

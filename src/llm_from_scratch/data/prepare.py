@@ -194,7 +194,10 @@ def _default_name(first: str, root: Path) -> str:
 
 def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
-    identities = [[source.identity() for source in some] for some in spec.sources]
+    if len(sources := spec.all()) == 1 and isinstance(sources[0], src.FileSource):
+        identities = [[sources[0].identity(count=True)]]
+    else:
+        identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)
     beside = given.parent if given.is_file() else given
     own_files = [p for p in (given, *(beside / file for file in (*TOKENIZER_FILES, *READ_BESIDE))) if p.is_file()]

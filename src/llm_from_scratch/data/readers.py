@@ -12,7 +12,7 @@ import logging
 import posixpath
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -66,29 +66,35 @@ def read_plain_text(source: FileSource) -> Pieces:
 
 
 def _decoded(source: FileSource) -> Iterator[str]:
-    """A text in blocks, none of them empty."""
+    """The text of a file in blocks, none of them empty."""
+    with source.open() as raw:
+        blocks = iter(lambda: raw.read(PIECE), b"")
+        yield from decode(parts(blocks) if source.cut_anywhere else blocks, source)
+
+
+def decode(blocks: Iterable[bytes], source: FileSource) -> Iterator[str]:
+    """A text in blocks, none of them empty. Raises UserError."""
     encoding = "utf-8-sig" if source.encoding == "utf-8" and not source.keep_bom else source.encoding
     decoder, at = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True), 0
-    with source.open() as raw:
-        try:
-            while data := raw.read(PIECE):
-                for part in _parts(data) if source.cut_anywhere else (data,):
-                    at += len(part)
-                    if text := decoder.decode(part):
-                        yield text
-            if text := decoder.decode(b"", final=True):
+    try:
+        for part in blocks:
+            at += len(part)
+            if text := decoder.decode(part):
                 yield text
-        except UnicodeDecodeError as error:
-            raise _not_text(source, at - len(error.object) + error.start, error) from None
-        except UnicodeError as error:  # UTF-16 without a byte order mark
-            raise UserError(f"{source.name} is not {source.encoding} text: {error}") from None
+        if text := decoder.decode(b"", final=True):
+            yield text
+    except UnicodeDecodeError as error:
+        raise _not_text(source, at - len(error.object) + error.start, error) from None
+    except UnicodeError as error:  # UTF-16 without a byte order mark
+        raise UserError(f"{source.name} is not {source.encoding} text: {error}") from None
 
 
-def _parts(data: bytes) -> Iterator[bytes]:
-    """Short parts around characters that are not ASCII."""
-    for begin in range(0, len(data), 4 * CUT):
-        part = data[begin : begin + 4 * CUT]
-        yield from (part,) if part.isascii() else (part[at : at + CUT] for at in range(0, len(part), CUT))
+def parts(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Short parts around characters that are not ASCII. All are so short that no new memory is needed for them."""
+    for data in blocks:
+        for begin in range(0, len(data), 4 * CUT):
+            part = data[begin : begin + 4 * CUT]
+            yield from (part,) if part.isascii() else (part[at : at + CUT] for at in range(0, len(part), CUT))
 
 
 def read_lines(source: FileSource) -> Documents:

@@ -27,8 +27,9 @@ from ..errors import AccessError, UserError, one_line
 from ..machine.files import open_file, write_whole
 from ..machine.terminal import note
 from ..settings import did_you_mean
-from . import stores
+from . import readers, stores
 from .archives import decompress
+from .hashes import FileHash
 from .hub import HubSource as HubSource
 from .options import PrepareOptions
 from .readers import ARCHIVE, LINES, READERS, SEPARATED, TEXT, Reader, check_lines, reader_of, split_document, suffixes
@@ -71,6 +72,7 @@ class FileSource:
     url: str = ""
     stream: Any = field(default=None, compare=False)  # of an archive's member
     said: set[str] = field(default_factory=set, compare=False)
+    characters: list[int] = field(default_factory=list, compare=False)  # of a text; empty if they were not counted
     damage: Damage = field(default_factory=Damage, init=False, compare=False)
 
     @property
@@ -112,8 +114,9 @@ class FileSource:
         packed = suffixes(self.path.name)[1]
         return decompress(packed, raw, self.name) if packed else raw
 
-    def identity(self) -> dict[str, Any]:
-        """By which a change is detected: the version that a server states, or the hash of the content."""
+    def identity(self, count: bool = False) -> dict[str, Any]:
+        """By which a change is detected: the version that a server states, or the hash of the content. count: of a
+        local text, the characters too, which saves a pass."""
         url = self.url
         query = {"query": stores.hash_text(url)} if stores.shown(url) != url else {}  # may be secret
         if url:
@@ -121,11 +124,13 @@ class FileSource:
                 return {"path": self.name, "bytes": self.size, "version": version, **query}
             self._say(f"note: {self.name} has no version (ETag, Last-Modified), so it is downloaded to compare it")
         with stores.reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
-            digest, size = hashlib.sha256(), 0
-            while block := file.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-        return {"path": self.name, "bytes": size, "sha256": digest.hexdigest(), **query}
+            digest = FileHash()
+            blocks = digest.blocks(file)
+            if count and self.reader is TEXT and self.encoding == "utf-8" and not suffixes(self.path.name)[1]:
+                with contextlib.suppress(UserError):  # raised when the text is read
+                    self.characters[:] = [sum(map(len, readers.decode(readers.parts(blocks), self)))]
+            deque(blocks, maxlen=0)
+            return {"path": self.name, "bytes": digest.size, "sha256": digest.hexdigest(), **query}
 
     def reading(self) -> dict[str, Any]:
         """The settings that determine its documents, if they are not the usual ones."""

@@ -50,6 +50,12 @@ class Documents:
             report(f"{ignored - NAMED:,} more sources are empty and ignored")
         self.is_counted = True
 
+    def count_from_identity(self) -> None:
+        """Of one text, whose characters may have been counted with its hash."""
+        known: list[int] = getattr(self.sources[0], "characters", [])
+        if known and known[0] and not self.may_be_many:
+            self.count, self.characters, self.is_counted = 1, known[0], True
+
     @property
     def may_be_many(self) -> bool:
         return len(self.sources) > 1 or self.sources[0].has_many
@@ -113,6 +119,7 @@ def choose_split(
         if count > 1:
             return Split("permutation", fraction, seed, mask=val_documents(count, fraction, seed))
     hashes: list[int] = []
+    documents.count_from_identity()
     if not (documents.is_counted and documents.count == 1):  # else the tokenizer's training has counted them
         begins, wanted = True, {False, True}
         for _, text, ends in documents.pieces(report):

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.core.tokenizer import Tokenizer
-from llm_from_scratch.data import archives, readers, sources, stores
+from llm_from_scratch.data import archives, hashes, readers, sources, stores
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.data.selection import walk
@@ -128,6 +128,26 @@ def test_a_text_cut_anywhere_is_the_same_text(here: Path, size: int, monkeypatch
         else:
             with pytest.raises(UserError, match=f"a.txt is not UTF-8 text: byte offset {at} "):
                 list(source.pieces())
+
+
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+def test_characters_are_counted_with_the_hash(here: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "READ", size)
+    monkeypatch.setattr(hashes, "IN_THREAD", 2)
+    text, cases = b"\xef\xbb\xbfone\r\nthr\xc3\xa9e\r\n\n\xf0\x9f\x98\x80\r", {"a.txt": 13, "a.log": 13}
+    cases |= {"a.txt.gz": 0, "a.jsonl": 0}
+    for name, expected in cases.items():
+        (here / name).write_bytes(text)
+        source = sources.FileSource(Path(name))
+        plain = {"path": name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        assert source.identity(count=True) == source.identity() == plain
+        assert sum(source.characters) == expected == (len("".join(t for t, _ in source.pieces())) if expected else 0)
+    for changes in ({"encoding": "utf-16"}, {"lines": True}, {"separator": "x"}):
+        (source := sources.FileSource(Path("a.txt"), **changes)).identity(count=True)  # type: ignore[arg-type]
+        assert source.characters == []
+    (here / "a.txt").write_bytes(text + b"\xff more")  # reading reports it
+    source = sources.FileSource(Path("a.txt"))
+    assert source.identity(count=True)["bytes"] == len(text) + 6 and source.characters == []
 
 
 def test_encodings(here: Path) -> None:
