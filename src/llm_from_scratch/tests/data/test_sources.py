@@ -143,7 +143,7 @@ def test_characters_are_counted_with_the_hash(here: Path, size: int, monkeypatch
         assert source.identity(count=True) == source.identity() == plain
         assert sum(source.characters) == expected == (len("".join(t for t, _ in source.pieces())) if expected else 0)
     for changes in ({"encoding": "utf-16"}, {"lines": True}, {"separator": "x"}):
-        (source := sources.FileSource(Path("a.txt"), **changes)).identity(count=True)  # type: ignore[arg-type]
+        (source := sources.FileSource(Path("a.txt"), **changes)).identity(count=True)
         assert source.characters == []
     (here / "a.txt").write_bytes(text + b"\xff more")  # reading reports it
     source = sources.FileSource(Path("a.txt"))
