@@ -8,37 +8,33 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import itertools
 import re
 import shlex
-import shutil
-import textwrap
-import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-import tyro
-
 from .completion import completion_script, completion_shell
 from .config import Config
 from .errors import UserError, one_line
+from .help_text import help_text
 from .setting_text import as_text, literal_values, union_members
-from .settings import did_you_mean, flatten, type_hints
+from .settings import did_you_mean, flatten, leaf_types, leaves_by_section
 
 PACKAGE = Path(__file__).resolve().parent
 ROOTS = (PACKAGE.parent.parent, PACKAGE / "_presets")  # a checkout, an installed package
 COMMAND_LINE = "command line"
 HELP_FLAGS = ("-h", "--help", "--help-all", "--help_all")
-MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
-TYRO: Any = {
-    "use_underscores": True,
-    "config": (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.UsePythonSyntaxForLiteralCollections),
+HELP_OPTIONS = {
+    "-h, --help": "Show this help.",
+    "--version": "Print the version.",
+    "--completion {bash,zsh}": "Print a completion script.",
 }
+MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
 T = TypeVar("T")
 
 
@@ -61,22 +57,23 @@ def parse(
     tree_type: type[T], argv: list[str], *, prog: str, description: str = "",
     defaults: dict[str, Any] | None = None, presets: bool = True, base_preset: str | None = None,
     common: Sequence[str] = (), shown: Callable[[dict[str, Any], list[Path]], dict[str, str]] | None = None,
+    own: dict[str, str] = {},  # noqa: B006
 ) -> Parsed[T]:  # fmt: skip
     """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
     the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given; with it, a Python file as the first preset starts from nanoGPT's defaults.
     `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
     command line gives them, and exits. shown: from the settings and the presets to texts that it prints instead of a
-    default. {presets} in description becomes a line for each. `--completion SHELL` prints a script. Raises UserError:
-    unknown name (with the nearest), wrong type, missing or unreadable preset."""
+    default. own: {option: help} of options that the command reads itself, for `--help_all`. {presets} in description
+    becomes a line for each. `--completion SHELL` prints a script. Raises UserError: unknown name (with the nearest),
+    wrong type, missing or unreadable preset."""
     if argv and argv[0].partition("=")[0] == "--completion":
-        command = partial(tyro.cli, tree_type, prog=_command(prog), **TYRO)
-        shell = completion_shell(argv)
-        print(completion_script(lambda args: command(args=args), shell, _presets() if base_preset else {}))
+        shell, command = completion_shell(argv), partial(_tyro, tree_type, _command(prog))
+        print(completion_script(command, shell, _presets() if base_preset else {}))
         raise SystemExit(0)
     leaves = leaf_types(tree_type)
     wanted = next((arg for arg in argv if arg in HELP_FLAGS), None)
-    options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, _sections(tree_type))
+    options, words = _split([arg for arg in argv if arg not in HELP_FLAGS], leaves, leaves_by_section(tree_type))
     names = words if presets else []
     files = [find_preset(name) for name in names or ([base_preset] if base_preset else [])]
     if base_preset and files[0].suffix == ".py":
@@ -95,9 +92,12 @@ def parse(
             with contextlib.suppress(ValueError, SyntaxError):  # a word
                 settings[key] = ast.literal_eval(text)
         notes = {name: text for name, text in (shown(settings, files) if shown else {}).items() if name not in sources}
-        _print_help(tree_type, settings, notes, common if wanted in ("-h", "--help") else (), prog, description)
+        is_short = wanted in ("-h", "--help")
+        options = {"-h, --help": HELP_OPTIONS["-h, --help"]} if is_short else HELP_OPTIONS | own
+        text = _described(prog, description, is_short and bool(common))
+        print(help_text(tree_type, settings, notes, common if is_short else (), prog, text, options))
         raise SystemExit(0)
-    tree = _tyro(tree_type, merged, sources, prog)
+    tree = _read(tree_type, merged, sources, prog)
     return Parsed(tree, sources, [] if presets else words, [str(path) for path in files])
 
 
@@ -106,59 +106,13 @@ def _command(prog: str) -> str:
     return re.split(r" (?=[\[A-Z])", prog)[0]
 
 
-def _print_help(
-    tree_type: type, settings: dict[str, Any], notes: dict[str, str], common: Sequence[str], prog: str, description: str
-) -> None:
-    """The docs of the settings in common, in that order, or of all by section. settings: the defaults to show. notes:
-    texts to show instead."""
-    types, sections = leaf_types(tree_type), _sections(tree_type)
-    values = {n: v.encode("unicode_escape").decode() if isinstance(v, str) else v for n, v in settings.items()}
-
-    def behaviour(name: str) -> str | None:
-        text = notes.get(name, "none" if values.get(name) in ((), {}) else None)
-        return f"(default: {text})" if text else None
-
-    def shown(names: Iterable[str], docs: dict[str, str], text: str | None = "") -> Any:
-        hints = {
-            name: Annotated[types[name], tyro.conf.arg(help=docs[name], help_behavior_hint=behaviour(name))]
-            for name in names
-        }
-        fields = [(name, hint, field(default_factory=partial(values.get, name))) for name, hint in hints.items()]
-        return dataclasses.make_dataclass("Settings", fields, namespace={"__doc__": text})
-
-    hints = typing.get_type_hints(tree_type)
-    parts = [hints[name] for name in sections] or [tree_type]
-    docs = [_leaf_docs(part) for part in parts]
-    if common or not sections:
-        every = {name: text for part in docs for name, text in part.items()}
-        view = shown(common or every, every)
-    else:
-        boxes = [shown(texts, texts, part.__doc__) for part, texts in zip(parts, docs, strict=True)]
-        titles = ["main" if name == "options" else name for name in sections]
-        fields = [(title, box, field(default_factory=box)) for title, box in zip(titles, boxes, strict=True)]
-        view = dataclasses.make_dataclass("Settings", fields)
-    if common:
+def _described(prog: str, description: str, is_short: bool) -> str:
+    if is_short:
         description += f"\n\n{_command(prog)} --help-all lists every setting."
     if "{presets}" in description:
         lines = (f"  {name:<14} {text}" for name, text in _presets().items())
         description = description.replace("{presets}", "\n".join(lines))
-    shown_help = io.StringIO()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown_help):
-        tyro.cli(view, args=["--help"], prog=prog, **TYRO)
-    usage, _, listed = shown_help.getvalue().partition("\n\n")
-    width = shutil.get_terminal_size().columns
-    for part in [usage, *description.split("\n\n")]:  # tyro does not wrap a description
-        print(part if part.startswith("  ") else textwrap.fill(part, width), end="\n\n")
-    print(*(line.rstrip() for line in listed.strip().splitlines()), sep="\n")
-
-
-def _leaf_docs(section: type) -> dict[str, str]:
-    """{setting: the text under it in the source, on one line} of a dataclass."""
-    texts = {}
-    for item, text in itertools.pairwise(ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body):  # type: ignore
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(text, ast.Expr):
-            texts[item.target.id] = " ".join(ast.literal_eval(text.value).split())
-    return texts
+    return description
 
 
 def _presets() -> dict[str, str]:
@@ -172,7 +126,7 @@ def build(tree_type: type[T], values: dict[str, Any]) -> T:
     """A tree with the given leaves (nested by section, or flat). Raises UserError as parse() does."""
     leaves = leaf_types(tree_type)
     flat = _flatten_sections(values, leaves, "the settings")
-    return _tyro(tree_type, {key: as_text(key, value, leaves) for key, value in flat.items()}, {}, "settings")
+    return _read(tree_type, {key: as_text(key, value, leaves) for key, value in flat.items()}, {}, "settings")
 
 
 def preset(*names: str, **settings: Any) -> Config:
@@ -194,20 +148,6 @@ def nanogpt_defaults() -> dict[str, Any]:
     """The settings of config/train_nanogpt.py: nanoGPT's defaults if they are not Config's."""
     path = next(path for root in ROOTS if (path := root / "config" / "train_nanogpt.py").is_file())
     return _read_python(path, {}, leaf_types(Config))
-
-
-def leaf_types(tree_type: type) -> dict[str, Any]:
-    """{leaf name: type} of a dataclass tree."""
-    leaves: dict[str, Any] = {}
-    for name, hint in type_hints(tree_type).items():
-        leaves |= leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore
-    return leaves
-
-
-def _sections(tree_type: type) -> dict[str, set[str]]:
-    """{section: its leaf names} of a dataclass tree."""
-    hints = type_hints(tree_type)
-    return {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}  # type: ignore
 
 
 def find_preset(name: str) -> Path:
@@ -330,7 +270,7 @@ def _read_python(path: Path, settings: dict[str, Any], leaves: dict[str, Any]) -
     return values
 
 
-_SECTIONS = _sections(Config)
+_SECTIONS = leaves_by_section(Config)
 
 
 def _misplaced(leaf: str, section: str, sections: dict[str, set[str]]) -> str:
@@ -342,21 +282,30 @@ def _nearest(name: str, known: Any) -> str:
     return f"; {did_you_mean(name, known, 'see --help for all settings')}"
 
 
-def _tyro(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], prog: str) -> T:
+def _tyro(tree_type: type, prog: str, words: list[str]) -> Any:
+    import tyro  # a quarter of the time of --help, which does not need it
+
+    ways = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes, tyro.conf.UsePythonSyntaxForLiteralCollections)
+    return tyro.cli(tree_type, args=words, prog=prog, use_underscores=True, config=ways)
+
+
+def _read(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], prog: str) -> T:
     """A tree with these settings. tyro is given a group of just these fields, because its time grows with their number:
     50 ms for all settings of a run."""
     types, tree = leaf_types(tree_type), tree_type()
     if not merged:
         return tree
+    import tyro
+
     plain = tyro.conf.arg(help="")  # else it would search the source for a docstring
     group = dataclasses.make_dataclass("Settings", [(key, Annotated[types[key], plain]) for key in merged])
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-            found = tyro.cli(group, args=[f"--{key}={text}" for key, text in merged.items()], prog=prog, **TYRO)
+            found = _tyro(group, prog, [f"--{key}={text}" for key, text in merged.items()])
     except SystemExit:
         raise UserError(_one_line(errors.getvalue(), merged, sources)) from None
-    owners = {leaf: getattr(tree, name) for name, leaves in _sections(tree_type).items() for leaf in leaves}
+    owners = {leaf: getattr(tree, name) for name, leaves in leaves_by_section(tree_type).items() for leaf in leaves}
     for key in merged:
         setattr(owners.get(key, tree), key, getattr(found, key))
     return tree

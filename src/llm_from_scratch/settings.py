@@ -53,6 +53,20 @@ def check_types(section: Any) -> None:
 type_hints = functools.cache(typing.get_type_hints)
 
 
+def leaf_types(tree_type: type) -> dict[str, Any]:
+    """{leaf name: type} of a dataclass tree."""
+    leaves: dict[str, Any] = {}
+    for name, hint in type_hints(tree_type).items():
+        leaves |= leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore
+    return leaves
+
+
+def leaves_by_section(tree_type: type) -> dict[str, set[str]]:
+    """{section: its leaf names} of a dataclass tree."""
+    hints = type_hints(tree_type)
+    return {name: set(leaf_types(hint)) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}  # type: ignore
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has the type of a setting."""
     kind = typing.get_origin(hint) or hint

@@ -20,19 +20,27 @@ from ..machine.budget import Budget, Deadline, parse_budget
 from ..machine.files import read_json
 from ..machine.processes import after_first, process_age
 from ..machine.terminal import announce, drop_lost_output, note
-from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, leaf_types, nanogpt_defaults, parse
-from ..settings import flatten, to_dict
-from ..training.law import read_law
+from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, nanogpt_defaults, parse
+from ..settings import flatten, leaf_types, to_dict
 from .common import command, data_prepared_last, explain_activation, need_data, used_a_path
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb or a mirror either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log", "mirror"}
-OWN_FLAGS = ("print_config", "dry_run", "exportable")
+OWN_FLAGS = {
+    "print_config": "Print the resolved settings as a preset.",
+    "dry_run": "Estimate time and memory. Nothing is trained or written.",
+    "exportable": "With --budget: only models that transformers supports.",
+}
+OWN_VALUES = {  # name: (an example, its help)
+    "budget": ("10min", "Choose everything that is not set: for a time, FLOPs (1e15flops) or tokens (50Mtokens)."),
+    "law": ("FILE.json", "With --budget: use this scaling law, written by llm-scale."),
+    "cooldown": ("0.2", "Branch a cool-down off --init_from=OUT_DIR/step-N. Its length: a share of the steps so far."),
+    "gpu": ("h100", "The GPU of the machines to estimate."),
+    "gpus": ("8", "GPUs of a machine."),
+    "nodes": ("4", "Machines."),
+}
 CLUSTER = ("gpu", "gpus", "nodes")  # options of llm-plan
-OWN_VALUES = {  # name: an example
-    "budget": "10min", "law": "FILE.json", "cooldown": "0.2", "gpu": "h100", "gpus": "8", "nodes": "4",
-}  # fmt: skip
 COMMON = (
     "dataset", "out_dir", "init_from", "max_iters", "epochs", "batch_size", "learning_rate", "n_layer", "n_head",
     "n_embd", "block_size", "dropout", "eval_interval", "device", "seed",
@@ -42,6 +50,12 @@ HELP = """Trains a GPT, or resumes a run.
   llm-train --dataset=book --budget=10min     choose everything for 10 minutes
   llm-train quick --dataset=book --dry_run    estimate time and memory
   llm-train --init_from=resume --out_dir=out  resume a run
+"""
+NANOGPT_HELP = """Trains a GPT with nanoGPT's settings, or resumes a run.
+
+  python train.py config/train_shakespeare_char.py            a preset
+  python train.py config/train_shakespeare_char.py --dry_run  time and memory
+  python train.py --init_from=resume --out_dir=out            resume a run
 """
 PLAN_HELP = """Estimates time, memory and finish time of a run without training. The same as
 llm-train --dry_run.
@@ -67,9 +81,12 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     budget = parse_budget(values["budget"]) if "budget" in values else None
     defaults, base_preset = (nanogpt_defaults(), None) if nanogpt else (data_prepared_last(), "default")
     default = "nanoGPT's settings" if nanogpt else "default"
-    text = PLAN_HELP if dry_run else HELP.replace("llm-train", prog)
+    text = PLAN_HELP if dry_run else NANOGPT_HELP if nanogpt else HELP
     text += PRESETS_HELP.replace("{default}", default)
-    read = partial(parse, Config, prog=f"{prog} [PRESET ...]", description=text, common=COMMON)
+    hidden = {"exportable", *OWN_VALUES} if nanogpt else set[str]() if dry_run else {*CLUSTER}
+    own = {f"--{name}": about for name, about in OWN_FLAGS.items() if name not in hidden}
+    own |= {f"--{name} {value}": about for name, (value, about) in OWN_VALUES.items() if name not in hidden}
+    read = partial(parse, Config, prog=f"{prog} [PRESET ...]", description=text, common=COMMON, own=own)
     words = [arg for arg in argv if arg not in HELP_FLAGS]
     if words != argv:
         _print_help(argv, words, read, defaults, base_preset)
@@ -193,7 +210,7 @@ def _own_options(argv: list[str], names: Collection[str]) -> tuple[dict[str, boo
                 raise UserError(f"--{name} must be True or False, got {value!r}")
             flags[name] = value.lower() != "false"
         elif not equals and following.startswith("--"):
-            raise UserError(f"--{name} needs a value: --{name}={OWN_VALUES[name]}")
+            raise UserError(f"--{name} needs a value: --{name}={OWN_VALUES[name][0]}")
         else:
             values[name] = value if equals else words.pop(0)
     return flags, values, rest
@@ -207,6 +224,7 @@ def _dial(
     if init_from != "scratch":
         raise UserError(f"--budget chooses a new model, but init_from={init_from!r} gives one: leave one of them out")
     from ..training.dial import dial  # torch takes seconds
+    from ..training.law import read_law
 
     default, flat = str(find_preset("default")), flatten(parsed.tree)
     fixed = {name: flat[name] for name, source in parsed.sources.items() if source != default}

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UserError
-from ..presets import build, leaf_types
+from ..presets import build
 from ..setting_text import union_members
-from ..settings import did_you_mean, flatten
+from ..settings import did_you_mean, flatten, leaf_types
 
 # Settings that the sweep sets itself
 OWN = ("out_dir", "init_from", "eval_only", "progress")

@@ -40,7 +40,8 @@ ROOMS: dict[str, set[str]] = {
     "config": {"errors", "settings", "mixture", "conflicts"},
     "completion": {"errors"},
     "setting_text": {"errors"},
-    "presets": {"errors", "settings", "setting_text", "config", "completion"},
+    "help_text": {"settings", "setting_text"},
+    "presets": {"errors", "settings", "setting_text", "config", "completion", "help_text"},
     **{room: {"errors", "settings", "mixture", "config", *below} for room, below in BELOW.items()},
     "cli": {"errors", "settings", "mixture", "config", "completion", "presets", *BELOW},
 }

@@ -16,13 +16,12 @@ from llm_from_scratch.presets import (
     Parsed,
     build,
     find_preset,
-    leaf_types,
     nanogpt_defaults,
     parse,
     preset,
 )  # fmt: skip
 from llm_from_scratch.serving.options import ServeOptions
-from llm_from_scratch.settings import flatten
+from llm_from_scratch.settings import flatten, leaf_types
 
 
 def read(*argv: str, **kwargs: Any) -> Parsed[Config]:

@@ -6,14 +6,18 @@ import dataclasses
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from llm_from_scratch.cli import bench, many_runs, train
-from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.config import Config, GPTConfig
+from llm_from_scratch.help_text import help_text
 from llm_from_scratch.presets import parse
 from llm_from_scratch.settings import flatten
 
@@ -79,6 +83,8 @@ def in_force(command: str, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict
 def as_shown(value: Any) -> str:
     if value in ((), {}):
         return "none"
+    if isinstance(value, tuple):
+        (value,) = value
     text = value.encode("unicode_escape").decode() if isinstance(value, str) else str(value)
     return shlex.quote(text)  # as a shell reads it
 
@@ -123,6 +129,69 @@ def test_a_preset_is_in_force_in_every_command(
     command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(command, [preset], capsys, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [*COMMANDS, "inspect_data"])
+def test_help_waits_for_no_large_package(command: str) -> None:
+    program = (
+        f"import sys; from llm_from_scratch.cli import {command}\n"
+        f"try: {command}.main(['--help'])\nexcept SystemExit: pass\n"
+        "print(*{'torch', 'numpy', 'tyro', 'rich', 'tokenizers', 'fastapi', 'optuna'} & sys.modules.keys())"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert shown.stdout.splitlines()[-1] == "" and shown.stderr == ""
+
+
+def test_the_commands_own_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(command: Any) -> set[str]:
+        with pytest.raises(SystemExit):
+            command(["--help-all"])
+        return set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)) - set(flatten(Config()))
+
+    every = {"version", "completion", "print_config", "dry_run"}
+    budget = {"exportable", "budget", "law", "cooldown"}
+    assert listed(train.main_nanogpt) == every
+    assert listed(train.main) == every | budget
+    assert listed(train.main_plan) == every | budget | {*train.CLUSTER}
+
+
+@dataclass
+class Section:
+    """A section."""
+
+    length: int | Literal["auto"] | None = None
+    """The length,
+    on two lines."""
+    table: dict[int, float] = field(default_factory=dict)
+    r"""A table, such as '{3: 0.5}\n'."""
+    a_setting_with_a_long_name: tuple[str, ...] = ("x y",)
+    """Another."""
+
+
+PAGE = r"""usage: x [FILE] [-h] [OPTIONS]
+
+About the command.
+
+  as it is,   indented
+
+options
+ ----------------------------------------------------------
+  -h                   Help.
+  --length INT|{auto}  The length, on two lines. (default:
+                       None)
+  --table {INT: FLOAT, ...}
+                       A table, such as '{3: 0.5}\n'.
+                       (default: that of x)
+  --a_setting_with_a_long_name STR
+                       Another. (default: 'x y')"""
+
+
+def test_a_page_written_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    values, notes = flatten(Section()), {"table": "that of x"}
+    description = "About the\ncommand.\n\n  as it is,   indented"
+    assert help_text(Section, values, notes, (), "x [FILE]", description, {"-h": "Help."}) == PAGE
 
 
 def test_without_data_none_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from llm_from_scratch.config import Config
-from llm_from_scratch.presets import find_preset, leaf_types
+from llm_from_scratch.presets import find_preset
+from llm_from_scratch.settings import leaf_types
 
 ROOT = Path(__file__).resolve().parents[4]
 LAUNCH = ROOT / "launch"

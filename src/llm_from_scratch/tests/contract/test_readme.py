@@ -32,7 +32,8 @@ import pytest
 
 from llm_from_scratch.config import Config, GPTConfig
 from llm_from_scratch.machine.extras import is_installed
-from llm_from_scratch.presets import leaf_types, parse
+from llm_from_scratch.presets import parse
+from llm_from_scratch.settings import leaf_types
 
 from ..forked import Forked, forks, rendezvous
 

@@ -19,7 +19,7 @@ from llm_from_scratch.core import tokenfile
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.tokenizer import CharTokenizer, HFTokenizer, TiktokenTokenizer, Tokenizer, build_tokenizer
 from llm_from_scratch.setting_text import literal_values, union_members
-from llm_from_scratch.settings import flatten, validate
+from llm_from_scratch.settings import flatten, leaf_types, validate
 from llm_from_scratch.training.loggers import read_entries
 
 from .mutants import NASTY, Mutant, expect, write
@@ -196,7 +196,7 @@ class Yaml:
 
 
 def check_settings(tree: Any) -> None:
-    kinds = presets.leaf_types(type(tree))
+    kinds = leaf_types(type(tree))
     for name, value in flatten(tree).items():
         options = union_members(kinds[name])
         plain = {option for option in options if isinstance(option, type)}
