@@ -130,8 +130,8 @@ class Family:
         return self.gpt2 and key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-NO, LLAMA = (False, None), {"pos_embedding": "rope", "norm": "rmsnorm"}
-COMMON: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "partial_rotary_factor": (None, 1.0)}
+NO, YES, LLAMA = (False, None), (True, None), {"pos_embedding": "rope", "norm": "rmsnorm"}
+COMMON: dict[str, tuple] = {"quantization_config": (None,), "partial_rotary_factor": (None, 1.0), "is_causal": YES}
 FAMILIES = {
     "gpt2": Family(
         "gpt2",
@@ -140,7 +140,7 @@ FAMILIES = {
         GPT2_FIELDS,
         GPT2_ACTIVATIONS,
         {"pos_embedding": "learned", "norm": "layernorm", "bias": True},
-        COMMON | {"scale_attn_weights": (True, None), "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
+        COMMON | {"scale_attn_weights": YES, "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
     ),
     "llama": Family("llama", "LlamaForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
     # Read only: it is a Llama whose layers see sliding_window tokens, to which the context is cropped.
@@ -301,7 +301,7 @@ def _read_rope(theirs: dict[str, Any], unusual: dict[str, Any]) -> dict[str, Any
         values |= {names[name]: rope.pop(name) for name in list(rope) if name in names}
         values |= {"rope_scaling": kind}
     left = any(v != WITHOUT_EFFECT.get(k) for k, v in rope.items() if k != "type")
-    if names is None or left or (names and "rope_scaling" not in values):
+    if names is None or left or (names and "rope_scaling" not in values) or (kind == "llama3" and len(values) < 6):
         unusual["rope_parameters"] = given
     return values
 

@@ -300,6 +300,9 @@ REFUSED = [
     (qwen2, {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=True"),
     (mistral, {"sliding_window": "8"}, "sliding_window=8"),
     (qwen3, {"model_type": "qwen3_moe", "num_experts": 8}, "model_type=qwen3_moe"),
+    (gpt2, {"is_causal": False}, "is_causal=False"),  # every token sees the whole text
+    (llama, {"is_causal": False}, "is_causal=False"),
+    (llama, {"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0}}, "rope_parameters"),
 ]
 
 
