@@ -100,6 +100,9 @@ def load_hf(
         where = get_folder(where, read_config)
     config, weights, tokenizer = load_gguf(Path(where)) if is_gguf(Path(where)) else load_pretrained(where)
     found = Checkpoint(Path(where), 0, config, weights)
+    if tokenizer is None and need_tokenizer and dataset is None and (Path(where) / "tokenizer.model").is_file():
+        way = f"transformers' AutoTokenizer.from_pretrained({str(where)!r}).save_pretrained({str(where)!r}) writes one"
+        raise UserError(f"{where} has its tokenizer only as tokenizer.model: a tokenizer.json is needed; {way}")
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
     return found
 

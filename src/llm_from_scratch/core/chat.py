@@ -143,8 +143,9 @@ def chat_in(folder: Path, eot: str, vocab_size: int) -> tuple[ChatTemplate | Non
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the chat template in {folder}: {reason}") from None
     ids: Any = []
-    if (folder / "generation_config.json").is_file():
-        found = read_json(folder / "generation_config.json").get("eos_token_id")
+    files = (folder / name for name in ("generation_config.json", "config.json"))
+    if (file := next((file for file in files if file.is_file()), None)) is not None:  # as in transformers, one of them
+        found = read_json(file).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
     return template_of(config, eot), frozenset(i for i in ids if type(i) is int and 0 <= i < vocab_size)
 

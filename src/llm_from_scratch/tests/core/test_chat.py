@@ -100,6 +100,8 @@ def test_where_templates_are_found(tmp_path):
 def test_ends_are_those_of_the_folder(tmp_path):
     assert chat_in(tmp_path, "", 9) == (None, frozenset())
     HFTokenizer.train(["ab ba " * 50], 270).backend(special_is_text=False).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))  # as transformers, if alone
+    assert chat_in(tmp_path, "", 9)[1] == {4, 5}
     for written, ids in ((3, {3}), ([1, 2, 9999], {1, 2}), (None, set()), ("x", set())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": written}))
         assert chat_in(tmp_path, "", 9)[1] == ids

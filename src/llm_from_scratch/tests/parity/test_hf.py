@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.cli import export
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.adapters import merged
@@ -324,6 +325,14 @@ def test_what_our_model_is_not_is_refused(
     with pytest.raises(UserError) as caught:
         load_pretrained(tmp_path)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_only_sentencepieces_own_file(saved: dict[Any, Path], tmp_path: Path) -> None:
+    shutil.copytree(saved[llama], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(UserError, match=r"only as tokenizer\.model: a tokenizer\.json is needed; .*save_pretrained"):
+        load(tmp_path)
+    assert load(tmp_path, need_tokenizer=False).tokenizer is None
 
 
 def broken(folder: Path, how: str) -> None:
