@@ -10,7 +10,7 @@ from ..config import Config
 from ..errors import UserError
 from ..machine.budget import parse_budget
 from ..machine.extras import is_installed
-from ..machine.files import to_json, write_whole
+from ..machine.files import to_json, write_errors, write_whole
 from ..machine.terminal import announce
 from ..settings import at_least
 from ..sweep.space import Choices, Space
@@ -101,10 +101,11 @@ def _main(argv: list[str]) -> int:
     found = fit(points)
     table = lines(points, found)
     print("\n".join(table))
-    write_whole(folder / TABLE, ("\n".join(table) + "\n").encode())
-    write_whole(folder / LAW, to_json(law_json(found)))
-    if is_installed("matplotlib"):
-        plot(folder / PLOT, points, found.law)
+    with write_errors(folder):
+        write_whole(folder / TABLE, ("\n".join(table) + "\n").encode())
+        write_whole(folder / LAW, to_json(law_json(found)))
+        if is_installed("matplotlib"):
+            plot(folder / PLOT, points, found.law)
     announce(f"the law: {folder / LAW}")
     return 0
 

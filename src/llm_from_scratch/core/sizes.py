@@ -78,8 +78,13 @@ class Sizes:
     """A rough upper estimate for one micro-batch, saved for the backward pass, logits included."""
 
     @property
+    def states(self) -> dict[str, int]:
+        """What sharding divides among the processes."""
+        return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+
+    @property
     def memory(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(self.states.values()) + self.activations
 
 
 def count_params(config: GPTConfig) -> int:

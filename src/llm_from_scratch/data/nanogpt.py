@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
-from ..machine.files import temporary_folder, write_whole
+from ..machine.files import temporary_folder, write_errors, write_whole
 from .building import DatasetSpec, Report, build
 from .encode import read_progress
-from .prepare import disk_errors, hash_request
+from .prepare import DATASET, hash_request
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
 
@@ -21,7 +21,7 @@ def prepare_shakespeare(folder: str | Path, tokenizer_name: str, report: Report 
     """Writes train.bin and val.bin (uint16) from folder/input.txt, which is downloaded if missing. The tokenizer char
     also gets meta.pkl, the only pickle that this project writes. Raises UserError."""
     folder = Path(folder)
-    with disk_errors():
+    with write_errors(DATASET):
         path = fetch_tiny_shakespeare(folder / "input.txt")
         text = "".join(piece for piece, _ in FileSource(path, keep_bom=True).pieces())
         if len(text) < 2:
@@ -43,7 +43,7 @@ def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: 
     """Writes train.bin and val.bin of OpenWebText, streamed. The splits have the same documents as nanoGPT's, but in
     the order of the dataset. The same call resumes an interrupted run. Raises UserError."""
     folder = Path(folder)
-    with disk_errors():
+    with write_errors(DATASET):
         spec = DatasetSpec("openwebtext", [[HubSource.open(OPENWEBTEXT)]], "gpt2", 0.0005, 2357, permuted=True)
         request, _ = hash_request(spec, sys.maxsize)
         with temporary_folder(folder / "openwebtext", lambda built: read_progress(built, request) is not None) as built:

@@ -13,7 +13,7 @@ import os
 import shlex
 import tempfile
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..core.tokenfile import CHECKED, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.budget import Budget, parse_budget
-from ..machine.files import read_json, replace_folder, temporary_folder
+from ..machine.files import read_json, replace_folder, temporary_folder, write_errors
 from . import chats, cleaning
 from . import sources as src
 from .building import DatasetSpec, Report, build, choose_workers
@@ -40,6 +40,7 @@ from .split import empty
 from .work_folder import remove_work, work_folder
 
 MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost grows with it
+DATASET = "the dataset or its temporary files"  # in an error
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
 READ_BESIDE = ("meta.pkl", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")  # template, ends
@@ -57,7 +58,7 @@ def prepare(
     options, root = PrepareOptions(**settings), Path(root)
     given = [str(some) for some in ([sources] if isinstance(sources, (str, Path)) else sources)]
     options.validate()
-    with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, disk_errors():
+    with tempfile.TemporaryDirectory(prefix="llm-prepare-") as spool, write_errors(DATASET):
         run = options.tokenizer
         if run and (list_checkpoints(run) or (Path(run) / "model.json").is_file()):  # a run's folder, a step's
             options.tokenizer = str(find_checkpoint(run, verify=False))
@@ -254,15 +255,6 @@ def _refuse_foreign(target: Path) -> None:
     if foreign := [name for name in names if name not in ours and not name.startswith(CHECKED)]:
         what = f"{target} contains {foreign[0]}, which llm-prepare did not write"
         raise UserError(f"{what}: choose another --out_dir or --name")
-
-
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or "the dataset or its temporary files"
-        raise UserError(f"cannot write {where}: {error.strerror or error}") from None
 
 
 def _print_summary(target: Path, root: Path, report: Report) -> None:

@@ -55,9 +55,7 @@ def swap(
         if which not in given:  # the model never calls one of this kind
             continue
         if which not in verdicts:
-            verdict = _difference(module, replacement, *given[which])
-            if verdict is None and (args := _longer(module, given[which][0], model.config.block_size)):
-                verdict = _difference(module, replacement, args, {}, modes=(False,))
+            verdict = _difference(module, replacement, *given[which], model.config.block_size)
             if verdict is not None and verdict not in verdicts.values():
                 say(f"{plain.__name__}: {replacement.__name__} {verdict}; using core/model.py's {plain.__name__}")
             verdicts[which] = verdict
@@ -77,10 +75,18 @@ def unswap(model: nn.Module, *classes: type) -> None:
 
 
 def kind_of(module: nn.Module) -> Any:
-    """Modules of one kind are compared once: same classes, shapes and settings, of the modules in them too."""
+    """Modules of one kind are compared once: same classes, shapes, constants, settings, of the modules in them too."""
     return tuple(
-        (type(m), tuple(p.shape for p in m.parameters(recurse=False)), *_settings(m)) for m in module.modules()
+        (type(m), tuple(p.shape for p in m.parameters(recurse=False)), *_constants(m), *_settings(m))
+        for m in module.modules()
     )
+
+
+def _constants(module: nn.Module) -> Iterator[int]:
+    """Tensors without gradients: an edit that multiplies by one may count in another layer only."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if not tensor.requires_grad:
+            yield id(tensor)
 
 
 def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -156,22 +162,26 @@ def _smaller(head: Head, few: int) -> Head:
     return copy.deepcopy(head, made)
 
 
-def _difference(
-    module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any], modes: Collection[bool] = (False, True)
-) -> str | None:
-    """How the replacement differs from the module's present class on these arguments; None if it does not differ.
-    modes: whether in training, where an edit may act; only of a module without others in it, with its dropout at 0."""
+def _difference(module: nn.Module, replacement: type, args: Any, kwargs: dict[str, Any], length: int) -> str | None:
+    """How the replacement differs from the module's present class on these arguments, in training too, where an edit
+    may act, if the module has no others in it; then in a row of this length. None if it does not differ. Without
+    dropout."""
     training, precision = module.training, torch.get_float32_matmul_precision()
     is_single = next(module.children(), None) is None
     name = "p" if isinstance(module, nn.Dropout) else "dropout"
     rate = getattr(module, name, None)
+
+    def differences() -> Iterator[str | None]:
+        for mode in (False, True) if is_single else (False,):
+            yield _difference_now(module.train(mode), replacement, args, kwargs)
+        if longer := _longer(module, args, length):
+            yield _difference_now(module.eval(), replacement, longer, {})
+
     torch.set_float32_matmul_precision("highest")  # without TensorFloat-32, whose rounding differs between kernels
     try:
         if isinstance(rate, float):
             setattr(module, name, 0.0)
-        modes = modes if is_single else (False,)
-        found = (_difference_now(module.train(mode), replacement, args, kwargs) for mode in modes)
-        return next(filter(None, found), None)
+        return next(filter(None, differences()), None)
     finally:
         torch.set_float32_matmul_precision(precision)
         module.train(training)

@@ -281,6 +281,15 @@ def lock_file(path: Path, wait: bool = False) -> Any:
     return lock
 
 
+@contextlib.contextmanager
+def write_errors(where: object) -> Iterator[None]:
+    """Raises UserError for an OSError, such as a full disk. where: what is written, if the error names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or where}: {error.strerror or error}") from None
+
+
 def space_for(folder: Path, needed: int) -> str:
     """The bytes needed and free, for a message."""
     for place in (folder, *folder.parents):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine.extras import is_installed
-from ..machine.files import to_json, write_whole
+from ..machine.files import to_json, write_errors, write_whole
 from .space import Range, Space, words_of
 from .study import SETTINGS, Row, Study
 
@@ -54,10 +54,11 @@ def write_results(folder: Path, rows: list[Row], about: dict[str, Any], space: S
         }
         for row in rows
     ]  # fmt: skip
-    write_whole(folder / RESULTS, to_json({**about, "trials": trials}))
     complete = [row for row in rows if row.loss is not None]
-    if is_installed("matplotlib") and complete:
-        _plot(folder / PLOT, complete, about["metric"], space)
+    with write_errors(folder):
+        write_whole(folder / RESULTS, to_json({**about, "trials": trials}))
+        if is_installed("matplotlib") and complete:
+            _plot(folder / PLOT, complete, about["metric"], space)
 
 
 def _plot(path: Path, rows: list[Row], metric: str, space: Space) -> None:

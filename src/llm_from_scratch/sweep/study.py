@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..machine.extras import require
-from ..machine.files import lock_file
+from ..machine.files import lock_file, write_errors
 from .space import Space, combinations
 
 JOURNAL, SETTINGS = "journal.log", "settings.yaml"
@@ -113,20 +113,12 @@ class Study:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """One worker at a time."""
-        with self._writing():
+        with write_errors(self.folder):  # optuna's error names no file
             lock = lock_file(self.folder / ".lock", wait=True)
             try:
                 yield
             finally:
                 lock.release()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Around writes of the journal. Raises UserError if the disk is full: optuna's error names no file."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from None
 
     def _study(self, number: int = 0) -> Any:
         """The study with a sampler that draws for trial `number`."""
@@ -175,14 +167,14 @@ class Study:
 
     def note(self, claim: Claim, name: str, value: Any) -> None:
         """Stores an attribute of a trial."""
-        with self._writing():
+        with write_errors(self.folder):
             claim.trial.set_user_attr(name, value)
         claim.attributes[name] = value
 
     def is_hopeless(self, claim: Claim, at: int, loss: float) -> bool:
         """Reports the loss of an evaluation, and returns whether the trial should end there. A step that is known is
         judged again if it is the last one: the process may have been killed before."""
-        with self._writing():
+        with write_errors(self.folder):
             known = self._trials()[claim.number].intermediate_values
             if at < max(known, default=at):
                 return False
@@ -198,7 +190,7 @@ class Study:
             self.note(claim, "message", message)
         value = statistics.fmean(losses.values()) if losses and state == "complete" else None
         names = {"complete": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
-        with self._writing():
+        with write_errors(self.folder):
             self._study().tell(claim.number, value, names[state])
         claim.lock.release()
 

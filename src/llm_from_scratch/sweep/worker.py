@@ -23,7 +23,7 @@ from ..checkpoint.store import resolved_init
 from ..config import Config
 from ..errors import TrainingError, one_line
 from ..machine.budget import parse_budget
-from ..machine.files import LOCK, lock_file
+from ..machine.files import LOCK, lock_file, write_errors
 from ..presets import parse
 from ..training.loggers import METRICS, read_entries
 from .length import updates_for_tokens
@@ -135,7 +135,8 @@ class Trial:
         """Runs, or continues, the run of a seed. Returns whether it was pruned. Raises TrainingError."""
         folder, deaths = self.folder(seed), 0
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            with write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             while (lock := lock_file(folder / LOCK)) is None:  # a run whose worker was killed is still saving
                 yield
             lock.release()
@@ -156,7 +157,9 @@ class Trial:
 
     def run_command(self, command: list[str], output: Path, judge: Judge | None = None) -> Waiting:
         """Runs a command, whose exit code it returns. Ends it if the judge finds it hopeless."""
-        with output.open("ab") as file:
+        with write_errors(output):
+            file = output.open("ab")
+        with file:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=self.environment,
                 start_new_session=True, preexec_fn=_end_with_parent if sys.platform == "linux" else None,

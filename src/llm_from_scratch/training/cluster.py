@@ -283,10 +283,7 @@ def memory(
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
         tables = sum(p.numel() for module in sparse_tables(model) for p in module.parameters(recurse=False))
         buffers = (2 * max(blocks, default=0) + counted.params - sum(blocks) - tables) * (itemsize + 4)
-    whole: dict[str, float] = {
-        "weights": counted.weights, "gradients": counted.gradients, "optimizer": counted.optimizer,
-    }  # fmt: skip
-    share = share_of(whole, model, config.optimizer, shards)
+    share = share_of(counted.states, model, config.optimizer, shards)
     return {
         "parameters": share["weights"], "gradients": share["gradients"], "optimizer": share["optimizer"],
         "activations": counted.activations, "buffers": buffers,

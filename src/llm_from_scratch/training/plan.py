@@ -102,8 +102,7 @@ def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
     moments = optimizer_bytes(model, config.optimizer)
     recomputes, chunked = config.training.gradient_checkpointing, loss_is_chunked(config, micro_batch)
     found = sizes(config.model, micro_batch, runtime.dtype.itemsize, recomputes, moments, chunked, model)
-    whole = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
-    share = share_of(whole, model, config.optimizer, runtime.shards)
+    share = share_of(found.states, model, config.optimizer, runtime.shards)
     return replace(found, **{name: math.ceil(size) for name, size in share.items()})
 
 

@@ -204,6 +204,23 @@ def test_one_shape_that_differs_keeps_its_plain_module(monkeypatch: pytest.Monke
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("kind", ["buffer", "frozen parameter"])
+def test_a_constant_that_changes_nothing_in_the_first_layers_counts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no gradient in which the edit would show."""
+    one, plain, said = model(qk_norm=False), models.RMSNorm.forward, list[str]()
+    norms = [m for m in one.modules() if isinstance(m, models.RMSNorm)]
+    for norm, value in zip(norms, (1.0, 1.0, 0.5, 1.0, 1.0), strict=True):
+        scale = torch.tensor(value)
+        if kind == "buffer":
+            norm.register_buffer("scale", scale)
+        else:
+            norm.register_parameter("scale", nn.Parameter(scale, requires_grad=False))
+    monkeypatch.setattr(models.RMSNorm, "forward", lambda self, x: plain(self, x) * self.scale)
+    assert swap(one, {models.RMSNorm: CPURMSNorm}, said.append) == 4
+    assert [type(norm) is models.RMSNorm for norm in norms] == [False, False, True, False, False]
+    assert len(said) == 1 and "returns a different result" in said[0]
+
+
 def test_a_replacement_that_raises_is_left_out() -> None:
     class Broken(models.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:

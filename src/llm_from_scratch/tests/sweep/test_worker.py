@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 
 from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.cli import sweep
+from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.sweep import worker
 from llm_from_scratch.sweep.space import parse_space
@@ -105,6 +108,27 @@ def test_a_run_that_fails_says_why(script: str, said: str, tmp_path: Path, monke
     study, text = trial_in(tmp_path, lambda trial: ["sh", "-c", script], monkeypatch)
     (row,) = study.rows()
     assert row.state == "failed" and said in row.message and f"trial 0: failed: {row.message}" in text
+
+
+@pytest.mark.parametrize("full", ["seed-2", worker.OUTPUT])
+def test_a_full_disk_under_a_trials_files_is_one_line(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path, parse_space(["n_layer=1,2"]), {}, 1, pruner="none")
+    monkeypatch.setattr(worker, "PAUSE", 0.01)
+
+    def no_space(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *given: Any, **named: Any) -> Any:
+            if path.name == full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return method(path, *given, **named)
+
+        return call
+
+    monkeypatch.setattr(Path, "mkdir", no_space(Path.mkdir))
+    monkeypatch.setattr(Path, "open", no_space(Path.open))
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/trial-0/.*{full}: No space left on device$"):
+        run_trials(study, Runs(tmp_path / "settings.yaml", [2, 3], "val_loss"), 1, [].append)
 
 
 @pytest.mark.slow
