@@ -238,6 +238,7 @@ def test_a_terminal_streams(best, monkeypatch):
     assert "".join(writes) == START + greedy() + "\n" and len(writes) == 14 and screen.getvalue() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no pseudo-terminals here")
 def test_a_conversation_at_a_terminal(out_dir):
     """Ctrl-C ends a sample, a bad prompt ends nothing, the arrow key brings it back, Ctrl-D ends."""

@@ -40,13 +40,15 @@ def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
 
 def run_forked(*arguments: str, stdin: Any = subprocess.DEVNULL, **env: str) -> subprocess.CompletedProcess[str]:
     """In the working directory, without starting Python."""
-    return forked.run("llm_from_scratch.cli.prepare_data", *arguments, stdin=stdin, env=os.environ | CUT_OFF | env)
+    environment = os.environ | CUT_OFF | env
+    imports = ("llm_from_scratch.data.prepare",)
+    return forked.run("llm_from_scratch.cli.prepare_data", *arguments, stdin=stdin, env=environment, imports=imports)
 
 
 def test_file_to_data(here: Path) -> None:
     text = real_text()[:50_000]
     (here / "book.txt").write_text(text, encoding="utf-8")
-    done = run(here, "book.txt", "--tokenizer", "char")
+    done = run_forked("book.txt", "--tokenizer", "char")
     assert (done.returncode, done.stderr) == (0, "")
     *_, train, val, example, following, note = done.stdout.splitlines()
     assert note.startswith("note: 45,000 training tokens for the ")
@@ -146,20 +148,22 @@ QUICK_MISTAKES = ("bad.txt is not UTF-8 text: byte offset 3",)
     ],
 )
 def test_mistakes_are_one_line(
-    tmp_path: Path, flags: list[str], arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, flags: list[str], arguments: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("hello world " * 9)
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "empty.txt").touch()
-    environment = os.environ | {"PYTHONPATH": str(SRC), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")} | CUT_OFF
+    for name, value in ({"PYTHONPATH": str(SRC), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")} | CUT_OFF).items():
+        monkeypatch.setenv(name, value)
     if flags:
         command = [sys.executable, *flags, *COMMAND[1:], *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        code, errors = done.returncode, done.stderr
     else:
-        done = forked.run("llm_from_scratch.cli.prepare_data", *arguments, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
+        code, errors = prepare_data.main(arguments), capsys.readouterr().err
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and message in errors
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob(".*"))
 
 
@@ -170,7 +174,7 @@ def test_mistakes_are_one_line(
 )
 def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path, workers: str, moment: str) -> None:
     gpt2_folder()
-    (tmp_path / "long.txt").write_text(real_text()[:400_000] * 100, encoding="utf-8")
+    (tmp_path / "long.txt").write_text(real_text()[:400_000] * 50, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(SRC)}
     arguments = [*COMMAND, "long.txt", "--tokenizer=gpt2", f"--workers={workers}"]
     child = subprocess.Popen(
@@ -234,7 +238,7 @@ def script(folder: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 @in_checkout
-@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+@pytest.mark.parametrize("name", ["shakespeare_char", pytest.param("shakespeare", marks=pytest.mark.slow)])
 def test_nanogpts_scripts_from_anywhere_and_uninstalled(tmp_path: Path, name: str) -> None:
     folder = uninstalled(tmp_path, name)
     text = shakespeare() or real_text()
@@ -262,7 +266,7 @@ def test_nanogpts_scripts_from_anywhere_and_uninstalled(tmp_path: Path, name: st
     [
         pytest.param("shakespeare_char", "cannot download tiny Shakespeare", marks=pytest.mark.slow),
         ("shakespeare", "cannot download tiny Shakespeare"),
-        ("openwebtext", "[data]'"),
+        pytest.param("openwebtext", "[data]'", marks=pytest.mark.slow),
     ],
 )
 def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: str) -> None:

@@ -56,6 +56,8 @@ DOCUMENTS = ("README.md", "AGENTS.md", "CONTRIBUTING.md") + tuple(
 COPIED = ("assets", "config", "configs", "data", "launch", "scripts", "*.py", "*.toml", "*.txt", "*.md", "LICENSE",
           "just*")  # fmt: skip
 
+QUICK = ("AGENTS.md", "CONTRIBUTING.md")  # documents of few commands
+
 # What is not run by default: (pattern, mark, reason). What has a mark is run by the test below of that mark.
 NOT_RUN = [
     (r"pip install", "network", "installs packages"),
@@ -361,7 +363,7 @@ def failure_of(command: Command) -> str | None:
 
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("docs/") else []) for name in DOCUMENTS],
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DOCUMENTS],
 )
 def test_commands_run(document: str, checkout: Path) -> None:
     if document not in (

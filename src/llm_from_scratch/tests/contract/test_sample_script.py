@@ -174,6 +174,7 @@ def test_end_of_text_in_the_prompt_is_the_token(capsys, tmp_path, monkeypatch):
     assert seen == [[[tokenizer.eot_id]]]
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder(capsys, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("llm_from_scratch.interop.hf")

@@ -25,6 +25,7 @@ from llm_from_scratch.presets import nanogpt_defaults, parse
 from llm_from_scratch.settings import flatten
 from llm_from_scratch.training import forecast
 
+from .. import forked
 from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, write_data
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -57,10 +58,7 @@ def files(folder: Path) -> list[str]:
 @in_checkout
 def test_train_py_prints_the_lines_that_scripts_parse(project: Path) -> None:
     settings = arguments(dataset="tiny", max_iters=6, eval_interval=3, final_eval=True)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *settings],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
-    )  # fmt: skip
+    done = forked.run(str(ROOT / "train.py"), *settings)
     assert done.returncode == 0 and done.stderr == ""
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     iters = re.findall(r"^iter (\d+): loss (\d+\.\d{4}), time \d+\.\d\dms, mfu (-?\d+\.\d\d)%$", done.stdout, re.M)

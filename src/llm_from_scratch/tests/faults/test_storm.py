@@ -7,8 +7,8 @@ import pytest
 from .rows import Report
 from .storm import ROWS, in_process, load
 
-# Whole runs are interrupted by one quick row; for those of the others see training/test_resume.py, test_guards.py, ...
-QUICK = ("kills", "operations", "power", "flips", "directories", "mutations", "shards")
+# The quick tests of the others are checkpoint/test_store.py, test_shards.py, training/test_resume.py, test_guards.py, ...
+QUICK = ("kills", "operations", "power", "flips")
 MORE = 4  # times as many cases of these in the slow tests, with a few of the others
 
 
