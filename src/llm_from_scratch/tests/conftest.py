@@ -29,8 +29,10 @@ LONGEST = (
     *("contract/test_notebook.py", "contract/test_llm_prepare.py", "contract/test_train_command.py"),
     *("data/test_prepare.py", "parity/test_generation.py", "serving/test_life.py", "parity/test_hf.py"),
 )
-# Folders whose tests import large packages (transformers, openai, optuna): one worker runs all of such a folder.
-TOGETHER = ("parity", "serving", "sweep")
+# One worker runs all of a folder whose tests import large packages (transformers, openai, optuna), and the two files that
+# parse all sources.
+TOGETHER = {"parity": "parity", "serving": "serving", "sweep": "sweep"}
+TOGETHER |= {"test_architecture.py": "sources", "test_house.py": "sources"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,8 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            folder = Path(file).parent.name
-            return folder if folder in TOGETHER else file
+            return TOGETHER.get(Path(file).parent.name) or TOGETHER.get(Path(file).name, file)
 
     return Together(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.packing import BEGINS
@@ -87,6 +89,11 @@ QUICK: dict[str, Any] = {
     "dtype": "float32",
     "compile": False,
 }
+
+
+def slow_except(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test, of which only some are quick tests."""
+    return [pytest.param(value, marks=() if value in quick else pytest.mark.slow) for value in values]
 
 
 def tiny_config(dataset: Path | str, **leaves: Any) -> Config:

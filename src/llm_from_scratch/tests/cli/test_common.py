@@ -41,6 +41,7 @@ def test_training_names_the_data_that_it_chose(here: Path, capsys: pytest.Captur
     )
     write_data(here / "data" / "book")
     small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=8", "--max_iters=1", "--device=cpu"]
+    small += ["--eval_iters=1", "--loss_plot=False", "--tensorboard=False"]
     assert train.main(["default", *small]) == 0
     assert "training on the most recently prepared data: book (override with --dataset=NAME)" in capsys.readouterr().err
     assert train.main(["--init_from=resume", "--max_iters=2"]) == 0

@@ -69,6 +69,7 @@ def test_completion_is_of_the_command_without_its_arguments(name: str, capsys: p
     assert line.split()[-1] == f"llm-{name}"
 
 
+@pytest.mark.slow
 def test_subcommands_and_their_settings_are_completed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion=bash"]) == 0
     script = capsys.readouterr().out

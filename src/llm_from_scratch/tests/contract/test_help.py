@@ -21,13 +21,14 @@ from llm_from_scratch.help_text import help_text
 from llm_from_scratch.presets import parse
 from llm_from_scratch.settings import flatten
 
-from ..tiny import write_data
+from ..tiny import slow_except, write_data
 
 ROOT = Path(__file__).resolve().parents[4]
 COMMANDS = (
     *("train", "plan", "prepare_data", "generate", "chat", "serve", "evaluate", "bench", "export", "sample"),
     *("sweep", "scale"),
 )
+SOME = ("train", "serve", "prepare_data", "sweep")
 PRESETS = sorted(path.stem for folder in ("configs", "config") for path in (ROOT / folder).glob("*.*"))
 
 
@@ -43,7 +44,7 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-@pytest.mark.parametrize("command", (*COMMANDS, "inspect_data"))
+@pytest.mark.parametrize("command", slow_except((*COMMANDS, "inspect_data"), *SOME))
 def test_help_fits_on_a_page(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     short = help_of(capsys, command, "--help")
     assert len(short) <= 60 and max(map(len, short)) <= 80
@@ -106,13 +107,13 @@ def compare(
         assert set(shown) == set(values) or flag == "--help"
 
 
-QUICK = ("quick", "finetune", "train_gpt2")  # nested and flat; one that starts from other weights
+QUICK = ("finetune", "train_gpt2")  # nested and flat; one that starts from other weights
 
 
 @pytest.mark.parametrize(
     ("command", "preset"),
     [
-        *((command, "") for command in COMMANDS),
+        *(pytest.param(name, "", marks=() if name in SOME else pytest.mark.slow) for name in COMMANDS),
         *(pytest.param("train", name, marks=() if name in QUICK else pytest.mark.slow) for name in PRESETS),
     ],
 )

@@ -96,6 +96,7 @@ def test_settings_reach_the_server(browser, site):
     assert browser.find("#set-temperature ~ [type=range]").get_attribute("value") == "2"
 
 
+@pytest.mark.slow
 def test_a_stop_text_is_marked_as_not_part_of_the_sample(browser, site):
     expected = TOKENIZER.decode(site.greedy(TOKENIZER.encode(START).tolist(), 12))
     visit(browser, link(site, stop=expected[5:7].replace("\n", "\\n")))
@@ -160,6 +161,7 @@ def test_continue_adds_tokens(browser, site):
     assert tokens(browser) == site.greedy(TOKENIZER.encode(START).tolist(), 24)
 
 
+@pytest.mark.slow
 def test_the_prompts_tokens_show_their_likelihood(browser, site):
     visit(browser, link(site))
     browser.click("#echo")
@@ -186,9 +188,10 @@ def texts_and_bytes(pieces: list[bytes]) -> list[list[str]]:
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokenizer",
-    [BYTES, *(pytest.param(other, marks=pytest.mark.slow) for other in (TOKENIZER, BPE))],
+    [BYTES, TOKENIZER, BPE],
     ids=["byte", "char", "bpe"],
 )
 def test_tokens_of_every_kind(browser, site, tokenizer):
@@ -220,6 +223,7 @@ def test_tokens_of_every_kind(browser, site, tokenizer):
             own.close()
 
 
+@pytest.mark.slow
 def test_an_alternative_within_a_character(browser, site):
     """The sample is cut in the middle of a character, at the very token."""
     own = Served(learned(BYTES, SCRIPTS))
@@ -239,6 +243,7 @@ def test_an_alternative_within_a_character(browser, site):
         own.close()
 
 
+@pytest.mark.slow
 def test_thousands_of_tokens_stay_quick(browser, site):
     visit(browser, link(site))
     generate(browser)
@@ -273,6 +278,7 @@ window.fetch = async (path, options) =>
 """
 
 
+@pytest.mark.slow
 def test_a_stream_in_pieces_of_one_byte(browser, site):
     """Chunks may cut anywhere: within a line's end, within a character."""
     logprobs = {"token_ids": [5, 6], "token_bytes": [[0xC3], [0xA9]], "token_logprobs": [-0.1, -3], "top": [None, None]}
@@ -327,6 +333,7 @@ def test_an_error_is_a_sentence_and_costs_nothing(browser, site):
         assert browser.text("#error") == ""
 
 
+@pytest.mark.slow
 def test_the_servers_own_complaint(browser, site):
     visit(browser, link(site, prompt="日本"))
     browser.click("#generate")
@@ -334,6 +341,7 @@ def test_the_servers_own_complaint(browser, site):
     assert "never saw the character" in browser.text("#error p")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_busy(browser):
     own = Served(Generator(memorised(), TOKENIZER), max_concurrent=1, max_queued=0)
     try:
@@ -357,6 +365,7 @@ def test_a_server_that_is_busy(browser):
         own.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone(browser):
     own = Served(Generator(memorised(), TOKENIZER))
     visit(browser, link(own))
@@ -369,6 +378,7 @@ def test_a_server_that_is_gone(browser):
     assert tokens(browser) == before and browser.find("#prompt").get_attribute("value") == START
 
 
+@pytest.mark.slow
 def test_the_key_is_asked_for(browser, site):
     own = Served(Generator(memorised(), TOKENIZER), api_key="sesame")
     try:

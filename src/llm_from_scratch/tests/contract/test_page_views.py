@@ -79,6 +79,7 @@ def test_a_run_is_watched_as_it_goes(browser, site, run_dir):
     assert "4.2500" not in browser.text("#figures")
 
 
+@pytest.mark.slow
 def test_a_long_run_is_drawn(browser, site, run_dir):
     """More points than pixels: fetched in parts, and painted in a moment."""
     (run_dir / "metrics.jsonl").write_text("")
@@ -141,6 +142,7 @@ def test_a_message_without_an_answer_returns_to_the_field(browser):
     assert browser.find("#send").is_enabled() and not browser.all(".message")
 
 
+@pytest.mark.slow
 def test_without_a_template_or_a_run(browser):
     own = Served(Generator(memorised(), TOKENIZER))
     try:
@@ -201,6 +203,7 @@ def test_a_narrow_window_scrolls_one_way(browser, site, run_dir):
         assert small == [], view
 
 
+@pytest.mark.slow
 def test_the_theme_is_the_systems_or_the_readers(browser, site):
     paper = "return getComputedStyle(document.body).backgroundColor"
     visit(browser, site.url)

@@ -274,6 +274,7 @@ def test_bench_without_data_names_no_dataset(here: Path, capsys: pytest.CaptureF
     assert "using random tokens: no prepared data found" in errors and "openwebtext" not in errors
 
 
+@pytest.mark.slow
 def test_bench_reads_data_where_there_is_some(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--batch_size=2", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]
     assert bench.main([*small, "--steps=1", "--burnin_steps=0", "--device=cpu"]) == 0

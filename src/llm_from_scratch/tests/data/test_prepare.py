@@ -35,6 +35,7 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.budget import parse_budget
 from llm_from_scratch.presets import parse
 from llm_from_scratch.tests.texts import real_text, reference_gpt2, shakespeare
+from llm_from_scratch.tests.tiny import slow_except
 from llm_from_scratch.training.check import check
 
 EOT = 50256
@@ -77,7 +78,7 @@ def left_behind(root: Path) -> list[str]:
 # a single text
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "byte"])
+@pytest.mark.parametrize("tokenizer", slow_except(["char", "gpt2", "byte"], "char", "byte"))
 def test_a_single_text_is_split_by_position(here: Path, small: None, tokenizer: str) -> None:
     """nanoGPT's rule, recomputed: 90% of the characters, each part encoded as a whole."""
     text = real_text()[:100_001]
@@ -350,8 +351,9 @@ def test_workers_that_die_are_done_without(
     assert "without them" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read as Linux tells it")
-@pytest.mark.parametrize("repeats", [(20, 100), pytest.param((24, 150), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("repeats", [(20, 100), (24, 150)])
 def test_memory_does_not_grow_with_the_text(here: Path, repeats: tuple[int, int]) -> None:
     """From 8 MB to 40 MB, and from 10 MB to 60 MB."""
     code = (
@@ -873,7 +875,7 @@ def test_demo_on_damaged_network(here: Path, server: dict[str, Any]) -> None:
 # nanoGPT's folders
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", slow_except(["char", "gpt2"], "char"))
 def test_nanogpts_shakespeare_folders(here: Path, kind: str) -> None:
     """Against the steps of nanoGPT's scripts, done the slow way."""
     text = shakespeare() or real_text()
@@ -974,6 +976,7 @@ def test_the_hub_gives_tables(here: Path) -> None:
     assert decoded[0] == (8, ["text"]) and decoded[4] == (8, ["id", "text", "gap"])
 
 
+@pytest.mark.slow
 def test_openwebtext_by_name(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets(["some text"] * 4000, 4000))
     monkeypatch.setattr(hub, "check_reachable", lambda url: None)

@@ -7,7 +7,7 @@ import pytest
 from .rows import Report
 from .storm import ROWS, in_process, load
 
-# The quick tests of the others are checkpoint/test_store.py, test_shards.py, training/test_resume.py, test_guards.py, ...
+# The quick tests of the others are checkpoint/test_store.py, training/test_guards.py, ...
 QUICK = ("kills", "operations", "power", "flips")
 MORE = 4  # times as many cases of these in the slow tests, with a few of the others
 

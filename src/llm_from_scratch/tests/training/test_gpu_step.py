@@ -237,9 +237,8 @@ def test_recording_is_tried_and_given_up(
             parallel.wrap(model, settings(cuda_graphs=True), machine(compile_may_fail=True), 2, lines.append)
 
 
-@pytest.mark.parametrize(
-    "modern", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=needs_float8)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("modern", [False, pytest.param(True, marks=needs_float8)])
 def test_the_whole_pass_is_one_graph(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss in pieces and float8 included: where the compiler breaks off, kernels are not fused, and not recorded."""
     monkeypatch.setattr(loss, "CPULogitPasses", loss.LogitPasses)

@@ -266,7 +266,12 @@ def test_state_goes_by_names_and_comes_back_exactly(kind: Any, dtype: Any) -> No
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, longest", [("muon", "bfloat16", 3), ("muon", "float32", 0), ("adamw", "bfloat16", 0)]
+    "kind, dtype, longest",
+    [
+        ("muon", "bfloat16", 3),
+        pytest.param("muon", "float32", 0, marks=pytest.mark.slow),
+        pytest.param("adamw", "bfloat16", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_bit_for_bit(here: Path, tiny_data: Path, kind: str, dtype: str, longest: int) -> None:
     """Through a checkpoint on the disk, in which the state keeps its type."""

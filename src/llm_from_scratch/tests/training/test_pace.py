@@ -212,6 +212,7 @@ def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str,
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_print_config_shows_an_ordinary_run_with_the_same_result(
     tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,7 +33,7 @@ from llm_from_scratch.training.signals import StopRequest
 from llm_from_scratch.training.trainer import train
 
 from ..forked import Forked
-from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, tiny_config, write_data
+from ..tiny import LETTERS, TOKENIZER, arguments, babble, read_metrics, slow_except, tiny_config, write_data
 
 Stop = Callable[[int], None]
 
@@ -134,7 +134,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_except(RUNS, "float32_random", "bfloat16", "modern"))
 def test_a_cut_run_is_bit_for_bit_the_whole_one(name: str, short_data: Path, stop_at: Stop) -> None:
     """Cut inside an epoch, and the rest cut again at a step that is evaluated."""
     settings = {**RUNS[name], "max_iters": 12, "eval_interval": 4, "keep_last": 9, "batch_size": 6}
@@ -662,6 +662,7 @@ assert "torch._dynamo" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_compile_does_not_import_the_compiler(tiny_data: Path) -> None:
     """Which takes more than a second, and which torch's own optimizers import at their first step."""
     Path("eager.py").write_text(EAGER)
