@@ -29,7 +29,7 @@ LONGEST = (
     *("contract/test_notebook.py", "contract/test_llm_prepare.py", "contract/test_train_command.py"),
     *("data/test_prepare.py", "parity/test_generation.py", "serving/test_life.py", "parity/test_hf.py"),
 )
-# One worker runs all of a folder whose tests import large packages (transformers, openai, optuna), and the two files that
+# One worker runs all of a folder whose tests import large packages (transformers, openai, optuna), and the files that
 # parse all sources.
 TOGETHER = {"parity": "parity", "serving": "serving", "sweep": "sweep"}
 TOGETHER |= {"test_architecture.py": "sources", "test_house.py": "sources"}
@@ -61,8 +61,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # the garbage collector need not look through torch and all tests again and again
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The garbage collector need not look through torch and all tests again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +108,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The compiled kernel of decoding, built once for all workers. LLM_KERNEL is the module's KERNEL, or auto."""
+    """The compiled kernel, built once for all workers unless a training run has built it before. LLM_KERNEL is the
+    module's KERNEL, or auto."""
     from llm_from_scratch.kernels import compiled
 
     if compiled.lacking():
         pytest.skip(str(compiled.lacking()))
+    before = compiled.library_path() if compiled.is_built() else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(Path(os.environ[FOLDER]) / "kernel"))
         patch.setenv(compiled.VARIABLE, getattr(request.module, "KERNEL", "auto"))
         compiled.load_kernel.cache_clear()
         with FileLock(Path(os.environ[FOLDER]) / "kernel.lock"):
+            if before is not None and not compiled.is_built():
+                compiled.library_path().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                shutil.copy(before, compiled.library_path())
             found = compiled.find_kernel(pytest.fail)
         assert found is not None
         yield found

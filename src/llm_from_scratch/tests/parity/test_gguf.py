@@ -28,6 +28,7 @@ from llm_from_scratch.interop.gguf_tokenizer import describe_tokenizer, read_tok
 from llm_from_scratch.interop.hf import export_hf, load_pretrained
 
 from ..faults.mutated_gguf import packed
+from ..tiny import slow_except
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = HFTokenizer.train(["the cat sat on the mat; it's 12 o'clock, and the dog sat too. " * 9], 300)
@@ -58,7 +59,7 @@ def random_model(rows: int = 0, **settings: Any) -> GPT:
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_except(MODELS, "gpt2", "llama", "qwen3, yarn", "llama, qwen2 with llama3"))
 def test_a_model_comes_back(name, tmp_path, capsys):
     model = random_model(**MODELS[name])
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
