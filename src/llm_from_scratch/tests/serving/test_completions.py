@@ -65,15 +65,10 @@ def test_defaults_are_those_of_the_api(client):
         ({"top_p": 0.6}, {"top_p": 0.6}),
         ({"frequency_penalty": -1.5}, {"frequency_penalty": -1.5}),
         ({"extra_body": {"top_k": 3}}, {"top_k": 3}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ({"presence_penalty": 1.5}, {"presence_penalty": 1.5}),
-                ({"extra_body": {"top_k": -1}}, {}),
-                ({"extra_body": {"min_p": 0.3}}, {"min_p": 0.3}),
-                ({"extra_body": {"repetition_penalty": 1.8}}, {"repetition_penalty": 1.8}),
-            )
-        ),
+        pytest.param({"presence_penalty": 1.5}, {"presence_penalty": 1.5}, marks=pytest.mark.slow),
+        pytest.param({"extra_body": {"top_k": -1}}, {}, marks=pytest.mark.slow),
+        pytest.param({"extra_body": {"min_p": 0.3}}, {"min_p": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"extra_body": {"repetition_penalty": 1.8}}, {"repetition_penalty": 1.8}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -128,7 +128,7 @@ def test_a_full_disk_under_a_trials_files_is_one_line(
     monkeypatch.setattr(Path, "mkdir", no_space(Path.mkdir))
     monkeypatch.setattr(Path, "open", no_space(Path.open))
     with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/trial-0/.*{full}: No space left on device$"):
-        run_trials(study, Runs(tmp_path / "settings.yaml", [2, 3], "val_loss"), 1, [].append)
+        run_trials(study, Runs(tmp_path / "settings.yaml", [2, 3], "val_loss"), 1, list[str]().append)
 
 
 @pytest.mark.slow
