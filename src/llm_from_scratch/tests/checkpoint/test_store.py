@@ -777,13 +777,14 @@ def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path: Path, monke
     assert asked and cp.load_checkpoint(save(tmp_path, 2, keep_last=1)).step == 2 and steps(tmp_path) == [2]
 
 
-def test_an_error_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_error_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
     numbers = iter(range(10**6))
 
     def fresh() -> Path:
         return tmp_path / f"run{next(numbers)}"
 
-    for out, done, failure in every_failure(monkeypatch, fresh, lambda out: save(out, 1)):
+    for out, done, failure in every_failure(monkeypatch, fresh, lambda out: save(out, 1), stride):
         if "error" in failure and out.exists():
             left = os.listdir(out)
             assert left in ([], ["step-00000001"]) and (left or not done), failure
