@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -29,10 +31,11 @@ LONGEST = (
     *("contract/test_notebook.py", "contract/test_llm_prepare.py", "contract/test_train_command.py"),
     *("data/test_prepare.py", "parity/test_generation.py", "serving/test_life.py", "parity/test_hf.py"),
 )
-# One worker runs all of a folder whose tests import large packages (transformers, openai, optuna), and the files that
-# parse all sources.
+# One worker runs all of a folder whose tests import large packages (transformers, openai, optuna), the files that parse
+# all sources, and those that need a browser.
 TOGETHER = {"parity": "parity", "serving": "serving", "sweep": "sweep"}
 TOGETHER |= {"test_architecture.py": "sources", "test_house.py": "sources"}
+TOGETHER |= {"test_page.py": "page", "test_page_views.py": "page"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER not in os.environ:
         os.environ[FOLDER] = tempfile.mkdtemp(prefix="llm-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER)))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Each worker begins to import the tests at another place: pytest rewrites each file once, for all of them."""
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")
+    tests = Path(__file__).parent
+    if [(session.config.invocation_params.dir / argument).resolve() for argument in session.config.args] == [tests]:
+        files = sorted(tests.rglob("test_*.py"))
+        for path in files[len(files) * int(worker[2:]) // int(count) :] if worker != "gw0" else ():
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # reported when it is collected
+                importlib.import_module(".".join([__package__, *path.relative_to(tests).with_suffix("").parts]))
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist

@@ -111,9 +111,9 @@ def write(path: Path, *entries: dict[str, Any]) -> None:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
-@pytest.fixture(name="chromium", scope="module")
+@pytest.fixture(name="chromium", scope="session")
 def chromium_fixture(tmp_path_factory) -> Iterator[Browser]:
-    """One for all tests of a module: it takes a second to start."""
+    """One for all tests: it takes a second to start."""
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
@@ -128,14 +128,14 @@ def browser_fixture(chromium: Browser) -> Iterator[Browser]:
     assert chromium.console() == []
 
 
-@pytest.fixture(name="run_dir", scope="module")
+@pytest.fixture(name="run_dir", scope="session")
 def run_dir_fixture(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "out-watched"
     folder.mkdir()
     return folder
 
 
-@pytest.fixture(name="site", scope="module")
+@pytest.fixture(name="site", scope="session")
 def site_fixture(chromium: Browser, run_dir: Path) -> Iterator[Served]:
     served = Served(Generator(memorised(), TOKENIZER), run=run_dir, chat=True)
     yield served

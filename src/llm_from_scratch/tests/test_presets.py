@@ -385,7 +385,9 @@ def test_names_and_folders_are_a_dictionary(text: str) -> None:
     assert tree.adapters == {"poet": "out-a", "coder": "out-b"}
 
 
-@pytest.mark.parametrize("text", ["poet", "{poet: 1}", "[a]", "{a: [b]}", "{a: *b}", "{" * 2000])
+@pytest.mark.parametrize(
+    "text", ["poet", "{poet: 1}", "[a]", "{a: [b]}", "{a: *b}", pytest.param("{" * 2000, marks=pytest.mark.slow)]
+)
 def test_other_dictionaries_of_names_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="adapters must be written as"):
         parse(ServeOptions, [f"--adapters={text}"], prog="test")

@@ -133,18 +133,14 @@ MISTAKES = [
     (["empty.txt"], "empty.txt is empty"),
     (["shakespeare"], "cannot download tiny Shakespeare"),
 ]
-# python -O leaves out asserts: a mistake shows by default that no check is one
-QUICK_MISTAKES = ("bad.txt is not UTF-8 text: byte offset 3",)
+# python -O leaves out asserts: the slow cases show that no check is one
 
 
 @pytest.mark.parametrize(
     "flags, arguments, message",
     [
         *(([], *mistake) for mistake in MISTAKES),
-        *(
-            pytest.param(["-O"], *mistake, marks=() if mistake[1] in QUICK_MISTAKES else pytest.mark.slow)
-            for mistake in MISTAKES
-        ),
+        *(pytest.param(["-O"], *mistake, marks=pytest.mark.slow) for mistake in MISTAKES),
     ],
 )
 def test_mistakes_are_one_line(
@@ -260,13 +256,14 @@ def test_nanogpts_scripts_from_anywhere_and_uninstalled(tmp_path: Path, name: st
     assert not [path for path in (tmp_path / "checkout/src").glob("*") if path.name != "llm_from_scratch"]
 
 
+@pytest.mark.slow
 @in_checkout
 @pytest.mark.parametrize(
     "name, message",
     [
-        pytest.param("shakespeare_char", "cannot download tiny Shakespeare", marks=pytest.mark.slow),
+        ("shakespeare_char", "cannot download tiny Shakespeare"),
         ("shakespeare", "cannot download tiny Shakespeare"),
-        pytest.param("openwebtext", "[data]'", marks=pytest.mark.slow),
+        ("openwebtext", "[data]'"),
     ],
 )
 def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: str) -> None:
@@ -278,6 +275,7 @@ def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: st
     assert {path.name for path in folder.iterdir()} == {"prepare.py", "readme.md"}
 
 
+@pytest.mark.slow
 @in_checkout
 def test_openwebtext_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     done = script(uninstalled(tmp_path, "openwebtext"), tmp_path, "--workers=many")

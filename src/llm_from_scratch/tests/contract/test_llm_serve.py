@@ -70,8 +70,9 @@ def client(url: str, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
 
 
-def test_a_run_is_served_and_watched(out_dir):
-    with running(f"--out_dir={out_dir}", real=True) as (process, url):
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_is_served_and_watched(out_dir, real):
+    with running(f"--out_dir={out_dir}", real=real) as (process, url):
         assert url.startswith("http://127.0.0.1:")
         told = client(url).completions.create(model="my-run", prompt=TEXT[:6], temperature=0, max_tokens=8)
         params = GenerationConfig(num_samples=1, max_new_tokens=8, temperature=0.0)

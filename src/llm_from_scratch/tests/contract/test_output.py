@@ -16,7 +16,7 @@ from llm_from_scratch.training.trainer import train
 
 from .. import forked
 from ..forked import Forked
-from ..tiny import arguments, babble, tiny_config, write_data
+from ..tiny import arguments, babble, slow_except, tiny_config, write_data
 
 ROOT = Path(__file__).resolve().parents[4]
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to offer")
@@ -83,7 +83,7 @@ def test_a_full_disk_under_the_output(name: str, place: Path, here: Path) -> Non
         assert (code, lines) == (1, ["error: cannot write the output: No space left on device"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(COMMANDS, "llm-generate"))
 def test_a_closed_output(name: str, place: Path, here: Path) -> None:
     code, lines = run(words(name, place), ">&-")
     assert (code, lines) == (2, ["error: standard output is closed: redirect it to a file or to /dev/null"])

@@ -12,21 +12,17 @@ import torch
 from llm_from_scratch.generation.generator import Generator
 
 from ..memorised import TEXT, TOKENIZER, memorised
-from ..playground import (  # noqa: F401
+from ..playground import (
     BPE,
     BYTES,
     ENDLESS,
     SCRIPTS,
     START,
     Served,
-    browser_fixture,
-    chromium_fixture,
     finish,
     generate,
     learned,
     link,
-    run_dir_fixture,
-    site_fixture,
     tokens,
     visit,
 )

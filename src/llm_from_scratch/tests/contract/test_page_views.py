@@ -13,16 +13,12 @@ from llm_from_scratch.generation.generator import Generator
 
 from ..browser import Browser
 from ..memorised import TOKENIZER, memorised
-from ..playground import (  # noqa: F401
+from ..playground import (
     ENDLESS,
     START,
     Served,
-    browser_fixture,
-    chromium_fixture,
     generate,
     link,
-    run_dir_fixture,
-    site_fixture,
     visit,
     write,
 )

@@ -375,6 +375,7 @@ def test_commands_run(document: str, checkout: Path) -> None:
     assert not wrong, "\n\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_python_blocks_run(checkout: Path, tmp_path: Path) -> None:
     assert not failure_of(Command("", 0, "llm-prepare book.txt --tokenizer=char --name=book-bpe"))
     found = [(document, *block) for document in DOCUMENTS for block in blocks(document, "python")]

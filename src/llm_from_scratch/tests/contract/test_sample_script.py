@@ -93,7 +93,8 @@ def test_a_seed_gives_nanogpts_samples(capsys, nanogpt_run):
     assert len(set(out.split(DASHES)[:3])) == 3
 
 
-@pytest.mark.parametrize("samples", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 2])
 def test_the_defaults_are_nanogpts(capsys, nanogpt_run, samples: int):
     code, out, _ = call(capsys, f"--num_samples={samples}")
     assert code == 0 and out == as_nanogpt_prints("\n", 1337, samples, 500, 0.8, 200)

@@ -340,6 +340,7 @@ def test_the_index_of_pip_reaches_uv_unless_uv_has_its_own(install: ModuleType) 
     assert install.uv_environment({"UV_INDEX_URL": "x"}, pip) == {"UV_INDEX_URL": "x"}
 
 
+@pytest.mark.slow
 def test_pip_config_is_read_as_pip_prints_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("install_listing", ROOT / "scripts" / "install.py")
     assert spec is not None and spec.loader is not None

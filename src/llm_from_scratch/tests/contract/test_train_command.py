@@ -165,7 +165,7 @@ def naive_loss(run: Path, ids: np.ndarray, block: int) -> float:
     return total / (len(ids) - 1)
 
 
-@pytest.mark.parametrize("block", [8, 5])
+@pytest.mark.parametrize("block", [8, pytest.param(5, marks=pytest.mark.slow)])
 def test_llm_eval_is_the_loss_of_every_token(
     block: int, trained: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,7 +291,7 @@ COMMANDS = ["train", "evaluate", "bench", "generate", "prepare_data", "export", 
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=() if name in ("train", "sample") else pytest.mark.slow) for name in COMMANDS]
+    "command", [pytest.param(name, marks=() if name == "train" else pytest.mark.slow) for name in COMMANDS]
 )
 def test_help_answers_at_once_without_torch(command: str) -> None:
     program = f"""

@@ -101,7 +101,7 @@ def test_a_cache_gives_the_logits_of_the_whole(pos: str = "rope") -> None:
     torch.testing.assert_close(model(new, cache=swapped)[0][:, 0], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
+@pytest.mark.parametrize("overflow", ["recompute", pytest.param("drop_half", marks=pytest.mark.slow)])
 def test_generation_past_the_context_is_the_same_with_a_cache(overflow: Any) -> None:
     model = make(pos_embedding="rope", tie_embeddings=False)
     torch.nn.init.normal_(model.lm_head.weight)

@@ -196,6 +196,7 @@ def test_bad_files_are_skipped_by_name(here: Path, capsys: pytest.CaptureFixture
             documents(name)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_with_many_documents_is_skipped_whole(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its beginning is not kept, and not joined to the next document. Of an archive, whole files are kept."""
     rng = random.Random(0)

@@ -319,7 +319,7 @@ OWN: dict[str, tuple[Callable[[], GPT], str]] = {
     "random noise": (lambda: with_blocks(NoisyBlock), "random numbers are drawn"),
 }
 AFTER_BY_DEFAULT = ("the token before", "the first token", "one attention more", "in place")
-BY_DEFAULT = ("gates", "alibi", "in-place additions", "scratch memory", "mixture by einsum")
+BY_DEFAULT = ("gates", "alibi", "mixture by einsum")
 
 
 @torch.no_grad()

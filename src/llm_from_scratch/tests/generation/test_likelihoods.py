@@ -64,7 +64,7 @@ def questions(seed: int = 0) -> list[tuple[Ids, Ids]]:
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(name, marks=pytest.mark.slow if name == "gpt2" else ()) for name in SHAPES]
+    "shape", [pytest.param(name, marks=() if name == "rope, grouped heads" else pytest.mark.slow) for name in SHAPES]
 )
 @torch.no_grad()
 def test_scores_are_those_of_whole_sequences(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:

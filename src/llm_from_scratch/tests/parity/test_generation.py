@@ -39,7 +39,7 @@ def naive(model: GPT, prompts: list[list[int]], steps: int) -> tuple[list[list[i
 
 
 # One model with few rows. The slow tests have all models and many rows; test_decode_step.py has each step of all.
-GPT2_TOO = ["modern", pytest.param("gpt2", marks=pytest.mark.slow)]
+GPT2_TOO = ["modern", "gpt2"]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,9 @@ def test_500_ragged_prompts_past_block_size(option):
     assert drawn == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", GPT2_TOO)
-@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_greedy_equals_the_models_own_generate(option, rows):
     model = memorised(option, padding=0)
     for prompt in ragged_prompts(rows, BLOCK):
@@ -105,6 +106,7 @@ def test_greedy_equals_the_models_own_generate(option, rows):
         assert Generator(model, TOKENIZER).generate([prompt], params)[0].tokens == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", GPT2_TOO)
 def test_dropping_half_of_the_window_is_the_same_with_and_without_a_cache(option):
     model = memorised(option)
@@ -124,6 +126,7 @@ def test_dropping_half_of_the_window_is_the_same_with_and_without_a_cache(option
     assert all(BLOCK // 2 <= n <= BLOCK + 1 for n in contexts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", GPT2_TOO)
 def test_nanogpts_samples_come_out_of_one_batch(option):
     model = memorised(option, padding=0)

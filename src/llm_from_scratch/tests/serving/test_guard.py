@@ -14,6 +14,7 @@ from llm_from_scratch.serving.options import ServeOptions, is_loopback
 from llm_from_scratch.serving.service import Service
 
 from ..served import Served, answer, http, served, until
+from ..tiny import slow_except
 
 KEY = "sk-a-secret"
 BODY = {"prompt": "abc", "max_tokens": 2}
@@ -57,7 +58,10 @@ def test_every_route_is_named_here(locked_server):
 @pytest.mark.parametrize("path", GUARDED)
 @pytest.mark.parametrize(
     "key",
-    [None, "", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, "Bearer \xff\xfe"],
+    slow_except(
+        [None, "", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY, "Bearer \xff\xfe"],
+        *(None, f"Bearer {KEY}x", f"Basic {KEY}"),
+    ),
 )
 def test_without_the_key_there_is_nothing(locked_server, path, key):
     for method, body in (("GET", None), ("POST", BODY)):

@@ -468,6 +468,7 @@ def test_the_split_that_changed_is_named(here: Path, split: str, named: str) -> 
     assert any(f"{named} have changed since the run started (--allow_new_data)" in note for note in allowed.notes)
 
 
+@pytest.mark.slow
 def test_ids_that_gpt2_does_not_have_are_named(here: Path) -> None:
     ids = [1, 2, 50256] * 20
     for split, largest in (("train", 50300), ("val", 50257)):
