@@ -1,5 +1,5 @@
 """Products of a few rows, whole decode steps and layers of training by a library in C (rows.c, step.c, layers.c,
-passes.c), which the system's compiler builds on first use.
+passes.c, tape.c), which the system's compiler builds on first use.
 
 The library is kept in the user's cache folder, under a hash of its source. Each process compares it with torch before
 it is used. Without a compiler, or if anything fails, torch computes all of it.
@@ -32,7 +32,8 @@ from ..machine.files import open_whole
 
 VARIABLE = "LLM_KERNEL"
 CHOICES = ("auto", "compiled", "torch")
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.c", "step.c", "layers.c", "passes.c", "vectors.h"))
+FILES = ("rows.c", "step.c", "layers.c", "passes.c", "tape.c", "vectors.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
 LIMIT = 60  # seconds to compile
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -194,6 +195,7 @@ def load_kernel() -> Kernel | str:
     library.drop.argtypes = [*[places] * 3, number, flag, ctypes.c_float, flag, flag]
     library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
     library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]
+    library.train.argtypes = [places, number, number, flag]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
     return kernel if is_right(kernel) else "the compiled kernel gives other results"
 

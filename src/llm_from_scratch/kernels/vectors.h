@@ -21,7 +21,7 @@ extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads
 #define ALL N(all)
 #define LOAD N(load)
 #define STORE N(store)
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 12")
 #define PASTE(name, lanes) name##_##lanes
 #define JOIN(name, lanes) PASTE(name, lanes)
 #define N(name) JOIN(name, LANES)
@@ -62,6 +62,7 @@ static inline __attribute__((always_inline, target("avx2,fma"))) float most8(__m
 #define TOTAL(a) sum8(a)
 #define MOST(a) most8(a)
 #define SIDE 4
+#define TALL 6
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define MAX(a, b) _mm256_max_ps(a, b)
 #define MIN(a, b) _mm256_min_ps(a, b)
@@ -71,6 +72,7 @@ static inline __attribute__((always_inline, target("avx2,fma"))) float most8(__m
 #undef LANES
 #undef TARGET
 #undef SIDE
+#undef TALL
 #undef TOTAL
 #undef MOST
 #undef FMA
@@ -82,6 +84,7 @@ static inline __attribute__((always_inline, target("avx2,fma"))) float most8(__m
 #define LANES 16
 #define TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #define SIDE 8
+#define TALL 12
 #define TOTAL(a) _mm512_reduce_add_ps(a)
 #define MOST(a) _mm512_reduce_max_ps(a)
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)

@@ -27,11 +27,12 @@ from ..kernels.cpu import CPUTiedEmbedding, cpu_replacements, make_dense
 from ..kernels.cross_entropy import ChunkedLoss
 from ..kernels.flex import document_attention
 from ..kernels.float8 import Float8Linear, float8_replacements
-from ..kernels.layers import CompiledLoss, layer_replacements, layers_in_c
+from ..kernels.layers import LONGEST, CompiledLoss, layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
 from ..kernels.swap import swap, unswap
+from ..kernels.tape import RecordedGPT, why_not
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.memory import ReusedMemory
 from ..machine.processes import device_mesh, shield_children
@@ -44,6 +45,7 @@ CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # 
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
 REPAYS_LIBRARY = 1  # minutes of a run, for the layers in C: they compile in seconds
 NARROW = 256
+SMALL, FEW_THREADS = 16_000_000, 4  # parameters and threads of a step in one call (measured with 1 and 2)
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22  # with fewer, the plain loss is as fast (measured on a CPU)
 LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU probably waits for kernel launches; not measured
 
@@ -196,6 +198,25 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         say(f"fp8: {count} linear layers of the blocks train in float8 (--fp8)")
     recompute(model, config, runtime, micro_batch, say)
     freeze(model, config.finetune)
+    if loss is CompiledLoss and fits_one_call(model, config, runtime, micro_batch, libraries):
+        if reason := why_not(model):
+            say(f"step: not in one call ({reason})")
+        elif swap(model, {GPT: RecordedGPT}, say):
+            say("step: loss and gradients in one call in C, recorded from the model (LLM_KERNEL=torch: without)")
+
+
+def fits_one_call(
+    model: GPT, config: Config, runtime: Runtime, micro_batch: int, libraries: dict[str, str]
+) -> bool:  # fmt: skip
+    """Whether a training step of this kind is faster in one call (kernels/tape.py), if it can be recorded: a small
+    model shaped like GPT-2 with few threads. Each thread has gradients of its own."""
+    small = model.get_num_params() <= SMALL and (runtime.threads or torch.get_num_threads()) <= FEW_THREADS
+    shape, finetune, training = config.model, config.finetune, config.training
+    plain = not (shape.dropout or shape.max_ngram or shape.pos_embedding != "learned" or config.data.documents is True)
+    plain = plain and shape.block_size <= LONGEST
+    plain = plain and not (finetune.lora_rank is not None or runtime.is_sharded or loss_is_chunked(config, micro_batch))
+    stores = not training.gradient_checkpointing and training.activation_budget in ("auto", None)
+    return small and plain and stores and not any(ONEDNN in three for three in libraries.values())
 
 
 @torch.no_grad()

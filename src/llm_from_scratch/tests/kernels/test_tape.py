@@ -1,0 +1,299 @@
+"""A training step in one call: against float64, with edits of the model that it must follow or leave to the model."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.config import GPTConfig
+from llm_from_scratch.core import model as models
+from llm_from_scratch.core.model import GPT, Block
+from llm_from_scratch.kernels import compiled, tape
+from llm_from_scratch.kernels.compiled import Kernel
+from llm_from_scratch.kernels.swap import swap, unswap
+from llm_from_scratch.kernels.tape import RecordedGPT, why_not
+from llm_from_scratch.training.trainer import train
+
+from ..tiny import tiny_config
+
+SHAPE: dict[str, Any] = {"block_size": 40, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+def make(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE | changes))
+    for p in model.parameters():  # gains of 1 and biases of 0 would hide mistakes
+        nn.init.normal_(p, std=0.2)
+    return model
+
+
+def batch(rows: int = 5, tokens: int = 39) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(31, (rows, tokens + 1), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def recorded(model: GPT) -> GPT:
+    said: list[str] = []
+    assert swap(model, {GPT: RecordedGPT}, said.append) == 1 and not said
+    return model
+
+
+def loss_and_gradients(model: GPT, ids: Tensor, targets: Tensor) -> list[Tensor]:
+    loss = model(ids, targets)[1]
+    assert loss is not None
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def runs_in_c(model: GPT, *given: Tensor) -> bool:
+    logits, _ = model(*(given or batch()))
+    return logits is None
+
+
+@pytest.fixture
+def in_c(level: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With AVX2, and with AVX-512."""
+    monkeypatch.setattr(tape, "load_kernel", lambda: level)
+
+
+SHAPES: list[dict[str, Any]] = [
+    {"bias": False}, {"bias": True, "n_head": 1, "activation": "gelu_tanh", "n_layer": 1},
+    {"norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 1, "tie_embeddings": False, "bias": False},
+    {"activation": "relu2", "n_embd": 96, "n_head": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=str)
+def test_it_is_the_model_of_float64(in_c: None, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, targets) = make(**changes), batch()
+    targets[1, 5:9] = -1
+    exact = copy.deepcopy(model).double()
+    monkeypatch.setattr(tape, "ROWS", 80)  # two sequences at once
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = loss_and_gradients(recorded(model), ids, targets)
+    assert runs_in_c(model)
+    for a, b in zip(loss_and_gradients(exact, ids, targets), found, strict=True):
+        assert (b - a).norm() <= 2e-6 * a.norm()
+
+
+def test_micro_batches_and_repetitions_give_the_same(kernel: Kernel) -> None:
+    model, given = recorded(make()), batch(6)
+    whole, again = loss_and_gradients(model, *given), loss_and_gradients(model, *given)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    parts = [loss_and_gradients(model, *(t[rows] for t in given)) for rows in (slice(0, 2), slice(2, 6))]
+    for a, b, c in zip(whole, *parts, strict=True):
+        assert (a - b / 3 - c * 2 / 3).norm() <= 1e-5 * a.norm()
+
+
+def test_gradients_are_added_and_scaled_by_autograd(kernel: Kernel) -> None:
+    model, given = recorded(make()), batch()
+    expected = loss_and_gradients(model, *given)[1:]
+    for share in (0.25, 0.75):
+        (model(*given)[1] * share).backward()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert p.grad is not None and (p.grad - g).norm() <= 1e-6 * g.norm()
+    loss = model(*given)[1]
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(model(*given)[1], list(model.parameters()), create_graph=True)
+
+
+def test_wrong_input_and_numbers_are_those_of_the_model(kernel: Kernel) -> None:
+    model, (ids, targets) = recorded(make()), batch()
+    assert runs_in_c(model, ids, targets)
+    for wrong in (-1, 31):
+        with pytest.raises(IndexError):
+            model(ids.clone().index_fill_(1, torch.tensor([3]), wrong), targets)
+    with pytest.raises(IndexError):
+        model(ids, torch.full_like(targets, 31))
+    assert model(ids, torch.full_like(targets, -1))[1].isnan()
+    with pytest.raises(models.UserError):
+        model(*batch(2, 41))
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 3] = torch.nan
+    found = loss_and_gradients(model, ids, targets)
+    assert found[0].isnan() and all(g.isnan().any() for g in found[1:])
+
+
+def test_what_is_not_a_training_step_is_the_models(kernel: Kernel) -> None:
+    model, (ids, targets) = recorded(make()), batch()
+    plain = copy.deepcopy(model)
+    unswap(plain)
+    assert type(plain) is GPT
+    with torch.no_grad():
+        assert torch.equal(model(ids, targets)[0], plain(ids, targets)[0])
+    assert torch.equal(model(ids)[0], plain(ids)[0])
+    assert not runs_in_c(model, *batch(2, 1)) and not runs_in_c(model, ids.t(), targets.t())
+    assert runs_in_c(model)
+    model.transformer.wpe.weight.requires_grad_(False)  # frozen later
+    assert not runs_in_c(model) and model(ids, targets)[1].requires_grad
+    model.transformer.wpe.weight.requires_grad_(True)
+    assert runs_in_c(model)
+
+
+def test_a_change_between_steps_counts(kernel: Kernel) -> None:
+    model, given = recorded(make()), batch()
+    before = loss_and_gradients(model, *given)
+    model.transformer.ln_f.eps = 0.5
+    changed = loss_and_gradients(model, *given)
+    unswap(model)
+    for a, b, c in zip(loss_and_gradients(model, *given), changed, before, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm() < (a - c).norm()
+    recorded(model)
+    seen: list[Any] = []
+    hook = model.transformer.h[0].register_forward_hook(lambda *given: seen.append(given))
+    assert not runs_in_c(model) and seen
+    hook.remove()
+    assert runs_in_c(model)
+    model.transformer.h[0].mlp.c_fc = models.Linear(32, 128, bias=False)
+    assert runs_in_c(model) and model.transformer.h[0].mlp.c_fc.weight.grad is None
+    model(*given)[1].backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad is not None
+
+
+class Gated(Block):
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(config.n_embd))
+        self.register_buffer("scale", torch.ones(config.n_embd))
+        self.steps, self.log = 0, [0]
+
+
+class WithGate(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest) + self.gate * x
+
+
+class WithBuffer(Gated):
+    scale: Tensor
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x * self.scale, *rest)
+
+
+class DropPath(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x if self.training and random.random() < 0.5 else super().forward(x, *rest)
+
+
+class DrawnPath(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x + super().forward(x, *rest) * (torch.rand(1) < 0.5)
+
+
+class Counting(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        self.steps += 1
+        return super().forward(x, *rest)
+
+
+class Listing(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x if len(self.log) > 5 else super().forward(x, *rest)
+
+
+class Reading(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest) if x.mean().item() < 9 else x
+
+
+class Clipped(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest).clamp(-50, 50)
+
+
+class InPlace(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest).mul_(1)
+
+
+class Detached(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x.detach(), *rest)
+
+
+class Silent(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x, *rest)
+
+
+class Scaled(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return torch.add(x, super().forward(x, *rest), alpha=2)
+
+
+EDITS: list[type[Block]] = [
+    WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Scaled
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", EDITS)
+def test_an_edited_block_is_left_to_the_model(block: type[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "Block", block)
+    model = make()
+    assert why_not(model)
+    model.__class__ = RecordedGPT
+    assert not runs_in_c(model)
+
+
+class Parallel(Block):
+    def forward(self, x: Tensor, where: Any = (), cache: Any = None) -> Tensor:
+        return x + self.attn(self.ln_1(x), where, cache) + self.mlp(self.ln_2(x))
+
+
+class PostNorm(Block):
+    def forward(self, x: Tensor, where: Any = (), cache: Any = None) -> Tensor:
+        x = self.ln_1(x + self.attn(x, where, cache))
+        return self.ln_2(x + self.mlp(x))
+
+
+class Slow(Block):
+    def forward(self, x: Tensor, where: Any = (), cache: Any = None) -> Tensor:
+        y = self.ln_1(x)
+        return self.mlp(self.ln_2(x + self.attn(y, where, cache) + y)) + x
+
+
+@pytest.mark.parametrize("block", [Parallel, PostNorm, Slow])
+def test_a_block_of_the_same_operations_is_recorded(
+    kernel: Kernel, block: type[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "Block", block)
+    model, given = make(), batch()
+    exact = copy.deepcopy(model).double()
+    found = loss_and_gradients(recorded(model), *given)
+    assert runs_in_c(model)
+    for a, b in zip(loss_and_gradients(exact, *given), found, strict=True):
+        assert (b - a).norm() <= 5e-6 * a.norm()
+
+
+@pytest.mark.slow
+def test_a_run_learns_as_without_it_and_resumes_exactly(
+    kernel: Kernel, here: Any, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def weights(out: str, **changes: Any) -> dict[str, Tensor]:
+        shape = {"n_embd": 32, "schedule": "constant", "dtype": "float32", "compile": False, "threads": 1}
+        train(tiny_config(tiny_data, **shape, out_dir=out, **changes))
+        return load_checkpoint(find_checkpoint(out, "last")).model
+
+    monkeypatch.setenv(compiled.VARIABLE, "compiled")
+    whole = weights("whole", max_iters=6)
+    assert "step: loss and gradients in one call in C" in capsys.readouterr().out
+    weights("cut", max_iters=3)
+    for name, w in weights("cut", max_iters=6, init_from="resume").items():
+        assert torch.equal(w, whole[name])
+    monkeypatch.setattr(models, "Block", Clipped)
+    weights("edited", max_iters=1)
+    assert "step: not in one call (the kernel lacks aten.clamp.default)" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setenv(compiled.VARIABLE, "torch")
+    for name, w in weights("plain", max_iters=6).items():
+        assert (whole[name] - w).norm() <= 1e-4 * w.norm()
