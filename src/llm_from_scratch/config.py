@@ -243,8 +243,9 @@ class FinetuneConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for everything else."""
 
-    optimizer_type: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon (kellerjordan.github.io/posts/muon), which needs fewer but slightly slower steps."""
+    optimizer_type: Literal["adamw", "muon", "normuon"] = "adamw"
+    """adamw; muon (kellerjordan.github.io/posts/muon), which needs fewer but slightly slower steps; normuon: muon with
+    equal steps for all neurons (arXiv 2510.05491)."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
     muon_learning_rate: float = 0.02

@@ -8,7 +8,7 @@ from .errors import UserError
 from .mixture import read_mixture
 from .settings import above, flatten
 
-LORA_REFUSES = (("optimizer_type", "muon"), ("fp8", True), ("save_nanogpt_ckpt", True))
+LORA_REFUSES = (("optimizer_type", "muon"), ("optimizer_type", "normuon"), ("fp8", True), ("save_nanogpt_ckpt", True))
 DPO_REFUSES = (("compile", True), ("cuda_graphs", True), ("chunked_loss", True), ("documents", False))
 
 
@@ -54,8 +54,8 @@ def check_run(config: Any) -> None:
     if (optimizer.lr_scaling == "mup") != (optimizer.base_width is not None):
         raise UserError("lr_scaling=mup and base_width need each other: give both, or neither")
     for name in ("embedding_learning_rate", "head_learning_rate"):
-        if getattr(optimizer, name) is not None and optimizer.optimizer_type != "muon":
-            raise UserError(f"{name} needs --optimizer_type=muon; adamw uses learning_rate for everything")
+        if getattr(optimizer, name) is not None and "muon" not in optimizer.optimizer_type:
+            raise UserError(f"{name} needs --optimizer_type=muon or normuon; adamw uses learning_rate for everything")
     if config.scheduler.lr_ends and config.scheduler.schedule != "linear":
         raise UserError(f"lr_ends needs --schedule=linear, not {config.scheduler.schedule}")
     if system.shard_group is not None and system.parallel != "hsdp":

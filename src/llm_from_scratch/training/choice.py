@@ -169,7 +169,7 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
     may_count = (
         facts.vocab_size <= FEW_IDS
         and facts.train_tokens >= ENOUGH_FOR_NGRAMS
-        and fixed.get("optimizer_type", "muon") == "muon"
+        and "muon" in fixed.get("optimizer_type", "muon")
     )
     if may_count and not exportable and "max_ngram" not in fixed:
         kinds.append(True)
@@ -344,12 +344,12 @@ def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, A
 
 def rates(steps: int, model: GPTConfig, optimizer: str, epochs: float) -> dict[str, Any]:
     """Optimizer settings. Muon's rates: 0.05 for 60 updates, 0.03 for 1,000, 0.02 for 4,000 (configs/)."""
-    if optimizer != "muon":
+    if "muon" not in optimizer:
         return {"learning_rate": _rounded(min(4e-3, 0.4 / model.n_embd)), "weight_decay": 0.1, "grad_clip": 1.0}
     muon = min(0.05, max(0.01, 0.03 * (1000 / steps) ** 0.25))
     adamw = muon * min(1.0, (128 / model.n_embd) ** 0.5)
     settings: dict[str, Any] = {
-        "optimizer_type": "muon", "muon_learning_rate": _rounded(muon), "learning_rate": _rounded(2 / 3 * adamw),
+        "optimizer_type": optimizer, "muon_learning_rate": _rounded(muon), "learning_rate": _rounded(2 / 3 * adamw),
         "embedding_learning_rate": None if model.tie_embeddings else _rounded(10 / 3 * adamw),
         "muon_momentum": 0.9 if steps < 100 else 0.95,
         "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.95, "grad_clip": 0.0,

@@ -205,7 +205,7 @@ def _muon(optimizer: Optimizer, mode: str, cluster: Cluster, itemsize: int, limi
     group = (cluster.gpus, 1) if mode == "hsdp" else (cluster.gpus, cluster.nodes)
     processes = math.prod(group)
     for parameters in optimizer.param_groups:
-        if parameters["rule"] != "muon" or processes == 1:
+        if "rows" not in parameters or processes == 1:
             continue
         plan = list(rounds(list(matrices_of(parameters)), processes, limit // processes))
         sizes = [[sum(math.prod(m.shape) for m in batch) for batch in batches] for batches in plan]
@@ -219,7 +219,7 @@ def muon_flops(optimizer: Optimizer, processes: int) -> float:
     """Of the busiest process in an update: four polynomials, each of three products."""
     work = [0.0] * processes
     for parameters in optimizer.param_groups:
-        if parameters["rule"] == "muon":
+        if "rows" in parameters:
             for batches in rounds(list(matrices_of(parameters)), processes, CHUNKS["cuda"] // processes):
                 for rank, batch in enumerate(batches):
                     work[rank] += sum(4 * (4 * r * r * c + 2 * r**3) for r, c in (m.shape for m in batch))

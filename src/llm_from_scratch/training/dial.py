@@ -159,7 +159,7 @@ def explain(
     """The lines that a run prints: what was chosen, why, and the expected loss."""
     choice, model, optimizer = choices[0], config.model, config.optimizer
     tables = f", n-grams up to {model.max_ngram}" if model.max_ngram else ""
-    epochs, muon = choice.tokens / facts.train_tokens, optimizer.optimizer_type == "muon"
+    epochs, muon = choice.tokens / facts.train_tokens, "muon" in optimizer.optimizer_type
     rate = f"{choice.batch * model.block_size / choice.step_seconds:,.0f} tokens/s"
     speed = f"{rate}, measured in {took:.1f} s" if rehearsals else f"about {rate}"
     other = next((some for some in choices if some.model.n_embd != model.n_embd or

@@ -78,7 +78,7 @@ def _check_entry(entry: dict[str, Any], slots: Slots, rule: str, name: str, rule
     """Raises UserError unless a parameter's saved state is what its rule declares."""
     found = {key for key, value in entry.items() if key in slots or (isinstance(value, Tensor) and value.dim())}
     if rules[name] != rule or found != set(slots):
-        known = kind if kind in OPTIMIZERS else "muon" if "muon" in rules.values() else "adamw"
+        known = kind if kind in OPTIMIZERS else next((each for each in rules.values() if "muon" in each), "adamw")
         raise UserError(
             f"the saved optimizer state of {name} is {rules[name]}'s, not {rule}'s: resume with "
             f"--optimizer_type={known}, or start a new run from the weights (--init_from=FOLDER, another --out_dir)"

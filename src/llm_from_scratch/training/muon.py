@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import OptimizerConfig
 from ..errors import UserError
 from ..machine.device import cpu_has_native_bf16
-from .owners import Batch, Sharded, Whole, matrices_of, rounds
+from .owners import Batch, Matrix, Sharded, Whole, matrices_of, rounds
 from .rule import Rule, Slots, with_gradients
 from .sharding import is_sharded
 
@@ -122,8 +122,8 @@ class Muon(Rule):
             group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}
             group |= {"lr_scale": peak / config.learning_rate, "weight_decay": 0.0}
             if kind == "matrices":
-                group |= {"rule": "muon", "weight_decay": config.weight_decay, "momentum": config.muon_momentum}
-                group["rows"] = [rows[p] for _, p in members]
+                group |= {"rule": config.optimizer_type, "momentum": config.muon_momentum}
+                group |= {"weight_decay": config.weight_decay, "rows": [rows[p] for _, p in members]}
             groups += [group] if members else []
         return groups
 
@@ -155,9 +155,15 @@ class Muon(Rule):
             results = ranks.send(batches, own, torch.empty(0, dtype=dtype, device=device))
             if finish is not None:
                 finish()  # the previous round's results have arrived in the meantime
-            finish = functools.partial(self._move, ranks, batches, results, group, found_inf)
+            finish = functools.partial(self._move, ranks, batches, results, group, state, found_inf)
         assert finish is not None  # there is a round, because there are matrices
         finish()
+
+    def finished(
+        self, ranks: Whole | Sharded, m: Matrix, step: Tensor, kept: dict[str, Any], found_inf: Tensor | None
+    ) -> Tensor:
+        """What is added to the rows of a matrix that this process holds. kept: the state of its parameter."""
+        return step
 
     def _look_ahead(
         self, ranks: Whole | Sharded, batch: Batch, group: dict[str, Any], state: dict[Tensor, dict[str, Any]],
@@ -187,7 +193,7 @@ class Muon(Rule):
 
     def _move(
         self, ranks: Whole | Sharded, batches: list[Batch], results: Callable[[], list[list[Tensor]]],
-        group: dict[str, Any], found_inf: Tensor | None,
+        group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None,
     ) -> None:  # fmt: skip
         """Decays the weights of a round and adds the results."""
         decay = group["lr"] * group["weight_decay"]
@@ -197,4 +203,5 @@ class Muon(Rule):
             if decay and weights:
                 torch._foreach_mul_(weights, keep)
             for m, weight, step in zip(batch, weights, steps, strict=True):
+                step = self.finished(ranks, m, step, state[m.p], found_inf)
                 weight.add_(step.contiguous(), alpha=-group["lr"] * max(1.0, m.height / m.p.size(1)) ** 0.5)

@@ -15,10 +15,11 @@ from .adagrad import RowAdagrad
 from .adamw import AdamW
 from .muon import Muon
 from .mup import scale_by_width
+from .normuon import NorMuon
 from .rule import Dither, Rule
 from .sharding import local, total_norm
 
-OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon}  # --optimizer_type
+OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW, "muon": Muon, "normuon": NorMuon}  # --optimizer_type
 SPARSE = "adagrad"  # the rule for tables whose gradients are sparse
 
 

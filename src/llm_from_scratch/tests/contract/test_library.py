@@ -65,7 +65,7 @@ def test_the_length_of_a_preset_is_set_once() -> None:
         ("training", "eval_only", 1, "expected bool"),
         ("training", "activation_budget", "atuo", "expected float | Literal['auto'] | None"),
         ("optimizer", "learning_rate", True, "expected float"),
-        ("optimizer", "optimizer_type", "sgd", "expected Literal['adamw', 'muon']"),
+        ("optimizer", "optimizer_type", "sgd", "expected Literal['adamw', 'muon', 'normuon']"),
         ("generation", "stop", 5, "expected tuple[str, ...]"),
     ],
 )

@@ -89,7 +89,7 @@ PARTS: dict[str, tuple[int, list[Edit]]] = {
                 'OPTIMIZERS: dict[str, type[Rule]] = {"adamw": AdamW,',
                 'from .lion import Lion\n\nOPTIMIZERS: dict[str, type[Rule]] = {"lion": Lion, "adamw": AdamW,',
             ),
-            Edit(CONFIG, 'Literal["adamw", "muon"]', 'Literal["adamw", "muon", "lion"]'),
+            Edit(CONFIG, 'Literal["adamw", "muon", "normuon"]', 'Literal["adamw", "muon", "normuon", "lion"]'),
         ],
     ),
     "schedule": (

@@ -55,7 +55,7 @@ def test_memory_by_hand() -> None:
 
 
 @pytest.mark.parametrize("option", slow_except(OPTIONS, "gpt2", "mqa_rope", "untied"))
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", pytest.param("normuon", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_optimizers_memory_is_that_of_its_state(option: str, kind: Any, dtype: Any) -> None:
     config = dataclasses.replace(BASE, **OPTIONS[option])

@@ -269,6 +269,7 @@ def test_state_goes_by_names_and_comes_back_exactly(kind: Any, dtype: Any) -> No
     "kind, dtype, longest",
     [
         ("muon", "bfloat16", 3),
+        ("normuon", "float32", 0),
         pytest.param("muon", "float32", 0, marks=pytest.mark.slow),
         pytest.param("adamw", "bfloat16", 0, marks=pytest.mark.slow),
     ],
@@ -312,20 +313,21 @@ def test_a_run_may_change_how_its_state_is_kept(kind: Any) -> None:
 def test_a_state_of_the_other_optimizer_is_refused() -> None:
     model = make()
     states = {}
-    for kind in ("adamw", "muon"):
+    for kind in ("adamw", "muon", "normuon"):
         optimizer = made(model, optimizer_type=kind)
         train(model, optimizer, 1)
         states[kind] = optimizer_state(optimizer)
-    for kind, other in (("adamw", "muon"), ("muon", "adamw")):
+    for kind, other in (("adamw", "muon"), ("muon", "adamw"), ("muon", "normuon"), ("normuon", "muon")):
         with pytest.raises(UserError, match=f"{other}'s, not {kind}'s: resume with --optimizer_type={other}"):
             load_optimizer_state(made(make(), optimizer_type=kind), states[other])
 
 
+@pytest.mark.parametrize("kind", ["muon", "normuon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_skipped_step_changes_nothing(dtype: Any) -> None:
+def test_a_skipped_step_changes_nothing(dtype: Any, kind: Any) -> None:
     """As on a GPU, where nobody waits to know whether the gradient is finite."""
-    model = make()
-    optimizer = made(model, optimizer_dtype=dtype, fused="on")
+    model, settings = make(), {"optimizer_type": kind, "optimizer_dtype": dtype, "fused": "on"}
+    optimizer = made(model, **settings)
     train(model, optimizer, 2)
     before = copy.deepcopy((model.state_dict(), optimizer_state(optimizer)["state"]))
     for p in model.parameters():
@@ -341,7 +343,7 @@ def test_a_skipped_step_changes_nothing(dtype: Any) -> None:
     # and one that is not skipped is the step without the flag
     twin = make()
     twin.load_state_dict(model.state_dict())
-    plain = made(twin, optimizer_dtype=dtype, fused="on")
+    plain = made(twin, **settings)
     load_optimizer_state(plain, copy.deepcopy(optimizer_state(optimizer)))
     optimizer.found_inf = torch.zeros(())
     for each, stepper in ((model, optimizer), (twin, plain)):

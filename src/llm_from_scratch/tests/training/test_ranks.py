@@ -83,11 +83,12 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     "processes, settings",
     [
         (2, {"optimizer_type": "muon"}),
+        (2, {"optimizer_type": "normuon"}),
         (3, {"optimizer_type": "muon", **NGRAMS, "tie_embeddings": False, "n_layer": 2}),
         (4, {"optimizer_type": "muon", "optimizer_dtype": "bfloat16", "activation": "swiglu", "norm": "rmsnorm"}),
         (2, {"optimizer_type": "adamw", **NGRAMS, "forget_ngrams": True, "sample_order": "shuffled"}),
     ],
-    ids=["muon", "muon and n-grams", "muon in bfloat16", "adamw and n-grams"],
+    ids=["muon", "normuon", "muon and n-grams", "muon in bfloat16", "adamw and n-grams"],
 )  # fmt: skip
 def test_a_run_of_several_processes_is_the_run_of_one(
     processes: int, settings: dict[str, Any], here: Path, tiny_data: Path
@@ -210,7 +211,8 @@ def with_random_gradients(model: GPT, optimizer: torch.optim.Optimizer, steps: i
 
 
 def muon(model: GPT, processes: int = 1, **settings: Any) -> torch.optim.Optimizer:
-    config = OptimizerConfig(optimizer_type="muon", learning_rate=3e-3, muon_learning_rate=0.05, **settings)
+    settings = {"optimizer_type": "muon", "learning_rate": 3e-3, "muon_learning_rate": 0.05, **settings}
+    config = OptimizerConfig(**settings)
     return make_optimizer(model, config, CPU, processes=processes)
 
 
@@ -228,7 +230,11 @@ def sharded_steps(settings: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("settings", [{}, {"optimizer_dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"optimizer_type": "normuon"}, {"optimizer_dtype": "bfloat16"}],
+    ids=["float32", "normuon", "bfloat16"],
+)
 def test_matrices_of_sharded_rows_are_stepped_whole(processes: int, settings: dict[str, Any], here: Path) -> None:
     """3 does not divide the 20 and 60 rows; a process holds parts of two of the three matrices in a weight."""
     model = gpt()

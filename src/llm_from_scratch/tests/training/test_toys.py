@@ -62,7 +62,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "lion", Lion)
     monkeypatch.setitem(OPTIMIZERS, "paired", Paired)
     monkeypatch.setitem(SCHEDULES, "sawtooth", sawtooth)
-    monkeypatch.setitem(type_hints(OptimizerConfig), "optimizer_type", Literal["adamw", "muon", "lion", "paired"])
+    choices = Literal["adamw", "muon", "normuon", "lion", "paired"]
+    monkeypatch.setitem(type_hints(OptimizerConfig), "optimizer_type", choices)
     monkeypatch.setitem(type_hints(SchedulerConfig), "schedule", Literal["cosine", "sawtooth"])
 
 
