@@ -105,13 +105,14 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
         self.kept.append(found)
-        known = list(_tensors((args, tuple(kwargs.values()))))
+        known, results = list(_tensors((args, tuple(kwargs.values())))), list(_tensors(found))
+        drawn = torch.Tag.nondeterministic_seeded in func.tags and func not in (*RULES, aten.dropout.default)
+        _need(bool(results) and not drawn and not func._schema.is_mutable, f"the kernel lacks {func}")
         if not any(isinstance(t, nn.Parameter) or _place(t) in self.places for t in known):
             return found  # a constant
-        results = list(_tensors(found))
         if func in RULES:
             return RULES[func](self, found, *args, **kwargs)
-        is_view = results and all(_place(t) in self.places for t in results) and not func._schema.is_mutable
+        is_view = all(_place(t) in self.places for t in results)
         is_same = found is args[0] and isinstance(found, nn.Parameter)  # a weight in its own dtype
         _need(is_view or is_same, f"the kernel lacks {func}")
         return found

@@ -153,6 +153,13 @@ def test_a_change_between_steps_counts(kernel: Kernel) -> None:
     assert not runs_in_c(model) and seen
     hook.remove()
     assert runs_in_c(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", Parallel.forward)
+        patched = loss_and_gradients(model, *given)
+        assert runs_in_c(model) and (patched[0] - changed[0]).abs() > 1e-4
+        patch.setattr(Block, "forward", skipped)
+        assert not runs_in_c(model)
+    assert runs_in_c(model)
     model.transformer.h[0].mlp.c_fc = models.Linear(32, 128, bias=False)
     assert runs_in_c(model) and model.transformer.h[0].mlp.c_fc.weight.grad is None
     model(*given)[1].backward()
@@ -165,6 +172,10 @@ class Gated(Block):
         self.gate = nn.Parameter(torch.zeros(config.n_embd))
         self.register_buffer("scale", torch.ones(config.n_embd))
         self.steps, self.log = 0, [0]
+
+
+def skipped(self: Block, x: Tensor, *rest: Any) -> Tensor:
+    return x * random.random()
 
 
 class WithGate(Gated):
@@ -226,13 +237,25 @@ class Silent(Gated):
             return super().forward(x, *rest)
 
 
+class Drawn(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return x if torch.rand(()) < 0.5 else super().forward(x, *rest)
+
+
+class CountingBuffer(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        self.scale.add_(1)
+        return super().forward(x, *rest)
+
+
 class Scaled(Gated):
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         return torch.add(x, super().forward(x, *rest), alpha=2)
 
 
 EDITS: list[type[Block]] = [
-    WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Scaled
+    WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Drawn,
+    CountingBuffer, Scaled,
 ]  # fmt: skip
 
 
