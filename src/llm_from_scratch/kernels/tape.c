@@ -173,8 +173,12 @@ KERNEL void N(multiply_turned)(long M, long n, long K, const float *a, long ar, 
     for (long k = 0; k < K; k += DEEP) {
         long depth = K - k < DEEP ? K - k : DEEP;
         for (long m = 0; m < M; m += TALL)
-            for (long j = 0; j < depth; j++)
-                for (long i = 0; i < TALL && m + i < M; i++) strips[m * depth + j * TALL + i] = a[(k + j) * ar + m + i];
+            for (long j = 0; j < depth; j++) {
+                float *to = strips + m * depth + j * TALL;
+                const float *from = a + (k + j) * ar + m;
+                if (m + TALL <= M) memcpy(to, from, TALL * sizeof *to);
+                else for (long i = 0; m + i < M; i++) to[i] = from[i];
+            }
         for (long i = 0; i < n; i += PANEL) {
             int whole = i + PANEL <= n;
             for (long j = 0; j < depth; j++) {
@@ -195,9 +199,13 @@ KERNEL void N(pack)(const Tape *m, const Operation *o) {
     const float *w = m->parameters[o->weight].data;
     float *to = m->packed + o->packed;
     long K = o->inputs, width = m->buffers[o->y].width;
-    for (long i = 0; i < width; i += PANEL)
-        for (long j = 0; j < PANEL; j++)
-            for (long k = 0; k < K; k++) to[i * K + k * PANEL + j] = i + j < o->outputs ? w[(i + j) * K + k] : 0;
+    for (long i = 0; i < width; i += PANEL) {
+        long some = o->outputs - i < PANEL ? o->outputs - i : PANEL;
+        for (long k = 0; k < K; k++, to += PANEL) {
+            for (long j = 0; j < some; j++) to[j] = w[(i + j) * K + k];
+            for (long j = some; j < PANEL; j++) to[j] = 0;
+        }
+    }
 }
 
 KERNEL void N(norm)(const Operation *o, long rows, const float *x, const float *w, const float *bias, float *y, float *kept) {

@@ -45,7 +45,7 @@ CPU_FLOPS = {torch.float32: 40e9, torch.bfloat16: 70e9, torch.float16: 10e9}  # 
 REPAYS_COMPILING = 10  # minutes of a run (measured on one machine)
 REPAYS_LIBRARY = 1  # minutes of a run, for the layers in C: they compile in seconds
 NARROW = 256
-SMALL, FEW_THREADS = 16_000_000, 4  # parameters and threads of a step in one call (measured with 1 and 2)
+FEW_THREADS = 4  # of a step in one call (measured with 1 and 2)
 MANY_IDS, MANY_LOGITS = 2048, 1 << 22  # with fewer, the plain loss is as fast (measured on a CPU)
 LAUNCH_BOUND = 50_000_000  # parameters up to which a GPU probably waits for kernel launches; not measured
 
@@ -205,18 +205,25 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             say("step: loss and gradients in one call in C, recorded from the model (LLM_KERNEL=torch: without)")
 
 
-def fits_one_call(
-    model: GPT, config: Config, runtime: Runtime, micro_batch: int, libraries: dict[str, str]
-) -> bool:  # fmt: skip
-    """Whether a training step of this kind is faster in one call (kernels/tape.py), if it can be recorded: a small
-    model shaped like GPT-2 with few threads. Each thread has gradients of its own."""
-    small = model.get_num_params() <= SMALL and (runtime.threads or torch.get_num_threads()) <= FEW_THREADS
+def fits_one_call(model: GPT, config: Config, runtime: Runtime, micro_batch: int, libraries: dict[str, str]) -> bool:
+    """Whether a training step of this kind is faster in one call (kernels/tape.py), if it can be recorded: a narrow
+    model shaped like GPT-2, with few threads, of which each has gradients of its own. Wider products are as fast in
+    torch."""
     shape, finetune, training = config.model, config.finetune, config.training
+    small = shape.n_embd <= NARROW and len(model.lm_head.weight) < MANY_IDS and shape.block_size <= LONGEST
+    threads = runtime.threads or torch.get_num_threads()
+    even = micro_batch % threads == 0 or micro_batch >= 4 * threads  # threads share whole sequences
     plain = not (shape.dropout or shape.max_ngram or shape.pos_embedding != "learned" or config.data.documents is True)
-    plain = plain and shape.block_size <= LONGEST
     plain = plain and not (finetune.lora_rank is not None or runtime.is_sharded or loss_is_chunked(config, micro_batch))
     stores = not training.gradient_checkpointing and training.activation_budget in ("auto", None)
-    return small and plain and stores and not any(ONEDNN in three for three in libraries.values())
+    return (
+        small
+        and even
+        and threads <= FEW_THREADS
+        and plain
+        and stores
+        and not any(ONEDNN in three for three in libraries.values())
+    )
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from llm_from_scratch.kernels import compiled, tape
 from llm_from_scratch.kernels.compiled import Kernel
 from llm_from_scratch.kernels.swap import swap, unswap
 from llm_from_scratch.kernels.tape import RecordedGPT, why_not
+from llm_from_scratch.machine.device import resolve
 from llm_from_scratch.training.trainer import train
+from llm_from_scratch.training.wrap import fits_one_call
 
 from ..tiny import tiny_config
 
@@ -62,10 +65,10 @@ def in_c(level: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tape, "load_kernel", lambda: level)
 
 
-SHAPES: list[dict[str, Any]] = [
+SHAPES: list[Any] = [
     {"bias": False}, {"bias": True, "n_head": 1, "activation": "gelu_tanh", "n_layer": 1},
     {"norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 1, "tie_embeddings": False, "bias": False},
-    {"activation": "relu2", "n_embd": 96, "n_head": 3},
+    pytest.param({"activation": "relu2", "n_embd": 96, "n_head": 3}, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -167,6 +170,8 @@ def test_a_change_between_steps_counts(kernel: Kernel) -> None:
 
 
 class Gated(Block):
+    scale: Tensor
+
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.gate = nn.Parameter(torch.zeros(config.n_embd))
@@ -184,8 +189,6 @@ class WithGate(Gated):
 
 
 class WithBuffer(Gated):
-    scale: Tensor
-
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         return super().forward(x * self.scale, *rest)
 
@@ -285,6 +288,7 @@ class Slow(Block):
         return self.mlp(self.ln_2(x + self.attn(y, where, cache) + y)) + x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [Parallel, PostNorm, Slow])
 def test_a_block_of_the_same_operations_is_recorded(
     kernel: Kernel, block: type[Block], monkeypatch: pytest.MonkeyPatch
@@ -296,6 +300,18 @@ def test_a_block_of_the_same_operations_is_recorded(
     assert runs_in_c(model)
     for a, b in zip(loss_and_gradients(exact, *given), found, strict=True):
         assert (b - a).norm() <= 5e-6 * a.norm()
+
+
+def test_it_is_chosen_for_what_was_measured() -> None:
+    def fits(micro_batch: int = 12, threads: int = 2, **changes: Any) -> bool:
+        config = tiny_config("data", n_embd=128, block_size=64, vocab_size=65, **changes)
+        runtime = dataclasses.replace(resolve(config.system), threads=threads)
+        model = GPT(dataclasses.replace(config.model, n_layer=1))
+        return fits_one_call(model, config, runtime, micro_batch, {"128x384": "ttt"})
+
+    assert fits() and fits(13) and fits(7, 1) and not fits(7) and not fits(12, 6)
+    for changes in ({"dropout": 0.1}, {"pos_embedding": "rope"}, {"gradient_checkpointing": True}, {"lora_rank": 4}):
+        assert not fits(**changes)
 
 
 @pytest.mark.slow
