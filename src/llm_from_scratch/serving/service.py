@@ -177,8 +177,10 @@ class Service:
             raise ApiError(400, str(error), "messages") from None
         prompt = self.encode(text, "messages", special=True)
         length = asked.max_completion_tokens if asked.max_tokens is None else asked.max_tokens
-        if length is None:
-            length = self.options.max_tokens  # to the end of the turn
+        if length is None:  # to the end of the turn
+            length = self.options.max_tokens
+            if asked.logprobs:
+                length = min(length, max(1, MAX_LOGPROBS_TOTAL // (asked.samples * (1 + (asked.top_logprobs or 0)))))
         if length < 1:
             raise ApiError(400, "max_tokens must be 1 or more", "max_tokens")
         return ChatPlan(*self._plan(asked, [prompt], length, (asked.top_logprobs or 0) if asked.logprobs else None))

@@ -13,6 +13,7 @@ from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.core.tokenizer import HFTokenizer
 from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.serving import service
 
 from ..lazy import openai
 from ..memorised import SIGNS, TEXT, TOKENIZER, memorised
@@ -58,6 +59,13 @@ def test_a_conversation(client):
     assert answer.object == "chat.completion" and answer.choices[0].finish_reason == "length"
     assert ask(client, max_tokens=None, max_completion_tokens=5).choices[0].message.content == expected()[0][:5]
     assert ask(client, max_tokens=None).usage.completion_tokens == 40, "to the end of the turn, or --max_tokens"
+
+
+def test_without_a_limit_the_log_probabilities_fit_in_a_response(client, monkeypatch):
+    monkeypatch.setattr(service, "MAX_LOGPROBS_TOTAL", 40)
+    found = ask(client, max_tokens=None, n=2, logprobs=True, top_logprobs=1)
+    assert [choice.finish_reason for choice in found.choices] == ["length"] * 2
+    assert found.usage.completion_tokens == 2 * (40 // (2 * 2))
 
 
 def test_a_conversation_streamed(client):
