@@ -99,6 +99,7 @@ def main() -> None:
         settings = [f"--init_from={source}", "--block_size=128"] if source else ["quick"]
         settings += [f"--learning_rate={given.learning_rate}"] if given.learning_rate else []
         common = [*settings, "--dataset=learn", "--progress=lines", "--final_eval=False", *machine]
+        common += ["--before_after=False"]
         command("train", *common, "--max_iters=1", "--warmup_iters=0", "--learning_rate=1e-9",
                 "--muon_learning_rate=1e-9", "--out_dir=before", cwd=place)  # fmt: skip
         begin, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
