@@ -6,7 +6,7 @@ python benchmarks/same_ids.py [--tokenizers=gpt2,cl100k_base,o200k_base,bpe:8192
 The text is two thirds Python sources and documentation of this machine; the rest is emoji, CJK, right-to-left and
 combining scripts, control characters, digits, long runs and random code points. The reference is tiktoken for its
 vocabularies, and tokenizers for a tokenizer.json; of --transformers, transformers. --folder keeps the result of every
-part of the text, so that the same command resumes. Prints a table, and a line of JSON last.
+part of the text, so that the same command resumes. Prints a table after each part, and a line of JSON last.
 """
 
 from __future__ import annotations
@@ -125,25 +125,24 @@ def main() -> None:
     given = parser.parse_args()
     cases = [(name, False) for name in given.tokenizers.split(",") if name]
     cases += [(name, True) for name in given.transformers.split(",") if name]
-    results = {}
+    results = {f"{name}{', transformers' if by else ''}": Counter[str]() for name, by in cases}
     with tempfile.TemporaryDirectory() as spool:
-        folder = given.folder or Path(spool)
-        for name, with_transformers in cases:
-            label, place = f"{name}{', transformers' if with_transformers else ''}", folder / name.replace("/", "+")
-            tokenizer, found = load(name, given.seed, place), Counter[str]()
-            for part in range(PARTS):
+        for part in range(PARTS):
+            for (name, with_transformers), found in zip(cases, results.values(), strict=True):
+                place = (given.folder or Path(spool)) / name.replace("/", "+")
                 path = place / f"part-{part}-{given.mb}-{given.seed}-{with_transformers}.json"
                 if not path.is_file():
                     content = texts(given.mb * 10**6 // PARTS, given.seed, part)
-                    write_whole(path, json.dumps(compare(tokenizer, place, with_transformers, content)).encode())
+                    one = compare(load(name, given.seed, place), place, with_transformers, content)
+                    write_whole(path, json.dumps(one).encode())
                 found.update(json.loads(path.read_text()))
-            results[label] = dict(found)
-            print(
-                f"{label}: {found['MB']:.0f} MB ({found['by gigatoken']:.0f} by gigatoken), {found['tokens']:,} "
-                f"tokens, {found['units that differ']} of {found['units']} units differ, "
-                f"{found['processor seconds']:.0f} s",
-                flush=True,
-            )
+            for label, found in results.items():
+                print(
+                    f"{label}: {found['MB']:.0f} MB ({found['by gigatoken']:.0f} by gigatoken), {found['tokens']:,} "
+                    f"tokens, {found['units that differ']} of {found['units']} units differ, "
+                    f"{found['processor seconds']:.0f} s",
+                    flush=True,
+                )
     print(json.dumps(results))
 
 

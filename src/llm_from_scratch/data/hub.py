@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class HubSource:
             offline = any(os.environ.get(f"HF_{part}_OFFLINE", "0") not in ("0", "") for part in ("HUB", "DATASETS"))
             if not offline and not Path(name).exists():  # datasets would wait half a minute
                 check_reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-            with _without_torch(datasets):
+            with _without_torch():
                 rows = datasets.load_dataset(name, *filter(None, [config]), split="train", streaming=True)
             info = (rows.info.splits or {}).get("train")
         except Exception as error:
@@ -76,16 +77,18 @@ class HubSource:
             yield from ((list(row), [row.get(self.text_key)]) for row in self.rows)
             return
         known = list(self.rows.column_names or ())  # of JSON they may be unknown
-        rows = self.rows.select_columns(self.text_key) if self.text_key in known else self.rows
-        for table in rows.with_format("arrow").iter(ROWS):
+        with _without_torch():
+            rows = self.rows.select_columns(self.text_key) if self.text_key in known else self.rows
+            rows = rows.with_format("arrow")
+        for table in rows.iter(ROWS):
             found = table.column_names
             yield known or found, table.column(self.text_key).to_pylist() if self.text_key in found else [None]
 
 
 @contextlib.contextmanager
-def _without_torch(datasets: Any) -> Iterator[None]:
-    """For the workers of torch's loader, which are not used here, the library imports torch: 1.5 seconds."""
-    config: Any = getattr(datasets, "config", None)
+def _without_torch() -> Iterator[None]:
+    """For torch's loader, which is not used here, every new stream imports torch: 1.5 seconds, 200 MB."""
+    config: Any = getattr(sys.modules.get("datasets"), "config", None)
     before = getattr(config, "TORCH_AVAILABLE", False)
     if before:
         config.TORCH_AVAILABLE = False
