@@ -85,6 +85,24 @@ def test_a_changed_shard_is_found(here: Path) -> None:
         path.write_bytes(before)
 
 
+def test_an_error_of_the_disk_in_the_thread_is_raised(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = os.fsync, list[int]()
+
+    def failing(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        plain(handle)
+
+    monkeypatch.setattr(encode, "SYNC_EVERY", 1)
+    monkeypatch.setattr(os, "fsync", failing)
+    writer = ShardWriter(here, "train", 100, np.dtype("<u2"))
+    with pytest.raises(OSError, match="Input/output error"):
+        for _ in range(3):
+            writer.append(np.arange(5, dtype="<u2"))
+        writer.close()
+
+
 # interrupted runs
 
 
