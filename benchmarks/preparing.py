@@ -37,11 +37,16 @@ import sys, datasets
 from pyarrow import parquet
 file, script, ours = sys.argv[1:]
 if ours == "ours":
-    rows = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
-    count = parquet.read_metadata(file).num_rows  # which the hub states
-    rows.info.splits = datasets.splits.SplitDict()
-    rows.info.splits.add(datasets.SplitInfo("train", num_examples=count))
-    datasets.load_dataset = lambda *a, **k: rows
+    load_dataset = datasets.load_dataset
+
+    def load(*names, **settings):
+        rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
+        count = parquet.read_metadata(file).num_rows  # which the hub states
+        rows.info.splits = datasets.splits.SplitDict()
+        rows.info.splits.add(datasets.SplitInfo("train", num_examples=count))
+        return rows
+
+    datasets.load_dataset = load
     from llm_from_scratch.data import hub, nanogpt
     hub.check_reachable = lambda url: None
     nanogpt.prepare_openwebtext(script)
