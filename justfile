@@ -41,7 +41,7 @@ workers := "-n 3 --dist=loadfile --no-loadscope-reorder"
 # Bytecode is written even if the environment forbids it: otherwise every worker and every process compiles all files.
 pytest := 'PYTHONDONTWRITEBYTECODE= "' + python + '" -m pytest ' + workers
 
-# Run the tests, a case of each behaviour: 4 to 5 minutes
+# Run the tests, a case of each behaviour: about 4 minutes
 [no-exit-message]
 test *ARGS: (_env "dev")
     @{{ pytest }} "$@"
