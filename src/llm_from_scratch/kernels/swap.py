@@ -46,11 +46,12 @@ def swap(
     """
     left = set(keep)
     chosen = [m for m in model.modules() if type(m) in replacements and m not in left]
+    kinds = {m: kind_of(m) for m in chosen}  # now: a forward pass may replace a module's tensors
     given = _few_tokens(model, chosen) if chosen else {}
     verdicts: dict[Any, str | None] = {}
     count = 0
     for module in chosen:
-        which, plain = kind_of(module), type(module)
+        which, plain = kinds[module], type(module)
         replacement = replacements[plain]
         if which not in given:  # the model never calls one of this kind
             continue
@@ -98,11 +99,12 @@ def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def inputs(model: GPT, modules: list[nn.Module], *tokens: Tensor) -> dict[Any, tuple[Any, dict[str, Any]]]:
     """The arguments with which model(*tokens) calls a module of each kind. It runs until the last kind is called."""
     found: dict[Any, tuple[Any, dict[str, Any]]] = {}
-    kinds = {kind_of(m) for m in modules}
+    kinds = {m: kind_of(m) for m in modules}
+    wanted = len(set(kinds.values()))
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.setdefault(kind_of(module), (args, kwargs))
-        if len(found) == len(kinds):
+        found.setdefault(kinds[module], (args, kwargs))
+        if len(found) == wanted:
             raise StopForward
 
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]

@@ -221,6 +221,20 @@ def test_a_constant_that_changes_nothing_in_the_first_layers_counts(kind: str, m
     assert len(said) == 1 and "returns a different result" in said[0]
 
 
+def test_a_module_that_replaces_its_buffer_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = models.RMSNorm.forward
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return plain(self, x)
+
+    one = model(qk_norm=False)
+    for norm in (m for m in one.modules() if isinstance(m, models.RMSNorm)):
+        norm.register_buffer("calls", torch.zeros(()))
+    monkeypatch.setattr(models.RMSNorm, "forward", counted)
+    assert swap(one, {models.RMSNorm: CPURMSNorm}, pytest.fail) == 5
+
+
 def test_a_replacement_that_raises_is_left_out() -> None:
     class Broken(models.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
