@@ -75,6 +75,18 @@ def unswap(model: nn.Module, *classes: type) -> None:
             module.__class__ = _plain[type(module)]
 
 
+@contextlib.contextmanager
+def unswapped(model: nn.Module) -> Iterator[None]:
+    """The classes from before swap(), for a while."""
+    kinds = [(module, type(module)) for module in model.modules()]
+    unswap(model)
+    try:
+        yield
+    finally:
+        for module, kind in kinds:
+            module.__class__ = kind
+
+
 def kind_of(module: nn.Module) -> Any:
     """Modules of one kind are compared once: same classes, shapes, constants, settings, of the modules in them too."""
     return tuple(

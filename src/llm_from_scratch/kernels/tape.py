@@ -27,6 +27,7 @@ from .compiled import Kernel, load_kernel
 from .layers import ACTIVATIONS
 from .once import differentiable_once
 from .purity import Watch
+from .swap import unswapped
 
 aten = torch.ops.aten
 DEEP, WIDE, WHOLE = 256, 32, 16  # of tape.c: rows and columns of a panel; a width is a multiple of WHOLE
@@ -267,7 +268,7 @@ def record(model: GPT, ids: Tensor, targets: Tensor) -> Program:
     watch = Watch(model)
     few = slice(0, 2)  # sequences: operations depend on the length only
     recorder = Recorder(ids[few].contiguous(), targets[few].contiguous())
-    with torch.inference_mode(), recorder:
+    with unswapped(model), torch.inference_mode(), recorder:  # replacements act differently where nothing is learned
         _, loss = GPT.forward(model, recorder.ids, recorder.targets)
     last = recorder.operations[-1] if recorder.operations else {"kind": -1}
     _need(last["kind"] == KINDS.index("loss") and loss is recorder.loss, "the result is not the loss")

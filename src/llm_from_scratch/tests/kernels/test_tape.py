@@ -18,6 +18,7 @@ from llm_from_scratch.core import model as models
 from llm_from_scratch.core.model import GPT, Block
 from llm_from_scratch.kernels import compiled, tape
 from llm_from_scratch.kernels.compiled import Kernel
+from llm_from_scratch.kernels.layers import layer_replacements
 from llm_from_scratch.kernels.swap import swap, unswap
 from llm_from_scratch.kernels.tape import RecordedGPT, why_not
 from llm_from_scratch.machine.device import resolve
@@ -77,10 +78,12 @@ def test_it_is_the_model_of_float64(in_c: None, changes: dict[str, Any], monkeyp
     model, (ids, targets) = make(**changes), batch()
     targets[1, 5:9] = -1
     exact = copy.deepcopy(model).double()
+    swap(model, layer_replacements(model, False), [].append)
+    kinds = [type(m) for m in model.modules()][1:]
     monkeypatch.setattr(tape, "ROWS", 80)  # two sequences at once
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found = loss_and_gradients(recorded(model), ids, targets)
-    assert runs_in_c(model)
+    assert runs_in_c(model) and kinds == [type(m) for m in model.modules()][1:]
     for a, b in zip(loss_and_gradients(exact, ids, targets), found, strict=True):
         assert (b - a).norm() <= 2e-6 * a.norm()
 
