@@ -13,27 +13,24 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from ..config import GPTConfig
 from ..core.model import GPT
 from ..errors import CannotRecord
 
 PACKAGE = __name__.partition(".")[0]
 CALM = (torch, F, nn, math)  # a function of these depends on its arguments only, or is an operation
 CHANGES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
-UNFIT = (setattr, delattr, getattr, vars, globals, locals, open, input, exec, eval, next, id)
+UNFIT = (setattr, delattr, getattr, vars, globals, locals, open, input, exec, eval, next, id, __import__)
 HIDDEN = {  # what no recorded operation shows
     "detach", "detach_", "data", "no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "requires_grad_",
-    "register_hook", "numpy", "tolist", "item", "data_ptr", "grad",
+    "register_hook", "__dict__", "numpy", "tolist", "item", "data_ptr", "grad",
 }  # fmt: skip
 COMPARED = (bool, int, float, str, tuple, type(None), torch.dtype)
-FIXED = (*COMPARED, torch.Tensor, nn.Module, GPTConfig)
-CODE, CLASS = (types.FunctionType, property), types.MappingProxyType
+HELD = (torch.Tensor, nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PARTS = ("_parameters", "_modules")
 
 
 class Watch:
-    """What the code of forward reads: attributes of the modules and their classes, and global names."""
+    """What the code of forward may read: attributes of the modules and their classes, and global names."""
 
     def __init__(self, model: GPT):
         """Raises CannotRecord if the code changes something, or uses what is neither torch's nor the package's, such as
@@ -42,26 +39,32 @@ class Watch:
         names, self.places = _read([vars(c) for c in own])
         for owner in [*map(vars, model.modules()), *map(vars, own)]:
             for name in names & owner.keys():
-                value = owner[name]
-                if not isinstance(value, FIXED) and not (isinstance(value, CODE) and isinstance(owner, CLASS)):
+                value, is_class = owner[name], isinstance(owner, types.MappingProxyType)
+                fixed = _is_plain(value) or isinstance(value, HELD) or value is model.config
+                if not fixed and not (is_class and isinstance(value, (types.FunctionType, property))):
                     raise CannotRecord(f"an attribute {name} may change ({type(value).__name__})")
-                self.places.append((owner, name))
-        self.config = vars(model.config)
-        self.hooks = [getattr(m, hooks) for m in model.modules() for hooks in HOOKS]
-        self.parts: list[Any] = [getattr(m, parts) for m in model.modules() for parts in PARTS]
-        if any(self.hooks):
-            raise CannotRecord("a module has hooks")
+                self.places += [(owner, name)] if is_class else []
+        self.config, self.own = vars(model.config), vars(model)
+        self.parts = list(model.modules())[1:]  # not the model, whose programs would keep it
+        self.kind = type(model)
         self.state = self._state()
+        self.kept = [*self.parts, *model.parameters()]  # so that their identities stay unique
+        if any(self._hooks()):
+            raise CannotRecord("a module has hooks")
 
-    def is_same(self) -> bool:
-        return not any(self.hooks) and self._state() == self.state
+    def is_same(self, model: GPT) -> bool:
+        return type(model) is self.kind and not any(self._hooks()) and self._state() == self.state
+
+    def _hooks(self) -> Iterator[Any]:
+        return (owner[hooks] for owner in (self.own, *map(vars, self.parts)) for hooks in HOOKS)
 
     def _state(self) -> list[Any]:
-        found: list[Any] = [tuple(self.config.values())]
-        for owner, name in self.places:
-            value = owner.get(name)
-            found.append(value if isinstance(value, COMPARED) else id(value))
-        return found + [id(value) for part in self.parts for value in part.values()]
+        found: list[Any] = [*self.config.values(), *map(type, self.parts)]
+        values = [owner.get(name) for owner, name in self.places]
+        for owner in (self.own, *map(vars, self.parts)):
+            values += [value for name, value in owner.items() if name[0] != "_"]
+            values += [*owner["_parameters"].values(), *owner["_modules"].values()]
+        return found + [value if isinstance(value, COMPARED) else id(value) for value in values]
 
 
 def _read(classes: list[Mapping[str, Any]]) -> tuple[set[str], list[tuple[Mapping[str, Any], str]]]:
@@ -73,6 +76,10 @@ def _read(classes: list[Mapping[str, Any]]) -> tuple[set[str], list[tuple[Mappin
         if f in seen or _is_from(f, "torch", f"{PACKAGE}.kernels"):
             continue  # kernels are compared with what they replace
         seen.add(f)
+        if not isinstance(f, types.FunctionType) or vars(f):
+            raise CannotRecord(f"{getattr(f, '__qualname__', f)} is not a plain function")
+        if not _is_plain((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())):
+            raise CannotRecord(f"{f.__qualname__} has an argument whose default may change")
         for step in _steps(f.__code__):
             if step.opname in CHANGES or set(f.__code__.co_freevars) - {"__class__"}:
                 raise CannotRecord(f"{f.__qualname__} may change from step to step ({step.opname} {step.argval})")
@@ -101,9 +108,15 @@ def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
 def _is_calm(value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return value in CALM
-    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
-        return value not in UNFIT and _is_from(value, "torch", "builtins", "typing", "collections", PACKAGE)
-    return isinstance(value, FIXED)
+    if isinstance(value, type):
+        return issubclass(value, BaseException) or _is_from(value, "torch", "builtins")
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+        return value not in UNFIT and _is_from(value, "torch", "builtins", PACKAGE)
+    return _is_plain(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, COMPARED) and (not isinstance(value, tuple) or all(map(_is_plain, value)))
 
 
 def _is_from(value: Any, *packages: str) -> bool:

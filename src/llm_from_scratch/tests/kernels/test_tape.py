@@ -78,7 +78,7 @@ def test_it_is_the_model_of_float64(in_c: None, changes: dict[str, Any], monkeyp
     model, (ids, targets) = make(**changes), batch()
     targets[1, 5:9] = -1
     exact = copy.deepcopy(model).double()
-    swap(model, layer_replacements(model, False), [].append)
+    swap(model, layer_replacements(model, False), print)
     kinds = [type(m) for m in model.modules()][1:]
     monkeypatch.setattr(tape, "ROWS", 80)  # two sequences at once
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -137,7 +137,7 @@ def test_what_is_not_a_training_step_is_the_models(kernel: Kernel) -> None:
     with torch.no_grad():
         assert torch.equal(model(ids, targets)[0], plain(ids, targets)[0])
     assert torch.equal(model(ids)[0], plain(ids)[0])
-    assert not runs_in_c(model, *batch(2, 1)) and not runs_in_c(model, ids.t(), targets.t())
+    assert not runs_in_c(model, *batch(2, 1)) and runs_in_c(model, ids[:, 1:], targets[:, 1:])
     assert runs_in_c(model)
     model.transformer.wpe.weight.requires_grad_(False)  # frozen later
     assert not runs_in_c(model) and model(ids, targets)[1].requires_grad
@@ -165,6 +165,13 @@ def test_a_change_between_steps_counts(kernel: Kernel) -> None:
         assert runs_in_c(model) and (patched[0] - changed[0]).abs() > 1e-4
         patch.setattr(Block, "forward", skipped)
         assert not runs_in_c(model)
+    assert runs_in_c(model)
+    model.transformer.h[1].mlp.dropout.p = 1.0
+    assert not runs_in_c(model)
+    model.transformer.h[1].mlp.dropout.p = 0.0
+    model.transformer.h[1].forward = lambda x, *rest: x
+    assert not runs_in_c(model)
+    del model.transformer.h[1].forward
     assert runs_in_c(model)
     model.transformer.h[0].mlp.c_fc = models.Linear(32, 128, bias=False)
     assert runs_in_c(model) and model.transformer.h[0].mlp.c_fc.weight.grad is None
@@ -254,6 +261,48 @@ class CountingBuffer(Gated):
         return super().forward(x, *rest)
 
 
+class Steeper(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class OtherGradient(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(Steeper.apply(x), *rest)
+
+
+stop: Any = torch.detach
+
+
+class OtherBranch(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(stop(x), *rest)
+
+
+class FewRows(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest) if x.size(0) < 4 else x
+
+
+class Phase:
+    now = 0
+
+
+class InPhase(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest) if Phase.now < 4 else x
+
+
+class WithDefault(Block):
+    def forward(self, x: Tensor, *rest: Any, seen: Any = []) -> Tensor:  # noqa: B006
+        return super().forward(x, *rest) if len(seen) < 4 else x
+
+
 class Scaled(Gated):
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         return torch.add(x, super().forward(x, *rest), alpha=2)
@@ -261,7 +310,7 @@ class Scaled(Gated):
 
 EDITS: list[type[Block]] = [
     WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Drawn,
-    CountingBuffer, Scaled,
+    CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled,
 ]  # fmt: skip
 
 
@@ -270,6 +319,15 @@ def test_an_edited_block_is_left_to_the_model(block: type[Block], monkeypatch: p
     monkeypatch.setattr(models, "Block", block)
     model = make()
     assert why_not(model)
+    model.__class__ = RecordedGPT
+    assert not runs_in_c(model)
+
+
+@pytest.mark.parametrize("block", [OtherBranch, FewRows])
+def test_the_first_step_shows_what_operations_do_not(block: type[Block], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "Block", block)
+    model = make()
+    assert why_not(model) is None
     model.__class__ = RecordedGPT
     assert not runs_in_c(model)
 
