@@ -34,6 +34,11 @@ HELP_OPTIONS = {
     "--version": "Print the version.",
     "--completion {bash,zsh}": "Print a completion script.",
 }
+SYNONYMS = {  # what other programs call our settings
+    "lr": "learning_rate", "steps": "max_iters", "iters": "max_iters", "layers": "n_layer", "heads": "n_head",
+    "context": "block_size", "resume": "init_from=resume", "data": "dataset", "output": "out_dir", "model": "out_dir",
+    "prompt": "start", "length": "max_new_tokens", "max_tokens": "max_new_tokens", "num_epochs": "epochs",
+}  # fmt: skip
 MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
 T = TypeVar("T")
 
@@ -163,7 +168,11 @@ def find_preset(name: str) -> Path:
         return found
     known = sorted({p.stem for root in roots for p in [*root.glob("configs/*.yaml"), *root.glob("config/*.py")]})
     hint = did_you_mean(given.stem, known, f"available: {', '.join(known)}")
-    if given.name == name and any((Path(folder) / name).is_dir() for folder in ("data/processed", "data")):
+    if given.name and given.is_dir():
+        hint = " or ".join(shlex.quote(f"--{kind}={name}") for kind in ("out_dir", "dataset")) + " names a folder"
+    elif "=" in name:
+        hint = f"did you mean {shlex.join([f'--{name}'])}?"
+    elif given.name == name and any((Path(folder) / name).is_dir() for folder in ("data/processed", "data")):
         hint = f"to use the data of that name: {shlex.join([f'--dataset={name}'])}"
     raise UserError(f"no preset file {name!r}; {hint} (settings are written as --key=value)")
 
@@ -216,7 +225,12 @@ def _read_yaml(path: Path, leaves: dict[str, Any]) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it uses an alias (*name); write the value instead")  # nested aliases grow to gigabytes
         content = yaml.safe_load(text)
+        if path.suffix not in (".yaml", ".yml") and not isinstance(content, dict):
+            raise ValueError
     except Exception as error:  # YAMLError, or ValueError for an impossible date or number
+        if path.suffix not in (".yaml", ".yml"):
+            first = shlex.join(["llm-prepare", str(path)])
+            raise UserError(f"{path} is not a preset (a YAML or Python file); to train on a text: {first}") from None
         raise UserError(f"cannot read the preset {path}: {one_line(error, 300)}") from None
     if content is None:
         return {}
@@ -279,7 +293,9 @@ def _misplaced(leaf: str, section: str, sections: dict[str, set[str]]) -> str:
 
 
 def _nearest(name: str, known: Any) -> str:
-    return f"; {did_you_mean(name, known, 'see --help for all settings')}"
+    if (meant := SYNONYMS.get(name, "")).partition("=")[0] in known:
+        return f"; did you mean --{meant}?"
+    return f"; {did_you_mean(name, known, 'see --help-all')}"
 
 
 def _tyro(tree_type: type, prog: str, words: list[str]) -> Any:

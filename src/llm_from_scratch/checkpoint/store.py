@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import DamagedError, UserError
+from ..errors import DamagedError, UserError, one_line
 from ..errors import SaveError as SaveError
 from ..interop.torch_file import is_ours
 from ..machine.files import make_folder, read_json, remove_tree, sync_folder
@@ -193,6 +193,12 @@ def find_checkpoint(
     return locate(Path(location), valid_which(which), set_aside, verify_checkpoint if verify else Path, Path)
 
 
+def _other_runs(location: Path) -> str:
+    """The runs next to a missing one, as a hint."""
+    runs = sorted({one_line(path.parent.name) for path in location.parent.glob("*/step-*")})
+    return f"runs there: {', '.join(runs[:9])}" if runs else "train first, or name another"
+
+
 def valid_which(which: str | int | None) -> str | int | None:
     """last, best, a step or None. Raises UserError for anything else."""
     if which is None or which in ("last", "best") or (isinstance(which, int) and which >= 0):
@@ -212,7 +218,7 @@ def locate(
         if location.is_file():
             return read_pt(location)
         if not location.is_dir():
-            raise UserError(f"no checkpoint {location}: there is no such folder or file; train first, or name another")
+            raise UserError(f"no checkpoint {location}: there is no such folder or file; {_other_runs(location)}")
         if entries := find_entries(location):
             return first_good(location, entries, which, set_aside, read)
         if (location / "ckpt.pt").is_file():

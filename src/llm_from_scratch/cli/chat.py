@@ -16,13 +16,13 @@ COMMON = (
     "system_prompt", "out_dir", "checkpoint", "init_from", "which", "max_new_tokens", "temperature", "top_k", "top_p",
     "repetition_penalty", "quantize", "seed",
 )  # fmt: skip
-HELP = """A conversation with a chat model: one trained on conversations, or a folder or
+HELP = """Talks with a chat model: one trained on conversations, or a folder or
 GGUF file with a chat template.
 
   llm-chat --out_dir=out
   llm-chat --init_from=FOLDER --system="You are brief."
 
-At a terminal, /help lists commands. PRESETs are files with these settings."""
+In a terminal, /help lists commands. PRESETs are files with these settings."""
 ALIASES = {"system": "system_prompt"}  # system is a section of settings
 DEFAULTS = {"interactive": True, "max_new_tokens": 1024}
 

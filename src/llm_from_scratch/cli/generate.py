@@ -54,7 +54,7 @@ class SourceOptions:
 
 @dataclass
 class OutputOptions:
-    """Output."""
+    """How samples are printed."""
 
     stream: bool | Literal["auto"] = "auto"
     """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""
@@ -72,7 +72,7 @@ class OutputOptions:
 
 @dataclass
 class SpeedOptions:
-    """Speed."""
+    """Faster generation."""
 
     quantize: Literal["none", "int8"] = "none"
     """int8: weights and activations of the linear layers in 8 bits. Faster on a CPU, slightly less exact."""

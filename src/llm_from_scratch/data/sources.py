@@ -287,7 +287,7 @@ def find_files(
                 raise UserError(f"the folder {argument!r} contains no {wanted}{others}")
             if glob.has_magic(argument) and selection != ALL:
                 hint = "no file matches the glob, --include and --exclude"
-            raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}: {hint}")
+            raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}; {hint}")
         for path in found:
             if reader_of(path.name) is None and argument != "-" and not selection.include:
                 report(f"reading {path.as_posix()} as plain text")

@@ -110,6 +110,9 @@ def test_values_of_the_command_line(argv: list[str], name: str, value: Any) -> N
     [
         (["--learning_rte=1"], "unknown setting --learning_rte; did you mean learning_rate?"),
         (["--zzzzz=1"], "unknown setting --zzzzz; see --help"),
+        (["--lr=1"], "unknown setting --lr; did you mean --learning_rate?"),
+        (["--resume"], "unknown setting --resume; did you mean --init_from=resume?"),
+        (["max_iters=5"], "no preset file 'max_iters=5'; did you mean --max_iters=5?"),
         (["--optimizer.lerning_rate=1"], "unknown setting --optimizer.lerning_rate; did you mean learning_rate?"),
         (["--nosuch.learning_rate=1"], "unknown setting --nosuch.learning_rate"),
         (["-n=3"], "unknown option '-n=3'"),
@@ -312,6 +315,14 @@ def test_bare_names_and_what_is_near_them(here: Path) -> None:
     (here / "data" / "processed" / "book").mkdir(parents=True)
     assert "no preset file 'book'; to use the data of that name: --dataset=book" in refused("quick", "book")
     assert "--dataset" not in refused(".")
+    (here / "a run").mkdir()
+    assert "; '--out_dir=a run' or '--dataset=a run' names a folder" in refused("a run")
+
+
+@pytest.mark.parametrize("text", ["First Citizen:\nBefore we proceed", "", "one word", "x: [1"])
+def test_a_text_in_place_of_a_preset(here: Path, text: str) -> None:
+    path = write(here / "my book.txt", text)
+    assert refused(path) == f"{path} is not a preset (a YAML or Python file); to train on a text: llm-prepare '{path}'"
 
 
 def test_ones_own_presets_come_before_those_that_ship(here: Path) -> None:

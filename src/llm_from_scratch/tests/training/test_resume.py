@@ -453,6 +453,10 @@ def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> Non
     with pytest.raises(UserError, match="no checkpoint"):
         train(tiny_config(tiny_data, out_dir="none", init_from="resume"))
     assert not Path("none").exists()
+    for run in ("a", "b"):
+        Path(run, "step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint none: there is no such folder or file; runs there: a, b$"):
+        find_checkpoint("none")
 
 
 @pytest.mark.parametrize(("split", "named"), [("val", "the validation tokens"), ("train", "the training tokens")])
