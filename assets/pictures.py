@@ -4,7 +4,7 @@
 
 The demo runs in a terminal of its own, so this needs Linux or macOS. It needs the extra dev: pyte interprets the
 terminal's output, matplotlib brings the font and Pillow. demo.svg is an animation of at most PLAY seconds. terminal.png
-ends with the first sample. The text is data/raw/tinyshakespeare.txt, if it is there.
+ends with the first sample. The text is data/raw/tinyshakespeare.txt, to which `./just demo` downloads it.
 """
 
 from __future__ import annotations
@@ -168,11 +168,12 @@ def draw(rows: list[Row], path: Path) -> None:
 
 def main(settings: list[str]) -> None:
     text = HERE.parent / "data" / "raw" / "tinyshakespeare.txt"
+    if not text.is_file():
+        raise SystemExit(f"{text} is missing: without it the demo may train on another text")
     with tempfile.TemporaryDirectory() as folder:  # the working directory, so no path of this machine is shown
         os.chdir(folder)
-        if text.is_file():
-            Path("data/raw").mkdir(parents=True)
-            shutil.copy(text, "data/raw")
+        Path("data/raw").mkdir(parents=True)
+        shutil.copy(text, "data/raw")
         chunks = record([sys.executable, "-m", "llm_from_scratch.cli.demo", *settings])
         shutil.copy(Path("out-demo") / "loss.png", HERE / "loss.png")
         os.chdir(HERE)
