@@ -32,27 +32,26 @@ def help_text(
     show. notes: texts to show instead. An indented paragraph of the description is printed as it is."""
     hints = type_hints(tree_type)
     kinds = {name: hints[name] for name in leaves_by_section(tree_type)} or {"": tree_type}
-    docs = {name: setting_docs(kind) for name, kind in kinds.items()}
-    every = {setting: text for section in docs.values() for setting, text in section.items()}
-
-    leaves, first = leaf_types(tree_type), [*own.items()]
+    docs = {setting: text for kind in kinds.values() for setting, text in setting_docs(kind).items()}
+    leaves = leaf_types(tree_type)
 
     def entries(names: Iterable[str]) -> Entries:
         shown = {name: notes.get(name) or _value_text(values.get(name)) for name in names}
-        return [(f"--{name} {_type_text(leaves[name])}", f"{every[name]} (default: {shown[name]})") for name in shown]
+        texts = {name: f"{docs.get(name, '')} (default: {default})".strip() for name, default in shown.items()}
+        return [(f"--{name} {_type_text(leaves[name])}", text) for name, text in texts.items()]
 
     if common or "" in kinds:
-        boxes = [("options", "", first + entries(common or every))]
+        boxes = [("options", "", [*own.items(), *entries(common or leaves)])]
     else:
-        boxes = [("options", "", first)]
+        boxes = [("options", "", [*own.items()])]
         for name, kind in kinds.items():
             title = "main" if name == "options" else name
-            boxes.append((f"{title} options", inspect.getdoc(kind) or "", entries(docs[name])))
+            boxes.append((f"{title} options", inspect.getdoc(kind) or "", entries(leaf_types(kind))))
     return "\n".join(_lines([f"usage: {usage} [-h] [OPTIONS]", *description.split("\n\n")], boxes))
 
 
 def _lines(paragraphs: list[str], boxes: list[tuple[str, str, Entries]]) -> Iterator[str]:
-    columns = shutil.get_terminal_size().columns
+    columns = max(shutil.get_terminal_size().columns, 40)
     wrap = functools.partial(textwrap.wrap, width=columns, break_on_hyphens=False)
     for text in paragraphs:
         yield from [*([text] if text.startswith("  ") else wrap(text)), ""]

@@ -168,6 +168,7 @@ class Section:
     r"""A table, such as '{3: 0.5}\n'."""
     a_setting_with_a_long_name: tuple[str, ...] = ("x y",)
     """Another."""
+    without_help: bool = True
 
 
 PAGE = r"""usage: x [FILE] [-h] [OPTIONS]
@@ -185,7 +186,9 @@ options
                        A table, such as '{3: 0.5}\n'.
                        (default: that of x)
   --a_setting_with_a_long_name STR
-                       Another. (default: 'x y')"""
+                       Another. (default: 'x y')
+  --without_help {True,False}
+                       (default: True)"""
 
 
 def test_a_page_written_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
