@@ -32,7 +32,8 @@ SHAPE: dict[str, Any] = {"block_size": 40, "vocab_size": 31, "n_layer": 2, "n_he
 
 def make(**changes: Any) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPE | changes))
+    model = models.GPT(GPTConfig(**SHAPE | changes))
+    model.compute_dtype = None  # as Runtime.place() does
     for p in model.parameters():  # gains of 1 and biases of 0 would hide mistakes
         nn.init.normal_(p, std=0.2)
     return model
