@@ -36,8 +36,9 @@ HELP_OPTIONS = {
 }
 SYNONYMS = {  # what other programs call our settings
     "lr": "learning_rate", "steps": "max_iters", "iters": "max_iters", "layers": "n_layer", "heads": "n_head",
-    "context": "block_size", "resume": "init_from=resume", "data": "dataset", "output": "out_dir", "model": "out_dir",
-    "prompt": "start", "length": "max_new_tokens", "max_tokens": "max_new_tokens", "num_epochs": "epochs",
+    "context": "block_size", "resume": "init_from=resume --out_dir=RUN", "data": "dataset", "output": "out_dir",
+    "model": "init_from", "prompt": "start", "length": "max_new_tokens", "max_tokens": "max_new_tokens",
+    "num_epochs": "epochs",
 }  # fmt: skip
 MAX_PRESET, MAX_BRACKETS = 1 << 16, 1 << 8  # limits of a YAML preset; ours have about 50 lines
 T = TypeVar("T")

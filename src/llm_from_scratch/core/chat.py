@@ -143,11 +143,16 @@ def chat_in(folder: Path, eot: str, vocab_size: int) -> tuple[ChatTemplate | Non
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read the chat template in {folder}: {reason}") from None
     ids: Any = []
-    files = (folder / name for name in ("generation_config.json", "config.json"))
-    if (file := next((file for file in files if file.is_file()), None)) is not None:  # as in transformers, one of them
+    if file := ends_in(folder):
         found = read_json(file).get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
     return template_of(config, eot), frozenset(i for i in ids if type(i) is int and 0 <= i < vocab_size)
+
+
+def ends_in(folder: Path) -> Path | None:
+    """The file of a Hugging Face folder that names the end-of-text ids: as in transformers, one file."""
+    files = (folder / name for name in ("generation_config.json", "config.json"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def template_of(config: dict[str, Any], eot: str = "") -> ChatTemplate | None:

@@ -22,6 +22,7 @@ import numpy as np
 from ..checkpoint.load import is_gguf, tokenizer_place
 from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
+from ..core.chat import ends_in
 from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, MANIFEST, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
@@ -43,7 +44,7 @@ MAX_SUGGESTED = 1024  # tokens of context for conversations: attention's cost gr
 DATASET = "the dataset or its temporary files"  # in an error
 EXAMPLE = 200  # characters; a token of a text with long lines may have thousands
 TOKENIZER_FILES = (META_FILE, RANKS_FILE, HF_FILE)
-READ_BESIDE = ("meta.pkl", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")  # template, ends
+READ_BESIDE = ("meta.pkl", "tokenizer_config.json", "chat_template.jinja")
 # The tokenizer for training texts of fewer than this many bytes (docs/DATA.md has the reasons)
 TOKENIZER_BY_SIZE = ((2e6, "char"), (100e6, "bpe:4096"), (math.inf, "gpt2"))
 BYTES_PER_PARAMETER = 5  # that a well-sized small model reads
@@ -202,6 +203,7 @@ def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str
     given = Path(spec.tokenizer)
     beside = given.parent if given.is_file() else given
     own_files = [p for p in (given, *(beside / file for file in (*TOKENIZER_FILES, *READ_BESIDE))) if p.is_file()]
+    own_files += [p for p in (ends_in(beside),) if p]
     what = {
         "version": 1,
         "sources": [*identities, []][:2],

@@ -366,6 +366,8 @@ def test_an_edited_chat_template_is_not_up_to_date(tmp_path: Path, name: str) ->
         ("tokenizer_config.json", '{"chat_template": "zero", "bos_token": "a"}'),
         ("chat_template.jinja", "one"),
         ("chat_template.jinja", "two"),
+        ("config.json", '{"eos_token_id": 3}'),
+        ("config.json", '{"eos_token_id": 4}'),
         ("generation_config.json", '{"eos_token_id": 5}'),
         ("generation_config.json", '{"eos_token_id": 7}'),
     ]
@@ -380,7 +382,8 @@ def test_an_edited_chat_template_is_not_up_to_date(tmp_path: Path, name: str) ->
         assert tokenizer.chat is not None
         found.append((tokenizer.chat.source, tokenizer.chat.bos, sorted(tokenizer.ends)))
     start: list[Any] = [("zero", "<|endoftext|>", []), ("zero", "a", [])]
-    assert found == [*start, ("one", "a", []), ("two", "a", []), ("two", "a", [5]), ("two", "a", [7])]
+    ends = [("two", "a", [end]) for end in (3, 4, 5, 7)]
+    assert found == [*start, ("one", "a", []), ("two", "a", []), *ends]
 
 
 @pytest.mark.slow
