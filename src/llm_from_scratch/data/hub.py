@@ -62,7 +62,7 @@ class HubSource:
                 for text in texts:
                     if not isinstance(text, str):
                         has = f"does not have a text {self.text_key!r} (it has {', '.join(map(repr, names))})"
-                        raise UserError(f"{self.name} {has}: see --text_key")
+                        raise UserError(f"{self.name} {has}: see llm-prepare --text_key")
                     yield from split_document(text)
         except UserError:
             raise

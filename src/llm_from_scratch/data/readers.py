@@ -148,7 +148,7 @@ def _text_in(line: bytes, where: str, key: str) -> list[str]:
         raise UserError(f"{where} is not JSON ({error}): expected one object per line") from None
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
         has = f"its fields are {', '.join(map(repr, row))[:300]}" if isinstance(row, dict) else "not an object"
-        raise UserError(f"{where} does not have the text field {key!r} ({has}): see --text_key")
+        raise UserError(f"{where} does not have the text field {key!r} ({has}): see llm-prepare --text_key")
     return [row[key]]
 
 
@@ -168,11 +168,12 @@ def read_parquet(source: FileSource) -> Iterator[str]:
             table = stack.enter_context(parquet.ParquetFile(file))
             if key not in table.schema_arrow.names:
                 names = ", ".join(map(repr, table.schema_arrow.names))
-                raise UserError(f"{source.name} does not have a column {key!r} (it has {names}): see --text_key")
+                has = f"does not have a column {key!r} (it has {names})"
+                raise UserError(f"{source.name} {has}: see llm-prepare --text_key")
             kind = table.schema_arrow.field(key).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise UserError(f"{source.name}: column {key!r} contains {kind}, not text: see --text_key")
+                raise UserError(f"{source.name}: column {key!r} contains {kind}, not text: see llm-prepare --text_key")
             yield from _rows(table, key, source.name, size)
     except UserError:
         raise
