@@ -119,7 +119,7 @@ class Program:
                 b = o[name]
                 if b < 0 or b == y:
                     continue
-                others = [found[i] for i in found if i != b]
+                others = [place, *(found[i] for i in found if i != b)]  # operands of a sum have one place
                 if b in found:
                     need(found[b] not in others and kind not in ("activation", "attention"), "a gradient is shared")
                     o[add] = 1

@@ -309,9 +309,28 @@ class Scaled(Gated):
         return torch.add(x, super().forward(x, *rest), alpha=2)
 
 
+class Mixed(Gated):
+    """A linear layer on the residual: backward overwrites a gradient that the sum still needs."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.mix = models.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        x = x + self.mix(x)
+        return super().forward(x, *rest)
+
+
+class TwoSkips(Block):
+    def forward(self, x: Tensor, where: Any = (), cache: Any = None) -> Tensor:
+        h = self.attn(self.ln_1(x), where, cache) + x
+        h = h + x
+        return h + self.mlp(self.ln_2(h))
+
+
 EDITS: list[type[Block]] = [
     WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Drawn,
-    CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled,
+    CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled, Mixed, TwoSkips,
 ]  # fmt: skip
 
 
