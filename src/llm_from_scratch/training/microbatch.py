@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..config import Config
-from ..errors import MemoryShortError, PeerMemoryError, TrainingError, one_line
+from ..errors import MemoryShortError, PeerMemoryError, TrainingError, UserError, one_line
 from ..machine.device import Runtime, is_out_of_memory
 from ..machine.files import read_json, write_whole
 from ..machine.memory import free_memory, total_memory
@@ -97,15 +98,31 @@ def halved(plan: Plan, micro_batch: int, reason: str, together: bool) -> int:
     raise MemoryShortError(text)
 
 
-def after_shortage(config: Config, runtime: Runtime, batch: int, chosen: int) -> int:
-    """The micro-batch of a run that torchrun has started again because memory ran out. Rank 0 knows it, and all get the
-    smallest of any process."""
-    path = Path(config.training.out_dir) / SHORT
-    if not (is_restarted() and runtime.is_master and path.is_file()):
-        return chosen
-    found = read_json(path)
-    path.unlink()
-    return _divisor(batch, min(found["micro_batch"], chosen)) if found.get("launch") == launch() else chosen
+def after_shortage(plan: Plan) -> Plan:
+    """The plan of a run that is opened, with the micro-batch that halved() has left for it if torchrun has started it
+    again because memory ran out. Rank 0 knows it, and all get the smallest of any process."""
+    path = Path(plan.config.training.out_dir) / SHORT
+    if not (is_restarted() and plan.runtime.is_master and path.is_file()):
+        return plan
+    found, share = read_json(path), plan.global_batch // plan.runtime.world_size
+    if found.get("launch") != launch() or found["micro_batch"] >= plan.micro_batch:
+        return plan
+    size = _divisor(share, found["micro_batch"])
+    notes = [note for note in plan.notes if not note.startswith("micro-batch: ")]
+    notes.append(f"micro-batch: {size} of {share} sequences, because memory ran out")
+    plan = dataclasses.replace(plan, micro_batch=size, notes=notes)
+    return dataclasses.replace(plan, keep_memory=keeps_memory(plan))
+
+
+def forget_shortage(out_dir: Path, saved: int) -> None:
+    """Removes what halved() has left in the folder, when a checkpoint holds a micro-batch as small, or if it was left
+    for another launch."""
+    path = out_dir / SHORT
+    with contextlib.suppress(OSError, UserError):
+        if path.is_file():
+            found = read_json(path)
+            if found.get("launch") != launch() or saved <= found["micro_batch"]:
+                path.unlink()
 
 
 def _divisor(batch: int, most: int) -> int:

@@ -13,6 +13,7 @@ from ..machine.budget import Deadline
 from ..machine.files import FolderLock
 from ..machine.processes import distributed_env
 from . import before_after, preferences
+from .microbatch import after_shortage
 from .pace import Pace
 from .ranks import agreed
 from .resume import resume_command
@@ -29,7 +30,7 @@ def open_run(config: Config, sources: dict[str, str] | None, command: str, deadl
         may_rename = distributed_env()[0] == 0 and not training.eval_only  # damaged checkpoints, while planning
         if may_rename and lock.path.parent.is_dir() and training.init_from in ("resume", "auto"):
             lock.acquire()
-        plan = make_plan(config, sources)
+        plan = after_shortage(make_plan(config, sources))
         cleanup.callback(runtimes.stop)
         runtimes.start(plan.runtime, plan.config.system)
         cleanup.enter_context(processes.failures_named())

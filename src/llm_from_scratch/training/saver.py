@@ -26,6 +26,7 @@ from ..machine.memory import free_memory
 from ..machine.team import ALONE, Team
 from ..settings import to_dict
 from .loggers import RunLog
+from .microbatch import forget_shortage
 from .moments import optimizer_state
 from .plan import Plan, part_hashes
 from .shares import own_share
@@ -156,6 +157,8 @@ class Saver:
                 keep_last=training.keep_last, keep_every=training.keep_every,
                 in_use=lambda: self.mirror.uploading if self.mirror is not None else None,
             )  # fmt: skip
+            if self.team.is_first:
+                forget_shortage(out_dir, contents["trainer"]["machine"]["micro_batch"])
             if self.mirror is not None:
                 self.mirror.saved()
             wanted = training.save_nanogpt_ckpt and (is_best or training.always_save_checkpoint)  # as nanoGPT does

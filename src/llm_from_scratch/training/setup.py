@@ -28,7 +28,7 @@ from ..machine import device as runtimes
 from ..settings import did_you_mean
 from .check import Inputs, check
 from .harness import load_tasks
-from .microbatch import after_shortage, keeps_memory, largest_micro_batch
+from .microbatch import keeps_memory, largest_micro_batch
 from .parallel import with_parallel
 from .plan import Plan, dataset_hashes, part_hashes
 from .preferences import PreferenceData
@@ -140,10 +140,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     micro_batch = asked if isinstance(asked, int) else auto
     if resumed is not None:
         micro_batch = same_micro_batch(config, resumed, share, micro_batch)
-    if (smaller := after_shortage(config, runtime, share, micro_batch)) < micro_batch:
-        micro_batch = smaller
-        notes.append(f"micro-batch: {micro_batch} of {share} sequences, because memory ran out")
-    elif asked == "auto":
+    if asked == "auto":
         how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     if training.epochs is not None:

@@ -17,14 +17,14 @@ from llm_from_scratch import presets
 from llm_from_scratch.checkpoint.store import load_checkpoint
 from llm_from_scratch.config import Config, SystemConfig
 from llm_from_scratch.core.model import Head
-from llm_from_scratch.errors import PeerMemoryError, UserError
+from llm_from_scratch.errors import MemoryShortError, PeerMemoryError, UserError
 from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine.memory import free_memory
 from llm_from_scratch.training import microbatch as memory
 from llm_from_scratch.training import saver as savers
 from llm_from_scratch.training import trainer
 from llm_from_scratch.training import wrap as parallel
-from llm_from_scratch.training.microbatch import largest_micro_batch, retry_smaller
+from llm_from_scratch.training.microbatch import after_shortage, halved, largest_micro_batch, retry_smaller
 from llm_from_scratch.training.plan import Plan
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
@@ -267,3 +267,50 @@ def test_a_plan_counts_no_logits_where_the_loss_is_chunked(data: Path) -> None:
     logits = tokens * model.vocab_size * (4 + 8)  # with their float32 log-softmax and gradient
     head = 8 * model.vocab_size * model.n_embd  # its gradient, and a scaled copy
     assert whole.sizes.activations - logits == chunked.sizes.activations - head
+
+
+@pytest.fixture
+def short(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings of a run that torchrun has started again, because memory ran out with 4 sequences."""
+    for name, value in {"RUN_ID": "one", "MAX_RESTARTS": "2", "RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    settings: dict[str, Any] = {"out_dir": "run", "batch_size": 8, "micro_batch": 4}
+    plan = make_plan(tiny_config(data, **settings, gradient_accumulation_steps=2))
+    Path("run").mkdir()
+    with pytest.raises(MemoryShortError, match="torchrun starts the run again, with 2 at a time"):
+        halved(dataclasses.replace(plan, runtime=dataclasses.replace(plan.runtime, world_size=2)), 4, "", False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    return settings
+
+
+def test_a_restart_needs_less_memory_until_a_checkpoint_says_so(
+    data: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans, as of a rehearsal, and restarts for another reason do not forget it."""
+    assert make_plan(tiny_config(data, **short)).micro_batch == 4
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("another reason")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="another reason"):
+        patch.setattr(trainer, "train_step", fails)
+        train(tiny_config(data, **short))
+    assert Path("run", memory.SHORT).is_file()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    plan = after_shortage(make_plan(tiny_config(data, **short)))
+    assert plan.micro_batch == 2 and "micro-batch: 2 of 8 sequences, because memory ran out" in plan.notes
+    train(tiny_config(data, **short))
+    assert load_checkpoint(Path("run/step-00000008")).trainer["machine"]["micro_batch"] == 2
+    assert not Path("run", memory.SHORT).exists()
+
+
+def test_a_save_before_the_shortage_does_not_forget_it(
+    data: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may end after another process has run out of memory. A later start of torchrun begins as set."""
+    memory.forget_shortage(Path("run"), 4)
+    assert after_shortage(make_plan(tiny_config(data, **short))).micro_batch == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert after_shortage(make_plan(tiny_config(data, **short))).micro_batch == 4
+    memory.forget_shortage(Path("run"), 4)
+    assert not Path("run", memory.SHORT).exists()
