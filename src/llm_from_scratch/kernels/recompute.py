@@ -25,7 +25,7 @@ from ..core.model import ACTIVATIONS, GPT, NORMS, Block, ReLUSquared, SwiGLU
 from ..errors import UserError
 from ..machine.device import Runtime, forked_random
 from .cpu import CPUAttention, CPUReLUSquared, CPUSwiGLU, LeanCPUAttention
-from .swap import inputs, kind_of, swap, unswap
+from .swap import inputs, kept_buffers, kind_of, swap, unswap
 
 GIB = 1 << 30
 WORTH_IT = 1 << 20  # bytes of one activation of a micro-batch; below it, the bookkeeping costs more time than it saves
@@ -207,7 +207,7 @@ def kept_by_a_block(model: GPT, runtime: Runtime, micro_batch: int) -> tuple[int
     Measured on the first block with one sequence and with two. The difference separates what grows with the batch from
     what is stored once, such as weights in the products' precision.
     """
-    with forked_random(runtime.device):
+    with forked_random(runtime.device), kept_buffers(model):
         _kept(model, runtime, 1)  # allocates what all batches share, such as a mask
         one, out = _kept(model, runtime, 1)
         two = _kept(model, runtime, 2)[0] if micro_batch > 1 else one

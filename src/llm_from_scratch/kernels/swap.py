@@ -87,6 +87,25 @@ def unswapped(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
 
 
+@contextlib.contextmanager
+def kept_buffers(*modules: nn.Module) -> Iterator[None]:
+    """Restores the modules' buffers after a trial: an edited model may count its calls in one. Buffers that did not
+    exist before it stay."""
+    with torch.no_grad():
+        held = [
+            (m._buffers, name, buffer, None if buffer is None else buffer.clone())
+            for m in {m: None for module in modules for m in module.modules()}
+            for name, buffer in m._buffers.items()
+        ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, value in held:
+            buffers[name] = buffer
+            if buffer is not None and value is not None and not torch.equal(buffer, value):
+                buffer.data.copy_(value)  # .data: for autograd no change, because gradients of the trial may follow
+
+
 def kind_of(module: nn.Module) -> Any:
     """Modules of one kind are compared once: same classes, shapes, constants, settings, of the modules in them too."""
     return tuple(
@@ -136,7 +155,8 @@ def _few_tokens(model: GPT, modules: list[nn.Module]) -> dict[Any, tuple[Any, di
     ids = torch.randint(int(config.vocab_size or 1), shape, generator=torch.Generator().manual_seed(0)).to(device)
     dtype, model.compute_dtype = model.compute_dtype, None
     try:
-        with torch.enable_grad(), forked_random(device):  # with gradients, to see which inputs need one
+        # with gradients, to see which inputs need one
+        with torch.enable_grad(), forked_random(device), kept_buffers(model):
             return inputs(model.eval(), modules, ids[:, :-1], ids[:, 1:])
     finally:
         model.compute_dtype = dtype
@@ -236,10 +256,12 @@ class _Pass:
 
     def __init__(self, forward: Callable, module: nn.Module, args: Any, kwargs: dict[str, Any]):
         self.leaves: list[Tensor] = []
-        for m in (module, *(a for a in tree_leaves((args, kwargs)) if isinstance(a, nn.Module))):
+        modules = [module, *(a for a in tree_leaves((args, kwargs)) if isinstance(a, nn.Module))]
+        for m in modules:
             self.leaves += [p for p in m.parameters() if p.requires_grad]
         args, kwargs = tree_map(self._leaf, (args, kwargs))
-        with torch.enable_grad(), forked_random(self.leaves[0].device if self.leaves else torch.device("cpu")):
+        device = self.leaves[0].device if self.leaves else torch.device("cpu")
+        with torch.enable_grad(), forked_random(device), kept_buffers(*modules):
             self.outputs = tree_leaves(forward(module, *args, **kwargs))
 
     def _leaf(self, value: Any) -> Any:

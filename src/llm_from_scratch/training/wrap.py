@@ -31,11 +31,11 @@ from ..kernels.layers import LONGEST, CompiledLoss, layer_replacements, layers_i
 from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
-from ..kernels.swap import swap, unswap
+from ..kernels.swap import kept_buffers, swap, unswap, unswapped
 from ..kernels.tape import RecordedGPT, why_not
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.memory import ReusedMemory
-from ..machine.processes import device_mesh, shield_children
+from ..machine.processes import any_rank, device_mesh, shield_children
 from .adagrad import keep_occurrences
 from .optimizer import sparse_tables
 from .preferences import use_preferences
@@ -104,23 +104,28 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
         shard(model, config, runtime)
     train = model if compiled is None else compiled
     if averages:
-        if unused:
-            say(f"DDP looks for gradients in every step: the loss of two tokens does not depend on {', '.join(unused)}")
-        train = data_parallel(train, runtime, bool(unused))
+        names = [name for name, p in unused if p.requires_grad]  # the exchange freezes what is not trained
+        if has_unused := any_rank(bool(names), runtime.device, runtime.world_size):
+            what = ", ".join(names) or "all parameters, in another process"
+            say(f"DDP looks for gradients in every step: the loss of two tokens does not depend on {what}")
+        train = data_parallel(train, runtime, has_unused)
     return Wrapped(
         model if compiled is None else compiled, train, compiled is not None, is_recorded,
         config.system.reshard_after_forward,
     )  # fmt: skip
 
 
-def unused_parameters(model: GPT, device: torch.device) -> list[str]:
+def unused_parameters(model: GPT, device: torch.device) -> list[tuple[str, nn.Parameter]]:
     """The trained parameters of an edited model that do not affect its loss, here of two tokens. DDP waits for all
-    gradients unless it is told that some are missing."""
+    gradients unless it is told that some are missing. All processes draw the same random numbers."""
     ids = torch.zeros(1, min(2, model.config.block_size), dtype=torch.long, device=device)
     try:
-        with forked_random(device):
+        with forked_random(device), kept_buffers(model), unswapped(model):
+            torch.manual_seed(0)
             nodes: list[Any] = [model(ids, ids)[1].grad_fn]
-    except Exception:  # a loss that needs more than tokens
+    except Exception as error:  # a loss that needs more than tokens
+        if is_out_of_memory(error):
+            raise
         return []
     seen, used = set(nodes), set[Any]()
     while nodes:
@@ -129,7 +134,7 @@ def unused_parameters(model: GPT, device: torch.device) -> list[str]:
         before = {other for other, _ in node.next_functions if other is not None} - seen
         seen |= before
         nodes += before
-    return [name for name, p in model.named_parameters() if p.requires_grad and p not in used]
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in used]
 
 
 def data_parallel(model: nn.Module, runtime: Runtime, has_unused: bool) -> nn.Module:
@@ -364,7 +369,7 @@ def _tried(model: GPT, config: Config, runtime: Runtime, micro_batch: int, recor
             compiled = torch.compile(model)  # type: ignore[assignment]
         if runtime.is_sharded:
             shard(model, config, runtime)
-        with forked_random(runtime.device):  # the trial must not move the run's random numbers
+        with forked_random(runtime.device), kept_buffers(model):  # the trial must not change the run
             for _ in range(3 if recorded else 1):  # which warms up, records, and replays
                 with runtime.autocast():
                     _, loss = compiled.train()(x, y, *documents)

@@ -235,6 +235,30 @@ def test_a_module_that_replaces_its_buffer_is_exchanged(monkeypatch: pytest.Monk
     assert swap(one, {models.RMSNorm: CPURMSNorm}, pytest.fail) == 5
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_comparison_is_not_counted_in_a_buffer(in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = models.RMSNorm.forward, list[float]()
+
+    def counted(self: Any, x: Tensor) -> Tensor:
+        if in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        seen.append(float(self.calls))
+        return plain(self, x)
+
+    one = model(qk_norm=False).train()
+    norms = [m for m in one.modules() if isinstance(m, models.RMSNorm)]
+    for norm in norms:
+        norm.register_buffer("calls", torch.zeros(()))
+    before = [norm.calls for norm in norms]
+    monkeypatch.setattr(models.RMSNorm, "forward", counted)
+    assert swap(one, {models.RMSNorm: CPURMSNorm}, pytest.fail) == 5
+    assert len(seen) > 5 and set(seen) == {1.0}
+    for norm, buffer in zip(norms, before, strict=True):
+        assert norm.calls is buffer and not buffer
+
+
 def test_a_replacement_that_raises_is_left_out() -> None:
     class Broken(models.RMSNorm):
         def forward(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from llm_from_scratch.checkpoint.hashed_folder import write_synced
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import GPTConfig, OptimizerConfig, SystemConfig
+from llm_from_scratch.core import model as models
 from llm_from_scratch.core.dataset import TokenData
 from llm_from_scratch.core.model import GPT, NextTokenLoss
 from llm_from_scratch.core.tokenizer import CharTokenizer
@@ -109,6 +110,52 @@ def test_a_run_of_several_processes_is_the_run_of_one(
     assert all(torch.equal(saved.model[name], of_each[0][name]) for name in saved.model)
     # one process resumes the run of many
     train(tiny_config(tiny_data, **RUN | settings | {"out_dir": "many", "init_from": "resume", "max_iters": 22}))
+
+
+class Counting(models.Block):
+    """It counts its batches."""
+
+    calls: Tensor
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> Any:
+        if self.training:
+            self.calls += 1
+        return super().forward(x, *given, **named)
+
+
+class Skipped(models.Block):
+    """In training, only the second process needs its parameters."""
+
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> Any:
+        used = not self.training or os.environ["RANK"] == "1"
+        return super().forward(x, *given, **named) if used else x
+
+
+def edited(dataset: Path, out_dir: str, block: type, settings: dict[str, Any]) -> dict[str, Tensor]:
+    with mock.patch.object(models, "Block", block):
+        return trained(dataset, out_dir, {"optimizer_type": "adamw", **settings})
+
+
+@pytest.mark.slow
+def test_a_buffer_counts_the_batches_of_the_run_alone(here: Path, tiny_data: Path) -> None:
+    """Not those that try the model before its first step, or when it resumes."""
+    ways: dict[str, dict[str, Any]] = {"start": {}, "resumed": {"init_from": "resume", "max_iters": 25}}
+    for name, settings in ways.items():
+        many = in_ranks(2, edited, here, tiny_data, str(here / "many"), Counting, {"micro_batch": 3} | settings)
+        (here / "edited-2").rename(here / name)
+        for found in (*many, edited(tiny_data, "one", Counting, {"micro_batch": 6} | settings)):
+            calls = [float(p) for key, p in found.items() if key.endswith("calls")]
+            assert calls == [2.0 * settings.get("max_iters", STEPS)] * 3
+
+
+@pytest.mark.slow
+def test_parameters_that_one_process_does_not_use_are_trained_by_the_others(here: Path, tiny_data: Path) -> None:
+    one, other = in_ranks(2, edited, here, tiny_data, str(here / "many"), Skipped, {"collective_timeout": 20.0})
+    assert all(torch.equal(one[name], p) for name, p in other.items())
 
 
 def refused(folder: Path) -> str:

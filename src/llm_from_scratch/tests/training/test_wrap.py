@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import shutil
@@ -10,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
+from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core.adapters import adapter_of
+from llm_from_scratch.core.model import GPT
 from llm_from_scratch.errors import NotFiniteError, UserError
 from llm_from_scratch.kernels import recompute
+from llm_from_scratch.machine import device as runtimes
 from llm_from_scratch.machine import memory
 from llm_from_scratch.machine.memory import ReusedMemory
+from llm_from_scratch.training import wrap as wrapping
 from llm_from_scratch.training.forecast import forecast
 from llm_from_scratch.training.opening import open_run
 from llm_from_scratch.training.plan import describe
@@ -180,3 +186,81 @@ def test_a_roll_back_restores_the_adapter(base: Path) -> None:
         run.roll_back(NotFiniteError("broken"))
         assert run.state.step == 1
         assert all(torch.equal(t, saved[name]) for name, t in adapter_of(run.model).items())
+
+
+# --- an edited model ---
+
+CPU = torch.device("cpu")
+
+
+class Edited(GPT):
+    """It counts its steps, drops its first block out at random, and has a parameter without a use."""
+
+    failure: Exception | None = None
+    calls: Tensor
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.register_buffer("calls", torch.zeros(1))
+        self.idle = torch.nn.Parameter(torch.ones(3))
+        self.transformer.h[0].register_forward_hook(lambda m, args, out: args[0] if torch.rand(()) < 0.5 else out)
+
+    def forward(self, *given: Any, **named: Any) -> tuple[Tensor | None, Tensor | None]:
+        if self.failure is not None:
+            raise self.failure
+        if self.training:
+            self.calls += 1
+        return super().forward(*given, **named)
+
+
+@pytest.fixture
+def edited() -> Edited:
+    return Edited(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
+
+
+def test_the_search_for_unused_parameters_leaves_no_trace(edited: Edited) -> None:
+    """All processes find the same, each with random numbers of its own."""
+    found = set[tuple[str, ...]]()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.add(tuple(name for name, _ in wrapping.unused_parameters(edited, CPU)))
+        assert torch.equal(torch.get_rng_state(), before) and not edited.calls
+    assert len(found) == 1 and "idle" in found.pop()
+
+
+def test_the_search_for_unused_parameters_reports_that_memory_ran_out(edited: Edited) -> None:
+    edited.failure = ValueError("needs more than tokens")
+    assert wrapping.unused_parameters(edited, CPU) == []
+    edited.failure = torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+    with pytest.raises(torch.OutOfMemoryError):
+        wrapping.unused_parameters(edited, CPU)
+
+
+@pytest.mark.parametrize("freeze, own, others, expected", [
+    ((), True, False, "does not depend on idle"),
+    (("idle",), False, False, None),
+    (("idle",), False, True, "does not depend on all parameters, in another process"),
+])  # fmt: skip
+def test_ddp_is_told_what_any_process_does_not_use(
+    freeze: tuple[str, ...], own: bool, others: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config("none", vocab_size=20, freeze=freeze, compile=False, device="cpu", dtype="float32")
+    edited, said, told = Edited(config.model), list[str](), list[bool]()
+    edited.transformer.h[0]._forward_hooks.clear()
+    runtime = dataclasses.replace(runtimes.resolve(config.system), world_size=2)
+
+    def agree(condition: bool, *_: Any) -> bool:
+        assert condition == own
+        return condition or others
+
+    def in_parallel(model: GPT, _: Any, has_unused: bool) -> GPT:
+        told.append(has_unused)
+        return model
+
+    monkeypatch.setattr(wrapping, "any_rank", agree)
+    monkeypatch.setattr(wrapping, "data_parallel", in_parallel)
+    wrapping.wrap(edited, config, runtime, 1, said.append)
+    assert told == [expected is not None] and not edited.calls
+    lines = [line for line in said if line.startswith("DDP looks")]
+    assert [line.endswith(str(expected)) for line in lines] == [True] * len(told) * (expected is not None)
