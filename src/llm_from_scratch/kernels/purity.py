@@ -22,8 +22,10 @@ CHANGES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_
 UNFIT = (setattr, delattr, getattr, vars, globals, locals, open, input, exec, eval, next, id, __import__)
 HIDDEN = {  # what no recorded operation shows
     "detach", "detach_", "data", "no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "requires_grad_",
-    "register_hook", "__dict__", "numpy", "tolist", "item", "data_ptr", "grad",
+    "register_hook", "__dict__", "numpy", "tolist", "item", "data_ptr", "grad", "requires_grad", "grad_fn", "is_leaf",
+    "is_grad_enabled", "is_inference", "is_inference_mode_enabled", "retain_grad", "autograd", "_C", "_version",
 }  # fmt: skip
+HIDING = [getattr(torch, name) for name in HIDDEN if hasattr(torch, name)]  # by any name
 COMPARED = (bool, int, float, str, tuple, type(None), torch.dtype)
 HELD = (torch.Tensor, nn.Module)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -44,11 +46,11 @@ class Watch:
                 if not fixed and not (is_class and isinstance(value, (types.FunctionType, property))):
                     raise CannotRecord(f"an attribute {name} may change ({type(value).__name__})")
                 self.places += [(owner, name)] if is_class else []
-        self.config, self.own = vars(model.config), vars(model)
+        self.config, self.own, self.names = vars(model.config), vars(model), names
         self.parts = list(model.modules())[1:]  # not the model, whose programs would keep it
         self.kind = type(model)
         self.state = self._state()
-        self.kept = [*self.parts, *model.parameters()]  # so that their identities stay unique
+        self.kept = [*self.parts, *model.parameters(), *model.buffers()]  # so that their identities stay unique
         if any(self._hooks()):
             raise CannotRecord("a module has hooks")
 
@@ -62,9 +64,9 @@ class Watch:
         found: list[Any] = [*self.config.values(), *map(type, self.parts)]
         values = [owner.get(name) for owner, name in self.places]
         for owner in (self.own, *map(vars, self.parts)):
-            values += [value for name, value in owner.items() if name[0] != "_"]
-            values += [*owner["_parameters"].values(), *owner["_modules"].values()]
-        return found + [value if isinstance(value, COMPARED) else id(value) for value in values]
+            values += [value for name, value in owner.items() if name[0] != "_" or name in self.names]
+            values += [*owner["_parameters"].values(), *owner["_modules"].values(), *owner["_buffers"].values()]
+        return found + [value if isinstance(value, COMPARED) else _identity(value) for value in values]
 
 
 def _read(classes: list[Mapping[str, Any]]) -> tuple[set[str], list[tuple[Mapping[str, Any], str]]]:
@@ -105,13 +107,22 @@ def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
             yield from _steps(inner)
 
 
+def _identity(value: Any) -> Any:
+    """A constant tensor may be changed in place; a parameter is read again in every step."""
+    is_constant = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference()
+    return (id(value), value._version) if is_constant else id(value)
+
+
 def _is_calm(value: Any) -> bool:
+    if any(value is hiding for hiding in HIDING):
+        return False
     if isinstance(value, types.ModuleType):
         return value in CALM
     if isinstance(value, type):
         return issubclass(value, BaseException) or _is_from(value, "torch", "builtins")
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-        return value not in UNFIT and _is_from(value, "torch", "builtins", PACKAGE)
+        is_hidden = _is_from(value, "torch") and value.__name__.startswith("_")  # such as _set_grad_enabled
+        return value not in UNFIT and not is_hidden and _is_from(value, "torch", "builtins", PACKAGE)
     return _is_plain(value)
 
 

@@ -48,6 +48,7 @@ class Recorder(TorchDispatchMode):
         self.places: dict[int, int | None] = {_place(ids): None, _place(targets): None}
         self.parameters: list[Tensor] = []
         self.half: dict[int, tuple[str, int]] = {}  # buffers that are not written: the first half of an activation
+        self.refused: CannotRecord | None = None  # the first time; forward may have caught it
         self.kept: list[Any] = []  # so that memory is not used again
 
     @classmethod
@@ -55,7 +56,13 @@ class Recorder(TorchDispatchMode):
         return False  # otherwise torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._note(func, args, kwargs or {})
+        except CannotRecord as error:
+            self.refused = self.refused or error
+            raise
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         found = func(*args, **kwargs)
         self.kept.append(found)
         known, results = list(_tensors((args, tuple(kwargs.values())))), list(_tensors(found))

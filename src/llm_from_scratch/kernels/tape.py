@@ -11,23 +11,31 @@ refuses code that could, and notices a changed attribute.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import inspect
+import math
+import threading
+import time
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.model import GPT
-from ..errors import CannotRecord
+from ..errors import CannotRecord, one_line
+from ..machine.device import forked_random
 from .compiled import Kernel, load_kernel
 from .once import differentiable_once
 from .purity import Watch
 from .step_recorder import KINDS, WHOLE, Recorder, need
-from .swap import unswapped
+from .swap import kept_buffers, unswapped
 
 DEEP, WIDE = 256, 32  # of tape.c: rows and columns of a panel
 ROWS = 192  # tokens that a thread processes at once
+ROUNDS = 3  # of a comparison of times
 ALLOWED, TINY = 1e-4, 1e-7  # difference from the model's own gradients, relative to them and in itself
 
 
@@ -63,12 +71,13 @@ class _Tape(ctypes.Structure):
 
 
 def record(model: GPT, ids: Tensor, targets: Tensor) -> Program:
-    """The program of a training step on rows of this length. Raises CannotRecord."""
+    """The program of a training step on a batch of this shape. Raises CannotRecord."""
     watch = Watch(model)
-    few = slice(0, 2)  # sequences: operations depend on the length only
-    recorder = Recorder(ids[few].contiguous(), targets[few].contiguous())
+    recorder = Recorder(ids.clone(), targets.clone())  # known by their memory, which a trainer's may share
     with unswapped(model), torch.inference_mode(), recorder:  # replacements act differently where nothing is learned
         _, loss = GPT.forward(model, recorder.ids, recorder.targets)
+    if recorder.refused is not None:  # and forward continued, as with `except Exception`
+        raise recorder.refused
     last = recorder.operations[-1] if recorder.operations else {"kind": -1}
     need(last["kind"] == KINDS.index("loss") and loss is recorder.loss, "the result is not the loss")
     return Program(recorder, watch)
@@ -79,6 +88,7 @@ class Program:
 
     def __init__(self, recorder: Recorder, watch: Watch):
         self.watch, self.parameters, self.tokens = watch, recorder.parameters, recorder.ids.size(1)
+        self.shapes, self.lock = [p.shape for p in self.parameters], threading.Lock()
         self.operations = operations = recorder.operations
         self.per_row, self.packed, logits, self.widths = 0, 0, operations[-1]["x"], list(recorder.widths)
         self.widths[logits] = -(-self.widths[logits] // WIDE) * WIDE  # only they may be padded
@@ -98,9 +108,10 @@ class Program:
         for p in self.parameters:
             self.gradients.append(self.numbers)
             self.numbers += -(-p.numel() // WHOLE) * WHOLE
-        first, head = (next(o for o in operations if KINDS[o["kind"]] == kind) for kind in ("tokens", "loss"))
-        self.limits = self.parameters[first["weight"]].size(0), head["inputs"]
-        self.memory = torch.empty(0)
+        tables = [self.parameters[o["weight"]] for o in operations if KINDS[o["kind"]] == "tokens"]
+        need(bool(tables), "the loss does not depend on the tokens")
+        self.limits = min(map(len, tables)), operations[-1]["inputs"]
+        self.memory = _empty(0)
 
     def _take(self, width: int) -> int:
         self.per_row += width
@@ -139,8 +150,19 @@ class Program:
         places = zip(self.parameters, self.gradients, strict=True)
         return [flat[at : at + p.numel()].view(p.shape) for p, at in places]
 
+    def fits(self) -> bool:
+        """Whether C can read the parameters as they are now."""
+        return all(
+            p.requires_grad and p.is_cpu and p.dtype == torch.float32 and p.shape == shape and p.is_contiguous()
+            for p, shape in zip(self.parameters, self.shapes, strict=True)
+        )
+
     def run(self, ids: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         """The loss and all gradients in one tensor."""
+        with self.lock:
+            return self._run(ids, targets)
+
+    def _run(self, ids: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         kernel, threads = load_kernel(), torch.get_num_threads()
         assert isinstance(kernel, Kernel)
         batch = ids.size(0)
@@ -152,8 +174,8 @@ class Program:
         size = at(self.per_row)
         needed = shares * size + self.packed + (shares - 1) * self.numbers
         if self.memory.numel() != needed:
-            self.memory = torch.empty(needed)
-        gradients = torch.empty(self.numbers)
+            self.memory = _empty(needed)
+        gradients = _empty(self.numbers)
         operations = (_Operation * len(self.operations))()
         for made, o in zip(operations, self.operations, strict=True):
             for name, value in o.items():
@@ -179,6 +201,10 @@ class Program:
         return sum(losses) / job.learned if job.learned else float("nan"), gradients
 
 
+def _empty(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device="cpu")
+
+
 class RecordedGPT(GPT):
     """A GPT whose training step is one call in C. All else, and a step that cannot be recorded, is GPT's."""
 
@@ -192,33 +218,74 @@ class RecordedGPT(GPT):
         return None, _Step.apply(program, idx, targets, *program.parameters)
 
 
-_programs: Any = weakref.WeakKeyDictionary()  # model -> {tokens of a row: its program; None: it cannot be recorded}
+class _Programs(dict[tuple[int, int], Program | None]):
+    """Of a model: (rows, tokens) of a batch -> its program; None: it cannot be recorded."""
+
+    say: Any = None  # of report_to()
+
+
+_programs: Any = weakref.WeakKeyDictionary()  # model -> its _Programs
+MOST = 8  # programs of a model, of which each has memory
 
 
 def _program(model: GPT, ids: Tensor, targets: Tensor) -> Program | None:
     plain = all(t.dtype == torch.int64 and t.is_cpu and t.is_contiguous() and t.dim() == 2 for t in (ids, targets))
     if not plain or ids.shape != targets.shape or not ids.numel() or torch.is_autocast_enabled("cpu"):
         return None
-    known, tokens = _programs.setdefault(model, {}), ids.size(1)
-    if tokens not in known or (known[tokens] is not None and not known[tokens].watch.is_same(model)):
+    known, shape = _programs.setdefault(model, _Programs()), (ids.size(0), ids.size(1))
+    program = known.get(shape)
+    if shape not in known or (program is not None and not program.watch.is_same(model)):
         try:
-            known[tokens] = _compared(record(model, ids, targets), model, ids, targets)
-        except CannotRecord:
-            if known.setdefault(tokens) is not None:  # perhaps for a few steps, such as by hooks
-                return None
-    found = known[tokens]
-    return found if found is None or all(p.requires_grad for p in found.parameters) else None
+            if len(known) >= MOST and shape not in known:
+                known.clear()
+            program = known[shape] = _compared(record(model, ids, targets), model, ids, targets)
+        except CannotRecord as error:
+            known.setdefault(shape)  # an old program stays: perhaps for a few steps, such as by hooks
+            _report(known, str(error))
+            return None
+    if program is not None and not program.fits():
+        _report(known, "a weight is not a parameter that is trained, or has another type")
+        return None
+    return program
+
+
+def report_to(model: GPT, say: Callable[[str], None]) -> None:
+    """Where to report that a step is no longer recorded, once."""
+    found: Any = weakref.WeakMethod(say) if inspect.ismethod(say) else lambda: say  # a run holds the model
+    _programs.setdefault(model, _Programs()).say = found
+
+
+def _report(known: _Programs, reason: str) -> None:
+    reference, known.say = known.say, None
+    if reference is not None and (say := reference()) is not None:
+        say(f"step: no longer in one call ({reason})")
+
+
+@contextlib.contextmanager
+def _drawn(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters with random numbers, for a while: a weight of 0 would hide the gradients before it."""
+    random, own = torch.Generator().manual_seed(0), [p.data for p in parameters]
+    try:
+        for p in parameters:
+            drawn = torch.randn(p.shape, generator=random, dtype=torch.float32, device="cpu")
+            p.data = (drawn / math.sqrt(p.size(-1)) if p.dim() > 1 else 1 + drawn / 4).to(p.dtype)
+        yield
+    finally:
+        for p, data in zip(parameters, own, strict=True):
+            p.data = data
 
 
 def _compared(program: Program, model: GPT, ids: Tensor, targets: Tensor) -> Program:
-    """The program, whose loss and gradients on this batch are the model's own. Raises CannotRecord."""
-    parameters = list(model.parameters())
-    loss = GPT.forward(model, ids, targets)[1]
-    assert loss is not None
-    expected = torch.autograd.grad(loss, [p for p in parameters if p.requires_grad], allow_unused=True)
-    found, flat = program.run(ids, targets)
+    """The program, whose loss and gradients are the model's own, with random weights. Raises CannotRecord."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    need(program.fits(), "a weight is not a parameter that is trained")
+    with _drawn(parameters), torch.enable_grad():
+        loss = GPT.forward(model, ids, targets)[1]
+        assert loss is not None
+        expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found, flat = program.run(ids, targets)
     own = {id(p): g for p, g in zip(program.parameters, program.split(flat), strict=True)}
-    pairs = [(own.get(id(p)), g) for p, g in zip([p for p in parameters if p.requires_grad], expected, strict=True)]
+    pairs = [(own.get(id(p)), g) for p, g in zip(parameters, expected, strict=True)]
     same = abs(found - loss.item()) <= ALLOWED * max(1.0, abs(found)) and all(
         (a is None) == (b is None) for a, b in pairs
     )
@@ -229,14 +296,40 @@ def _compared(program: Program, model: GPT, ids: Tensor, targets: Tensor) -> Pro
     return program
 
 
-def why_not(model: GPT) -> str | None:
-    """Why a training step of the model cannot be recorded; None if it can."""
-    ids = torch.zeros((1, model.config.block_size), dtype=torch.int64)
+def why_not(model: GPT, rows: int = 2, tokens: int | None = None) -> str | None:
+    """Why a training step of the model on a batch of this shape cannot be recorded; None if it can."""
+    ids, targets = _batch(model, rows, tokens)
+    modes = [(m, m.training) for m in model.modules()]
     try:
-        record(model, ids, ids)
-    except CannotRecord as error:
-        return str(error)
+        with forked_random(torch.device("cpu")), kept_buffers(model):
+            model.train()
+            _compared(record(model, ids, targets), model, ids, targets)
+    except Exception as error:
+        return one_line(error)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return None
+
+
+def _batch(model: GPT, rows: int, tokens: int | None) -> tuple[Tensor, Tensor]:
+    random, shape = torch.Generator().manual_seed(0), (rows, tokens or model.config.block_size)
+    known = len(model.lm_head.weight)
+    ids, targets = (torch.randint(known, shape, generator=random, device="cpu") for _ in range(2))
+    return ids, targets
+
+
+def relative_time(model: GPT, rows: int) -> float:
+    """The time of a recorded step, in units of the model's own forward and backward pass."""
+    batch, parameters = _batch(model, rows, None), [p for p in model.parameters() if p.requires_grad]
+    times: dict[Any, list[float]] = {RecordedGPT.forward: [], GPT.forward: []}
+    for _ in range(1 + ROUNDS):  # interleaved; the first ones prepare memory
+        for forward, measured in times.items():
+            begin = time.perf_counter()
+            torch.autograd.grad(forward(model, *batch)[1], parameters, allow_unused=True)
+            measured.append(time.perf_counter() - begin)
+    recorded, own = (min(measured[1:]) for measured in times.values())
+    return recorded / own
 
 
 class _Step(torch.autograd.Function):
@@ -246,7 +339,7 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, program: Program, ids: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         loss, ctx.gradients = program.run(ids, targets)
         ctx.program = program
-        return torch.tensor(loss)
+        return torch.tensor(loss, dtype=torch.float32, device="cpu")
 
     @staticmethod
     @differentiable_once

@@ -60,6 +60,8 @@ class Runtime:
     """Processes that share one copy of the model."""
     compiled_layers: bool = False
     """Whether layers run in C on a CPU (kernels/layers.py)."""
+    one_call: bool | None = None
+    """Whether a training step is one call in C (kernels/tape.py); None: to be measured."""
 
     @property
     def is_master(self) -> bool:

@@ -15,6 +15,7 @@ from ..config import Config
 from ..core.model import GPT
 from ..kernels.layers import layers_in_c
 from ..kernels.products import checked_libraries, libraries_of
+from ..kernels.tape import RecordedGPT
 from ..machine import device as runtimes
 from ..machine.device import Runtime
 from ..settings import flatten
@@ -29,6 +30,7 @@ def not_bit_exact(now: dict[str, Any], resumed: Checkpoint) -> list[str]:
     before = saved_machine(resumed)
     if not before:
         return ["not bit-exact from here on: the checkpoint does not name the machine that made it"]
+    before = {"one_call": False} | before  # older checkpoints do not name it
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     return [f"not bit-exact from here on: {', '.join(changed)}"] if changed else []
 
@@ -46,6 +48,7 @@ def present_machine(
         "compile": is_compiled,
         "products": libraries_of(model),
         "compiled_layers": layers_in_c(model),
+        "one_call": isinstance(model, RecordedGPT),
         "fused": bool(optimizer.defaults.get("fused")),
         "micro_batch": micro_batch,
         "threads": torch.get_num_threads(),
@@ -94,9 +97,8 @@ def same_machine(config: Config, runtime: Runtime, resumed: Checkpoint) -> Runti
         if not compiled or runtimes.has_triton() or runtime.device.type == "cpu":
             changes["compile"] = compiled
             reasons["compile"] = f"{'on' if compiled else 'off'} (as at the start of the run)"
-    products = checked_libraries(before.get("products"))
-    if products is not None and before.get("processor") == torch.backends.cpu.get_cpu_capability():
-        changes["products"] = products
+    if before.get("processor") == torch.backends.cpu.get_cpu_capability():
+        changes |= {"products": checked_libraries(before.get("products")), "one_call": before.get("one_call") is True}
     threads = before.get("threads")
     if system.threads is None and type(threads) is int and 0 < threads <= (os.cpu_count() or 1):
         changes["threads"] = threads

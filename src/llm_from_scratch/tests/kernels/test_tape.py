@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from llm_from_scratch.checkpoint.store import find_checkpoint, load_checkpoint
 from llm_from_scratch.config import GPTConfig
 from llm_from_scratch.core import model as models
 from llm_from_scratch.core.model import GPT, Block
-from llm_from_scratch.kernels import compiled, tape
+from llm_from_scratch.kernels import compiled, purity, tape
 from llm_from_scratch.kernels.compiled import Kernel
 from llm_from_scratch.kernels.layers import layer_replacements
 from llm_from_scratch.kernels.swap import swap, unswap
 from llm_from_scratch.kernels.tape import RecordedGPT, why_not
 from llm_from_scratch.machine.device import resolve
+from llm_from_scratch.training import wrap
 from llm_from_scratch.training.trainer import train
 from llm_from_scratch.training.wrap import fits_one_call
 
@@ -328,9 +330,33 @@ class TwoSkips(Block):
         return h + self.mlp(self.ln_2(h))
 
 
+quiet: Any = torch.no_grad
+
+
+class Quiet(Gated):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        with quiet():
+            return super().forward(x, *rest)
+
+
+class OfLearning(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return super().forward(x, *rest) if x.requires_grad else x
+
+
+class Tolerant(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        try:
+            x = x.clamp(-0.1, 0.1)
+        except Exception:
+            x = x + self.ln_1(x)
+        return super().forward(x, *rest)
+
+
 EDITS: list[type[Block]] = [
     WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Drawn,
-    CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled, Mixed, TwoSkips,
+    CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled, Mixed, TwoSkips, Quiet, OfLearning, OtherBranch,
+    Tolerant,
 ]  # fmt: skip
 
 
@@ -343,13 +369,114 @@ def test_an_edited_block_is_left_to_the_model(block: type[Block], monkeypatch: p
     assert not runs_in_c(model)
 
 
-@pytest.mark.parametrize("block", [OtherBranch, FewRows])
-def test_the_first_step_shows_what_operations_do_not(block: type[Block], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "Block", block)
-    model = make()
-    assert why_not(model) is None
+def test_the_comparison_shows_what_operations_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model whose gradients are 0 too."""
+    monkeypatch.setattr(models, "Block", OtherBranch)
+    monkeypatch.setattr(purity, "HIDING", [])  # as if torch had another name for it
+    model, given = make(), batch()
+    for p in model.transformer.h.parameters():
+        nn.init.zeros_(p)
+    before = copy.deepcopy(model.state_dict())
+    assert why_not(model) == "the kernel's loss or gradients differ"
     model.__class__ = RecordedGPT
+    assert not runs_in_c(model, *given)
+    assert all(torch.equal(a, before[name]) for name, a in model.state_dict().items())
+
+
+def test_another_number_of_rows_is_recorded_again(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "Block", FewRows)
+    model = recorded(make())
+    plain = copy.deepcopy(model)
+    unswap(plain)
+    for rows in (3, 5, 3):
+        loss, expected = (m(*batch(rows))[1] for m in (model, plain))
+        assert runs_in_c(model, *batch(rows)) and (loss - expected).abs() < 1e-5
+
+
+def on_ids(self: GPT, idx: Tensor, targets: Tensor | None = None, *rest: Any) -> Any:
+    return own_forward(self, idx, idx, *rest)
+
+
+own_forward = GPT.forward
+
+
+def test_ids_and_targets_in_one_tensor_are_told_apart(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, model = torch.stack(batch()), recorded(make())
+    assert runs_in_c(model, *both)
+    monkeypatch.setattr(GPT, "forward", on_ids)
+    assert why_not(model) == "cross_entropy" and not runs_in_c(model, *both)
+
+
+class Numbered(Block):
+    places: Tensor
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.more = nn.Embedding(config.block_size, config.n_embd)
+        self.register_buffer("places", torch.arange(config.block_size))
+        self._scale = 1
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        x = super().forward(x, *rest) + self.more(self.places[: x.size(1)])
+        return x if self._scale == 1 else x * self._scale
+
+
+def test_a_changed_buffer_or_private_attribute_counts(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "Block", Numbered)
+    model = recorded(make())
+    assert runs_in_c(model)
+    model.transformer.h[1]._scale = 2
     assert not runs_in_c(model)
+    model.transformer.h[1]._scale = 1
+    assert runs_in_c(model)
+    model.transformer.h[1].places[0] = 3
+    assert not runs_in_c(model)
+
+
+def test_c_reads_only_weights_of_the_recorded_kind(kernel: Kernel) -> None:
+    model, (ids, targets), said = recorded(make()), batch(), list[str]()
+    tape.report_to(model, said.append)
+    weight = model.transformer.h[0].mlp.c_fc.weight
+    assert runs_in_c(model) and not said
+    weight.data = weight.data.t().contiguous().t()
+    for _ in range(2):
+        assert not runs_in_c(model)
+    assert len(said) == 1 and said[0].startswith("step: no longer in one call (a weight is not")
+    weight.data = weight.data.contiguous()
+    assert runs_in_c(model)
+    model.double()
+    assert not runs_in_c(model)
+    model.float()
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss = model(ids, targets)[1]
+        assert runs_in_c(model) and loss.dtype == torch.float32 and loss < 10
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def two_tables(self: Any, idx: Tensor, targets: Tensor | None = None, *rest: Any) -> Any:
+    x = self.transformer.wte(idx) + self.more(idx)
+    return self.loss(self.transformer.ln_f(x), targets, self.lm_head)
+
+
+def test_the_smallest_table_is_the_limit(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "forward", two_tables)
+    model = make()
+    model.more = nn.Embedding(20, 32)
+    model.__class__ = RecordedGPT
+    ids, targets = batch()
+    assert runs_in_c(model, ids.clamp(max=19), targets)
+    with pytest.raises(IndexError):
+        model(ids, targets)
+
+
+def test_two_threads_may_train_one_model(kernel: Kernel) -> None:
+    model, given = recorded(make()), batch()
+    expected = loss_and_gradients(model, *given)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: loss_and_gradients(model, *given), range(8)))
+    assert all(torch.equal(a, b) for one in found for a, b in zip(one, expected, strict=True))
 
 
 class Parallel(Block):
@@ -388,11 +515,36 @@ def test_it_is_chosen_for_what_was_measured() -> None:
         config = tiny_config("data", n_embd=128, block_size=64, vocab_size=65, **changes)
         runtime = dataclasses.replace(resolve(config.system), threads=threads)
         model = GPT(dataclasses.replace(config.model, n_layer=1))
-        return fits_one_call(model, config, runtime, micro_batch, {"128x384": "ttt"})
+        return fits_one_call(model, config, runtime, micro_batch)
 
     assert fits() and fits(13) and fits(7, 1) and not fits(7) and not fits(12, 6)
     for changes in ({"dropout": 0.1}, {"pos_embedding": "rope"}, {"gradient_checkpointing": True}, {"lora_rank": 4}):
         assert not fits(**changes)
+
+
+@pytest.mark.parametrize(("ratio", "stored", "used"), [(0.8, None, 1), (1.2, None, 0), (1.2, True, 1), (0.8, False, 0)])
+def test_the_faster_one_is_used_or_the_one_of_the_start(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, ratio: float, stored: bool | None, used: int
+) -> None:
+    def measured(*given: Any) -> float:
+        return ratio if stored is None else pytest.fail("measured again")
+
+    monkeypatch.setenv(compiled.VARIABLE, "compiled")
+    monkeypatch.setattr(wrap, "relative_time", measured)
+    config = tiny_config("data", **{**SHAPE, "dtype": "float32", "compile": False})
+    runtime = dataclasses.replace(resolve(config.system), compiled_layers=True, threads=1, one_call=stored)
+    model, said = make(), list[str]()
+    wrap.exchange(model, config, runtime, 4, said.append)
+    assert isinstance(model, RecordedGPT) == used
+    (line,) = [line for line in said if line.startswith("step: ")] or [""]
+    assert (f"{ratio:.2f} of the time" in line) == (stored is None) and (
+        "loss and gradients in one call" in line
+    ) == used
+    assert not used or runs_in_c(model)
+
+
+def test_times_are_compared(kernel: Kernel) -> None:
+    assert 0 < tape.relative_time(recorded(make()), 3) < 10
 
 
 @pytest.mark.slow
@@ -405,15 +557,17 @@ def test_a_run_learns_as_without_it_and_resumes_exactly(
         return load_checkpoint(find_checkpoint(out, "last")).model
 
     monkeypatch.setenv(compiled.VARIABLE, "compiled")
+    monkeypatch.setattr(wrap, "relative_time", lambda *given: 0.5)
     whole = weights("whole", max_iters=6)
     assert "step: loss and gradients in one call in C" in capsys.readouterr().out
     weights("cut", max_iters=3)
+    monkeypatch.setattr(wrap, "relative_time", lambda *given: pytest.fail("measured again"))
     for name, w in weights("cut", max_iters=6, init_from="resume").items():
         assert torch.equal(w, whole[name])
     monkeypatch.setattr(models, "Block", Clipped)
     weights("edited", max_iters=1)
     assert "step: not in one call (the kernel lacks aten.clamp.default)" in capsys.readouterr().out
-    monkeypatch.undo()
+    monkeypatch.setattr(models, "Block", Block)
     monkeypatch.setenv(compiled.VARIABLE, "torch")
     for name, w in weights("plain", max_iters=6).items():
         assert (whole[name] - w).norm() <= 1e-4 * w.norm()

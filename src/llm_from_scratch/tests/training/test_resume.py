@@ -75,7 +75,7 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
     assert machine == {
         "device": "cpu", "processor": torch.backends.cpu.get_cpu_capability(), "dtype": "float32", "compile": False,
         "fused": True, "micro_batch": 4, "threads": 1, "processes": 1, "torch": torch.__version__,
-        "products": {}, "compiled_layers": [],
+        "products": {}, "compiled_layers": [], "one_call": False,
     }  # fmt: skip
 
     def resolved(device: str = "cpu", **before: Any) -> tuple[runtimes.Runtime, list[str]]:
@@ -97,6 +97,15 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
         "not bit-exact from here on: products {'16x64': 'oto'} -> {}"
     ]
     assert resolved(products={"16x64": "oto"}, processor="AVX1")[0].products is None
+    runtime, told = resolved(one_call=True)
+    assert runtime.one_call is True and told == ["not bit-exact from here on: one_call True -> False"]
+    assert resolved()[0].one_call is False and resolved(one_call=True, processor="AVX1")[0].one_call is None
+    before = {name: value for name, value in machine.items() if name != "one_call"}  # of an older version
+    older = dataclasses.replace(saved, trainer={"machine": before})
+    assert resume.same_machine(config, runtimes.resolve(config.system), older).one_call is False
+    assert resume.not_bit_exact({**machine, "one_call": True}, older) == [
+        "not bit-exact from here on: one_call False -> True"
+    ]
     monkeypatch.setenv("LLM_KERNEL", "auto")
     assert resolved(compiled_layers=["Attention"])[0].compiled_layers
     for change in ({"dtype": "bfloat16"}, {"compile": True}):  # the layers in C are float32's, and not compiled
