@@ -16,7 +16,6 @@ import ctypes
 import inspect
 import math
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,7 +34,6 @@ from .swap import kept_buffers, unswapped
 
 DEEP, WIDE = 256, 32  # of tape.c: rows and columns of a panel
 ROWS = 192  # tokens that a thread processes at once
-ROUNDS = 3  # of a comparison of times
 ALLOWED, TINY = 1e-4, 1e-7  # difference from the model's own gradients, relative to them and in itself
 
 
@@ -317,19 +315,6 @@ def _batch(model: GPT, rows: int, tokens: int | None) -> tuple[Tensor, Tensor]:
     known = len(model.lm_head.weight)
     ids, targets = (torch.randint(known, shape, generator=random, device="cpu") for _ in range(2))
     return ids, targets
-
-
-def relative_time(model: GPT, rows: int) -> float:
-    """The time of a recorded step, in units of the model's own forward and backward pass."""
-    batch, parameters = _batch(model, rows, None), [p for p in model.parameters() if p.requires_grad]
-    times: dict[Any, list[float]] = {RecordedGPT.forward: [], GPT.forward: []}
-    for _ in range(1 + ROUNDS):  # interleaved; the first ones prepare memory
-        for forward, measured in times.items():
-            begin = time.perf_counter()
-            torch.autograd.grad(forward(model, *batch)[1], parameters, allow_unused=True)
-            measured.append(time.perf_counter() - begin)
-    recorded, own = (min(measured[1:]) for measured in times.values())
-    return recorded / own
 
 
 class _Step(torch.autograd.Function):

@@ -32,7 +32,7 @@ from ..kernels.lora import attach, with_adapters
 from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
 from ..kernels.swap import kept_buffers, swap, unswap, unswapped
-from ..kernels.tape import RecordedGPT, relative_time, report_to, why_not
+from ..kernels.tape import RecordedGPT, report_to, why_not
 from ..machine.device import Runtime, forked_random, is_out_of_memory
 from ..machine.memory import ReusedMemory
 from ..machine.processes import any_rank, device_mesh, shield_children
@@ -204,29 +204,21 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     recompute(model, config, runtime, micro_batch, say)
     freeze(model, config.finetune)
     if loss is CompiledLoss and runtime.one_call is not False and fits_one_call(model, config, runtime, micro_batch):
-        record_step(model, runtime, micro_batch, say)
+        record_step(model, micro_batch, say)
 
 
-def record_step(model: GPT, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:
-    """Swaps in a training step of one call (kernels/tape.py), if it can be recorded and is faster, or was at the start
-    of the run. Processes would measure different times: they record it."""
+def record_step(model: GPT, micro_batch: int, say: Callable[[str], None]) -> None:
+    """Swaps in a training step of one call (kernels/tape.py), if it can be recorded. No times are measured here: they
+    differ from run to run, and two runs from one seed must be equal."""
     if reason := why_not(model, micro_batch):
         say(f"step: not in one call ({reason})")
     elif swap(model, {GPT: RecordedGPT}, say):
-        times = ""
-        if runtime.one_call is None and runtime.world_size == 1:
-            ratio = relative_time(model, micro_batch)
-            if ratio > 1:
-                unswap(model, RecordedGPT)
-                say(f"step: not in one call (it takes {ratio:.2f} of the time)")
-                return
-            times = f", {ratio:.2f} of the time"
-        say(f"step: loss and gradients in one call in C, recorded from the model{times} (LLM_KERNEL=torch: without)")
+        say("step: loss and gradients in one call in C, recorded from the model (LLM_KERNEL=torch: without)")
         report_to(model, say)
 
 
 def fits_one_call(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> bool:
-    """Whether a training step of this kind may be faster in one call (kernels/tape.py), if it can be recorded: a narrow
+    """Whether a training step of this kind is faster in one call (kernels/tape.py), if it can be recorded: a narrow
     model shaped like GPT-2, with few threads, of which each has gradients of its own. Wider products are as fast in
     torch."""
     shape, finetune, training = config.model, config.finetune, config.training

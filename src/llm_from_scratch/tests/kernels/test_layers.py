@@ -399,7 +399,6 @@ IN_C = ["Attention", "GELU"]
 def test_a_resumed_run_makes_the_same_choice(
     allowed: None, here: Any, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wrap, "relative_time", lambda *given: 0.5)
     settings: dict[str, Any] = {"schedule": "constant", "dtype": "float32", "compile": False, "n_embd": 32}
     train(tiny_config(tiny_data, **settings, out_dir="whole", max_iters=6))
     train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=3))

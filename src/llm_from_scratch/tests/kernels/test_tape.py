@@ -522,29 +522,18 @@ def test_it_is_chosen_for_what_was_measured() -> None:
         assert not fits(**changes)
 
 
-@pytest.mark.parametrize(("ratio", "stored", "used"), [(0.8, None, 1), (1.2, None, 0), (1.2, True, 1), (0.8, False, 0)])
-def test_the_faster_one_is_used_or_the_one_of_the_start(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, ratio: float, stored: bool | None, used: int
+@pytest.mark.parametrize(("stored", "used"), [(None, True), (True, True), (False, False)])
+def test_a_run_keeps_what_it_was_begun_with(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, stored: bool | None, used: bool
 ) -> None:
-    def measured(*given: Any) -> float:
-        return ratio if stored is None else pytest.fail("measured again")
-
     monkeypatch.setenv(compiled.VARIABLE, "compiled")
-    monkeypatch.setattr(wrap, "relative_time", measured)
     config = tiny_config("data", **{**SHAPE, "dtype": "float32", "compile": False})
     runtime = dataclasses.replace(resolve(config.system), compiled_layers=True, threads=1, one_call=stored)
     model, said = make(), list[str]()
     wrap.exchange(model, config, runtime, 4, said.append)
     assert isinstance(model, RecordedGPT) == used
-    (line,) = [line for line in said if line.startswith("step: ")] or [""]
-    assert (f"{ratio:.2f} of the time" in line) == (stored is None) and (
-        "loss and gradients in one call" in line
-    ) == used
+    assert any("loss and gradients in one call" in line for line in said) == used
     assert not used or runs_in_c(model)
-
-
-def test_times_are_compared(kernel: Kernel) -> None:
-    assert 0 < tape.relative_time(recorded(make()), 3) < 10
 
 
 @pytest.mark.slow
@@ -557,11 +546,9 @@ def test_a_run_learns_as_without_it_and_resumes_exactly(
         return load_checkpoint(find_checkpoint(out, "last")).model
 
     monkeypatch.setenv(compiled.VARIABLE, "compiled")
-    monkeypatch.setattr(wrap, "relative_time", lambda *given: 0.5)
     whole = weights("whole", max_iters=6)
     assert "step: loss and gradients in one call in C" in capsys.readouterr().out
     weights("cut", max_iters=3)
-    monkeypatch.setattr(wrap, "relative_time", lambda *given: pytest.fail("measured again"))
     for name, w in weights("cut", max_iters=6, init_from="resume").items():
         assert torch.equal(w, whole[name])
     monkeypatch.setattr(models, "Block", Clipped)
