@@ -137,7 +137,8 @@ class Skipped(models.Block):
 
 def edited(dataset: Path, out_dir: str, block: type, settings: dict[str, Any]) -> dict[str, Tensor]:
     with mock.patch.object(models, "Block", block):
-        return trained(dataset, out_dir, {"optimizer_type": "adamw", **settings})
+        # of a width of its own: models are known by their settings
+        return trained(dataset, out_dir, {"optimizer_type": "adamw", "n_embd": 40, **settings})
 
 
 @pytest.mark.slow
