@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CannotRecord
 from .layers import ACTIVATIONS
@@ -16,14 +17,6 @@ from .layers import ACTIVATIONS
 aten = torch.ops.aten
 WHOLE = 16  # a width is a multiple of it
 KINDS = ("tokens", "places", "add", "norm", "linear", "activation", "attention", "loss")
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _tensors(item)
 
 
 def _place(t: Tensor) -> int:
@@ -65,7 +58,7 @@ class Recorder(TorchDispatchMode):
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         found = func(*args, **kwargs)
         self.kept.append(found)
-        known, results = list(_tensors((args, tuple(kwargs.values())))), list(_tensors(found))
+        known, results = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), found))
         drawn = torch.Tag.nondeterministic_seeded in func.tags and func not in (*RULES, aten.dropout.default)
         need(bool(results) and not drawn and not func._schema.is_mutable, f"the kernel lacks {func}")
         if not any(isinstance(t, nn.Parameter) or _place(t) in self.places for t in known):
