@@ -121,27 +121,12 @@ int train(Tape *m, long vocabulary, long head, int threads) {
 
 #define PANEL (2 * LANES)
 
-/* c = a b, or c += a b: M rows, V vectors. a has any strides, rows of c lie `cr` apart, those of b a panel. */
-INLINE void N(strip)(int M, int V, long K, const float *a, long ar, long ac, const float *b, float *c, long cr, int add) {
-    Vec sums[TALL][2];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++)
-        sums[m][v] = add ? LOAD(c + m * cr + v * LANES) : ALL(0);
-    for (long k = 0; k < K; k++) {
-        Vec x[2];
-        UNROLL for (int v = 0; v < V; v++) x[v] = LOAD(b + k * PANEL + v * LANES);
-        UNROLL for (int m = 0; m < M; m++) {
-            Vec y = ALL(a[m * ar + k * ac]);
-            UNROLL for (int v = 0; v < V; v++) sums[m][v] = FMA(y, x[v], sums[m][v]);
-        }
-    }
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) STORE(c + m * cr + v * LANES, sums[m][v]);
-}
-
+/* c = a b, or c += a b: M rows, V vectors, the rows of b in a panel */
 #define STRIPS(V)                                                                                                      \
     long m = 0;                                                                                                        \
-    for (; m + TALL <= M; m += TALL) N(strip)(TALL, V, K, a + m * ar, ar, ac, b, c + m * cr, cr, add);                 \
-    for (; m + 4 <= M; m += 4) N(strip)(4, V, K, a + m * ar, ar, ac, b, c + m * cr, cr, add);                          \
-    for (; m < M; m++) N(strip)(1, V, K, a + m * ar, ar, ac, b, c + m * cr, cr, add);
+    for (; m + TALL <= M; m += TALL) N(tile)(TALL, V, K, a + m * ar, ar, ac, b, PANEL, c + m * cr, cr, add);           \
+    for (; m + 4 <= M; m += 4) N(tile)(4, V, K, a + m * ar, ar, ac, b, PANEL, c + m * cr, cr, add);                    \
+    for (; m < M; m++) N(tile)(1, V, K, a + m * ar, ar, ac, b, PANEL, c + m * cr, cr, add);
 
 KERNEL void N(two)(long M, long K, const float *a, long ar, long ac, const float *b, float *c, long cr, int add) { STRIPS(2) }
 KERNEL void N(one)(long M, long K, const float *a, long ar, long ac, const float *b, float *c, long cr, int add) { STRIPS(1) }

@@ -122,6 +122,24 @@ INLINE Vec N(exp)(Vec given) {
     return N(choose)((Int)(given < -87.0f), ALL(0), p);
 }
 
+/* A tile of c = a b, or c += a b: M rows, at most TALL, and V vectors. a has any strides, rows of b and c lie `br` and
+   `cr` apart. */
+INLINE void N(tile)(int M, int V, long K, const float *a, long ar, long ac, const float *b, long br, float *c, long cr,
+                    int add) {
+    Vec sums[TALL][2];
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++)
+        sums[m][v] = add ? LOAD(c + m * cr + v * LANES) : ALL(0);
+    for (long k = 0; k < K; k++) {
+        Vec x[2];
+        UNROLL for (int v = 0; v < V; v++) x[v] = LOAD(b + k * br + v * LANES);
+        UNROLL for (int m = 0; m < M; m++) {
+            Vec y = ALL(a[m * ar + k * ac]);
+            UNROLL for (int v = 0; v < V; v++) sums[m][v] = FMA(y, x[v], sums[m][v]);
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) STORE(c + m * cr + v * LANES, sums[m][v]);
+}
+
 #include BODY
 
 #endif
