@@ -235,8 +235,8 @@ def _config(case: Case, job: dict[str, Any]) -> Any:
 
 
 def _floor(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -> None:
-    """The outputs and both gradients of the linear layers, in our step's precision, each by the fastest of torch's
-    libraries for its shape, into memory that is kept."""
+    """The outputs and both gradients of the linear layers, in our step's precision, each by the fastest
+    library for its shape, into memory that is kept."""
     import torch
 
     from llm_from_scratch.machine.device import resolve
@@ -262,20 +262,18 @@ def _floor(case: Case, job: dict[str, Any], orders: IO[str], answers: IO[str]) -
 
 
 def _fastest(out: Any, a: Any, b: Any) -> Callable[..., Any]:
-    """The way to compute out = a @ b that takes the least time on these matrices: torch's, or oneDNN's on a CPU."""
-    import torch
+    """The way to compute out = a @ b that takes the least time on these matrices: torch's, or another library's."""
+    from llm_from_scratch.kernels.products import NAMES, TORCH, is_here, multiply
 
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    ways: list[Callable[..., Any]] = [lambda out, a, b: torch.mm(a, b, out=out)]
-    if onednn is not None and a.device.type == "cpu":
-        ways.append(lambda out, a, b: onednn(a, b.t(), None, "none", [], ""))
-    times: list[list[float]] = [[] for _ in ways]
-    for _ in range(5 if len(ways) > 1 else 0):
-        for way, measured in zip(ways, times, strict=True):
+    libraries = [TORCH, *(name for name in NAMES if a.device.type == "cpu" and is_here(name))]
+    times: dict[str, list[float]] = {library: [] for library in libraries}
+    for _ in range(5 if len(libraries) > 1 else 0):
+        for library, measured in times.items():
             begin = time.perf_counter()
-            way(out, a, b)
+            multiply(a, b, library, out)
             measured.append(time.perf_counter() - begin)
-    return min(zip(times, ways, strict=True), key=lambda pair: min(pair[0], default=0.0))[1]
+    best = min(libraries, key=lambda library: min(times[library], default=0.0))
+    return lambda out, a, b: multiply(a, b, best, out)
 
 
 class _Gate(io.TextIOBase):

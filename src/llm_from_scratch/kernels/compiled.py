@@ -32,7 +32,7 @@ from ..machine.files import open_whole
 
 VARIABLE = "LLM_KERNEL"
 CHOICES = ("auto", "compiled", "torch")
-FILES = ("rows.c", "step.c", "layers.c", "passes.c", "tape.c", "vectors.h")
+FILES = ("rows.c", "step.c", "layers.c", "passes.c", "tape.c", "blas.c", "vectors.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in FILES)
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-shared")  # a row must not depend on its tile
 LIMIT = 60  # seconds to compile
@@ -196,6 +196,7 @@ def load_kernel() -> Kernel | str:
     library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
     library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]
     library.train.argtypes = [places, number, number, flag]
+    library.blas_product.argtypes = [places, flag]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
     return kernel if is_right(kernel) else "the compiled kernel gives other results"
 

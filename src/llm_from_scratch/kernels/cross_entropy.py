@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.model import Head, NextTokenLoss
 from ..machine.memory import empty
 from .once import differentiable_once
-from .products import PLAIN, TORCH, CPUHead, multiply
+from .products import ONEDNN, PLAIN, CPUHead, add_product, multiply
 
 PIECE_ON_CPU = 512  # rows: fewer make the products slower, more gain nothing
 PIECE_ELSEWHERE = 4096
@@ -137,7 +137,7 @@ class CPULogitPasses(LogitPasses):
     def __init__(self, w: Tensor, piece: int, softcap: float, with_gradient: bool, libraries: str = PLAIN):
         super().__init__(w, piece, softcap, with_gradient, libraries)
         vocabulary = len(w)
-        self.logits = empty((piece if libraries[0] == TORCH else 0, vocabulary), w.dtype)
+        self.logits = empty((0 if libraries[0] == ONEDNN else piece, vocabulary), w.dtype)
         self.few = min(piece, max(1, IN_CACHE // vocabulary))
         self.z = torch.empty(self.few, vocabulary, dtype=self.high)
         self.p = torch.empty(self.few, vocabulary, dtype=self.high)
@@ -146,12 +146,14 @@ class CPULogitPasses(LogitPasses):
         self.product = torch.empty(rows, w.size(1), dtype=w.dtype)
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        if self.libraries[0] == TORCH:
-            logits = torch.mm(x, self.w.t(), out=self.logits[: len(x)])
-        else:
-            logits = multiply(x, self.w.t(), self.libraries[0])
+        logits = self.product_of(x)
         losses = [self._few(few, at) for few, at in zip(logits.split(self.few), ids.split(self.few), strict=True)]
         return torch.cat(losses), logits
+
+    def product_of(self, x: Tensor) -> Tensor:
+        """The logits of the rows, before a softcap."""
+        out = None if self.libraries[0] == ONEDNN else self.logits[: len(x)]
+        return multiply(x, self.w.t(), self.libraries[0], out)
 
     def _few(self, logits: Tensor, ids: Tensor) -> Tensor:
         """The losses of a few rows. Their logits are overwritten by their gradient."""
@@ -171,8 +173,8 @@ class CPULogitPasses(LogitPasses):
 
     def add_product(self, total: Tensor | None, g: Tensor, x: Tensor) -> Tensor:
         if x.dtype == self.high:
-            if self.libraries[2] == TORCH and total is not None:
-                return total.addmm_(g.t(), x)
+            if self.libraries[2] != ONEDNN and total is not None:
+                return add_product(total, g.t(), x, self.libraries[2])
             product = multiply(g.t(), x, self.libraries[2])
             return product if total is None else total.add_(product)
         total, first = (torch.empty_like(self.w, dtype=self.high), True) if total is None else (total, False)

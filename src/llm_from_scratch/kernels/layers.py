@@ -32,7 +32,7 @@ from .cpu import (
 )  # fmt: skip
 from .cross_entropy import ChunkedLoss, CPULogitPasses
 from .once import differentiable_once
-from .products import TORCH
+from .products import ONEDNN
 
 WHOLE = 16  # the length of a row is a multiple of it
 ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4, "gelu": 6}  # of passes.c; the gradient has the next number
@@ -142,9 +142,9 @@ class CompiledLogitPasses(CPULogitPasses):
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
         fit = _fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
-        if self.softcap or self.libraries[0] != TORCH or not fit:
+        if self.softcap or self.libraries[0] == ONEDNN or not fit:
             return super().losses(x, ids)
-        logits, kernel = torch.mm(x, self.w.t(), out=self.logits[: len(x)]), _kernel()
+        logits, kernel = self.product_of(x), _kernel()
         found, how = x.new_empty(len(x)), (self.with_gradient, kernel.has_avx512, torch.get_num_threads())
         kernel.layers.entropy(*_places(logits, ids, found), *logits.shape, *how)
         return found, logits

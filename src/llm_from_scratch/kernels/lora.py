@@ -17,7 +17,7 @@ from ..errors import UserError, one_line
 from ..machine.device import forked_random
 from ..machine.memory import empty
 from .once import differentiable_once
-from .products import TORCH, CPULinear, multiply
+from .products import TORCH, CPULinear, linear, multiply
 from .swap import kind_of, swap
 
 TOLERANCE = 1e-4  # of an adapted layer's output, from that of a plain layer with the merged weight
@@ -75,7 +75,7 @@ class _MergedProduct(torch.autograd.Function):
         ctx.scale, ctx.heights, ctx.libraries = scale, heights, libraries
         merged = _merged(weight, blocks(b, heights), a, scale)
         if libraries[0] != TORCH:
-            return torch.ops.mkldnn._linear_pointwise(x, merged, bias, "none", [], "")
+            return linear(x, merged, bias, libraries[0])
         rows, y = x.flatten(0, -2), empty((*x.shape[:-1], len(weight)), x.dtype)
         flat = y.view(-1, len(weight))
         torch.mm(rows, merged.t(), out=flat) if bias is None else torch.addmm(bias, rows, merged.t(), out=flat)

@@ -1,7 +1,9 @@
-"""The library of each float32 product of a linear layer on a CPU: torch's own (MKL in its wheels) or oneDNN.
+"""The library of each float32 product of a linear layer on a CPU: torch's own (MKL in its wheels), oneDNN, which is in
+the same wheels, or OpenBLAS, which is in numpy's.
 
-On AMD processors MKL uses less than all of AVX2, and oneDNN is up to twice as fast; on Intel's they are even. So the
-products of each shape are timed once, at the start of a run.
+On AMD processors MKL uses less than all of AVX2. There OpenBLAS takes 0.9 of its time, not enough to be found by timing
+a few products, so it is always used; with AVX-512 oneDNN is up to twice as fast. On Intel's they are even. So elsewhere
+the products of each shape are timed once, at the start of a run.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.model import GPT, Head, Linear
+from ..machine.memory import empty
+from . import blas
 from .once import differentiable_once
 
-TORCH, ONEDNN = "t", "o"
+TORCH, ONEDNN, OPENBLAS = "t", "o", "b"
+NAMES = {ONEDNN: "oneDNN", OPENBLAS: "OpenBLAS"}
 PLAIN, ALL_ONEDNN = TORCH * 3, ONEDNN * 3  # of the output, of the input's gradient, of the weight's gradient
 LEAST = 1 << 22  # multiplications of a model's largest product below which nothing is measured
 ROWS, SIZE, ROUNDS = 512, 1 << 25, 5  # of a probe: rows, multiplications of a product, repetitions
@@ -27,11 +32,38 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def is_here(library: str) -> bool:
+    """Whether this machine has a library of NAMES."""
+    return has_onednn() if library == ONEDNN else blas.has_openblas()
+
+
 def multiply(a: Tensor, b: Tensor, library: str, out: Tensor | None = None) -> Tensor:
-    """a @ b for matrices, which may be transposed views. out: memory for the result, which torch's product uses."""
-    if library == TORCH:
+    """a @ b for matrices, which may be transposed views. out: memory for the result, which oneDNN does not use."""
+    if library == OPENBLAS and blas.fits(a, b):
+        return blas.multiply(a, b, out)
+    if library != ONEDNN:
         return torch.mm(a, b, out=out)
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, library: str) -> Tensor:
+    """total + a @ b, in total's memory, by torch or OpenBLAS."""
+    if library == OPENBLAS and blas.fits(a, b) and total.is_contiguous():
+        return blas.multiply(a, b, total, add=True)
+    return total.addmm_(a, b)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tensor:
+    """x @ weight.T + bias. x: (..., inputs); weight: (outputs, inputs)."""
+    if library == ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    rows = x.flatten(0, -2)
+    if library == TORCH or not blas.fits(rows, weight.t()):
+        return F.linear(x, weight, bias)
+    y = empty((len(rows), len(weight)), x.dtype)
+    if bias is not None:
+        y.copy_(bias)
+    return blas.multiply(rows, weight.t(), y, add=bias is not None).view(*x.shape[:-1], len(weight))
 
 
 class CPULinear(Linear):
@@ -54,9 +86,7 @@ class _LinearProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, libraries: str) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.libraries = libraries
-        if libraries[0] == TORCH:
-            return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return linear(x, weight, bias, libraries[0])
 
     @staticmethod
     @differentiable_once
@@ -73,10 +103,14 @@ def name_of(layer: Linear) -> str:
 
 
 def fastest_libraries(model: GPT, rows: int) -> dict[str, str]:
-    """{"INPUTSxOUTPUTS": a library for each product}, measured on this many rows in milliseconds; empty if torch's own
-    is the best for the largest layer."""
+    """{"INPUTSxOUTPUTS": a library for each product}: OpenBLAS where it is always faster, else measured on this many
+    rows in milliseconds; empty if torch's own is the best for the largest layer."""
     layers = sorted((m for m in model.modules() if isinstance(m, Linear)), key=lambda m: m.weight.numel())
-    if not has_onednn() or rows * layers[-1].weight.numel() < LEAST:
+    if rows * layers[-1].weight.numel() < LEAST:
+        return {}
+    if blas.is_fastest_here():
+        return {name_of(layer): OPENBLAS * 3 for layer in layers}
+    if not has_onednn():
         return {}
     found: dict[str, str] = {}
     for layer in reversed(layers):
@@ -120,8 +154,10 @@ def libraries_of(model: GPT) -> dict[str, str]:
 
 
 def checked_libraries(saved: Any) -> dict[str, str] | None:
-    """A choice as a checkpoint has it; None if it is not one."""
+    """A choice as a checkpoint has it; None if it is not one, or if this machine lacks one of its libraries."""
     if not isinstance(saved, dict):
         return None
-    good = all(isinstance(v, str) and len(v) == 3 and set(v) <= {TORCH, ONEDNN} for v in saved.values())
-    return {str(name): v for name, v in saved.items()} if good else None
+    good = all(isinstance(v, str) and len(v) == 3 and set(v) <= {TORCH, *NAMES} for v in saved.values())
+    if not good or not all(is_here(one) for one in set("".join(saved.values())) - {TORCH}):
+        return None
+    return {str(name): v for name, v in saved.items()}

@@ -29,7 +29,7 @@ from ..kernels.flex import document_attention
 from ..kernels.float8 import Float8Linear, float8_replacements
 from ..kernels.layers import LONGEST, CompiledLoss, layer_replacements, layers_in_c
 from ..kernels.lora import attach, with_adapters
-from ..kernels.products import ONEDNN, CPUHead, CPULinear, fastest_libraries, set_libraries
+from ..kernels.products import NAMES, CPUHead, CPULinear, fastest_libraries, set_libraries
 from ..kernels.recompute import recompute
 from ..kernels.swap import kept_buffers, swap, unswap, unswapped
 from ..kernels.tape import RecordedGPT, report_to, why_not
@@ -175,11 +175,12 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     if layers and find_kernel(say, without="training with torch's layers"):
         replacements, loss = replacements | layers, CompiledLoss
     libraries = fitting_libraries(model, config, runtime, micro_batch)
-    if any(ONEDNN in found for found in libraries.values()):
+    if faster := [f"{one}: {name}" for one, name in NAMES.items() if one in "".join(libraries.values())]:
         replacements |= {Linear: CPULinear, Head: CPUHead}
         if runtime.products is None:
             found = ", ".join(f"{shape} {three}" for shape, three in libraries.items())
-            say(f"products: {found} (output, input gradient, weight gradient; o: oneDNN, faster here; t: torch)")
+            three = "output, input gradient, weight gradient"
+            say(f"products: {found} ({three}; {', '.join(faster)}, faster here; t: torch)")
     if config.system.fp8:
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others

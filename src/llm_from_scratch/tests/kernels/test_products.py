@@ -1,4 +1,4 @@
-"""kernels/products.py: the products of both libraries, and the choice between them."""
+"""kernels/products.py and blas.py: the products of each library, and the choice between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
 from llm_from_scratch.core.model import GPT, Head, Linear
-from llm_from_scratch.kernels import products
+from llm_from_scratch.kernels import blas, products
 from llm_from_scratch.kernels.products import ALL_ONEDNN, CPUHead, CPULinear
 from llm_from_scratch.kernels.swap import swap
 from llm_from_scratch.machine.device import resolve
@@ -21,9 +21,25 @@ pytestmark = pytest.mark.skipif(not products.has_onednn(), reason="this torch ha
 SHAPE: dict[str, Any] = {"block_size": 8, "vocab_size": 40, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 
+@pytest.fixture(autouse=True)
+def measured_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the processor of this machine."""
+    monkeypatch.setattr(blas, "is_fastest_here", lambda: False)
+
+
+@pytest.fixture
+def openblas(kernel: Any) -> None:
+    if not blas.has_openblas():
+        pytest.skip("numpy has another library")
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("libraries", ["ooo", "ott", "tot", "tto"])
-def test_products_and_gradients_are_those_of_float64(libraries: str, bias: bool) -> None:
+@pytest.mark.parametrize("libraries", ["ooo", "ott", "tot", "tto", "bbb", "btb"])
+def test_products_and_gradients_are_those_of_float64(
+    libraries: str, bias: bool, request: pytest.FixtureRequest
+) -> None:
+    if "b" in libraries:
+        request.getfixturevalue("openblas")
     torch.manual_seed(0)
     layer: Any = Linear(24, 33, bias=bias)
     layer.__class__ = CPULinear
@@ -40,12 +56,46 @@ def test_products_and_gradients_are_those_of_float64(libraries: str, bias: bool)
         torch.testing.assert_close(found.grad.double(), wanted.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("openblas")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "rows, inputs, outputs", [(1, 1, 1), (3, 5, 7), (64, 128, 97), (1, 64, 2000), (2000, 40, 50), (500, 33, 1)]
+)
+def test_slices_of_openblas_make_the_whole_product(threads: int, rows: int, inputs: int, outputs: int) -> None:
+    random, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, w, dy, total = (
+        torch.randn(*shape, generator=random)
+        for shape in ((rows, inputs), (outputs, inputs), (rows, outputs), (rows, inputs))
+    )
+    torch.set_num_threads(threads)
+    try:
+        for a, b in ((x, w.t()), (dy, w), (dy.t(), x)):  # the layouts of an output and of both gradients
+            expected = a.double() @ b.double()
+            assert (products.multiply(a, b, "b") - expected).norm() <= 1e-6 * expected.norm()
+        expected = total.double() + dy.double() @ w.double()
+        assert (products.add_product(total, dy, w, "b") - expected).norm() <= 1e-6 * expected.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("openblas")
+def test_openblas_leaves_other_tensors_to_torch() -> None:
+    plain = torch.ones(4, 6)
+    others = plain.double(), plain[:, ::2], plain[:1].expand(4, 6), plain[:0], plain[None]
+    assert blas.fits(plain, plain.t()) and not any(blas.fits(plain, other) for other in others)
+
+
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_model_learns_the_same(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("three", [ALL_ONEDNN, "bbb"])
+def test_a_model_learns_the_same(
+    chunked: bool, three: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "b" in three:
+        request.getfixturevalue("openblas")
     monkeypatch.setattr(
         wrap,
         "fastest_libraries",
-        lambda model, rows: {products.name_of(m): ALL_ONEDNN for m in model.modules() if isinstance(m, Linear)},
+        lambda model, rows: {products.name_of(m): three for m in model.modules() if isinstance(m, Linear)},
     )
     torch.manual_seed(0)
     plain, said = GPT(GPTConfig(**SHAPE)), list[str]()
@@ -54,13 +104,14 @@ def test_a_model_learns_the_same(chunked: bool, monkeypatch: pytest.MonkeyPatch)
     model = copy.deepcopy(plain)
     wrap.exchange(model, config, resolve(config.system), 3, said.append)
     assert type(model.lm_head) is CPUHead and type(model.transformer.h[0].mlp.c_fc) is CPULinear
-    assert any(line.startswith("products: ") and "16x64 ooo" in line for line in said)
+    name = "o: oneDNN" if three == ALL_ONEDNN else "b: OpenBLAS"
+    assert any(line.startswith("products: ") and f"16x64 {three}" in line and name in line for line in said)
     ids = torch.arange(27).view(3, 9) * 7 % 40
     for one in (plain, model):
         one(ids[:, :-1], ids[:, 1:])[1].backward()
     for p, q in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-5)
-    assert set(products.libraries_of(model).values()) == {ALL_ONEDNN}
+    assert set(products.libraries_of(model).values()) == {three}
 
 
 def test_a_product_in_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +134,23 @@ def test_onednn_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
         found = products.fastest_libraries(model, 24)
         assert set(found.values()) == expected and products.checked_libraries(found) == found
         assert set(found) == ({"16x48", "16x16", "16x64", "64x16", "16x40"} if expected else set())
+
+
+def test_openblas_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs of one seed choose the same."""
+    model = GPT(GPTConfig(**SHAPE))
+    monkeypatch.setattr(blas, "is_fastest_here", lambda: True)
+    monkeypatch.setattr(products, "relative_time", lambda *_: pytest.fail("measured"))
+    assert products.fastest_libraries(model, 24) == {}
+    monkeypatch.setattr(products, "LEAST", 0)
+    assert set(products.fastest_libraries(model, 24).values()) == {"bbb"}
+
+
+def test_a_choice_of_a_library_that_is_not_here_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here in (True, False):
+        monkeypatch.setattr(blas, "has_openblas", lambda here=here: here)
+        assert products.checked_libraries({"1x1": "tbt"}) == ({"1x1": "tbt"} if here else None)
+        assert products.checked_libraries({"1x1": "ttt"}) == {"1x1": "ttt"}
 
 
 @pytest.mark.parametrize("saved", [None, [], {"1x1": "oo"}, {"1x1": "oox"}, {"1x1": 3}])
