@@ -102,13 +102,14 @@ def name_of(layer: Linear) -> str:
     return f"{layer.in_features}x{layer.out_features}"
 
 
-def fastest_libraries(model: GPT, rows: int) -> dict[str, str]:
+def fastest_libraries(model: GPT, rows: int, compiled: bool) -> dict[str, str]:
     """{"INPUTSxOUTPUTS": a library for each product}: OpenBLAS where it is always faster, else measured on this many
-    rows in milliseconds; empty if torch's own is the best for the largest layer."""
+    rows in milliseconds; empty if torch's own is the best for the largest layer. compiled: the compiled kernel, which
+    OpenBLAS needs, may be built."""
     layers = sorted((m for m in model.modules() if isinstance(m, Linear)), key=lambda m: m.weight.numel())
     if rows * layers[-1].weight.numel() < LEAST:
         return {}
-    if blas.is_fastest_here():
+    if compiled and blas.is_fastest_here():
         return {name_of(layer): OPENBLAS * 3 for layer in layers}
     if not has_onednn():
         return {}

@@ -264,7 +264,7 @@ def fitting_libraries(model: GPT, config: Config, runtime: Runtime, micro_batch:
         return {}
     if runtime.products is not None or runtime.world_size > 1:  # processes would measure different times
         return runtime.products or {}
-    return fastest_libraries(model, micro_batch * config.model.block_size)
+    return fastest_libraries(model, micro_batch * config.model.block_size, runtime.compiled_layers)
 
 
 def loss_is_chunked(config: Config, micro_batch: int) -> bool:

@@ -95,7 +95,7 @@ def test_a_model_learns_the_same(
     monkeypatch.setattr(
         wrap,
         "fastest_libraries",
-        lambda model, rows: {products.name_of(m): three for m in model.modules() if isinstance(m, Linear)},
+        lambda model, rows, compiled: {products.name_of(m): three for m in model.modules() if isinstance(m, Linear)},
     )
     torch.manual_seed(0)
     plain, said = GPT(GPTConfig(**SHAPE)), list[str]()
@@ -125,13 +125,13 @@ def test_a_product_in_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_onednn_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(**SHAPE))
-    assert products.fastest_libraries(model, 24) == {}  # too small to measure
+    assert products.fastest_libraries(model, 24, True) == {}  # too small to measure
     monkeypatch.setattr(products, "LEAST", 0)
     measured = products.relative_time(torch.ones(9, 16), torch.ones(16, 8), "o", "t")
     assert 0 < measured < 1e4
     for ratio, expected in ((0.8, {"ooo"}), (0.95, set())):
         monkeypatch.setattr(products, "relative_time", lambda a, b, library, other, ratio=ratio: ratio)
-        found = products.fastest_libraries(model, 24)
+        found = products.fastest_libraries(model, 24, True)
         assert set(found.values()) == expected and products.checked_libraries(found) == found
         assert set(found) == ({"16x48", "16x16", "16x64", "64x16", "16x40"} if expected else set())
 
@@ -141,9 +141,11 @@ def test_openblas_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(**SHAPE))
     monkeypatch.setattr(blas, "is_fastest_here", lambda: True)
     monkeypatch.setattr(products, "relative_time", lambda *_: pytest.fail("measured"))
-    assert products.fastest_libraries(model, 24) == {}
+    assert products.fastest_libraries(model, 24, True) == {}
     monkeypatch.setattr(products, "LEAST", 0)
-    assert set(products.fastest_libraries(model, 24).values()) == {"bbb"}
+    assert set(products.fastest_libraries(model, 24, True).values()) == {"bbb"}
+    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    assert products.fastest_libraries(model, 24, False) == {}  # a short run, which compiles nothing
 
 
 def test_a_choice_of_a_library_that_is_not_here_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

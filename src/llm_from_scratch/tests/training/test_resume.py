@@ -121,14 +121,14 @@ def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypa
 
 
 def test_a_resumed_run_multiplies_by_the_same_libraries(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_onednn(model: GPT, rows: int) -> dict[str, str]:
+    def all_onednn(model: GPT, rows: int, compiled: bool) -> dict[str, str]:
         return {name_of(m): "ooo" for m in model.modules() if isinstance(m, Linear)}
 
     monkeypatch.setattr(wrap, "fastest_libraries", all_onednn)
     settings = {"schedule": "constant", "dtype": "float32", "compile": False}
     train(tiny_config(tiny_data, **settings, out_dir="whole", max_iters=6))
     train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=3))
-    monkeypatch.setattr(wrap, "fastest_libraries", lambda model, rows: pytest.fail("measured again"))
+    monkeypatch.setattr(wrap, "fastest_libraries", lambda *_: pytest.fail("measured again"))
     train(tiny_config(tiny_data, **settings, out_dir="run", max_iters=6, init_from="resume"))
     one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("run", "whole"))
     assert one.trainer["machine"]["products"] == other.trainer["machine"]["products"] != {}
