@@ -16,7 +16,7 @@ extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-enum { MOST = 8, BLOCK = 64, SHARES = 8, LEAST = 16, SMALL = 1 << 15 };
+enum { MOST = 8, BLOCK = 64, SHARES = 8, LEAST = 16, SMALL = 1 << 15, AHEAD = 512 };
 enum { FLOAT32, FLOAT16, BFLOAT16, INT8, UNROUNDED };  /* the last: int8 weights, float32 rows */
 
 typedef struct {
@@ -37,45 +37,54 @@ typedef struct {
     atomic_long next;      /* output that no thread has taken yet */
 } Job;
 
-/* The dot products of O outputs and R rows. Constant O and R keep the sums in registers. */
+/* The dot products of O outputs, `apart` from each other, and R rows. Constant O and R keep the sums in registers. */
 #define TILE(NAME, TARGET, WEIGHT, NUMBER, VECTOR, SUM, ZERO, STEP, READ_WEIGHT, READ_X, ADD, TOTAL)                   \
-    TARGET INLINE void NAME##_tile(const WEIGHT *w, const NUMBER *x, long n, int O, int R, SUM total[MOST][MOST]) {    \
+    TARGET INLINE void NAME##_tile(const WEIGHT *w, long apart, const NUMBER *x, long n, int O, int R,                 \
+                                   SUM total[MOST][MOST]) {                                                            \
         VECTOR sums[MOST][MOST];                                                                                       \
         UNROLL for (int o = 0; o < O; o++) UNROLL for (int r = 0; r < R; r++) sums[o][r] = ZERO();                     \
         for (long i = 0; i < n; i += STEP) {                                                                           \
             VECTOR b[MOST];                                                                                            \
             UNROLL for (int r = 0; r < R; r++) b[r] = READ_X(x + r * n + i);                                           \
             UNROLL for (int o = 0; o < O; o++) {                                                                       \
-                VECTOR a = READ_WEIGHT(w + o * n + i);                                                                 \
+                const WEIGHT *at = w + o * apart * n + i;                                                              \
+                if (R == 1) _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);                                       \
+                VECTOR a = READ_WEIGHT(at);                                                                            \
                 UNROLL for (int r = 0; r < R; r++) sums[o][r] = ADD(sums[o][r], a, b[r]);                              \
             }                                                                                                          \
         }                                                                                                              \
         UNROLL for (int o = 0; o < O; o++) UNROLL for (int r = 0; r < R; r++) total[o][r] = TOTAL(sums[o][r]);         \
     }
 
+/* Tiles of O outputs, from o on, while there are enough. The outputs of a tile lie far apart, so that each is a stream of
+   its own for the processor's prefetcher, which loses neighbouring rows if they are short. */
+#define TILES(O, ...)                                                                                                  \
+    do {                                                                                                               \
+        long apart = (to - from) / (O);                                                                                \
+        for (long o = from; o < from + apart; o++) __VA_ARGS__                                                         \
+        from += apart * (O);                                                                                           \
+    } while (0)
+
 /* The outputs `from` to `to` of all rows, in tiles of 4 x SIDE; of one or two rows, in larger ones. */
 #define PRODUCT(NAME, TARGET, WEIGHT, NUMBER, SUM, SIDE, STORE)                                                        \
-    TARGET INLINE void NAME##_rows(const Job *job, long o, int O, long r, int R) {                                     \
+    TARGET INLINE void NAME##_rows(const Job *job, long o, long apart, int O, long r, int R) {                         \
         const Matrix *m = job->matrix;                                                                                 \
         SUM total[MOST][MOST];                                                                                         \
         const NUMBER *x = (const NUMBER *)job->x + r * m->inputs;                                                      \
-        NAME##_tile((const WEIGHT *)m->weights + o * m->inputs, x, m->inputs, O, R, total);                            \
+        NAME##_tile((const WEIGHT *)m->weights + o * m->inputs, apart, x, m->inputs, O, R, total);                     \
         UNROLL for (int i = 0; i < O; i++) UNROLL for (int k = 0; k < R; k++)                                          \
-            job->y[(r + k) * m->outputs + o + i] = STORE(total[i][k], o + i, r + k);                                   \
+            job->y[(r + k) * m->outputs + o + i * apart] = STORE(total[i][k], o + i * apart, r + k);                   \
     }                                                                                                                  \
     TARGET static void NAME(const Job *job, long from, long to) {                                                      \
-        if (job->rows == 1)                                                                                            \
-            for (; from + 8 <= to; from += 8) NAME##_rows(job, from, 8, 0, 1);                                         \
-        if (job->rows == 2)                                                                                            \
-            for (; from + SIDE * 2 <= to; from += SIDE * 2) NAME##_rows(job, from, SIDE * 2, 0, 2);                    \
-        for (; from + 4 <= to; from += 4) {                                                                            \
+        if (job->rows == 1) TILES(8, NAME##_rows(job, o, apart, 8, 0, 1););                                            \
+        if (job->rows == 2) TILES(SIDE * 2, NAME##_rows(job, o, apart, SIDE * 2, 0, 2););                              \
+        TILES(4, {                                                                                                     \
             long r = 0;                                                                                                \
-            for (; r + SIDE <= job->rows; r += SIDE) NAME##_rows(job, from, 4, r, SIDE);                               \
-            for (; r + 2 <= job->rows; r += 2) NAME##_rows(job, from, 4, r, 2);                                        \
-            for (; r < job->rows; r++) NAME##_rows(job, from, 4, r, 1);                                                \
-        }                                                                                                              \
-        for (; from < to; from++)                                                                                      \
-            for (long r = 0; r < job->rows; r++) NAME##_rows(job, from, 1, r, 1);                                      \
+            for (; r + SIDE <= job->rows; r += SIDE) NAME##_rows(job, o, apart, 4, r, SIDE);                           \
+            for (; r + 2 <= job->rows; r += 2) NAME##_rows(job, o, apart, 4, r, 2);                                    \
+            for (; r < job->rows; r++) NAME##_rows(job, o, apart, 4, r, 1);                                            \
+        });                                                                                                            \
+        TILES(1, for (long r = 0; r < job->rows; r++) NAME##_rows(job, o, apart, 1, r, 1););                           \
     }
 
 /* --- floats --- */
@@ -129,7 +138,7 @@ WITH_AVX2 INLINE int32_t total_int8(__m256i v) {
 }
 /* pairs are added in 16 bits: 2 x 127 x 127 fits */
 WITH_AVX2 INLINE __m256i add_int8(__m256i sum, __m256i w, __m256i x) {
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 WITH_AVX2 INLINE __m256i bytes32(const int8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
