@@ -429,6 +429,15 @@ def test_what_is_installed_is_not_installed_again(install: ModuleType, tmp_path:
     assert uv_calls(tmp_path)[-1].startswith("-c|constraints.txt|-e|.[dev,plots]")
 
 
+def test_the_source_has_bytecode_but_its_tests_have_none(install: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "src" / "llm_from_scratch"
+    for folder in (source, source / "tests"):
+        folder.mkdir(parents=True)
+        (folder / "one.py").touch()
+    assert install.main([]) == 0
+    assert [path.parent.parent.name for path in source.rglob("*.pyc")] == ["llm_from_scratch"]
+
+
 def test_a_failed_installation_is_tried_again(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
