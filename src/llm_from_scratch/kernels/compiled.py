@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,16 +214,23 @@ def _open(path: Path) -> ctypes.CDLL:
 def compile_library(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "rows.so"
-        command = [*compiler, *FLAGS, "-o", str(target), *(str(file) for file in SOURCES if file.suffix == ".c"), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
-        if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-            raise OSError(f"{shlex.join(compiler)}: {one_line(said)}")
+        target, sources = Path(folder) / "rows.so", [file for file in SOURCES if file.suffix == ".c"]
+        objects = [Path(folder) / f"{file.stem}.o" for file in sources]
+        with ThreadPoolExecutor() as pool:  # a first run waits for it
+            list(pool.map(lambda file, made: _compile(compiler, made, "-c", str(file)), sources, objects))
+        _compile(compiler, target, *map(str, objects), "-lm")
         data = target.read_bytes()
     with open_whole(path, f".{path.name}.{os.getpid()}") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data)
+
+
+def _compile(compiler: list[str], made: Path, *words: str) -> None:
+    command = [*compiler, *FLAGS, "-o", str(made), *words]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+        raise OSError(f"{shlex.join(compiler)}: {one_line(said)}")
 
 
 @torch.inference_mode()
