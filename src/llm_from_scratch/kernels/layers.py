@@ -32,7 +32,6 @@ from .cpu import (
 )  # fmt: skip
 from .cross_entropy import ChunkedLoss, CPULogitPasses
 from .once import differentiable_once
-from .products import ONEDNN
 
 WHOLE = 16  # the length of a row is a multiple of it
 ACTIVATIONS = {"gelu_tanh": 0, "swiglu": 2, "relu2": 4, "gelu": 6}  # of passes.c; the gradient has the next number
@@ -141,8 +140,14 @@ class CompiledLogitPasses(CPULogitPasses):
     """One pass over a row of logits in the processor's cache gives its loss and its gradient."""
 
     def losses(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Any]:
-        fit = _fits(self.logits, x) and ids.is_contiguous() and ids.shape == x.shape[:1] and ids.dtype == torch.int64
-        if self.softcap or self.libraries[0] == ONEDNN or not fit:
+        fit = (
+            _fits(self.w, x)
+            and len(self.w) % WHOLE == 0
+            and ids.is_contiguous()
+            and ids.shape == x.shape[:1]
+            and ids.dtype == torch.int64
+        )
+        if self.softcap or not fit:
             return super().losses(x, ids)
         logits, kernel = self.product_of(x), _kernel()
         found, how = x.new_empty(len(x)), (self.with_gradient, kernel.has_avx512, torch.get_num_threads())

@@ -24,7 +24,7 @@ TORCH, ONEDNN, OPENBLAS = "t", "o", "b"
 NAMES = {ONEDNN: "oneDNN", OPENBLAS: "OpenBLAS"}
 PLAIN, ALL_ONEDNN = TORCH * 3, ONEDNN * 3  # of the output, of the input's gradient, of the weight's gradient
 LEAST = 1 << 22  # multiplications of a model's largest product below which nothing is measured
-ROWS, SIZE, ROUNDS = 512, 1 << 25, 5  # of a probe: rows, multiplications of a product, repetitions
+ROWS, SIZE, ROUNDS = 512, 1 << 28, 3  # of a probe: rows, multiplications of a product, repetitions
 MARGIN = 0.85  # of torch's time: a choice must not depend on noise
 
 
@@ -124,7 +124,8 @@ def fastest_libraries(model: GPT, rows: int, compiled: bool) -> dict[str, str]:
 
 @torch.no_grad()
 def _fastest(inputs: int, outputs: int, rows: int) -> str:
-    outputs = max(1, min(outputs, SIZE // (rows * inputs)))  # a head is probed with a part of its vocabulary
+    # a head is probed with a part of its vocabulary, but with too few outputs another library would be the fastest
+    outputs = max(1, min(outputs, SIZE // (rows * inputs)))
     x, w, dy = (torch.full(shape, 0.5) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs)))
     return "".join(
         ONEDNN if relative_time(a, b, ONEDNN, TORCH) < MARGIN else TORCH for a, b in ((x, w.t()), (dy, w), (dy.t(), x))
