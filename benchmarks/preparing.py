@@ -33,24 +33,29 @@ PARQUET_MB = 200
 TIKTOKEN = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 OPENWEBTEXT = """
-import sys, datasets
-from pyarrow import parquet
+import sys
 file, script, ours = sys.argv[1:]
 if ours == "ours":
-    load_dataset = datasets.load_dataset
+    from llm_from_scratch.cli.common import run
+    from llm_from_scratch.data import hub, nanogpt
 
     def load(*names, **settings):
+        from pyarrow import parquet
         rows = load_dataset("parquet", data_files=file, split="train", streaming=True)
         count = parquet.read_metadata(file).num_rows  # which the hub states
         rows.info.splits = datasets.splits.SplitDict()
         rows.info.splits.add(datasets.SplitInfo("train", num_examples=count))
         return rows
 
-    datasets.load_dataset = load
-    from llm_from_scratch.data import hub, nanogpt
-    hub.check_reachable = lambda url: None
-    nanogpt.prepare_openwebtext(script)
+    def replace(url):  # when datasets has been imported
+        global datasets, load_dataset
+        import datasets
+        load_dataset, datasets.load_dataset = datasets.load_dataset, load
+
+    hub.check_reachable = replace
+    sys.exit(run(lambda words: nanogpt.prepare_openwebtext(script)))
 else:
+    import datasets
     datasets.load_dataset = lambda *a, **k: datasets.DatasetDict({"train": datasets.Dataset.from_parquet(file)})
     code = open(script).read().replace("num_proc = 8", "num_proc = 2")
     code = code.replace("total_batches = 1024", "total_batches = min(1024, len(dset))")

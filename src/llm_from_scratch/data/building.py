@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class DatasetSpec:
     chat_template: str | None = None
     is_chat: bool = False
     permuted: bool = False  # the documents of val are nanoGPT's choice
+    loaded: Tokenizer | None = None  # the tokenizer, if it was loaded before
+    pool: ProcessPoolExecutor | None = None  # workers that were started with it
 
     def all(self) -> list[src.Source]:
         return [source for some in self.sources for source in some]
@@ -70,7 +73,7 @@ def build(
     try:
         splits = write_shards(
             lambda: rules.units(groups), tokenizer, folder, shard_size, workers, cache, rules.fast,
-            extra.get("request", ""), meter, report,
+            extra.get("request", ""), meter, report, spec.pool,
         )  # fmt: skip
     finally:
         meter.close()
@@ -138,7 +141,7 @@ def _tokenizer(spec: DatasetSpec, groups: list[Documents], folder: Path, request
         return (train(spec.tokenizer, texts(), folder, report) if is_large else None) or named_tokenizer(
             spec.tokenizer, texts()
         )
-    tokenizer = named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
+    tokenizer = spec.loaded or named_tokenizer(spec.tokenizer)  # before reading, so that a wrong name fails early
     _settle(groups, tokenizer.name, tokenizer.eot_id is None)
     return tokenizer
 

@@ -3,7 +3,6 @@ progress, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -14,7 +13,7 @@ import signal
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,10 +223,11 @@ class TokenCache:
 def write_shards(
     units: Callable[[], Iterable[Unit]], tokenizer: Tokenizer, folder: Path, shard_size: int, workers: int,
     cache: TokenCache, fast: bool, request: str, meter: Meter, report: Callable[[str], None],
+    pool: ProcessPoolExecutor | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Encodes the units into shards. Returns the manifest's entries of the splits. units: reads them from the first.
-    fast: with FastTokenizer, until it differs: the shard is then made again without it. Resumes from the progress that
-    an earlier run of the same request has left in the folder."""
+    fast: with FastTokenizer, until it differs: the shard is then made again without it. pool: of start_pool. Resumes
+    from the progress that an earlier run of the same request has left in the folder."""
     shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
     done = 0
 
@@ -273,7 +273,7 @@ def write_shards(
         try:
             with ThreadPoolExecutor(1) as thread:
                 written: deque[Future[None]] = deque()
-                for unit, size, ids in encode_units(rest, tokenizer, folder, cache, workers, report, fast):
+                for unit, size, ids in encode_units(rest, tokenizer, folder, cache, workers, report, fast, pool):
                     before = written[-1] if written else None
                     written.append(thread.submit(write, before, unit.split, size, ids))
                     if len(written) > QUEUED:
@@ -283,7 +283,7 @@ def write_shards(
             break
         except EncoderDiffersError as error:
             report(f"{error}: continuing without it")
-            fast, done = False, restore(whole)
+            fast, pool, done = False, None, restore(whole)
             write_whole(folder / PROGRESS, to_json(whole))
         except BaseException:
             if (folder / PROGRESS).exists():
@@ -304,19 +304,14 @@ def read_progress(folder: Path, request: str) -> dict[str, Any] | None:
 
 def encode_units(
     units: Iterable[Unit], tokenizer: Tokenizer, saved: Path, cache: TokenCache, workers: int,
-    report: Callable[[str], None], fast: bool = False,
+    report: Callable[[str], None], fast: bool = False, pool: ProcessPoolExecutor | None = None,
 ) -> Iterator[tuple[Unit, int, np.ndarray]]:  # fmt: skip
     """Yields (unit, bytes of its text, ids) in order. saved: the folder from which the workers load the tokenizer.
-    With 0 workers, this process encodes. About two units per worker are in memory. Raises EncoderDiffersError."""
+    With 0 workers, this process encodes. About two units per worker are in memory. pool: of start_pool; it is shut
+    down at the end. Raises EncoderDiffersError."""
     encode = UnitEncoder(tokenizer, saved, fast and not workers)
-    pool: concurrent.futures.ProcessPoolExecutor | None = None
     failures = 0
     waiting: deque[_Waiting] = deque()
-
-    def start_pool() -> concurrent.futures.ProcessPoolExecutor:
-        shield_children()
-        context = multiprocessing.get_context(START_METHOD)
-        return concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (str(saved), fast))
 
     def submit(one: _Waiting) -> None:
         assert pool is not None
@@ -341,7 +336,7 @@ def encode_units(
             except BrokenProcessPool:
                 pool.shutdown(wait=False, cancel_futures=True)
                 failures += 1
-                pool = start_pool() if failures < MAX_FAILURES else None
+                pool = start_pool(workers, saved, fast) if failures < MAX_FAILURES else None
                 report("a worker process was killed: starting new ones" if pool else
                        "the worker processes failed; continuing without them")  # fmt: skip
                 for one in (first, *waiting):
@@ -351,7 +346,7 @@ def encode_units(
         return first.unit, first.size, first.ids
 
     try:
-        pool = start_pool() if workers else None
+        pool = pool or (start_pool(workers, saved, fast) if workers else None)
         for unit in units:
             key = unit.key(tokenizer) if cache.folder is not None else ""
             waiting.append(one := _Waiting(unit, unit.size(), key, cache.get(key)))
@@ -364,6 +359,16 @@ def encode_units(
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_pool(workers: int, saved: Path, fast: bool) -> ProcessPoolExecutor:
+    """Worker processes, which load the tokenizer at once. saved: its folder."""
+    shield_children()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), start_worker, (str(saved), fast))
+    with blocked_interrupts(), contextlib.suppress(BrokenProcessPool):  # handled when a unit is submitted
+        for _ in range(workers):
+            pool.submit(int)  # a task starts a process
+    return pool
 
 
 @dataclass

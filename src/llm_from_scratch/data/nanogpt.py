@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
 from ..machine.files import temporary_folder, write_errors, write_whole
-from .building import DatasetSpec, Report, build
-from .encode import read_progress
+from .building import DatasetSpec, Report, build, choose_workers
+from .encode import read_progress, start_pool
+from .fast_bpe import can_encode
 from .prepare import DATASET, hash_request
 from .sources import OPENWEBTEXT, FileSource, HubSource, fetch_tiny_shakespeare
 
@@ -43,8 +46,13 @@ def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: 
     """Writes train.bin and val.bin of OpenWebText, streamed. The splits have the same documents as nanoGPT's, but in
     the order of the dataset. The same call resumes an interrupted run. Raises UserError."""
     folder = Path(folder)
-    with write_errors(DATASET):
-        spec = DatasetSpec("openwebtext", [[HubSource.open(OPENWEBTEXT)]], "gpt2", 0.0005, 2357, permuted=True)
+    with write_errors(DATASET), contextlib.ExitStack() as stack:
+        tokenizer, workers = Tokenizer.from_name("gpt2"), choose_workers(0) if workers is None else workers
+        tokenizer.save(saved := Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        # they start while this process imports the library datasets, which takes more than a second
+        pool = stack.enter_context(start_pool(workers, saved, can_encode(tokenizer))) if workers else None
+        source = HubSource.open(OPENWEBTEXT)
+        spec = DatasetSpec("openwebtext", [[source]], "gpt2", 0.0005, 2357, None, False, True, tokenizer, pool)
         request, _ = hash_request(spec, sys.maxsize)
         with temporary_folder(folder / "openwebtext", lambda built: read_progress(built, request) is not None) as built:
             manifest = build(spec, built, sys.maxsize, workers, folder / "cache", {"request": request}, report)

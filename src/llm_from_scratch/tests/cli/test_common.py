@@ -72,3 +72,15 @@ def test_ctrl_c_while_a_command_is_imported_is_one_line() -> None:
     assert ended("KeyboardInterrupt") == (-signal.SIGINT, "interrupted\n")
     code, shown = ended("OSError('a bug')")
     assert code == 1 and shown.startswith("Traceback") and shown.endswith("OSError: a bug\n")
+
+
+def test_a_command_ends_without_a_search_for_cycles() -> None:
+    code = """
+import llm_from_scratch.cli.common
+class Cycle:
+    def __init__(self): self.own = self
+    def __del__(self): print("found")
+Cycle()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import http.server
@@ -1008,8 +1009,11 @@ def test_a_stream_of_the_hub_does_not_import_torch(monkeypatch: pytest.MonkeyPat
 
 def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
+    started: list[int] = []
+    monkeypatch.setattr(nanogpt, "start_pool", lambda workers, *_: started.append(workers) or contextlib.nullcontext())
     with pytest.raises(UserError, match=r"pip install -e '.*\[data\]'"):
-        nanogpt.prepare_openwebtext(here)
+        nanogpt.prepare_openwebtext(here, workers=2)
+    assert started == [2]  # before the import
 
     class Breaking(list[str]):
         def __iter__(self) -> Iterator[str]:
@@ -1023,10 +1027,10 @@ def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(hub, "check_reachable", unreachable)
     with pytest.raises(UserError, match="no route"):
-        nanogpt.prepare_openwebtext(here)
+        nanogpt.prepare_openwebtext(here, workers=0)
     monkeypatch.setattr(hub, "check_reachable", lambda url: None)
     with pytest.raises(UserError, match="reading Skylion007/openwebtext failed .reset by peer"):
-        nanogpt.prepare_openwebtext(here)
+        nanogpt.prepare_openwebtext(here, workers=0)
     assert left_behind(here) == []
 
 
