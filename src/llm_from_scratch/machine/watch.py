@@ -194,6 +194,7 @@ class Watch:
             state = self._states([self.next])[self.next]  # it may have said so in between
             if not state["done"]:
                 self._publish(f"{self._name(self.next)} died {self._where(state)}", 0)
+                self._look()  # not at the next beat: the timeout begins now
         elif silent > self.timeout:
             self._publish(self._silence(self.next, state, silent), 1)
         elif now - self._moved > self.timeout and self._is_stuck():

@@ -26,7 +26,11 @@ class RowAdagrad(Rule):
     def step(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]], found_inf: Tensor | None) -> None:
         for _, p in with_gradients(group):
             state[p] = state[p] or self.new_state(p)
-            parts = [occurrences(p)] if self.processes == 1 else exchanged(p, self.processes)
+            parts = occurrences(p)
+            if self.processes > 1 or (len(parts) > 1 and p.device.type == "cpu"):  # one GPU adds in any order
+                parts = [added([merged(*part) for part in parts])]
+            if self.processes > 1:
+                parts = [added(exchanged(*parts[0], self.processes))]
             step_rows(p, state[p]["sum"], group["lr"], parts, found_inf)
 
     def begin_epoch(self, group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
@@ -40,34 +44,55 @@ class RowAdagrad(Rule):
 Rows = tuple[Tensor, Tensor, Tensor]  # numbers, (N,); sums of their gradients, (N, C); sums of the squares, (N, 1)
 
 
-def occurrences(table: Tensor) -> Rows:
-    """The rows of a table's sparse gradient; a row may occur several times."""
-    assert table.grad is not None and table.grad.is_sparse
+def occurrences(table: Any) -> list[Rows]:
+    """The rows of a table's sparse gradient, by micro-batch; a row may occur several times."""
     rows, g = table.grad._indices()[0], table.grad._values()
-    return rows, g, g.square().sum(dim=1, keepdim=True)
+    lengths = getattr(table, "occurrences", [len(rows)])
+    return [*zip(*(t.split(lengths) for t in (rows, g, g.square().sum(dim=1, keepdim=True))), strict=True)]
 
 
-def keep_occurrences(table: Tensor) -> None:
+def keep_occurrences(table: Any) -> None:
     """Gradients of several micro-batches are appended to each other. On a CPU, torch would add up some of the rows that
     occur in both, which changes the sum of their squares."""
 
     def apart(grad: Tensor) -> Tensor:
+        values = grad._values()
         if table.grad is None:
+            table.occurrences = [len(values)]
             return grad
-        values = grad._values()  # torch only appends values that are not contiguous
+        table.occurrences.append(len(values))
+        # torch only appends values that are not contiguous
         spread = values.new_empty(len(values), table.size(1) + 1)[:, :-1].copy_(values)
         return torch.sparse_coo_tensor(grad._indices(), spread, grad.shape, check_invariants=False)
 
     table.register_hook(apart)
 
 
-def exchanged(table: Tensor, processes: int) -> list[Rows]:
-    """The rows of every process, each once, in the order of the ranks. Their gradients are averaged over the processes.
-    All processes get the same bits."""
-    rows, g, squares = occurrences(table)
-    rows, places = rows.unique(return_inverse=True)
-    sums = g.new_zeros(len(rows), table.size(1) + 1)
-    sums.index_add_(0, places, torch.cat([g / processes, squares / processes**2], dim=1))
+def merged(rows: Tensor, *values: Tensor) -> Rows:
+    """Each row once, with the sums of its values in their order."""
+    number = torch.arange(len(rows), device=rows.device)
+    last = rows.new_empty(int(rows.max()) + 1 if len(rows) else 0)
+    last[rows] = number  # of each row's occurrences one, on a CPU the last
+    chosen = last[rows]
+    is_chosen = chosen == number
+    own = rows[is_chosen]
+    places = (is_chosen.cumsum(0) - 1)[chosen]
+    g, squares = (t.new_zeros(len(own), t.size(1)).index_add_(0, places, t) for t in values)
+    return own, g, squares
+
+
+def added(parts: list[Rows]) -> Rows:
+    """The sums over parts that have each row once. Neighbours are added up first: 2, 4, ... micro-batches have the same
+    bits in any number of processes."""
+    while len(parts) > 1:
+        parts = [merged(*map(torch.cat, zip(*parts[i : i + 2], strict=True))) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def exchanged(rows: Tensor, g: Tensor, squares: Tensor, processes: int) -> list[Rows]:
+    """The rows of every process, in the order of the ranks. Their gradients are averaged over the processes. All
+    processes get the same bits."""
+    sums = torch.cat([g / processes, squares / processes**2], dim=1)
     counts = rows.new_empty(processes)
     gather(torch.tensor([len(rows)], device=rows.device), counts)()
     longest = int(counts.max())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch.distributed import HashStore
 from llm_from_scratch.errors import SaveError, UserError
 from llm_from_scratch.machine import processes
 from llm_from_scratch.machine.team import Team
+from llm_from_scratch.machine.watch import Watch
 
 from ..tiny import arguments, babble, write_data
 
@@ -125,3 +129,23 @@ def test_a_team_that_loses_a_process_ends_the_run_but_not_the_thread_that_saves(
     assert processes.is_failed_exchange(caught.value)
     with ThreadPoolExecutor(1) as pool, pytest.raises(SaveError, match="another process of the run has ended"):
         pool.submit(team.first, lambda: None).result()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows which processes have died")
+def test_the_timeout_begins_when_a_death_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not half a second later, at the next sign of life."""
+    gone, store, beats, left = subprocess.Popen(["true"]), HashStore(), list[int](), threading.Event()
+    gone.wait()
+
+    def leave(code: int) -> None:
+        beats.append(watch.beats)
+        left.set()
+        sys.exit()  # ends the thread
+
+    monkeypatch.setattr(os, "_exit", leave)
+    watch = Watch(store, 0, 2, timeout=0.1)
+    store.set("who/1", json.dumps([socket.gethostname(), gone.pid, 1, os.readlink("/proc/self/ns/pid")]))
+    store.set("beat/1", store.get("beat/0"))
+    watch.begin()
+    assert left.wait(60) and beats == [2]
+    watch.end()
