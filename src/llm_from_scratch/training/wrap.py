@@ -191,7 +191,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     eager_cpu = runtime.device.type == "cpu" and not runtime.compile
     swap(model, with_adapters(replacements, eager_cpu), say, keep)
     if found_layers := layers_in_c(model):
-        say(f"layers: {', '.join(found_layers)} in C, faster on a CPU (LLM_KERNEL=torch: without)")
+        say(f"layers: {', '.join(found_layers)} in C, faster on a CPU (off: LLM_KERNEL=torch)")
     set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
@@ -214,7 +214,7 @@ def record_step(model: GPT, micro_batch: int, say: Callable[[str], None]) -> Non
     if reason := why_not(model, micro_batch):
         say(f"step: not in one call ({reason})")
     elif swap(model, {GPT: RecordedGPT}, say):
-        say("step: loss and gradients in one call in C, recorded from the model (LLM_KERNEL=torch: without)")
+        say("step: loss and gradients in one call in C, recorded from the model (off: LLM_KERNEL=torch)")
         report_to(model, say)
 
 
