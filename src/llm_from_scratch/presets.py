@@ -321,14 +321,14 @@ def _read(tree_type: type[T], merged: dict[str, str], sources: dict[str, str], p
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
             found = _tyro(group, prog, [f"--{key}={text}" for key, text in merged.items()])
     except SystemExit:
-        raise UserError(_one_line(errors.getvalue(), merged, sources)) from None
+        raise UserError(_one_line(errors.getvalue(), merged, sources, types)) from None
     owners = {leaf: getattr(tree, name) for name, leaves in leaves_by_section(tree_type).items() for leaf in leaves}
     for key in merged:
         setattr(owners.get(key, tree), key, getattr(found, key))
     return tree
 
 
-def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
+def _one_line(box: str, merged: dict[str, str], sources: dict[str, str], types: dict[str, Any]) -> str:
     """tyro's message box as one line: the setting, its value and where it was set."""
     lines = filter(None, (line.strip().strip("│|").strip() for line in box.splitlines()[1:]))  # the first is a title
     blocks = itertools.groupby(lines, lambda line: set(line) <= set("╭╰╮╯─-"))
@@ -339,5 +339,9 @@ def _one_line(box: str, merged: dict[str, str], sources: dict[str, str]) -> str:
             reason = re.sub(r"^Error parsing --\w+: ", "", text)
             where = f" (set in {sources[key]})" if sources.get(key, COMMAND_LINE) != COMMAND_LINE else ""
             detail = f"expected one of {expected.group(1) or expected.group(2)}" if expected else reason
+            kinds = union_members(types[key])
+            if number := "a whole number" if int in kinds else "a number" if float in kinds else "":
+                others = sorted(literal_values(kinds)) + ["None"] * (type(None) in kinds)
+                detail = f"expected {' or '.join([number, *others])}"
             return f"{key}={value!r} is not valid{where}: {detail}"
     return text or "the settings could not be read"

@@ -18,7 +18,7 @@ from ..presets import build
 from ..settings import did_you_mean, flatten
 
 QUIT = "/help lists commands. Ctrl-C stops a sample, Ctrl-D quits."
-GREETING = f"""The model continues your text. (Only chat models answer questions: see docs/GENERATE.md.)
+GREETING = f"""The model continues your text. Only chat models answer (docs/GENERATE.md).
 {QUIT}"""
 CHAT_GREETING = f"The model answers your messages. {QUIT}"
 HELP = '''/set NAME VALUE  change a setting, for example /set temperature 0.7

@@ -201,6 +201,16 @@ def test_wrapper_makes_a_broken_environment_anew(checkout: Checkout, damage: Cal
     assert calls[-2].startswith("just ")
 
 
+def test_wrapper_does_not_clear_the_environment_behind_a_link(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.run("--bootstrap")
+    other = checkout.venv.rename(tmp_path / "other")
+    moved(other)
+    checkout.venv.symlink_to(other)
+    result = checkout.run("loc")
+    assert result.returncode == 2 and "remove the link" in result.stderr
+    assert (other / "bin" / "just").exists()
+
+
 @pytest.mark.parametrize("lost", ["uv", "just"])
 def test_wrapper_mends_what_lacks_a_tool(checkout: Checkout, lost: str) -> None:
     """Packages that were installed with care stay: neither a lost tool nor a lost pip costs the environment."""

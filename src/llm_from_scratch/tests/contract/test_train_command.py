@@ -330,7 +330,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["--batchsize=3"], "unknown setting --batchsize; did you mean batch_size?"),
     "unknown key in a preset": (["bad.yaml"], "unknown setting batchsize in bad.yaml; did you mean batch_size?"),
     "unknown preset": (["nosuch"], "no preset file 'nosuch'"),
-    "wrong type": (["--batch_size=many"], "batch_size='many' is not valid"),
+    "wrong type": (["--batch_size=many"], "batch_size='many' is not valid: expected a whole number"),
     "batch 0": (["--batch_size=0"], "batch_size=0 is out of range: expected 1 or more"),
     "negative rate": (["--learning_rate=-1"], "learning_rate=-1.0 is out of range"),
     "top_p": (["--top_p=7"], "top_p=7.0 is out of range"),
