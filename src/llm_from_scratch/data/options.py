@@ -23,7 +23,7 @@ class PrepareOptions:
     tokenizer: str | None = None
     """char, byte, gpt2, cl100k_base, o200k_base, bpe:N (BPE with N ids, trained on the text), a tokenizer.json, a
     GGUF file, a folder with a tokenizer (a run, prepared data, a Hugging Face model), or owner/name of a model on
-    Hugging Face. None: char below 2 MB of text, bpe:4096 below 100 MB, else gpt2."""
+    Hugging Face. None: char (conversations: byte) below 2 MB of text, bpe:4096 below 100 MB, else gpt2."""
     budget: str | None = None
     """Choose the tokenizer for a run with this budget (llm-train --budget), such as 10min: a short run needs a small
     vocabulary."""

@@ -154,20 +154,22 @@ def _make_spec(sources: list[str], options: PrepareOptions, root: Path, spool: P
     is_chat = chats.are_conversations([source for some in lists for source in some], options, report)
     for source in (source for some in lists for source in some if options.lines):
         check_lines(source)
-    tokenizer = tokenizer or tokenizer_for(size, report, parse_budget(options.budget) if options.budget else None)
+    budget = parse_budget(options.budget) if options.budget else None
+    tokenizer = tokenizer or tokenizer_for(size, report, budget, is_chat)
     fraction = options.val_fraction or 0.1
     return DatasetSpec(name, lists, tokenizer, fraction, options.seed, options.chat_template, is_chat)
 
 
-def tokenizer_for(size: int, report: Report, budget: Budget | None = None) -> str:
+def tokenizer_for(size: int, report: Report, budget: Budget | None = None, is_chat: bool = False) -> str:
     """The default tokenizer for a training text of this size in bytes: a short text, or as much as a run with this
-    budget reads of it, needs a small vocabulary."""
+    budget reads of it, needs a small vocabulary. That of a chat model has every character that its users may type."""
+    by_size = [(limit, "byte" if is_chat and name == "char" else name) for limit, name in TOKENIZER_BY_SIZE]
     if budget is not None and (read := text_within(budget)) < size:
-        name = next(name for limit, name in TOKENIZER_BY_SIZE if read < limit)
+        name = next(name for limit, name in by_size if read < limit)
         report(f"tokenizer: {name} (a run of {budget.text} reads about {read / 1e6:,.1f} MB of it)")
         return name
-    limits = [0.0, *(limit for limit, _ in TOKENIZER_BY_SIZE)]
-    at, name = next((at, name) for at, (limit, name) in enumerate(TOKENIZER_BY_SIZE) if size < limit)
+    limits = [0.0, *(limit for limit, _ in by_size)]
+    at, name = next((at, name) for at, (limit, name) in enumerate(by_size) if size < limit)
     span = f"below {limits[at + 1] / 1e6:g} MB" if limits[at + 1] < math.inf else f"of {limits[at] / 1e6:g} MB or more"
     report(f"tokenizer: {name} (text {span}; override with --tokenizer=NAME)")
     return name

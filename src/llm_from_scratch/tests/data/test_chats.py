@@ -250,6 +250,12 @@ def test_a_dataset_of_conversations(tmp_path: Path) -> None:
     assert Tokenizer.load(other).chat.source.startswith("{% for m in messages %}{{ m.role }}")  # type: ignore[union-attr]
 
 
+def test_a_small_dataset_of_conversations_knows_every_character(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
+    folder = prepare("c.jsonl", root=tmp_path, report=lambda line: None)
+    assert Tokenizer.load(folder).encode("Ω?").size  # with char, this raises
+
+
 def test_conversations_from_standard_input_and_mixed_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n\n" + "".join(json.dumps({"messages": TALK}) + "\n" for _ in range(3))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + text.encode())))
