@@ -180,7 +180,9 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         if runtime.products is None:
             found = ", ".join(f"{shape} {three}" for shape, three in libraries.items())
             three = "output, input gradient, weight gradient"
-            say(f"products: {found} ({three}; {', '.join(faster)}, faster here; t: torch)")
+            each = f"{found} ({three}; {', '.join(faster)}, faster here; t: torch)"
+            only = set("".join(libraries.values()))
+            say(f"products: {each if len(only) > 1 else NAMES[only.pop()] + ', faster here than torch'}")
     if config.system.fp8:
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others

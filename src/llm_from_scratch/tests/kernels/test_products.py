@@ -86,7 +86,7 @@ def test_openblas_leaves_other_tensors_to_torch() -> None:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-@pytest.mark.parametrize("three", [ALL_ONEDNN, "bbb"])
+@pytest.mark.parametrize("three", [ALL_ONEDNN, "bbb", "oto"])
 def test_a_model_learns_the_same(
     chunked: bool, three: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -104,8 +104,10 @@ def test_a_model_learns_the_same(
     model = copy.deepcopy(plain)
     wrap.exchange(model, config, resolve(config.system), 3, said.append)
     assert type(model.lm_head) is CPUHead and type(model.transformer.h[0].mlp.c_fc) is CPULinear
-    name = "o: oneDNN" if three == ALL_ONEDNN else "b: OpenBLAS"
-    assert any(line.startswith("products: ") and f"16x64 {three}" in line and name in line for line in said)
+    faster = "faster here than torch"
+    each = {ALL_ONEDNN: f"oneDNN, {faster}", "bbb": f"OpenBLAS, {faster}", "oto": "o: oneDNN, faster here; t: torch"}
+    assert any(line.startswith("products: ") and each[three] in line for line in said)
+    assert any("16x64 oto" in line for line in said) is (three == "oto")
     ids = torch.arange(27).view(3, 9) * 7 % 40
     for one in (plain, model):
         one(ids[:, :-1], ids[:, 1:])[1].backward()
