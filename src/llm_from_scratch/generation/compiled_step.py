@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from ..errors import CannotRecord
 from ..kernels.compiled import Kernel, Rows
-from .recorder import PARAMETERS, Line, Recorder, function_of, tensors
+from ..kernels.step_recorder import tensors
+from .recorder import PARAMETERS, Line, Recorder, function_of
 
 DIMS, OPERANDS = 4, 4
 ALIGNED = 16  # numbers: a whole vector
@@ -190,7 +191,7 @@ class Builder:
         if line.given is None:
             raise CannotRecord("the kernel lacks it")
         function, (args, options, found) = line.function, line.given
-        self.given = {t.untyped_storage()._cdata for t in tensors((args, tuple(options.values())))}
+        self.given = {t.untyped_storage()._cdata for t in tensors((args, options))}
         try:
             if isinstance(function, Rows):
                 self.product(found, function, *args)
@@ -309,9 +310,7 @@ def compiled_step(recorder: Recorder, logits: Tensor, kernel: Kernel) -> Compile
     needed = {result}
     for line in reversed(recorder.lines):
         if line.given is not None and (not line.targets or not needed.isdisjoint(line.targets)):
-            reads = {
-                name for t in tensors((line.given[0], tuple(line.given[1].values()))) if (name := recorder.origin_of(t))
-            }
+            reads = {name for t in tensors(line.given[:2]) if (name := recorder.origin_of(t))}
             needed |= reads
             live.insert(0, (line, reads))
     lacking = unknown(recorder, live)

@@ -20,9 +20,10 @@ from ..core.cache import KVCache
 from ..core.model import GPT
 from ..errors import CannotRecord, one_line
 from ..kernels.int8 import Linears
+from ..kernels.step_recorder import tensors
 from .compiled_step import compiled_step
 from .cuda_graphs import GraphedStep
-from .recorder import PARAMETERS, Record, Recorder, mapped, tensors
+from .recorder import PARAMETERS, Record, Recorder, mapped
 from .window import StandIn, Window
 
 MOST = 256  # records; one more replaces the oldest

@@ -22,7 +22,7 @@ import math
 import re
 import timeit
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CannotRecord
 from ..kernels.int8 import Dense, Linears
+from ..kernels.step_recorder import tensors
 
 aten = torch.ops.aten
 PARAMETERS = ("ids", "lengths", "visible", "where", "tokens", "memory", "keys", "values")  # of a recorded step
@@ -71,14 +72,6 @@ class Line:
 
     def names(self) -> set[str]:
         return set(re.findall(r"\bx\d+\b", " ".join([*self.words, *self.options.values()])))
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors(item)
 
 
 def mapped(tree: Any, of: Callable[[Tensor], Any]) -> Any:
@@ -178,7 +171,7 @@ class Recorder(TorchDispatchMode):
             self.write(quick(func), args, kwargs, ())
             return target
         found = self.call(quick(func), *args, **kwargs)
-        if found is not None and not any(True for _ in tensors(found)):
+        if found is not None and not tensors(found):
             raise CannotRecord(f"Python code reads numbers out of tensors ({func})")
         return mapped(found, lambda t: t.view(*rows, t.size(-1))) if rows else found
 

@@ -19,7 +19,9 @@ from ..errors import CannotRecord
 PACKAGE = __name__.partition(".")[0]
 CALM = (torch, F, nn, math)  # a function of these depends on its arguments only, or is an operation
 CHANGES = ("STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_SUBSCR", "IMPORT_NAME")
-UNFIT = (setattr, delattr, getattr, vars, globals, locals, open, input, exec, eval, next, id, __import__)
+UNFIT = (
+    setattr, delattr, getattr, vars, globals, locals, open, input, exec, eval, next, id, __import__, print, breakpoint,
+)  # fmt: skip
 HIDDEN = {  # what no recorded operation shows
     "detach", "detach_", "data", "no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "requires_grad_",
     "register_hook", "__dict__", "numpy", "tolist", "item", "data_ptr", "grad", "requires_grad", "grad_fn", "is_leaf",
@@ -49,29 +51,30 @@ class Watch:
         self.config, self.own, self.names = vars(model.config), vars(model), names
         self.parts = list(model.modules())[1:]  # not the model, whose programs would keep it
         self.kind = type(model)
-        self.state = self._state()
-        self.kept = [*self.parts, *model.parameters(), *model.buffers()]  # so that their identities stay unique
+        self.kept = self._values()  # so that their identities stay unique
+        self.state = [_identity(value) for value in self.kept]
         if any(self._hooks()):
             raise CannotRecord("a module has hooks")
 
     def is_same(self, model: GPT) -> bool:
-        return type(model) is self.kind and not any(self._hooks()) and self._state() == self.state
+        same = type(model) is self.kind and not any(self._hooks())
+        return same and [_identity(value) for value in self._values()] == self.state
 
     def _hooks(self) -> Iterator[Any]:
         return (owner[hooks] for owner in (self.own, *map(vars, self.parts)) for hooks in HOOKS)
 
-    def _state(self) -> list[Any]:
-        found: list[Any] = [*self.config.values(), *map(type, self.parts)]
-        values = [owner.get(name) for owner, name in self.places]
+    def _values(self) -> list[Any]:
+        values = [*self.config.values(), *map(type, self.parts), *(owner.get(name) for owner, name in self.places)]
         for owner in (self.own, *map(vars, self.parts)):
             values += [value for name, value in owner.items() if name[0] != "_" or name in self.names]
             values += [*owner["_parameters"].values(), *owner["_modules"].values(), *owner["_buffers"].values()]
-        return found + [value if isinstance(value, COMPARED) else _identity(value) for value in values]
+        return values
 
 
 def _read(classes: list[Mapping[str, Any]]) -> tuple[set[str], list[tuple[Mapping[str, Any], str]]]:
     """The names of attributes and the places of global names that forward reads, in the functions that it calls too."""
-    waiting, seen = [c["forward"] for c in classes if "forward" in c], set[Any]()
+    waiting = [f for c in classes for name, f in c.items() if name == "forward" or _is_operator(name, f)]
+    seen = set[Any]()
     names, places = {"forward"}, list[tuple[Mapping[str, Any], str]]()
     while waiting:
         f = waiting.pop()
@@ -108,9 +111,16 @@ def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
 
 
 def _identity(value: Any) -> Any:
-    """A constant tensor may be changed in place; a parameter is read again in every step."""
+    """What differs if it is replaced. A constant tensor may be changed in place; a parameter is read in every step."""
+    if isinstance(value, COMPARED):
+        return value
     is_constant = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference()
     return (id(value), value._version) if is_constant else id(value)
+
+
+def _is_operator(name: str, value: Any) -> bool:
+    """Such as __getitem__, which is called without its name."""
+    return name.startswith("__") and name != "__init__" and isinstance(value, types.FunctionType)
 
 
 def _is_calm(value: Any) -> bool:

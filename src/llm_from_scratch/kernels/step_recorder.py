@@ -23,6 +23,10 @@ def _place(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def tensors(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
 def need(fits: bool, what: str) -> None:
     if not fits:
         raise CannotRecord(what)
@@ -58,7 +62,7 @@ class Recorder(TorchDispatchMode):
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         found = func(*args, **kwargs)
         self.kept.append(found)
-        known, results = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), found))
+        known, results = tensors((args, kwargs)), tensors(found)
         drawn = torch.Tag.nondeterministic_seeded in func.tags and func not in (*RULES, aten.dropout.default)
         need(bool(results) and not drawn and not func._schema.is_mutable, f"the kernel lacks {func}")
         if not any(isinstance(t, nn.Parameter) or _place(t) in self.places for t in known):

@@ -7,11 +7,13 @@ import json
 from collections import Counter
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..config import GenerationConfig
 from ..errors import ApiError
-from ..settings import did_you_mean
+from ..generation.sampling import FILTERS
+from ..settings import did_you_mean, type_hints
 
 MAX_VALUES = 1 << 18  # commas and brackets of a body: ids of a long prompt, at most a few MB of memory
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_MESSAGES, MAX_LOGPROBS = 16, 256, 1024, 4096, 20
@@ -109,13 +111,12 @@ def _tokens(value: Any) -> list[int]:
 Text = Annotated[str, AfterValidator(_text)]
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Positive = Annotated[Int, Field(ge=1)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
-Penalty = Annotated[Real, Field(ge=-2, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Alternatives = Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -123,8 +124,13 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Sampling(Strict):
-    """The common fields of completions and chats. null is the same as a missing field."""
+_types = type_hints(GenerationConfig)
+Filters: Any = create_model("Filters", __base__=Strict, **{name: (_types[name] | None, None) for name in FILTERS})
+
+
+class Sampling(Filters):
+    """The common fields of completions and chats. null is the same as a missing field. A new filter of sampling.py has
+    the limits of its setting."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,8 +139,8 @@ class Sampling(Strict):
 
     model: str | None = None
     max_tokens: Annotated[Int, Field(ge=0)] | None = None
-    temperature: Annotated[Real, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Positive | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -145,8 +151,8 @@ class Sampling(Strict):
     seed: Int | None = None
     user: str | None = None
     top_k: Annotated[Int, Field(ge=-1)] | None = None
-    min_p: Annotated[Real, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Real, Field(gt=0, le=100)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     stop_token_ids: Annotated[Any, AfterValidator(_stop_ids)] = frozenset()
     ignore_eos: bool | None = None
 

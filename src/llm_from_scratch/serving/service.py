@@ -15,6 +15,7 @@ from ..errors import ApiError, UserError
 from ..generation.batch import Overflow
 from ..generation.engine import Engine, Request
 from ..generation.generator import Generator
+from ..generation.sampling import FILTERS
 from .completions import ChatPlan, Plan, token_text
 from .jobs import JobQueue
 from .metrics import Metrics
@@ -26,7 +27,7 @@ from .watch import Watch
 STUCK = 60.0  # seconds of one step, after which the server is no longer healthy
 MAX_LOGPROBS_TOTAL = 1 << 17  # log-probabilities per response
 # Settings of GenerationConfig that requests set by the same name
-SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = (*FILTERS, "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def open_service(
@@ -217,14 +218,16 @@ class Service:
         if logprobs is not None and count > MAX_LOGPROBS_TOTAL:
             message = f"the response would have {count} log-probabilities (tokens x samples x alternatives)"
             raise ApiError(400, f"{message}; the limit is {MAX_LOGPROBS_TOTAL}", "logprobs")
-        chosen: dict[str, Any] = {name: getattr(asked, name) for name in SAMPLING}
+        chosen = {name: value for name in SAMPLING if (value := getattr(asked, name)) is not None}
+        top_k = k if (k := asked.top_k) is not None and 0 < k < self.tokenizer.vocab_size else None
         params = GenerationConfig(
-            num_samples=asked.samples,
-            max_new_tokens=length,
-            top_k=asked.top_k if asked.top_k is not None and 0 < asked.top_k < self.tokenizer.vocab_size else None,
-            stop=asked.stop,
-            **{"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None},
-        )
+            num_samples=asked.samples, max_new_tokens=length, stop=asked.stop,
+            **{"temperature": 1.0} | chosen | {"top_k": top_k},
+        )  # fmt: skip
+        try:
+            params.validate()
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
         seed = asked.seed if asked.seed is not None else self.seeds.getrandbits(62)
         ends = asked.stop_token_ids | (frozenset() if asked.ignore_eos else self.ends)
         requests = [

@@ -24,13 +24,14 @@ from ..core.tokenizer import Tokenizer
 from ..errors import Interrupted, UserError, one_line
 from ..generation.generator import Generator
 from ..generation.likelihoods import Ids, Likelihoods, Score
+from ..generation.sampling import FILTERS
 from ..machine.extras import require
 
 AT_ONCE = 64  # texts that are generated together
 GENERATED = 256  # tokens, if a task does not say: as in the harness
 RESAMPLES = 1000  # for the standard errors of metrics that are not means
 SEED = 1234  # of the few-shot examples: the harness's default
-SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = (*FILTERS, "repetition_penalty")
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 

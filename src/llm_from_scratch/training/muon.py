@@ -115,9 +115,8 @@ class Muon(Rule):
         for kind, members in named.items():
             rate = rates.get(kind)
             if not members and rate is not None and kind != "matrices":
-                raise UserError(
-                    f"the model does not have separate {kind} to train: leave --{kind.rstrip('s')}_learning_rate out"
-                )
+                setting = f"--{kind.rstrip('s')}_learning_rate=None"
+                raise UserError(f"the model does not have separate {kind} to train: set {setting}")
             peak = config.learning_rate if rate is None else rate
             group = {"params": [p for _, p in members], "names": [n for n, _ in members], "lr": peak, "rule": "adamw"}
             group |= {"lr_scale": peak / config.learning_rate, "weight_decay": 0.0}

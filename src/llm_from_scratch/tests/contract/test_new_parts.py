@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..edited import Edit, EditedCopy
-from ..tiny import QUICK, write_data
+from ..tiny import QUICK
 
 MODEL, CONFIG = "core/model.py", "config.py"
 PARTS: dict[str, tuple[int, list[Edit]]] = {
@@ -105,6 +105,43 @@ PARTS: dict[str, tuple[int, list[Edit]]] = {
             Edit(CONFIG, 'Literal["cosine", ', 'Literal["root", "cosine", '),
         ],
     ),
+    "sampler": (
+        2,
+        [
+            Edit(
+                "generation/sampling.py",
+                "Filter = Callable",
+                "def cutoff(logits: Tensor, p: float) -> Tensor:\n"
+                "    probs = logits.softmax(-1)\n"
+                "    return logits.masked_fill(probs < probs.amax(-1, keepdim=True).clamp(max=p), -math.inf)\n\n\n"
+                "Filter = Callable",
+            ),
+            Edit(
+                "generation/sampling.py",
+                '    "min_p": lambda',
+                '    "cutoff": lambda logits, params: cutoff(logits, params.cutoff),\n    "min_p": lambda',
+            ),
+            Edit(CONFIG, "    min_p: float = 0.0\n", "    cutoff: float = 0.0\n    min_p: float = 0.0\n"),
+            Edit(CONFIG, 'between(self, 0, 1, "min_p")', 'between(self, 0, 1, "min_p", "cutoff")'),
+        ],
+    ),
+    "text source": (
+        1,
+        [
+            Edit(
+                "data/sources.py",
+                "KNOWN_TEXTS = {\n",
+                "class Counting:\n"
+                '    name = key = "counting"\n'
+                "    size, documents, has_many = 0, 200, True\n\n"
+                "    def identity(self) -> dict[str, Any]:\n"
+                '        return {"path": self.name}\n\n'
+                "    def pieces(self) -> Iterator[tuple[str, bool]]:\n"
+                '        yield from (("abcdefghijklm"[i % 7 :] * (1 + i % 3), True) for i in range(200))\n\n\n'
+                'KNOWN_TEXTS = {\n    "counting": KnownText(lambda root, key, report: Counting(), "char"),\n',
+            ),
+        ],
+    ),
 }
 # with the cache as without it, alone and in an engine; int8 gives some text
 DECODE = """
@@ -112,12 +149,21 @@ import queue
 from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation.engine import Engine, Request
 from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.serving.options import ServeOptions
+from llm_from_scratch.serving.protocol import CompletionRequest, read
+from llm_from_scratch.serving.service import open_service
 
 params = GenerationConfig(num_samples=1, max_new_tokens=12, temperature=0.0)
 prompts = ["abc", "a", "hijklm"]
 generator = Generator.from_checkpoint("whole", device="cpu")
 texts = [[c.tokens for c in generator.generate(prompts, params, use_cache=cached)] for cached in (True, False)]
 assert texts[0] == texts[1], texts
+asked = read(CompletionRequest, b'{"prompt": "abc", "max_tokens": 12, "cutoff": 1}')
+service = open_service(generator, ServeOptions(), "whole", None, "recompute", 0)
+(asked,) = service.completion(asked).requests
+assert asked.params.cutoff == asked.params.temperature == service.info()["defaults"]["cutoff"] + 1
+params = asked.params  # only the most likely token is left
+assert [c.tokens for c in generator.generate(prompts, params)] == texts[1]
 engine, updates = Engine(generator, slots=4), queue.Queue()
 for prompt in prompts:
     request = Request(generator.encode(prompt), params)
@@ -144,11 +190,11 @@ def test_a_part_is_added_in_few_files(part: str) -> None:
 @pytest.mark.slow
 def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_path: Path) -> None:
     copy = EditedCopy(tmp_path, [edit for _, edits in PARTS.values() for edit in edits])
-    write_data(tmp_path / "data" / "text")
-    words = [f"--{name}={value}" for name, value in SETTINGS.items()] + ["--dataset=data/text"]
+    copy.run("cli.prepare_data", "counting")
+    words = [f"--{name}={value}" for name, value in SETTINGS.items()] + ["--dataset=counting"]
     copy.run("cli.train", *words, "--out_dir=whole", "--sample_interval=4", "--start=a", "--max_new_tokens=4")
     copy.run("cli.train", *words, "--out_dir=parts", "--max_iters=4", "--lr_decay_iters=8")
-    copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=data/text", "--max_iters=8")
+    copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=counting", "--max_iters=8")
     whole, parts = (load_file(tmp_path / run / "step-00000008" / "model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     moments = load_file(tmp_path / "whole" / "step-00000008" / "optimizer.safetensors")
@@ -157,11 +203,11 @@ def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_
     assert any(rate == pytest.approx(1e-2 / 8**0.5) for rate in rates if rate)  # that of step 7
 
     assert "memory" in copy.run("cli.plan", *words)
-    assert "val" in copy.run("cli.evaluate", "--out_dir=whole", "--dataset=data/text")
+    assert "val" in copy.run("cli.evaluate", "--out_dir=whole", "--dataset=counting")
     (tmp_path / "decode.py").write_text(DECODE)
     assert "own forward" not in copy.run("decode.py")
     refused = copy.run("cli.export", "--out_dir=whole", "--format=hf", "--output=exported", code=2)
     assert "is not supported by" in refused and "c_gate" in refused
-    other = copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=data/text", "--max_iters=9",
+    other = copy.run("cli.train", "--init_from=resume", "--out_dir=parts", "--dataset=counting", "--max_iters=9",
                      "--optimizer_type=adamw", code=2)  # fmt: skip
     assert "lion" in other and len(other.strip().splitlines()[-1]) < 400

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,25 @@ def test_a_change_between_steps_counts(kernel: Kernel) -> None:
     assert model.transformer.h[0].mlp.c_fc.weight.grad is not None
 
 
+def test_a_function_in_the_memory_of_a_replaced_one_counts(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook, where a cell that patches a class runs again."""
+
+    def copied(f: Any) -> Any:
+        return types.FunctionType(f.__code__, f.__globals__)
+
+    model = recorded(make())
+    monkeypatch.setattr(Block, "forward", first := copied(Parallel.forward))
+    assert runs_in_c(model)
+    place = id(first)
+    Block.forward = copied(skipped)  # type: ignore[method-assign]
+    del first
+    made: list[Any] = []
+    while len(made) < 100 and (not made or id(made[-1]) != place):
+        made += (copied(skipped),)
+    Block.forward = made[-1]  # type: ignore[method-assign]
+    assert not runs_in_c(model)
+
+
 class Gated(Block):
     scale: Tensor
 
@@ -219,6 +239,18 @@ class DrawnPath(Gated):
 class Counting(Gated):
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         self.steps += 1
+        return super().forward(x, *rest)
+
+
+class CountingCalls(Gated):
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        self.log += [len(self.log)]
+        return super().__call__(x, *rest)
+
+
+class Printing(Block):
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        print(x.shape)
         return super().forward(x, *rest)
 
 
@@ -356,7 +388,7 @@ class Tolerant(Block):
 EDITS: list[type[Block]] = [
     WithGate, WithBuffer, DropPath, DrawnPath, Counting, Listing, Reading, Clipped, InPlace, Detached, Silent, Drawn,
     CountingBuffer, InPhase, WithDefault, OtherGradient, Scaled, Mixed, TwoSkips, Quiet, OfLearning, OtherBranch,
-    Tolerant,
+    Tolerant, CountingCalls, Printing,
 ]  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
     of = {name: group["lr"] for group in tied.param_groups for name in group["names"]}
     assert (of["transformer.wte.weight"], of["transformer.wpe.weight"]) == (0.004, 0.2)
     with pytest.raises(
-        UserError, match="the model does not have separate embeddings to train: leave --embedding_learning"
+        UserError, match="the model does not have separate embeddings to train: set --embedding_learning_rate=None"
     ):
         made(make(pos_embedding="rope"), **rates)
     with pytest.raises(UserError, match="head_learning_rate needs --optimizer_type=muon"):
