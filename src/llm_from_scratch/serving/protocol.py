@@ -125,7 +125,8 @@ class StreamOptions(Strict):
 
 
 _types = type_hints(GenerationConfig)
-Filters: Any = create_model("Filters", __base__=Strict, **{name: (_types[name] | None, None) for name in FILTERS})
+_fields: dict[str, Any] = {name: (_types[name] | None, None) for name in FILTERS}
+Filters: Any = create_model("Filters", __base__=Strict, **_fields)
 
 
 class Sampling(Filters):

@@ -1010,7 +1010,12 @@ def test_a_stream_of_the_hub_does_not_import_torch(monkeypatch: pytest.MonkeyPat
 def test_openwebtext_that_cannot_be_had(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     started: list[int] = []
-    monkeypatch.setattr(nanogpt, "start_pool", lambda workers, *_: started.append(workers) or contextlib.nullcontext())
+
+    def start(workers: int, *_: Any) -> contextlib.nullcontext[None]:
+        started.append(workers)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(nanogpt, "start_pool", start)
     with pytest.raises(UserError, match=r"pip install -e '.*\[data\]'"):
         nanogpt.prepare_openwebtext(here, workers=2)
     assert started == [2]  # before the import

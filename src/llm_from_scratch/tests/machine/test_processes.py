@@ -145,7 +145,7 @@ def test_the_timeout_begins_when_a_death_is_noticed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "_exit", leave)
     watch = Watch(store, 0, 2, timeout=0.1)
     store.set("who/1", json.dumps([socket.gethostname(), gone.pid, 1, os.readlink("/proc/self/ns/pid")]))
-    store.set("beat/1", store.get("beat/0"))
+    store.set("beat/1", store.get("beat/0").decode())
     watch.begin()
     assert left.wait(60) and beats == [2]
     watch.end()
