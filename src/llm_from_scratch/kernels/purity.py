@@ -51,19 +51,19 @@ class Watch:
         self.config, self.own, self.names = vars(model.config), vars(model), names
         self.parts = list(model.modules())[1:]  # not the model, whose programs would keep it
         self.kind = type(model)
-        self.kept = self._values()  # so that their identities stay unique
+        self.kept = self._compared()  # so that their identities stay unique
         self.state = [_identity(value) for value in self.kept]
         if any(self._hooks()):
             raise CannotRecord("a module has hooks")
 
     def is_same(self, model: GPT) -> bool:
         same = type(model) is self.kind and not any(self._hooks())
-        return same and [_identity(value) for value in self._values()] == self.state
+        return same and [_identity(value) for value in self._compared()] == self.state
 
     def _hooks(self) -> Iterator[Any]:
         return (owner[hooks] for owner in (self.own, *map(vars, self.parts)) for hooks in HOOKS)
 
-    def _values(self) -> list[Any]:
+    def _compared(self) -> list[Any]:
         values = [*self.config.values(), *map(type, self.parts), *(owner.get(name) for owner, name in self.places)]
         for owner in (self.own, *map(vars, self.parts)):
             values += [value for name, value in owner.items() if name[0] != "_" or name in self.names]
