@@ -9,6 +9,7 @@ the products of each shape are timed once, at the start of a run.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tens
 class CPULinear(Linear):
     """Linear with a library for each of its three float32 products."""
 
-    libraries = ALL_ONEDNN  # compared with Linear by swap, which refuses less than float32's precision
+    libraries = ALL_ONEDNN  # or those of set_libraries(); swap refuses less than float32's precision
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or self.weight.dtype != x.dtype or self.libraries == PLAIN:
@@ -144,10 +145,10 @@ def relative_time(a: Tensor, b: Tensor, library: str, other: str) -> float:
 
 
 def set_libraries(model: GPT, chosen: dict[str, str]) -> None:
-    """Gives each CPULinear its libraries."""
-    for module in model.modules():
-        if isinstance(module, CPULinear):
-            module.libraries = chosen.get(name_of(module), PLAIN)
+    """Gives each linear layer its libraries, before swap() compares CPULinear with it."""
+    layers: Iterator[Any] = (m for m in model.modules() if isinstance(m, Linear))
+    for layer in layers:
+        layer.libraries = chosen.get(name_of(layer), PLAIN)
 
 
 def libraries_of(model: GPT) -> dict[str, str]:

@@ -191,10 +191,10 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
         if config.training.chunked_loss == "auto":
             say(f"loss: computed in chunks (vocabulary {config.model.vocab_size:,}; --chunked_loss)")
     eager_cpu = runtime.device.type == "cpu" and not runtime.compile
+    set_libraries(model, libraries)
     swap(model, with_adapters(replacements, eager_cpu), say, keep)
     if found_layers := layers_in_c(model):
         say(f"layers: {', '.join(found_layers)} in C, faster on a CPU (off: LLM_KERNEL=torch)")
-    set_libraries(model, libraries)
     for module in model.modules():
         if isinstance(module, CPUTiedEmbedding):
             module.weight.register_post_accumulate_grad_hook(make_dense)

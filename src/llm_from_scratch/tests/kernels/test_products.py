@@ -18,6 +18,7 @@ from llm_from_scratch.machine.device import resolve
 from llm_from_scratch.training import wrap
 
 pytestmark = pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+SHAPES = ("16x48", "16x16", "16x64", "64x16", "16x40")
 SHAPE: dict[str, Any] = {"block_size": 8, "vocab_size": 40, "n_layer": 1, "n_head": 2, "n_embd": 16}
 
 
@@ -125,6 +126,18 @@ def test_a_product_in_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert "returns a different result" in said[0]
 
 
+@pytest.mark.usefixtures("openblas")
+def test_a_wrong_product_of_openblas_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = blas.multiply
+    monkeypatch.setattr(blas, "multiply", lambda *given, **named: multiply(*given, **named).mul_(1.5))
+    monkeypatch.setattr(wrap, "fastest_libraries", lambda model, *_: dict.fromkeys(SHAPES, "bbb"))
+    model, said = GPT(GPTConfig(**SHAPE)), list[str]()
+    config = Config(model=model.config, system=SystemConfig(device="cpu", dtype="float32", compile=False))
+    wrap.exchange(model, config, resolve(config.system), 3, said.append)
+    assert products.libraries_of(model) == {}
+    assert any("CPULinear returns a different result" in line for line in said)
+
+
 def test_onednn_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(GPTConfig(**SHAPE))
     assert products.fastest_libraries(model, 24, True) == {}  # too small to measure
@@ -135,7 +148,7 @@ def test_onednn_must_be_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(products, "relative_time", lambda a, b, library, other, ratio=ratio: ratio)
         found = products.fastest_libraries(model, 24, True)
         assert set(found.values()) == expected and products.checked_libraries(found) == found
-        assert set(found) == ({"16x48", "16x16", "16x64", "64x16", "16x40"} if expected else set())
+        assert set(found) == (set(SHAPES) if expected else set())
 
 
 def test_a_large_layer_is_probed_with_many_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
