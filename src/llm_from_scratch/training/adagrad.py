@@ -54,6 +54,9 @@ def occurrences(table: Any) -> list[Rows]:
 def keep_occurrences(table: Any) -> None:
     """Gradients of several micro-batches are appended to each other. On a CPU, torch would add up some of the rows that
     occur in both, which changes the sum of their squares."""
+    if hasattr(table, "occurrences"):  # of an attempt with another micro-batch
+        return
+    table.occurrences = list[int]()
 
     def apart(grad: Tensor) -> Tensor:
         values = grad._values()

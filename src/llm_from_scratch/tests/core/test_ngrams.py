@@ -158,7 +158,8 @@ def test_every_occurrence_of_a_row_counts_for_any_number_of_micro_batches() -> N
     for parts in (1, 2, 6):
         model = make()
         table = model.transformer.ngrams.weight
-        keep_occurrences(table)
+        for _ in range(2):  # again, as in a run that has tried a larger micro-batch or a compiler
+            keep_occurrences(table)
         for part in idx.chunk(parts):
             (model(part[:, :-1], part[:, 1:])[1] / parts).backward()
         assert [len(rows) for rows, *_ in occurrences(table)] == [6 // parts * 8 * (model.config.max_ngram - 1)] * parts
