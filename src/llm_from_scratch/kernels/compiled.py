@@ -7,6 +7,7 @@ it is used. Without a compiler, or if anything fails, torch computes all of it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,21 +216,30 @@ def compile_library(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         target, sources = Path(folder) / "rows.so", [file for file in SOURCES if file.suffix == ".c"]
         objects = [Path(folder) / f"{file.stem}.o" for file in sources]
-        with ThreadPoolExecutor() as pool:  # a first run waits for it
-            list(pool.map(lambda file, made: _compile(compiler, made, "-c", str(file)), sources, objects))
-        _compile(compiler, target, *map(str, objects), "-lm")
+        files = zip(objects, sources, strict=True)
+        _compile(compiler, *(["-o", str(made), "-c", str(file)] for made, file in files))  # a first run waits for it
+        _compile(compiler, ["-o", str(target), *map(str, objects), "-lm"])
         data = target.read_bytes()
     with open_whole(path, f".{path.name}.{os.getpid()}") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(data)
 
 
-def _compile(compiler: list[str], made: Path, *words: str) -> None:
-    command = [*compiler, *FLAGS, "-o", str(made), *words]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
-    if done.returncode:
-        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise OSError(f"{shlex.join(compiler)}: {one_line(said)}")
+def _compile(compiler: list[str], *jobs: list[str]) -> None:
+    """Runs the compiler with each list of words, side by side. An error or Ctrl-C ends all of them."""
+    running: list[subprocess.Popen[str]] = []
+    with contextlib.ExitStack() as stack:
+        for job in jobs:
+            command, pipe = [*compiler, *FLAGS, *job], subprocess.PIPE
+            one = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, errors="replace")
+            stack.enter_context(one)
+            stack.callback(one.kill)
+            running.append(one)
+        for one in running:
+            _, said = one.communicate(timeout=LIMIT)
+            if one.returncode:
+                first = next((line for line in said.splitlines() if "error" in line), said)
+                raise OSError(f"{shlex.join(compiler)}: {one_line(first)}")
 
 
 @torch.inference_mode()

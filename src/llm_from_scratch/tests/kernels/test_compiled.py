@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,14 @@ def test_what_fails_is_one_line(
             assert len(said) == 1 and said[0].startswith("decoding with torch's products: ") and reason in said[0]
     compiled.load_kernel.cache_clear()
     assert not list(tmp_path.glob("cache/*/.*"))
+
+
+def test_a_file_that_fails_ends_the_other_compilers(tmp_path: Path) -> None:
+    compiler = script(tmp_path / "cc", 'case "$*" in *rows.c) echo "error: here" >&2; exit 1;; esac; exec sleep 60')
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="error: here"):
+        compiled.compile_library([compiler], tmp_path / "cache" / "made.so")
+    assert time.monotonic() - begin < 30
 
 
 def test_the_compiler_may_have_several_words(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
