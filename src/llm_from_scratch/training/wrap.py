@@ -149,10 +149,19 @@ def data_parallel(model: nn.Module, runtime: Runtime, has_unused: bool) -> nn.Mo
         torch.distributed.broadcast(p.detach(), 0)
     # after the exchange, gradients are where they were exchanged: no second copy of them; torch's default first bucket
     # of 1 MiB would be a second exchange of a small model
-    return DistributedDataParallel(
+    parallel = DistributedDataParallel(
         model, device_ids=ids, process_group=group, gradient_as_bucket_view=True, bucket_cap_mb=25,
         find_unused_parameters=has_unused,
     )  # fmt: skip
+    if not has_unused:
+        # DDP arranges gradients by their order in the first backward pass, which changes how three processes or more
+        # round the sums. With this pass at every start, from the last parameter to the first, a resumed run rounds its
+        # first step as an uninterrupted run does.
+        parallel.reducer.prepare_for_backward([])
+        trained = [p.sum() for p in model.parameters() if p.requires_grad and p not in tables]
+        torch.stack(trained).sum().backward()
+        parallel.zero_grad(set_to_none=True)
+    return parallel
 
 
 def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Callable[[str], None]) -> None:

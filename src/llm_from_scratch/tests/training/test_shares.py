@@ -120,6 +120,15 @@ def test_two_processes_resume_what_two_saved_and_one_reads_it(here: Path, tiny_d
     assert (Path("other") / "step-00000008" / "model.safetensors").is_file()
 
 
+def test_three_processes_resume_with_the_bits_of_an_uninterrupted_run(here: Path, tiny_data: Path) -> None:
+    """The sum of three gradients depends on their order."""
+    given: dict[str, Any] = {"dataset": tiny_data, "parallel": "ddp", "max_ngram": 3}
+    run(3, out_dir="whole", **given)
+    run(3, out_dir="cut", **given | {"max_iters": 4})
+    run(3, out_dir="cut", init_from="resume", **given)
+    assert_equal(state("cut", 8), state("whole", 8))
+
+
 def test_what_fsdp_saved_is_resumed_by_others(here: Path, tiny_data: Path) -> None:
     given: dict[str, Any] = {"dataset": tiny_data, "parallel": "fsdp"}
     run(2, out_dir="whole", **given)
