@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
+from ..machine.extras import require
 from ..machine.files import temporary_folder, write_errors, write_whole
 from .building import DatasetSpec, Report, build, choose_workers
 from .encode import read_progress, start_pool
@@ -46,6 +47,8 @@ def prepare_openwebtext(folder: str | Path, workers: int | None = None, report: 
     """Writes train.bin and val.bin of OpenWebText, streamed. The splits have the same documents as nanoGPT's, but in
     the order of the dataset. The same call resumes an interrupted run. Raises UserError."""
     folder = Path(folder)
+    if "datasets" not in sys.modules:  # before anything is loaded or started
+        require("datasets", "data", f"reading {OPENWEBTEXT}")
     with write_errors(DATASET), contextlib.ExitStack() as stack:
         tokenizer, workers = Tokenizer.from_name("gpt2"), choose_workers(0) if workers is None else workers
         tokenizer.save(saved := Path(stack.enter_context(tempfile.TemporaryDirectory())))
