@@ -344,7 +344,7 @@ def in_child(act: Callable[[], int], deadline: float = 60.0) -> int:
 # ------------------------------------------------------------------------------------------------------------- defects
 
 
-def _write_in_place(final: Path, parts: Any, fields: Any, write_more: Any = None) -> None:
+def _write_in_place(final: Path, parts: Any, fields: Any, write_more: Any = None, team: Any = None) -> None:
     try:
         sealed.remove_tree(final)
         sealed.make_folder(final)
@@ -389,7 +389,7 @@ ROW = Row(
         "a file written in its place": replaced(files, "write_file", _write_file_in_place),
         "older ones removed before the save": _prune_first,
         "the replaced one removed first": replaced(sealed, "_make_way", lambda final, old: sealed.remove_folder(final)),
-        "what was written not read back": replaced(sealed, "verify", sealed.read_manifest),
+        "what was written not read back": replaced(sealed, "verify", lambda final, *files: sealed.read_manifest(final)),
         "bytes needed and free not said": replaced(sealed, "space_for", lambda folder, needed: ""),
     },
 )

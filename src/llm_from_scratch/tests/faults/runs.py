@@ -66,6 +66,7 @@ def fork(work: Callable[[], int], output: Path) -> int:
     while _threads() > 1:  # one that has been joined is gone a moment later
         assert time.monotonic() < deadline, "a fork takes only its own thread along"
         time.sleep(0.001)
+    output.touch()  # a child that is killed at once leaves an output too
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

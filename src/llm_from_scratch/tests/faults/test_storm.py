@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from .rows import Report
@@ -52,3 +56,13 @@ def test_the_defects_of_a_row_can_be_put_in(name: str) -> None:
     for defect in load(name).defects.values():
         with defect():
             pass
+
+
+def test_a_child_that_is_killed_at_once_leaves_an_output(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from llm_from_scratch.tests.faults import runs\n"
+        "runs._threads = lambda: 1\n"
+        "pid = runs.fork(lambda: 0, Path(sys.argv[1])); os.kill(pid, 9); runs.wait(pid)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "output")], check=True)
+    assert (tmp_path / "output").exists()
