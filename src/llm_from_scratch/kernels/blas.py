@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..machine.memory import empty
 from .compiled import Kernel, lacking, load_kernel, wanted_kernel
 
 PATTERN, PREFIX = "libscipy_openblas64_*.so", "scipy_"
@@ -75,7 +74,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False)
     """a @ b, or out + a @ b, for tensors that fit. out: contiguous memory for the result."""
     kernel, sgemm = _functions() or (None, 0)
     assert kernel is not None
-    c = empty((a.size(0), b.size(1)), a.dtype) if out is None else out
+    c = a.new_empty(a.size(0), b.size(1)) if out is None else out
     sizes = a.size(0), b.size(1), a.size(1)
     product = _Product(sgemm, a.data_ptr(), b.data_ptr(), c.data_ptr(), *sizes, *a.stride(), *b.stride(), add)
     kernel.layers.blas_product(ctypes.addressof(product), torch.get_num_threads())

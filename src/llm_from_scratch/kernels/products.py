@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.model import GPT, Head, Linear
-from ..machine.memory import empty
 from . import blas
 from .once import differentiable_once
 
@@ -61,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, library: str) -> Tens
     rows = x.flatten(0, -2)
     if library == TORCH or not blas.fits(rows, weight.t()):
         return F.linear(x, weight, bias)
-    y = empty((len(rows), len(weight)), x.dtype)
+    y = x.new_empty(len(rows), len(weight))
     if bias is not None:
         y.copy_(bias)
     return blas.multiply(rows, weight.t(), y, add=bias is not None).view(*x.shape[:-1], len(weight))
