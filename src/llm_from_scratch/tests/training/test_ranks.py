@@ -421,7 +421,7 @@ def test_an_evaluation_is_the_same_for_any_number_of_processes(processes: int, h
     for found in in_ranks(processes, evaluations, here, sizes):
         assert list(found) == list(alone)
         for key, (loss, tokens) in found.items():
-            assert loss == pytest.approx(alone[key][0], abs=1e-6) and tokens == alone[key][1], key
+            assert loss == pytest.approx(alone[key][0], rel=1e-6) and tokens == alone[key][1], key
 
 
 @pytest.mark.slow
