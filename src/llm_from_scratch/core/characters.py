@@ -34,6 +34,9 @@ class CharTable:
         data = text.encode()
         if not self.ascii or 8 * (len(data) - len(text)) > len(text):
             return None
+        if len(data) == len(text):
+            known = data.translate(self.ascii)
+            return np.frombuffer(known, "u1") if OTHER not in known else None
         ids = np.frombuffer(data.translate(self.ascii, INNER), "u1")  # of the first byte of each character
         others = np.flatnonzero(ids == OTHER)
         if len(others):

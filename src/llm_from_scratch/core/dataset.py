@@ -1,5 +1,5 @@
 """Token data, the order of samples, and the batch loader. A data folder contains train.bin and val.bin, or numbered
-shards of them: raw little-endian token ids, uint16 (nanoGPT's format) or uint32 (if manifest.json has it)."""
+shards of them: raw little-endian token ids, uint16 (nanoGPT's format), or the type in manifest.json."""
 
 from __future__ import annotations
 

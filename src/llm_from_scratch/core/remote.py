@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import DataError, UserError, one_line
 from ..machine.extras import require
 from ..machine.files import lock_file, open_file, open_whole, read_json, to_json, write_whole
-from .tokenfile import MANIFEST, TokenFile, read_manifest
+from .tokenfile import MANIFEST, TokenFile, dtype_of, read_manifest
 from .tokenizer import HF_FILE, META_FILE, RANKS_FILE, TIKTOKEN_NAMES
 
 URL = re.compile(r"[a-z][a-z0-9+]*(::[a-z][a-z0-9+]*)*://", re.IGNORECASE)
@@ -66,13 +66,13 @@ def open_remote(url: str, folder: Path, split: str, limit: int) -> tuple[list[Re
     """The files of a split, and whether both splits fit into `limit` bytes. Raises UserError."""
     manifest = read_manifest(folder)
     stated = {name: entry["shards"] for name, entry in manifest["splits"].items()} if manifest else {}
-    size = 4 if manifest and manifest["dtype"] == "uint32" else 2
+    dtype = dtype_of(manifest)
     if not any(shard["tokens"] for shard in stated.get(split, [])):
         raise UserError(f"{url}: its {MANIFEST} does not have tokens in the {split} split")
     for shard in (shard for shards in stated.values() for shard in shards):
         if not re.fullmatch("[0-9a-f]{64}", str(shard.get("sha256"))) or Path(shard["file"]).name != shard["file"]:
             raise UserError(f"{url}: its {MANIFEST} does not have the hash of {shard['file']}; prepare it again")
-    sizes = {name: [shard["tokens"] * size for shard in shards] for name, shards in stated.items()}
+    sizes = {name: [shard["tokens"] * dtype.itemsize for shard in shards] for name, shards in stated.items()}
     needed = sum(sizes.get("val", [])) + 3 * max(sizes.get("train", [0]))
     if needed > limit:
         raise UserError(
@@ -80,7 +80,7 @@ def open_remote(url: str, folder: Path, split: str, limit: int) -> tuple[list[Re
             f"shards, {needed / (1 << 30):.2g} GiB"
         )
     cache = Cache(url, folder, limit)
-    files = [RemoteFile(cache, shard, f"<u{size}") for shard in stated[split] if shard["tokens"]]
+    files = [RemoteFile(cache, shard, dtype) for shard in stated[split] if shard["tokens"]]
     return files, sum(map(sum, sizes.values())) <= limit
 
 
@@ -160,7 +160,7 @@ def _close(handles: dict[Path, int]) -> None:
 class RemoteFile(TokenFile):
     """The ids of a shard in an object store."""
 
-    def __init__(self, cache: Cache, shard: dict[str, Any], dtype: str):
+    def __init__(self, cache: Cache, shard: dict[str, Any], dtype: np.dtype):
         self.cache, self.name, self.sha256 = cache, str(shard["file"]), str(shard["sha256"])
         self.path, self.dtype = cache.folder / f"{self.sha256[:16]}-{self.name}", np.dtype(dtype)
         self.nbytes = shard["tokens"] * self.dtype.itemsize

@@ -24,6 +24,7 @@ REMEMBER_FROM = 64 << 20  # bytes of a split from which the scan's result is sav
 FORMAT, MANIFEST = "llm-from-scratch-data", "manifest.json"
 CHECKED = ".checked.json"  # in the data folder: {file: size, modification times, largest id}
 HEAD = 1 << 12  # bytes read to detect the format
+DTYPES = {"uint8": "u1", "uint16": "<u2", "uint32": "<u4"}  # of ids, as named in a manifest
 OTHER_DTYPES = ("<i8", ">i8", "<f8", "<u4", ">u4", "<f4", "<u2", ">u2")  # formats that users confuse
 
 
@@ -42,7 +43,8 @@ class TokenFile:
         weakref.finalize(self, os.close, self._handle)
         self._lock = threading.Lock()
         self.nbytes = os.fstat(self._handle).st_size
-        if kind := _foreign_format(self._read(0, min(self.nbytes, HEAD))):
+        # one byte per id may be the bytes of a text
+        if self.dtype.itemsize > 1 and (kind := _foreign_format(self._read(0, min(self.nbytes, HEAD)))):
             raise DataError(f"{self.path} is {kind}: expected raw {self.dtype} ids without a header")
         if self.nbytes % self.dtype.itemsize:
             raise DataError(
@@ -127,7 +129,7 @@ def open_shards(folder: Path, split: str) -> list[TokenFile]:
     """The non-empty files of a split, in order. Raises UserError if the split is missing, empty, in a wrong format or
     does not have the length in its manifest."""
     manifest = read_manifest(folder)
-    dtype = np.dtype("<u4" if manifest and manifest["dtype"] == "uint32" else "<u2")
+    dtype = dtype_of(manifest)
     stated = _stated(folder, split, manifest)
     if manifest is None and not any(os.path.lexists(path) for path in stated) and any(folder.glob("*.ds")):
         return _datatrove_shards(folder, split)
@@ -216,6 +218,11 @@ def _every_second_is_zero(shard: TokenFile) -> bool:
     return len(head) >= 16 and bool(head[::2].any()) and not head[1::2].any() and not tail[1::2].any()
 
 
+def dtype_of(manifest: dict[str, Any] | None) -> np.dtype:
+    """The type of the ids in the files of a dataset; nanoGPT's without a manifest."""
+    return np.dtype(DTYPES[manifest["dtype"] if manifest else "uint16"])
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """manifest.json of a data folder, or None (nanoGPT's folders). Raises UserError if it is damaged."""
     path = folder / MANIFEST
@@ -223,7 +230,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = read_json(path)
-        if manifest["format"] != FORMAT or manifest["dtype"] not in ("uint16", "uint32"):
+        if manifest["format"] != FORMAT or manifest["dtype"] not in DTYPES:
             raise ValueError("unknown format or dtype")
         if type(manifest["vocab_size"]) is not int or not 0 < manifest["vocab_size"] <= 1 << 32:
             raise ValueError("vocab_size is not a number of ids")

@@ -21,6 +21,7 @@ from . import sources as src
 from .encode import TokenCache, Unit, read_progress, units_of, write_shards
 from .fast_bpe import FAST_FROM, can_encode, train
 from .meter import Meter
+from .shards import stored_dtype
 from .split import Documents, Split, choose_split
 
 POOL_FROM = 1 << 25  # bytes of input from which worker processes are faster
@@ -165,7 +166,7 @@ def write_manifest(
         "format": FORMAT,
         "version": VERSION,
         "name": spec.name,
-        "dtype": tokenizer.dtype.name,
+        "dtype": stored_dtype(tokenizer, splits).name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
         "splits": splits,

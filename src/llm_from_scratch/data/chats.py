@@ -19,8 +19,8 @@ from ..core.packing import BEGINS, LEARNED, marked
 from ..core.tokenizer import Tokenizer
 from ..errors import AccessError, UserError, one_line
 from ..machine.files import parse_json
-from .encode import ShardWriter
 from .options import PrepareOptions
+from .shards import ShardWriter, close_writers, make_writers
 from .sources import FileSource, Source
 from .split import Split, choose_by_hash, hash_document
 from .stores import reading
@@ -250,7 +250,7 @@ def write_conversations(
     splits, and the tokens of the longest conversation. Raises UserError with file and line for messages that the
     template or the tokenizer rejects."""
     names = ("train", "val")
-    tokens = {name: ShardWriter(folder, name, shard_size, tokenizer.dtype) for name in names}
+    tokens = make_writers(tokenizer, folder, shard_size, 0)
     marks = {name: ShardWriter(folder, f"{name}_marks", shard_size, np.dtype("u1")) for name in names}
     longest, count, reported, example = 0, 0, time.monotonic(), ""
     for name, where, messages in split:
@@ -273,4 +273,5 @@ def write_conversations(
             reported = time.monotonic()
             report(f"  {count:,} conversations so far")
     report(f"example (learned: >>...<<): {example}")
-    return {name: tokens[name].close() | {"marks": marks[name].close()["shards"]} for name in names}, longest
+    splits = close_writers(tokenizer, tokens)
+    return {name: splits[name] | {"marks": marks[name].close()["shards"]} for name in splits}, longest

@@ -1,5 +1,5 @@
-"""Encoding of texts in units of about a megabyte: worker processes, the token cache, and the shard files with their
-progress, from which an interrupted run resumes."""
+"""Encoding of texts in units of about a megabyte: worker processes, the token cache, and the progress of a run, from
+which it resumes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..errors import EncoderDiffersError, UserError
 from ..machine.files import read_json, to_json, write_whole
 from ..machine.processes import end_with_parent, shield_children
 from .fast_bpe import FastTokenizer
-from .hashes import FileHash
 from .meter import Meter
+from .shards import close_writers, make_writers, narrow_dtype
 
 UNIT = 1 << 20  # characters per unit
 KEEP_CACHE = 1 << 30  # bytes; a larger cache is deleted after the run, because it would double the disk space
@@ -35,110 +35,11 @@ VERSION = 1  # of the cache format
 PROGRESS = "progress.json"  # in the temporary folder
 UNITS = 2  # version of the rules by which texts are divided into units
 QUEUED = 4  # units that wait until they are written
-SYNC_EVERY = 1 << 26  # bytes
 SAVE_EVERY = 1 << 24  # tokens between two records of the progress
 SAMPLE = 1 << 12  # characters of a unit that are encoded twice
 MAX_FAILURES = 3  # of worker processes, without a finished unit between them
 # spawn: forking a process with threads may hang, and not every system can fork
 START_METHOD = "spawn"
-
-
-@dataclass
-class ShardWriter:
-    """Appends the ids of one split to numbered files of at most `size` tokens."""
-
-    folder: Path
-    split: str
-    size: int
-    dtype: np.dtype
-    tokens: int = 0
-    text_bytes: int = 0
-    done: list[dict[str, Any]] = field(default_factory=list)
-    _file: Any = None
-    _unsynced: int = 0
-    _synced: Future[None] | None = None
-    _syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-
-    def append(self, ids: np.ndarray) -> None:
-        while len(ids):
-            if self._file is None:
-                self._file, self._hash = self._path(len(self.done)).open("wb"), FileHash()
-            part = np.ascontiguousarray(ids[: self.size - self.tokens % self.size], dtype=self.dtype)
-            self._hash.update(part.data)
-            self._file.write(part.data)
-            self._begin_sync(len(part) * part.itemsize)
-            self.tokens += len(part)
-            ids = ids[len(part) :]
-            if self.tokens % self.size == 0:
-                self._end_shard()
-
-    def _begin_sync(self, size: int) -> None:
-        """A thread writes what is new to the disk, so that the last fsync has little left to wait for."""
-        self._unsynced += size
-        if self._unsynced >= SYNC_EVERY and (self._synced is None or self._synced.done()):
-            self._end_sync()
-            self._synced, self._unsynced = self._syncing.submit(os.fsync, self._file.fileno()), 0
-
-    def _end_sync(self) -> None:
-        before, self._synced = self._synced, None
-        if before is not None:
-            before.result()
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.split}_{number:06d}.bin"
-
-    def _entry(self) -> dict[str, Any]:
-        tokens = self.tokens - self.size * len(self.done)
-        return {"file": Path(self._file.name).name, "tokens": tokens, "sha256": self._hash.hexdigest()}
-
-    def _end_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        self._end_sync()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.done.append(self._entry())
-        self._file = None
-
-    def state(self) -> dict[str, Any]:
-        """What restore() needs: the files with their hashes. The last one may be incomplete."""
-        if self._file is not None:
-            self._file.flush()
-        shards = [*self.done, *([self._entry()] if self._file is not None else [])]
-        return {"tokens": self.tokens, "bytes": self.text_bytes, "shards": shards}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the tokens of an earlier state. Raises ValueError if its files have changed."""
-        if self._file is not None:
-            self._end_sync()
-            self._file.close()
-        self.tokens, self.text_bytes, self.done, self._file = state["tokens"], state["bytes"], [], None
-        for number, shard in enumerate(state["shards"]):
-            self._file, self._hash = self._path(number).open("r+b"), FileHash()
-            left = shard["tokens"] * self.dtype.itemsize
-            while left and (block := self._file.read(min(left, 1 << 20))):
-                self._hash.update(block)
-                left -= len(block)
-            if left or self._hash.hexdigest() != shard["sha256"]:
-                raise ValueError(f"{shard['file']} has changed")
-            self._file.truncate()
-            if shard["tokens"] == self.size:
-                self._file.close()
-                self._file = None
-                self.done.append(shard)
-
-    def close(self) -> dict[str, Any]:
-        """Closes the files and returns the split's manifest entry. A single shard is named as in nanoGPT."""
-        self._end_shard()
-        number = len(self.done)
-        while self._path(number).exists():  # of a run that got further, then went back
-            self._path(number).unlink()
-            number += 1
-        if len(self.done) == 1:
-            os.replace(self.folder / self.done[0]["file"], self.folder / f"{self.split}.bin")
-            self.done[0]["file"] = f"{self.split}.bin"
-        return {"tokens": self.tokens, "bytes": self.text_bytes, "shards": self.done}
 
 
 @dataclass
@@ -163,12 +64,13 @@ class Unit:
         return digest.hexdigest()
 
     def encode(self, tokenizer: Tokenizer | FastTokenizer) -> np.ndarray:
-        parts = [np.empty(0, tokenizer.dtype)]
+        dtype = narrow_dtype(tokenizer)
+        parts = [np.empty(0, dtype)]
         for text, ends in self.pieces:
             parts.append(tokenizer.encode_uncast(text))
             if ends and self.mark_ends:
-                parts.append(np.array([tokenizer.eot_id], tokenizer.dtype))
-        return np.concatenate(parts, dtype=tokenizer.dtype, casting="unsafe")
+                parts.append(np.array([tokenizer.eot_id], dtype))
+        return np.concatenate(parts, dtype=dtype, casting="unsafe")
 
 
 def units_of(stream: Iterable[tuple[str, str, bool]], mark_ends: bool) -> Iterator[Unit]:
@@ -228,7 +130,7 @@ def write_shards(
     """Encodes the units into shards. Returns the manifest's entries of the splits. units: reads them from the first.
     fast: with FastTokenizer, until it differs: the shard is then made again without it. pool: of start_pool. Resumes
     from the progress that an earlier run of the same request has left in the folder."""
-    shards = {split: ShardWriter(folder, split, shard_size, tokenizer.dtype) for split in ("train", "val")}
+    shards = make_writers(tokenizer, folder, shard_size, meter.total)
     done = 0
 
     def state() -> dict[str, Any]:
@@ -290,7 +192,7 @@ def write_shards(
                 report("the tokens so far are kept: run the same command again to resume")
             raise
     (folder / PROGRESS).unlink(missing_ok=True)
-    return {split: s.close() for split, s in shards.items()}
+    return close_writers(tokenizer, shards)
 
 
 def read_progress(folder: Path, request: str) -> dict[str, Any] | None:

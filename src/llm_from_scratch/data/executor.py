@@ -28,9 +28,10 @@ from ..machine.files import read_json, remove_tree, replace_folder, temporary_fo
 from . import cleaning
 from .building import DatasetSpec, Rules, make_rules, write_manifest
 from .cleaning_report import summarise, without_examples, write_reports
-from .encode import ShardWriter, TokenCache, write_shards
+from .encode import TokenCache, write_shards
 from .meter import Meter
 from .options import CLEANING, PrepareOptions
+from .shards import close_writers, make_writers, stored_dtype
 from .sources import FileSource, Source, check_unchanged
 from .split import Documents, Split
 
@@ -161,17 +162,18 @@ def merge_step(job: Job, rank: int, tasks: int) -> None:
     rules, tokenizer, plan = job.plan()
     with temporary_folder(job.target) as folder:
         tokenizer.save(folder)
-        splits = {}
-        for split in ("train", "val"):
-            writer = ShardWriter(folder, split, job.options.shard_size, tokenizer.dtype)
-            for _, part in job.encoding(rules):
-                entry = read_json(part / DONE)[split]
+        parts = [(part, read_json(part / DONE)) for _, part in job.encoding(rules)]
+        most = max(sum(entries[split]["tokens"] for _, entries in parts) for split in ("train", "val"))
+        writers = make_writers(tokenizer, folder, job.options.shard_size, most)
+        for split, writer in writers.items():
+            for part, entries in parts:
+                entry, dtype = entries[split], stored_dtype(tokenizer, entries)
                 writer.text_bytes += entry["bytes"]
                 for shard in entry["shards"]:
                     with (part / shard["file"]).open("rb") as file:
-                        while len(ids := np.fromfile(file, tokenizer.dtype, 1 << 22)):
+                        while len(ids := np.fromfile(file, dtype, 1 << 22)):
                             writer.append(ids)
-            splits[split] = writer.close()
+        splits = close_writers(tokenizer, writers)
         extra = dict(job.extra)
         if plan["cleaning"]:
             write_reports(plan["cleaning"], folder)

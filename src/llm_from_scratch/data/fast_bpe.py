@@ -77,7 +77,7 @@ class FastTokenizer:
     def __init__(self, tokenizer: Tokenizer, saved: Path) -> None:
         """saved: the folder with the tokenizer's files."""
         self.tokenizer, self.saved = tokenizer, saved
-        self.eot_id, self.dtype = tokenizer.eot_id, tokenizer.dtype
+        self.eot_id, self.dtype, self.vocab_size = tokenizer.eot_id, tokenizer.dtype, tokenizer.vocab_size
         self._load()
         added = [token.decode("utf-8", "replace") for token in getattr(tokenizer, "_added", {}).values()][:MAX_ADDED]
         for text in (*HARD_TEXTS, "".join(HARD_TEXTS), *added, *(f"a{token}b {token} c" for token in added)):

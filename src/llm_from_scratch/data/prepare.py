@@ -24,7 +24,7 @@ from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
 from ..core.chat import ends_in
 from ..core.dataset import resolve_dataset
-from ..core.tokenfile import CHECKED, MANIFEST, read_manifest
+from ..core.tokenfile import CHECKED, MANIFEST, dtype_of, read_manifest
 from ..core.tokenizer import HF_FILE, META_FILE, RANKS_FILE, Tokenizer
 from ..errors import UserError
 from ..machine.budget import Budget, parse_budget
@@ -275,7 +275,7 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
         report("note: the validation split is larger than the training split; use --val_files or another --seed")
     if manifest.get("units") in ("conversations", "preferences"):  # an example was shown when they were written
         return
-    first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], tokenizer.dtype, count=32)
+    first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], dtype_of(manifest), count=32)
     text = tokenizer.decode(first)
     shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} characters" if len(text) > EXAMPLE else "")
     report(f"example: {' '.join(map(str, first[:8]))} ... is {shown}")

@@ -17,12 +17,12 @@ import pytest
 
 from llm_from_scratch.core.tokenizer import HFTokenizer, Tokenizer
 from llm_from_scratch.core.vocab_files import byte_to_char
-from llm_from_scratch.data import building, encode, fast_bpe, readers
+from llm_from_scratch.data import building, encode, fast_bpe, readers, shards
 from llm_from_scratch.data import prepare as module
-from llm_from_scratch.data.encode import ShardWriter
 from llm_from_scratch.data.fast_bpe import FastTokenizer
 from llm_from_scratch.data.meter import Meter
 from llm_from_scratch.data.prepare import prepare
+from llm_from_scratch.data.shards import ShardWriter
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.extras import is_installed
 from llm_from_scratch.tests.data.test_prepare import Told, left_behind, manifest_of, stories, write_jsonl
@@ -94,7 +94,7 @@ def test_an_error_of_the_disk_in_the_thread_is_raised(here: Path, monkeypatch: p
             raise OSError(5, "Input/output error")
         plain(handle)
 
-    monkeypatch.setattr(encode, "SYNC_EVERY", 1)
+    monkeypatch.setattr(shards, "SYNC_EVERY", 1)
     monkeypatch.setattr(os, "fsync", failing)
     writer = ShardWriter(here, "train", 100, np.dtype("<u2"))
     with pytest.raises(OSError, match="Input/output error"):

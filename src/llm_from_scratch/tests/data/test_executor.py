@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm_from_scratch.data import cleaning, executor
+from llm_from_scratch.data import cleaning, executor, shards
 from llm_from_scratch.data import prepare as prepare_module
 from llm_from_scratch.data.prepare import prepare
 from llm_from_scratch.errors import UserError
@@ -92,6 +92,14 @@ def test_local_tasks_give_the_same(texts: Path) -> None:
     alone = prepare(["[0-4].jsonl"], out_dir="alone", **given)
     same(alone, prepare(["[0-4].jsonl"], out_dir="tasks", executor="local", tasks=4, **given))
     assert not list(Path("data/cache").glob("executor-*"))
+
+
+def test_one_byte_per_token_from_tasks_too(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LARGE", 20_000)
+    given: dict[str, Any] = {"tokenizer": "byte", "shard_size": 30_000, "report": lambda line: None}
+    alone = prepare(["*.jsonl"], out_dir="alone", **given)
+    same(alone, prepare(["*.jsonl"], out_dir="tasks", executor="local", tasks=1, **given))
+    assert json.loads((alone / "manifest.json").read_text())["dtype"] == "uint8"
 
 
 def fail_to_merge(monkeypatch: pytest.MonkeyPatch) -> None:

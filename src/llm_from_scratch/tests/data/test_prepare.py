@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import hashlib
 import http.server
 import inspect
@@ -27,7 +28,7 @@ from llm_from_scratch.config import Config, DataConfig, GPTConfig
 from llm_from_scratch.core.dataset import TokenData, resolve_dataset
 from llm_from_scratch.core.model import GPT
 from llm_from_scratch.core.tokenizer import Tokenizer, tokenizer_of
-from llm_from_scratch.data import encode, hub, nanogpt, readers, sources
+from llm_from_scratch.data import encode, hub, nanogpt, readers, shards, sources
 from llm_from_scratch.data import prepare as module
 from llm_from_scratch.data.options import PrepareOptions
 from llm_from_scratch.data.prepare import prepare, tokenizer_for
@@ -196,6 +197,36 @@ def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
     folder = prepare(["wide.txt"], tokenizer="char")
     assert manifest_of(folder)["dtype"] == "uint32"
     assert tokens(folder, "train") + tokens(folder, "val") == sorted(range(len(set(chars))))
+
+
+@pytest.mark.parametrize("large", [20_000, 55_000, 90_000])  # below and above the ids of train: 54,000
+@pytest.mark.parametrize("packed", [False, True])  # the size of a packed file says little about its tokens
+@pytest.mark.parametrize(("tokenizer", "shard_size"), [("byte", 7000), ("char", 1 << 30)])
+def test_a_large_dataset_of_small_ids_takes_a_byte_per_token(
+    here: Path, small: None, monkeypatch: pytest.MonkeyPatch, large: int, packed: bool, tokenizer: str, shard_size: int
+) -> None:
+    monkeypatch.setattr(shards, "LARGE", large)
+    text = "".join(f"{number}: \u00e9, " for number in range(10_000))[:60_000]
+    content = text.encode("latin-1" if tokenizer == "byte" else "utf-8")
+    path = here / ("a.txt.gz" if packed else "a.txt")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    settings: dict[str, Any] = {"encoding": "latin-1"} if tokenizer == "byte" else {}
+    folder = prepare([path.name], tokenizer=tokenizer, shard_size=shard_size, out_dir="data", **settings)
+    manifest, ids = manifest_of(folder), list[int]()
+    is_large = manifest["splits"]["train"]["tokens"] > large
+    assert is_large == (large == 20_000 or (large == 55_000 and tokenizer == "byte"))
+    for split in ("train", "val"):
+        entry = manifest["splits"][split]
+        files = [folder / shard["file"] for shard in entry["shards"]]
+        assert sum(file.stat().st_size for file in files) == entry["tokens"] * (1 if is_large else 2)
+        assert [shard["sha256"] for shard in entry["shards"]] == [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+        ]
+        ids += tokens(folder, split)
+    assert Tokenizer.load(folder).decode(ids) == text and manifest["dtype"] == ("uint8" if is_large else "uint16")
+    assert sorted(path.name for path in folder.glob("*.bin*")) == sorted(
+        shard["file"] for entry in manifest["splits"].values() for shard in entry["shards"]
+    )
 
 
 @pytest.mark.parametrize("size", [1 << 20, 3, 1])
@@ -501,15 +532,15 @@ def test_nothing_half_written_is_left(
     here: Path, small: None, monkeypatch: pytest.MonkeyPatch, error: Any, workers: int
 ) -> None:
     write_jsonl(here / "d.jsonl", stories(100))
-    append, calls = encode.ShardWriter.append, []
+    append, calls = shards.ShardWriter.append, []
 
-    def failing(shards: encode.ShardWriter, ids: np.ndarray) -> None:
+    def failing(writer: shards.ShardWriter, ids: np.ndarray) -> None:
         calls.append(1)
         if len(calls) == 2:
             raise error
-        append(shards, ids)
+        append(writer, ids)
 
-    monkeypatch.setattr(encode.ShardWriter, "append", failing)
+    monkeypatch.setattr(shards.ShardWriter, "append", failing)
     with pytest.raises(UserError if isinstance(error, OSError) else error):
         prepare(["d.jsonl"], workers=workers)
     assert left_behind(here) == [] and list((here / "data/processed").iterdir()) == []
