@@ -130,8 +130,8 @@ def stored_dtype(tokenizer: Tokenizer, splits: dict[str, dict[str, Any]]) -> np.
 
 
 def make_writers(tokenizer: Tokenizer, folder: Path, size: int, tokens: int) -> dict[str, ShardWriter]:
-    """The writers of both splits. tokens: of a split, at most; 0 if unknown. They choose the
-    type in which the files are written; if it turns out to be wrong, close_writers() converts them."""
+    """The writers of both splits. tokens: of a split, at most; 0 if unknown. If they suggest another type than
+    stored_dtype(), close_writers() converts the files."""
     dtype = narrow_dtype(tokenizer) if tokens > LARGE else tokenizer.dtype
     return {split: ShardWriter(folder, split, size, dtype) for split in ("train", "val")}
 
