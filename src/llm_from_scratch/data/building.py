@@ -46,6 +46,11 @@ class DatasetSpec:
     loaded: Tokenizer | None = None  # the tokenizer, if it was loaded before
     pool: ProcessPoolExecutor | None = None  # workers that were started with it
 
+    @property
+    def learns_tokenizer(self) -> bool:
+        """Whether the tokenizer is made from the text, which is read for that."""
+        return self.tokenizer == "char" or self.tokenizer.startswith("bpe:")
+
     def all(self) -> list[src.Source]:
         return [source for some in self.sources for source in some]
 
@@ -132,7 +137,7 @@ def _tokenizer(spec: DatasetSpec, groups: list[Documents], folder: Path, request
             tokenizer = Tokenizer.load(folder)
             _settle(groups, tokenizer.name, tokenizer.eot_id is None)
             return tokenizer
-    if spec.tokenizer == "char" or spec.tokenizer.startswith("bpe:"):
+    if spec.learns_tokenizer:
         _settle(groups, spec.tokenizer, spec.tokenizer == "char")
 
         def texts() -> Iterator[str]:

@@ -199,7 +199,7 @@ def _default_name(first: str, root: Path) -> str:
 def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
     if len(sources := spec.all()) == 1 and isinstance(sources[0], src.FileSource):
-        identities = [[sources[0].identity(count=True)]]
+        identities = [[sources[0].identity(count=not spec.learns_tokenizer)]]
     else:
         identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)
