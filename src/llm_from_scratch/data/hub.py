@@ -60,6 +60,8 @@ class HubSource:
         try:
             for names, texts in self._columns():
                 for text in texts:
+                    if text is None and self.text_key in names:
+                        continue  # as in a table
                     if not isinstance(text, str):
                         has = f"does not have a text {self.text_key!r} (it has {', '.join(map(repr, names))})"
                         raise UserError(f"{self.name} {has}: see llm-prepare --text_key")

@@ -93,7 +93,8 @@ class PrepareOptions:
 
     def text_separator(self) -> str:
         """separator, as typed in a shell."""
-        return self.separator.replace(r"\n", "\n").replace(r"\t", "\t").replace("\r\n", "\n")
+        plain = self.separator.replace(r"\n", "\n").replace(r"\r", "\r").replace(r"\t", "\t")
+        return plain.replace("\r\n", "\n").replace("\r", "\n")  # as in a text that is read
 
     def validate(self) -> None:
         if self.budget is not None:

@@ -146,13 +146,15 @@ def read_json_lines(source: FileSource) -> Iterator[str]:
 
 
 def _text_in(line: bytes, where: str, key: str) -> list[str]:
-    """The text of a line; none if it is blank. Raises UserError, UnicodeDecodeError."""
+    """The text of a line; none if it is blank or null. Raises UserError, UnicodeDecodeError."""
     if not (text := line.decode("utf-8").lstrip("\ufeff").strip()):
         return []
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}): expected one object per line") from None
+    if isinstance(row, dict) and row.get(key, "") is None:
+        return []
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
         has = f"its fields are {', '.join(map(repr, row))[:300]}" if isinstance(row, dict) else "not an object"
         raise UserError(f"{where} does not have the text field {key!r} ({has}): see llm-prepare --text_key")

@@ -97,7 +97,7 @@ def walk(folder: Path, rules: bool = False) -> list[Path]:
                 if entry.is_dir(follow_symlinks=False):
                     if not _ignored(f"{name}/", above):
                         waiting.append((f"{name}/", above))
-                elif entry.is_file() and not _ignored(name, above):
+                elif os.path.isfile(entry) and not _ignored(name, above):  # False for links in a circle
                     found.append(name)
     return [folder / name for name in sorted(found)]
 

@@ -42,6 +42,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 SHAKESPEARE_FILE = "tinyshakespeare.txt"
 OPENWEBTEXT = "Skylion007/openwebtext"
 ALL = Selection()
+NO_TEXT = "note: no text in "
+NAMED = 10  # files of which that is said
 HUB = "hf:"  # hf:owner/name or hf:owner/name:configuration
 
 
@@ -173,9 +175,15 @@ class FileSource:
 
     def _pieces(self) -> Iterator[tuple[str, bool]]:
         check_lines(self)
+        is_empty = True
         with stores.reading(self.name, self.url):
             for item in self.reader.read(self):
+                is_empty = is_empty and not item
                 yield from split_document(item) if isinstance(item, str) else [item]
+        if is_empty and self.reader is not ARCHIVE and (self.stream or self.size):  # such as a scanned PDF
+            line = NO_TEXT + self.name
+            is_long = line not in self.said and sum(one.startswith(NO_TEXT) for one in self.said) >= NAMED
+            self._say(f"{NO_TEXT}more files" if is_long else line)
 
     def refuse(self, error: UserError) -> None:
         """Raises the error, or with --bad_files=skip, prints it once if the content is damaged."""

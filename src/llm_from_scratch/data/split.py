@@ -42,7 +42,7 @@ class Documents:
                 self.characters += len(text)
                 self.position = begin + min(size, self.characters - characters)
             self.position = begin = begin + size
-            if self.count == before:
+            if self.count == before and not size:
                 ignored += 1
                 if report and len(self.sources) > 1 and ignored <= NAMED:
                     report(f"{source.name} is empty and ignored")

@@ -580,6 +580,7 @@ def test_the_byte_offset_is_right(here: Path, monkeypatch: pytest.MonkeyPatch, o
         ("[" * 100_000, "line 1 is not JSON"),
         ("\n\n", "d.jsonl is empty"),
         ('{"text": ""}', "d.jsonl is empty"),
+        ('{"text": null}', "d.jsonl is empty"),
     ],
 )
 def test_bad_json_lines(here: Path, content: str, message: str) -> None:
@@ -1006,7 +1007,8 @@ def test_the_hub_gives_tables(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for known in (table.column_names, None):
         rows = Rows(table, known)
         assert [text for text, _ in hub.HubSource("rows", "text", None, rows).pieces()] == texts
-        for key in ("gap", "body", "id"):
+        assert len(list(hub.HubSource("rows", "gap", None, rows).pieces())) == 599  # a null is no text
+        for key in ("body", "id"):
             with pytest.raises(UserError, match=f"rows does not have a text '{key}' .it has 'id', 'text', 'gap'.: see"):
                 list(hub.HubSource("rows", key, None, rows).pieces())
     assert config.TORCH_AVAILABLE and decoded[0] == (8, ["text"]) and decoded[4] == (8, ["id", "text", "gap"])

@@ -96,6 +96,7 @@ def test_a_page_gives_its_main_text_and_no_script(here: Path) -> None:
     [
         ("<|endoftext|>", "one<|endoftext|>two\n<|endoftext|>", ["one", "two\n"]),
         (r"\n\n", "a\nb\r\n\r\nc\n\n\n\nd", ["a\nb", "c", "d"]),
+        (r"\r\n\r\n", "a\nb\r\n\r\nc\n\n\n\nd", ["a\nb", "c", "d"]),
         ("é", "oneétwo", ["one", "two"]),
         ("ab", "aab" * 5 + "a" * 50 + "b" + "c" * 40, ["a"] * 5 + ["a" * 49, "c" * 40]),
     ],
@@ -358,7 +359,8 @@ def test_a_folder_reads_nothing_outside_it(here: Path) -> None:
     (folder / "a").mkdir(parents=True)
     (folder / "in.txt").write_text("in")
     for name, target in {"loop": "..", "a/loop": "../..", "a/up": "../a", "out.txt": "../secret.txt",
-                         "same.txt": "in.txt", "gone.txt": "nothing"}.items():  # fmt: skip
+                         "same.txt": "in.txt", "gone.txt": "nothing",
+                         "one.txt": "two.txt", "two.txt": "one.txt"}.items():  # fmt: skip
         (folder / name).symlink_to(target)
     lines: list[str] = []
     found = sources.find_files(["folder"], Path("."), Path("."), lines.append)
@@ -368,6 +370,26 @@ def test_a_folder_reads_nothing_outside_it(here: Path) -> None:
         "folder/in.txt",
         "folder/out.txt",
     ]
+
+
+def test_files_without_text_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, the first ten; an empty file has no text to lose."""
+    blank = b'{"cells": []}'
+    files = {"a.txt": b"text", "empty.txt": b"", "null.jsonl": b'{"text": null}\n', "b.ipynb": blank}
+    for name, content in (files | {"c.zip": zipped({"csv/a.csv": b"1", "d.ipynb": blank})}).items():
+        (here / name).write_bytes(content)
+    found = find(".")
+    for _ in range(2):
+        assert [text for source in found for text, _ in source.pieces()] == ["text"]
+    names = ("b.ipynb", "c.zip:d.ipynb", "null.jsonl")
+    assert capsys.readouterr().err.splitlines() == [f"note: no text in {name}" for name in names]
+    for number in range(12):
+        (here / f"m{number:02}.ipynb").write_bytes(blank)
+    many = find("m*.ipynb")
+    for _ in range(2):
+        assert not [piece for source in many for piece in source.pieces()]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[9:] == ["note: no text in m09.ipynb", "note: no text in more files"]
 
 
 def test_options_without_effect_are_refused(here: Path) -> None:
