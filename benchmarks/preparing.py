@@ -70,7 +70,7 @@ file, folder, tokenizer = sys.argv[1:]
 if __name__ == "__main__":
     tokenize = DocumentTokenizer(folder, tokenizer_name_or_path=tokenizer, eos_token="<|endoftext|>")
     pipeline = [JsonlReader(file), tokenize]
-    LocalPipelineExecutor(pipeline, tasks=2, workers=2, logging_dir=folder + "-logs").run()
+    LocalPipelineExecutor(pipeline, tasks=2, workers=2, logging_dir=folder + "/logs").run()
 """
 
 

@@ -97,7 +97,7 @@ def load(name: str, seed: int, folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def compare(tokenizer: Tokenizer, folder: Path, with_transformers: bool, content: Iterator[str]) -> dict[str, float]:
+def compare(tokenizer: Tokenizer, folder: Path, with_transformers: bool, content: list[str]) -> dict[str, float]:
     fast = FastTokenizer(tokenizer, folder)
     reference = of_transformers(tokenizer) if with_transformers else tokenizer.encode
     found: dict[str, float] = {"MB": 0.0, "by gigatoken": 0.0, "tokens": 0, "units": 0, "units that differ": 0}
@@ -128,11 +128,12 @@ def main() -> None:
     results = {f"{name}{', transformers' if by else ''}": Counter[str]() for name, by in cases}
     with tempfile.TemporaryDirectory() as spool:
         for part in range(PARTS):
+            content: list[str] = []
             for (name, with_transformers), found in zip(cases, results.values(), strict=True):
                 place = (given.folder or Path(spool)) / name.replace("/", "+")
                 path = place / f"part-{part}-{given.mb}-{given.seed}-{with_transformers}.json"
                 if not path.is_file():
-                    content = texts(given.mb * 10**6 // PARTS, given.seed, part)
+                    content = content or list(texts(given.mb * 10**6 // PARTS, given.seed, part))
                     one = compare(load(name, given.seed, place), place, with_transformers, content)
                     write_whole(path, json.dumps(one).encode())
                 found.update(json.loads(path.read_text()))
