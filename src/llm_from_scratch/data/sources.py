@@ -296,9 +296,11 @@ def find_files(
             if glob.has_magic(argument) and selection != ALL:
                 hint = "no file matches the glob, --include and --exclude"
             raise UserError(f"{argument!r} not found here or in {RAW.as_posix()}; {hint}")
+        plain = [path for path in found if reader_of(path.name) is None and argument != "-" and not selection.include]
+        if plain:
+            more = f" and {len(plain) - 1:,} more" if len(plain) > 1 else ""
+            report(f"reading {plain[0].as_posix()}{more} as plain text")
         for path in found:
-            if reader_of(path.name) is None and argument != "-" and not selection.include:
-                report(f"reading {path.as_posix()} as plain text")
             files.setdefault(os.path.realpath(path), path)
     return list(files.values())
 

@@ -316,7 +316,11 @@ def test_folders_globs_and_data_raw(here: Path, capsys: pytest.CaptureFixture[st
     assert names("**/*.TXT") == [inside[2]]
     assert names("[odd].txt") == ["[odd].txt"]
     assert names("books/x.py") == ["data/raw/books/x.py"]
-    assert "as plain text" in capsys.readouterr().out
+    assert "reading data/raw/books/x.py as plain text" in capsys.readouterr().out
+    for number in range(3):
+        (raw / f"y{number}.py").touch()
+    assert len(names("books/*.py")) == 4
+    assert "reading data/raw/books/x.py and 3 more as plain text" in capsys.readouterr().out
     assert prepare(["books/*"], tokenizer="byte").name == "books"
 
 
@@ -814,8 +818,9 @@ def test_a_folder_of_other_files_says_how_to_read_them(here: Path) -> None:
     command = str(error.value).partition("for its .py files: ")[2]
     assert shlex.split(command) == ["llm-prepare", "my code/**/*.py"]
     told = Told()
-    prepare(shlex.split(command)[1:], report=told)  # it works
-    assert "deep/a.py" in told and "deep/b.py" in told and ".f.py" not in told
+    made = prepare(shlex.split(command)[1:], report=told)  # it works
+    read = [source["path"] for source in json.loads((made / "manifest.json").read_text())["sources"]]
+    assert read == ["my code/deep/a.py", "my code/deep/b.py"] and "deep/a.py and 1 more as plain text" in told
     (here / "my code" / "readme.md").write_text("what it does\n" * 9)
     told = Told()
     prepare(["my code"], report=told)
