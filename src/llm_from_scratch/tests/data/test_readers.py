@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,12 @@ from llm_from_scratch.data.sources import FileSource
 from llm_from_scratch.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("here")
+
+TABLE = (  # a column "text" with one "a"
+    "UEFSMRUAFRYVFiwVAhUAFQYVBhw2ACgBYRgBYRERAAAAAgAAAAIBAQAAAGEVBBksNQAYBnNjaGVtYRUCABUMJQIYBHRleHQlAEwcAAAAFgIZHBkcJgAc"
+    "FQwZJQYAGRgEdGV4dBUAFgIWUBZQJgg8NgAoAWEYAWEREQAZHBUAFQAVAgA8FgIZBhkmAAIAAAAWUBYCJggWUAAoIHBhcnF1ZXQtY3BwLWFycm93IHZl"
+    "cnNpb24gMjYuMC4xGRwcAAAAlAAAAFBBUjE="
+)
 
 
 def documents(name: str, **settings: Any) -> list[str]:
@@ -51,3 +60,14 @@ def test_a_table_that_grows_without_end_is_refused(here: Path, monkeypatch: pyte
             documents("a.parquet")
     parquet.write_table(pyarrow.table({"text": same.cast("string")[:12]}), "a.parquet")
     assert documents("a.parquet") == ["x" * 5000] * 12
+
+
+def test_damaged_statistics_of_a_table_do_not_end_the_process(here: Path) -> None:
+    """A bit is flipped in a number of levels: pyarrow's metadata of a column then aborts."""
+    pytest.importorskip("pyarrow")
+    content = bytearray(base64.b64decode(TABLE))
+    content[135] ^= 1 << 5
+    (here / "a.parquet").write_bytes(content)
+    command = [sys.executable, "-m", "llm_from_scratch.cli.prepare_data", "a.parquet", "--tokenizer=byte"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "a.parquet" in done.stderr
