@@ -103,7 +103,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
                     if not report.check("\n" not in str(error), f"{name} {case}: an error of several lines"):
                         report.failures[-1] += f": {str(error)[:200]!r}"
                 except BaseException as error:
-                    report.failures.append(f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
+                    report.check(False, f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
                     if isinstance(error, KeyboardInterrupt):
                         raise
                 took = time.process_time() - begin

@@ -74,6 +74,7 @@ class Seen:
 
 def run(count: int, seed: int, folder: Path) -> Report:
     report, rng = Report(), random.Random(seed)
+    _false_alarms(max(1, round(NORMAL_STEPS * count / ROW.target)), seed, report)
     # after some steps the next letter is all but certain, so that a wrong batch stands out
     data = write_data(folder / "data", train=TOKENIZER.encode("abcdefgh\n" * 60), val=TOKENIZER.encode("abcdefgh" * 9))
     warm_up(data)
@@ -82,7 +83,6 @@ def run(count: int, seed: int, folder: Path) -> Report:
         _try(kind, case, data, folder / "run", rng, report)
         shutil.rmtree(folder / "run", ignore_errors=True)
         report.done += 1
-    _false_alarms(max(1, round(NORMAL_STEPS * count / ROW.target)), seed, report)
     return report
 
 

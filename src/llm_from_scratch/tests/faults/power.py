@@ -340,7 +340,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
             if wrong is not None:
                 at = one.record[moment][0]
                 what = f"{at.kind} of {os.path.relpath(at.path, before)}" if at else "a return"
-                report.failures.append(f"run {report.counts['runs']}, image {number}, cut before {what}: {wrong}")
+                report.check(False, f"run {report.counts['runs']}, image {number}, cut before {what}: {wrong}")
             elif moment == keep and known_then.acknowledged and not known_then.archived and not following.exists():
                 report.count("runs from such an image")
                 image.rename(following)

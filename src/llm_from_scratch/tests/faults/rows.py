@@ -6,12 +6,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
+
+
+class Noticed(BaseException):
+    """A case failed and no more are needed. Not an Exception: a row must not take it for an error of the program."""
 
 
 @dataclass
 class Report:
     """What a row found."""
 
+    one_is_enough: ClassVar[bool] = False
+    """Whether a row ends at its first failure, as in the proof that it notices a defect."""
     done: int = 0
     """Cases that were tried."""
     failures: list[str] = field(default_factory=list)
@@ -25,6 +32,8 @@ class Report:
     def check(self, good: bool, what: str) -> bool:
         if not good:
             self.failures.append(what)
+            if self.one_is_enough:
+                raise Noticed(self)
         return good
 
 
@@ -42,7 +51,7 @@ class Row:
     quick: int
     """Cases in the normal test suite: seconds. 0 where one alone takes longer."""
     prove: int
-    """Cases that suffice to notice each defect."""
+    """Cases that suffice to notice each defect. A proof ends at the first one that fails."""
     run: Callable[[int, int, Path], Report]
     """run(how many cases, seed, empty folder); the same arguments try the same cases."""
     defects: dict[str, Defect]

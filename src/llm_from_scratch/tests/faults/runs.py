@@ -56,14 +56,14 @@ def warm_up(data: Path) -> None:
 # --- children ---
 
 
-def _threads() -> int:
+def count_threads() -> int:
     return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else threading.active_count()
 
 
 def fork(work: Callable[[], int], output: Path) -> int:
     """Starts a child that does `work`, whose value is its exit code, and prints into `output`. Returns its id."""
     deadline = time.monotonic() + DEADLINE
-    while _threads() > 1:  # one that has been joined is gone a moment later
+    while count_threads() > 1:  # one that has been joined is gone a moment later
         assert time.monotonic() < deadline, "a fork takes only its own thread along"
         time.sleep(0.001)
     output.touch()  # a child that is killed at once leaves an output too
