@@ -23,7 +23,7 @@ os.environ.setdefault("LLM_KERNEL", "torch")  # a library that some test builds 
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # the tests say themselves when they run under torchrun
 os.environ.pop("LLM_ACTIVATE", None)  # or under ./just
-
+gc.disable()  # until all tests are collected: what is imported stays
 
 # Files that take longest, so that workers begin with them and none is left with one of these at the end.
 LONGEST = (
@@ -76,6 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    gc.enable()
     gc.freeze()  # the garbage collector need not look through torch and all tests again and again
 
 

@@ -17,6 +17,10 @@ class Lazy:
         return getattr(importlib.import_module(self.name), name)
 
 
+app: Any = Lazy("llm_from_scratch.serving.app")
+dtensor: Any = Lazy("torch.distributed.tensor")
+fsdp: Any = Lazy("torch.distributed.fsdp")
 openai: Any = Lazy("openai")
 peft: Any = Lazy("peft")
+server: Any = Lazy("llm_from_scratch.serving.server")
 transformers: Any = Lazy("transformers")

@@ -17,12 +17,10 @@ from typing import Any
 from llm_from_scratch.core.chat import ChatTemplate
 from llm_from_scratch.generation.engine import Engine
 from llm_from_scratch.generation.generator import Generator
-from llm_from_scratch.serving.app import make_app
 from llm_from_scratch.serving.options import ServeOptions
-from llm_from_scratch.serving.server import listen, make_server
 from llm_from_scratch.serving.service import Service
 
-from .lazy import openai
+from .lazy import app, openai, server
 from .memorised import TOKENIZER, memorised
 
 NAME = "memorised"
@@ -143,17 +141,17 @@ def served(
         ends=ends,
         seed=seed,
     )
-    with listen(settings) as bound:
+    with server.listen(settings) as bound:
         if send_buffer:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)  # accepted connections inherit it
-        server = make_server(make_app(service), service)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
+        serving = server.make_server(app.make_app(service), service)
+        thread = threading.Thread(target=lambda: asyncio.run(serving.serve(sockets=[bound])), daemon=True)
         thread.start()
-        assert until(lambda: server.started)
+        assert until(lambda: serving.started)
         try:
-            yield Served(service, bound.getsockname()[1], server.config.http_protocol_class)
+            yield Served(service, bound.getsockname()[1], serving.config.http_protocol_class)
         finally:
-            server.should_exit = True
+            serving.should_exit = True
             service.queue.end_all()
             thread.join(30)
             assert not thread.is_alive(), "the server did not end"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from llm_from_scratch.errors import UserError
-from llm_from_scratch.serving import app, guard, server
+from llm_from_scratch.serving import guard
 from llm_from_scratch.serving.options import ServeOptions, is_loopback
 from llm_from_scratch.serving.service import Service
 
+from ..lazy import app
 from ..served import Served, answer, http, served, until
 from ..tiny import slow_except
 
@@ -191,7 +192,7 @@ def test_a_body_that_does_not_come(open_server, monkeypatch):
 
 
 def test_headers_that_do_not_come(open_server, monkeypatch):
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("llm_from_scratch.serving.server.HEADER_SECONDS", 0.2)
     for begin in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: a\r\nx: "):
         assert answer(open_server.connect(begin))[0] == 0, "closed without a word"
     connection = open_server.connect(http("/health"))
@@ -205,7 +206,7 @@ def test_headers_that_do_not_come(open_server, monkeypatch):
 
 
 def test_a_refused_body_that_goes_on_is_cut_off(open_server, monkeypatch):
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("llm_from_scratch.serving.server.HEADER_SECONDS", 0.2)
     connection = open_server.connect(http("/v1/completions", raw=b" ", content_length=str(10**12)))
     assert b"413" in connection.recv(1000)
 
@@ -263,7 +264,7 @@ def test_routes_that_are_none(open_server):
 
 
 def test_the_page(open_server, monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "PAGE", tmp_path)
+    monkeypatch.setattr("llm_from_scratch.serving.app.PAGE", tmp_path)
     status, headers, body = ask(open_server, "/")
     assert status == 404 and body.decode().count("\n") == 1
     (tmp_path / "index.html").write_text("<p>hi")
