@@ -250,8 +250,9 @@ def gpt(**changes: Any) -> GPT:
 def with_random_gradients(model: GPT, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Steps on gradients that are the same in every process."""
     generator = torch.Generator().manual_seed(1)
+    parameters: list[Any] = [*model.parameters()]
     for _ in range(steps):
-        for p in model.parameters():
+        for p in parameters:
             g = torch.randn(p.shape, generator=generator)
             p.grad = dtensor.distribute_tensor(g, p.device_mesh, p.placements) if hasattr(p, "placements") else g
         optimizer.step()
