@@ -116,6 +116,7 @@ def _trial(
     whole: Whole, out_dir: Path, outputs: list[Path], signum: signal.Signals, rng: random.Random, marks: Marks,
     report: Report, case: str,
 ) -> None:  # fmt: skip
+    limit = SAVING if signum == signal.SIGTERM else TIMEOUT + GRACE
     while True:
         for output in outputs:
             output.unlink(missing_ok=True)
@@ -129,7 +130,7 @@ def _trial(
             time.sleep(max(0.0, moment - time.monotonic()))
         saving, began = marks.saving, time.monotonic()
         os.kill(pair.pids[victim], signum)
-        codes = {1 - victim: pair.wait(1 - victim)}
+        codes = {1 - victim: pair.wait(1 - victim, 2 * limit)}
         seconds = time.monotonic() - began
         os.kill(pair.pids[victim], signal.SIGCONT if signum == signal.SIGTERM else signal.SIGKILL)
         codes[victim] = pair.wait(victim)
@@ -140,7 +141,6 @@ def _trial(
     case = f"{case}, {signum.name} of rank {victim}{' inside a save' * saving}, step {marks.last}"
     report.count(signum.name)
     report.count("inside a save", int(saving))
-    limit = SAVING if signum == signal.SIGTERM else TIMEOUT + GRACE
     report.check(seconds < limit, f"{case}: the other process ended after {seconds:.1f} s: {tail(outputs[1 - victim])}")
     text = outputs[1 - victim].read_text()
     if signum == signal.SIGTERM and marks.last >= 0:
