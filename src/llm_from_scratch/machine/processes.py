@@ -237,7 +237,9 @@ def is_failed_exchange(error: BaseException) -> bool:
     """Whether an error is that of an exchange with another process, which has gone or does not answer."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "pair closure"))
 
 
 def is_refused_exchange(error: BaseException) -> bool:
@@ -270,7 +272,8 @@ def gather(own: torch.Tensor, found: torch.Tensor) -> Callable[[], None]:
     import torch.distributed as dist
 
     rank, ranks = dist.get_rank(), range(dist.get_world_size())
-    if dist.get_backend() == "gloo":  # its all_gather copies everything twice more
+    patience = [LONGEST] if dist.get_backend() == "gloo" else []  # else its messages end after the start's timeout
+    if patience:  # gloo's all_gather copies everything twice more
         parts, others = found.view(len(ranks), *own.shape), [other for other in ranks if other != rank]
         wanted = [dist.P2POp(dist.irecv, parts[other], other) for other in others]
         works = dist.batch_isend_irecv(wanted + [dist.P2POp(dist.isend, own, other) for other in others])
@@ -281,7 +284,7 @@ def gather(own: torch.Tensor, found: torch.Tensor) -> Callable[[], None]:
 
     def wait() -> None:
         for work in works:
-            work.wait()
+            work.wait(*patience)
 
     return wait
 

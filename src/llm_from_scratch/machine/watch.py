@@ -106,6 +106,7 @@ class Watch:
         except RuntimeError:
             text = self._lost_store() if self.rank else text
         self._ending.set()
+        self._kill_silent_siblings()
         seconds = LAST_WORDS if hangs else self.timeout
         # cleaning up may wait for a process that is gone
         threading.Thread(target=self._leave_after, args=(seconds,), daemon=True).start()

@@ -115,6 +115,12 @@ def test_processes_meet_in_a_store_that_an_earlier_start_has_used() -> None:
     assert processes.meet(HashStore(), 1, 2, 0.1)[1] == [0]
 
 
+def test_errors_of_gloo_are_failed_exchanges() -> None:
+    for text in ("[/gloo/transport/tcp/pair.cc:547] Connection reset", "Application timeout caused pair closure"):
+        assert processes.is_failed_exchange(RuntimeError(text))
+    assert not processes.is_failed_exchange(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
 def test_a_team_that_loses_a_process_ends_the_run_but_not_the_thread_that_saves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -298,6 +298,22 @@ sys.exit(main_nanogpt())
 """
 
 
+STOPPED = """
+import os, signal, sys
+from llm_from_scratch.cli.train import main_nanogpt
+from llm_from_scratch.training import muon
+
+computed, steps = muon.orthogonalized, []
+
+def stops(own):
+    steps.append(0)
+    if os.environ["RANK"] == "1" and len(steps) > 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return computed(own)
+
+muon.orthogonalized = stops
+sys.exit(main_nanogpt())
+"""
 PLAIN = "import sys\nfrom llm_from_scratch.cli.train import main_nanogpt\nsys.exit(main_nanogpt())\n"
 
 
@@ -322,6 +338,23 @@ def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: P
     in_ranks(2, whole_run, here, str(here), arguments(**{**SETTINGS, **settings, "out_dir": "whole"}))
     one, other = (load_checkpoint(find_checkpoint(name, "last")) for name in ("whole", "cut"))
     assert one.step == other.step == 8 and all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+
+
+@pytest.mark.slow
+def test_torchrun_does_not_wait_for_a_stopped_process(here: Path, tiny_data: Path) -> None:
+    """It would for 30 seconds. Rank 0 waits for a matrix that rank 1 computes."""
+    leaves = {"dataset": tiny_data, "out_dir": "run", "optimizer_type": "muon", "collective_timeout": 5.0}
+    process = _torchrun(script=STOPPED, **leaves)
+    begin, lines = 0.0, list[str]()
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("error: "):
+            begin = time.monotonic()
+    assert process.wait() == 1 and time.monotonic() - begin < 25, lines
+    assert re.search(
+        r"^error: rank 1 \(.*\) is stopped at step \d, .*, for \d+ s: resume", "".join(lines), re.MULTILINE
+    )
 
 
 SPENT = """
