@@ -1,6 +1,7 @@
 """Tokens per second of decoding: ours, nanoGPT, transformers, litgpt and llama.cpp, interleaved.
 
 python benchmarks/decoding.py [--cases=char-512,...] [--nanogpt=DIR] [--litgpt=PYTHON] [--rounds=7] [--threads=2]
+       [--no-variants]
 
 char-512      4 layers, 128 wide, block_size 512: 500 tokens, one sequence; nanoGPT's generate()
 char-64       the same with block_size 64: 5 samples of 500 tokens, exact beyond the context; nanoGPT's, 5 times
@@ -152,11 +153,10 @@ def one_stream(dtype: str, options: argparse.Namespace) -> dict[str, Run]:
     model, theirs = gpt2()
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
     tokens = 64
-    runs = {
-        "ours": ours(generator_of(model, 50257, dtype=kind), [prompt(16)], tokens, **GREEDY),
-        "ours, torch": ours(with_torch(generator_of(model, 50257, dtype=kind)), [prompt(16)], tokens, **GREEDY),
-        "transformers": timed(transformers_run(theirs.to(kind), prompt(16), tokens), tokens),
-    }
+    runs = {"ours": ours(generator_of(model, 50257, dtype=kind), [prompt(16)], tokens, **GREEDY)}
+    if options.variants:
+        runs["ours, torch"] = ours(with_torch(generator_of(model, 50257, dtype=kind)), [prompt(16)], tokens, **GREEDY)
+    runs["transformers"] = timed(transformers_run(theirs.to(kind), prompt(16), tokens), tokens)
     if dtype == "fp32" and options.litgpt is not None:
         job = {"prompt": prompt(16), "tokens": tokens, "threads": options.threads}
         runs["litgpt"] = in_process(options.litgpt, "litgpt_process", job)
@@ -221,9 +221,10 @@ def int8(options: argparse.Namespace) -> dict[str, Run]:
     model, _ = gpt2()
     tokens = 64
     runs = {"ours": ours(generator_of(model, 50257, quantize="int8"), [prompt(16)], tokens, **GREEDY)}
-    quantized = with_torch(generator_of(model, 50257, quantize="int8"))
-    runs["ours, torch"] = ours(quantized, [prompt(16)], tokens, **GREEDY)
-    runs["ours, fp32"] = ours(generator_of(model, 50257), [prompt(16)], tokens, **GREEDY)
+    if options.variants:
+        quantized = with_torch(generator_of(model, 50257, quantize="int8"))
+        runs["ours, torch"] = ours(quantized, [prompt(16)], tokens, **GREEDY)
+        runs["ours, fp32"] = ours(generator_of(model, 50257), [prompt(16)], tokens, **GREEDY)
     return runs | llama(model, "q8_0", options.threads)
 
 
@@ -323,6 +324,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(name for name in cases if name != "compile"))
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT; default: nanoGPT is skipped")
     parser.add_argument("--litgpt", type=Path, help="the Python of an environment with litgpt; default: it is skipped")
+    parser.add_argument("--no-variants", dest="variants", action="store_false", help="of ours: only the default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
