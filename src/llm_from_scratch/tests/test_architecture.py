@@ -163,7 +163,7 @@ def test_nothing_holds_on_to_a_leaf() -> None:
     assert [line for module, source in sources().items() for line in holding_imports(module, source)] == []
 
 
-def test_the_rest_stands_when_the_leaves_are_deleted(tmp_path: Path) -> None:
+def test_the_rest_works_if_optional_modules_are_deleted(tmp_path: Path) -> None:
     """All leaves deleted, every other module imports."""
     copy = tmp_path / NAME
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("tests", "__pycache__", "_presets"))
@@ -253,7 +253,7 @@ def test_nothing_derives_from_the_trainer_or_patches_torch() -> None:
             assert not [call for call in calls if ast.unparse(call.args[0]).startswith("torch")], module
 
 
-def test_forward_stays_the_equation() -> None:
+def test_forward_is_short() -> None:
     """Variants are chosen when the model is built: attention has at most 30 lines and 3 branches, the block none."""
     source = sources()["core.model"]
     attention = body_of(source, "CausalSelfAttention.forward")

@@ -203,7 +203,7 @@ def test_ranges(name: str, bad: list[Any], good: list[Any]) -> None:
         assert name in message and "\n" not in message
 
 
-def test_what_does_not_fit_together_is_refused() -> None:
+def test_mismatched_inputs_are_refused() -> None:
     with pytest.raises(UserError, match="n_embd=770 is not divisible by n_head=12; try n_head=11"):
         GPTConfig(n_embd=770).validate()
     with pytest.raises(UserError, match="n_embd=18 is not divisible by n_head=5; try n_head=3"):  # 6 heads are 3 wide

@@ -423,7 +423,7 @@ def missing_parts(guide: str, package: Path = PACKAGE, root: Path = ROOT) -> lis
     return found
 
 
-def test_the_guide_to_adding_a_part_names_what_exists(tmp_path: Path) -> None:
+def test_the_guide_to_adding_a_part_names_existing_files(tmp_path: Path) -> None:
     guide = ROOT / "CONTRIBUTING.md"
     if not guide.is_file():
         pytest.skip("not a checkout")

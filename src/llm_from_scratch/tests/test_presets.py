@@ -147,12 +147,12 @@ def test_a_section_must_be_the_settings_own() -> None:
     assert parse(EvalCommand, ["--options.split=train"], prog="test").tree.options.split == "train"
 
 
-def test_words_come_back_where_a_command_takes_no_presets() -> None:
+def test_words_are_returned_if_a_command_accepts_no_presets() -> None:
     parsed = parse(EvalCommand, ["text.txt", "--split=train", "more.txt"], prog="test", presets=False)
     assert parsed.positionals == ["text.txt", "more.txt"] and parsed.tree.options.split == "train"
 
 
-def test_defaults_of_a_command_lie_under_everything(here: Path) -> None:
+def test_everything_overrides_the_defaults_of_a_command(here: Path) -> None:
     defaults = {"bias": False, "batch_size": 7, "stop": ("a", "b"), "top_k": None}
     parsed = read(defaults=defaults)
     assert {name: flatten(parsed.tree)[name] for name in defaults} == defaults
@@ -305,7 +305,7 @@ def test_mistakes_in_python_presets(here: Path, text: str, words: str) -> None:
 # --- finding presets ---
 
 
-def test_bare_names_and_what_is_near_them(here: Path) -> None:
+def test_bare_names_and_similar_names(here: Path) -> None:
     assert find_preset("quick").name == "quick.yaml"
     assert settings("quick")["n_embd"] == 128
     assert find_preset("train_shakespeare_char").name == "train_shakespeare_char.py"
@@ -327,7 +327,7 @@ def test_a_text_in_place_of_a_preset(here: Path, text: str) -> None:
     assert refused(path) == f"{path} is not a preset (a YAML or Python file); to train on a text: llm-prepare '{path}'"
 
 
-def test_ones_own_presets_come_before_those_that_ship(here: Path) -> None:
+def test_the_users_presets_override_the_installed_ones(here: Path) -> None:
     (here / "configs").mkdir()
     write(here / "configs" / "quick.yaml", "batch_size: 77\n")
     write(here / "configs" / "mine.yaml", "batch_size: 78\n")
@@ -335,7 +335,7 @@ def test_ones_own_presets_come_before_those_that_ship(here: Path) -> None:
     assert "did you mean mine?" in refused("mime")
 
 
-def test_code_in_the_working_folder_runs_only_where_it_is_named(here: Path) -> None:
+def test_code_in_the_working_folder_runs_only_if_named(here: Path) -> None:
     """A bare name never picks up Python from where the user happens to stand."""
     (here / "config").mkdir()
     write(here / "config" / "surprise.py", "open('ran', 'w').close()\n")

@@ -87,7 +87,7 @@ def test_a_base_that_moved_together_with_the_run_is_found(runs: Path) -> None:
     assert load("elsewhere/run").step == 3
 
 
-def test_a_base_that_is_gone_or_changed_is_one_line(runs: Path, tiny_data: Path) -> None:
+def test_a_missing_or_changed_base_is_a_one_line_error(runs: Path, tiny_data: Path) -> None:
     step = find_checkpoint("run", "last")
     rewrite_base(step, path=str(runs / "nowhere"), near=None)
     with pytest.raises(UserError, match=r"is an adapter of .*nowhere, which does not exist: put it back there"):
@@ -148,7 +148,7 @@ def test_a_run_does_not_move_its_base_away(runs: Path, tiny_data: Path, init_fro
     assert sorted(runs.rglob("*")) == before
 
 
-def test_a_base_in_a_folder_within_out_dir_stays_there(runs: Path, tiny_data: Path) -> None:
+def test_a_base_within_out_dir_is_not_moved(runs: Path, tiny_data: Path) -> None:
     (runs / "new").mkdir()
     (runs / "base").rename(runs / "new" / "base")
     train(tiny_config(tiny_data, **LORA | {"init_from": "new/base", "out_dir": "new"}))

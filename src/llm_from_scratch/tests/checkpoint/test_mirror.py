@@ -60,7 +60,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_a_lost_folder_comes_back_to_the_bit(tmp_path: Path, kind: str) -> None:
+def test_a_lost_folder_is_restored_bit_for_bit(tmp_path: Path, kind: str) -> None:
     url, out = "memory" if kind == "memory" else f"file://{tmp_path}/store", tmp_path / "out"
     for step in (1, 2):
         save(out, step)
@@ -130,7 +130,7 @@ def test_wrong_bytes_in_the_store_are_not_used(tmp_path: Path) -> None:
     assert [step for step, _ in list_checkpoints(out)] == steps(url) == [1]
 
 
-def test_what_comes_back_different_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_reads_back_differently_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     read, wrong = Store.read, iter([True, False, True])
 
@@ -214,7 +214,7 @@ def test_runs_do_not_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("marker", ["step-00000009.complete", "step-00000001.complete"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"step": 1, "run_id": "a", "val_loss": 1, "manifest": "x"}'])
-def test_a_file_that_is_no_marker_is_passed_over(tmp_path: Path, marker: str, content: bytes) -> None:
+def test_files_that_are_not_markers_are_ignored(tmp_path: Path, marker: str, content: bytes) -> None:
     save(tmp_path / "out", 2)
     url = f"file://{tmp_path}/store"
     assert opened(url, tmp_path / "out").wait(10)
@@ -223,7 +223,7 @@ def test_a_file_that_is_no_marker_is_passed_over(tmp_path: Path, marker: str, co
 
 
 @pytest.mark.parametrize("url", ["s3:/bucket", "folder", "s3://key:secret@bucket/x", "://x"])
-def test_what_is_no_url_or_holds_a_key_is_refused(url: str) -> None:
+def test_invalid_urls_and_urls_with_keys_are_refused(url: str) -> None:
     with pytest.raises(UserError, match="is not a URL"):
         TrainingConfig(mirror=url).validate()
 

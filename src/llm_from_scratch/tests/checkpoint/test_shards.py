@@ -68,7 +68,7 @@ def elements_in(files: list[Path]) -> Counter[str]:
 
 @pytest.mark.parametrize("write", [write_cut, write_shared])
 @pytest.mark.parametrize(("shape", "size"), [(SMALL, 3), (MODERN, 4)])
-def test_every_tensor_is_written_once_and_comes_back(tmp_path: Path, write: Any, shape: GPTConfig, size: int) -> None:
+def test_every_tensor_is_written_once_and_restored(tmp_path: Path, write: Any, shape: GPTConfig, size: int) -> None:
     path = tmp_path / "step-00000007"
     assert write(tmp_path, 7, size, shape=shape) == [path] * size
     given, manifest = contents(7, shape), json.loads((path / "MANIFEST.json").read_text())
@@ -87,7 +87,7 @@ def test_every_tensor_is_written_once_and_comes_back(tmp_path: Path, write: Any,
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_tensors_on_disk_are_those_in_memory(tmp_path: Path, size: int) -> None:
+def test_tensors_on_disk_equal_memory(tmp_path: Path, size: int) -> None:
     write: Any = write_cut if size > 1 else lambda out, step, size, **more: [save(out, step, **more)]
     path: Path = write(tmp_path, 7, size, shape=SMALL)[0]
     got, given = cp.load_checkpoint(path, lazily=True), contents(7, SMALL)
@@ -148,7 +148,7 @@ def test_if_one_disk_fails_no_process_has_saved(tmp_path: Path, monkeypatch: pyt
     assert write_cut(tmp_path, 2, 3) == [tmp_path / "step-00000002"] * 3
 
 
-def test_each_process_reads_back_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_reads_its_files_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = hashed_folder.write_synced
 
     def lying(path: Path, pieces: Any) -> Any:
@@ -271,7 +271,7 @@ def save_sharded(folder: Path, shards: int) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "shards"), [(4, 4), (2, 2), (4, 2)])
-def test_what_fsdp_writes_is_read_without_it(tmp_path: Path, processes: int, shards: int) -> None:
+def test_an_fsdp_checkpoint_is_read_without_fsdp(tmp_path: Path, processes: int, shards: int) -> None:
     tensors = in_ranks(processes, save_sharded, tmp_path, tmp_path / "run", shards)[0]
     found = cp.load_checkpoint(tmp_path / "run" / "step-00000001")
     assert found.optimizer is not None

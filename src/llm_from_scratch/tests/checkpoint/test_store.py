@@ -101,7 +101,7 @@ def reseal(folder: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, MODERN], ids=["gpt2", "modern"])
-def test_everything_comes_back_to_the_bit(tmp_path: Path, config: GPTConfig) -> None:
+def test_everything_is_restored_bit_for_bit(tmp_path: Path, config: GPTConfig) -> None:
     tokenizer = Tokenizer.from_name("char", text="hello world")
     given = contents(250, config, tokenizer=tokenizer, val_loss=2.25, dataset_hash="ab")
     path = cp.save_checkpoint(tmp_path / "new" / "out", **given)
@@ -121,7 +121,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path, config: GPTConfig) -> 
     assert (got.manifest["val_loss"], got.manifest["run_id"], got.manifest["dataset_sha256"]) == (2.25, "run-a", "ab")
 
 
-def test_training_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_resumed_training_equals_uninterrupted_training(tmp_path: Path) -> None:
     def step(model: GPT, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         model(idx, idx)[1].backward()
@@ -166,7 +166,7 @@ def test_prefixes_of_compile_are_taken_off_and_other_types_kept(tmp_path: Path) 
     assert all(tensor.dtype == torch.bfloat16 for tensor in got.model.values())
 
 
-def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
     first = save(tmp_path, 1)
     for part, bad in (("model", float("nan")), ("optimizer", float("inf"))):
         given = contents(2)
@@ -273,7 +273,7 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_contents_that_lie_are_refused_though_every_hash_fits(tmp_path: Path, lie: str) -> None:
+def test_wrong_contents_are_refused_although_every_hash_matches(tmp_path: Path, lie: str) -> None:
     path = save(tmp_path, 7)
     change, message = LIES[lie]
     change(path)
@@ -343,7 +343,7 @@ def test_order_is_by_the_step_in_the_manifest(tmp_path: Path) -> None:
     ]
 
 
-def test_a_copy_under_another_step_is_no_newer(tmp_path: Path) -> None:
+def test_a_copy_under_another_step_is_not_newer(tmp_path: Path) -> None:
     save(tmp_path, 5)
     shutil.copytree(save(tmp_path, 4), tmp_path / "step-00000099")
     assert cp.find_checkpoint(tmp_path).name == "step-00000005"
@@ -415,7 +415,7 @@ def test_the_newest_good_one_is_used(
         assert capsys.readouterr().err == ""  # said once
 
 
-def test_where_none_is_good_nothing_starts_and_nothing_moves(tmp_path: Path) -> None:
+def test_without_a_good_checkpoint_nothing_starts_or_moves(tmp_path: Path) -> None:
     for step in (1, 2):
         damage(save(tmp_path, step) / "model.safetensors")
     before = sorted(os.listdir(tmp_path))
@@ -425,7 +425,7 @@ def test_where_none_is_good_nothing_starts_and_nothing_moves(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_another(tmp_path: Path) -> None:
+def test_a_requested_damaged_checkpoint_is_not_replaced_by_another(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     damage(path / "model.safetensors")
@@ -442,7 +442,7 @@ def test_a_damaged_best_gives_way_to_the_next_best(tmp_path: Path) -> None:
     assert load_any(tmp_path, "best", need_tokenizer=False).step == 3
 
 
-def test_a_checkpoint_removed_while_it_is_read_is_no_damage(
+def test_a_checkpoint_removed_during_a_read_is_not_reported_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1)
@@ -501,7 +501,9 @@ def test_nothing_is_removed_unless_the_newest_is_read_back(tmp_path: Path, monke
     assert steps(tmp_path) == [2, 3] and load_any(tmp_path, need_tokenizer=False).step == 2
 
 
-def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_pruned_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     reseal(tmp_path / "step-00000002", version=3)  # of a program to come
@@ -515,7 +517,7 @@ def test_what_cannot_be_pruned_does_not_fail_the_save(tmp_path: Path, monkeypatc
     assert save(tmp_path, 5, keep_last=1).exists()
 
 
-def test_a_file_or_a_link_in_a_checkpoints_place_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_file_or_link_with_a_checkpoints_name_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "step-00000001").write_text("a stranger's")
     (tmp_path / "step-00000002").symlink_to(tmp_path / "nowhere")
     for step in (1, 2):
@@ -589,7 +591,7 @@ def test_an_earlier_run_is_moved_aside_whole(tmp_path: Path) -> None:
     assert cp.archive_previous(tmp_path) is None
 
 
-def test_a_foreign_ckpt_pt_is_no_run_of_ours(tmp_path: Path) -> None:
+def test_a_foreign_ckpt_pt_is_not_a_run(tmp_path: Path) -> None:
     torch.save({"model": {}}, tmp_path / "ckpt.pt")
     assert cp.archive_previous(tmp_path) is None
     save(tmp_path, 1, run_id="../../x")
@@ -729,7 +731,7 @@ def test_a_failure_at_any_call_leaves_the_old_or_the_new_checkpoint(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names in a folder are synced on POSIX only")
-def test_everything_is_synced_before_what_relies_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_synced_before_its_dependents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     events: list[str] = []
     really_open, really_rename = os.open, os.rename
@@ -764,7 +766,7 @@ def test_everything_is_synced_before_what_relies_on_it(tmp_path: Path, monkeypat
     ]  # fmt: skip
 
 
-def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_on_a_disk_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def fsync(handle: int) -> None:

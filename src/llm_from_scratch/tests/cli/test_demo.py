@@ -127,7 +127,7 @@ def test_demo_passes_settings_through(commands: list, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("failing", ["prepare_data", "train", "generate"])
-def test_demo_stops_where_a_command_fails(commands: list, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_demo_stops_if_a_command_fails(commands: list, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     noted = demo.call
     monkeypatch.setattr(demo, "call", lambda command, *args: noted(command, *args) or 7 * (command == failing))
     assert demo.main([]) == 7

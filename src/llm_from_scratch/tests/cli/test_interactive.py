@@ -75,7 +75,7 @@ def test_several_lines_between_quotes(talk: Talk) -> None:
     assert [prompt for _, prompt, _ in asked] == ["one\ntwo\nthree", "/not a command"]
 
 
-def test_ctrl_c_drops_what_is_being_typed(talk: Talk) -> None:
+def test_ctrl_c_drops_the_typed_line(talk: Talk) -> None:
     asked, _ = talk(None, '"""one', None, "a")
     assert [prompt for _, prompt, _ in asked] == ["a"]
 
@@ -112,7 +112,7 @@ def test_a_mistake_changes_nothing(talk: Talk, line: str, message: str) -> None:
     assert f"error: {message}" in errors and "Traceback" not in errors
 
 
-def test_a_pipe_has_no_commands(talk: Talk) -> None:
+def test_commands_are_not_read_from_a_pipe(talk: Talk) -> None:
     assert [prompt for _, prompt, _ in talk("/help", '"""a', terminal=False)[0]] == ["/help", '"""a']
 
 

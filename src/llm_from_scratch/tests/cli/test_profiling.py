@@ -83,7 +83,7 @@ def test_kernels_and_the_time_between_them() -> None:
     assert ["matrix", "products", "53.3%", "0.040"] in lines and lines[-1] == ["nvjet_a", "53.3%", "0.040", "1"]
 
 
-def test_a_step_on_a_cpu_is_told_apart() -> None:
+def test_a_step_on_a_cpu_is_profiled_by_kind() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=4096, n_layer=2, n_head=2, n_embd=128))
     assert swap(model, {NextTokenLoss: ChunkedLoss}, print) == 1

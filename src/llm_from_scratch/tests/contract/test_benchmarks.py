@@ -61,7 +61,7 @@ def test_a_script_is_stopped_at_its_lines(contenders: Any, tmp_path: Path, every
         contender.close()
 
 
-def test_one_that_fails_says_why(contenders: Any, tmp_path: Path) -> None:
+def test_a_failed_contender_reports_its_error(contenders: Any, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("raise RuntimeError('no such thing')\n")
     contender = contenders.Contender("nanogpt", contenders.CASES["tiny"], tmp_path, 1, tmp_path, [])
     try:

@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, argument: str, message: str) -> N
     assert message in done.stderr
 
 
-def test_same_result_as_nanogpts_script_would_give(tmp_path: Path) -> None:
+def test_same_result_as_nanogpts_script(tmp_path: Path) -> None:
     """The settings dictionary that nanoGPT's train.py logs is collected by name after the overrides."""
     script = SCRIPT.replace("print(json.dumps(values))", "print(json.dumps({k: globals()[k] for k in names}))")
     done = run(tmp_path, "--batch_size=7", script=script)

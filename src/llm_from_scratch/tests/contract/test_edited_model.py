@@ -205,7 +205,7 @@ UNLOADABLE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNLOADABLE)
-def test_a_run_whose_first_state_could_not_be_saved_does_not_start(name: str, tmp_path: Path) -> None:
+def test_a_run_does_not_start_if_its_first_state_cannot_be_saved(name: str, tmp_path: Path) -> None:
     line, blamed = UNLOADABLE[name]
     with Copy(Edit({BLOCK: BLOCK + f"        {line}\n"}, "", None), tmp_path) as copy:
         said = copy.train(out_dir="run", code=2)

@@ -117,7 +117,7 @@ QUICK = ("finetune", "train_gpt2")  # nested and flat; one that starts from othe
         *(pytest.param("train", name, marks=() if name in QUICK else pytest.mark.slow) for name in PRESETS),
     ],
 )
-def test_the_defaults_shown_are_those_in_force(
+def test_the_defaults_shown_are_in_force(
     command: str, preset: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(command, [preset] if preset else [], capsys, monkeypatch)
@@ -217,7 +217,7 @@ def test_a_resumed_runs_defaults_are_its_settings(here: Path, capsys: pytest.Cap
     assert shown["max_iters"] == "1000"
 
 
-def test_what_is_typed_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_typed_setting_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert defaults(help_of(capsys, "train", "quick", "--n_layer=7", "-h"))["n_layer"] == "7"
 
 

@@ -90,7 +90,7 @@ def test_clean_deletes_caches_and_build_files_only(house: ModuleType, checkout: 
     assert left(checkout) == set(TRACKED + RAW + PRODUCTS + OTHERS)
 
 
-def test_clean_all_deletes_what_can_be_made_again(
+def test_clean_all_deletes_only_reproducible_files(
     house: ModuleType, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert house.main(["clean-all", "--yes"], checkout) == 0
@@ -116,7 +116,7 @@ def test_clean_all_asks(
     assert (left(checkout) != before) is deleted
 
 
-def test_clean_all_deletes_nothing_where_nobody_can_answer(checkout: Path) -> None:
+def test_clean_all_deletes_nothing_without_a_terminal(checkout: Path) -> None:
     (checkout / "scripts" / "housekeeping.py").write_bytes(SCRIPT.read_bytes())
     before = left(checkout)
     result = subprocess.run(
@@ -149,7 +149,7 @@ def test_clean_all_does_not_follow_links(house: ModuleType, checkout: Path, tmp_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")
-def test_clean_all_leaves_raw_texts_that_a_link_leads_to(house: ModuleType, checkout: Path) -> None:
+def test_clean_all_keeps_linked_raw_texts(house: ModuleType, checkout: Path) -> None:
     (checkout / "data" / "raw").rename(checkout / "data" / "processed" / "raw")
     (checkout / "data" / "raw").symlink_to(checkout / "data" / "processed" / "raw")
     assert house.main(["clean-all", "--yes"], checkout) == 0

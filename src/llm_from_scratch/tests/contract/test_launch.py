@@ -73,7 +73,7 @@ def test_the_image_copies_files_that_exist() -> None:
         assert sources and all((ROOT / source).exists() for source in sources)
 
 
-def test_the_image_leaves_data_and_runs_out() -> None:
+def test_the_image_excludes_data_and_runs() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert {"data/processed", "**/*.bin", "out*", ".venv"} <= set(ignored)
 

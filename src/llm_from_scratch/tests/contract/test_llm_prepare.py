@@ -168,7 +168,7 @@ def test_mistakes_are_one_line(
     ("workers", "moment"),
     [("0", "encoding"), *(pytest.param("2", moment, marks=pytest.mark.slow) for moment in ("starting", "encoding"))],
 )
-def test_ctrl_c_leaves_what_can_be_resumed(tmp_path: Path, workers: str, moment: str) -> None:
+def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path, workers: str, moment: str) -> None:
     gpt2_folder()
     (tmp_path / "long.txt").write_text(real_text()[:400_000] * 50, encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(SRC)}
@@ -277,6 +277,6 @@ def test_nanogpts_scripts_without_network(tmp_path: Path, name: str, message: st
 
 @pytest.mark.slow
 @in_checkout
-def test_openwebtext_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+def test_openwebtext_refuses_other_options(tmp_path: Path) -> None:
     done = script(uninstalled(tmp_path, "openwebtext"), tmp_path, "--workers=many")
     assert done.returncode == 2 and "expected nothing, or --workers=N" in done.stderr

@@ -132,7 +132,7 @@ def test_sigterm_lets_requests_end(out_dir):
     assert seen[-1] == "length" and len("".join(seen[:-1])) == 300
 
 
-def test_what_runs_too_long_ends_with_what_it_has(out_dir):
+def test_a_long_request_ends_with_the_text_so_far(out_dir):
     with running(f"--out_dir={out_dir}", "--drain_seconds=0.3", "--max_tokens=100000") as (process, url):
         with asking(url, 100_000) as seen:
             process.send_signal(signal.SIGTERM)
@@ -246,7 +246,7 @@ def test_other_commands_load_nothing_of_the_server():
     assert ended.stdout.strip() == "[]", ended.stderr
 
 
-def test_health_says_that_it_ends(out_dir):
+def test_health_reports_the_shutdown(out_dir):
     """A load balancer sees it: an open connection is still answered, with 503, while requests end."""
     with running(f"--out_dir={out_dir}", "--max_tokens=100000", "--drain_seconds=2") as (process, url):
         port = int(url.rpartition(":")[2])

@@ -59,7 +59,7 @@ def base_service(**options: Any) -> Service:
     return open_service(generator, settings, "base", None, "recompute", 0)
 
 
-def test_served_adapters_share_what_they_do_not_touch(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_served_adapters_share_unchanged_weights(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     service = served(base_service(adapters={"poet": "poet", "c": "coder"}), "base")
     try:
         assert [one.name for one in service.all] == ["base", "poet", "c"]
@@ -85,7 +85,7 @@ def test_served_adapters_share_what_they_do_not_touch(runs: Path, capsys: pytest
         ({"a b": "poet"}, "the name 'a b' may only contain"),
     ],
 )
-def test_what_cannot_be_served_is_refused(runs: Path, adapters: dict[str, str], message: str) -> None:
+def test_models_that_cannot_be_served_are_refused(runs: Path, adapters: dict[str, str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         service = base_service(adapters=adapters)
         try:

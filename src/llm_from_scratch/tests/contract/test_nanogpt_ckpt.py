@@ -151,7 +151,7 @@ def test_older_and_leaner_checkpoints(tmp_path: Path) -> None:
         load_any(write(tmp_path, given), need_tokenizer=False)
 
 
-def test_weights_only_leaves_the_optimizer_out(tmp_path: Path) -> None:
+def test_weights_only_excludes_the_optimizer(tmp_path: Path) -> None:
     given = nanogpt_dict()
     given["optimizer"] = "lost"
     path = write(tmp_path, given)
@@ -160,7 +160,7 @@ def test_weights_only_leaves_the_optimizer_out(tmp_path: Path) -> None:
         load_any(path, need_tokenizer=False)
 
 
-def test_own_checkpoints_come_before_a_ckpt_pt_beside_them(tmp_path: Path) -> None:
+def test_own_checkpoints_are_preferred_to_a_ckpt_pt(tmp_path: Path) -> None:
     got = load_any(write(tmp_path, nanogpt_dict()), need_tokenizer=False)
     with pytest.raises(UserError, match="is at step 2000, not 7"):
         load_any(tmp_path, 7, need_tokenizer=False)
@@ -301,7 +301,7 @@ CONTENT_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("lie", CONTENT_LIES)
-def test_contents_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
+def test_wrong_contents_are_refused(tmp_path: Path, lie: str) -> None:
     content = nanogpt_dict()
     edit, message = CONTENT_LIES[lie]
     edit(content)
@@ -413,7 +413,7 @@ def test_a_storage_has_the_bytes_that_it_claims(tmp_path: Path, case: str) -> No
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_we_write_is_what_nanogpt_expects(tmp_path: Path, bias: bool) -> None:
+def test_our_ckpt_pt_has_the_form_that_nanogpt_expects(tmp_path: Path, bias: bool) -> None:
     given = nanogpt_dict(bias)
     got = load_any(write(tmp_path, given), need_tokenizer=False)
     path = cp.write_nanogpt(tmp_path / "new" / "ckpt.pt", got)
@@ -467,7 +467,7 @@ def test_without_moments_nanogpt_starts_with_fresh_ones(tmp_path: Path, capsys: 
         ({"logit_softcap": 15.0}, "logit_softcap=15.0"),
     ],
 )
-def test_what_nanogpt_cannot_express_is_refused(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
+def test_models_that_nanogpt_cannot_express_are_refused(tmp_path: Path, fields: dict[str, Any], reason: str) -> None:
     config = GPTConfig(n_layer=L, n_head=H, n_embd=C, block_size=T, vocab_size=V, **fields)
     ckpt = cp.Checkpoint(None, 1, config, GPT(config).state_dict())
     with pytest.raises(UserError, match=re.escape(reason).replace("\\ ", " ")):
@@ -623,7 +623,7 @@ def losses(output: str) -> list[str]:
 @pytest.mark.slow
 @needs_nanogpt
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_writes_we_read_we_write_nanogpt_goes_on(
+def test_nanogpt_resumes_a_checkpoint_written_from_its_own(
     tmp_path: Path, nanogpt: Callable[..., str], monkeypatch: pytest.MonkeyPatch, bias: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)

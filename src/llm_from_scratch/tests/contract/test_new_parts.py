@@ -188,7 +188,7 @@ def test_a_part_is_added_in_few_files(part: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_of_them_train_resume_plan_sample_and_refuse_what_cannot_follow(tmp_path: Path) -> None:
+def test_all_edits_train_resume_plan_and_sample_or_are_refused_by_name(tmp_path: Path) -> None:
     copy = EditedCopy(tmp_path, [edit for _, edits in PARTS.values() for edit in edits])
     copy.run("cli.prepare_data", "counting")
     words = [f"--{name}={value}" for name, value in SETTINGS.items()] + ["--dataset=counting"]

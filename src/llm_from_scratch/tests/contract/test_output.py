@@ -90,7 +90,7 @@ def test_a_closed_output(name: str, place: Path, here: Path) -> None:
     assert run(words(name, place), ">&- 2>&-") == (2, [])
 
 
-def test_a_run_whose_terminal_is_closed_ends_with_129(place: Path, here: Path) -> None:
+def test_a_run_in_a_closed_terminal_ends_with_129(place: Path, here: Path) -> None:
     main, terminal = pty.openpty()
     errors = here / "errors.txt"
     long = {"max_iters": 10**6, "eval_interval": 10**6, "progress": "bar"}

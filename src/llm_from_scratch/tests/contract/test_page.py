@@ -30,7 +30,7 @@ from ..playground import (
 # --- completing ---
 
 
-def test_what_is_typed_is_completed_in_every_sample(browser, site):
+def test_the_typed_prompt_is_completed_in_every_sample(browser, site):
     visit(browser, site.url)
     browser.write("#prompt", START)
     browser.wait(lambda: browser.text("#count") == "6 tokens")
@@ -46,7 +46,7 @@ def test_what_is_typed_is_completed_in_every_sample(browser, site):
     assert browser.text("#status") == "Done: 36 tokens in 3 samples."
 
 
-def test_a_stream_is_shown_as_it_comes_and_stop_frees_its_slot(browser, site):
+def test_a_stream_is_shown_immediately_and_stop_frees_its_slot(browser, site):
     visit(browser, link(site, max_tokens=ENDLESS, temperature=1))
     browser.click("#generate")
     browser.wait(lambda: len(tokens(browser)) > 5)
@@ -375,7 +375,7 @@ def test_a_server_that_is_gone(browser):
 
 
 @pytest.mark.slow
-def test_the_key_is_asked_for(browser, site):
+def test_the_page_asks_for_the_key(browser, site):
     own = Served(Generator(memorised(), TOKENIZER), api_key="sesame")
     try:
         browser.open(link(own))

@@ -432,7 +432,7 @@ def test_every_reason_is_needed() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in ALL if c.reason], ids=str)
-def test_what_is_not_run_is_well_formed(command: Command) -> None:
+def test_commands_that_are_not_run_are_well_formed(command: Command) -> None:
     words = shlex.split(command.text, comments=True)
     while re.match(r"[A-Z_]+=", words[0]):
         words.pop(0)

@@ -190,7 +190,7 @@ def moved(venv: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [empty, broken_link, no_configuration, no_pip_at_all, moved])
-def test_wrapper_makes_a_broken_environment_anew(checkout: Checkout, damage: Callable[[Path], None]) -> None:
+def test_wrapper_replaces_a_broken_environment(checkout: Checkout, damage: Callable[[Path], None]) -> None:
     checkout.run("--bootstrap")
     damage(checkout.venv)
     checkout.calls()
@@ -212,7 +212,7 @@ def test_wrapper_does_not_clear_the_environment_behind_a_link(checkout: Checkout
 
 
 @pytest.mark.parametrize("lost", ["uv", "just"])
-def test_wrapper_mends_what_lacks_a_tool(checkout: Checkout, lost: str) -> None:
+def test_wrapper_installs_a_missing_tool(checkout: Checkout, lost: str) -> None:
     """Packages that were installed with care stay: neither a lost tool nor a lost pip costs the environment."""
     checkout.run("--bootstrap")
     for name in ("no-pip", "ensurepip-works"):
@@ -229,7 +229,7 @@ def test_wrapper_mends_what_lacks_a_tool(checkout: Checkout, lost: str) -> None:
     ("lacks", "words"),
     [("ensurepip", "apt install python3-venv"), ("version", "older than 3.10"), ("network", "check the network")],
 )
-def test_wrapper_says_what_is_missing(checkout: Checkout, lacks: str, words: str) -> None:
+def test_wrapper_names_the_missing_tool(checkout: Checkout, lacks: str, words: str) -> None:
     result = checkout.run("demo", STUB_LACKS=lacks)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
@@ -388,7 +388,7 @@ def test_then_the_cpu_index(
 
 
 @pytest.mark.parametrize("index_lists_it", [False, True])
-def test_else_the_default_with_a_warning_of_its_size(
+def test_without_a_choice_the_default_with_a_warning_of_its_size(
     install: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -425,7 +425,7 @@ def test_elsewhere_than_on_linux_the_default_is_small(
     assert uv_calls(tmp_path) == [REST]
 
 
-def test_what_is_installed_is_not_installed_again(install: ModuleType, tmp_path: Path) -> None:
+def test_installed_packages_are_not_installed_again(install: ModuleType, tmp_path: Path) -> None:
     assert install.main(["dev"]) == 0
     uv_calls(tmp_path)
     assert install.main(["dev"]) == 0 and install.main([]) == 0
@@ -548,7 +548,7 @@ def test_train_recipes_choose_a_preset(recipes: Recipes) -> None:
     assert quick.startswith("llm-train quick|--epochs=5|") and full.startswith("llm-train default|--epochs=20|")
 
 
-def test_files_are_named_from_where_the_user_stands(recipes: Recipes) -> None:
+def test_file_names_are_relative_to_the_users_directory(recipes: Recipes) -> None:
     below = recipes.root / "texts"
     below.mkdir()
     (below / "my book.txt").touch()
@@ -577,7 +577,7 @@ def test_files_are_named_from_where_the_user_stands(recipes: Recipes) -> None:
         ("notebook", ["scripts/install.py|notebook|", "-m|notebook|"]),
     ],
 )
-def test_recipes_install_what_they_need_first(recipes: Recipes, recipe: str, calls: list[str]) -> None:
+def test_recipes_first_install_their_packages(recipes: Recipes, recipe: str, calls: list[str]) -> None:
     result = recipes.run(recipe, "--max_iters=5")
     assert result.returncode == 0, result.stderr
     made = [line.removeprefix("python ") for line in recipes.calls() if line.startswith("python ")]

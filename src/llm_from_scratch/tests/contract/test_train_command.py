@@ -119,7 +119,7 @@ def test_a_python_preset_means_the_same_in_train_py_and_llm_train(
     assert "dataset 'openwebtext' not found" in capsys.readouterr().err
 
 
-def test_dry_run_tells_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(project)
     assert train.main([*arguments(dataset="tiny"), "--dry_run"]) == 0
     out = capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_dry_run_tells_and_writes_nothing(project: Path, capsys: pytest.CaptureF
     assert files(project) == before
 
 
-def test_the_length_is_said_once(
+def test_the_length_is_printed_once(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "forecast", lambda plan: None)  # it measures steps, which takes most of the time
@@ -275,7 +275,7 @@ def test_bench_without_data_names_no_dataset(here: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_bench_reads_data_where_there_is_some(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_reads_data_if_there_is_any(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--batch_size=2", "--block_size=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--dataset=tiny"]
     assert bench.main([*small, "--steps=1", "--burnin_steps=0", "--device=cpu"]) == 0
     out, errors = capsys.readouterr()

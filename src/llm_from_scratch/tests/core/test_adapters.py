@@ -80,7 +80,7 @@ def test_an_adapter_draws_no_random_numbers_of_training_and_depends_on_seed_and_
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_what_is_frozen_does_not_train_and_can_be_unfrozen() -> None:
+def test_frozen_parameters_do_not_train_and_can_be_unfrozen() -> None:
     model = GPT(small())
     freeze(model, FinetuneConfig(freeze=("lm_head", "h.0")))  # the head is tied to the token table
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}

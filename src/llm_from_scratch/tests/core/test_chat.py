@@ -75,7 +75,7 @@ def test_a_template_cannot_leave_its_sandbox(attack):
         ChatTemplate(attack).render([{"role": "user", "content": "{a.__class__}"}])
 
 
-def test_where_templates_are_found(tmp_path):
+def test_places_of_templates(tmp_path):
     def found(eot: str = "<eot>") -> ChatTemplate | None:
         return chat_in(tmp_path, eot, 9)[0]
 
@@ -97,7 +97,7 @@ def test_where_templates_are_found(tmp_path):
         found()
 
 
-def test_ends_are_those_of_the_folder(tmp_path):
+def test_ends_equal_the_folder(tmp_path):
     assert chat_in(tmp_path, "", 9) == (None, frozenset())
     HFTokenizer.train(["ab ba " * 50], 270).backend(special_is_text=False).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))  # as transformers, if alone

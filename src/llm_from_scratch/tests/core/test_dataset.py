@@ -40,7 +40,7 @@ def ascending(*lengths: int) -> TokenData:
 # --- token files ---
 
 
-def test_a_nanogpt_folder_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_a_nanogpt_folder_is_read_unchanged(tmp_path: Path) -> None:
     folder = write_data(tmp_path, train=[5, 1, 65535, 0], val=[7], tokenizer=None)
     data = TokenData.open(folder, "train")
     assert len(data) == 4 and data.windows(np.array([0, 1]), 3).tolist() == [[5, 1, 65535], [1, 65535, 0]]
@@ -49,7 +49,7 @@ def test_a_nanogpt_folder_is_read_as_it_stands(tmp_path: Path) -> None:
     assert len(TokenData.open(folder, "val")) == 1
 
 
-def test_uint32_where_the_manifest_says_so(tmp_path: Path) -> None:
+def test_uint32_as_stated_in_the_manifest(tmp_path: Path) -> None:
     ids = [70000, 1, 2**32 - 1]
     splits = {"train": {"tokens": 3, "shards": [{"file": "train.bin", "tokens": 3}]}}
     folder = write_data(tmp_path, train=ids, val=[1, 2], tokenizer=None, dtype="uint32", splits=splits)
@@ -127,7 +127,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, content: Any) -> None:
         TokenData.open(folder, "train")
 
 
-def test_a_manifest_of_bytes_that_are_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_text_is_refused(tmp_path: Path) -> None:
     folder = write_data(tmp_path, tokenizer=None)
     assert read_manifest(folder) is None
     (folder / "manifest.json").write_bytes(b"\xff\xfe\x00")
@@ -217,7 +217,7 @@ def test_shuffled_order_sees_each_window_once_an_epoch(tokens: int, block: int, 
     assert len(shifts) > 1 or order.last_start == 0  # epochs begin at different places
 
 
-def test_shuffled_order_is_shuffled_anew_each_epoch() -> None:
+def test_shuffled_order_differs_in_each_epoch() -> None:
     order = SampleOrder(10_000, 10, "shuffled", seed=1)
     first, second = (np.array(naive_epoch(order, 8, epoch)) // 10 for epoch in (0, 1))
     assert first.tolist() != sorted(first) and first.tolist() != second.tolist()
@@ -326,7 +326,7 @@ def test_tokens_on_the_device_give_the_same_batches(order: Any) -> None:
     assert told == ["data: the training tokens are kept on cpu (0 MiB; --data_on_device)"]
 
 
-def test_what_lies_on_the_device_is_not_read_again(tmp_path: Path) -> None:
+def test_tokens_on_the_device_are_not_read_again(tmp_path: Path) -> None:
     folder = write_data(tmp_path, train=list(range(19)) * 4, val=[1, 2], tokenizer=None)
     data = TokenData.open(folder, "train")
     batches = BatchLoader(data, SampleOrder(76, 8), 2, CPU, tokens=load_on_device(CPU, data, 19, True, print))
@@ -344,7 +344,7 @@ def test_an_id_outside_the_vocabulary_is_met_on_the_way_to_the_device() -> None:
         load_on_device(CPU, wide, None, True, print)
 
 
-def test_tokens_go_to_the_device_by_themselves_where_they_take_little_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_moved_to_the_device_if_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     data, free = ascending(1000), {"bytes": 40_000}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 1 << 40))
     made = []

@@ -42,7 +42,7 @@ def test_a_mixture_in_several_notations(text: str) -> None:
     assert is_dataset_name(text)
 
 
-def test_names_and_folders_are_no_mixtures() -> None:
+def test_names_and_folders_are_not_mixtures() -> None:
     for name in ("book", "data/a b", "C:\\data\\x", "s3://bucket/x", "a,b", "name:3", "a:b,c:d", ""):
         assert read_mixture(name) == []
     found = read_mixture("{book: {weight: 3, max_epochs: 4}, s3://b/code: 1}")

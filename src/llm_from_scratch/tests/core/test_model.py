@@ -192,7 +192,7 @@ def test_the_past_does_not_see_the_future(option: str) -> None:
 
 
 @every_option
-def test_loss_is_the_mean_cross_entropy_of_what_counts(option: str) -> None:
+def test_loss_is_the_mean_cross_entropy_of_learned_tokens(option: str) -> None:
     model, idx, targets = make(option), tokens(2, 16), tokens(2, 16, seed=1)
     targets[0, 3:9] = -1
     with torch.no_grad():
@@ -365,7 +365,7 @@ def test_rows_of_a_cache_can_be_selected_and_repeated(option: str) -> None:
         assert not alone.ragged and alone.end == 7
 
 
-def test_a_full_cache_says_so() -> None:
+def test_a_full_cache_is_an_error() -> None:
     model, cache = make(), KVCache(BASE, 1, max_len=4)
     with torch.no_grad():
         model(tokens(1, 3), cache=cache)

@@ -41,7 +41,7 @@ def make(**changes: Any) -> GPT:
     return model
 
 
-def test_runs_have_a_row_of_their_own_where_the_table_is_large_enough() -> None:
+def test_ngrams_have_their_own_rows_if_the_table_is_large_enough() -> None:
     config = GPTConfig(vocab_size=5, n_embd=8, n_head=1, max_ngram=3, ngram_rows=6**3)
     table = NGramEmbedding(config)
     runs = torch.cartesian_prod(*[torch.arange(5)] * 3)  # all of three tokens
@@ -75,7 +75,7 @@ def test_the_embedding_is_the_sum_over_the_rows() -> None:
     torch.testing.assert_close(table(idx).view(-1, 8), expected)
 
 
-def test_no_token_sees_what_follows_it() -> None:
+def test_no_token_sees_later_tokens() -> None:
     model, idx = make(), torch.randint(7, (1, 16), generator=torch.Generator().manual_seed(1))
     changed = idx.clone()
     changed[0, 9] = (changed[0, 9] + 1) % 7
@@ -213,7 +213,7 @@ def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> No
     assert set(rates) == {name for name, _ in model.named_parameters()}
 
 
-def test_long_ngrams_are_forgotten_where_a_pass_ends(tiny_data: Path, tmp_path: Path) -> None:
+def test_long_ngrams_are_reset_at_the_end_of_a_pass(tiny_data: Path, tmp_path: Path) -> None:
     """Weights and accumulators after the step that begins the second pass hold that step's rows alone."""
     settings: dict[str, Any] = {
         "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,

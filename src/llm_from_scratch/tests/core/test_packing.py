@@ -90,7 +90,7 @@ def test_every_token_of_a_text_is_predicted_once(block_size: int) -> None:
     assert data.learned.sum() == len(found)
 
 
-def test_only_what_is_marked_is_learned_and_long_conversations_are_cropped() -> None:
+def test_only_marked_tokens_are_learned_and_long_conversations_are_cropped() -> None:
     ids = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     b, n = BEGINS, LEARNED
     marks = [b, 0, n, n, b, 0, 0, n, b, b | n, 0]  # the third and the fourth have nothing to learn: n begins it
@@ -114,7 +114,7 @@ def test_a_row_weighs_as_many_tokens_as_it_teaches() -> None:
 
 @pytest.mark.parametrize("limit", [packing.IN_MEMORY, 0])
 @pytest.mark.parametrize("marks", [None, [BEGINS, LEARNED, LEARNED]])
-def test_a_batch_may_have_no_rows(marks: list[int] | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_may_be_empty(marks: list[int] | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an evaluation of fewer rows than processes."""
     monkeypatch.setattr(packing, "IN_MEMORY", limit)
     both, numbers, shares = packed([1, 2, END], 4, marks).batch(np.arange(0), 4, ALL)

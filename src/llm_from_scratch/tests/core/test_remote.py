@@ -55,7 +55,7 @@ def cached() -> list[Path]:
     return sorted(Path("data/cache/remote").glob("*/*.bin"))
 
 
-def test_a_dataset_in_a_store_is_the_one_on_the_disk(store: Path) -> None:
+def test_a_dataset_in_a_store_equals_the_dataset_on_disk(store: Path) -> None:
     local, far = TokenData.open(store, "train"), opened()
     starts = np.random.default_rng(0).integers(0, 1900, 50)
     assert (far.windows(starts, 90) == local.windows(starts, 90)).all() and far.group is None
@@ -99,7 +99,7 @@ def test_a_run_reads_the_same_from_a_store(store: Path) -> None:
     assert near == far
 
 
-def test_what_is_wrong_with_a_store_is_named(store: Path) -> None:
+def test_mistakes_in_a_store_are_named(store: Path) -> None:
     files = fsspec.filesystem("memory")
     with pytest.raises(UserError, match="memory://bucket/none does not have a manifest.json"):
         resolve_dataset("memory://bucket/none")

@@ -66,7 +66,7 @@ def test_descriptors_are_given_back(tmp_path: Path) -> None:
 # --- under a running job ---
 
 
-def test_a_file_that_is_cut_under_a_reader_is_named(tmp_path: Path, reading: None) -> None:
+def test_a_file_truncated_during_a_read_is_named(tmp_path: Path, reading: None) -> None:
     """A memory map would end the process here."""
     folder = write_data(tmp_path, train=IDS, tokenizer=None)
     data = TokenData.open(folder, "train")
@@ -80,7 +80,7 @@ def test_a_file_that_is_cut_under_a_reader_is_named(tmp_path: Path, reading: Non
         data.windows(np.array([0]), 9)
 
 
-def test_a_file_that_is_replaced_is_read_on_as_it_was(tmp_path: Path) -> None:
+def test_an_open_file_that_is_replaced_is_still_read(tmp_path: Path) -> None:
     folder = write_data(tmp_path / "a", train=IDS, tokenizer=None)
     data = TokenData.open(folder, "train")
     other = write_data(tmp_path / "b", train=[1, 2, 3], tokenizer=None)
@@ -100,7 +100,7 @@ def test_a_disk_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_bad_id_never_leaves_the_loader(tmp_path: Path, shards: int) -> None:
+def test_the_loader_returns_no_bad_id(tmp_path: Path, shards: int) -> None:
     folder = write_data(tmp_path, train=[*np.array_split(IDS, shards)], tokenizer=None)
     data = TokenData.open(folder, "train")
     loader = BatchLoader(data, SampleOrder(5000, 8, "shuffled"), 100, CPU, vocab_size=20)
@@ -179,7 +179,7 @@ def test_ids_of_the_wrong_width_are_explained(tmp_path: Path) -> None:
     assert "the ids near it are valid as uint16; convert the file to little-endian uint32" in refused(folder)
 
 
-def test_what_only_looks_odd_is_read(tmp_path: Path) -> None:
+def test_odd_but_valid_files_are_read(tmp_path: Path) -> None:
     """Ids below 256 in a text's order, newlines in every second place where a manifest says the dtype, all zeros."""
     folder = write_data(tmp_path / "a", train=np.frombuffer(b"plain ascii text " * 50, np.uint8), tokenizer=None)
     assert TokenData.open(folder, "train").check(8, 256) is None
@@ -200,7 +200,7 @@ def test_a_manifest_out_of_range_is_refused(tmp_path: Path, change: dict[str, An
     assert "manifest.json is damaged" in refused(folder)
 
 
-def test_a_manifest_that_is_no_file_does_not_block(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_a_file_does_not_block(tmp_path: Path) -> None:
     folder = write_data(tmp_path)
     os.mkfifo(folder / "manifest.json")
     assert "manifest.json is damaged" in refused(folder) and "is a FIFO" in refused(folder)
@@ -252,7 +252,7 @@ def test_a_scan_is_remembered_until_a_file_changes(tmp_path: Path, scanned: Call
         scanned()
 
 
-def test_what_is_remembered_is_the_largest_id(tmp_path: Path, scanned: Callable[[], int]) -> None:
+def test_the_largest_id_is_remembered(tmp_path: Path, scanned: Callable[[], int]) -> None:
     assert scanned() == 5000
     with pytest.raises(DataError, match="has id 19, outside the vocabulary of 19 ids"):
         TokenData.open(tmp_path, "train").check(8, 19)
@@ -273,13 +273,13 @@ def test_a_damaged_memory_means_another_scan(tmp_path: Path, scanned: Callable[[
         assert scanned() == 3000
 
 
-def test_where_nothing_can_be_written_every_start_scans(tmp_path: Path, scanned: Callable[[], int]) -> None:
+def test_without_a_writable_folder_every_start_scans(tmp_path: Path, scanned: Callable[[], int]) -> None:
     (tmp_path / CHECKED).mkdir()
     assert scanned() == scanned() == 5000
     assert [path.name for path in tmp_path.glob(f"{CHECKED}*")] == [CHECKED]
 
 
-def test_a_memory_that_lies_lets_no_bad_id_through(tmp_path: Path, scanned: Callable[[], int]) -> None:
+def test_a_wrong_memory_of_checks_lets_no_bad_id_through(tmp_path: Path, scanned: Callable[[], int]) -> None:
     scanned()
     shutil.copy(tmp_path / CHECKED, tmp_path / "copy")
     ids = np.append(IDS[3000:-1], 500)

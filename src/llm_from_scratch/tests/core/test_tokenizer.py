@@ -81,7 +81,7 @@ def test_char_is_a_lookup_of_every_character() -> None:
 
 
 @pytest.mark.parametrize("char", ["é", "\U0001f600", "a"])
-def test_char_names_what_it_does_not_know(char: str) -> None:
+def test_char_names_the_unknown_character(char: str) -> None:
     with pytest.raises(UserError, match=f"U\\+{ord(char):04X}"):
         CharTokenizer("bcd\u00ff").encode("b" + char)
 

@@ -156,7 +156,7 @@ def test_a_token_never_spans_prompt_and_answer() -> None:
     assert ids[~mask].tolist() == tokenizer.encode("ab").tolist() and tokenizer.decode(ids[mask]) == "cd"
 
 
-def test_what_ends_a_turn_is_found_in_the_template(tmp_path: Path) -> None:
+def test_the_end_of_a_turn_is_found_in_the_template(tmp_path: Path) -> None:
     from tokenizers import AddedToken
 
     backend = HFTokenizer.train(["ab ba " * 50], 300).backend(special_is_text=False)

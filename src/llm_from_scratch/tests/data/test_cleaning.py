@@ -412,7 +412,7 @@ def test_hashes_of_words(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (alone == runs).all()
 
 
-def test_what_cannot_be_cleaned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_cannot_be_cleaned(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     Path("c.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(UserError, match="conversations are not cleaned: remove --dedup"):

@@ -276,7 +276,7 @@ class Differing(FastTokenizer):
 
 
 @pytest.mark.parametrize("shard_size", [4000, 1 << 30])
-def test_an_encoder_that_differs_is_no_longer_used(
+def test_an_encoder_that_differs_is_not_used_again(
     here: Path, small: None, monkeypatch: pytest.MonkeyPatch, shard_size: int
 ) -> None:
     write_jsonl(here / "d.jsonl", stories(600))

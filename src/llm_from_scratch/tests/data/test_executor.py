@@ -271,7 +271,9 @@ def test_ray(texts: Path) -> None:
         ({"executor": "slurm", "slurm": "cpu"}, "expected NAME=VALUE"),
     ],
 )
-def test_what_cannot_run(texts: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_executors(
+    texts: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UserError, match=message):
         prepare(["*.jsonl"], tokenizer="gpt2", **settings)

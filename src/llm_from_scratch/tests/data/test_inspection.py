@@ -24,7 +24,7 @@ def report_of(folder: Path, **settings: Any) -> inspection.Inspection:
 
 
 @pytest.mark.parametrize("block", [7, pytest.param(1 << 20, marks=pytest.mark.slow)])
-def test_counts_are_those_of_the_tokens(here: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_equal_the_tokens(here: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the documents, decoded and counted the slow way."""
     monkeypatch.setattr(inspection, "BLOCK", block)
     text = real_text()

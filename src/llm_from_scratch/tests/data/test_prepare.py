@@ -191,7 +191,7 @@ def test_the_tokenizer_of_a_run(here: Path) -> None:
     assert "--init_from=my run/step-00000001" in shlex.split(told.lines[-1])
 
 
-def test_a_large_vocabulary_takes_32_bits(here: Path) -> None:
+def test_a_large_vocabulary_needs_32_bits(here: Path) -> None:
     chars = "".join(map(chr, [*range(32, 0xD800), *range(0x10000, 0x10000 + 20_000)]))
     (here / "wide.txt").write_text(chars, encoding="utf-8", newline="")
     folder = prepare(["wide.txt"], tokenizer="char")
@@ -276,7 +276,7 @@ def test_few_documents_leave_no_split_empty(here: Path, texts: list[str], fracti
     assert sorted(sum(got, [])) == sorted(texts) and min(map(len, got)) == 1
 
 
-def test_where_no_id_ends_a_document_a_line_break_does(here: Path) -> None:
+def test_without_an_end_of_text_id_a_line_break_ends_a_document(here: Path) -> None:
     (here / "f").mkdir()
     for name, text in (("1.txt", "one"), ("2.txt", "two\n"), ("3.txt", "three")):
         (here / "f" / name).write_text(text)
@@ -485,7 +485,7 @@ def test_a_large_cache_ends_with_the_run(here: Path, small: None, monkeypatch: p
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
-def test_a_killed_run_goes_on_where_it_was(here: Path) -> None:
+def test_a_killed_run_resumes_at_its_step(here: Path) -> None:
     write_jsonl(here / "d.jsonl", stories(2000))
     whole = prepare(["d.jsonl"], out_dir="whole", cache_dir=None, tokenizer="gpt2")
     code = (
@@ -745,7 +745,7 @@ def test_a_short_text_gets_a_small_vocabulary(here: Path) -> None:
     assert "override" not in told
 
 
-def test_the_next_command_names_the_folder_where_the_name_is_taken(here: Path) -> None:
+def test_the_next_command_names_the_folder_if_the_name_is_ambiguous(here: Path) -> None:
     (here / "a.txt").write_text("hello world " * 300)
     (here / "data/a").mkdir(parents=True)
     (here / "data/a/train.bin").write_bytes(b"\0\0")
@@ -791,7 +791,7 @@ def test_a_text_of_a_few_lines_gets_a_command_that_works(here: Path, text: str) 
         check(Config(data=DataConfig(dataset="three")))  # one error, of the shorter split
 
 
-def test_one_token_is_no_data(here: Path) -> None:
+def test_one_token_is_not_enough_data(here: Path) -> None:
     (here / "a.txt").write_text("hello")
     told = Told()
     prepare(["a.txt"], report=told)
@@ -808,7 +808,7 @@ def test_a_long_example_is_cut(here: Path) -> None:
     assert "0123456789" * 5 in example and example.endswith(" characters")
 
 
-def test_a_folder_of_other_files_says_how_to_read_them(here: Path) -> None:
+def test_the_error_for_a_folder_of_other_files_names_the_command(here: Path) -> None:
     folder = here / "my code" / "deep"
     folder.mkdir(parents=True)
     for name in ("a.py", "b.py", "c.pyc", "d.pyc", "e.pyc", ".f.py", "g.toml"):

@@ -268,7 +268,7 @@ LOST = (TimeoutError(), ConnectionError("reset"), ValueError("HTTP 503"), EOFErr
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.xz", "a.zip", "a.tgz", "a.tar", "a.parquet", "a.pdf"])
-def test_an_error_of_the_network_is_no_damage(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_error_is_not_reported_as_damage(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (module for suffix, module in NEEDED.items() if name.endswith(suffix)):
         pytest.importorskip(module)
     data, texts = samples()[name]
@@ -282,7 +282,7 @@ def test_an_error_of_the_network_is_no_damage(here: Path, name: str, monkeypatch
     assert "".join(piece for piece, _ in source.pieces()) == "".join(texts)
 
 
-def test_what_is_no_damage_is_not_skipped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_skipped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "a.zip").write_bytes(zipped({"a.txt": "text"}))
     (source,) = find("a.zip", bad_files="skip")
     failing = Lost((here / "a.zip").read_bytes())

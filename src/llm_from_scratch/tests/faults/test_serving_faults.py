@@ -19,7 +19,7 @@ def test_the_server_lives_through_it(tmp_path: Path) -> None:
         assert findings.figures[what]["served"] > 0 and not findings.figures[what]["leaked"]
 
 
-def test_a_leak_and_a_crash_would_be_seen(tmp_path: Path) -> None:
+def test_leaks_and_crashes_are_detected(tmp_path: Path) -> None:
     findings = serving.Findings()
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -152,7 +152,7 @@ def test_a_whole_step_is_compiled(option: str, kernel: Kernel, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_logits_are_those_of_the_record(quantize: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_equal_the_record(quantize: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     apart: list[float] = []
 
     def near(found: Tensor, expected: Tensor) -> bool:

@@ -255,7 +255,7 @@ def test_half_precision_is_near(dtype: torch.dtype, capsys: pytest.CaptureFixtur
     assert (2, BLOCK) in decoder.recorded.records and capsys.readouterr().err == "" and model.compute_dtype is None
 
 
-def test_int8_writes_nearly_what_float32_writes() -> None:
+def test_int8_text_is_close_to_float32_text() -> None:
     """The text is memorised, far from ties: the greedy continuation stays; log-probabilities move a little."""
     prompt = TOKENIZER.encode(TEXT[:12]).tolist()
     params = GenerationConfig(num_samples=1, max_new_tokens=10, temperature=0.0)

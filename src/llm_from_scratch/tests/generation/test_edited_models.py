@@ -351,7 +351,7 @@ def assert_equal_to_the_naive_path(model: GPT, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in RECORDED]
 )
-def test_an_edited_model_is_recorded_and_writes_what_it_wrote_without(
+def test_an_edited_model_is_recorded_and_generates_the_same_text(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = assert_equal_to_the_naive_path(RECORDED[name](), monkeypatch)
@@ -360,7 +360,7 @@ def test_an_edited_model_is_recorded_and_writes_what_it_wrote_without(
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_what_cannot_be_recorded_decodes_by_its_own_forward_and_says_why(
+def test_a_model_that_cannot_be_recorded_decodes_by_its_own_forward_with_a_reason(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make, reason = OWN[name]
@@ -379,7 +379,7 @@ def test_a_model_that_needs_whole_sequences_decodes_without_a_cache(
     assert not generator.decoder.cacheable
 
 
-def test_a_record_that_takes_the_window_for_the_text_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_that_confuses_window_and_text_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
     """Also if at first, in a full window, it is right: then it is compared again."""
     model = attending(LengthScaled)
     for first in (4, 7):
@@ -396,7 +396,7 @@ def test_a_record_that_takes_the_window_for_the_text_is_not_used(capsys: pytest.
         assert decoder.recorded.failure == "its record gives different logits" and found.isfinite().all()
 
 
-def test_inputs_may_lie_anywhere_in_memory() -> None:
+def test_inputs_may_be_anywhere_in_memory() -> None:
     """The newest tokens as a column of a table: a record's views count from the beginning of their memory."""
     model = with_blocks(GatedBlock, max_ngram=3, ngram_rows=512)
     decoder, cache, table = Decoder(model), KVCache(model.config, 3), torch.randint(V, (3, 9))
@@ -445,7 +445,7 @@ AFTER: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in AFTER_BY_DEFAULT else pytest.mark.slow) for name in AFTER]
 )
-def test_what_mixes_tokens_after_the_last_attention_is_seen_when_the_window_slides(name: str, width: int) -> None:
+def test_mixing_after_the_last_attention_is_detected_when_the_window_slides(name: str, width: int) -> None:
     model = model_of(n_embd=width) if width == 64 else model_of(n_embd=width, n_head=2)
     model.transformer.ln_f = After(AFTER[name])
     model = vivid(model)

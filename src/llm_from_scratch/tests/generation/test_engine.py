@@ -78,7 +78,7 @@ def engine(writer: Generator) -> Iterator[Engine]:
 @pytest.mark.parametrize(
     ("option", "count"), [("modern", 12), *(pytest.param(o, 64, marks=pytest.mark.slow) for o in OPTIONS)]
 )
-def test_many_requests_at_once_get_what_each_gets_alone(option: str, count: int) -> None:
+def test_many_requests_together_equal_each_alone(option: str, count: int) -> None:
     generator = Generator(memorised(option), TOKENIZER)
     prompts = ragged_prompts(count, 2 * BLOCK, seed=3)
     engine = Engine(generator)
@@ -94,7 +94,7 @@ def test_many_requests_at_once_get_what_each_gets_alone(option: str, count: int)
     ("overflow", "count"),
     [("recompute", 9), *(pytest.param(o, 40, marks=pytest.mark.slow) for o in ("recompute", "drop_half"))],
 )
-def test_requests_of_every_kind_come_and_go(
+def test_requests_of_every_kind_join_and_leave(
     overflow: Any, count: int, writer: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other lengths, samplers, seeds and numbers of samples; more of them than slots; prompts read in small parts."""
@@ -128,7 +128,7 @@ def test_requests_of_every_kind_come_and_go(
     engine.close()
 
 
-def test_a_seed_gives_the_same_beside_other_company(engine: Engine) -> None:
+def test_a_seed_gives_the_same_text_next_to_other_requests(engine: Engine) -> None:
     request = Request(ragged_prompts(1, 9)[0], WILD, seed=11)
     alone = Call(engine, request).wait().ids()
     others = [Call(engine, Request(p, WILD, seed=k)) for k, p in enumerate(ragged_prompts(20, BLOCK, seed=6))]
@@ -202,7 +202,7 @@ def test_log_probabilities_are_the_models_own(engine: Engine, writer: Generator)
     assert all(t.logprob is None for t in Call(engine, Request(prompt, params)).wait().tokens())
 
 
-def test_a_prompt_longer_than_the_context_tells_what_lies_in_it(engine: Engine) -> None:
+def test_a_long_prompt_has_logprobs_within_the_context(engine: Engine) -> None:
     prompt = TOKENIZER.encode(TEXT[: BLOCK + 6]).tolist()
     call = Call(engine, Request(prompt, dataclasses.replace(GREEDY, max_new_tokens=1), prompt_logprobs=True)).wait()
     told = call.updates[0].prompt
@@ -210,7 +210,7 @@ def test_a_prompt_longer_than_the_context_tells_what_lies_in_it(engine: Engine) 
     assert [token.logprob is None for token in told] == [True] * 7 + [False] * (BLOCK - 1)
 
 
-def test_a_stop_token_ends_a_sample_and_is_no_part_of_it(engine: Engine) -> None:
+def test_a_stop_token_ends_a_sample_and_is_left_out(engine: Engine) -> None:
     prompt = TOKENIZER.encode(TEXT[:5]).tolist()
     free = Call(engine, Request(prompt, GREEDY)).wait().ids()
     at = next(i for i in range(5, len(free)) if free[i] not in free[:i])
@@ -224,7 +224,7 @@ def test_logit_bias_of_a_request_is_added(engine: Engine) -> None:
     assert set(call.ids()) == {9}
 
 
-def test_a_cancelled_request_frees_its_slot_and_says_no_more(engine: Engine) -> None:
+def test_a_cancelled_request_frees_its_slot_and_sends_nothing_more(engine: Engine) -> None:
     endless = dataclasses.replace(GREEDY, max_new_tokens=10**6, num_samples=64)
     call = Call(engine, Request([1], endless))
     assert call.begun.wait(PATIENCE)
@@ -253,7 +253,7 @@ def test_bad_requests_are_refused_at_once(engine: Engine) -> None:
             engine.submit(request, lambda update: None)
 
 
-def test_a_step_that_fails_is_told_to_everyone(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_is_reported_to_all_requests(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(writer)
     endless = dataclasses.replace(GREEDY, max_new_tokens=10**6)
     calls = [Call(engine, Request([k + 1], endless)) for k in range(3)]
@@ -272,7 +272,7 @@ def test_a_step_that_fails_is_told_to_everyone(writer: Generator, monkeypatch: p
     assert engine.stats().running == 0
 
 
-def test_closing_tells_those_that_are_left(writer: Generator) -> None:
+def test_closing_reports_to_the_remaining_requests(writer: Generator) -> None:
     engine = Engine(writer, slots=1)
     endless = dataclasses.replace(GREEDY, max_new_tokens=10**6)
     calls = [Call(engine, Request([1], endless)), Call(engine, Request([2], endless))]
@@ -293,7 +293,7 @@ def test_equal_lengths_that_fill_their_windows_together(writer: Generator) -> No
     assert [sample.finish_reason for sample in expected] == ["stop", "length", "length"]
 
 
-def test_large_settings_beside_small_ones(engine: Engine) -> None:
+def test_large_settings_with_small_ones(engine: Engine) -> None:
     """A top_k beyond every integer of the device, and the most extreme temperature."""
     calls = [
         Call(engine, Request([1, 2, 3], dataclasses.replace(WILD, top_k=2**70), seed=3)),
@@ -318,7 +318,9 @@ def test_a_receiver_that_fails_loses_its_own_request_alone(engine: Engine, capsy
 
 
 @pytest.mark.parametrize("where", ["decoder", "keep"])
-def test_whatever_fails_everyone_is_told(where: str, writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_failure_is_reported_to_all_requests(
+    where: str, writer: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also those that are just being taken from the queue, and those that end in the step that fails."""
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -337,7 +339,9 @@ def test_whatever_fails_everyone_is_told(where: str, writer: Generator, monkeypa
     assert sum(update.done for call in calls for update in call.updates) == 3
 
 
-def test_a_cancelled_prompts_tokens_are_not_told_to_another(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_cancelled_prompt_reach_no_other_request(
+    writer: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batcher, "CHUNK", 2)
     engine, begun, goes_on = Engine(writer), threading.Event(), threading.Event()
     step = Prefill.step
@@ -378,7 +382,7 @@ def test_numbers_that_go_wrong_midway_fail_that_request_alone() -> None:
     engine.close()
 
 
-def test_an_id_that_stands_for_nothing_is_refused() -> None:
+def test_an_id_without_a_token_is_refused() -> None:
     ranks = {bytes([i]): i for i in range(256)}
     gappy = TiktokenTokenizer("cl100k_base", ranks, r"\w+|\W+", {"<|endoftext|>": 260})
     model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=1, n_embd=8))

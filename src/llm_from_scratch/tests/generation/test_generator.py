@@ -183,7 +183,7 @@ def test_a_character_comes_out_with_its_last_byte():
     assert stream_of("€".encode()[:2])[0] == ["", "", "\ufffd"]
 
 
-def test_what_may_become_a_stop_text_is_held_back():
+def test_a_possible_stop_text_is_held_back():
     pieces, stream = stream_of(b"one <en <end> two", ("<end>", "<stop>"))
     assert "".join(pieces) == stream.text == "one <en " and stream.stopped
     assert pieces[4:9] == ["", "", "", "<en ", ""]  # "<en" might have been the beginning

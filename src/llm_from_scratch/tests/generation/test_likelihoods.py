@@ -67,7 +67,7 @@ def questions(seed: int = 0) -> list[tuple[Ids, Ids]]:
     "shape", [pytest.param(name, marks=() if name == "rope, grouped heads" else pytest.mark.slow) for name in SHAPES]
 )
 @torch.no_grad()
-def test_scores_are_those_of_whole_sequences(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_equal_whole_sequences(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, pairs = make(**SHAPES[shape]), questions()
     with torch.no_grad():  # some continuations are what the model finds most likely
         for i in range(0, len(pairs), 3):

@@ -143,7 +143,7 @@ def test_select_carries_streams_and_counts_along():
     assert first[2] + rest[0] == whole[2] and first[1] + rest[1] == whole[1]
 
 
-def test_penalties_see_the_prompt_only_where_they_should():
+def test_which_penalties_count_the_prompt():
     logits = torch.tensor([[1.0, 0.9, 0.0]])
     # repetition: token 0 stands in the prompt, so 1 / 2 < 0.9
     params = GenerationConfig(temperature=0.0, repetition_penalty=2.0)
@@ -196,7 +196,7 @@ KINDS = [
 ]
 
 
-def test_rows_of_every_kind_draw_what_each_draws_alone():
+def test_rows_of_every_kind_draw_the_same_as_alone():
     prompts, seeds = [[k, k + 1] for k in range(8)], list(range(20, 28))
     logits = 2 * torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
     alone = [run(Sampler(p, [prompts[k]], [seeds[k]], 60, CPU), logits[k, None], 300)[0] for k, p in enumerate(KINDS)]

@@ -64,7 +64,7 @@ CASES += [pytest.param(o, name, 6, marks=pytest.mark.slow) for o in ("recompute"
 
 
 @pytest.mark.parametrize(("overflow", "name", "prompts"), CASES)
-def test_the_text_is_the_one_without_proposals(name: str, overflow: Any, prompts: int) -> None:
+def test_the_text_equals_decoding_without_proposals(name: str, overflow: Any, prompts: int) -> None:
     """Greedy and drawn, with penalties, past block_size, whole and streamed, text after text with the same draft."""
     plain, fast = (Generator(memorised("gpt2"), TOKENIZER) for _ in range(2))
     fast.draft = DRAFTS[name]()

@@ -51,7 +51,7 @@ def by_hand(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products_are_those_of_float64(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_products_equal_float64(kernel: Kernel, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for here in levels(kernel):
         for rows, outputs in ((1, 1), (1, 70), (2, 5), (3, 16), (5, 131), (65, 7)):
@@ -180,7 +180,7 @@ def script(path: Path, text: str) -> str:
         ("while [ $1 != -o ]; do shift; done; echo no library > $2", "file too short"),
     ],
 )
-def test_what_fails_is_one_line(
+def test_failures_are_one_line(
     compiler: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", script(tmp_path / "cc", compiler) if compiler else str(tmp_path / "none"))

@@ -125,7 +125,7 @@ def test_attention_drops_whole_weights_and_keeps_the_mean() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.999])
-def test_masks_drop_the_share_that_they_are_told_to(p: float) -> None:
+def test_masks_drop_the_given_fraction(p: float) -> None:
     torch.manual_seed(0)
     mask, scale = kernels.keep_mask(torch.Size((1000, 1003)), p, torch.bfloat16)
     kept = 1 - round(p * 65536) / 65536

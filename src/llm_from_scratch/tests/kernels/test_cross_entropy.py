@@ -56,7 +56,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
 )
-def test_loss_and_gradients_are_those_of_the_whole_logits(
+def test_loss_and_gradients_equal_the_whole_logits(
     softcap: float, piece: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     x, weight, targets = inputs(dtype, torch.promote_types(dtype, torch.float32))
@@ -113,7 +113,7 @@ def test_without_a_target_the_loss_is_nan_and_teaches_nothing() -> None:
     assert loss.isnan() and not x.grad.any() and not weight.grad.any()  # type: ignore[union-attr]
 
 
-def test_only_what_is_wanted_has_a_gradient() -> None:
+def test_only_requested_inputs_have_a_gradient() -> None:
     x, weight, targets = inputs(torch.float32)
     linear_cross_entropy(x.detach(), weight, targets).backward()
     assert x.grad is None and weight.grad is not None

@@ -70,7 +70,7 @@ def test_the_modules_own_mode_and_rate_decide(kernel: Kernel, module: Any) -> No
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_so(level: Kernel, value: float) -> None:
+def test_infinities_and_nans_are_kept(level: Kernel, value: float) -> None:
     x = torch.randn(4, 32)
     x[0, 3] = value
     for a, b in zip(drawn(CPUDropout(0.5), x), drawn(CompiledDropout(0.5), x), strict=True):

@@ -37,7 +37,7 @@ def with_blocks(numbers: Tensor) -> Documents:
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=["own keys", "grouped"])
-def test_attention_and_its_gradients_are_those_of_each_document_alone(heads: tuple[int, int]) -> None:
+def test_attention_and_its_gradients_equal_each_document_alone(heads: tuple[int, int]) -> None:
     rows = [1, 2, 130, 3, 160, 4], [300], [128, 128, 44]
     numbers, (H, G), T = numbers_of(*rows), heads, 300
     attend, generator = document_attention()(0.0), torch.Generator().manual_seed(0)
@@ -107,7 +107,7 @@ def test_a_model_computes_the_same_compiled_too_and_is_compiled_once() -> None:
     torch.testing.assert_close(plain, expected[0], rtol=1e-5, atol=1e-6)
 
 
-def test_another_formula_stays_and_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_formula_is_kept_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def capped(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         scores = 2 * torch.tanh(q @ k.transpose(-2, -1) / 2)
         hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else ~mask

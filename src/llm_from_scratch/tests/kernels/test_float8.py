@@ -52,7 +52,7 @@ def product(N: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Li
 
 
 @needs_float8
-def test_products_and_gradients_are_those_of_the_rounded_operands() -> None:
+def test_products_and_gradients_equal_the_rounded_operands() -> None:
     x, layer, dy = product()
     y = layer(x)
     y.backward(dy)
@@ -83,7 +83,7 @@ def test_it_is_a_few_percent_from_the_exact_product() -> None:
 
 @needs_float8
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_is_seen(bad: float) -> None:
+def test_numbers_that_are_not_finite_are_detected(bad: float) -> None:
     x, layer, dy = product()
     with torch.no_grad():
         x[0, 0, 0] = bad
@@ -102,7 +102,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("case", ["rows", "no gradients"])
-def test_what_cannot_or_need_not_be_in_float8_is_as_before(case: str) -> None:
+def test_layers_without_float8_do_not_change(case: str) -> None:
     x, layer, _ = product(N=30 if case == "rows" else 32)
     with torch.set_grad_enabled(case == "rows"):
         torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
@@ -185,7 +185,7 @@ def test_wrap_announces_it_and_activations_may_be_recomputed_around_it(
     torch.testing.assert_close(wrapped.lm_head.weight.grad, alone.lm_head.weight.grad)
 
 
-def test_what_does_not_have_it_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--fp8=True needs a CUDA device of compute capability 8\.9"):
         fp8.refuse_unfit(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))

@@ -60,7 +60,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_activations_are_those_of_float64(level: Kernel, name: str) -> None:
+def test_activations_equal_float64(level: Kernel, name: str) -> None:
     torch.manual_seed(0)
     inputs = [torch.cat((torch.linspace(-12, 12, 20_000), torch.randn(20_000))).view(-1, 32) for _ in range(2)]
     inputs[1] = inputs[1].flip(0)
@@ -68,7 +68,7 @@ def test_activations_are_those_of_float64(level: Kernel, name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 11, 48), (100, 384), (2100, 16)])
-def test_norms_are_those_of_float64(level: Kernel, shape: tuple[int, ...]) -> None:
+def test_norms_equal_float64(level: Kernel, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = RMSNorm(shape[-1])
     nn.init.normal_(module.weight)
@@ -118,7 +118,7 @@ def test_positions_are_rotated_as_in_float64(level: Kernel, shape: tuple[int, in
 
 
 @pytest.mark.parametrize(("scale", "libraries"), [(1.0, "ttt"), (60.0, "ttt"), (1.0, "ott")])
-def test_losses_of_a_large_vocabulary_are_those_of_float64(
+def test_losses_of_a_large_vocabulary_equal_float64(
     level: Kernel, scale: float, libraries: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "o" in libraries and not has_onednn():
@@ -182,7 +182,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[..., Tensor]
 
 @pytest.mark.parametrize("value", slow_except([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, -100.0], torch.nan, 1e30))
 @pytest.mark.parametrize("name", list(BROKEN))
-def test_what_is_not_finite_in_torch_is_not_finite(level: Kernel, name: str, value: float) -> None:
+def test_numbers_not_finite_in_torch_are_not_finite(level: Kernel, name: str, value: float) -> None:
     """A number, then a row of numbers; the products of two large ones exceed float32."""
     make, call, shapes = BROKEN[name]
     in_c = layers.CompiledLoss() if name == "loss" else as_compiled(make())
@@ -204,7 +204,7 @@ def test_what_is_not_finite_in_torch_is_not_finite(level: Kernel, name: str, val
                     torch.testing.assert_close(b[a.isfinite()], a[a.isfinite()], atol=1e-6, rtol=1e-5)
 
 
-def test_large_scores_are_those_of_float64(level: Kernel) -> None:
+def test_large_scores_equal_float64(level: Kernel) -> None:
     """Their rounding errors exceed the largest exponent; the attention chooses one token."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 40, 32).unbind()
@@ -259,7 +259,7 @@ def test_threads_do_not_change_a_result(level: Kernel) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_what_the_code_does_not_fit_is_torchs(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_cases_use_torch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "load_kernel", lambda: pytest.fail("used"))
     odd, whole = torch.randn(3, 20), torch.randn(3, 32)
     for x in (odd, whole.double(), whole.bfloat16(), whole.repeat(1, 2)[:, ::2]):
@@ -345,9 +345,7 @@ EDITS: dict[str, tuple[Any, Callable[..., Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("edit", list(EDITS))
-def test_an_edited_layer_is_used_and_one_line_says_so(
-    allowed: None, edit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_edited_layer_is_used_and_reported(allowed: None, edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls, forward = EDITS[edit]
     monkeypatch.setattr(cls, "forward", forward)
     torch.manual_seed(0)

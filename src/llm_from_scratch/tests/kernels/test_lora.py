@@ -37,7 +37,7 @@ def moved(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize("targets", ["transformer.h", "c_attn", "mlp"])
-def test_an_adapter_changes_nothing_at_first_and_later_what_its_merged_weights_change(targets: str) -> None:
+def test_an_adapter_starts_without_effect_and_later_equals_its_merged_weights(targets: str) -> None:
     torch.manual_seed(0)
     model = GPT(CONFIG)
     plain = {name: t.clone() for name, t in model.state_dict().items()}

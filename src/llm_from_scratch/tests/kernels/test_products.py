@@ -36,9 +36,7 @@ def openblas(kernel: Any) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("libraries", ["ooo", "ott", "tot", "tto", "bbb", "btb"])
-def test_products_and_gradients_are_those_of_float64(
-    libraries: str, bias: bool, request: pytest.FixtureRequest
-) -> None:
+def test_products_and_gradients_equal_float64(libraries: str, bias: bool, request: pytest.FixtureRequest) -> None:
     if "b" in libraries:
         request.getfixturevalue("openblas")
     torch.manual_seed(0)

@@ -88,14 +88,14 @@ def saved_by(model: GPT, index: int = 0) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "relu2"])
-def test_what_a_block_keeps_is_counted(variant: str, dtype: str) -> None:
+def test_the_stored_tensors_of_a_block_are_counted(variant: str, dtype: str) -> None:
     model, _ = build(variant, dtype, activation_budget=None)
     kept, out = kept_by_a_block(model, runtime(dtype), BATCH)
     assert out == BATCH * 16 * 32 * (4 if dtype == "float32" else 2)
     assert kept == saved_by(model)
 
 
-def test_the_cheap_way_keeps_what_the_products_give_and_no_more() -> None:
+def test_cheap_recomputation_stores_only_the_products() -> None:
     model, _ = build("gpt2", activation_budget=None)
     recompute_cheap(model, print)
     tokens, width = BATCH * 16, 32
@@ -150,7 +150,7 @@ def test_the_cheap_way_does_no_product_twice(variant: str, monkeypatch: pytest.M
     assert counts[0] == counts[1] < counts[2]
 
 
-def test_what_two_layers_share_is_recomputed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_value_shared_by_two_layers_is_recomputed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     model, _ = build("llama")
     made, again = list[int](), activations.Made.again

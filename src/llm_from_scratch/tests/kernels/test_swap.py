@@ -86,7 +86,7 @@ EDITS |= {"window": ("Attention", "forward", windowed_attention), "late": ("Next
 
 
 @pytest.mark.parametrize("edit", list(EDITS))
-def test_an_edited_module_is_used_and_one_line_says_so(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_module_is_used_and_reported(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     before = logits_and_gradients(model())
     where, name, new = EDITS[edit]
@@ -146,7 +146,7 @@ def test_a_late_loss_counts_with_a_large_vocabulary(monkeypatch: pytest.MonkeyPa
     assert len(said) == 1 and "returns a different result" in said[0]
 
 
-def test_without_an_edit_everything_is_exchanged_and_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_edit_everything_is_exchanged_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
     plain = model(dropout=0.1).eval()
     names, classes = list(plain.state_dict()), [type(m) for m in plain.modules()]
@@ -162,7 +162,7 @@ def test_without_an_edit_everything_is_exchanged_and_nothing_is_said(monkeypatch
     assert [type(m) for m in trained.modules()] == classes
 
 
-def test_no_random_number_is_drawn_and_the_mode_stays() -> None:
+def test_random_state_and_mode_do_not_change() -> None:
     one = model(dropout=0.3).train()
     torch.manual_seed(7)
     before = torch.get_rng_state()

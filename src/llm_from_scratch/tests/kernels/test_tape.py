@@ -116,7 +116,7 @@ def test_gradients_are_added_and_scaled_by_autograd(kernel: Kernel) -> None:
         torch.autograd.grad(model(*given)[1], list(model.parameters()), create_graph=True)
 
 
-def test_wrong_input_and_numbers_are_those_of_the_model(kernel: Kernel) -> None:
+def test_wrong_input_and_numbers_match_the_model(kernel: Kernel) -> None:
     model, (ids, targets) = recorded(make()), batch()
     assert runs_in_c(model, ids, targets)
     for wrong in (-1, 31):
@@ -133,7 +133,7 @@ def test_wrong_input_and_numbers_are_those_of_the_model(kernel: Kernel) -> None:
     assert found[0].isnan() and all(g.isnan().any() for g in found[1:])
 
 
-def test_what_is_not_a_training_step_is_the_models(kernel: Kernel) -> None:
+def test_other_passes_use_the_models_own_forward(kernel: Kernel) -> None:
     model, (ids, targets) = recorded(make()), batch()
     plain = copy.deepcopy(model)
     unswap(plain)
@@ -401,7 +401,7 @@ def test_an_edited_block_is_left_to_the_model(block: type[Block], monkeypatch: p
     assert not runs_in_c(model)
 
 
-def test_the_comparison_shows_what_operations_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_detects_edits_beyond_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a model whose gradients are 0 too."""
     monkeypatch.setattr(models, "Block", OtherBranch)
     monkeypatch.setattr(purity, "HIDING", [])  # as if torch had another name for it
@@ -432,7 +432,7 @@ def on_ids(self: GPT, idx: Tensor, targets: Tensor | None = None, *rest: Any) ->
 own_forward = GPT.forward
 
 
-def test_ids_and_targets_in_one_tensor_are_told_apart(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_and_targets_in_one_tensor_are_distinguished(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     both, model = torch.stack(batch()), recorded(make())
     assert runs_in_c(model, *both)
     monkeypatch.setattr(GPT, "forward", on_ids)
@@ -542,7 +542,7 @@ def test_a_block_of_the_same_operations_is_recorded(
         assert (b - a).norm() <= 5e-6 * a.norm()
 
 
-def test_it_is_chosen_for_what_was_measured() -> None:
+def test_it_is_chosen_for_the_measured_cases() -> None:
     def fits(micro_batch: int = 12, threads: int = 2, **changes: Any) -> bool:
         config = tiny_config("data", n_embd=128, block_size=64, vocab_size=65, **changes)
         runtime = dataclasses.replace(resolve(config.system), threads=threads)
@@ -555,7 +555,7 @@ def test_it_is_chosen_for_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize(("stored", "used"), [(None, True), (True, True), (False, False)])
-def test_a_run_keeps_what_it_was_begun_with(
+def test_a_resumed_run_keeps_its_settings(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, stored: bool | None, used: bool
 ) -> None:
     monkeypatch.setenv(compiled.VARIABLE, "compiled")

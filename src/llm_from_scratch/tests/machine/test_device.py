@@ -79,7 +79,7 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(SystemConfig())
 
 
-def test_an_old_gpu_takes_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_gpu_uses_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     Cuda(monkeypatch, bf16=False, name="Tesla T4")
     assert resolve_dtype("auto", torch.device("cuda")) == torch.float16
     assert resolve(SystemConfig()).peak_flops == 65e12

@@ -36,7 +36,7 @@ def test_a_script_of_the_checkout_names_what_is_missing(script: str, tmp_path: P
     assert done.stderr == "error: packages are missing; install them with: pip install tyro rich pyyaml\n"
 
 
-def test_the_required_packages_are_those_of_the_project() -> None:
+def test_the_required_packages_match_the_project() -> None:
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert sorted(REQUIRED.values()) == sorted(re.split(r"[<>=!]", name)[0] for name in declared)

@@ -16,7 +16,7 @@ from llm_from_scratch.machine.files import open_file, parse_json, read_file
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
-def test_what_is_no_file_is_named_at_once(tmp_path: Path) -> None:
+def test_inputs_that_are_not_files_are_named_immediately(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
@@ -41,7 +41,7 @@ def test_a_limit_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"":0}', "0", "1.5", '"ab"', "null", '["a","b"]', "[[[]]]"])
-def test_json_takes_bounded_memory(part: str) -> None:
+def test_json_needs_bounded_memory(part: str) -> None:
     """Whatever it is made of: refused, or within twice its size and 64 MB."""
     raw = ("[" + ",".join([part] * ((6 << 20) // (len(part) + 1))) + "]").encode()
     tracemalloc.start()
@@ -54,7 +54,7 @@ def test_json_takes_bounded_memory(part: str) -> None:
     assert peak <= 2 * len(raw) + (64 << 20)
 
 
-def test_what_is_ours_is_read() -> None:
+def test_our_own_files_are_read() -> None:
     vocabulary = {f"token{i}": i for i in range(200_000)}
     assert parse_json(json.dumps(vocabulary).encode()) == vocabulary
 

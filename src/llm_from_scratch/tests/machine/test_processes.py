@@ -97,7 +97,7 @@ def test_the_age_of_a_process() -> None:
     assert 0.15 < float(said) <= time.monotonic() - begin + 0.02
 
 
-def test_an_old_process_has_done_something_else_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_age_of_an_old_process_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "OLD", 0.0)
     assert processes.process_age(0.5) == 0.5 and processes.process_age(99.0) == processes.YOUNG
 

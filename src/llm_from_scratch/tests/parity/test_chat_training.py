@@ -42,7 +42,7 @@ def talk(rng: random.Random) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [8, 3])
-def test_twenty_steps_are_those_of_transformers(tmp_path: Path, micro_batch: int) -> None:
+def test_twenty_steps_equal_transformers(tmp_path: Path, micro_batch: int) -> None:
     transformers = pytest.importorskip("transformers")
     from tokenizers import AddedToken
 

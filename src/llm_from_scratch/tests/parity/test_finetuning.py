@@ -81,7 +81,7 @@ def losses(config: Any, model: Any, steps: int, begin: Callable[[Run], None] = l
     return found
 
 
-def test_20_steps_of_full_finetuning_are_those_of_a_plain_loop(theirs: Any) -> None:
+def test_20_steps_of_full_finetuning_equal_a_plain_loop(theirs: Any) -> None:
     pairs = losses(settings(learning_rate=1e-3), theirs, 20)
     assert pairs[0][0] - pairs[-1][0] > 0.2
     for ours, other in pairs:
@@ -89,7 +89,7 @@ def test_20_steps_of_full_finetuning_are_those_of_a_plain_loop(theirs: Any) -> N
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
-def test_50_steps_of_lora_are_those_of_peft(theirs: Any) -> None:
+def test_50_steps_of_lora_equal_peft(theirs: Any) -> None:
     targets = [name.rpartition(".")[2] for names in PARTS.values() for name in names]
     other = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
 

@@ -128,7 +128,7 @@ def test_dropping_half_of_the_window_is_the_same_with_and_without_a_cache(option
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", GPT2_TOO)
-def test_nanogpts_samples_come_out_of_one_batch(option):
+def test_nanogpts_samples_are_one_batch(option):
     model = memorised(option, padding=0)
     prompt, params = ragged_prompts(1, 9)[0], GenerationConfig(num_samples=4, max_new_tokens=60, top_k=5)
     torch.manual_seed(1337)

@@ -60,7 +60,7 @@ def random_model(rows: int = 0, **settings: Any) -> GPT:
 
 
 @pytest.mark.parametrize("name", slow_except(MODELS, "gpt2", "llama", "qwen3, yarn", "llama, qwen2 with llama3"))
-def test_a_model_comes_back(name, tmp_path, capsys):
+def test_a_model_is_restored(name, tmp_path, capsys):
     model = random_model(**MODELS[name])
     export_gguf(model.config, model.state_dict(), TOKENIZER, tmp_path / "m.gguf", "f32")
     config, state, tokenizer = load_gguf(tmp_path / "m.gguf")
@@ -133,7 +133,7 @@ def test_a_run_is_exported_generated_from_and_served(tmp_path, capsys):
     assert load_gguf(tmp_path / "m.gguf")[2].chat is None
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     model, out = random_model(**MODELS["llama"]), tmp_path / "m.gguf"
     endless = HFTokenizer(TOKENIZER.json_text)
     for tokenizer, says in ((endless, "ends a text"), (None, "does not have a tokenizer")):
@@ -166,7 +166,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_not_supported_is_named(entry, says, tmp_path, monkeypatch):
+def test_unsupported_parts_are_named(entry, says, tmp_path, monkeypatch):
     model, written = random_model(**MODELS["llama"]), gguf.GGUFWriter.write_header_to_file
 
     def write(writer, *args):
@@ -275,7 +275,7 @@ TEXT = "to be, or not to be: 42 is \u20ac 0.10\n\t\\x41 \u6771\u4eac"
 
 
 @pytest.mark.parametrize("spec", ["char", "byte"])
-def test_char_and_byte_tokenizers_come_back(spec, tmp_path):
+def test_char_and_byte_tokenizers_are_restored(spec, tmp_path):
     tokenizer = Tokenizer.from_name(spec, TEXT)
     model = random_model(**LLAMA, rows=tokenizer.vocab_size)
     export_gguf(model.config, model.state_dict(), tokenizer, tmp_path / "m.gguf", "f32")
@@ -341,7 +341,7 @@ def test_sentence_pieces_by_hand(prefix):
     assert read_tokenizer(again, "x").encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
-def test_what_a_file_says_about_itself(tmp_path):
+def test_metadata_of_a_gguf_file(tmp_path):
     model = random_model(**LLAMA)
     about = {
         "general.name": "poet",

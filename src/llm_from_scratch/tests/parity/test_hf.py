@@ -319,7 +319,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
 
 
 @pytest.mark.parametrize(("make", "change", "reason"), REFUSED)
-def test_what_our_model_is_not_is_refused(
+def test_models_unlike_ours_are_refused(
     make: Any, change: dict[str, Any], reason: str, saved: dict[Any, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(saved[make], tmp_path, dirs_exist_ok=True)
@@ -606,7 +606,7 @@ def parts(ck: Any) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | None
 @pytest.mark.parametrize(
     "name", slow_except(SHAPES, "gpt2", "gpt2 without biases", "qwen3", "llama biases", "yarn, all its settings")
 )
-def test_transformers_reads_what_we_write(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_reads_our_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_type, changes = SHAPES[name]
     ck = checkpoint(**changes)
     export_hf(*parts(ck), tmp_path / "out")
@@ -624,7 +624,7 @@ def test_transformers_reads_what_we_write(name: str, tmp_path: Path, capsys: pyt
     assert header["__metadata__"] == {"format": "pt"}
 
 
-def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+def test_bfloat16_is_kept(tmp_path: Path) -> None:
     ck = checkpoint()
     ck.model = {key: tensor.bfloat16() for key, tensor in ck.model.items()}
     ck.model["lm_head.weight"] = ck.model["transformer.wte.weight"]
@@ -663,7 +663,7 @@ def test_a_merged_adapter_of_a_bfloat16_model_is_not_rounded(tmp_path: Path) -> 
         ({"head_dim": 16}, "learned positions with head_dim"),
     ],
 )
-def test_what_has_no_name_there_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_parts_without_a_name_in_the_format_are_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=reason):
         export_hf(*parts(checkpoint(**changes)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -717,7 +717,7 @@ def test_weights_that_do_not_fit_their_settings(tmp_path: Path) -> None:
         export_hf(*parts(checkpoint(CharTokenizer("abc"), padding=-1)), tmp_path / "out")
 
 
-def test_without_transformers_it_says_so(
+def test_without_transformers_this_program_reads_the_export_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -856,7 +856,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_auto_tokenizer_reads_what_we_write(name: str, tmp_path: Path) -> None:
+def test_auto_tokenizer_reads_our_files(name: str, tmp_path: Path) -> None:
     tokenizer = TOKENIZERS[name]()
     export_hf(*parts(checkpoint(tokenizer, padding=5)), tmp_path / "out")
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -934,7 +934,7 @@ def test_generation_does_not_stop_at_an_ordinary_token(tmp_path: Path) -> None:
     assert drawn.shape == (1, 21) and 2 in drawn[0, :-1]
 
 
-def test_merges_are_those_that_made_the_vocabulary() -> None:
+def test_merges_equal_the_trained_merges() -> None:
     """The trainer's own list of merges is the reference."""
     trained = Tokenizer.from_name("bpe:600", TEXT * 3)
     assert isinstance(trained, HFTokenizer)
@@ -955,7 +955,7 @@ def gpt2_files() -> Path | None:
 
 
 @pytest.mark.skipif(gpt2_files() is None, reason="needs GPT-2's vocab.bpe and encoder.json: LLM_GPT2_DIR")
-@pytest.mark.slow  # small ones of its kind: test_auto_tokenizer_reads_what_we_write
+@pytest.mark.slow  # small ones of its kind: test_auto_tokenizer_reads_our_files
 def test_gpt2s_own_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its 50,000 merges are found again from the ids, and every form of its files is our gpt2 tokenizer."""
     source = gpt2_files()

@@ -141,7 +141,7 @@ def test_generate_past_the_context() -> None:
 
 
 @needs_nanogpt
-def test_generate_draws_what_nanogpt_draws() -> None:
+def test_generate_draws_the_same_as_nanogpt() -> None:
     module = nanogpt()
     torch.manual_seed(1337)
     model = quietly(module.GPT, module.GPTConfig(**TINY, bias=True)).eval()

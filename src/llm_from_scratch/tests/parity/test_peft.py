@@ -141,14 +141,14 @@ def renamed(old: str, new: str) -> None:
         (lambda: shutil.rmtree("base"), "adapter of base, which is not on this machine"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(here: Path, damage: Any, message: str) -> None:
+def test_unreadable_files_are_refused_by_name(here: Path, damage: Any, message: str) -> None:
     adapted("llama", {"r": 2, "target_modules": ["q_proj", "v_proj"]})
     damage()
     with pytest.raises(UserError, match=message):
         load("adapter", need_tokenizer=False)
 
 
-def test_what_has_no_place_in_the_format_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parts_that_the_format_lacks_are_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny("llama")
     assert export.main(["--checkpoint=base", "--format=peft", "--output=adapter"]) == 2
     assert "holds all weights, not an adapter" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def settings(**changes: Any) -> Config:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [6, 2])
-def test_twenty_steps_are_those_of_transformers(here: Path, micro_batch: int) -> None:
+def test_twenty_steps_equal_transformers(here: Path, micro_batch: int) -> None:
     from ..lazy import transformers
 
     theirs = transformers.LlamaForCausalLM.from_pretrained("model").train()
@@ -206,7 +206,7 @@ def test_a_run_from_before_checkpoints_had_the_reference_is_resumed(
 
 
 @pytest.mark.slow
-def test_the_reference_comes_back_from_a_mirror_and_goes_into_a_cooldown(here: Path) -> None:
+def test_the_reference_is_restored_from_a_mirror_and_copied_to_a_cooldown(here: Path) -> None:
     plain = {"eval_interval": 4, "progress": "none", "lora_rank": 2, "learning_rate": 3e-2, "keep_last": 9}
     whole = train(settings(out_dir="whole", **plain))
     train(settings(max_iters=8, mirror=f"file://{here}/store", **plain))
@@ -254,7 +254,7 @@ def test_sharded_models_learn_preferences_too(here: Path) -> None:
         ({"dpo_beta": 0.0}, "dpo_beta"),
     ],
 )
-def test_what_does_not_apply_is_refused_by_name(here: Path, changes: dict[str, Any], message: str) -> None:
+def test_options_without_effect_are_refused_by_name(here: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_plan(settings(**changes))
 

@@ -103,13 +103,13 @@ def test_a_conversation_streamed(client):
     ],
     ids=str,
 )
-def test_what_is_wrong_is_said(client, fields, param, says):
+def test_mistakes_are_named(client, fields, param, says):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **fields)
     assert refused.value.param == param and says in refused.value.message
 
 
-def test_a_message_comes_back_as_it_was_received(client):
+def test_a_message_is_returned_as_received(client):
     """Clients append the answer to the conversation, with all its empty fields."""
     message = ask(client).choices[0].message.model_dump() | {"annotations": [], "reasoning_content": None}
     assert message["tool_calls"] is None
@@ -141,7 +141,7 @@ def test_a_hostile_template_harms_only_its_own_requests(attack):
             ask(server.client())
 
 
-def test_a_model_without_a_template_says_so():
+def test_a_model_without_a_template_is_refused():
     with served() as server, pytest.raises(openai.BadRequestError) as refused:
         ask(server.client())
     assert refused.value.code == "no_chat_template" and "--chat_template" in refused.value.message

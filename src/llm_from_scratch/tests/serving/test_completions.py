@@ -53,7 +53,7 @@ def test_a_text(client):
     assert answer.id.startswith("cmpl-") and answer.object == "text_completion" and answer.model == NAME
 
 
-def test_defaults_are_those_of_the_api(client):
+def test_defaults_equal_the_api(client):
     answer = client.completions.create(model=NAME, prompt=PROMPT, seed=5)
     assert answer.choices[0].text == expected(5)[0], "16 tokens at temperature 1, no filter"
 
@@ -204,7 +204,7 @@ def test_echo_scores_a_prompt(client, length, stream):
         assert answer.usage.completion_tokens == length and answer.usage.total_tokens == 6 + length
 
 
-def test_echo_scores_what_the_model_sees(client):
+def test_echo_scores_the_prompt_within_the_context(client):
     told = ask(client, prompt=TEXT[:30], echo=True, logprobs=1, max_tokens=0).choices[0].logprobs
     ids = TOKENIZER.encode(TEXT[:30]).tolist()
     assert told.token_ids == ids and told.token_logprobs[:7] == [None] * 7, "6 lie before its window of 24"
@@ -279,7 +279,7 @@ def test_bytes_are_whole_characters_in_the_text():
     ],
     ids=str,
 )
-def test_what_is_wrong_is_said(client, fields, param, says):
+def test_mistakes_are_named(client, fields, param, says):
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **fields)
     assert refused.value.param == param and says in refused.value.message
@@ -305,7 +305,7 @@ HALF, WHOLE = r'"\ud83d"', '"ab"'
         (f'{{"prompt": {WHOLE}, "stream_options": {{"include_obfuscation": true}}}}', "stream_options", "false"),
     ],
 )
-def test_json_that_is_not_what_it_seems(server, body, param, says):
+def test_json_with_duplicate_keys_and_other_tricks(server, body, param, says):
     status, _, told = answer(server.connect(http("/v1/completions", raw=body.encode())))
     error = json.loads(told)["error"]
     assert status == 400 and error["param"].startswith(param) and says in error["message"].lower()

@@ -143,7 +143,7 @@ def test_a_body_that_a_form_could_send_is_refused(open_server, kind):
     assert ask(open_server, "/v1/completions", BODY, content_type=kind)[0] == 415
 
 
-def test_cors_where_it_was_asked_for():
+def test_cors_if_enabled():
     ours, other = "https://app.example.org", "https://evil.example"
     preflight = {"method": "OPTIONS", "access_control_request_method": "POST"}
     with served(api_key=KEY, cors_origins=(ours,)) as found:
@@ -205,7 +205,7 @@ def test_headers_that_do_not_come(open_server, monkeypatch):
     connection.close()
 
 
-def test_a_refused_body_that_goes_on_is_cut_off(open_server, monkeypatch):
+def test_a_refused_body_that_continues_is_cut_off(open_server, monkeypatch):
     monkeypatch.setattr("llm_from_scratch.serving.server.HEADER_SECONDS", 0.2)
     connection = open_server.connect(http("/v1/completions", raw=b" ", content_length=str(10**12)))
     assert b"413" in connection.recv(1000)
@@ -249,7 +249,7 @@ def test_too_many_connections(open_server, monkeypatch):
     ],
     ids=lambda raw: repr(raw[:40]),
 )
-def test_what_is_no_http(open_server, raw):
+def test_requests_that_are_not_http(open_server, raw):
     reply = answer(open_server.connect(raw))
     assert reply[0] == 400 and error(reply)["type"] == "invalid_request_error"
 
@@ -290,7 +290,7 @@ def test_the_page(open_server, monkeypatch, tmp_path):
         assert ask(open_server, f"/static/{path}")[0] == 404, path
 
 
-def test_a_defect_of_ours_is_said_without_what_was_asked(open_server, monkeypatch, capfd):
+def test_an_internal_error_is_logged_without_the_request(open_server, monkeypatch, capfd):
     def broken(self: Service, asked: Any) -> None:
         raise KeyError(asked.prompt)
 

@@ -32,7 +32,7 @@ def health(server: Served) -> tuple[int, str]:
     return status, json.loads(body)["status"]
 
 
-def test_a_client_that_leaves_frees_its_place():
+def test_a_disconnected_client_frees_its_slot():
     gate = Gate(model := generator(), pause=0.002)
     with served(model, max_concurrent=2, max_queued=2) as server:
         waiting = {**LONG, "n": 2}
@@ -49,7 +49,7 @@ def test_a_client_that_leaves_frees_its_place():
         assert server.service.metrics.registry.get_sample_value("llm_aborted_total") == 4
 
 
-def test_a_client_that_leaves_behind_a_request_is_noticed():
+def test_a_client_that_disconnects_after_its_request_is_detected():
     """Bytes after a request stop the server from reading on, which must not hide that the client has gone."""
     gate = Gate(model := generator(), pause=0.002)
     with served(model) as server:
@@ -91,7 +91,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
         slow.close()
 
 
-def test_what_waits_for_a_client_is_bounded(monkeypatch):
+def test_the_buffer_for_a_client_is_bounded(monkeypatch):
     monkeypatch.setattr(jobs, "MAX_PENDING", 500)
     with served(max_tokens=100_000, send_buffer=4096) as server:
         slow = server.connect()
@@ -109,7 +109,7 @@ def test_what_waits_for_a_client_is_bounded(monkeypatch):
         slow.close()
 
 
-def test_a_deadline_gives_what_there_is():
+def test_a_deadline_returns_the_text_so_far():
     gate = Gate(model := generator())
     with served(model, max_seconds=1000) as server, ThreadPoolExecutor(1) as pool:
 
@@ -188,7 +188,7 @@ def test_an_engine_that_dies_is_replaced(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_engine_whose_thread_ends_answers_at_once(monkeypatch, stream):
+def test_requests_fail_immediately_if_the_engine_thread_ends(monkeypatch, stream):
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.01)
     gate = Gate(model := generator())
     gate.open.clear()
@@ -214,7 +214,7 @@ def test_a_step_that_does_not_end_shows_in_the_health(monkeypatch):
         assert answer(asked)[0] == 200 and health(server) == (200, "ok")
 
 
-def test_an_engine_that_dies_again_and_again_stays_down(monkeypatch):
+def test_an_engine_that_fails_repeatedly_is_not_restarted(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_PAUSE", 0.001)
     made: list[int] = []
     model = generator()
@@ -283,7 +283,7 @@ def test_many_at_once_are_as_each_alone(count: int, concurrent: int):
         assert together == alone and until(server.idle)
 
 
-def test_an_engine_that_was_closed_takes_nothing():
+def test_a_closed_engine_refuses_requests():
     engine = Engine(generator())
     engine.close()
     with pytest.raises(EngineError):

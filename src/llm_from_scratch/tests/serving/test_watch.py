@@ -23,7 +23,7 @@ def write(path: Path, steps: range, **fields: object) -> None:
         file.writelines(json.dumps({"step": step, "loss": 1.5, **fields}) + "\n" for step in steps)
 
 
-def test_lines_are_told_once_as_they_come(tmp_path):
+def test_lines_are_reported_once(tmp_path):
     watch, path = Watch(tmp_path), tmp_path / "metrics.jsonl"
     assert watch.metrics(0) == {"points": [], "next": 0, "reset": False}, "before the run has begun"
     write(path, range(3))
@@ -59,7 +59,7 @@ def test_answers_are_of_bounded_size(tmp_path, monkeypatch):
     assert steps == list(range(103)), "one long line is told, one that is too long left out"
 
 
-def test_a_file_that_was_replaced_is_told_anew(tmp_path):
+def test_a_replaced_file_is_read_again(tmp_path):
     watch, path = Watch(tmp_path), tmp_path / "metrics.jsonl"
     write(path, range(10))
     after = watch.metrics(0)["next"]
@@ -90,7 +90,7 @@ def test_a_file_that_was_cut_or_removed(tmp_path):
     assert watch.samples(0)["samples"] == [], "not even opened"
 
 
-def test_what_is_said_of_a_run(tmp_path):
+def test_description_of_a_run(tmp_path):
     folder = tmp_path / "my-run"
     folder.mkdir()
     watch = Watch(folder)

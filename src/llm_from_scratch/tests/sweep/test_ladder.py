@@ -56,7 +56,7 @@ def test_a_ladder_that_is_too_small_does_not_train(
     assert capsys.readouterr().err.endswith(said) and not Path("out-sweep").exists()
 
 
-def test_what_a_run_says(tmp_path: Path, tiny_data: Path) -> None:
+def test_measured_values_of_a_run(tmp_path: Path, tiny_data: Path) -> None:
     config = tiny_config(tiny_data, out_dir=str(tmp_path), final_eval=True, max_iters=6, eval_iters=1)
     result = train(config, quiet=True)
     found = measured(tmp_path)

@@ -81,7 +81,7 @@ class Suggestions:
         return (low + high) // 2
 
 
-def test_a_fraction_is_rounded_and_stays_in_the_range() -> None:
+def test_a_fraction_is_rounded_within_the_range() -> None:
     trial = Suggestions()
     assert Range(0.0, 1.0).suggest(trial, "middle") == "0.1235"
     assert Range(0.0, 0.123449).suggest(trial, "end") == "0.1234"

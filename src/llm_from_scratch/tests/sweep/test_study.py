@@ -33,7 +33,7 @@ def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
     assert a.claim() is None and b.claim() is None
 
 
-def test_a_grid_has_no_more_trials_than_combinations(tmp_path: Path) -> None:
+def test_a_grid_has_at_most_one_trial_per_combination(tmp_path: Path) -> None:
     def claimed(trials: int) -> list[dict[str, str]]:
         study, found = study_in(tmp_path, LISTS, trials, seed=1), []
         while (claim := study.claim()) is not None:

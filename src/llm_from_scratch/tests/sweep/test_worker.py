@@ -104,7 +104,9 @@ def trial_in(folder: Path, command: Callable[[Trial], list[str]], monkeypatch: p
         ("exit 0", "does not have val_loss"),
     ],
 )
-def test_a_run_that_fails_says_why(script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_run_is_reported(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study, text = trial_in(tmp_path, lambda trial: ["sh", "-c", script], monkeypatch)
     (row,) = study.rows()
     assert row.state == "failed" and said in row.message and f"trial 0: failed: {row.message}" in text

@@ -101,7 +101,7 @@ def test_missing_settings_are_defaults(here: Path) -> None:
         begin_cooldown(str(step_of_a_run("run", {})), "out", 0.5)
 
 
-def test_it_is_a_run_of_its_own_and_never_another_one(here: Path) -> None:
+def test_a_cooldown_is_its_own_run_and_never_overwrites_another(here: Path) -> None:
     constant = {"scheduler": {"schedule": "constant", "warmup_iters": 2}}
     source, other = step_of_a_run("a", constant), step_of_a_run("b", constant, "other")
     begin_cooldown(str(source), "out", 0.5)

@@ -117,7 +117,7 @@ def test_a_script_of_two_bytes_halves_the_bits_per_byte() -> None:
     assert two == pytest.approx(tuple(bits / 2 for bits in one))
 
 
-def test_what_cannot_fit_is_refused_in_one_line() -> None:
+def test_a_run_that_cannot_fit_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match="--budget=10s") as found:
         chosen("10s", n_layer=100, n_embd=4096)
     assert "\n" not in str(found.value)

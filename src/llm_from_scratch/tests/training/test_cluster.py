@@ -66,7 +66,7 @@ def sent_by_steps(dataset: Path, settings: dict[str, Any]) -> tuple[float, int]:
     ],
     ids=["muon", "adamw", "sharded", "sharded, gathered once", "groups"],
 )
-def test_the_estimated_bytes_are_those_that_are_sent(
+def test_the_estimated_bytes_equal_the_sent_bytes(
     processes: int, settings: dict[str, Any], here: Path, tiny_data: Path
 ) -> None:
     config = tiny_config(tiny_data, **WIDE | settings)
@@ -123,7 +123,7 @@ def test_muon_sends_each_result_once() -> None:
     assert muon.sent == pytest.approx(2 * 7 / 8 * 2 * of_matrices / 8)
 
 
-def test_a_ring_takes_the_links_of_its_nodes() -> None:
+def test_a_ring_uses_the_links_of_its_nodes() -> None:
     """8 GB in all over 2 nodes of 4: 3/4 of it inside, at 360 GB/s, and a fourth of the half outside, at 40."""
     one = Exchange("gradients", 7.0e9, 0, 4, 2)
     assert one.seconds("H100") == pytest.approx(8 * 3 / 4 / 360 + 8 / 4 / 2 / 40)

@@ -68,7 +68,7 @@ def gradients(models: parallel.Wrapped) -> list[torch.Tensor]:
     return [loss.detach()] + [p.grad for p in models.train.parameters() if p.grad is not None]
 
 
-def test_a_compiler_that_fails_leaves_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_compilation_fails_the_plain_model_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: Any, **how: Any) -> None:
         self._compiled_call_impl = lambda *args: (_ for _ in ()).throw(RuntimeError("no\ncompiler"))
 
@@ -83,9 +83,7 @@ def test_a_compiler_that_fails_leaves_the_plain_model(monkeypatch: pytest.Monkey
 @pytest.mark.slow  # the C++ compiler takes half a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_compiled_blocks_compute_what_plain_ones_do(
-    dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_blocks_equal_plain_blocks(dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     results = []
     for compile_it in (False, True):

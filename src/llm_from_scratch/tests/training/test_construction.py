@@ -101,7 +101,7 @@ def test_an_edited_constructor_is_repeated(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("what", ["unseen", "repeated", "hidden"])
-def test_what_cannot_be_recorded_is_built_whole(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_an_unrecordable_model_is_built_whole(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Numbers that torch's modes do not see, draws that are repeated until they fit, a tensor of no module."""
 
     class Edited(models.Block):

@@ -85,7 +85,7 @@ def test_a_large_alphabet_has_shorter_ngrams() -> None:
     assert 0 < cross_entropy(ids, ids[:100], 1 << 16) < 16
 
 
-def test_the_curve_goes_through_what_was_measured() -> None:
+def test_the_curve_passes_through_the_measurements() -> None:
     train, held = text_of(1000, 1), text_of(100, 2)
     curve = counted(train, held)
     assert curve is not None and curve.amount == len(train)
@@ -107,10 +107,10 @@ def test_the_curve_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("train", "held"), [("", "abc"), ("ab" * 11, "ab" * 20), ("ab" * 200, "abab"), ("", "")])
-def test_a_text_that_is_too_short_has_no_curve(train: str, held: str) -> None:
+def test_a_short_text_does_not_have_a_curve(train: str, held: str) -> None:
     assert counted(train, held) is None
 
 
-def test_a_text_that_says_nothing_new_is_flat() -> None:
+def test_the_curve_of_a_repetitive_text_is_flat() -> None:
     curve = counted("a" * 500, "a" * 100)
     assert curve is not None and curve.gain >= 0 and 0 <= curve.at(10_000) <= curve.at(100)

@@ -112,7 +112,7 @@ sys.exit(min(code, 1))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_one_process_that_fails_or_is_told_to_stop_speaks_for_all(here: Path, tiny_data: Path) -> None:
+def test_all_processes_stop_if_one_fails_or_is_stopped(here: Path, tiny_data: Path) -> None:
     """Two processes are stopped, with a checkpoint that takes its time, and two resume. A script forks
     them; torchrun starts those above."""
     Path("faulty.py").write_text(FAULTY)

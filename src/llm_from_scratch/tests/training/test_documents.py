@@ -162,7 +162,7 @@ def test_lines_train_as_documents_unless_asked_otherwise(lines: Path, monkeypatc
         Run(plan)
 
 
-def test_what_documents_exclude(lines: Path, chats: Path, tiny_data: Path) -> None:
+def test_settings_that_documents_exclude(lines: Path, chats: Path, tiny_data: Path) -> None:
     for folder, options, says in (
         (lines, {"documents": True, "stride": 4}, "stride has no effect with --documents=True"),
         (lines, {"data_on_device": True}, "data_on_device has no effect with --documents=True"),
@@ -188,7 +188,9 @@ def test_documents_with_other_settings(lines: Path, options: dict[str, Any]) -> 
         assert np.isfinite(float(train_step(opened(make_plan(tiny_config(lines, **CHAT, **options))), *batch).loss))
 
 
-def test_llm_eval_measures_what_training_does(chats: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llm_eval_equals_the_evaluation_of_training(
+    chats: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llm_from_scratch.cli import evaluate
 
     result = train(tiny_config(chats, out_dir="e", final_eval=True, **CHAT), quiet=True)

@@ -183,7 +183,7 @@ def test_bits_per_byte_by_hand() -> None:
     assert Evaluation(1e4, 7, 7, 0.0).perplexity == math.inf
 
 
-def test_bytes_are_those_of_the_text_without_its_first_token() -> None:
+def test_bytes_leave_out_the_first_token() -> None:
     text = "aé€b€€😀ab"
     tokenizer = CharTokenizer.from_text([text])
     ids = tokenizer.encode(text)
@@ -222,7 +222,7 @@ def test_the_estimate_is_the_mean_over_fixed_windows() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_mode_comes_back(training: bool) -> None:
+def test_dropout_is_off_and_the_mode_is_restored(training: bool) -> None:
     model, tokens = make(dropout=0.5).train(training), data(60)
     state = torch.get_rng_state()
     first = evaluate_split(model, tokens, 8, RUNTIME).loss, estimate_loss(model, tokens, 8, 8, RUNTIME)

@@ -243,7 +243,7 @@ def test_a_process_that_does_not_answer_ends_the_run(
 
 
 @pytest.mark.slow
-def test_ids_of_any_number_of_processes_are_those_of_one() -> None:
+def test_ids_of_any_number_of_processes_equal_one_process() -> None:
     """1,000,000 samples drawn by 1 to 4 processes, whose number changes at every step, through all pairs: each once."""
     order, batch = SampleOrder(8_000_009, 8, "shuffled", 8), 12_000
     pairs, drawn = [(one, other) for one in (1, 2, 3, 4) for other in (1, 2, 3, 4)], []

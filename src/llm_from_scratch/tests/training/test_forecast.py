@@ -42,7 +42,7 @@ def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         {"optimizer_type": "muon", "optimizer_dtype": "bfloat16"},
     ],
 )
-def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: dict[str, Any]) -> None:
+def test_bytes_of_a_part_predict_the_bytes_of_the_whole(tiny_data: Path, settings: dict[str, Any]) -> None:
     """Bytes of weights, moments and saved activations, of 2 layers and of all 6."""
     plan = planned(tiny_data, **settings)
     found = []
@@ -67,7 +67,7 @@ def test_what_a_part_holds_tells_what_the_whole_does(tiny_data: Path, settings: 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_the_stack_is_updated_where_it_alone_has_gradients(tiny_data: Path, optimizer: str) -> None:
+def test_only_the_stack_is_updated_if_only_it_has_gradients(tiny_data: Path, optimizer: str) -> None:
     rehearsal = Rehearsal(reduced_plan(planned(tiny_data, optimizer_type=optimizer), 1, 4))
     rehearsal.timed()
     before = {name: p.detach().clone() for name, p in rehearsal.run.model.named_parameters()}
@@ -162,7 +162,7 @@ def test_a_model_that_does_not_fit_is_rehearsed_in_part(tiny_data: Path, monkeyp
 
 
 @pytest.mark.usefixtures("no_time")
-def test_the_command_tells_all_of_it(
+def test_the_command_prints_the_whole_report(
     tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert command.main(arguments(dataset=tiny_data, out_dir="run")) == 0

@@ -66,7 +66,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "waits", [lambda t: t.sum().item(), lambda t: bool(t.isfinite().all()), lambda t: t[t > 0], lambda t: t.nonzero()]
 )
-def test_what_waits_is_seen(waits: Any) -> None:
+def test_waiting_for_the_device_is_detected(waits: Any) -> None:
     with Waits(), pytest.raises(AssertionError, match="waits for the device"):
         waits(torch.ones(3))
 
@@ -174,7 +174,7 @@ def test_when_kernels_are_recorded(
     assert parallel.records_kernels(GPT(config.model), config, runtime, 2) is records
 
 
-def test_what_cannot_be_recorded_says_so() -> None:
+def test_an_unrecordable_model_is_reported() -> None:
     with pytest.raises(UserError, match="--cuda_graphs=True needs one process that compiles .* the device is cpu"):
         resolve(SystemConfig(device="cpu", compile=True, cuda_graphs=True))
     config = settings(cuda_graphs=True)

@@ -231,7 +231,7 @@ NOISES: dict[str, Noise] = {
 
 
 @pytest.mark.parametrize("name", NOISES)
-def test_normal_losses_are_no_spikes_and_tenfold_ones_are(name: str) -> None:
+def test_tenfold_losses_are_spikes_and_normal_ones_are_not(name: str) -> None:
     """At most one false alarm in 100,000 steps, of a tenth of which the suite has time for."""
     r, detector, alarms = random.Random(7), SpikeDetector([]), 0
     for step in range(10_000):
@@ -253,7 +253,7 @@ def test_the_threshold_by_hand() -> None:
     assert detector.threshold(41) == pytest.approx(3.0 + 8 * 1.0)  # median of 20 fours and 20 twos is 3
 
 
-def test_spikes_are_told_and_left_out_only_if_asked(
+def test_spikes_are_reported_and_skipped_only_if_requested(
     tiny_data: Path, spoil: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for skip in (False, True):
@@ -295,7 +295,7 @@ def test_a_fused_step_that_the_flag_forbids_changes_nothing(monkeypatch: pytest.
         assert all(torch.equal(a[slot], b[slot]) for slot in a) and int(b["step"]) == 4
 
 
-def test_the_guard_tells_of_a_signal_and_of_each_step_once() -> None:
+def test_the_guard_reports_a_signal_and_each_step_once() -> None:
     runtime = runtimes.resolve(tiny_config("none").system)
     guard, stop = StepGuard([], False, runtime), StopRequest()
     assert not guard.judge(0, 0.1, torch.tensor(2.0), torch.tensor(1.0), stop)
@@ -417,7 +417,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
     )
 
 
-def test_evaluation_takes_smaller_batches_too(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_also_uses_smaller_batches(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny_config(tiny_data, out_dir="roomy", final_eval=True))
     forward = GPT.forward
 

@@ -114,7 +114,7 @@ def test_generation_that_is_refused(model: TaskModel, kwargs: dict[str, Any], sa
         model.generate_until([asked("a", kwargs)])
 
 
-def test_what_a_text_follows() -> None:
+def test_the_token_before_a_text() -> None:
     tokenizer = HFTokenizer.train(["abc abd"], 260)
     assert first_token(tokenizer) == 0
     for begin, token in (("a", tokenizer.encode("a")[0]), ("", 0), ("not one token", 0)):

@@ -35,7 +35,7 @@ def test_a_harder_text_scales_the_loss_and_its_interval() -> None:
     assert hard == pytest.approx(tuple(1.5**POWER * value for value in same))
 
 
-def test_the_balance_is_where_parameters_and_text_help_equally() -> None:
+def test_at_the_balance_parameters_and_text_help_equally() -> None:
     N, D, step = SIMPLE.balanced(1e6), 1e6, 1e-4
     more_parameters = SIMPLE.bits(N, D) - SIMPLE.bits(N * (1 + step), D)
     more_text = SIMPLE.bits(N, D) - SIMPLE.bits(N, D * (1 + step))

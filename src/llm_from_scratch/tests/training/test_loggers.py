@@ -101,7 +101,7 @@ def test_metrics_are_one_object_a_line() -> None:
     assert read_entries(Path("run/metrics.jsonl"))[-1] == {"step": 2, "val_loss_full": 2.0, "perplexity": math.exp(2.0)}
 
 
-def test_a_loss_of_pairs_has_no_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_of_pairs_does_not_have_a_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
     log = opened(config())
     log.final(2, Evaluation(loss=0.5, tokens=3, text_bytes=None, seconds=1.0, of_pairs=True))
     log.close()
@@ -109,7 +109,7 @@ def test_a_loss_of_pairs_has_no_perplexity(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == "final: val loss 0.5000 (whole split)\n"
 
 
-def test_a_resumed_log_forgets_what_is_done_again() -> None:
+def test_a_resumed_log_drops_repeated_steps() -> None:
     path = Path("metrics.jsonl")
     entries = [{"step": 3, "loss": 1}, {"step": 4, "train_loss": 1, "val_loss": 1}, {"step": 4, "loss": 2},
                {"step": 4, "val_loss_full": 1}, {"step": 5, "loss": 3}]  # fmt: skip
@@ -155,7 +155,7 @@ def test_the_bar_shows_what_matters(capsys: pytest.CaptureFixture[str], monkeypa
     assert "step 3" not in shown
 
 
-def test_the_bar_stands_where_the_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_the_step_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     log = opened(config(progress="bar"), last=150)
     assert log.bar is not None
@@ -224,7 +224,7 @@ def test_the_bar_shows_the_time_that_is_left(
         assert "in 0 s" in capsys.readouterr().out
 
 
-def test_nanogpts_lines_tell_the_time_that_is_left_now_and_then(
+def test_nanogpts_lines_sometimes_report_the_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
@@ -398,7 +398,7 @@ def test_output_that_is_lost_does_not_end_the_run(
     assert raw.getvalue() == b"Zo?\n"
 
 
-def test_what_a_disk_did_not_take_is_written_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_a_full_disk_refused_are_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
     log = opened(config())
     assert log.metrics is not None
     file, flush = log.metrics.file, log.metrics.file.flush
@@ -506,7 +506,7 @@ def test_a_logger_that_fails_is_one_warning(
     assert len(lines) == 2
 
 
-def test_a_bar_on_a_terminal_that_is_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_on_a_closed_terminal_ends_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone(io.StringIO):
         def write(self, text: str = "") -> int:
             raise OSError(5, "Input/output error")

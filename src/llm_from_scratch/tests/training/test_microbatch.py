@@ -124,7 +124,7 @@ def test_the_free_memory_is_some_of_what_there_is() -> None:
     assert free is not None and 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def test_a_micro_batch_is_asked_for_or_found(data: Path, free: Any) -> None:
+def test_a_micro_batch_is_given_or_measured(data: Path, free: Any) -> None:
     def plan(**leaves: Any) -> Plan:
         return make_plan(tiny_config(data, batch_size=6, gradient_accumulation_steps=2, **leaves))
 
@@ -140,7 +140,7 @@ def test_a_micro_batch_is_asked_for_or_found(data: Path, free: Any) -> None:
         plan(micro_batch=5)
 
 
-def test_a_found_micro_batch_stays_when_the_run_goes_on(data: Path, free: Any) -> None:
+def test_a_resumed_run_keeps_its_measured_micro_batch(data: Path, free: Any) -> None:
     settings: dict[str, Any] = {"out_dir": "run", "batch_size": 6, "micro_batch": "auto"}
     free(1)
     train(tiny_config(data, **settings))
@@ -168,7 +168,7 @@ def test_settings_are_read_from_a_command_line(data: Path) -> None:
             make_plan(tiny_config(data, **wrong))
 
 
-def test_the_loss_is_chunked_where_there_are_many_logits() -> None:
+def test_the_loss_is_chunked_if_there_are_many_logits() -> None:
     assert loss_is_chunked(gpt2(), 1)
     assert not loss_is_chunked(gpt2(block_size=64), 1)
     assert loss_is_chunked(gpt2(block_size=64), 2)
@@ -229,7 +229,7 @@ def test_memory_that_runs_out_after_unscaling_costs_no_step(data: Path, monkeypa
 @pytest.mark.parametrize(
     "error, reason", [(MemoryError(), "MemoryError"), (MemoryError("no room"), "no room"), (PeerMemoryError(), "")]
 )
-def test_only_the_shortage_of_another_process_has_no_reason(error: MemoryError, reason: str) -> None:
+def test_only_another_processs_memory_error_lacks_a_reason(error: MemoryError, reason: str) -> None:
     """A process that ran short itself takes part in the exchange in which the others learn it."""
     attempts, reasons = [error], list[str]()
 
@@ -241,7 +241,7 @@ def test_only_the_shortage_of_another_process_has_no_reason(error: MemoryError, 
     assert reasons == [reason]
 
 
-def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_does_not_copy_if_memory_is_short(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[str] = []
     copied = savers.copied
     monkeypatch.setattr(savers, "copied", lambda value: copies.append("one") or copied(value))  # type: ignore[func-returns-value]
@@ -259,7 +259,7 @@ def test_a_save_makes_no_copy_where_there_is_no_room_for_one(data: Path, monkeyp
             assert all(torch.equal(slots[slot], other.optimizer["state"][name][slot]) for slot in slots)
 
 
-def test_a_plan_counts_no_logits_where_the_loss_is_chunked(data: Path) -> None:
+def test_a_plan_counts_no_logits_if_the_loss_is_chunked(data: Path) -> None:
     """Its sizes are what the automatic micro-batch compares with the free memory, and what an error names."""
     whole, chunked = (make_plan(tiny_config(data, batch_size=64, chunked_loss=setting)) for setting in (False, True))
     model, tokens = whole.config.model, 64 * whole.config.model.block_size
@@ -283,7 +283,7 @@ def short(data: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return settings
 
 
-def test_a_restart_needs_less_memory_until_a_checkpoint_says_so(
+def test_restarts_need_less_memory_until_a_checkpoint_stores_the_micro_batch(
     data: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plans, as of a rehearsal, and restarts for another reason do not forget it."""

@@ -81,7 +81,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(parts: Path, capsys: pytest.Capt
         make_plan(tiny_config(MIX, out_dir="cut", max_iters=9, init_from="resume", **SHUFFLED))
 
 
-def test_what_does_not_fit_is_refused_by_name(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mismatches_are_refused_by_name(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_data(parts / "data" / "c", tokenizer=CharTokenizer.from_text(["\n xyz"]), train=[1, 2] * 50, val=[1, 2] * 20)
     for options, why in (
         (["--dataset={a: 1, c: 1}"], "need the same tokenizer: data/a has char (20 ids), data/c char (5 ids)"),

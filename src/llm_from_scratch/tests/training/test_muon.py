@@ -75,7 +75,7 @@ def test_singular_values_end_near_one(dtype: torch.dtype, shape: tuple[int, int]
             assert 0.8 <= core.diagonal().min() and torch.linalg.svdvals(result).max() <= 1.05
 
 
-def test_the_polynomials_reach_what_they_promise() -> None:
+def test_the_polynomials_reach_the_stated_range() -> None:
     x = torch.linspace(0.01, 1, 100_001, dtype=torch.float64)
     slope = 1.0
     for a, b, c in COEFFICIENTS:
@@ -83,7 +83,7 @@ def test_the_polynomials_reach_what_they_promise() -> None:
     assert (round(x.min().item(), 3), round(x.max().item(), 3), round(slope)) == (0.984, 1.015, 149)
 
 
-def test_zero_stays_zero() -> None:
+def test_zero_is_kept() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert not orthogonalized(torch.zeros(2, 4, 8, dtype=dtype)).any()
 
@@ -137,7 +137,7 @@ def test_updates_follow_the_formula(kv_heads: int) -> None:
 
 
 @pytest.mark.usefixtures("in_float32")
-def test_updates_are_those_of_torch_but_for_the_polynomials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_equal_torch_except_for_the_polynomials(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.optim.Muon iterates in bfloat16 from the Frobenius norm, with one polynomial: so do we here."""
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has none")
@@ -197,7 +197,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
 
 @pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
-def test_all_else_is_stepped_as_by_torch(fused: Any, decay: float) -> None:
+def test_other_parameters_are_stepped_as_by_torch(fused: Any, decay: float) -> None:
     ours, theirs = make(**UNTIED), make(**UNTIED)
     group = adamw(**dict(ours.named_parameters())) | {"weight_decay": decay}
     optimizer = Optimizer([group], 3e-3, (0.8, 0.9), fused == "on")
@@ -242,7 +242,7 @@ def test_many_matrices_at_once_are_as_few(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_state_goes_by_names_and_comes_back_exactly(kind: Any, dtype: Any) -> None:
+def test_state_is_saved_by_name_and_restored_exactly(kind: Any, dtype: Any) -> None:
     settings = {"optimizer_type": kind, "optimizer_dtype": dtype}
     model = make(**UNTIED)
     optimizer = made(model, **settings)
@@ -274,7 +274,7 @@ def test_state_goes_by_names_and_comes_back_exactly(kind: Any, dtype: Any) -> No
         pytest.param("adamw", "bfloat16", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_bit_for_bit(here: Path, tiny_data: Path, kind: str, dtype: str, longest: int) -> None:
+def test_a_resumed_run_is_bit_exact(here: Path, tiny_data: Path, kind: str, dtype: str, longest: int) -> None:
     """Through a checkpoint on the disk, in which the state keeps its type."""
     settings = {"optimizer_type": kind, "optimizer_dtype": dtype, "max_ngram": longest, "ngram_rows": 64}
     settings |= {"schedule": "constant", "final_eval": False}
@@ -368,7 +368,7 @@ def test_bfloat16_halves_the_state(kind: Any) -> None:
     assert 2 * found["bfloat16"] == found["float32"] > 0
 
 
-def test_rounding_keeps_the_mean_and_what_is_exact() -> None:
+def test_rounding_keeps_the_mean_and_exact_numbers() -> None:
     dither = Dither(seed=3)
     value = 1 + 2**-7 * 0.3  # between the neighbours 1 and 1 + 2^-7
     target = torch.empty(1 << 8, 1 << 10, dtype=torch.bfloat16)
@@ -419,7 +419,7 @@ def test_a_tensor_of_several_pieces_is_stepped_as_one() -> None:
     assert optimizer.state[ours]["step"].item() == 2
 
 
-def test_losses_are_those_of_a_float32_state() -> None:
+def test_losses_equal_a_float32_state() -> None:
     """A noisy regression: what is left of the error is the noise of the steps, which the moments average."""
     inputs = torch.randn(512, 32, generator=torch.Generator().manual_seed(0))
     outputs = inputs @ torch.linspace(-1, 1, 32) + torch.randn(512, generator=torch.Generator().manual_seed(1))

@@ -53,7 +53,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("fused", ["off", "on", "auto"])
-def test_updates_are_those_of_torch(fused: Any) -> None:
+def test_updates_equal_torch(fused: Any) -> None:
     ours, theirs = make(), make()
     config = OptimizerConfig(learning_rate=3e-3, weight_decay=0.5, beta1=0.8, beta2=0.9, fused=fused)
     optimizer = make_optimizer(ours, config, CPU)
@@ -82,7 +82,7 @@ def test_one_update_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fused", ["off", "on"])
-def test_state_goes_by_names_and_comes_back_exactly(fused: Any) -> None:
+def test_state_is_saved_by_name_and_restored_exactly(fused: Any) -> None:
     config = OptimizerConfig(learning_rate=1e-2, fused=fused)
     model = make()
     optimizer = make_optimizer(model, config, CPU)
@@ -103,7 +103,7 @@ def test_state_goes_by_names_and_comes_back_exactly(fused: Any) -> None:
     assert int(next(iter(optimizer.state.values()))["step"]) == 6
 
 
-def test_hyperparameters_stay_those_of_the_present_run() -> None:
+def test_hyperparameters_of_the_present_run_are_kept() -> None:
     model = make()
     optimizer = make_optimizer(model, OptimizerConfig(learning_rate=1e-2, weight_decay=0.1), CPU)
     train(model, optimizer, 1)
@@ -131,7 +131,7 @@ def test_an_empty_state_is_a_fresh_start() -> None:
     assert not optimizer.state
 
 
-def test_fused_is_refused_where_torch_has_none() -> None:
+def test_fused_is_refused_if_torch_does_not_have_it() -> None:
     with pytest.raises(UserError, match="does not have a fused AdamW for mps"):
         make_optimizer(make(), OptimizerConfig(fused="on"), torch.device("mps"))
 

@@ -113,7 +113,7 @@ def test_a_run_ends_within_two_hundredths_of_the_time_at_any_speed(tiny_data: Pa
     assert not ends or list(ends.values())[-1] == step
 
 
-def test_what_was_printed_is_corrected_with_the_expected_loss(tiny_data: Path) -> None:
+def test_a_printed_length_is_corrected_with_the_expected_loss(tiny_data: Path) -> None:
     """1,000 updates of 1 s are planned; each takes 1.05 s, and later 1.2: changes add up to what is printed."""
     plan, clock = make_plan(tiny_config(tiny_data, max_iters=1000, schedule="linear")), Clock(1.05)
     log = Log(clock, plan)
@@ -262,7 +262,7 @@ def test_a_mistake_is_one_line(
     assert re.search(message, said) and said.count("\n") == 1
 
 
-def test_a_resumed_run_refuses_a_budget_and_auto_says_that_it_is_kept(
+def test_a_resumed_run_refuses_a_budget_and_auto_reports_the_kept_settings(
     tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"--dataset={tiny_data}", "--out_dir=run", "--progress=none"]

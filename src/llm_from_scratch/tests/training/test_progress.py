@@ -41,7 +41,7 @@ MINUTES = 60.0
         {"max_iters": 0},
     ],
 )
-def test_the_calendar_is_what_happens(tiny_data: Path, settings: dict[str, Any], monkeypatch: Any) -> None:
+def test_the_calendar_equals_the_events(tiny_data: Path, settings: dict[str, Any], monkeypatch: Any) -> None:
     config = tiny_config(tiny_data, out_dir="run", final_eval=True, **settings)
     happened: dict[str, list[int]] = {"evaluate": [], "save": []}
     for name, steps in happened.items():
@@ -166,7 +166,7 @@ def test_building_the_run_and_warming_up_are_not_expected_again() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_run_tells_the_rate_of_its_evaluations(tiny_data: Path, monkeypatch: Any) -> None:
+def test_a_run_reports_the_speed_of_its_evaluations(tiny_data: Path, monkeypatch: Any) -> None:
     """The train split, which is first, takes 4 s in an evaluation, the val split 0.5 s."""
     now, found = 0.0, list[float]()
 

@@ -231,7 +231,7 @@ def after_first(fails: bool) -> str:
 
 
 @pytest.mark.slow
-def test_the_others_learn_what_became_of_the_work_of_rank_0(here: Path) -> None:
+def test_the_others_learn_the_result_of_rank_0(here: Path) -> None:
     """So that none waits for ever for a checkpoint that could not be downloaded."""
     assert in_ranks(2, after_first, here, False) == ["done", "done"]
     (here / "after_first-2").rename(here / "first")
@@ -322,7 +322,7 @@ def stepped(dataset: Path, out_dir: str, settings: dict[str, Any], double: bool)
 
 
 @pytest.mark.slow
-def test_what_muon_adds_to_the_difference_is_rounding(here: Path, tiny_data: Path) -> None:
+def test_muon_differs_by_rounding_only(here: Path, tiny_data: Path) -> None:
     """Small singular values grow up to 149 times, and rounding errors with them. In float64 two processes do the steps
     of one to 13 digits; in float32 both runs are as far from that."""
     given = {"optimizer_type": "muon", "bias": False}

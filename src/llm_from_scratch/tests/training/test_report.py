@@ -39,7 +39,7 @@ def config(data: Path, **leaves: Any) -> Config:
     return tiny_config(data, **{"out_dir": OUT, "final_eval": True, "dropout": 0.1, **leaves})
 
 
-def test_the_figures_are_those_of_the_run(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figures_equal_the_run(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses_to_find = iter([1.0, 1.0, 4.0, 2.25, 3.0, 2.5])  # train and val: the best state, of step 0, is not saved
     monkeypatch.setattr(runs, "estimate_loss", lambda *_: next(losses_to_find))
     result = train(config(tiny_data))
@@ -100,7 +100,7 @@ def test_an_edited_one_is_kept() -> None:
     assert write_readme(path, "third\n") and path.read_text().startswith("third\n")
 
 
-def test_a_run_keeps_what_somebody_wrote(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_an_edited_readme(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(OUT, "README.md")
     path.parent.mkdir()
     path.write_text("Mine.\n")
@@ -123,7 +123,7 @@ def test_a_folder_a_fifo_or_a_long_text_is_somebodys_own(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_one_that_cannot_be_written_costs_a_warning(
+def test_a_readme_that_cannot_be_written_costs_a_warning(
     tiny_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -210,7 +210,7 @@ def test_a_run_that_stops_early_at_a_sample_writes_no_second_one(
         pytest.param("python train.py", "auto", [], marks=pytest.mark.slow),
     ],
 )
-def test_a_terminal_gets_one_without_being_asked(
+def test_a_terminal_gets_one_by_default(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch, command: str, progress: str, steps: list[int]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")

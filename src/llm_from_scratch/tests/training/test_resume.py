@@ -37,7 +37,9 @@ from ..tiny import TOKENIZER, arguments, babble, read_metrics, tiny_config, writ
 pytestmark = pytest.mark.usefixtures("here")
 
 
-def test_each_difference_from_the_saved_settings_is_told(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_difference_from_the_saved_settings_is_reported(
+    tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tiny_config(tiny_data, out_dir="run"))
     capsys.readouterr()
     train(tiny_config(tiny_data, out_dir="run", init_from="resume"))
@@ -66,7 +68,7 @@ def test_the_layout_of_the_same_batch_may_change(tiny_data: Path, capsys: pytest
         torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=1e-3)
 
 
-def test_what_was_chosen_for_the_machine_is_used_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_for_the_machine_are_used_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "cpu_has_native_bf16", lambda: False)
     settings = {"out_dir": "run", "dtype": "auto", "compile": "auto"}
     train(tiny_config(tiny_data, **settings))
@@ -173,7 +175,7 @@ def test_a_copy_is_out_of_reach_and_names_of_one_tensor_share_it() -> None:
     assert taken["rest"][0] == 1
 
 
-def test_the_loop_goes_on_while_a_checkpoint_is_written(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_continues_during_a_save(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The save of step 4 waits until step 6 is done, and still holds the weights of step 4."""
     reached, save, update = threading.Event(), checkpoints.save_checkpoint, trainer.train_step
 
@@ -245,7 +247,7 @@ def test_a_file_for_nanogpt_that_cannot_be_written_costs_no_checkpoint(
     assert find_checkpoint("run", "last").name == "step-00000008"
 
 
-def test_a_save_for_which_memory_is_short_costs_a_warning(
+def test_a_save_without_enough_memory_prints_a_warning(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save, calls = checkpoints.save_checkpoint, []
@@ -340,7 +342,7 @@ def test_an_evaluation_does_not_hold_up_a_signal(
     assert train(tiny_config(tiny_data, out_dir="one", eval_only=True)).exit_code == 143
 
 
-def test_a_reader_that_leaves_costs_no_step(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_leaves_does_not_lose_a_step(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
 
     def until_four(line: str, **_: Any) -> None:
@@ -385,7 +387,7 @@ def test_a_second_trainer_is_refused_and_a_dead_one_does_not_block(tiny_data: Pa
     assert train(tiny_config(tiny_data, out_dir="run", init_from="resume")).step == 8
 
 
-def test_what_a_checkpoint_says_of_the_network_is_asked_for_anew(
+def test_a_stored_network_service_must_be_requested_again(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from llm_from_scratch.cli.train import main
@@ -405,7 +407,7 @@ def test_what_a_checkpoint_says_of_the_network_is_asked_for_anew(
     [("recent_losses", 5), ("recent_losses", [[1, "x"]]), ("data_shift", "a"), ("data_shift", 10**30),
      ("data_shift", -100), ("best_val_loss", "low"), ("rollbacks", []), ("evaluated_at", 0.5)],
 )  # fmt: skip
-def test_a_state_that_is_none_of_a_run_is_refused_in_a_line(tiny_data: Path, name: str, value: Any) -> None:
+def test_a_state_that_does_not_belong_to_a_run_is_refused(tiny_data: Path, name: str, value: Any) -> None:
     train(tiny_config(tiny_data, out_dir="run"))
     found = load_checkpoint(find_checkpoint("run", "last"))
     checkpoints.save_checkpoint(
@@ -428,7 +430,7 @@ def test_a_lock_is_let_go_of_at_the_end_also_of_a_run_that_fails(tiny_data: Path
     lock.release()
 
 
-def test_auto_goes_on_where_there_is_a_checkpoint_and_never_starts_afresh_over_a_damaged_one(tiny_data: Path) -> None:
+def test_auto_resumes_and_never_starts_over_a_damaged_checkpoint(tiny_data: Path) -> None:
     from llm_from_scratch.cli.train import main
 
     words = [*arguments(dataset=tiny_data, out_dir="run", init_from="auto"), "--max_iters=4"]
@@ -456,7 +458,7 @@ def test_a_damaged_checkpoint_is_named_once_and_set_aside(tiny_data: Path, capsy
     assert Path("run/damaged-step-00000008").is_dir() and find_checkpoint("run").name == "step-00000008"
 
 
-def test_a_resume_where_none_is_possible_makes_no_folder(tiny_data: Path) -> None:
+def test_an_impossible_resume_creates_no_folder(tiny_data: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint"):
         make_plan(tiny_config(tiny_data, out_dir="none", init_from="resume"))
     with pytest.raises(UserError, match="no checkpoint"):

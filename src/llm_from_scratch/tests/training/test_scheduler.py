@@ -37,7 +37,7 @@ def test_linear() -> None:
     assert rates([10, 30, 50, 90, 200], schedule="linear") == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1])
 
 
-def test_constant_stays_after_the_warm_up() -> None:
+def test_the_constant_schedule_is_constant_after_the_warm_up() -> None:
     assert rates([10, 50, 90, 91, 5000], schedule="constant") == [1.0] * 5
 
 
@@ -50,11 +50,11 @@ def test_warmup_stable_decay() -> None:
     assert rates([10, 89, 90, 91], schedule="wsd", cooldown_frac=0.0) == pytest.approx([1.0, 1.0, 1.0, 0.1])
 
 
-def test_without_decay_there_is_no_warm_up_either() -> None:
+def test_without_decay_the_rate_is_constant_from_step_0() -> None:
     assert rates([0, 5, 50, 500], decay_lr=False) == [1.0] * 4
 
 
-def test_max_iters_stands_in_for_an_unset_end() -> None:
+def test_max_iters_is_the_default_end() -> None:
     assert rates([100, 101], lr_decay_iters=None) == pytest.approx([0.1, 0.1])
     assert rates([55], lr_decay_iters=None) == pytest.approx([0.55])
 

@@ -49,7 +49,7 @@ def test_rows_are_cut_as_torch_cuts_them() -> None:
             assert found == expected + [[]] * (shards - len(expected))
 
 
-def test_the_noise_of_an_element_does_not_depend_on_who_rounds_it() -> None:
+def test_the_noise_of_an_element_does_not_depend_on_the_process() -> None:
     torch.manual_seed(0)
     size = (1 << 17) + 1000
     values, dither = torch.randn(size), Dither(3)
@@ -91,7 +91,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_auto_is_ddp_if_all_fits_and_says_the_arithmetic(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+def test_auto_is_ddp_if_all_fits_and_prints_the_arithmetic(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
     model = GPT(GPTConfig(n_layer=2, vocab_size=1000))
     needed = 4 * 5 * sum(p.numel() for p in model.parameters())  # weights, gradients twice, two moments
     enough = chosen(monkeypatch, 4, memory=int(needed * 4 / 0.85) + 8)
@@ -124,7 +124,9 @@ def test_one_process_that_remains_of_hsdp_trains_the_whole_model(monkeypatch: py
     assert found.reasons["parallel"] == "hsdp has no effect in one process"
 
 
-def test_what_a_sharded_model_does_not_support_is_refused(monkeypatch: pytest.MonkeyPatch, alone: None) -> None:
+def test_options_that_a_sharded_model_does_not_support_are_refused(
+    monkeypatch: pytest.MonkeyPatch, alone: None
+) -> None:
     with pytest.raises(UserError, match="parallel=fsdp .*does not fit.* does not support eval_tasks: remove it"):
         chosen(monkeypatch, 2, memory=1000, eval_tasks="a.yaml")
     with pytest.raises(UserError, match="shard_group needs --parallel=hsdp"):
@@ -320,7 +322,9 @@ def skipped(dataset: Path, out_dir: Path, dtype: str) -> tuple[list[bool], bool,
 @SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, scale", [("float32", 1.0), ("float16", 2.0**15)])
-def test_what_is_not_finite_is_skipped_in_all_shards(dtype: str, scale: float, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_is_skipped_in_all_shards(
+    dtype: str, scale: float, tiny_data: Path, tmp_path: Path
+) -> None:
     """In float16 it also halves the scale of every process, which is 2^16 at first."""
     results = in_ranks(2, skipped, tmp_path, tiny_data, tmp_path / "run", dtype)
     assert results == [([False, True, False], True, scale)] * 2
@@ -342,7 +346,7 @@ def idle(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> int:
 @SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_parameter_without_a_use_stays_as_it_is(parallel: str, tiny_data: Path, tmp_path: Path) -> None:
+def test_an_unused_parameter_does_not_change(parallel: str, tiny_data: Path, tmp_path: Path) -> None:
     leaves = {"parallel": parallel, "max_iters": 5, "eval_interval": 5}
     assert in_ranks(2, idle, tmp_path, tiny_data, tmp_path / "many", leaves) == [0, 0]
     assert idle(tiny_data, tmp_path / "one", leaves | {"parallel": "auto"}) == 0
@@ -376,7 +380,7 @@ def gated(dataset: Path, out_dir: Path, leaves: dict[str, Any]) -> int:
         (4, {"parallel": "hsdp", "shard_group": 2}),
     ],
 )
-def test_a_learned_number_trains_beside_shards(
+def test_a_learned_scalar_trains_with_shards(
     processes: int, leaves: dict[str, Any], tiny_data: Path, tmp_path: Path
 ) -> None:
     """FSDP2 does not shard parameters without a dimension."""

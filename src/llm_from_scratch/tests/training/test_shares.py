@@ -91,7 +91,7 @@ def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert [key for key in a if not torch.allclose(a[key].float(), b[key].float(), atol=1e-4, rtol=1e-3)] == []
 
 
-def test_two_processes_resume_what_two_saved_and_one_reads_it(here: Path, tiny_data: Path) -> None:
+def test_two_processes_resume_a_save_of_two_and_one_reads_it(here: Path, tiny_data: Path) -> None:
     given: dict[str, Any] = {"dataset": tiny_data, "optimizer_type": "muon", "dropout": 0.1}
     run(2, out_dir="whole", **given)
     run(2, out_dir="cut", **given | {"max_iters": 4})
@@ -129,7 +129,7 @@ def test_three_processes_resume_with_the_bits_of_an_uninterrupted_run(here: Path
     assert_equal(state("cut", 8), state("whole", 8))
 
 
-def test_what_fsdp_saved_is_resumed_by_others(here: Path, tiny_data: Path) -> None:
+def test_an_fsdp_save_is_resumed_by_others(here: Path, tiny_data: Path) -> None:
     given: dict[str, Any] = {"dataset": tiny_data, "parallel": "fsdp"}
     run(2, out_dir="whole", **given)
     run(2, out_dir="cut", **given | {"max_iters": 4})
@@ -166,7 +166,7 @@ def read_plainly(folder: Path) -> dict[str, Any]:
     return {name: torch.cat([t for _, t in sorted(rows, key=lambda row: row[0])]) for name, rows in parts.items()}
 
 
-def test_what_four_processes_of_fsdp_saved_is_read_everywhere_bit_for_bit(here: Path, tiny_data: Path) -> None:
+def test_a_save_of_four_fsdp_processes_is_read_everywhere_bit_for_bit(here: Path, tiny_data: Path) -> None:
     """By 3, 2 and 1 processes, without torch.distributed, and by the commands."""
     run(4, dataset=tiny_data, out_dir="cut", parallel="fsdp", max_iters=4, optimizer_type="muon")
     assert len([*Path("cut/step-00000004").glob("model-*-of-00004.safetensors")]) == 4

@@ -202,9 +202,7 @@ def test_a_cut_at_an_evaluation_does_not_lose_the_best(
     assert_same(saved("whole", 4), saved("cut", 4))
 
 
-def test_a_finished_run_has_nothing_to_do_and_goes_on_where_more_is_asked(
-    tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_continues_if_max_iters_is_raised(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"out_dir": "run", "schedule": "constant"}
     train(tiny_config(tiny_data, **settings))
     before = saved("run")
@@ -291,7 +289,7 @@ def test_gradient_checkpointing_is_the_same_arithmetic(tiny_data: Path) -> None:
     assert_same_weights(saved("plain"), saved("less"))
 
 
-def test_training_is_what_the_parts_written_out_would_do(tiny_data: Path) -> None:
+def test_training_equals_its_parts_written_out(tiny_data: Path) -> None:
     """The loop against its own naive version: model, batches, clipping, AdamW, schedule."""
     config = tiny_config(tiny_data, out_dir="run", gradient_accumulation_steps=3, grad_clip=0.05, weight_decay=0.3)
     train(config)
@@ -383,7 +381,7 @@ def test_best_last_and_every_nth_are_kept(tiny_data: Path, val_losses: Callable[
     assert find_checkpoint("run").name == "step-00000012"
 
 
-def test_only_improvements_are_saved_where_that_is_asked(tiny_data: Path, val_losses: Callable[..., None]) -> None:
+def test_only_improvements_are_saved_if_requested(tiny_data: Path, val_losses: Callable[..., None]) -> None:
     val_losses(5.0, 6.0, 3.0, 4.0, 4.1)
     train(
         tiny_config(tiny_data, out_dir="run", max_iters=8, eval_interval=2, always_save_checkpoint=False, keep_last=9)
@@ -472,7 +470,7 @@ def test_a_new_run_moves_the_earlier_one_aside(tiny_data: Path, capsys: pytest.C
     assert saved("run").manifest["run_id"] != first.manifest["run_id"]
 
 
-def test_nothing_is_moved_where_the_new_run_cannot_start(tiny_data: Path) -> None:
+def test_nothing_is_moved_if_the_new_run_cannot_start(tiny_data: Path) -> None:
     train(tiny_config(tiny_data, out_dir="run"))
     before = snapshot(Path("run"))
     mistakes: list[dict[str, Any]] = [{"block_size": 5000}, {"n_head": 3}, {"dataset": "no"}, {"init_from": "no"}]
@@ -537,7 +535,7 @@ def test_evaluating_only_changes_no_file(tiny_data: Path, capsys: pytest.Capture
 # --- what goes wrong ---
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_data: Path) -> None:
+def test_a_nan_loss_stops_the_run(tiny_data: Path) -> None:
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+ .*Try --learning_rate=3e\+18"):
         train(tiny_config(tiny_data, out_dir="run", learning_rate=1e19, max_iters=50, eval_interval=1, keep_last=9))
     assert all(torch.isfinite(t).all() for step in steps_kept("run") for t in saved("run", step).model.values())
@@ -588,7 +586,7 @@ def test_a_failing_compiler_falls_back_under_auto(
     assert_same_weights(saved("eager"), saved("auto"))
 
 
-def test_a_failing_compiler_that_was_asked_for_is_an_error(tiny_data: Path, broken_compiler: None) -> None:
+def test_a_requested_compilation_that_fails_is_an_error(tiny_data: Path, broken_compiler: None) -> None:
     with pytest.raises(UserError, match=r"torch.compile failed \(no C\+\+ compiler\); run with --compile=False"):
         train(tiny_config(tiny_data, out_dir="run", compile=True))
     assert not Path("run").exists()
@@ -605,7 +603,7 @@ def test_compiled_training_equals_eager(tiny_data: Path) -> None:
 # --- signals ---
 
 
-def test_handlers_come_back_and_the_second_signal_ends_at_once() -> None:
+def test_handlers_are_restored_and_the_second_signal_ends_immediately() -> None:
     former = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM")}
     with StopRequest() as stop:
         assert stop.exit_code == 0

@@ -113,7 +113,7 @@ def test_reused_memory_changes_no_bit(base: Path, monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(t, found[0][name]) and t.any() for name, t in found[1].items())
 
 
-def test_frozen_parameters_keep_their_values_and_have_no_state(base: Path) -> None:
+def test_frozen_parameters_do_not_change_or_have_state(base: Path) -> None:
     train(tiny_config(base, init_from="base", out_dir="run", freeze=("wte", "h.0"), max_iters=2))
     before, after = load("base").model, load_checkpoint(find_checkpoint("run", "last"))
     kept = {name for name, t in after.model.items() if torch.equal(t, before[name])}
@@ -121,7 +121,7 @@ def test_frozen_parameters_keep_their_values_and_have_no_state(base: Path) -> No
     assert after.optimizer is not None and kept.isdisjoint(after.optimizer["state"])
 
 
-def test_the_plan_and_the_forecast_count_what_trains(base: Path) -> None:
+def test_plan_and_forecast_count_trained_parameters(base: Path) -> None:
     plan = make_plan(tiny_config(base, **SETTINGS, out_dir="run"))
     layers = [(16, 48, 3), (16, 16, 1), (16, 64, 1), (64, 16, 1)]  # inputs, outputs, stacked matrices
     trained = 2 * sum(2 * (count * inputs + outputs) for inputs, outputs, count in layers)
@@ -169,7 +169,7 @@ def test_a_resumed_run_keeps_its_kind(base: Path) -> None:
         train(tiny_config(base, **{**SETTINGS, "init_from": "resume"}, out_dir="base", max_iters=3))
 
 
-def test_a_shorter_context_is_told(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shorter_context_is_reported(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_config(base, init_from="base", out_dir="run", block_size=4, lora_rank=1, max_iters=1))
     assert "context: shortened from the 8 tokens of the weights to 4 (--block_size)" in capsys.readouterr().out
     found = load("run")
@@ -218,7 +218,7 @@ def edited() -> Edited:
     return Edited(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
 
 
-def test_the_search_for_unused_parameters_leaves_no_trace(edited: Edited) -> None:
+def test_the_search_for_unused_parameters_changes_nothing(edited: Edited) -> None:
     """All processes find the same, each with random numbers of its own."""
     found = set[tuple[str, ...]]()
     for seed in range(8):
@@ -242,7 +242,7 @@ def test_the_search_for_unused_parameters_reports_that_memory_ran_out(edited: Ed
     (("idle",), False, False, None),
     (("idle",), False, True, "does not depend on all parameters, in another process"),
 ])  # fmt: skip
-def test_ddp_is_told_what_any_process_does_not_use(
+def test_ddp_learns_the_unused_parameters_of_all_processes(
     freeze: tuple[str, ...], own: bool, others: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config("none", vocab_size=20, freeze=freeze, compile=False, device="cpu", dtype="float32")
