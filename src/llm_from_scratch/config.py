@@ -114,7 +114,7 @@ class DataConfig(Settings):
 
     dataset: str = "openwebtext"
     """A name in data/ or data/processed/, a folder with train.bin and val.bin, or a mixture: '{book: 0.7, code: 0.3}'.
-    llm-train's default: the data prepared last."""
+    llm-train's default: the most recently prepared data."""
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
@@ -143,8 +143,8 @@ class TrainingConfig(Settings):
     out_dir: str = "out"
     """Folder for checkpoints, README.md, metrics.jsonl, loss.png and logs."""
     init_from: str = "scratch"
-    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or the
-    weights of a name on Hugging Face (gpt2 to gpt2-xl, owner/name), a checkpoint, out_dir or Hugging Face folder."""
+    """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or
+    pretrained weights: gpt2 to gpt2-xl, owner/name on Hugging Face, a Hugging Face folder, a checkpoint or out_dir."""
     max_iters: int = 1000
     """Number of optimizer updates."""
     inclusive_max_iters: bool = False
@@ -194,7 +194,7 @@ class TrainingConfig(Settings):
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     activation_budget: float | Literal["auto"] | None = "auto"
     """Memory limit (GiB) for stored activations. Blocks beyond it are recomputed in the backward pass. auto: recompute
-    only what costs no time (norms, activation functions). None: store everything."""
+    norms and activation functions, which costs no time. None: store everything."""
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
     flex_attention: bool = False
@@ -409,7 +409,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU, keep a large model's memory for the next step: faster, a fifth more memory. auto: if twice is free."""
+    """On a CPU, keep a large model's memory for the next step: faster, 20% more memory. auto: if twice that is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -1,4 +1,4 @@
-"""What every group of settings shares: unknown names are refused, types and ranges are checked, a tree of groups is
+"""The base of every group of settings: unknown names are refused, types and ranges are checked, a tree of groups is
 turned into plain data."""
 
 from __future__ import annotations

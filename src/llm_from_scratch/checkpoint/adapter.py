@@ -26,11 +26,11 @@ class Base:
 
     rank: int
     scale: float
-    """Of B A (see core/adapters.py)."""
+    """Factor of B A (see core/adapters.py)."""
     sha256: str
     """weights_hash() of the base."""
     path: str
-    """What init_from named: a name, or an absolute path of a folder or file."""
+    """The base in init_from: a name, or an absolute path of a folder or file."""
     near: str | None = None
     """The path from the run's folder, for runs that are moved together with their base."""
 

@@ -155,7 +155,7 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
 
 
 def _verified(path: Path, entry: dict[str, Any], chunk: int) -> Iterator[bytes]:
-    """The content of a file in chunks. Raises DamagedError at its end unless it is what the manifest's entry says."""
+    """The content of a file in chunks. Raises DamagedError at its end if it does not match the manifest's entry."""
     digest = hashlib.sha256()
     with _open_checked(path, entry["size"], exact=True) as f:
         while piece := f.read(chunk):

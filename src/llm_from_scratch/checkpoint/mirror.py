@@ -137,7 +137,7 @@ class Store:
             back.update(chunk)
             on_chunk()
         if back.digest() != digest.digest():
-            raise DamagedError(f"{self.url}/{name} came back with other bytes than were written")
+            raise DamagedError(f"{self.url}/{name} does not have the bytes that were written")
 
     def remove(self, *names: str) -> None:
         self.arrived = {name: digest for name, digest in self.arrived.items() if name.partition("/")[0] not in names}
@@ -184,7 +184,7 @@ class Store:
 
 
 def _local(folder: Path) -> tuple[Complete, bytes]:
-    """What the marker of a checkpoint here would say, and the bytes of its manifest. Raises DamagedError."""
+    """The marker for a local checkpoint, and the bytes of its manifest. Raises DamagedError."""
     manifest = read_manifest(folder)
     with contextlib.suppress(OSError):
         raw = (folder / MANIFEST).read_bytes()
@@ -202,7 +202,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _checked(chunks: Iterable[bytes], entry: dict[str, Any], name: Path) -> Iterator[bytes]:
-    """The chunks. Raises DamagedError at their end unless they are what the manifest's entry says."""
+    """The chunks. Raises DamagedError at their end if they do not match the manifest's entry."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -220,9 +220,9 @@ class Mirror:
         self.store, self.out_dir, self.run_id = Store(url), out_dir, run_id
         self.keep_last, self.keep_every = keep_last, keep_every
         self.lines: list[str] = []
-        """For the run to print."""
+        """Lines that the run will print."""
         self.failure: str | None = None
-        """Of the last attempt."""
+        """The error of the last attempt."""
         self.active = time.monotonic()
         """When bytes last moved."""
         self.uploading: Path | None = None
@@ -346,7 +346,7 @@ def restore(url: str, out_dir: Path, say: Callable[[str], None]) -> None:
                 return
             ids = {str(read_manifest(path).get("run_id")) for _, path in local} - {newest.run_id}
             if ids:
-                raise OtherRunError(f"mirror={store.url} holds another run than {out_dir}: choose another --mirror")
+                raise OtherRunError(f"mirror={store.url} holds another run, not {out_dir}: choose another --mirror")
             try:
                 say(f"restored {store.download(newest, out_dir)} from {store.url}")
             except DamagedError as error:

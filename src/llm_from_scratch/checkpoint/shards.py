@@ -29,7 +29,7 @@ class Place:
     dim: int
     begin: int
     size: int
-    """Of the whole tensor along dim."""
+    """Size of the whole tensor along dim."""
 
 
 def file_name(kind: str, rank: int, ranks: int) -> str:

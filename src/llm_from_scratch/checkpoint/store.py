@@ -211,7 +211,7 @@ def valid_which(which: str | int | None) -> str | int | None:
 def locate(
     location: Path, which: str | int | None, set_aside: bool, read: Callable[[Path], T], read_pt: Callable[[Path], T]
 ) -> T:
-    """What `read` returns for the step directory that find_checkpoint describes, or `read_pt` for a ckpt.pt."""
+    """The result of `read` for the step directory that find_checkpoint describes, or `read_pt` for a ckpt.pt."""
     try:
         if (location / MANIFEST).exists() or (_STEP.fullmatch(location.name) and location.is_dir()):
             return read(location)

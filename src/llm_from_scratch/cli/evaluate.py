@@ -190,7 +190,7 @@ def _check_source(parsed: Parsed[EvalCommand]) -> None:
     unused += ["split"] if given in (["tasks"], ["text_files"]) or texts else []
     if found := [name for name in unused if parsed.on_command_line(name)]:
         what = "needs --tasks" if found[0] in ("num_fewshot", "limit") else f"has no effect on {(texts + given)[0]}"
-        raise UserError(f"--{found[0]} {what}; leave it out")
+        raise UserError(f"--{found[0]} {what}; remove it")
     if options.tasks is not None and texts:
         raise UserError(f"give a text file or --tasks, not both; several tasks: --tasks={options.tasks},{texts[0]}")
 

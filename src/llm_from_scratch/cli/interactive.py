@@ -38,7 +38,7 @@ Reply = Callable[[GenerationConfig, list[Message], int], str]  # settings, messa
 
 
 class Conversation:
-    """What a user has set and asked so far."""
+    """The settings and prompts of a user so far."""
 
     greeting, help = GREETING, HELP
     commands: tuple[str, ...] = ("help", "set", "retry", "reset")

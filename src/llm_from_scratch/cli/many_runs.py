@@ -1,4 +1,4 @@
-"""What llm-sweep and llm-scale share: the settings of their runs, the workers, the report."""
+"""Shared by llm-sweep and llm-scale: the settings of their runs, the workers, the report."""
 
 from __future__ import annotations
 

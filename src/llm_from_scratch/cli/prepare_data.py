@@ -29,7 +29,7 @@ A SOURCE is a file (text, Markdown, HTML, EPUB, PDF, notebook: one document; .js
 .parquet: one per row; compressed or in an archive), a folder, a glob, - for standard input, a URL, hf:OWNER/NAME, or a
 built-in source: shakespeare_char, shakespeare, python_docs, openwebtext, fineweb-edu, tinystories.
 Files are looked up here, then in data/raw. The validation split is the end of a single text, about a tenth of several
-documents, or the texts in --val_files. If nothing has changed, a second run does no work."""
+documents, or the texts in --val_files. If nothing has changed, a second run does nothing."""
 
 
 @command

@@ -222,7 +222,7 @@ def _dial(
     """The configuration that the budget chooses, and when the run ends. It prints what was chosen."""
     init_from = parsed.tree.training.init_from
     if init_from != "scratch":
-        raise UserError(f"--budget chooses a new model, but init_from={init_from!r} gives one: leave one of them out")
+        raise UserError(f"--budget chooses a new model, but init_from={init_from!r} gives one: remove one of them")
     from ..training.dial import dial  # torch takes seconds
     from ..training.law import read_law
 
@@ -303,9 +303,9 @@ def _on_cluster(config: Config, asked: dict[str, str], is_plan: bool, others: li
     if not is_plan:
         raise UserError(f"--{next(iter(asked))} estimates a run on other machines: use it with llm-plan")
     if config.training.init_from not in ("scratch", "resume"):
-        raise UserError(f"--{next(iter(asked))} estimates new runs and resumed ones: leave --init_from out")
+        raise UserError(f"--{next(iter(asked))} estimates new runs and resumed ones: remove --init_from")
     if others:
-        raise UserError(f"--{others[0]} has no effect with --{next(iter(asked))}: leave one of them out")
+        raise UserError(f"--{others[0]} has no effect with --{next(iter(asked))}: remove one of them")
     from ..training.cluster import cluster_of, lines
 
     print("\n".join(lines(config, cluster_of(asked))))

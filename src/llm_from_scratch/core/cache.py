@@ -204,8 +204,8 @@ class Documents:
 
     @classmethod
     def of(cls, parts: Sequence[Tensor], model: torch.nn.Module) -> list[Documents]:
-        """Of what a batch of packed documents has for each row: [Documents], or nothing for other data. The mask has
-        blocks if a module of the model reads them."""
+        """The Documents of a batch of packed documents, one per row, in a list; an empty list for other data. The mask
+        has blocks if a module of the model reads them."""
         if not parts:
             return []
         return [cls(*parts, blocks=any(getattr(m, "reads_blocks", False) for m in model.modules()))]

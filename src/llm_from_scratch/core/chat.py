@@ -103,7 +103,7 @@ class ChatTemplate:
             timer.cancel()
         if not line.endswith(b"\n"):
             _end(process)
-            raise ValueError("it takes too much time or memory")
+            raise ValueError("it exceeds the limit of time or memory")
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(answer["error"])

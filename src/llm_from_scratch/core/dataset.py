@@ -102,7 +102,7 @@ class TokenData:
     def batch(
         self, starts: np.ndarray, block_size: int, share: slice, processes: int = 1, vocab_size: int | None = None
     ) -> list[np.ndarray]:
-        """Of the windows at starts[share], a process's share of the global batch: inputs and targets, (2, B, T)."""
+        """Inputs and targets, (2, B, T), of the windows at starts[share], a process's share of the global batch."""
         rows = self.windows(starts[share], block_size + 1, vocab_size)
         return [np.stack((rows[:, :-1], rows[:, 1:]))]  # one copy to the device for both
 

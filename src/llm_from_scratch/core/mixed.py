@@ -87,7 +87,7 @@ class Phase:
 
     begin: int
     counts: tuple[int, ...]
-    """Of samples of each part before it."""
+    """Samples of each part before the phase."""
     split: tuple[tuple[int, int], ...]
     """(part, its share of what the parts before it leave), in units of 2^-ONE; the last one gets all that is left."""
 
@@ -122,10 +122,10 @@ class MixedOrder(SampleOrder):
     first: tuple[int, ...] = ()
     """Start position of each part."""
     groups: tuple[int, ...] = ()
-    """Of each part, the neighbouring windows that an epoch has before it goes to others; 0: all."""
+    """Of each part, how many neighbouring windows are shuffled together; 0: all."""
     phases: tuple[Phase, ...] = field(init=False)
     samples: float = field(init=False, default=math.inf)
-    """After which all parts are used up."""
+    """Samples until all parts are used up."""
     made: dict[int, np.ndarray] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class LearnedPositions(nn.Module):
         super().__init__()
 
     def prepare(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What every layer needs for the positions, (T,) or (B, T). Computed once per forward pass."""
+        """Values that every layer needs for the positions, (T,) or (B, T). Computed once per forward pass."""
         return ()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,12 +104,12 @@ class PackedData(TokenData):
     def batch(
         self, starts: np.ndarray, block_size: int, share: slice, processes: int = 1, vocab_size: int | None = None
     ) -> list[np.ndarray]:
-        """Of the rows with the numbers starts[share], as rows() returns them; and each row's share in the loss of the
+        """The rows with the numbers starts[share], as rows() returns them; and each row's share in the loss of the
         global batch."""
         return [*self.rows(starts[share]), shares_of(self.learned, starts, share, processes)]
 
     def rows(self, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the rows with these numbers: inputs and targets (2, B, T), -1 if not learned; and the number of the
+        """Rows with these numbers: inputs and targets (2, B, T), -1 if not learned; and the number of the
         document at each position, (B, T)."""
         tokens = np.zeros((2, len(mine), self.block_size), np.int64)
         tokens[1] = -1
@@ -165,7 +165,7 @@ class PackedData(TokenData):
         return counts
 
     def summary(self) -> str:
-        """What packing made of the documents, in one line."""
+        """The result of packing, in one line."""
         targets, used = int(self.learned.sum()), int((self.lengths - 1).sum())
         parts = [f"{self.documents:,} documents in {len(self.learned):,} rows of {self.block_size}"]
         parts.append(f"{1 - used / self.positions:.1%} of the positions are padding")

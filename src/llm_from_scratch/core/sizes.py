@@ -62,7 +62,7 @@ def tied_names(config: GPTConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model costs. Memory in bytes."""
+    """The cost of a model. Memory in bytes."""
 
     params: int
     trained: int
@@ -79,7 +79,7 @@ class Sizes:
 
     @property
     def states(self) -> dict[str, int]:
-        """What sharding divides among the processes."""
+        """Bytes that sharding divides among the processes."""
         return {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
 
     @property

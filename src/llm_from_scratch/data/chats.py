@@ -139,7 +139,7 @@ def messages_of(row: Any) -> list[Message]:
         raise ValueError(f"{len(given):,} messages are more than {MAX_MESSAGES:,}: divide the conversation")
     messages = [_message(message, f"message {number}") for number, message in enumerate(given, 1)]
     if messages[0]["role"] == "assistant":
-        raise ValueError("the first message is the assistant's: expected one to answer, of the user or the system")
+        raise ValueError("the first message is the assistant's: expected a message of the user or the system")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message has the role assistant, so nothing is learned")
     return messages
@@ -169,7 +169,7 @@ def _message(given: Any, where: str) -> Message:
 
 
 def texts_of(sources: list[FileSource], ends: str) -> Iterator[str]:
-    """What a tokenizer is trained on: the messages, as the plain template writes them, and every role."""
+    """The training text of a tokenizer: the messages, as the plain template writes them, and every role."""
     yield "System:\nUser:\nAssistant:\n"
     for source in sources:
         for _, messages in conversations(source):
@@ -201,7 +201,7 @@ def build(
     ]
     if not all(hashes) or (len(lists) == 1 and len(hashes[0]) < 2):
         count = len(hashes[0])
-        raise UserError(f"{lists[0][0].name}: {count} conversations are too few to split: add --val_files, or more")
+        raise UserError(f"{lists[0][0].name}: {count} conversations are too few to split: add more, or --val_files")
     give_template(tokenizer, template, next(one for source in lists[0] for one in conversations(source)), report)
     mask = choose_by_hash(hashes[0], rule.fraction) if len(lists) == 1 else np.zeros(len(hashes[0]), dtype=bool)
 

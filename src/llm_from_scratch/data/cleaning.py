@@ -152,7 +152,7 @@ def cleaned_sources(groups: Sequence[Sequence[Source]], folder: Path) -> list[li
 
 
 def cleaned_source(group: Sequence[Source], folders: Sequence[Path]) -> Source:
-    """What is left of parts of a group."""
+    """The cleaned documents of the parts of a group."""
     is_lines = all(getattr(source, "lines", False) for source in group)
     return CleanedSource(group[0].name, tuple(folders), is_lines, len(group) > 1 or group[0].has_many)
 
@@ -187,7 +187,7 @@ def _map(work: Callable[[Any], None], jobs: Sequence[Any], workers: int) -> Iter
 
 @dataclass
 class _Removals:
-    """What was removed and why, with examples."""
+    """Removed texts, with reasons and examples."""
 
     documents: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)

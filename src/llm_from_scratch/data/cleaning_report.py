@@ -1,4 +1,4 @@
-"""What cleaning removed and why, as text and as a page."""
+"""The texts that cleaning removed, with reasons, as text and as a page."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ SLURM = {"time": "24:00:00", "partition": "", "qos": "", "cpus_per_task": "1", "
 
 @dataclass(repr=False)  # datatrove prints it in every log
 class Job:
-    """What every task needs. work: a folder that all machines share."""
+    """The input of every task. work: a folder that all machines share."""
 
     spec: DatasetSpec
     options: PrepareOptions
@@ -78,7 +78,7 @@ class Job:
         return jobs
 
     def plan(self) -> tuple[Rules, Tokenizer, dict[str, Any]]:
-        """What plan_step has written."""
+        """The plan that plan_step has written."""
         plan = read_json(self.work / "plan" / "plan.json")
         rules = Rules(**plan["rules"] | {"split": Split(**plan["split"])})
         return rules, Tokenizer.load(self.work / "plan"), plan
@@ -270,7 +270,7 @@ def _errors_in(path: Path) -> Iterator[None]:
 
 
 def _notes(job: Job) -> list[str]:
-    """What tasks have noted, such as files that were skipped: each line once."""
+    """The notes of the tasks, such as skipped files: each line once."""
     texts = (path.read_text(encoding="utf-8") for path in sorted((job.work / NOTES).glob("*.txt")))
     return list(dict.fromkeys(line for text in texts for line in text.splitlines()))
 
@@ -370,7 +370,7 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
 
 
 def _job_ids(executors: list[Any]) -> list[str]:
-    """Of the jobs that were submitted."""
+    """Ids of the submitted jobs."""
     return [str(one.job_id) for one in executors if one is not None and one.job_id not in (None, -1)]
 
 

@@ -21,7 +21,7 @@ MIX, STEP = np.uint64(0x9E3779B97F4A7C15), 0xD6E8FEB86659FD93
 
 @functools.cache
 def _kinds() -> np.ndarray:
-    """What each of the first 65,536 characters is."""
+    """The kind of each of the first 65,536 characters."""
     kinds = np.array([chr(code).isalnum() or code == ord("_") for code in range(1 << 16)], np.uint8)
     for low, high in ALONE:
         kinds[low : high + 1] *= WORD

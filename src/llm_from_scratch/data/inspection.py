@@ -1,4 +1,4 @@
-"""What is in a prepared dataset: counts, vocabulary, lengths, duplicates, integrity, and random windows."""
+"""The contents of a prepared dataset: counts, vocabulary, lengths, duplicates, integrity, and random windows."""
 
 from __future__ import annotations
 

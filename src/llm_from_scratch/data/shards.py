@@ -78,7 +78,7 @@ class ShardWriter:
         self._file = None
 
     def state(self) -> dict[str, Any]:
-        """What restore() needs: the files with their hashes. The last one may be incomplete."""
+        """The argument of restore(): the files with their hashes. The last one may be incomplete."""
         if self._file is not None:
             self._file.flush()
         shards = [*self.done, *([self._entry()] if self._file is not None else [])]

@@ -49,7 +49,7 @@ HUB = "hf:"  # hf:owner/name or hf:owner/name:configuration
 
 @dataclass
 class Damage:
-    """What the first read of a file has found, with --bad_files=skip."""
+    """Findings of the first read of a file, with --bad_files=skip."""
 
     is_known: bool = False
     is_own: bool = False  # of an archive: it ends early
@@ -83,7 +83,7 @@ class FileSource:
 
     @property
     def suffix(self) -> str:
-        """Of the decompressed content."""
+        """Suffix of the decompressed content."""
         return suffixes(self.path.name)[0]
 
     @property
@@ -117,7 +117,7 @@ class FileSource:
         return decompress(packed, raw, self.name) if packed else raw
 
     def identity(self, count: bool = False) -> dict[str, Any]:
-        """By which a change is detected: the version that a server states, or the hash of the content. count: of a
+        """Detects changes: the version that a server states, or the hash of the content. count: of a
         local text, the characters too, which saves a pass."""
         url = self.url
         query = {"query": stores.hash_text(url)} if stores.shown(url) != url else {}  # may be secret

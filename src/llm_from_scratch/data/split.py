@@ -51,7 +51,7 @@ class Documents:
         self.is_counted = True
 
     def count_from_identity(self) -> None:
-        """Of one text, whose characters may have been counted with its hash."""
+        """The characters of one text; its hash may have counted them."""
         known: list[int] = getattr(self.sources[0], "characters", [])
         if known and known[0] and not self.may_be_many:
             self.count, self.characters, self.is_counted = 1, known[0], True

@@ -277,7 +277,7 @@ class CompiledStep:
         self.cache = builder.blocks.get("memory")
         self.made = [(builder.blocks[name], at) for at, name in enumerate(names) if name in builder.blocks]
         if len(builder.fixed) + len(self.inputs) + len(self.made) + (self.cache is not None) < len(builder.blocks):
-            raise CannotRecord("an operand is made by no operation")
+            raise CannotRecord("an operand is not the result of an operation")
         self.at, self.shape = builder.view(result)[1], result.shape
 
     def __call__(self, *given: Any) -> Tensor:

@@ -127,12 +127,12 @@ class Stats:
 class _Reading:
     """Prompts that are being read.
 
-    told: log-probabilities of a prompt, if requested.
+    scored: log-probabilities of a prompt, if requested.
     """
 
     prefill: Prefill
     handles: list[Handle]
-    told: list[Token]
+    scored: list[Token]
 
 
 @dataclass
@@ -287,24 +287,24 @@ class Engine:
         if not handles:
             return None
         self._prompt_tokens += sum(len(handle.request.prompt) for handle in handles)
-        told: list[Token] = []
-        observe = self._observer(handles[0].request, told) if handles[0].request.prompt_logprobs else None
-        return _Reading(Prefill(self.generator.decoder, prompts, observe=observe), handles, told)
+        scored: list[Token] = []
+        observe = self._observer(handles[0].request, scored) if handles[0].request.prompt_logprobs else None
+        return _Reading(Prefill(self.generator.decoder, prompts, observe=observe), handles, scored)
 
-    def _observer(self, request: Request, told: list[Token]) -> Callable[[int, Tensor], None]:
+    def _observer(self, request: Request, scored: list[Token]) -> Callable[[int, Tensor], None]:
         """Collects the log-probabilities of a prompt while it is read: of all tokens in its context but the first."""
         ids, block = list(request.prompt), self.generator.model.config.block_size
         first = max(0, len(ids) - block)  # earlier tokens are not read
         before = [ids[0], *ids]
-        told.append(Token(ids[0], self.generator.tokenizer.decode_bytes(ids[:1])))
-        told += [Token(ids[i], self.generator.bytes_of(before[i], ids[i])) for i in range(1, first + 1)]
+        scored.append(Token(ids[0], self.generator.tokenizer.decode_bytes(ids[:1])))
+        scored += [Token(ids[i], self.generator.bytes_of(before[i], ids[i])) for i in range(1, first + 1)]
 
         def observe(begin: int, logits: Tensor) -> None:
             at = range(first + begin + 1, min(first + begin + 1 + len(logits), len(ids)))
             if at:
                 real = self.generator.choosable(logits[: len(at)], check=True)
                 tokens = [ids[i] for i in at]
-                told.extend(self._tokens(real, tokens, [ids[i - 1] for i in at], [request.logprobs or 0] * len(at)))
+                scored.extend(self._tokens(real, tokens, [ids[i - 1] for i in at], [request.logprobs or 0] * len(at)))
 
         return observe
 
@@ -329,7 +329,7 @@ class Engine:
             _Sample(handle, k, TextStream(generator.bytes_of, handle.request.prompt[-1], handle.request.params.stop))
             for handle, k in rows
         ]
-        self._draw(logits, sampler, first, tuple(reading.told))
+        self._draw(logits, sampler, first, tuple(reading.scored))
         self._sampler = sampler if self._sampler is None else self._sampler.join(sampler)
         self._leave()
 
@@ -342,7 +342,7 @@ class Engine:
         self._draw(self._batch.logits(), self._sampler, 0)
         self._leave()
 
-    def _draw(self, logits: Tensor, sampler: Sampler, first: int, told: tuple[Token, ...] = ()) -> None:
+    def _draw(self, logits: Tensor, sampler: Sampler, first: int, scored: tuple[Token, ...] = ()) -> None:
         """Draws a token for each row from `first` on, and delivers the progress to the requests.
 
         logits: (n, V), from the model. A request fails if the logits of one of its rows are not finite.
@@ -367,7 +367,7 @@ class Engine:
                 updates.setdefault(id(handle), (handle, []))[1].append(self._gained(sample, token))
         going = {id(sample.handle) for sample in self._samples if not sample.ended}
         for key, (handle, deltas) in updates.items():
-            handle.give(Update(tuple(deltas), told, done=key not in going))
+            handle.give(Update(tuple(deltas), scored, done=key not in going))
 
     def _gained(self, sample: _Sample, token: Token) -> Delta:
         request, text = sample.handle.request, sample.text

@@ -171,7 +171,7 @@ def part_of(pairs: list[tuple[Ids, Ids]], rank: int, processes: int) -> list[tup
 
 
 def _score(logits: Tensor, targets: Tensor) -> Score:
-    """Of tokens, (T,), under logits, (T, V)."""
+    """Scores of tokens, (T,), under logits, (T, V)."""
     logits = logits.float()
     likelihoods = logits.log_softmax(dim=1).gather(1, targets[:, None])
     return float(likelihoods.double().sum()), bool((logits.argmax(dim=1) == targets).all())

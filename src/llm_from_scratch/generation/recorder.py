@@ -55,7 +55,7 @@ class Record:
     kernel: Callable[..., Tensor] | None = None
     """The same step in the compiled kernel, if it has the operations."""
     lacks: str = ""
-    """Why there is none."""
+    """The reason if there is none."""
 
 
 @dataclass

@@ -176,8 +176,8 @@ class SpeculativeBatch(Batch):
         self._judge(read)
 
     def _judge(self, read: int) -> None:
-        """Pauses proposals after a pass that was not worth its time. On a CPU, a pass of GPT-2 124M over 3, 5, 9, 17
-        tokens takes about 2.2, 2.4, 3.1, 3.7 times as long as over a single token."""
+        """Pauses proposals after a pass that cost more time than it saved. On a CPU, a pass of GPT-2 124M over 3, 5, 9,
+        17 tokens takes about 2.2, 2.4, 3.1, 3.7 times as long as over a single token."""
         paid = self.hits >= 2 + read // 8
         self.rest = 0 if paid else min(LONGEST_REST, max(FEWEST, 2 * self.rest))
         self.resting = self.rest

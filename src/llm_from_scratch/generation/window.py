@@ -67,7 +67,7 @@ class Window:
 
 @dataclass
 class StandIn:
-    """What a model sees of a KVCache while a decode step is recorded."""
+    """The KVCache as a model sees it while a decode step is recorded."""
 
     window: Window
     positions: Tensor

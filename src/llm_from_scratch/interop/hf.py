@@ -96,7 +96,7 @@ class Family:
     fields: dict[str, tuple[str, Any]]
     activations: dict[str, str]
     ours: dict[str, Any]
-    """Our settings that this type fixes, whatever its config.json says."""
+    """Our settings that this type fixes, independent of its config.json."""
     fixed: dict[str, tuple[Any, ...]]
     """Their settings that change the arithmetic: the values that our model can compute."""
 
@@ -418,7 +418,7 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
         config, state, same = load_pretrained(folder)
         difference = _difference(logits, sample_logits(config, state, ids.size(1))[1], "its")
         if tokenizer is not None and (same is None or same.fingerprint() != tokenizer.fingerprint()):
-            raise UserError("the export is wrong: its tokenizer is another one") from None
+            raise UserError("the export is wrong: its tokenizer differs") from None
         return f"read back with the same logits (largest difference {difference:.1e}), but only by this program: {why}"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What an exported model contains about itself: the README.md of a folder for the hub, the entries general.* of a GGUF
+"""The description in an exported model: the README.md of a folder for the hub, the entries general.* of a GGUF
 file, and the defaults of sampling."""
 
 from __future__ import annotations

@@ -43,12 +43,12 @@ def load_plain(path: Path) -> dict[Any, Any]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members):
-                raise UserError(f"{path} is a compressed archive, not what torch.save writes")
+                raise UserError(f"{path} is a compressed archive, not a file of torch.save")
             if sum(m.file_size for m in members) > path.stat().st_size:
                 raise DamagedError(f"{path} claims more bytes than it has")
             sizes = {m.filename.lower(): m.file_size for m in members}  # torch ignores case
             if len(sizes) < len(members):
-                raise UserError(f"{path} has two members of one name: not what torch.save writes")
+                raise UserError(f"{path} has two members of the same name: not a file of torch.save")
             pickled = _pickle_member(archive, path)
             storages = _look_through(archive.read(pickled), path)
         folder = pickled.filename.removesuffix("data.pkl")
@@ -85,13 +85,13 @@ def _check_list_of_members(path: Path) -> None:
     if length == 0xFFFFFFFF and (at64 := tail.rfind(b"PK\6\6")) >= 0 and len(tail) >= at64 + 56:
         (length,) = struct.unpack_from("<Q", tail, at64 + 40)
     if length > MAX_MEMBERS:
-        raise UserError(f"{path} has a list of members of {length} bytes: not what torch.save writes")
+        raise UserError(f"{path} has a list of members of {length} bytes: not a file of torch.save")
 
 
 def _pickle_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     found = [m for m in archive.infolist() if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
     if len(found) != 1 or found[0].file_size > MAX_PICKLE or found[0].compress_type != zipfile.ZIP_STORED:
-        raise UserError(f"{path} is not what torch.save writes: expected one data.pkl of at most {MAX_PICKLE} bytes")
+        raise UserError(f"{path} is not a file of torch.save: expected one data.pkl of at most {MAX_PICKLE} bytes")
     return found[0]
 
 

@@ -148,7 +148,7 @@ def compiler_here() -> list[str] | None:
 
 
 def lacking() -> str | None:
-    """What this machine lacks for the kernel."""
+    """The part that this machine lacks for the kernel."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the compiled kernel is for Linux on x86-64"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

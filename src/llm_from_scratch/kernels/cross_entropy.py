@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def is_retained() -> bool:
-    """In a backward pass: whether its graph is retained, so that it may run again. True if torch does not tell."""
+    """In a backward pass: whether its graph is retained, so that it may run again. True if it is unknown."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 

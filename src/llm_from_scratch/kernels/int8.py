@@ -127,7 +127,7 @@ class Linears:
     ):
         device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
         if quantize == "int8" and not (device.type == "cpu" and has_int8()):
-            raise UserError(f"quantize=int8 needs a CPU with fbgemm or qnnpack, not {device}; leave it out")
+            raise UserError(f"quantize=int8 needs a CPU with fbgemm or qnnpack, not {device}; remove it")
         half = dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_native_bf16())
         self.model, self.device, self.dtype = model, device, dtype
         self.kind: Any = Dense

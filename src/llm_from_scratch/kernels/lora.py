@@ -118,7 +118,7 @@ def attach(model: GPT, settings: FinetuneConfig, seed: int) -> None:
     """Adapts the target layers of a model with the loaded weights. B is zero: at first, the adapters change nothing.
     Raises UserError if no layer matches, or if one that does cannot be adapted."""
     if buffers := set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}:
-        raise UserError(f"lora_rank does not support {min(buffers)}: a checkpoint of an adapter holds no buffers")
+        raise UserError(f"lora_rank does not support {min(buffers)}: a checkpoint of an adapter does not hold buffers")
     names, lines = add_parameters(model, settings, seed), list[str]()
     layers = {name: model.get_submodule(name) for name in names}
     before: dict[str, Any] = {name: type(layer) for name, layer in layers.items()}
@@ -132,12 +132,12 @@ def attach(model: GPT, settings: FinetuneConfig, seed: int) -> None:
             is_adapted = type(layer) is adapted(before[name])
             reasons[kind] = _why_not_merged(layer) if is_adapted else "; ".join(lines) or "the model does not call it"
         if reasons[kind]:
-            raise UserError(f"--lora_rank cannot adapt {name}: {reasons[kind]}. Leave it out of --lora_targets")
+            raise UserError(f"--lora_rank cannot adapt {name}: {reasons[kind]}. Remove it from --lora_targets")
 
 
 @torch.no_grad()
 def _why_not_merged(layer: Any) -> str | None:
-    """Why an adapter cannot be merged into a layer's weight, found by trying; None if it can."""
+    """The reason, found by trying, that an adapter cannot be merged into a layer's weight; None if it can."""
     generator, device, training = torch.Generator().manual_seed(0), layer.weight.device, layer.training
     x, b = (torch.randn(*s, generator=generator).to(device) for s in ((4, layer.in_features), layer.lora_B.shape))
     weight = layer.weight + layer.lora_scale * change(layer.lora_A, b, stacked(layer))

@@ -151,7 +151,7 @@ def set_libraries(model: GPT, chosen: dict[str, str]) -> None:
 
 
 def libraries_of(model: GPT) -> dict[str, str]:
-    """What set_libraries() has set; empty if all products are torch's."""
+    """The libraries of set_libraries(); empty if all products are torch's."""
     return {name_of(m): m.libraries for m in model.modules() if isinstance(m, CPULinear)}
 
 

@@ -34,7 +34,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class Watch:
-    """What the code of forward may read: attributes of the modules and their classes, and global names."""
+    """The values that the code of forward may read: attributes of the modules and their classes, and global names."""
 
     def __init__(self, model: GPT):
         """Raises CannotRecord if the code changes something, or uses what is neither torch's nor the package's, such as
@@ -111,7 +111,8 @@ def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
 
 
 def _identity(value: Any) -> Any:
-    """What differs if it is replaced. A constant tensor may be changed in place; a parameter is read in every step."""
+    """A value that differs if the object is replaced. A constant tensor may be changed in place; a parameter is read in
+    every step."""
     if isinstance(value, COMPARED):
         return value
     is_constant = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and not value.is_inference()

@@ -217,7 +217,7 @@ class RecordedGPT(GPT):
 
 
 class _Programs(dict[tuple[int, int], Program | None]):
-    """Of a model: (rows, tokens) of a batch -> its program; None: it cannot be recorded."""
+    """The programs of a model: (rows, tokens) of a batch -> program; None: it cannot be recorded."""
 
     say: Any = None  # of report_to()
 
@@ -295,7 +295,7 @@ def _compared(program: Program, model: GPT, ids: Tensor, targets: Tensor) -> Pro
 
 
 def why_not(model: GPT, rows: int = 2, tokens: int | None = None) -> str | None:
-    """Why a training step of the model on a batch of this shape cannot be recorded; None if it can."""
+    """The reason that a training step on a batch of this shape cannot be recorded; None if it can."""
     ids, targets = _batch(model, rows, tokens)
     modes = [(m, m.training) for m in model.modules()]
     try:

@@ -41,7 +41,7 @@ def stop_without_required() -> None:
 
 
 def install_command(extra: str) -> str:
-    """What to type for an extra: of the checkout that runs, or of the installed distribution."""
+    """The command that installs an extra of the running checkout, or of the installed distribution."""
     root = Path(__file__).resolve().parents[3]
     if (root / "pyproject.toml").is_file():
         folder = "." if root == Path.cwd() else str(root)

@@ -39,7 +39,7 @@ def preflight(device: torch.device, facts: dict[str, Any]) -> list[str]:
 
 
 def _bandwidth(device: torch.device) -> str:
-    """Of an all-reduce, as nccl-tests count it: the bytes that each process sends, and receives."""
+    """Bandwidth of an all-reduce, as nccl-tests count it: the bytes that each process sends, and receives."""
     size, world = MESSAGE.get(device.type, 4 * MIB), dist.get_world_size()
     data = torch.zeros(size // 4, device=device)
     best = float("inf")
@@ -53,8 +53,8 @@ def _bandwidth(device: torch.device) -> str:
 
 
 def diagnosed(error: Exception, backend: str, rank: int, missing: list[int] | None) -> UserError:
-    """Why the processes do not find each other, most likely. missing: ranks that have not reached the store; None if
-    this process has not."""
+    """The most likely reason that the processes do not find each other. missing: ranks that have not reached the store;
+    None if this process has not."""
     address, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     problem = _store_problem(address, port) if missing is None else _group_problem(backend, missing)
     return UserError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 watch: Watch | None = None
-"""Of the processes of this process group."""
+"""The watch over the processes of this process group."""
 LONGEST = timedelta(hours=1)  # that processes wait for a healthy one, such as one that writes a long sample
 FIRST_POLL = 0.2  # seconds between looks whether rank 0 is done
 _kept: list[Any] = []  # stores of after_first: rank 0 may serve them, and start() uses them again
@@ -75,7 +75,7 @@ def may_restart() -> bool:
 
 
 def process_age(otherwise: float) -> float:
-    """Seconds since this process started. `otherwise`: the answer if the system does not tell, or if the process is so
+    """Seconds since this process started. `otherwise`: the answer if the start is unknown, or if the process is so
     old that it must have done something else before."""
     with contextlib.suppress(OSError, AttributeError, ValueError, IndexError):
         ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
@@ -137,7 +137,7 @@ def _meeting(backend: str, rank: int, world_size: int, timeout: float) -> tuple[
         shared = dist.TCPStore(address, port, timeout=patience, wait_for_workers=False)
         prefix, missing = meet(shared, rank, world_size, timeout)
         if missing:
-            raise RuntimeError(f"not within {timeout:g} s (--collective_timeout)")
+            raise RuntimeError(f"no answer within {timeout:g} s (--collective_timeout)")
         return dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, shared)
     except (RuntimeError, ValueError) as error:
         raise diagnosed(error, backend, rank, missing) from None

@@ -96,7 +96,7 @@ class Watch:
                 self._publish(f"{self._name(self.rank)} ended at step {self.step()}: {reason}", 0)
 
     def explain(self, error: BaseException) -> str:
-        """Why an exchange failed: names the process that caused it."""
+        """The reason of a failed exchange: names the process that caused it."""
         tb = traceback.walk_tb(error.__traceback__)
         frames = [(frame.f_code, line, frame.f_lasti) for frame, line in tb][::-1]
         self._is_waiting, self._doing = True, self._operation(frames) | {"waits": True}  # the others look for it too
@@ -144,7 +144,7 @@ class Watch:
                 return
 
     def _stop_orphan(self) -> None:
-        """Without its launcher, a process stops as if it had been told to: it saves, and leaves."""
+        """Without its launcher, a process stops as after SIGTERM: it saves and ends."""
         note(f"rank {self.rank}: the launcher (process {self.parent}) is gone; stopping")
         os.kill(os.getpid(), signal.SIGTERM)
         if not self._ending.wait(LAUNCHERS_GRACE):
@@ -164,8 +164,8 @@ class Watch:
         self.store.set(f"beat/{self.rank}", json.dumps(state))
 
     def _operation(self, stack: list[tuple[Any, int, int]]) -> dict[str, Any]:
-        """What the training thread does, from its frames, the inner ones first; for how many seconds they have not
-        moved; and whether it waits for other processes."""
+        """The operation of the training thread, from its frames, the inner ones first; for how many seconds they have
+        not moved; and whether it waits for other processes."""
         names, line, waits = list[str](), "", False
         for code, number, _ in stack:
             if code.co_filename.startswith(PACKAGE) and code.co_filename != __file__:
@@ -295,7 +295,7 @@ def _is_torchrun() -> bool:
 
 
 def _namespace() -> str:
-    """Identifies the machine's (or container's) numbering of processes; empty if the system does not tell."""
+    """Identifies the machine's (or container's) numbering of processes; empty if it is unknown."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -203,7 +203,7 @@ class Service:
     def _plan(
         self, asked: Sampling, prompts: list[list[int]], length: int, logprobs: int | None, score: bool = False
     ) -> tuple[str, list[Request], bool, bool]:
-        """What a Plan is made of: the model's name, the engine's requests, whether to stream and to send the usage."""
+        """The parts of a Plan: the model's name, the engine's requests, whether to stream and to send the usage."""
         if length > (limit := self.options.max_tokens):
             raise ApiError(400, f"max_tokens={length} is more than this server's limit of {limit}", "max_tokens")
         if asked.samples > self.options.max_concurrent:

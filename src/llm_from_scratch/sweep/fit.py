@@ -30,7 +30,7 @@ class Point:
     """A run: what it cost and what came out."""
 
     params: float
-    """That are multiplied."""
+    """Parameters that are multiplied."""
     seen: float
     """Bytes of text trained on."""
     unique: float

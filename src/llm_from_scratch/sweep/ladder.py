@@ -41,7 +41,7 @@ def shapes(model: GPTConfig, sizes: list[int]) -> dict[str, dict[str, str]]:
 
 
 def measured(run: Path) -> Point:
-    """What a complete run says about the law."""
+    """The measurement of a complete run, for the law."""
     settings = read_settings(find_checkpoint(run, "last", verify=False))
     config = build(Config, {name: section for name, section in settings.items()})
     entries = [entry for entry in read_entries(run / METRICS) if type(entry.get("bits_per_byte")) is float]

@@ -61,7 +61,7 @@ class Claim:
     """Of the space."""
     settings: dict[str, str]
     attributes: dict[str, Any]
-    """What earlier workers noted about it."""
+    """Notes of earlier workers."""
     lock: Any
     trial: Any
 

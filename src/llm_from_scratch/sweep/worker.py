@@ -276,7 +276,7 @@ def _last_lines(path: Path) -> list[str]:
 
 
 def _error(lines: list[str], code: int) -> str:
-    """What a run that failed printed last, or the signal that killed it."""
+    """The last printed line of a failed run, or the signal that killed it."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (", perhaps because memory ran out" if name == "SIGKILL" else "")

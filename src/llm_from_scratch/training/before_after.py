@@ -1,4 +1,4 @@
-"""What a finetuned model wrote and scored before and after: the same prompts, the same held-out text."""
+"""Texts and losses before and after finetuning: the same prompts, the same held-out text."""
 
 from __future__ import annotations
 

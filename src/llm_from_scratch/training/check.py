@@ -23,10 +23,10 @@ SMALL = 1 << 26  # bytes of a split whose ids are checked at once
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads, opened."""
+    """The opened inputs of a run."""
 
     folders: tuple[Path, ...]
-    """Of the dataset, or of the parts of a mixture."""
+    """Folders of the dataset, or of the parts of a mixture."""
     tokenizer: Tokenizer | None
     vocab_size: int | None
     """Ids of the data; None if neither a tokenizer nor a manifest gives it."""

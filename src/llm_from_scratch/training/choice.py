@@ -57,10 +57,10 @@ class Facts:
     val_tokens: int
     vocab_size: int
     characters: float = 1.0
-    """Of a token, in the mean."""
+    """Characters of a token, on average."""
     bytes_per_character: float = 1.0
     text: Curve | None = None
-    """How hard the text is; None if it is unknown."""
+    """Difficulty of the text; None if unknown."""
     processes: int = 1
     memory: int | None = None
     """Bytes of the device of one process."""
@@ -89,7 +89,7 @@ class Speed:
     """(with n-grams, measured time / time of this model)."""
 
     def seconds(self, model: GPTConfig, arithmetic: float, tokens: int) -> float:
-        """Of an update on `tokens` tokens, with `arithmetic` FLOPs for each of them."""
+        """Seconds of an update on `tokens` tokens, with `arithmetic` FLOPs for each of them."""
         width, layers = model.n_embd, model.n_layer
         narrow = 1 + 128 / width  # norms, activations and attention take their share of a narrow layer's time
         ngrams = 1.3 if model.max_ngram else 1.0
@@ -124,7 +124,7 @@ class Choice:
     expected: Prediction
     """Bits per byte."""
     seconds: float
-    """Of the whole run."""
+    """Seconds of the whole run."""
     is_cut: bool
     """Whether the run is shorter than the budget, because more passes over the text would not help."""
 
@@ -290,7 +290,7 @@ def expected_loss(model: GPTConfig, params: float, tokens: float, facts: Facts, 
 
 
 def _rows(tokens: float) -> int:
-    """Of each n-gram table, in a run of this many tokens."""
+    """Rows of each n-gram table, in a run of this many tokens."""
     return 1 << round(math.log2(min(1 << 18, max(1 << 12, tokens / 8))))
 
 

@@ -54,7 +54,7 @@ class Cluster:
 
     gpu: str
     gpus: int
-    """Of a node."""
+    """GPUs of a node."""
     nodes: int
 
     @property
@@ -69,7 +69,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a process sends in an update, in a ring over `near` GPUs of each of `far` nodes."""
+    """Traffic of a process in an update, in a ring over `near` GPUs of each of `far` nodes."""
 
     name: str
     sent: float
@@ -97,13 +97,13 @@ class Estimate:
     mode: str
     cluster: Cluster
     sequences: int
-    """Of a GPU and update."""
+    """Sequences per GPU and update."""
     micro_batch: int
     memory: dict[str, float]
     """Bytes of a GPU."""
     exchanges: list[Exchange]
     seconds: float
-    """Of an update."""
+    """Seconds of an update."""
 
     @property
     def fits(self) -> bool:
@@ -140,7 +140,7 @@ def with_vocabulary(config: Config) -> list[str]:
         size = tokenizer.vocab_size if tokenizer else int(manifest["vocab_size"]) if manifest else GPT2_IDS
     except UserError:
         config.model.vocab_size = GPT2_PADDED
-        return [f"the data {config.data.dataset} are not prepared here: assuming GPT-2's vocabulary"]
+        return [f"dataset {config.data.dataset} is not prepared here: assuming GPT-2's vocabulary"]
     config.model.vocab_size = GPT2_PADDED if size == GPT2_IDS else size
     return []
 
@@ -151,7 +151,7 @@ def precision(config: Config, gpu: str) -> torch.dtype:
     asked = config.system.dtype
     dtype = DTYPES[asked] if asked != "auto" else next(d for d in (torch.bfloat16, torch.float16) if d in peaks)
     if dtype not in peaks:
-        raise UserError(f"--dtype={asked}: the {gpu} does not compute in it; leave --dtype out")
+        raise UserError(f"--dtype={asked}: the {gpu} does not support it; remove --dtype")
     return dtype
 
 
@@ -159,9 +159,9 @@ def exchanges(
     model: Any, optimizer: Optimizer, mode: str, cluster: Cluster, passes: int, itemsize: int, muon_itemsize: int,
     reshard: bool = True, tokens: int = 0, backend: str = "nccl",
 ) -> Iterator[Exchange]:  # fmt: skip
-    """What every process sends in an update. model: on the meta device; passes: micro-batches; itemsize: bytes of a
-    gathered weight; muon_itemsize: of an element of Muon's iteration; tokens: of a process and update; backend: nccl on
-    GPUs, gloo on CPUs, which sums everything everywhere where nccl scatters the sums."""
+    """The exchanges of every process in an update. model: on the meta device; passes: micro-batches; itemsize: bytes of
+    a gathered weight; muon_itemsize: of an element of Muon's iteration; tokens: of a process and update; backend: nccl
+    on GPUs, gloo on CPUs, which sums everything everywhere where nccl scatters the sums."""
     tables = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
     near, far = cluster.gpus, cluster.nodes
     processes = near * far
@@ -216,7 +216,7 @@ def _muon(optimizer: Optimizer, mode: str, cluster: Cluster, itemsize: int, limi
 
 
 def muon_flops(optimizer: Optimizer, processes: int) -> float:
-    """Of the busiest process in an update: four polynomials, each of three products."""
+    """FLOPs of the busiest process in an update: four polynomials, each of three products."""
     work = [0.0] * processes
     for parameters in optimizer.param_groups:
         if "rows" in parameters:
@@ -311,7 +311,7 @@ def table_sizes(cluster: Cluster) -> list[int]:
 
 
 def lines(config: Config, cluster: Cluster) -> list[str]:
-    """What llm-plan prints. Sets the vocabulary of the config."""
+    """The output of llm-plan. Sets the vocabulary of the config."""
     asked, allowed = config.system.parallel, _allowed(cluster)
     if asked not in ("auto", *allowed):
         raise UserError(

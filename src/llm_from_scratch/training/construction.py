@@ -147,7 +147,7 @@ class _Call:
     reads: set[int]
     makes: set[int]
     changes: set[int]
-    """With those that it makes."""
+    """Tensors that the operation changes, including the tensors it makes."""
 
     @property
     def is_random(self) -> bool:

@@ -1,4 +1,5 @@
-"""How hard a text is: the cross-entropy of held-out text under counted n-grams, as a function of the amount counted.
+"""The difficulty of a text: the cross-entropy of held-out text under counted n-grams, as a function of the amount
+counted.
 
 Like a small model, counts learn first which characters follow which few, they gain from more text, and they lose where
 held-out text differs from the training text. The probability of a character is interpolated over the lengths of its
@@ -40,7 +41,7 @@ class Curve(NamedTuple):
 
 
 def counted(train: str, held: str) -> Curve | None:
-    """The curve of a text. None if it is too short to say anything. train is counted in its order: mix its parts."""
+    """The curve of a text. None if it is too short for a curve. train is counted in its order: mix its parts."""
     symbols, ids = np.unique(_codes(train + held), return_inverse=True)
     if len(train) < APART * LONGEST or len(held) < 2 * LONGEST:
         return None

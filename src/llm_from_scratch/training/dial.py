@@ -44,7 +44,7 @@ class Dialed:
 
     config: Config
     lines: list[str]
-    """What was chosen and why."""
+    """The choice and its reasons."""
     deadline: Deadline | None
     """None: the length is fixed."""
 
@@ -118,7 +118,7 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, characters: int) -> Facts:
-    """What the choice depends on, apart from the speed. characters: of the training text that are counted."""
+    """The facts behind the choice, apart from the speed. characters: of the training text that are counted."""
     smallest = {
         "block_size": 1,
         "batch_size": runtime.world_size,

@@ -50,7 +50,7 @@ class Forecast:
     """Seconds of an update."""
     tokens_per_s: float
     seconds: dict[str, float]
-    """Of steps, evaluations (with that of the whole validation split at the end), checkpoints, start."""
+    """Seconds of steps, evaluations (including the final one), checkpoints, start."""
     bytes: dict[str, int]
     """At the peak. activations: with temporary memory; copies: of weights and moments, from which a checkpoint is
     written; the program: the process without a model."""
@@ -288,7 +288,7 @@ def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
 
 
 def seconds_of(timed: dict[str, float]) -> float:
-    """Of an update, from Rehearsal.timed()."""
+    """Seconds of an update, from Rehearsal.timed()."""
     return timed["gradients"] + timed["update"]
 
 

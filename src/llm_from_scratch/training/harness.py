@@ -137,8 +137,8 @@ class TaskModel:
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """What a text follows: the token that begins a text if there is one, else the end-of-text token, else a line break,
-    else the token 0."""
+    """The token before a text: the token that begins a text if there is one, else the end-of-text token, else a line
+    break, else the token 0."""
     if tokenizer.chat is not None and tokenizer.chat.bos:
         ids = tokenizer.encode(tokenizer.chat.bos, allow_special=True)
         if len(ids) == 1:
@@ -156,7 +156,7 @@ def first_token(tokenizer: Tokenizer) -> int:
 
 def load_tasks(names: str, option: str = "--tasks", fewshot: int | None = None) -> dict[str, Any]:
     """The tasks and groups of a comma-separated list of YAML files, folders of them, and the harness's own names, as
-    the harness loads them. fewshot: number of examples in each prompt; None: what the task says. Raises UserError: the
+    the harness loads them. fewshot: number of examples in each prompt; None: as the task sets it. Raises UserError: the
     package is missing, a task is unknown or cannot be loaded."""
     require("lm_eval", "eval", option)
     os.environ["DISABLE_MULTIPROC"] = "1"  # no processes forked from one that has threads

@@ -48,11 +48,11 @@ class Law:
     C: float = 0.0
     gamma: float = 1.0
     R: float = 15.4
-    """Repetitions after which text has lost most of its worth."""
+    """Repetitions after which text has lost most of its value."""
     spread: float = 0.05
     """Standard deviation of measured / predicted - 1."""
     text: Curve | None = None
-    """Of the fitted text. None: the law is for one text and is not scaled. Not in files."""
+    """Curve of the fitted text. None: the law is for one text and is not scaled. Not in files."""
 
     def __post_init__(self) -> None:
         for name in CONSTANTS:

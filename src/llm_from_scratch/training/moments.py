@@ -1,4 +1,4 @@
-"""What the optimizer keeps for each parameter: its size, and saving and restoring it by parameter name."""
+"""The optimizer's state of each parameter: its size, saving and restoring it by parameter name."""
 
 from __future__ import annotations
 

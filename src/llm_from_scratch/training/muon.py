@@ -161,7 +161,7 @@ class Muon(Rule):
     def finished(
         self, ranks: Whole | Sharded, m: Matrix, step: Tensor, kept: dict[str, Any], found_inf: Tensor | None
     ) -> Tensor:
-        """What is added to the rows of a matrix that this process holds. kept: the state of its parameter."""
+        """The change of this process's rows of a matrix. kept: the state of its parameter."""
         return step
 
     def _look_ahead(

@@ -38,7 +38,7 @@ class Matrix(NamedTuple):
 
     @property
     def gradient(self) -> Tensor:
-        """Of the whole parameter. Parameters without one are left out of a step."""
+        """Gradient of the whole parameter. Parameters without a gradient are left out of a step."""
         assert self.p.grad is not None
         return self.p.grad
 

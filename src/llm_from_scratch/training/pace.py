@@ -33,7 +33,7 @@ class Pace:
         self.ends_at, self.clock, scheduler = (deadline.at if deadline else 0.0) - EXIT, clock, plan.config.scheduler
         self.most = plan.last_step if deadline and not deadline.may_extend else math.inf
         self.most = min(self.most, plan.order.samples / plan.global_batch)
-        self.told, self.expected = plan.last_step, deadline.expected if deadline else None
+        self.announced, self.expected = plan.last_step, deadline.expected if deadline else None
         self.is_free = (
             deadline is not None
             and scheduler.schedule == "linear"
@@ -51,10 +51,10 @@ class Pace:
         fitting = self._fitting(log.remaining, step, last) if plan.runtime.is_master else 0
         chosen = round(sum_over_ranks([fitting], plan.runtime.device, plan.runtime.world_size)[0])
         if abs(chosen - last) > max(1, SMALL * (last - step)):
-            if abs(chosen - self.told) > NOTED * self.told:
+            if abs(chosen - self.announced) > NOTED * self.announced:
                 then = f"; {self.expected(chosen)}" if self.expected is not None else ""
-                log.say(f"pace: {chosen:,} steps fit into the budget instead of {self.told:,}{then}")
-                self.told = chosen
+                log.say(f"pace: {chosen:,} steps fit into the budget instead of {self.announced:,}{then}")
+                self.announced = chosen
             log.expect(chosen)
             plan, last = with_last_step(plan, step, chosen), chosen
         self.next_look = step + max(1, min(step - self.first, (last - step) // PART))

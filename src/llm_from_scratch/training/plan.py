@@ -59,13 +59,13 @@ class Plan:
     prompt: list[int] = field(default_factory=list)
     """Token ids that the samples of --sample_interval continue; empty without samples."""
     notes: list[str] = field(default_factory=list)
-    """What was found and decided, one line each."""
+    """Findings and decisions, one line each."""
     scans: list[BackgroundScan] = field(default_factory=list)
     """Checks of large data that run in the background during the first steps."""
     tasks: dict[str, Any] = field(default_factory=dict)
     """The loaded tasks of eval_tasks."""
     reference: bytes | None = None
-    """Of a resumed run with --loss=dpo; see preferences.py."""
+    """The reference of a resumed run with --loss=dpo; see preferences.py."""
 
     @property
     def micro_steps(self) -> int:
@@ -108,7 +108,8 @@ def training_sizes(config: Config, runtime: Runtime, micro_batch: int) -> Sizes:
 
 @functools.lru_cache(maxsize=64)
 def dataset_hashes(train: TokenData, val: TokenData) -> tuple[str, str]:
-    """Of the training split, and of both: all tokens, or samples from all parts of a split above HASHED bytes."""
+    """Hashes of the training split, and of both splits: of all tokens, or samples from all parts of a split above
+    HASHED bytes."""
     digest, hashes = hashlib.sha256(), []
     for data in (train, val):
         digest.update(f"{len(data)} {[len(shard) for shard in data.shards]}".encode())

@@ -50,7 +50,7 @@ class PreferenceData(PackedData):
         fitting = np.flatnonzero(sizes <= block_size)
         self.documents, self.cropped = len(sizes), len(sizes) - len(fitting)
         if not len(fitting):
-            needed = f"the shortest needs {sizes.min():,} with its prompt twice"
+            needed = f"the shortest pair needs {sizes.min():,} tokens (the prompt counts twice)"
             raise UserError(f"{name}: no pair fits into block_size={block_size}: {needed}; use a larger --block_size")
         order, first = best_fit(sizes[fitting], block_size)
         both = (2 * fitting[order][:, None] + np.arange(2)).reshape(-1)

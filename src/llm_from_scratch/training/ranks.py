@@ -1,4 +1,4 @@
-"""What the processes of a run decide together: before it starts, and when one of them runs out of memory."""
+"""Common decisions of the processes of a run: before it starts, and when one of them runs out of memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def scaler_of(runtime: Runtime) -> torch.amp.GradScaler:
 
     class OfOwnRows(agreeing):
         def unscale_(self, optimizer: Any) -> None:
-            """Of sharded gradients, unscales the rows of this process; torch cannot unscale them with whole ones."""
+            """Unscales this process's rows of sharded gradients; torch cannot unscale them with whole ones."""
             with torch.no_grad():
                 held = [SimpleNamespace(grad=local(p.grad)) for g in optimizer.param_groups for p in g["params"]]
                 super().unscale_(SimpleNamespace(param_groups=[{"params": held}]))

@@ -70,7 +70,7 @@ def _signed(text: bytes) -> bytes:
 
 
 def readme(plan: Plan, state: TrainState, command: str) -> str:
-    """What a run did and how to continue."""
+    """The results of a run, and the commands to continue."""
     out_dir = Path(plan.config.training.out_dir)
     best, last = _checkpoint(out_dir, "best"), _checkpoint(out_dir, "last")
     picture = ["![loss](loss.png)", ""] if (out_dir / "loss.png").exists() else []

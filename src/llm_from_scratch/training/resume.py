@@ -59,7 +59,7 @@ def present_machine(
 
 
 def saved_machine(resumed: Checkpoint) -> dict[str, Any]:
-    """What the checkpoint says about the machine that made it."""
+    """The checkpoint's record of the machine that made it."""
     found = resumed.trainer.get("machine")
     return found if isinstance(found, dict) else {}
 

@@ -1,4 +1,4 @@
-"""What all optimizers share: the state of a parameter, the step of a group, and stochastic rounding of moments."""
+"""The base of all optimizers: the state of a parameter, the step of a group, and stochastic rounding of moments."""
 
 from __future__ import annotations
 

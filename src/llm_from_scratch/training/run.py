@@ -386,7 +386,7 @@ class Run:
         return self.result(final)
 
     def _wants_last_sample(self) -> bool:
-        """Of the finished model: if the run writes samples, or if somebody watches it in a terminal. A sample costs
+        """Whether to sample the finished model: if the run writes samples, or in a terminal. A sample costs
         about half a second, much of a short run."""
         seen = self.log.is_watched and not self.runtime.is_sharded  # then all processes write it, and one knows
         wanted = self.config.training.sample_interval or (seen and self.plan.tokenizer is not None)

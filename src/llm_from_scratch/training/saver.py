@@ -43,7 +43,7 @@ class Saved:
     path: Path | None = None
     """None if there is no checkpoint of this step."""
     error: UserError | None = None
-    """Why not. With a path: why ckpt.pt, the file for nanoGPT, is missing."""
+    """The reason of a failure. With a path: why ckpt.pt, the file for nanoGPT, is missing."""
     bug: BaseException | None = None
     """Any other error. Raised again in the thread of the loop."""
 
@@ -209,7 +209,7 @@ class Saver:
         self.report()
 
     def _is_mirrored(self, seconds: float, begin: float, stopped: bool) -> bool:
-        """Whether the mirror has everything, or is not worth waiting for: without progress for a while."""
+        """Whether the mirror has everything, or has made no progress for too long."""
         if self.mirror is None or self.mirror.wait(seconds):
             return True
         since = begin if stopped else max(begin, self.mirror.active)

@@ -61,7 +61,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         refuse_unfit(runtime.device, runtime.dtype)
     if training.flex_attention and runtime.device.type != "cuda":
         raise UserError(
-            f"--flex_attention=True needs a CUDA device, and this run uses {runtime.device.type}: leave it out"
+            f"--flex_attention=True needs a CUDA device, and this run uses {runtime.device.type}: remove it"
         )
     folder, notes = inputs.folder, list[str]()
     tokenizer, vocab_size = _vocabulary(inputs, notes)
@@ -99,7 +99,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"vocab_size={config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer of "
-            f"{folder}: " + ("leave --vocab_size out" if weights is None else "the weights belong to another tokenizer")
+            f"{folder}: " + ("remove --vocab_size" if weights is None else "the weights belong to another tokenizer")
         )
     config.model.validate()
     runtime = with_parallel(config, runtime, resumed)
@@ -111,7 +111,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     tasks: dict[str, Any] = {}
     if training.eval_tasks is not None:
         if tokenizer is None:
-            raise UserError("--eval_tasks needs the tokenizer of the data, which is unknown; leave it out")
+            raise UserError("--eval_tasks needs the tokenizer of the data, which is unknown; remove it")
         tasks = load_tasks(training.eval_tasks, "--eval_tasks")
         notes.append(f"tasks at every evaluation: {', '.join(tasks['tasks'])} (estimates do not include them)")
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
@@ -178,7 +178,7 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
     if training.init_from == "resume":
         ranks = loaded.base and loaded.base.rank, settings.lora_rank
         if ranks[0] != ranks[1]:
-            same = "leave --lora_rank out" if ranks[0] is None else f"set --lora_rank={ranks[0]}"  # a preset may set it
+            same = "remove --lora_rank" if ranks[0] is None else f"set --lora_rank={ranks[0]}"  # a preset may set it
             raise UserError(
                 f"the run in {training.out_dir} has lora_rank={ranks[0]}, not {ranks[1]}: {same}, or "
                 f"start a new run from it ({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
@@ -186,7 +186,7 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
         if loaded.base is not None and loaded.base.scale != scale_of(settings):
             raise UserError(
                 f"the run in {training.out_dir} has lora_alpha={loaded.base.scale * loaded.base.rank:g}, not "
-                f"{scale_of(settings) * loaded.base.rank:g}: leave --lora_alpha out, or start a new run from it "
+                f"{scale_of(settings) * loaded.base.rank:g}: remove --lora_alpha, or start a new run from it "
                 f"({shlex.quote(f'--init_from={training.out_dir}')}, another --out_dir)"
             )
         return loaded.base
@@ -256,14 +256,14 @@ def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
     if config.training.sample_interval is None:
         return []
     if tokenizer is None:
-        raise UserError("--sample_interval needs the tokenizer of the data, which is unknown; leave it out")
+        raise UserError("--sample_interval needs the tokenizer of the data, which is unknown; remove it")
     plain, generation = GenerationConfig(), config.generation
     free = {"start", "max_new_tokens", "temperature", "top_k", "num_samples"}
     for item in dataclasses.fields(GenerationConfig):
         if item.name not in free and getattr(generation, item.name) != getattr(plain, item.name):
             raise UserError(
                 f"{item.name} has no effect on the samples of --sample_interval, which use start, max_new_tokens, "
-                "temperature and top_k only; leave it out"
+                "temperature and top_k only; remove it"
             )
     try:
         return tokenizer.encode(first_text(read_start(config.generation.start), tokenizer)).tolist()
@@ -305,7 +305,7 @@ def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list
                 notes.append(f"{item.name}: {wanted} instead of the {has} of the weights")
                 loaded = dataclasses.replace(loaded, **{item.name: wanted})
                 continue
-            raise UserError(f"--{item.name}={wanted} contradicts the loaded weights, which have {has}; leave it out")
+            raise UserError(f"--{item.name}={wanted} contradicts the loaded weights, which have {has}; remove it")
         replaced.append(f"{item.name}={has}")
     config.model = dataclasses.replace(loaded, dropout=config.model.dropout)
     if replaced:

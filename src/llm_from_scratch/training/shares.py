@@ -1,4 +1,4 @@
-"""What each process writes of a checkpoint, and what it needs of a saved tensor."""
+"""The shards of a checkpoint that each process writes, and the parts of a saved tensor that it reads."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
 
 def unused_parameters(model: GPT, device: torch.device) -> list[tuple[str, nn.Parameter]]:
     """The trained parameters of an edited model that do not affect its loss, here of two tokens. DDP waits for all
-    gradients unless it is told that some are missing. All processes draw the same random numbers."""
+    gradients unless it knows that some are missing. All processes draw the same random numbers."""
     ids = torch.zeros(1, min(2, model.config.block_size), dtype=torch.long, device=device)
     try:
         with forked_random(device), kept_buffers(model), unswapped(model):
@@ -351,7 +351,7 @@ def _compile(
             if is_out_of_memory(error) and (is_required or not recorded):
                 raise  # a smaller batch may fit
             if is_required and recorded:
-                raise UserError(f"CUDA graphs failed ({reason}); leave --cuda_graphs out") from None
+                raise UserError(f"CUDA graphs failed ({reason}); remove --cuda_graphs") from None
             if is_required:
                 raise UserError(f"torch.compile failed ({reason}); run with --compile=False") from None
         failed = "CUDA graphs failed" if recorded else "torch.compile failed"

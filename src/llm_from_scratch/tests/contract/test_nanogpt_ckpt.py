@@ -405,7 +405,7 @@ def test_a_storage_has_the_bytes_that_it_claims(tmp_path: Path, case: str) -> No
         load_any(path)
     with zipfile.ZipFile(path, "a") as file:
         file.writestr("a/DATA/0", bytes(200))
-    with pytest.raises(UserError, match="two members of one name"):
+    with pytest.raises(UserError, match="two members of the same name"):
         load_any(path)
 
 

@@ -171,7 +171,7 @@ def test_the_table_has_whole_nodes() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert main_plan(["gpt2-124m", "--gpus=8", "--gpu=h100", "--nodes=4", "--dataset=nowhere"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "the data nowhere are not prepared here: assuming GPT-2's vocabulary"
+    assert lines[0] == "dataset nowhere is not prepared here: assuming GPT-2's vocabulary"
     assert "124,373,760 parameters" in lines[1] and "4 x 8 H100; each has 80 GB and 989 TFLOP/s" in lines[2]
     assert [line.split()[0] for line in lines[6:9]] == ["ddp", "fsdp", "hsdp"]
     table = [line.split() for line in lines[11:22]]
@@ -196,8 +196,8 @@ def test_a_mixture_has_the_vocabulary_of_its_parts(capsys: pytest.CaptureFixture
         (main_plan, ["--gpu=h1000"], "unknown --gpu=h1000: did you mean h100?"),
         (main_plan, ["--gpus=0"], "--gpus=0 is not a whole number from 1 to"),
         (main_plan, ["--nodes=two"], "--nodes=two is not a whole number"),
-        (main_plan, ["--gpu=v100", "--dtype=bfloat16"], "--dtype=bfloat16: the V100 does not compute in it"),
-        (main_plan, ["--gpus=8", "--init_from=gpt2"], "leave --init_from out"),
+        (main_plan, ["--gpu=v100", "--dtype=bfloat16"], "--dtype=bfloat16: the V100 does not support it"),
+        (main_plan, ["--gpus=8", "--init_from=gpt2"], "remove --init_from"),
         (main_plan, ["--gpus=8", "--budget=1min"], "--budget has no effect with --gpus"),
         (main_plan, ["--gpus=8", "--print_config"], "--print_config has no effect with --gpus"),
         (main_plan, ["--gpus=8", "--parallel=hsdp"], "--parallel=hsdp cannot train on 1 x 8 H100: choose ddp or fsdp"),

@@ -233,7 +233,7 @@ def test_recording_is_tried_and_given_up(
     assert models.is_recorded is (not broken) and models.is_compiled is (None not in broken)
     assert model.training and all(p.grad is None for p in model.parameters())
     if broken:
-        with pytest.raises(UserError, match="CUDA graphs failed .*leave --cuda_graphs out"):
+        with pytest.raises(UserError, match="CUDA graphs failed .*remove --cuda_graphs"):
             parallel.wrap(model, settings(cuda_graphs=True), machine(compile_may_fail=True), 2, lines.append)
 
 

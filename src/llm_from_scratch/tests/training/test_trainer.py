@@ -219,7 +219,7 @@ def test_a_finished_run_continues_if_max_iters_is_raised(tiny_data: Path, capsys
 def test_resuming_with_another_shape_is_refused_on_the_command_line_and_announced_elsewhere(tiny_data: Path) -> None:
     train(tiny_config(tiny_data, out_dir="run"))
     changed = tiny_config(tiny_data, out_dir="run", init_from="resume", n_layer=2, max_iters=9)
-    with pytest.raises(UserError, match="--n_layer=2 contradicts the loaded weights, which have 1; leave it out"):
+    with pytest.raises(UserError, match="--n_layer=2 contradicts the loaded weights, which have 1; remove it"):
         make_plan(changed, {"n_layer": "command line"})
     plan = make_plan(changed, {"n_layer": "some.yaml"})
     assert plan.config.model.n_layer == 1 and "set by the loaded weights: n_layer=1" in plan.notes
