@@ -29,7 +29,7 @@ def test_it_is_typed() -> None:
     assert (Path(library.__file__).parent / "py.typed").is_file()
 
 
-def test_a_preset_is_what_the_command_line_gives() -> None:
+def test_a_preset_equals_the_command_line() -> None:
     typed = parse(Config, ["quick", "--dataset=book", "--max_iters=200", '--stop=["END"]'], prog="test").tree
     assert preset("quick", dataset="book", max_iters=200, stop=("END",)) == typed
     assert preset() == parse(Config, ["default"], prog="test").tree
@@ -81,7 +81,7 @@ def test_the_metrics_of_a_run_that_is_not_there(here: Path) -> None:
         read_metrics("nothere")
 
 
-def test_settings_without_a_dataset_name_the_prepared_ones(here: Path) -> None:
+def test_settings_without_a_dataset_list_the_prepared_datasets(here: Path) -> None:
     write_data(here / "data" / "book")
     with pytest.raises(UserError, match=r"dataset 'openwebtext' not found: .*\(prepared: book\)"):
         train(Config())

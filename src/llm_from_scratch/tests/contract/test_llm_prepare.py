@@ -79,7 +79,7 @@ def test_a_model_with_more_parameters_than_tokens_is_noted(
     assert "note: " not in capsys.readouterr().out
 
 
-def test_users_of_just_learn_where_the_commands_are(
+def test_just_prints_how_to_activate_the_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

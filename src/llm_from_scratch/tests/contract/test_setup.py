@@ -461,7 +461,7 @@ def test_a_failed_installation_is_tried_again(
 
 
 @pytest.mark.parametrize(("script", "found"), [("echo 'GPU 0: H200'", True), ("exit 9", False), ("echo none", False)])
-def test_a_gpu_is_what_nvidia_smi_lists(
+def test_gpus_are_listed_by_nvidia_smi(
     install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, found: bool
 ) -> None:
     monkeypatch.undo()  # the real has_nvidia_gpu

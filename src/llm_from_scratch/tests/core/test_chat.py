@@ -39,7 +39,7 @@ CONVERSATIONS = [
 ]
 
 
-def test_a_template_gives_what_transformers_gives(tmp_path):
+def test_a_template_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     backend = HFTokenizer.train(["hello there " * 50], 300).backend(special_is_text=False)
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -303,7 +303,7 @@ def test_the_next_batch_is_made_ahead() -> None:
     assert sorted(made) == [0, 1, 2, 3, 4]  # each once, and one ahead
 
 
-def test_a_manifest_on_disk_is_what_the_helper_writes(tmp_path: Path) -> None:
+def test_a_manifest_on_disk_equals_the_helpers(tmp_path: Path) -> None:
     folder = write_data(tmp_path, name="tiny")
     assert read_manifest(folder) == json.loads((folder / "manifest.json").read_text())
 

@@ -250,7 +250,7 @@ def test_a_dataset_of_conversations(tmp_path: Path) -> None:
     assert Tokenizer.load(other).chat.source.startswith("{% for m in messages %}{{ m.role }}")  # type: ignore[union-attr]
 
 
-def test_a_small_dataset_of_conversations_knows_every_character(tmp_path: Path) -> None:
+def test_a_small_dataset_of_conversations_has_every_character(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 30)
     folder = prepare("c.jsonl", root=tmp_path, report=lambda line: None)
     assert Tokenizer.load(folder).encode("Ω?").size  # with char, this raises

@@ -158,7 +158,7 @@ def test_samples_of_one_prompt_share_its_prefill(writer: Generator, monkeypatch:
     assert seen == [(1, 7), (5,), (5,)]
 
 
-def test_a_long_prompt_does_not_hold_up_the_others(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_does_not_block_the_others(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is read in parts, those that run get a token for each part."""
     monkeypatch.setattr(batcher, "CHUNK", 2)
     engine = Engine(writer)

@@ -42,7 +42,7 @@ def babbler() -> Generator:
     )
 
 
-def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(writer):
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(writer):
     prompts = ragged_prompts(4, 2 * BLOCK)
     together = writer.generate(prompts, PARAMS, seed=5)
     assert [c.seed for c in together] == [5, 6, 7] * 4
@@ -178,7 +178,7 @@ def stream_of(text: bytes, stop: tuple[str, ...] = ()) -> tuple[list[str], TextS
     return [*pieces, stream.finish()], stream
 
 
-def test_a_character_comes_out_with_its_last_byte():
+def test_a_character_is_printed_after_its_last_byte():
     assert stream_of("a€b".encode())[0] == ["a", "", "", "€", "b", ""]
     assert stream_of("€".encode()[:2])[0] == ["", "", "\ufffd"]
 

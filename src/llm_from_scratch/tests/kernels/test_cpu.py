@@ -138,7 +138,7 @@ def test_masks_drop_the_given_fraction(p: float) -> None:
     assert torch.equal(same, mask) and (p == 0.0 or not torch.equal(again, mask))
 
 
-def test_dropout_scales_what_it_keeps_and_its_gradient() -> None:
+def test_dropout_scales_the_kept_values_and_their_gradient() -> None:
     torch.manual_seed(0)
     x = torch.ones(1000, requires_grad=True)
     y = kernels.CPUDropout(0.5)(x)

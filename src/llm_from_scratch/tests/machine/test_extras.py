@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Hide())
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "model.py"])
-def test_a_script_of_the_checkout_names_what_is_missing(script: str, tmp_path: Path) -> None:
+def test_a_script_of_the_checkout_names_the_missing_package(script: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("HIDDEN = {'tyro', 'rich', 'yaml'}\n" + HIDE)
     done = subprocess.run(
         [sys.executable, str(ROOT / script)], env={**os.environ, "PYTHONPATH": str(tmp_path)},

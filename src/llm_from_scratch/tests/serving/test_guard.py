@@ -185,13 +185,13 @@ def test_bodies_together(open_server, monkeypatch):
         assert until(lambda: ask(found, "/v1/completions", BODY)[0] == 200)
 
 
-def test_a_body_that_does_not_come(open_server, monkeypatch):
+def test_a_body_that_never_arrives(open_server, monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
     reply = answer(open_server.connect(http("/v1/completions", raw=b'{"pro', content_length="50")))
     assert reply[0] == 408 and open_server.idle()
 
 
-def test_headers_that_do_not_come(open_server, monkeypatch):
+def test_headers_that_never_arrive(open_server, monkeypatch):
     monkeypatch.setattr("llm_from_scratch.serving.server.HEADER_SECONDS", 0.2)
     for begin in (b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: a\r\nx: "):
         assert answer(open_server.connect(begin))[0] == 0, "closed without a word"

@@ -25,7 +25,7 @@ def study_in(folder: Path, space: Space = RANGES, trials: int = 8, **options: An
     return Study(folder, space, {"over": {k: str(v) for k, v in space.items()}}, trials, **options)
 
 
-def test_a_grid_is_gone_through_once(tmp_path: Path) -> None:
+def test_a_grid_is_searched_once(tmp_path: Path) -> None:
     a, b = study_in(tmp_path, LISTS, 6), study_in(tmp_path, LISTS, 6)  # two workers
     claims = [worker.claim() for _ in range(3) for worker in (a, b)]
     points = [tuple(claim.point.items()) for claim in claims if claim]

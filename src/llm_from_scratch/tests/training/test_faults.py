@@ -328,7 +328,7 @@ def _torchrun(*options: str, script: str = ATTEMPTS, **settings: Any) -> subproc
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_that_resumes_by_itself(here: Path, tiny_data: Path) -> None:
+def test_torchrun_restarts_a_run_that_resumes_automatically(here: Path, tiny_data: Path) -> None:
     settings: dict[str, Any] = {"dataset": tiny_data, "dropout": 0.1, "max_iters": 8, "inclusive_max_iters": False}
     process = _torchrun("--max-restarts=1", out_dir="cut", **settings)
     printed, _ = process.communicate(timeout=300)

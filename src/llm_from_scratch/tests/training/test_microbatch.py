@@ -119,7 +119,7 @@ def test_on_a_cpu_no_more_tokens_than_pay(free: Any, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="Linux only")
-def test_the_free_memory_is_some_of_what_there_is() -> None:
+def test_free_memory_is_at_most_the_total() -> None:
     free = free_memory(torch.device("cpu"))
     assert free is not None and 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -135,7 +135,7 @@ def test_after_20_updates_the_end_is_known(
             assert seconds == pytest.approx(run.now - now, rel=0.1), step
 
 
-def test_before_anything_is_seen_it_is_expected() -> None:
+def test_without_measurements_the_expectation_is_used() -> None:
     now = 0.0
     timer = StepTimer(clock=lambda: now)
     calendar = Calendar(100, 50, None, False, False, 10, 90, 1000, 0)

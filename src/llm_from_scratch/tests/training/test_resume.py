@@ -419,7 +419,7 @@ def test_a_state_that_does_not_belong_to_a_run_is_refused(tiny_data: Path, name:
         train(tiny_config(tiny_data, out_dir="bad", init_from="resume", max_iters=9))
 
 
-def test_a_lock_is_let_go_of_at_the_end_also_of_a_run_that_fails(tiny_data: Path) -> None:
+def test_the_lock_is_released_at_the_end_and_after_a_failure(tiny_data: Path) -> None:
     with pytest.raises(UserError):
         train(tiny_config(tiny_data, out_dir="run", block_size=5000))
     assert not Path("run").exists()
