@@ -49,9 +49,10 @@ row training "$python" benchmarks/throughput.py "${peers[@]}" --cases=gpt2 \
 row decoding build/peers/llamacpp/bin/python benchmarks/decoding.py "${peers[@]}" \
     --cases=char-512,gpt2-fp32,gpt2-int8 --no-variants --rounds="${ROUNDS:-4}"
 # Peak memory and equal weights do not depend on the load, so these run side by side. The speeds of memory.py do.
-row resume "$python" benchmarks/resume.py --nanogpt="$nanogpt" >/dev/null &
+row resume "$python" benchmarks/resume.py --nanogpt="$nanogpt" >build/proof/resume.log &
 row memory "$python" benchmarks/memory.py "${peers[@]}" --steps="$steps"
-wait $!
-cat build/proof/resume.txt
+status=0 && wait $! || status=$?
+cat build/proof/resume.log
+[ "$status" = 0 ]
 echo
 "$python" benchmarks/proof_table.py
