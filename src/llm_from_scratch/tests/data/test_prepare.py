@@ -530,8 +530,17 @@ def test_a_folder_that_was_being_replaced_is_put_back(here: Path, monkeypatch: p
 # what goes wrong
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError])
-@pytest.mark.parametrize("workers", [0, 1])
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("workers", "error"),
+    [
+        *((0, error) for error in (KeyboardInterrupt, FULL, RuntimeError)),
+        (1, FULL),
+        *(pytest.param(1, error, marks=pytest.mark.slow) for error in (KeyboardInterrupt, RuntimeError)),
+    ],
+)
 def test_nothing_half_written_is_left(
     here: Path, small: None, monkeypatch: pytest.MonkeyPatch, error: Any, workers: int
 ) -> None:
