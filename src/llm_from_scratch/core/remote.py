@@ -160,7 +160,7 @@ def _close(handles: dict[Path, int]) -> None:
 class RemoteFile(TokenFile):
     """The ids of a shard in an object store."""
 
-    def __init__(self, cache: Cache, shard: dict[str, Any], dtype: np.dtype):
+    def __init__(self, cache: Cache, shard: dict[str, Any], dtype: np.dtype | str):
         self.cache, self.name, self.sha256 = cache, str(shard["file"]), str(shard["sha256"])
         self.path, self.dtype = cache.folder / f"{self.sha256[:16]}-{self.name}", np.dtype(dtype)
         self.nbytes = shard["tokens"] * self.dtype.itemsize
