@@ -16,6 +16,9 @@ from llm_from_scratch.machine.device import Runtime, resolve
 from llm_from_scratch.training import wrap as parallel
 from llm_from_scratch.training.wrap import compiled_where_it_pays, wrap
 
+from ..ranks import in_ranks
+from .test_ranks import difference, stepped
+
 HOUR = 3600 * 2 * parallel.CPU_FLOPS[torch.float32]  # operations that two threads do in it
 
 
@@ -98,3 +101,16 @@ def test_compiled_blocks_equal_plain_blocks(dropout: float, tmp_path: Path, monk
             models.train.eval()  # masks are drawn elsewhere
         results.append(gradients(models))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow  # the compiler, in three processes
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_processes_that_compile_do_the_steps_of_one(
+    here: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(here / "cache"))
+    given = {"compile": True, "gradient_accumulation_steps": 2, "optimizer_type": "adamw"}
+    compiled = stepped(tiny_data, "one", given, False)
+    for found in in_ranks(2, stepped, here, tiny_data, str(here / "many"), given | {"parallel": "ddp"}, False):
+        assert difference(compiled, found) <= 1e-6
+    assert difference(compiled, stepped(tiny_data, "plain", given | {"compile": False}, False)) <= 1e-4
