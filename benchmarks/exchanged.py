@@ -5,7 +5,8 @@ the share of the comparison of parameters in a step.
 
 Bytes are those of TCP connections, as the kernel counts them (Linux). hsdp: groups of two processes. Times are
 processor time with one thread: of the optimizer's step alone, without its groups of AdamW; of a comparison, over those
-of the steps between two.
+of the steps between two. Muon's time is compared with that of one process, alone and next to as many others that do
+all of the work themselves: processors that share caches or cores slow each other down.
 """
 
 from __future__ import annotations
@@ -100,12 +101,15 @@ def expected(options: argparse.Namespace, kind: str, processes: int, passes: int
     )
 
 
-def of_processes(processes: int, argv: list[str]) -> list[dict[str, Any]]:
+def of_processes(processes: int, argv: list[str], together: bool = True) -> list[dict[str, Any]]:
+    """What each finds. together: they train one model; else each trains its own."""
     with rendezvous(processes) as shared:
         workers = [
             subprocess.Popen(
                 [sys.executable, __file__, *argv, "--worker"], stdout=subprocess.PIPE, text=True,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                env=os.environ
+                | (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if together else {})
+                | {"OMP_NUM_THREADS": "1"},
             )
             for rank in range(processes)
         ]  # fmt: skip
@@ -134,7 +138,10 @@ def main() -> None:
             of_each = of_processes(processes, argv)
             seconds = statistics.fmean(one["muon"]["seconds"] for one in of_each)
             result["muon_seconds"][processes] = seconds
-            print(f"{processes} processes: Muon {1e3 * seconds:.1f} ms ({seconds / alone['muon']['seconds']:.2f})")
+            apart = statistics.fmean(one["muon"]["seconds"] for one in of_processes(processes, argv, together=False))
+            result[f"muon_seconds_{processes}_apart"] = apart
+            shares = f"{seconds / alone['muon']['seconds']:.2f} of one, {seconds / apart:.2f} of one next to others"
+            print(f"{processes} processes: Muon {1e3 * seconds:.1f} ms: {shares} ({1e3 * apart:.1f} ms)")
             for kind in ("adamw", "muon"):
                 sent = statistics.fmean(one[kind]["bytes"] for one in of_each)
                 plan = expected(options, kind, processes, of_each[0][kind]["passes"])
