@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 nanogpt=${1:-build/nanoGPT}
 python=${PYTHON:-.venv/bin/python}
-steps=${STEPS:-1} # after a first one: the peak is reached in the second step
+steps=${STEPS:-1} # after a first one: the peak is reached in the second step, that of transformers within 2%
 
 [ -n "${PYTHON:-}" ] || ./just install-dev
 [ -d "$nanogpt" ] || git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT "$nanogpt"
