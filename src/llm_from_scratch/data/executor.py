@@ -36,6 +36,7 @@ from .sources import FileSource, Source, check_unchanged
 from .split import Documents, Split
 
 POLL = 2.0  # seconds
+NEVER = "DependencyNeverSatisfied"
 DONE, ERROR, NOTES, JOBS, LEAST = "encoded.json", "error.txt", "notes", "jobs.txt", "bytes_of_a_part.txt"
 OUTPUT = "logs/output.txt"  # what datatrove and all tasks print on standard error
 SLURM = {"time": "24:00:00", "partition": "", "qos": "", "cpus_per_task": "1", "mem_per_cpu_gb": "4"}
@@ -365,6 +366,7 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
     report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")
     while not _merged(job).exists():
         if (job.work / ERROR).exists() or (not _queued(jobs) and not _merged(job).exists()):
+            _cancel(jobs)  # those that wait for a failed one
             raise _failure(job, "the jobs ended before the dataset was complete")
         time.sleep(POLL)
 
@@ -386,10 +388,10 @@ def _cancel(jobs: list[str]) -> str:
 
 
 def _queued(jobs: list[str]) -> bool:
-    """Whether one of the jobs waits or runs."""
+    """Whether one of the jobs runs or will run: those after a failed one wait without end."""
     if not jobs:
         return False
     done = subprocess.run(
-        ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(jobs)}"], capture_output=True, text=True
+        ["squeue", "--noheader", "--format=%r", f"--jobs={','.join(jobs)}"], capture_output=True, text=True
     )
-    return done.returncode == 0 and bool(done.stdout.strip())
+    return not done.returncode and any(reason.strip("() ") not in ("", NEVER) for reason in done.stdout.splitlines())

@@ -30,6 +30,9 @@ if len(sys.argv) > 2 and sys.argv[1] == "--run":
     while not all(os.path.exists(f"{{root}}/{{one}}.done") for one in after if one):
         if time.time() > until:  # the job before it has failed, or the test
             sys.exit()
+        if any(os.path.exists(f"{{root}}/{{one}}.{{end}}") for one in after for end in ("failed", "never")):
+            open(f"{{root}}/{{job}}.never", "w").close()
+            sys.exit()
         time.sleep(0.1)
     last = int(re.search(r"--array=0-(\\d+)", script)[1])
     for rank in range(last + 1):
@@ -62,7 +65,8 @@ SQUEUE = """#!{python}
 import os, sys
 jobs = sys.argv[-1].removeprefix("--jobs=").split(",")
 ended = [job for job in jobs for end in ("done", "failed") if os.path.exists(f"{root}/{{job}}.{{end}}")]
-print("\\n".join(job for job in jobs if job not in ended))
+never = [job for job in jobs if os.path.exists(f"{root}/{{job}}.never")]
+print("\\n".join("DependencyNeverSatisfied" if job in never else "None" for job in jobs if job not in ended))
 """
 
 
@@ -171,7 +175,8 @@ def test_a_killed_run_resumes(texts: Path) -> None:
     assert killed
 
 
-def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(texts: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands of Slurm. Returns the folder of their jobs."""
     bin_, root = texts / "bin", texts / "jobs"
     bin_.mkdir()
     root.mkdir()
@@ -179,12 +184,31 @@ def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) 
         "sbatch": SBATCH.format(python=sys.executable, root=str(root), seconds=1.6),
         "squeue": SQUEUE.format(python=sys.executable, root=str(root)),
         "scontrol": '#!/bin/sh\necho "$3"\n',
-        "srun": '#!/bin/sh\nshift 3\nexec "$@"\n',  # srun -l -n 1 COMMAND
+        "srun": f'#!/bin/sh\nshift 3\n[ -e {root}/broken ] || exec "$@"\nexit 1\n',  # srun -l -n 1 COMMAND
+        "scancel": f'#!/bin/sh\necho "$@" >{root}/cancelled\n',
     }
     for name, script in scripts.items():
         (bin_ / name).write_text(script)
         (bin_ / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    return root
+
+
+def test_jobs_after_a_failed_one_are_not_waited_for(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cancelled, and the same command submits all again."""
+    root = stand_in(texts, monkeypatch)
+    monkeypatch.setattr(executor, "POLL", 0.1)
+    slurm: dict[str, Any] = {"executor": "slurm", "tasks": 2, "tokenizer": "gpt2", "report": lambda line: None}
+    (root / "broken").touch()
+    with pytest.raises(UserError, match="the jobs ended before the dataset was complete: see .*the same command"):
+        prepare(["*.jsonl"], **slurm)
+    assert (root / "cancelled").read_text().split() == ["100", "102", "104"]
+    (root / "broken").unlink()
+    assert prepare(["*.jsonl"], **slurm).is_dir()
+
+
+def test_slurm_with_failing_nodes(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = stand_in(texts, monkeypatch)
     settings: dict[str, Any] = {"tokenizer": "gpt2", "dedup": "exact", "report": lambda line: None}
     alone = prepare(["*.jsonl"], out_dir="alone", **settings)
     slurm: dict[str, Any] = {"executor": "slurm", "tasks": 2, "slurm": "partition=cpu time=01:00:00 account=me"}
