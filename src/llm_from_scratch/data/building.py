@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..core.tokenizer import Tokenizer
 from ..errors import UserError
 from . import chats
 from . import sources as src
-from .encode import TokenCache, Unit, read_progress, units_of, write_shards
+from .encode import TokenCache, Unit, Workers, read_progress, units_of, write_shards
 from .fast_bpe import FAST_FROM, can_encode, train
 from .meter import Meter
 from .shards import stored_dtype
@@ -44,7 +43,7 @@ class DatasetSpec:
     is_chat: bool = False
     permuted: bool = False  # the documents of val are nanoGPT's choice
     loaded: Tokenizer | None = None  # the tokenizer, if it was loaded before
-    pool: ProcessPoolExecutor | None = None  # workers that were started with it
+    pool: Workers | None = None  # workers that were started with it
 
     @property
     def learns_tokenizer(self) -> bool:

@@ -125,7 +125,7 @@ class TokenCache:
 def write_shards(
     units: Callable[[], Iterable[Unit]], tokenizer: Tokenizer, folder: Path, shard_size: int, workers: int,
     cache: TokenCache, fast: bool, request: str, meter: Meter, report: Callable[[str], None],
-    pool: ProcessPoolExecutor | None = None,
+    pool: Workers | None = None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Encodes the units into shards. Returns the manifest's entries of the splits. units: reads them from the first.
     fast: with FastTokenizer, until it differs: the shard is then made again without it. pool: of start_pool. Resumes
@@ -206,7 +206,7 @@ def read_progress(folder: Path, request: str) -> dict[str, Any] | None:
 
 def encode_units(
     units: Iterable[Unit], tokenizer: Tokenizer, saved: Path, cache: TokenCache, workers: int,
-    report: Callable[[str], None], fast: bool = False, pool: ProcessPoolExecutor | None = None,
+    report: Callable[[str], None], fast: bool = False, pool: Workers | None = None,
 ) -> Iterator[tuple[Unit, int, np.ndarray]]:  # fmt: skip
     """Yields (unit, bytes of its text, ids) in order. saved: the folder from which the workers load the tokenizer.
     With 0 workers, this process encodes. About two units per worker are in memory. pool: of start_pool; it is shut
@@ -260,13 +260,27 @@ def encode_units(
             yield finish()
     finally:
         if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.end()
 
 
-def start_pool(workers: int, saved: Path, fast: bool) -> ProcessPoolExecutor:
+class Workers(ProcessPoolExecutor):
+    """Worker processes. One that is killed while it waits for work holds the lock by which the others wait."""
+
+    def __init__(self, *given: Any) -> None:
+        self.others = set(multiprocessing.active_children())
+        super().__init__(*given)
+
+    def end(self) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - self.others:
+            child.join(5)  # seconds
+            child.kill()
+
+
+def start_pool(workers: int, saved: Path, fast: bool) -> Workers:
     """Worker processes, which load the tokenizer at once. saved: its folder."""
     shield_children()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), start_worker, (str(saved), fast))
+    pool = Workers(workers, multiprocessing.get_context(START_METHOD), start_worker, (str(saved), fast))
     with blocked_interrupts(), contextlib.suppress(BrokenProcessPool):  # handled when a unit is submitted
         for _ in range(workers):
             pool.submit(int)  # a task starts a process

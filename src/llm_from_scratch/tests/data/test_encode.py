@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_an_error_of_the_disk_in_the_thread_is_raised(here: Path, monkeypatch: p
 
 
 # interrupted runs
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops processes as POSIX does")
+def test_workers_that_never_end_are_killed(here: Path) -> None:
+    """As after the death of one that held the lock by which the others wait for work."""
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    before = set(multiprocessing.active_children())
+    tokenizer = Tokenizer.from_name("byte")
+    tokenizer.save(here)
+    pool = encode.start_pool(1, here, fast=False)
+    assert pool.submit(int).result() == 0
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    pool.end()
+    worker.join(5)
+    assert not worker.is_alive() and other.is_alive()
+    other.kill()
 
 
 @pytest.mark.parametrize("shard_size", [5000, 1 << 30])
