@@ -1,12 +1,12 @@
 #!/bin/bash
-# Measures every figure of the table at the top of README.md on this machine: about 15 minutes on two idle cores, after the
+# Measures every figure of the table at the top of README.md on this machine: about 20 minutes on two idle cores, after the
 # installation of the others.
 #
 #   benchmarks/proof.sh [NANOGPT]
 #
 # NANOGPT is a checkout of nanoGPT, by default build/nanoGPT, which is cloned if it is missing. Python is .venv's, with
 # the extra dev, which is installed if it is missing; or $PYTHON. litgpt, and llama.cpp as xllamacpp, are installed into
-# build/peers, in environments of their own. ROUNDS and STEPS make a quick trial: ROUNDS=1 STEPS=1 benchmarks/proof.sh
+# build/peers, in environments of their own. ROUNDS makes a quick trial: ROUNDS=1 benchmarks/proof.sh
 #
 # Prints the processor, the versions and the output of each command, and last the table for README.md. The same is in
 # build/proof. `.venv/bin/python benchmarks/proof_table.py --write` puts the table into README.md.
@@ -50,6 +50,7 @@ row decoding build/peers/llamacpp/bin/python benchmarks/decoding.py "${peers[@]}
     --cases=char-512,gpt2-fp32,gpt2-int8 --no-variants --rounds="${ROUNDS:-4}"
 # Peak memory and equal weights do not depend on the load, so these run side by side. The speeds of memory.py do.
 row resume "$python" benchmarks/resume.py --nanogpt="$nanogpt" >build/proof/resume.log &
+trap 'kill $! 2>/dev/null || true' EXIT # if memory.py fails
 row memory "$python" benchmarks/memory.py "${peers[@]}" --steps="$steps"
 status=0 && wait $! || status=$?
 cat build/proof/resume.log

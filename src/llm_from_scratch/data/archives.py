@@ -37,11 +37,14 @@ class Bound:
 
     def count(self, size: int) -> None:
         self.size += size
-        if self.size > FREE and self.size > RATIO * self.consumed():
+        if self.exceeds(self.size):
             raise UserError(
                 f"{self.name} expands to more than {RATIO} times its size, like a decompression bomb: if it is text, "
                 "decompress it yourself"
             )
+
+    def exceeds(self, size: int) -> bool:
+        return size > FREE and size > RATIO * self.consumed()
 
 
 class Bounded(io.RawIOBase):

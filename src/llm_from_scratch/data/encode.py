@@ -191,8 +191,9 @@ def write_shards(
             if (folder / PROGRESS).exists():
                 report("the tokens so far are kept: run the same command again to resume")
             raise
+    splits = close_writers(tokenizer, shards)
     (folder / PROGRESS).unlink(missing_ok=True)
-    return close_writers(tokenizer, shards)
+    return splits
 
 
 def read_progress(folder: Path, request: str) -> dict[str, Any] | None:

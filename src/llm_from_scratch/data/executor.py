@@ -31,7 +31,7 @@ from .cleaning_report import summarise, without_examples, write_reports
 from .encode import TokenCache, write_shards
 from .meter import Meter
 from .options import CLEANING, PrepareOptions
-from .shards import close_writers, make_writers, stored_dtype
+from .shards import close_writers, make_writers
 from .sources import FileSource, Source, check_unchanged
 from .split import Documents, Split
 
@@ -168,11 +168,13 @@ def merge_step(job: Job, rank: int, tasks: int) -> None:
         writers = make_writers(tokenizer, folder, job.options.shard_size, most)
         for split, writer in writers.items():
             for part, entries in parts:
-                entry, dtype = entries[split], stored_dtype(tokenizer, entries)
+                entry = entries[split]
                 writer.text_bytes += entry["bytes"]
                 for shard in entry["shards"]:
-                    with (part / shard["file"]).open("rb") as file:
-                        while len(ids := np.fromfile(file, dtype, 1 << 22)):
+                    path = part / shard["file"]
+                    width = path.stat().st_size // max(1, shard["tokens"])  # bytes of an id
+                    with path.open("rb") as file:
+                        while len(ids := np.fromfile(file, f"<u{width}", 1 << 22)):
                             writer.append(ids)
         splits = close_writers(tokenizer, writers)
         extra = dict(job.extra)

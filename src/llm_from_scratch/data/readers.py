@@ -192,9 +192,13 @@ def read_parquet(source: FileSource) -> Iterator[str]:
 
 def _rows(table: Any, key: str, name: str, size: int) -> Iterator[str]:
     """The texts of a column. A dictionary or compression makes a small file large: few rows are decoded at once."""
-    groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+    groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
     stated, decoded = Bound(name, lambda: size), Bound(name, lambda: size)
-    stated.count(sum(group.total_byte_size for group in groups))  # group.column() ends the process if it is damaged
+    total = sum(group.total_byte_size for group in groups)
+    if stated.exceeds(total):  # perhaps of other columns; group.column() ends the process if it is damaged
+        columns = (group.column(number) for group in groups for number in range(group.num_columns))
+        total = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == key)
+    stated.count(total)
     for batch in table.iter_batches(batch_size=ROWS, columns=[key]):
         for value in batch.column(0):
             text = value.as_py()

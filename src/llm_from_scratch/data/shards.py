@@ -104,13 +104,17 @@ class ShardWriter:
                 self._file = None
                 self.done.append(shard)
 
-    def close(self) -> dict[str, Any]:
-        """Closes the files and returns the split's manifest entry. A single shard is named as in nanoGPT."""
+    def finish(self) -> None:
+        """Closes the files."""
         self._end_shard()
         number = len(self.done)
         while self._path(number).exists():  # of a run that got further, then went back
             self._path(number).unlink()
             number += 1
+
+    def close(self) -> dict[str, Any]:
+        """Closes the files and returns the split's manifest entry. A single shard is named as in nanoGPT."""
+        self.finish()
         if len(self.done) == 1:
             os.replace(self.folder / self.done[0]["file"], self.folder / f"{self.split}.bin")
             self.done[0]["file"] = f"{self.split}.bin"
@@ -138,17 +142,20 @@ def make_writers(tokenizer: Tokenizer, folder: Path, size: int, tokens: int) -> 
 
 def close_writers(tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> dict[str, dict[str, Any]]:
     """Closes the files, which get stored_dtype(). Returns the manifest entries of the splits."""
-    splits = {split: writer.close() for split, writer in writers.items()}
-    dtype = stored_dtype(tokenizer, splits)
-    for split, writer in writers.items():
-        for shard in splits[split]["shards"] if writer.dtype != dtype else ():
-            shard["sha256"] = _convert(writer.folder / shard["file"], writer.dtype, dtype)
-    return splits
+    dtype, made = stored_dtype(tokenizer, {split: {"tokens": w.tokens} for split, w in writers.items()}), list[Path]()
+    for writer in writers.values():
+        writer.finish()
+        for shard in writer.done if writer.dtype != dtype else ():
+            made.append(other := writer.folder / f"{shard['file']}.converted")
+            shard["sha256"] = _convert(writer.folder / shard["file"], writer.dtype, other, dtype)
+    for other in made:  # when all are complete: an interrupted run continues from the files as they were
+        os.replace(other, other.with_suffix(""))
+    return {split: writer.close() for split, writer in writers.items()}
 
 
-def _convert(path: Path, before: np.dtype, after: np.dtype) -> str:
-    """Writes a file of ids in another type. Returns its hash."""
-    digest, other = FileHash(), path.with_suffix(".converted")
+def _convert(path: Path, before: np.dtype, other: Path, after: np.dtype) -> str:
+    """Copies ids to another file in another type. Returns its hash."""
+    digest = FileHash()
     with path.open("rb") as source, other.open("wb") as file:
         while len(ids := np.fromfile(source, before, BLOCK)):
             data = ids.astype(after).data
@@ -156,5 +163,4 @@ def _convert(path: Path, before: np.dtype, after: np.dtype) -> str:
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(other, path)
     return digest.hexdigest()

@@ -43,7 +43,7 @@ SHAKESPEARE_FILE = "tinyshakespeare.txt"
 OPENWEBTEXT = "Skylion007/openwebtext"
 ALL = Selection()
 NO_TEXT = "note: no text in "
-NAMED = 10  # files of which that is said
+NAMED = 10  # files that the note names
 HUB = "hf:"  # hf:owner/name or hf:owner/name:configuration
 
 

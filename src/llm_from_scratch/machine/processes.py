@@ -272,7 +272,9 @@ def gather(own: torch.Tensor, found: torch.Tensor) -> Callable[[], None]:
     import torch.distributed as dist
 
     rank, ranks = dist.get_rank(), range(dist.get_world_size())
-    patience = [LONGEST] if dist.get_backend() == "gloo" else []  # else its messages end after the start's timeout
+    # else gloo's messages end after the start's timeout
+    longest = max(LONGEST, timedelta(seconds=watch.timeout)) if watch else LONGEST
+    patience = [longest] if dist.get_backend() == "gloo" else []
     if patience:  # gloo's all_gather copies everything twice more
         parts, others = found.view(len(ranks), *own.shape), [other for other in ranks if other != rank]
         wanted = [dist.P2POp(dist.irecv, parts[other], other) for other in others]

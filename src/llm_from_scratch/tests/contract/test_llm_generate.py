@@ -128,8 +128,8 @@ def test_streaming_writes_the_same(capsys, best):
     "options",
     [
         ["--top_k=1"],
-        pytest.param(["--temperature=1.5", "--top_p=1e-6"], marks=pytest.mark.slow),
-        pytest.param(["--min_p=1", "--top_k=None"], marks=pytest.mark.slow),
+        ["--temperature=1.5", "--top_p=1e-6"],
+        ["--min_p=1", "--top_k=None"],
         ["--repetition_penalty=1.0000001", "--temperature=0"],
     ],
 )

@@ -34,8 +34,6 @@ from llm_from_scratch.interop import nanogpt as nanogpt_ckpt
 from llm_from_scratch.training.moments import load_optimizer_state
 from llm_from_scratch.training.optimizer import make_adamw
 
-from ..tiny import slow_except
-
 L, H, C, T, V = 2, 2, 8, 6, 13
 NANOGPT = os.environ.get("NANOGPT_DIR")
 needs_nanogpt = pytest.mark.skipif(not NANOGPT, reason="set NANOGPT_DIR to a checkout of nanoGPT")
@@ -302,7 +300,7 @@ CONTENT_LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("lie", slow_except(CONTENT_LIES, *[*CONTENT_LIES][::4]))
+@pytest.mark.parametrize("lie", CONTENT_LIES)
 def test_wrong_contents_are_refused(tmp_path: Path, lie: str) -> None:
     content = nanogpt_dict()
     edit, message = CONTENT_LIES[lie]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -124,6 +125,31 @@ def test_workers_that_never_end_are_killed(here: Path) -> None:
     worker.join(5)
     assert not worker.is_alive() and other.is_alive()
     other.kill()
+
+
+@pytest.mark.parametrize("shard_size", [5000, 1 << 30])
+def test_an_interruption_while_ids_are_converted_loses_nothing(
+    here: Path, small: None, monkeypatch: pytest.MonkeyPatch, shard_size: int
+) -> None:
+    monkeypatch.setattr(shards, "LARGE", 40_000)
+    (here / "a.txt.gz").write_bytes(gzip.compress(real_text()[:60_000].encode()))  # its size promises fewer ids
+    settings: dict[str, Any] = {"tokenizer": "byte", "shard_size": shard_size}
+    whole = prepare(["a.txt.gz"], out_dir="whole", **settings)
+    assert manifest_of(whole)["dtype"] == "uint8"
+    plain, calls = shards._convert, list[Path]()
+
+    def interrupted(path: Path, *types: Any) -> str:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(path, *types)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "_convert", interrupted)
+        prepare(["a.txt.gz"], **settings)
+    told = Told()
+    folder = prepare(["a.txt.gz"], **settings, report=told)
+    assert "resuming after" in told and bytes_of(folder) == bytes_of(whole)
 
 
 @pytest.mark.parametrize("shard_size", [5000, 1 << 30])

@@ -342,6 +342,14 @@ def test_parquet(here: Path) -> None:
         prepare(["broken.parquet"])
 
 
+def test_other_columns_of_a_table_may_be_large(here: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"text {number}" for number in range(70)]
+    table = pyarrow.table({"text": texts, "zeros": [bytes(1 << 20)] * 70})
+    parquet.write_table(table, here / "wide.parquet", compression="zstd", use_dictionary=False)
+    assert [text for text, _ in sources.FileSource(Path("wide.parquet")).pieces()] == texts
+
+
 def test_parquet_without_the_extra(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (here / "p.parquet").write_bytes(b"PAR1")
