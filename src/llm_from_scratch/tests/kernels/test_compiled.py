@@ -250,7 +250,12 @@ def test_the_library_is_kept_whole_and_private(kernel: Kernel, tmp_path: Path, m
     folder = tmp_path / "gptsmith"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "compile_library", lambda compiler, path: path.write_bytes(made.read_bytes()))
+
+    def build(compiler: list[str], path: Path) -> None:  # a new file, as the compiler makes
+        path.unlink()
+        path.write_bytes(made.read_bytes())
+
+    monkeypatch.setattr(compiled, "compile_library", build)
     (folder / made.name).write_bytes(made.read_bytes()[:40])  # damaged: built again
     compiled.load_kernel.cache_clear()
     assert find_kernel(none) is not None
