@@ -158,7 +158,7 @@ def measure(command: list[str], **options: Any) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
 
     def watch() -> None:
-        while not ended.wait(0.2):
+        while not ended.wait(0.5):
             peak[0] = max(peak[0], memory(process.pid))
 
     thread = threading.Thread(target=watch)
