@@ -147,13 +147,13 @@ def close_writers(tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> dict
         writer.finish()
         for shard in writer.done if writer.dtype != dtype else ():
             made.append(other := writer.folder / f"{shard['file']}.converted")
-            shard["sha256"] = _convert(writer.folder / shard["file"], writer.dtype, other, dtype)
+            shard["sha256"] = convert(writer.folder / shard["file"], writer.dtype, other, dtype)
     for other in made:  # when all are complete: an interrupted run continues from the files as they were
         os.replace(other, other.with_suffix(""))
     return {split: writer.close() for split, writer in writers.items()}
 
 
-def _convert(path: Path, before: np.dtype, other: Path, after: np.dtype) -> str:
+def convert(path: Path, before: np.dtype, other: Path, after: np.dtype) -> str:
     """Copies ids to another file in another type. Returns its hash."""
     digest = FileHash()
     with path.open("rb") as source, other.open("wb") as file:

@@ -136,7 +136,7 @@ def test_an_interruption_while_ids_are_converted_loses_nothing(
     settings: dict[str, Any] = {"tokenizer": "byte", "shard_size": shard_size}
     whole = prepare(["a.txt.gz"], out_dir="whole", **settings)
     assert manifest_of(whole)["dtype"] == "uint8"
-    plain, calls = shards._convert, list[Path]()
+    plain, calls = shards.convert, list[Path]()
 
     def interrupted(path: Path, *types: Any) -> str:
         calls.append(path)
@@ -145,7 +145,7 @@ def test_an_interruption_while_ids_are_converted_loses_nothing(
         return plain(path, *types)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shards, "_convert", interrupted)
+        patch.setattr(shards, "convert", interrupted)
         prepare(["a.txt.gz"], **settings)
     told = Told()
     folder = prepare(["a.txt.gz"], **settings, report=told)
