@@ -142,7 +142,7 @@ check-gpu: _env
 bench *ARGS: _env
     @exec "{{ bin }}/llm-bench" "$@"
 
-# Count the lines of the one-hour path against its budget
+# Count the lines of the eight files to read first
 [no-exit-message]
 loc:
     @sh "{{ root }}/just" --bootstrap

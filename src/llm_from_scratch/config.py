@@ -48,7 +48,7 @@ class GPTConfig(Settings):
     """Slower rotary frequencies, for a longer context than the model was pretrained with: all of them (linear, arXiv
     2306.15595), or only the slow ones (llama3, as in Llama 3.1; yarn, arXiv 2309.00071)."""
     rope_factor: float = 1.0
-    """With rope_scaling: the slow frequencies are divided by this."""
+    """With rope_scaling: the scaled frequencies are divided by this."""
     rope_original: int | None = None
     """With llama3 or yarn: the context length of the pretraining."""
     rope_low: float = 1.0
@@ -125,7 +125,7 @@ class DataConfig(Settings):
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
     data_cache: float = 100.0
     """Disk space (GiB) in data/cache/remote for the shards of a dataset in an object store, such as
-    --dataset=s3://bucket/name (extra: remote). Windows of larger data are shuffled within parts of it."""
+    --dataset=s3://bucket/name (extra: remote). Larger data is shuffled in parts that fit."""
     documents: bool | Literal["auto"] = "auto"
     """Train on whole documents: a window begins with a document, and documents that share a window do not see each
     other. auto: for conversations and documents of one line each (llm-prepare --lines=True)."""
@@ -409,7 +409,8 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU, keep a large model's memory for the next step: faster, 20% more memory. auto: if twice that is free."""
+    """On a CPU, keep a large model's memory for the next step: faster, 20% more memory. auto: if twice the memory of
+    the run is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -24,7 +24,7 @@ atexit.register(gc.freeze)  # else the end of a process searches all objects for
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Calls main(argv) and returns its exit code. 1 if the output cannot be written, 2 for a UserError or a closed
-    standard output, 130 for Ctrl-C, 141 if nobody reads the output any more."""
+    standard output, 130 for Ctrl-C, 141 if the output pipe was closed."""
     if not open_streams():
         note("error: standard output is closed: redirect it to a file or to /dev/null")
         return 2

@@ -36,7 +36,7 @@ processes or on other machines. Writes a table, a plot, and law.json for the opt
 
 @dataclass
 class ScaleOptions:
-    """The ladder."""
+    """Sizes and lengths of the runs."""
 
     sizes: str = "4"
     """Number of sizes up to the preset's, each with about half the parameters of the next; or widths: 64,128,256."""
@@ -45,7 +45,7 @@ class ScaleOptions:
     seeds: int = 1
     """Runs of each point with different seeds."""
     name: str = "scale"
-    """Name of the ladder; its folder is out-sweep/NAME."""
+    """Name of the results; their folder is out-sweep/NAME."""
     workers: int = 1
     """Parallel runs in this process."""
 

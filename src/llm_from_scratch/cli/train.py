@@ -76,7 +76,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
     typed, (flags, values, argv) = argv, _own_options(argv, () if nanogpt else OWN_VALUES)
     if ("law" in values or flags["exportable"]) and "budget" not in values:
         raise UserError(
-            f"--{'law' if 'law' in values else 'exportable'} guides the choice of --budget, which is missing"
+            f"--{'law' if 'law' in values else 'exportable'} needs --budget: add it, for example --budget=10min"
         )
     budget = parse_budget(values["budget"]) if "budget" in values else None
     defaults, base_preset = (nanogpt_defaults(), None) if nanogpt else (data_prepared_last(), "default")

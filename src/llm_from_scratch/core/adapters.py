@@ -94,8 +94,8 @@ def check_adapter(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Raises UserError if a saved adapter is of other layers than the model's, or has another rank."""
     if {name: t.shape for name, t in adapter_of(model).items()} != {name: t.shape for name, t in saved.items()}:
         raise UserError(
-            "the saved adapter has other layers than --lora_targets: leave it as it was, or start a new run from the "
-            "saved one (--init_from=FOLDER, another --out_dir)"
+            "the saved adapter has other layers than --lora_targets: restore the original value, or start a new run "
+            "from the saved adapter (--init_from=FOLDER, another --out_dir)"
         )
 
 

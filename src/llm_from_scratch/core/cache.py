@@ -265,5 +265,5 @@ def check_documents(model: Any) -> None:
     if why:
         raise UserError(
             f"--documents=True: this model (core/model.py) cannot keep the documents of a window apart: {why}. Its "
-            "attention must use the mask of the cache argument, and its positions the numbers of it"
+            "attention must use the mask of the cache argument, and its position embeddings the cache's positions"
         )

@@ -54,7 +54,10 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> li
     for (kept, prompt), (same, turn) in zip(parts[::2], parts[1::2], strict=True):
         begin = kept + len(prompt)
         if same != begin or not turn:
-            raise UserError("the chat template does not continue a prompt as it writes the assistant's turn")
+            raise UserError(
+                "the chat template begins the assistant's turn differently with add_generation_prompt=True than in a "
+                "complete conversation"
+            )
         after = text[:kept] + prompt + turn
         if not separate and not after.startswith(text):
             separate = [_encode(tokenizer, text[: span[1]], [span]) for span in spans]

@@ -231,7 +231,7 @@ def give_template(
     elif own is None:
         add_plain_template(tokenizer)
     template = file or ("plain (the tokenizer has none)" if own is None else "the model's")
-    report(f"chat template: {template}; the assistant's turns are learned")
+    report(f"chat template: {template}; only the assistant's turns count in the loss")
     assert tokenizer.chat is not None
     tokenizer.chat.total = RUN_SECONDS
     try:

@@ -184,7 +184,7 @@ def write_shards(
                     one.result()
             break
         except EncoderDiffersError as error:
-            report(f"{error}: continuing without it")
+            report(f"continuing without gigatoken: {error}")
             fast, pool, done = False, None, restore(whole)
             write_whole(folder / PROGRESS, to_json(whole))
         except BaseException:

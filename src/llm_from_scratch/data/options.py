@@ -53,7 +53,7 @@ class PrepareOptions:
     encoding: str = "utf-8"
     """Encoding of text files."""
     bad_files: Literal["stop", "skip"] = "stop"
-    """skip: name a damaged file, or one in another encoding, and continue without it."""
+    """skip: leave out damaged files and files in another encoding, and print their names."""
     unicode: Literal["none", "NFC", "NFKC"] = "none"
     """Unicode normalisation."""
     min_chars: int = 0
@@ -69,7 +69,8 @@ class PrepareOptions:
     decontaminate: tuple[str, ...] = ()
     """Evaluation texts: remove documents that share 13 words in a row with them."""
     dedup: Literal["none", "exact", "near"] = "none"
-    """exact: keep the first of equal documents. near: also of documents that differ in some words."""
+    """exact: keep the first of equal documents. near: also remove documents that differ from an earlier one in some
+    words only."""
     boilerplate: int = 0
     """Remove lines that occur in at least this number of documents. 0: none."""
     chat_template: str | None = None
@@ -88,7 +89,7 @@ class PrepareOptions:
     """Folder for encoded parts, which the next call reuses if encoding is slower than reading. None: no cache."""
 
     def given(self, *names: str) -> list[str]:
-        """Those of the settings that are not at their defaults."""
+        """The named settings that are not at their defaults."""
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
     def text_separator(self) -> str:

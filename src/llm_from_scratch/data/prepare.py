@@ -166,7 +166,7 @@ def tokenizer_for(size: int, report: Report, budget: Budget | None = None, is_ch
     by_size = [(limit, "byte" if is_chat and name == "char" else name) for limit, name in TOKENIZER_BY_SIZE]
     if budget is not None and (read := text_within(budget)) < size:
         name = next(name for limit, name in by_size if read < limit)
-        report(f"tokenizer: {name} (a run of {budget.text} reads about {read / 1e6:,.1f} MB of it)")
+        report(f"tokenizer: {name} (a run of {budget.text} reads about {read / 1e6:,.1f} MB of the text)")
         return name
     limits = [0.0, *(limit for limit, _ in by_size)]
     at, name = next((at, name) for at, (limit, name) in enumerate(by_size) if size < limit)

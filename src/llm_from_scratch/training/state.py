@@ -139,4 +139,6 @@ def restore(
         raise  # its message is complete
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         why = one_line(error)
-        raise UserError(f"{saved.path} does not hold the state of a run ({why}); start a new one from it") from None
+        raise UserError(
+            f"{saved.path} does not hold the state of a run ({why}); start a new run from its weights"
+        ) from None

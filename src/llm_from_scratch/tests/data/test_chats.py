@@ -78,7 +78,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_sequence_for_each(tmp_pa
         "<user>a<|endoftext|><assistant>b<|endoftext|><user>c<|endoftext|><assistant>>>y#d<|endoftext|><<",
     ]
     tokenizer.chat = ChatTemplate("{{ messages | length }}")
-    with pytest.raises(UserError, match="does not continue a prompt"):
+    with pytest.raises(UserError, match="begins the assistant.s turn differently"):
         learned(tokenizer)
 
 

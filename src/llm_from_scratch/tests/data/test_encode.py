@@ -312,7 +312,7 @@ class Differing(FastTokenizer):
     encoded = 0
 
     def __init__(self, tokenizer: Tokenizer, saved: Path) -> None:
-        self.tokenizer, self.eot_id, self.dtype = tokenizer, tokenizer.eot_id, tokenizer.dtype
+        self.tokenizer, self.eot_id, self.vocab_size = tokenizer, tokenizer.eot_id, tokenizer.vocab_size
 
     def encode(self, text: str) -> np.ndarray:
         Differing.encoded += 1
