@@ -409,7 +409,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU, keep a large model's memory for the next step: faster, 20% more. auto: if twice the run's need is free."""
+    """On a CPU, keep a large model's memory for the next step: faster, 20% more. auto: if twice the need is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"
