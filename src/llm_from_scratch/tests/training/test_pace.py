@@ -243,8 +243,8 @@ def test_a_budget_of_time_ends_in_time(tiny_data: Path, capsys: pytest.CaptureFi
     [
         (["--budget=soon"], "budget='soon'"),
         (["--budget"], "--budget needs a value"),
-        (["--exportable=True"], "needs --budget|missing"),
-        (["--law=x.json"], "missing"),
+        (["--exportable=True"], "--exportable needs --budget"),
+        (["--law=x.json"], "--law needs --budget"),
         (["--budget=1min", "--law=missing.json"], "missing.json"),
         (["--budget=1min", "--init_from=gpt2"], "init_from='gpt2'"),
         (["--budget=1min", "--dataset=nowhere"], "nowhere"),

@@ -262,5 +262,5 @@ def test_ddp_learns_the_unused_parameters_of_all_processes(
     monkeypatch.setattr(wrapping, "data_parallel", in_parallel)
     wrapping.wrap(edited, config, runtime, 1, said.append)
     assert told == [expected is not None] and not edited.calls
-    lines = [line for line in said if line.startswith("DDP looks")]
+    lines = [line for line in said if line.startswith("DDP searches")]
     assert [line.endswith(str(expected)) for line in lines] == [True] * len(told) * (expected is not None)
