@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ UNITS = 2  # version of the rules by which texts are divided into units
 QUEUED = 4  # units that wait until they are written
 SAVE_EVERY = 1 << 24  # tokens between two records of the progress
 SAMPLE = 1 << 12  # characters of a unit that are encoded twice
+PATIENCE = 30.0  # seconds in which worker processes end
 MAX_FAILURES = 3  # of worker processes, without a finished unit between them
 # spawn: forking a process with threads may hang, and not every system can fork
 START_METHOD = "spawn"
@@ -272,19 +274,27 @@ class Workers(ProcessPoolExecutor):
         super().__init__(*given)
 
     def end(self) -> None:
-        self.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - self.others:
-            child.join(5)  # seconds
-            child.kill()
+        """Waits until all have ended; those that do not end are killed."""
+        ending = threading.Thread(target=self.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ending.start()
+        ending.join(PATIENCE)
+        if ending.is_alive():
+            for child in set(multiprocessing.active_children()) - self.others:
+                child.kill()
+            ending.join()
 
 
 def start_pool(workers: int, saved: Path, fast: bool) -> Workers:
     """Worker processes, which load the tokenizer at once. saved: its folder."""
     shield_children()
     pool = Workers(workers, multiprocessing.get_context(START_METHOD), start_worker, (str(saved), fast))
-    with blocked_interrupts(), contextlib.suppress(BrokenProcessPool):  # handled when a unit is submitted
-        for _ in range(workers):
-            pool.submit(int)  # a task starts a process
+    try:
+        with blocked_interrupts(), contextlib.suppress(BrokenProcessPool):  # handled when a unit is submitted
+            for _ in range(workers):
+                pool.submit(int)  # a task starts a process
+    except BaseException:  # Ctrl-C meanwhile: the folder that they load is kept until they have ended
+        pool.end()
+        raise
     return pool
 
 

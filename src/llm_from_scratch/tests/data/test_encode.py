@@ -111,7 +111,7 @@ def test_an_error_of_the_disk_in_the_thread_is_raised(here: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops processes as POSIX does")
-def test_workers_that_never_end_are_killed(here: Path) -> None:
+def test_workers_that_never_end_are_killed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the death of one that held the lock by which the others wait for work."""
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     other.start()
@@ -122,6 +122,7 @@ def test_workers_that_never_end_are_killed(here: Path) -> None:
     assert pool.submit(int).result() == 0
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid or 0, signal.SIGSTOP)
+    monkeypatch.setattr(encode, "PATIENCE", 1.0)
     pool.end()
     # a thread of the pool may collect it, and knows a moment later that it has ended
     assert until(lambda: not worker.is_alive()) and other.is_alive()
