@@ -170,7 +170,7 @@ def write_manifest(
         "format": FORMAT,
         "version": VERSION,
         "name": spec.name,
-        "dtype": stored_dtype(tokenizer, splits).name,
+        "dtype": stored_dtype(tokenizer, max(entry["tokens"] for entry in splits.values())).name,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
         "splits": splits,

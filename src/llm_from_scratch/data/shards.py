@@ -126,23 +126,22 @@ def narrow_dtype(tokenizer: Tokenizer | FastTokenizer) -> np.dtype:
     return np.dtype("u1") if tokenizer.vocab_size <= 1 << 8 else tokenizer.dtype
 
 
-def stored_dtype(tokenizer: Tokenizer, splits: dict[str, dict[str, Any]]) -> np.dtype:
-    """The type of the ids of a dataset. splits: its manifest entries. nanoGPT reads uint16; in large datasets, space
+def stored_dtype(tokenizer: Tokenizer, tokens: int) -> np.dtype:
+    """The type of the ids of a dataset. tokens: of the larger split. nanoGPT reads uint16; in large datasets, space
     and time matter more."""
-    is_large = any(entry["tokens"] > LARGE for entry in splits.values())
-    return narrow_dtype(tokenizer) if is_large else tokenizer.dtype
+    return narrow_dtype(tokenizer) if tokens > LARGE else tokenizer.dtype
 
 
 def make_writers(tokenizer: Tokenizer, folder: Path, size: int, tokens: int) -> dict[str, ShardWriter]:
-    """The writers of both splits. tokens: of a split, at most; 0 if unknown. If they suggest another type than
-    stored_dtype(), close_writers() converts the files."""
-    dtype = narrow_dtype(tokenizer) if tokens > LARGE else tokenizer.dtype
+    """The writers of both splits. tokens: of the larger split, at most; 0 if unknown. If this gives another type than
+    the true number, close_writers() converts the files."""
+    dtype = stored_dtype(tokenizer, tokens)
     return {split: ShardWriter(folder, split, size, dtype) for split in ("train", "val")}
 
 
 def close_writers(tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> dict[str, dict[str, Any]]:
     """Closes the files, which get stored_dtype(). Returns the manifest entries of the splits."""
-    dtype, made = stored_dtype(tokenizer, {split: {"tokens": w.tokens} for split, w in writers.items()}), list[Path]()
+    dtype, made = stored_dtype(tokenizer, max(writer.tokens for writer in writers.values())), list[Path]()
     for writer in writers.values():
         writer.finish()
         for shard in writer.done if writer.dtype != dtype else ():

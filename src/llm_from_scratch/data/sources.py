@@ -117,8 +117,8 @@ class FileSource:
         return decompress(packed, raw, self.name) if packed else raw
 
     def identity(self, count: bool = False) -> dict[str, Any]:
-        """Detects changes: the version that a server states, or the hash of the content. count: of a
-        local text, the characters too, which saves a pass."""
+        """Detects changes: the version that a server states, or the hash of the content. count: the characters of a
+        local text too, which saves a pass."""
         url = self.url
         query = {"query": stores.hash_text(url)} if stores.shown(url) != url else {}  # may be secret
         if url:
