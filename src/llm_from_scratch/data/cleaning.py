@@ -36,7 +36,7 @@ from .cleaning_report import (
     write_reports,
 )
 from .duplicates import Signatures, exact_duplicates, grouped, near_duplicates, signatures
-from .encode import blocked_interrupts
+from .encode import Workers, blocked_interrupts
 from .filters import Cleaner, evaluation_runs
 from .hashes import hash_document, hash_lines
 from .options import CLEANING, PrepareOptions
@@ -170,16 +170,16 @@ def _map(work: Callable[[Any], None], jobs: Sequence[Any], workers: int) -> Iter
         return
     shield_children()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), context, end_with_parent) as pool:
-        try:
-            with blocked_interrupts():
-                futures = [pool.submit(work, job) for job in jobs]
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError("a worker process was killed (out of memory?): run the same command to resume") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = Workers(min(workers, len(jobs)), context, end_with_parent)
+    try:
+        with blocked_interrupts():
+            futures = [pool.submit(work, job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?): run the same command to resume") from None
+    finally:
+        pool.end()
 
 
 # Step 1: a part

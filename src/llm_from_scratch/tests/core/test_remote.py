@@ -143,6 +143,15 @@ def test_a_dataset_is_not_opened_without_its_tokenizer(
     files.rm("/bucket", recursive=True)
 
 
+def test_a_store_without_its_package_names_the_extra(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(url: str, *args: Any) -> Any:
+        raise ImportError("HTTPFileSystem requires aiohttp")
+
+    monkeypatch.setattr(fsspec, "open", without)
+    with pytest.raises(UserError, match=r"for http://.*pip install .*\[remote\].*requires aiohttp"):
+        resolve_dataset("http://localhost:9/a")
+
+
 def test_a_failing_store_is_asked_again(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, open_it = [], fsspec.open
 
