@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 
 import numpy as np
 
 ASCII, INNER = bytes(range(128)), bytes(range(128, 192))  # INNER: the bytes of UTF-8 that continue a character
+INNER_END = -64  # as signed bytes, those of INNER are smaller
 OTHER = 255  # in place of the id of a character that is not ASCII
 
 
@@ -50,14 +52,69 @@ class CharTable:
 
 def characters_of(texts: Iterable[str]) -> str:
     """The sorted characters of all texts."""
-    seen, known = np.zeros(0x110000, dtype=bool), b""
+    alphabet = Alphabet()
     for text in texts:
-        data = text.encode()
-        known += bytes(set(data.translate(None, known)))  # most texts have no new byte
-        if not text.isascii():
-            seen[points_beyond_ascii(data)] = True
-    seen[[byte for byte in known if byte in ASCII]] = True
-    return np.flatnonzero(seen).astype("<u4").tobytes().decode("utf-32-le")
+        alphabet.add(text.encode())
+    return alphabet.characters()
+
+
+class Alphabet:
+    """The characters of texts in UTF-8."""
+
+    def __init__(self) -> None:
+        self._seen, self._known = np.zeros(0x110000, dtype=bool), b""  # of all characters, and the bytes so far
+
+    def add(self, data: bytes) -> None:
+        """data: whole characters. Raises UnicodeDecodeError."""
+        self._known += bytes(set(data.translate(None, self._known)))  # most texts have no new byte
+        if not data.isascii():
+            self._seen[points_beyond_ascii(data)] = True
+
+    def characters(self) -> str:
+        """The sorted characters so far."""
+        self._seen[[byte for byte in self._known if byte in ASCII]] = True
+        return np.flatnonzero(self._seen).astype("<u4").tobytes().decode("utf-32-le")
+
+
+class TextScan:
+    """Counts the characters of a UTF-8 file that arrives in blocks: a line break is one character, a byte order mark at
+    the beginning none. alphabet: finds which characters there are, too; this also finds invalid UTF-8."""
+
+    def __init__(self, alphabet: bool) -> None:
+        self.count = 0
+        self._alphabet = Alphabet() if alphabet else None
+        self._begun, self._held = False, b""  # held: the first bytes, then half of a character or line break
+
+    def add(self, block: bytes, last: bool = False) -> None:
+        """Raises UnicodeDecodeError."""
+        block = self._held + block
+        if len(block) < len(codecs.BOM_UTF8) and not last:
+            self._held = block
+            return
+        if not self._begun:
+            self._begun, block = True, block.removeprefix(codecs.BOM_UTF8)
+        end = len(block) if last else whole_characters(block)
+        block, self._held = block[:end], block[end:]
+        self.count += int(np.count_nonzero(np.frombuffer(block, np.int8) >= INNER_END))
+        self.count -= block.count(b"\r\n") if b"\r" in block else 0
+        if self._alphabet is not None:
+            self._alphabet.add(block)
+
+    def characters(self) -> str | None:
+        """The sorted characters; None if they were not wanted."""
+        if self._alphabet is None:
+            return None
+        found = self._alphabet.characters()
+        return "".join(sorted({*found.replace("\r", "\n")}))
+
+
+def whole_characters(data: bytes) -> int:
+    """The bytes before the last character, if that or its line break may be incomplete."""
+    at = len(data)
+    while at and len(data) - at < 3 and data[at - 1] in INNER:
+        at -= 1
+    is_open = at and (data[at - 1] >= 0xC0 or data[at - 1 :] == b"\r")
+    return at - 1 if is_open else len(data)
 
 
 def code_points(text: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.load import named_tokenizer
 from ..core.tokenfile import FORMAT, MANIFEST
-from ..core.tokenizer import Tokenizer
+from ..core.tokenizer import CharTokenizer, Tokenizer
 from ..errors import UserError
 from . import chats
 from . import sources as src
@@ -142,6 +142,8 @@ def _tokenizer(spec: DatasetSpec, groups: list[Documents], folder: Path, request
         def texts() -> Iterator[str]:
             return (text for group in groups for _, text, _ in group.pieces(report))
 
+        if spec.tokenizer == "char" and len(groups) == 1 and (scan := groups[0].scan()):
+            return CharTokenizer(scan.characters() or "")
         is_large = sum(source.size for source in spec.all()) >= FAST_FROM
         return (train(spec.tokenizer, texts(), folder, report) if is_large else None) or named_tokenizer(
             spec.tokenizer, texts()

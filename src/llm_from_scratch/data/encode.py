@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ VERSION = 1  # of the cache format
 PROGRESS = "progress.json"  # in the temporary folder
 UNITS = 2  # version of the rules by which texts are divided into units
 QUEUED = 4  # units that wait until they are written
-SAVE_EVERY = 1 << 24  # tokens between two records of the progress
+SAVE_EVERY = 2.0  # seconds between two records of the progress
 SAMPLE = 1 << 12  # characters of a unit that are encoded twice
 PATIENCE = 30.0  # seconds in which worker processes end
 MAX_FAILURES = 3  # of worker processes, without a finished unit between them
@@ -152,7 +153,7 @@ def write_shards(
         except (OSError, ValueError, KeyError, TypeError):
             done = restore(start)
             report("the shards of an interrupted run are damaged: starting again")
-    whole, saved = state(), sum(s.tokens for s in shards.values())  # when the last shard was completed; when saved
+    whole, saved = state(), time.monotonic()  # when the last shard was completed; when saved
 
     def write(before: Future[None] | None, split: str, size: int, ids: np.ndarray) -> None:
         """In the writing thread. before: if an earlier unit failed, no later one is written."""
@@ -164,13 +165,12 @@ def write_shards(
         writer.append(ids)
         writer.text_bytes += size
         done += 1
-        tokens = sum(s.tokens for s in shards.values())
         if len(writer.done) > shards_before:
             whole = state()
-        if len(writer.done) > shards_before or tokens - saved >= SAVE_EVERY:
-            saved = tokens
+        if len(writer.done) > shards_before or time.monotonic() - saved >= SAVE_EVERY:
             write_whole(folder / PROGRESS, to_json(state()))
-        meter.update(tokens, size)
+            saved = time.monotonic()
+        meter.update(sum(s.tokens for s in shards.values()), size)
 
     while True:
         rest = itertools.islice(units(), done, None)

@@ -22,6 +22,7 @@ import numpy as np
 from ..checkpoint.load import is_gguf, tokenizer_place
 from ..checkpoint.store import find_checkpoint, list_checkpoints
 from ..config import Config
+from ..core.characters import TextScan
 from ..core.chat import ends_in
 from ..core.dataset import resolve_dataset
 from ..core.tokenfile import CHECKED, MANIFEST, dtype_of, read_manifest
@@ -199,7 +200,9 @@ def _default_name(first: str, root: Path) -> str:
 def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str, Any]]]:
     """A hash of everything that determines the result, and the identities of the sources."""
     if len(sources := spec.all()) == 1 and isinstance(sources[0], src.FileSource):
-        identities = [[sources[0].identity(count=not spec.learns_tokenizer)]]
+        # bpe:N reads the text for its vocabulary and counts it then
+        scan = TextScan(spec.tokenizer == "char") if spec.tokenizer == "char" or not spec.learns_tokenizer else None
+        identities = [[sources[0].identity(scan)]]
     else:
         identities = [[source.identity() for source in some] for some in spec.sources]
     given = Path(spec.tokenizer)

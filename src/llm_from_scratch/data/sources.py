@@ -22,12 +22,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ..core.characters import TextScan
 from ..core.vocab_files import call_with_timeout
 from ..errors import AccessError, UserError, one_line
 from ..machine.files import open_file, write_whole
 from ..machine.terminal import note
 from ..settings import did_you_mean
-from . import readers, stores
+from . import stores
 from .archives import decompress
 from .hashes import FileHash
 from .hub import HubSource as HubSource
@@ -74,7 +75,7 @@ class FileSource:
     url: str = ""
     stream: Any = field(default=None, compare=False)  # of an archive's member
     said: set[str] = field(default_factory=set, compare=False)
-    characters: list[int] = field(default_factory=list, compare=False)  # of a text; empty if they were not counted
+    scans: list[TextScan] = field(default_factory=list, compare=False)  # at most one, of a whole text
     damage: Damage = field(default_factory=Damage, init=False, compare=False)
 
     @property
@@ -116,9 +117,9 @@ class FileSource:
         packed = suffixes(self.path.name)[1]
         return decompress(packed, raw, self.name) if packed else raw
 
-    def identity(self, count: bool = False) -> dict[str, Any]:
-        """Detects changes: the version that a server states, or the hash of the content. count: the characters of a
-        local text too, which saves a pass."""
+    def identity(self, scan: TextScan | None = None) -> dict[str, Any]:
+        """Detects changes: the version that a server states, or the hash of the content. scan: of a local text, which
+        saves a pass."""
         url = self.url
         query = {"query": stores.hash_text(url)} if stores.shown(url) != url else {}  # may be secret
         if url:
@@ -128,9 +129,13 @@ class FileSource:
         with stores.reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
             digest = FileHash()
             blocks = digest.blocks(file)
-            if count and self.reader is TEXT and self.encoding == "utf-8" and not suffixes(self.path.name)[1]:
-                with contextlib.suppress(UserError):  # raised when the text is read
-                    self.characters[:] = [sum(map(len, readers.decode(readers.parts(blocks), self)))]
+            if scan and self.reader is TEXT and self.encoding == "utf-8" and not suffixes(self.path.name)[1]:
+                self.scans[:] = []
+                with contextlib.suppress(UnicodeDecodeError):  # raised again when the text is read
+                    for block in blocks:
+                        scan.add(block)
+                    scan.add(b"", last=True)
+                    self.scans[:] = [scan]
             deque(blocks, maxlen=0)
             return {"path": self.name, "bytes": digest.size, "sha256": digest.hexdigest(), **query}
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..core.characters import TextScan
 from ..errors import UserError
 from .sources import Source
 
@@ -50,11 +51,10 @@ class Documents:
             report(f"{ignored - NAMED:,} more sources are empty and ignored")
         self.is_counted = True
 
-    def count_from_identity(self) -> None:
-        """The characters of one text; its hash may have counted them."""
-        known: list[int] = getattr(self.sources[0], "characters", [])
-        if known and known[0] and not self.may_be_many:
-            self.count, self.characters, self.is_counted = 1, known[0], True
+    def scan(self) -> TextScan | None:
+        """Of one text, if it was scanned when it was hashed."""
+        scans: list[TextScan] = getattr(self.sources[0], "scans", [])
+        return scans[0] if scans and scans[0].count and not self.may_be_many else None
 
     @property
     def may_be_many(self) -> bool:
@@ -119,7 +119,8 @@ def choose_split(
         if count > 1:
             return Split("permutation", fraction, seed, mask=val_documents(count, fraction, seed))
     hashes: list[int] = []
-    documents.count_from_identity()
+    if scan := documents.scan():
+        documents.count, documents.characters, documents.is_counted = 1, scan.count, True
     if not (documents.is_counted and documents.count == 1):  # else the tokenizer's training has counted them
         begins, wanted = True, {False, True}
         for _, text, ends in documents.pieces(report):
@@ -134,6 +135,7 @@ def choose_split(
     if documents.count == 1:
         border = int(documents.characters * (1 - fraction))
         if border == 0:
+            deque(documents.pieces(), maxlen=0)  # raises UserError if it is not text
             name, size = documents.sources[0].name, documents.characters
             raise UserError(f"{name} is too short to split: {size} characters")
         return Split("position", fraction, seed, several=False, border=border)

@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, units and records of the progress; the fast encoder for any text."""
     monkeypatch.setattr(readers, "PIECE", 5000)
     monkeypatch.setattr(encode, "UNIT", 7000)
-    monkeypatch.setattr(encode, "SAVE_EVERY", 3000)
+    monkeypatch.setattr(encode, "SAVE_EVERY", 0)
     monkeypatch.setattr(building, "FAST_FROM", 0)
 
 
@@ -237,7 +237,7 @@ def test_nothing_is_written_after_a_failed_unit(here: Path, small: None, monkeyp
 ROOT = Path(module.__file__).resolve().parents[2]
 SMALL = (
     "import multiprocessing, sys; from llm_from_scratch.data import building, encode, prepare, readers\n"
-    "readers.PIECE, encode.UNIT, encode.SAVE_EVERY, building.FAST_FROM = 5000, 7000, 3000, 0\n"
+    "readers.PIECE, encode.UNIT, encode.SAVE_EVERY, building.FAST_FROM = 5000, 7000, 0, 0\n"
 )
 
 

@@ -110,10 +110,8 @@ def test_a_single_text_is_split_by_position(here: Path, small: None, tokenizer: 
     assert resolve_dataset("my book") == folder
 
 
-@pytest.mark.parametrize("tokenizer, passes", [("byte", 1), ("char", 2)])
-def test_a_text_is_decoded_once_after_it_is_hashed(
-    here: Path, tokenizer: str, passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("tokenizer", ["byte", "char"])
+def test_a_text_is_decoded_once_after_it_is_hashed(here: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "a.txt").write_bytes("one\r\ntwo é".encode() * 1000)
     plain, opened = sources.FileSource.open, list[str]()
 
@@ -123,7 +121,7 @@ def test_a_text_is_decoded_once_after_it_is_hashed(
 
     monkeypatch.setattr(sources.FileSource, "open", noted)
     folder = prepare(["a.txt"], tokenizer=tokenizer)
-    assert opened == ["a.txt"] * passes
+    assert opened == ["a.txt"]
     assert [manifest_of(folder)["splits"][split]["tokens"] for split in ("train", "val")] == (
         [9000, 1000] if tokenizer == "byte" else [8100, 900]
     )

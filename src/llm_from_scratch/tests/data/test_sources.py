@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from llm_from_scratch.core.characters import TextScan
 from llm_from_scratch.core.tokenizer import Tokenizer
 from llm_from_scratch.data import archives, hashes, readers, sources, stores
 from llm_from_scratch.data.options import PrepareOptions
@@ -131,8 +133,11 @@ def test_a_text_cut_anywhere_is_the_same_text(here: Path, size: int, monkeypatch
                 list(source.pieces())
 
 
+@pytest.mark.parametrize("alphabet", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 1 << 20])
-def test_characters_are_counted_with_the_hash(here: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_are_counted_and_found_with_the_hash(
+    here: Path, size: int, alphabet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hashes, "READ", size)
     monkeypatch.setattr(hashes, "IN_THREAD", 2)
     text, cases = b"\xef\xbb\xbfone\r\nthr\xc3\xa9e\r\n\n\xf0\x9f\x98\x80\r", {"a.txt": 13, "a.log": 13}
@@ -141,14 +146,39 @@ def test_characters_are_counted_with_the_hash(here: Path, size: int, monkeypatch
         (here / name).write_bytes(text)
         source = sources.FileSource(Path(name))
         plain = {"path": name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-        assert source.identity(count=True) == source.identity() == plain
-        assert sum(source.characters) == expected == (len("".join(t for t, _ in source.pieces())) if expected else 0)
+        assert source.identity(TextScan(alphabet)) == source.identity() == plain
+        assert sum(scan.count for scan in source.scans) == expected
+        if expected:
+            read = "".join(t for t, _ in source.pieces())
+            assert len(read) == expected
+            assert source.scans[0].characters() == ("".join(sorted(set(read))) if alphabet else None)
     for changes in ({"encoding": "utf-16"}, {"lines": True}, {"separator": "x"}):
-        (source := sources.FileSource(Path("a.txt"), **changes)).identity(count=True)
-        assert source.characters == []
-    (here / "a.txt").write_bytes(text + b"\xff more")  # reading reports it
+        (source := sources.FileSource(Path("a.txt"), **changes)).identity(TextScan(alphabet))
+        assert source.scans == []
+
+
+@pytest.mark.parametrize("broken", [b"\xff more", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80"])
+def test_a_scan_of_invalid_text_has_no_alphabet_and_reading_reports_it(here: Path, broken: bytes) -> None:
+    (here / "a.txt").write_bytes(b"one" + broken)
     source = sources.FileSource(Path("a.txt"))
-    assert source.identity(count=True)["bytes"] == len(text) + 6 and source.characters == []
+    assert source.identity(TextScan(alphabet=True))["bytes"] == 3 + len(broken) and source.scans == []
+    for tokenizer in ("char", "byte"):
+        with pytest.raises(UserError, match="a.txt is not UTF-8 text: byte offset 3 "):
+            prepare(["a.txt"], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("text", ["\ufeffa\ufeff", "\ufeff", "\r", "\r\n", "a\r\r\nb", "é", "ab", "", "\ufeff\r\n"])
+def test_a_scan_equals_what_python_reads(here: Path, text: str) -> None:
+    data = text.encode()
+    (here / "a.txt").write_bytes(data)
+    expected = (here / "a.txt").read_text(encoding="utf-8-sig")
+    for cuts in itertools.product(*[(False, True)] * min(len(data), 8)):
+        scan, begin = TextScan(alphabet=True), 0
+        for end in [at + 1 for at, cut in enumerate(cuts) if cut] + [len(data)]:
+            scan.add(data[begin:end])
+            begin = end
+        scan.add(b"", last=True)
+        assert (scan.count, scan.characters()) == (len(expected), "".join(sorted(set(expected))))
 
 
 def test_encodings(here: Path) -> None:
