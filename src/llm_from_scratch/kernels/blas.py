@@ -66,7 +66,8 @@ def fits(a: Tensor, b: Tensor) -> bool:
 
 
 def _has_rows(t: Tensor) -> bool:
-    plain = t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0
+    has_memory = type(t) in (Tensor, torch.nn.Parameter)  # other kinds, such as FakeTensor, may have none
+    plain = has_memory and t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0
     return plain and t.stride(1) == 1 and t.stride(0) >= t.size(1)
 
 

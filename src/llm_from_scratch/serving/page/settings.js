@@ -22,6 +22,11 @@ function fieldsFor({ limits, vocab_size: ids, defaults }) {
     { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, value: 0, off: 0, more: true },
     { name: "stop", label: "Stop sequences", kind: "lines", value: "", more: true, hint: "one per line; \\n is a line break" },
   ];
+  for (const [name, value] of Object.entries(defaults ?? {})) {
+    const isKnown = list.some((field) => field.name === name);
+    // a filter that was added to sampling.py
+    if (!isKnown && typeof (value ?? 0) === "number") list.push({ name, label: name, min: -Infinity, max: Infinity, value, off: value, more: true });
+  }
   for (const field of list) {
     field.value = allowed(field, defaults?.[field.name] ?? field.value);
     field.slide ??= field.max;
@@ -65,11 +70,7 @@ function control(field) {
   if (field.kind === "seed") Object.assign(box, { inputMode: "numeric", placeholder: "random" });
   if (!field.kind) {
     Object.assign(box, { type: "number", min: field.min, max: field.max, step: field.step === 1 ? 1 : "any" });
-    const slide = Object.assign(document.createElement("input"), { type: "range", min: field.min, max: field.slide, step: field.step });
-    slide.setAttribute("aria-label", `${field.label}, slider`);
-    slide.addEventListener("input", () => ((box.value = slide.value), keep()));
-    box.addEventListener("input", () => (slide.value = box.value));
-    row.append(slide);
+    if (Number.isFinite(field.slide)) row.append(slider(field, box));
   }
   if (field.hint) {
     const hint = element("p", "note", field.hint);
@@ -79,6 +80,14 @@ function control(field) {
   }
   box.addEventListener("change", () => (fill({ [field.name]: box.value }), keep()));
   return row;
+}
+
+function slider(field, box) {
+  const slide = Object.assign(document.createElement("input"), { type: "range", min: field.min, max: field.slide, step: field.step });
+  slide.setAttribute("aria-label", `${field.label}, slider`);
+  slide.addEventListener("input", () => ((box.value = slide.value), keep()));
+  box.addEventListener("input", () => (slide.value = box.value));
+  return slide;
 }
 
 // Shows values, clamped to their ranges. Unknown names are ignored.

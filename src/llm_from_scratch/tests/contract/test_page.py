@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
+from llm_from_scratch.config import GenerationConfig
 from llm_from_scratch.generation.generator import Generator
+from llm_from_scratch.serving import service
 
 from ..memorised import TEXT, TOKENIZER, memorised
 from ..playground import (
@@ -90,6 +93,23 @@ def test_settings_reach_the_server(browser, site):
     browser.press("TAB")
     assert browser.find("#set-temperature").get_attribute("value") == "2"
     assert browser.find("#set-temperature ~ [type=range]").get_attribute("value") == "2"
+
+
+def test_a_new_filter_has_a_control(browser, site, monkeypatch):
+    @dataclasses.dataclass
+    class Settings(GenerationConfig):
+        only_below: int = 100
+
+    monkeypatch.setattr(service, "GenerationConfig", Settings)
+    monkeypatch.setattr(service, "SAMPLING", (*service.SAMPLING, "only_below"))
+    visit(browser, link(site, only_below="7.5"))
+    browser.click("#settings-form details summary")
+    assert browser.find("#set-only_below").get_attribute("value") == "7.5"
+    body = "return import('/static/settings.js').then((page) => page.sampling())"
+    assert browser.js(body)["only_below"] == 7.5
+    browser.write("#set-only_below", "100")  # the value without effect
+    browser.press("TAB")
+    assert "only_below" not in browser.js(body)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from llm_from_scratch.config import Config, GPTConfig, SystemConfig
@@ -82,6 +83,10 @@ def test_openblas_leaves_other_tensors_to_torch() -> None:
     plain = torch.ones(4, 6)
     others = plain.double(), plain[:, ::2], plain[:1].expand(4, 6), plain[:0], plain[None]
     assert blas.fits(plain, plain.t()) and not any(blas.fits(plain, other) for other in others)
+    with FakeTensorMode():  # tensors without memory
+        rows, weight = torch.zeros(6, 16), torch.zeros(8, 16)
+        assert products.linear(rows, weight, None, products.OPENBLAS).shape == (6, 8)
+        assert products.multiply(rows, weight.t(), products.OPENBLAS).shape == (6, 8)
 
 
 @pytest.mark.parametrize("chunked", [True, False])
