@@ -62,18 +62,19 @@ class Alphabet:
     """The characters of texts in UTF-8."""
 
     def __init__(self) -> None:
-        self._seen, self._known = np.zeros(0x110000, dtype=bool), b""  # of all characters, and the bytes so far
+        self._ascii, self._others = b"", np.zeros(0x110000, dtype=bool)
 
     def add(self, data: bytes) -> None:
         """data: whole characters. Raises UnicodeDecodeError."""
-        self._known += bytes(set(data.translate(None, self._known)))  # most texts have no new byte
-        if not data.isascii():
-            self._seen[points_beyond_ascii(data)] = True
+        rest = data.translate(None, self._ascii)  # mostly empty
+        if rest:
+            self._ascii += bytes({*rest} & {*ASCII})
+            self._others[points_beyond_ascii(rest)] = True
 
     def characters(self) -> str:
         """The sorted characters so far."""
-        self._seen[[byte for byte in self._known if byte in ASCII]] = True
-        return np.flatnonzero(self._seen).astype("<u4").tobytes().decode("utf-32-le")
+        self._others[list(self._ascii)] = True
+        return np.flatnonzero(self._others).astype("<u4").tobytes().decode("utf-32-le")
 
 
 class TextScan:
