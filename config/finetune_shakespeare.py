@@ -9,7 +9,7 @@ wandb_log = False
 wandb_project = "shakespeare"
 wandb_run_name = "ft-" + str(time.time())  # each run has its own name
 
-# an epoch is 301,966 / 32,768 = 9.2 steps, so the run is two epochs; keep only checkpoints that improve the val loss
+# an epoch is 301,966 / 32,768 = 9.2 steps, so the run is about two epochs; save only if the val loss improves
 max_iters = 20
 eval_interval = 5
 eval_iters = 40

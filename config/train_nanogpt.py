@@ -1,4 +1,4 @@
-# nanoGPT's defaults, if they are not Config()'s. train.py always starts from them; llm-train does if its first preset
+# nanoGPT's defaults that differ from Config(). train.py always starts from them; llm-train does so if its first preset
 # is a Python file.
 
 dataset = "openwebtext"

@@ -7,13 +7,13 @@ wandb_log = False
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
-# one million characters overfit soon: evaluate every 250 steps, and keep only checkpoints that improve the val loss
+# a model overfits one million characters soon: evaluate every 250 steps, and save only if the val loss improves
 eval_interval = 250
 eval_iters = 200
 always_save_checkpoint = False
 log_interval = 10  # a line per step would hide the evaluations
 
-# 10.6M parameters, context of 256 characters; dropout because there are many epochs
+# 10.6M parameters, a context of 256 characters; dropout, because there are many epochs
 n_layer = 6
 n_head = 6
 n_embd = 384

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Trains on Slurm until the run is complete: saves before the time limit, puts itself back into the queue, resumes.
+# Trains on Slurm until the run is complete: saves before the time limit, requeues itself, and resumes.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh gpt2-124m --out_dir=out
 #
 # Give --out_dir on the command line: a failed run is queued again only if it has saved a new checkpoint there.
-# --signal: two minutes before the limit, and when the job is preempted, this script gets SIGTERM and passes it on.
+# --signal: two minutes before the time limit, and if the job is preempted, this script gets SIGTERM and passes it on.
 #SBATCH --job-name=gpt --ntasks-per-node=1 --time=12:00:00 --signal=B:TERM@120 --requeue --open-mode=append
 #SBATCH --output=slurm-%j.txt
 
@@ -25,7 +25,7 @@ srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${
     -m llm_from_scratch.cli.train --init_from=auto "$@" &
 training=$! told=
 
-stop() { # srun passes the signal on to torchrun, and torchrun to the processes
+stop() { # srun passes the signal to torchrun, and torchrun to the processes
     told=yes
     kill -TERM "$training"
 }

@@ -24,7 +24,7 @@ class Train:
         return main(["--init_from=auto", *self.argv])
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Before the time limit: the new job resumes from the last checkpoint."""
+        """Called before the time limit. The new job resumes from the last checkpoint."""
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=8, help="processes per node, each with a GPU (slurm)")
     parser.add_argument("--hours", type=float, default=12)
-    parser.add_argument("--logs", default="slurm-logs")
-    parser.add_argument("argv", nargs="+", help="what llm-train gets")
+    parser.add_argument("--logs", default="slurm-logs", help="folder of the output")
+    parser.add_argument("argv", nargs="+", help="arguments of llm-train")
     options = parser.parse_args()
     executor = submitit.AutoExecutor(folder=options.logs, cluster=options.cluster, slurm_max_num_timeout=100)
     executor.update_parameters(
