@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--join", type=float, default=5, help="seconds from the first step to the second node")
     parser.add_argument("--leave", type=float, default=5, help="seconds until it is killed")
-    parser.add_argument("argv", nargs="+", help="what llm-train gets; with --max_iters=N")
+    parser.add_argument("argv", nargs="+", help="arguments of llm-train, with --max_iters=N")
     options = parser.parse_args()
     last = int(next(word for word in options.argv if word.startswith("--max_iters=")).partition("=")[2])
     with tempfile.TemporaryDirectory(prefix="elastic-") as name:

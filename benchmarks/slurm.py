@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60, help="seconds after which a job is killed")
     parser.add_argument("--warning", type=float, default=30, help="seconds before that for SIGTERM; 0: none")
     parser.add_argument("--nodes", type=int, default=2)
-    parser.add_argument("argv", nargs="+", help="what llm-train gets")
+    parser.add_argument("argv", nargs="+", help="arguments of llm-train")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="slurm-") as name:
         folder = Path(name)

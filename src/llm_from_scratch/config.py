@@ -50,11 +50,11 @@ class GPTConfig(Settings):
     rope_factor: float = 1.0
     """With rope_scaling: the scaled frequencies are divided by this."""
     rope_original: int | None = None
-    """With llama3 or yarn: the context length of the pretraining."""
+    """With llama3 or yarn: the context length in pretraining."""
     rope_low: float = 1.0
-    """With llama3 or yarn: frequencies with fewer turns in the original context are divided by rope_factor."""
+    """With llama3 or yarn: divide frequencies with fewer rotations than this in rope_original tokens by rope_factor."""
     rope_high: float | None = None
-    """With llama3 or yarn: frequencies with more turns in that context do not change. None: 4 (llama3) or 32 (yarn)."""
+    """With llama3 or yarn: keep frequencies with more rotations than this. None: 4 (llama3) or 32 (yarn)."""
     rope_attention: float | None = None
     """With yarn: factor of the rotated queries and keys. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -127,8 +127,8 @@ class DataConfig(Settings):
     """Disk space (GiB) in data/cache/remote for the shards of a dataset in an object store, such as
     --dataset=s3://bucket/name (extra: remote). Larger data is shuffled in parts that fit."""
     documents: bool | Literal["auto"] = "auto"
-    """Train on whole documents: a window begins with a document, and documents that share a window do not see each
-    other. auto: for conversations and documents of one line each (llm-prepare --lines=True)."""
+    """Train on whole documents: a window begins with a document, and attention stays within each document. auto: for
+    conversations and one-line documents (llm-prepare --lines=True)."""
 
     def validate(self) -> None:
         at_least(self, 1, "batch_size", "micro_batch", "stride")
@@ -162,7 +162,7 @@ class TrainingConfig(Settings):
     eval_only: bool = False
     """Evaluate once and stop."""
     final_eval: bool | Literal["always"] = True
-    """Evaluate the whole val split at the end. True: unless it takes over 2 minutes and longer than the training."""
+    """Evaluate the whole val split at the end. True: not if it takes over 2 minutes and longer than the training."""
     eval_tasks: str | None = None
     """lm-evaluation-harness tasks for every evaluation (extra: eval), comma-separated: names, YAML files or folders."""
     eval_limit: float | None = None
@@ -189,7 +189,7 @@ class TrainingConfig(Settings):
     max_rollbacks: int = 2
     """Stop the run after this many returns to the last good checkpoint. Each return uses different batches."""
     skip_spikes: bool = False
-    """Also skip steps with a loss far above the recent ones. Otherwise they are only reported."""
+    """Also skip steps with a loss far above recent losses. False: only report them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     activation_budget: float | Literal["auto"] | None = "auto"
@@ -198,7 +198,7 @@ class TrainingConfig(Settings):
     chunked_loss: bool | Literal["auto"] = "auto"
     """Compute head and loss in chunks so the full logits are never in memory. auto: for large vocabularies."""
     flex_attention: bool = False
-    """With documents, on CUDA: attention skips other documents by torch's flex_attention. Untested on CUDA."""
+    """With documents, on CUDA: use torch's flex_attention, which skips other documents. Untested."""
 
     def validate(self) -> None:
         at_least(self, 0, "max_iters", "max_rollbacks")
@@ -220,7 +220,7 @@ class FinetuneConfig(Settings):
     lora_alpha: float | None = None
     """Adapters are scaled by lora_alpha / lora_rank. None: 2 * lora_rank."""
     lora_targets: tuple[str, ...] = ("transformer.h",)
-    """Layers that get an adapter, by parts of their names: attn or c_attn,c_fc or 'h.[0-3].*'. Default: the blocks'."""
+    """Layers with an adapter, by parts of their names: attn or c_attn,c_fc or 'h.[0-3].*'. Default: all blocks."""
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' inputs."""
     loss: Literal["next_token", "dpo"] = "next_token"
@@ -245,7 +245,7 @@ class OptimizerConfig(Settings):
 
     optimizer_type: Literal["adamw", "muon", "normuon"] = "adamw"
     """adamw; muon (kellerjordan.github.io/posts/muon), which needs fewer but slightly slower steps; normuon: muon with
-    equal steps for all neurons (arXiv 2510.05491)."""
+    steps of equal size for all neurons (arXiv 2510.05491)."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
     muon_learning_rate: float = 0.02
@@ -257,10 +257,10 @@ class OptimizerConfig(Settings):
     head_learning_rate: float | None = None
     """With muon: AdamW's peak learning rate for the head, tied or not. None: learning_rate."""
     lr_scaling: Literal["none", "mup"] = "none"
-    """mup: multiply AdamW's rates of hidden matrices and the head by base_width / n_embd (arXiv 2203.03466), so that a
-    rate found at one width works at others. Needs tie_embeddings=False."""
+    """mup: multiply AdamW's learning rates of hidden matrices and the head by base_width / n_embd (arXiv 2203.03466). A
+    rate tuned at one width then works at others. Needs tie_embeddings=False."""
     base_width: int | None = None
-    """With lr_scaling=mup: the n_embd at which the rates are unchanged."""
+    """With lr_scaling=mup: the n_embd at which the learning rates are unchanged."""
     ngram_learning_rate: float = 0.3
     """Learning rate of the n-gram embeddings (row-wise Adagrad). It does not follow the schedule."""
     forget_ngrams: bool = False
@@ -268,7 +268,7 @@ class OptimizerConfig(Settings):
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the optimizer's moments. bfloat16 (stochastically rounded) needs half the memory."""
     weight_decay: float = 1e-1
-    """Decoupled weight decay of tensors with two or more dimensions; with muon, only of its matrices."""
+    """Decoupled weight decay of tensors with two or more dimensions; with muon, only of Muon's matrices."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: float = 0.99
@@ -303,14 +303,14 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With linear: from each of these steps on, the step at which the rate reaches min_lr, such as
-    '{0: 900, 200: 1100}'. Set when a run with a budget (--budget) adjusts its length."""
+    """With schedule=linear: '{0: 900, 200: 1100}' aims at min_lr for step 900, and from step 200 on for step 1100.
+    Set by a run with --budget if its length changes."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
         between(self, 0, 1, "cooldown_frac")
         at_least({"a step in lr_ends": min(self.lr_ends, default=0)}, 0)
-        above({f"the end in lr_ends from step {step} on": end - step for step, end in self.lr_ends.items()}, 0)
+        above({f"lr_ends[{step}] - {step}": end - step for step, end in self.lr_ends.items()}, 0)
 
 
 @dataclass
@@ -395,7 +395,7 @@ class SystemConfig(Settings):
     backend: str = "auto"
     """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
     collective_timeout: float = 600.0
-    """Seconds after which a process that does not answer ends the run. A process that has died ends it sooner."""
+    """End the run if a process does not answer for this many seconds. The run ends sooner if a process dies."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """ddp: each process holds the whole model. fsdp: a part of every parameter, gradient and moment (FSDP2). hsdp: fsdp
     within groups of processes, ddp between them. auto: ddp if the model fits on each device, else fsdp."""
@@ -409,7 +409,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """On a CPU, keep a large model's memory for the next step: faster, 20% more. auto: if twice the need is free."""
+    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if twice the need is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -27,7 +27,7 @@ def check_model(model: Any) -> None:
         raise UserError(f"rope_scaling={model.rope_scaling} needs --pos_embedding=rope")
     if model.rope_scaling in ("llama3", "yarn"):
         if model.rope_original is None:
-            raise UserError(f"rope_scaling={model.rope_scaling} needs rope_original, the context of the pretraining")
+            raise UserError(f"rope_scaling={model.rope_scaling} needs rope_original, the context length in pretraining")
         above(model, 1, "rope_theta")
         above(model, model.rope_low, "rope_high")
     if model.max_ngram and not 2 <= model.max_ngram <= 16:
@@ -76,7 +76,7 @@ def check_run(config: Any) -> None:
             if chosen and flat[name] == value:
                 raise UserError(f"{setting} does not support {name}={value}: remove one of them")
     if finetune.loss == "dpo" and training.init_from == "scratch":
-        raise UserError("--loss=dpo needs a model that writes answers: name it with --init_from=FOLDER")
+        raise UserError("--loss=dpo needs a trained model: name it with --init_from=FOLDER")
     if optimizer.forget_ngrams and (data.sample_order == "random" or not config.model.max_ngram):
         raise UserError("forget_ngrams needs --max_ngram and --sample_order=shuffled")
     if optimizer.forget_ngrams and read_mixture(data.dataset):

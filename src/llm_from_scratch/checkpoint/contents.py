@@ -286,7 +286,7 @@ def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:
     for name, tensor in plain_names(state).items():
         kind = str(getattr(tensor, "dtype", type(tensor).__name__))
         if kind not in STORED or str(tensor.layout) != "torch.strided":
-            raise UserError(f"this model cannot be saved: {name} is {kind}, expected a dense tensor of a common type")
+            raise UserError(f"this model cannot be saved: {name} is {kind}, expected a dense float, integer or bool")
     try:
         checked_weights(state, config, "the model")
     except DamagedError as error:

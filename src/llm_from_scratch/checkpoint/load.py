@@ -62,13 +62,13 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
     places = base.places(path.parent)
     place = next((p for p in places if is_pretrained(p, hub=False) or os.path.lexists(p)), None)
     if place is None or Path(place).resolve() in (path.resolve(), path.parent.resolve()):
-        raise UserError(f"{path} is an adapter of {places[0]}, which does not exist: put it back there")
+        raise UserError(f"{path} is an adapter of {places[0]}, which does not exist: restore that model")
     loaded = _load_base(path, place, depth)
     shape = dataclasses.replace(loaded.model_config, dropout=config.dropout, block_size=config.block_size)
     if weights_hash(loaded.model) != base.sha256 or shape != config:
         raise UserError(
             f"{path} is an adapter of {place}, which has changed since the adapter was trained (the SHA-256 of its "
-            "weights differs): restore it"
+            "weights differs): restore the original"
         )
     found.model = cropped(loaded.model, loaded.model_config, config.block_size)
     if merge:
@@ -102,7 +102,7 @@ def load_hf(
     found = Checkpoint(Path(where), 0, config, weights)
     if tokenizer is None and need_tokenizer and dataset is None and (Path(where) / "tokenizer.model").is_file():
         way = f"transformers' AutoTokenizer.from_pretrained({str(where)!r}).save_pretrained({str(where)!r}) writes one"
-        raise UserError(f"{where} has its tokenizer only as tokenizer.model: a tokenizer.json is needed; {way}")
+        raise UserError(f"{where} has a tokenizer.model, but a tokenizer.json is needed: {way}")
     found.tokenizer = tokenizer or _tokenizer_for(found, dataset, need_tokenizer)
     return found
 

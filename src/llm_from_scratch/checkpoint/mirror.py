@@ -103,13 +103,13 @@ class Store:
         try:
             marker = Complete(**raw)
         except TypeError:
-            raise DamagedError(f"{name} is not a marker") from None
+            raise DamagedError(f"{name} is damaged") from None
         kinds = [(int,), (str,), (float, type(None)), (str,)]
         values = dataclasses.astuple(marker)
         if any(type(value) not in kind for value, kind in zip(values, kinds, strict=True)):
-            raise DamagedError(f"{name} is not a marker")
+            raise DamagedError(f"{name} is damaged")
         if f"{marker.name}.complete" != name:
-            raise DamagedError(f"{name} names step {marker.step}")
+            raise DamagedError(f"{name} is damaged: it names step {marker.step}")
         return marker
 
     def read(self, name: str, limit: int) -> Iterator[bytes]:
@@ -137,7 +137,7 @@ class Store:
             back.update(chunk)
             on_chunk()
         if back.digest() != digest.digest():
-            raise DamagedError(f"{self.url}/{name} does not have the bytes that were written")
+            raise DamagedError(f"{self.url}/{name} differs from the upload")
 
     def remove(self, *names: str) -> None:
         self.arrived = {name: digest for name, digest in self.arrived.items() if name.partition("/")[0] not in names}
@@ -277,7 +277,7 @@ class Mirror:
                 with self._noted():
                     self._synchronize()
             except OtherRunError as error:
-                self.lines.append(f"warning: nothing is mirrored: {error}")
+                self.lines.append(f"warning: no checkpoint is uploaded: {error}")
                 return
             with self._changed:
                 if self.failure is not None:
@@ -350,7 +350,7 @@ def restore(url: str, out_dir: Path, say: Callable[[str], None]) -> None:
             try:
                 say(f"restored {store.download(newest, out_dir)} from {store.url}")
             except DamagedError as error:
-                say(f"warning: {error}; an older checkpoint is used")
+                say(f"warning: {error}; using an older checkpoint")
                 with store.reached():
                     store.remove(f"{newest.name}.complete")
         except OtherRunError:

@@ -196,7 +196,7 @@ def find_checkpoint(
 def _other_runs(location: Path) -> str:
     """The runs next to a missing one, as a hint."""
     runs = sorted({one_line(path.parent.name) for path in location.parent.glob("*/step-*")})
-    return f"runs there: {', '.join(runs[:9])}" if runs else "train first, or name another"
+    return f"runs there: {', '.join(runs[:9])}" if runs else "train first, or name another folder"
 
 
 def valid_which(which: str | int | None) -> str | int | None:
@@ -205,7 +205,7 @@ def valid_which(which: str | int | None) -> str | int | None:
         return which
     if isinstance(which, str) and which.isdecimal() and len(which) < 16:
         return int(which)
-    raise UserError(f"which={which!r} is not one of last, best or a step such as 250")
+    raise UserError(f"which={which!r} is not last, best or a step such as 250")
 
 
 def locate(

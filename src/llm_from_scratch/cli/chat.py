@@ -32,7 +32,7 @@ class ChatOptions:
     """The conversation."""
 
     system_prompt: str | None = None
-    """The system's message, which the model reads before the conversation. Also: --system=TEXT."""
+    """System message, which the model reads before the conversation. Short form: --system=TEXT."""
 
 
 @dataclass

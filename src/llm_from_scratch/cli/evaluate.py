@@ -32,7 +32,7 @@ MAX_TEXT = 1 << 30  # bytes of a text file, which is read into memory
 HELP = """Evaluates a checkpoint on prepared data, texts, or lm-evaluation-harness tasks.
 Prints loss, perplexity and bits per byte.
 
-  llm-eval --out_dir=out                 its validation split
+  llm-eval --out_dir=out                 the validation split of the run
   llm-eval book.txt --out_dir=out        a text
   llm-eval --out_dir=gpt2 --dataset=book --split=train
   llm-eval --out_dir=out --text_files=texts

@@ -58,7 +58,7 @@ class Export:
     overwrite: bool = False
     """Replace a ckpt.pt that was not written by this program."""
     accept_erf_gelu: bool = False
-    """Export a model with tanh GELU (OpenAI's GPT-2) to nanoGPT, which will run it with exact GELU."""
+    """Export a model with tanh GELU (OpenAI's GPT-2) to nanoGPT, which runs it with exact GELU."""
 
 
 @command
@@ -135,7 +135,8 @@ def _export_adapter(loaded: Checkpoint, base: Base, output: Path) -> None:
     )
     if place.endswith(".gguf") or is_peft(Path(place)) or not is_pretrained(place):
         again = shlex.join(["llm-export", f"--checkpoint={place}", "--output=FOLDER"])
-        print(f"peft needs {place} in Hugging Face's format: {again}, and FOLDER in adapter_config.json")
+        print(f"peft needs the base model in Hugging Face's format: {again}")
+        print(f"then name FOLDER in {output / 'adapter_config.json'} (base_model_name_or_path)")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ COMMANDS = {
     "eval": ("evaluate", "computes loss, perplexity and bits per byte"),
     "bench": ("bench", "times a training step"),
     "export": ("export", "writes a model for transformers, llama.cpp or nanoGPT"),
-    "sweep": ("sweep", "searches settings by many runs"),
+    "sweep": ("sweep", "compares settings in many runs"),
     "scale": ("scale", "fits a scaling law over sizes and budgets"),
     "demo": ("demo", "trains a small model and samples from it"),
 }

@@ -36,7 +36,7 @@ class InspectOptions:
     seed: int = 0
     """Random seed of the windows."""
     duplicates: bool = True
-    """Look for equal documents."""
+    """Count duplicate documents."""
 
 
 @command

@@ -60,7 +60,7 @@ class Conversation:
         """Runs a line that starts with /. Raises UserError."""
         name, value = [*line[1:].split(maxsplit=1), "", ""][:2]
         if name not in self.commands:
-            hint = f"/help lists them; a text may start with / inside {QUOTES}"
+            hint = f"/help lists the commands; a text may start with / inside {QUOTES}"
             known = [f"/{one}" for one in self.commands]
             raise UserError(f"no command /{one_line(name)}; {did_you_mean(f'/{name}', known, hint)}")
         if name == "help":
@@ -106,7 +106,7 @@ class Conversation:
             return
         known = self._settings()
         if name not in known:
-            raise UserError(f"unknown setting {one_line(name)}; {did_you_mean(name, known, '/set lists them')}")
+            raise UserError(f"unknown setting {one_line(name)}; {did_you_mean(name, known, '/set lists the settings')}")
         params = build(GenerationConfig, dataclasses.asdict(self.params) | {name: value})
         params.validate()
         self.check(params)

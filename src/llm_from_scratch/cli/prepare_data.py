@@ -59,7 +59,7 @@ def _note_on_size(folder: Path) -> None:
 
     params = count_params(replace(Config().model, vocab_size=manifest["vocab_size"]))
     if params > tokens:
-        fewer = ", or fewer tokenizer ids" if manifest["vocab_size"] > 1000 else ""
+        fewer = ", or a smaller vocabulary" if manifest["vocab_size"] > 1000 else ""
         say(
             f"note: {tokens:,} training tokens for the {params:,} parameters of llm-train's default model: use a "
             f"smaller one (llm-train quick) or more text{fewer}"

@@ -1,4 +1,4 @@
-"""llm-scale: trains a ladder of sizes and budgets, and fits a scaling law."""
+"""llm-scale: trains models of several sizes and budgets, and fits a scaling law."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ llm-train.
   llm-scale quick --dataset=book --sizes=4 --budgets=1Mtokens,4Mtokens
   llm-scale quick --dataset=book --sizes=64,128,256 --budgets=1min,4min
 
-To resume, run the same command again; to share the work, run it in other
+To resume, run the same command again. To share the work, run the command in other
 processes or on other machines. Writes a table, a plot, and law.json for the option
 --law of llm-train."""
 
@@ -43,11 +43,11 @@ class ScaleOptions:
     budgets: str = "1Mtokens,4Mtokens"
     """Lengths of the runs: times (1min,4min), tokens or FLOPs."""
     seeds: int = 1
-    """Runs of each point with different seeds."""
+    """Runs per size and length, with different seeds."""
     name: str = "scale"
     """Name of the results; their folder is out-sweep/NAME."""
     workers: int = 1
-    """Parallel runs in this process."""
+    """Number of runs at the same time."""
 
     metric, pruner, budget_each = "bits_per_byte", "none", None  # as of a sweep, and not to be set
 
@@ -106,7 +106,7 @@ def _main(argv: list[str]) -> int:
         write_whole(folder / LAW, to_json(law_json(found)))
         if is_installed("matplotlib"):
             plot(folder / PLOT, points, found.law)
-    announce(f"the law: {folder / LAW}")
+    announce(f"scaling law: {folder / LAW}")
     return 0
 
 

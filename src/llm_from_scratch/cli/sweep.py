@@ -26,10 +26,10 @@ HELP = """Trains with many combinations of settings and ranks the results. Also 
   llm-sweep quick --over='n_layer=2,4,6 dropout=0..0.3' --trials=30 --seeds=3
   llm-sweep quick --over='n_embd=64,128' --budget_each=1min --workers=2
 
---over has a list (2,4,6), a range (0..0.3; 64..512/64 in steps of 64) or a
-logarithmic range (log(1e-4,1e-1)) for each setting. In a YAML preset, over is a
-list of these. To resume a stopped or killed sweep, run the same command again;
-to share it, run the command in other processes or on other machines."""
+--over gives each setting a list (2,4,6), a range (0..0.3; 64..512/64 in steps of
+64) or a logarithmic range (log(1e-4,1e-1)). In a YAML preset, over is a list of
+NAME=RANGE texts. To resume a stopped or killed sweep, run the same command again.
+To share the work, run the command in other processes or on other machines."""
 
 
 @dataclass
@@ -41,20 +41,20 @@ class SweepOptions:
     trials: int | None = None
     """Number of trials. None: every combination if all ranges are lists, else 20."""
     seeds: int = 1
-    """Runs of each trial with different seeds. The table shows mean and standard deviation."""
+    """Runs per trial, with different seeds. The table shows mean and standard deviation."""
     budget_each: str | None = None
     """Length of each run: 90s, 10min, 2h, 50Mtokens or 1e15flops. None: max_iters or epochs."""
     sampler: Literal["auto", "grid", "random", "tpe"] = "auto"
     """grid: every combination of lists. tpe: near good trials (arXiv 1105.5463). auto: grid for lists, else tpe."""
     pruner: Literal["none", "median", "halving"] = "median"
-    """Stops bad trials at an evaluation. median: worse than the median of the complete ones, after five. halving: not
+    """Stops bad trials at an evaluation. median: worse than the median of five or more complete trials. halving: not
     in the best third (arXiv 1810.05934). none: never."""
     metric: Literal["val_loss_full", "val_loss", "bits_per_byte"] = "val_loss_full"
     """Result of a run: loss of the whole validation split, the best estimated loss, or bits per byte."""
     name: str | None = None
     """Name of the sweep; its folder is out-sweep/NAME. None: from the swept settings."""
     workers: int = 1
-    """Parallel runs in this process."""
+    """Number of runs at the same time."""
 
     def validate(self) -> None:
         at_least(self, 1, "trials", "seeds", "workers")

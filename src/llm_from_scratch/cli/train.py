@@ -33,12 +33,12 @@ OWN_FLAGS = {
     "exportable": "With --budget: only models that transformers supports.",
 }
 OWN_VALUES = {  # name: (an example, its help)
-    "budget": ("10min", "Choose everything that is not set: for a time, FLOPs (1e15flops) or tokens (50Mtokens)."),
+    "budget": ("10min", "Choose all settings not given, for this time, FLOPs (1e15flops) or tokens (50Mtokens)."),
     "law": ("FILE.json", "With --budget: use this scaling law, written by llm-scale."),
-    "cooldown": ("0.2", "Branch a cool-down off --init_from=OUT_DIR/step-N. Its length: a share of the steps so far."),
-    "gpu": ("h100", "The GPU of the machines to estimate."),
-    "gpus": ("8", "GPUs of a machine."),
-    "nodes": ("4", "Machines."),
+    "cooldown": ("0.2", "Start a cool-down from --init_from=OUT_DIR/step-N. Its length: this fraction of N steps."),
+    "gpu": ("h100", "GPU model of the machines."),
+    "gpus": ("8", "GPUs per machine."),
+    "nodes": ("4", "Number of machines."),
 }
 CLUSTER = ("gpu", "gpus", "nodes")  # options of llm-plan
 COMMON = (
@@ -188,7 +188,7 @@ def _print_help(
         texts = {"dataset": "none found: run llm-prepare FILE"} if no_data else {}
         if settings["init_from"] not in ("scratch", "resume", "auto"):
             own = [item.name for item in fields(GPTConfig) if item.name not in ("block_size", "dropout")]
-            texts |= dict.fromkeys(own, f"that of {settings['init_from']}")
+            texts |= dict.fromkeys(own, f"from {settings['init_from']}")
         return texts
 
     read(argv, defaults=defaults, base_preset=base, shown=shown)
@@ -251,7 +251,7 @@ def _cooldown(parsed: Parsed[Config], share: str, writes: bool) -> dict[str, Any
     try:
         number = float(share)
     except ValueError:
-        raise UserError(f"cooldown={share!r} is not a number: give a share of the steps so far, such as 0.2") from None
+        raise UserError(f"cooldown={share!r} is not a number: give a fraction of the steps, such as 0.2") from None
     return begin_cooldown(training.init_from, training.out_dir, number)
 
 

@@ -38,7 +38,7 @@ def matching(names: Iterable[str], patterns: Iterable[str], option: str) -> list
         if not pattern or not matches:
             shown = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in known))
             rest = f", and {len(shown) - MAX_SHOWN} more" if len(shown) > MAX_SHOWN else ""
-            raise UserError(f"--{option}={pattern!r} matches nothing; there are {', '.join(shown[:MAX_SHOWN])}{rest}")
+            raise UserError(f"--{option}={pattern!r} matches nothing; names: {', '.join(shown[:MAX_SHOWN])}{rest}")
         found |= matches
     return [name for name in known if name in found]
 
@@ -166,7 +166,7 @@ def checked_adapter(adapter: dict[str, Tensor], config: GPTConfig, rank: int | N
         name, _, part = key.rpartition(".")
         other = f"{name}.{PARTS[1 - PARTS.index(part)]}" if part in PARTS else ""
         if name not in layers or other not in adapter:
-            raise DamagedError(f"{where}: {key[:80]} is not a part of an adapter of the model in core/model.py")
+            raise DamagedError(f"{where}: {key[:80]} does not belong to an adapter of the model in core/model.py")
         layer, own = layers[name], rank or adapter[f"{name}.lora_B"].size(-1)
         shapes = (len(stacked(layer)) * own, layer.in_features), (layer.out_features, own)
         expected = dict(zip(PARTS, shapes, strict=True))[part]

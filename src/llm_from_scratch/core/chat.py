@@ -68,7 +68,7 @@ class ChatTemplate:
                     if held > MAX_HELD:
                         assert self.process is not None
                         _end(self.process)
-                        raise ValueError(f"the texts of its turns have more than {MAX_HELD:,} characters together")
+                        raise ValueError(f"its turns have more than {MAX_HELD:,} characters in total")
                     found.append((kept, text))
                 return found
         except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ class ChatTemplate:
             timer.cancel()
         if not line.endswith(b"\n"):
             _end(process)
-            raise ValueError("it exceeds the limit of time or memory")
+            raise ValueError("it exceeds the time or memory limit")
         answer = json.loads(line)
         if "error" in answer:
             raise ValueError(answer["error"])

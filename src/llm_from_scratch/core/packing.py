@@ -55,7 +55,7 @@ class PackedData(TokenData):
             begins, lengths = _pieces(begins, ends, block_size)
             counts = lengths - 1
         if not len(begins):
-            what = f"tokens of the assistant among its first {block_size + 1}" if marks else "two tokens"
+            what = f"a token of the assistant in its first {block_size + 1} tokens" if marks else "two tokens"
             raise UserError(f"{name}: no document has {what}; use a larger --block_size or other data")
         order, first = best_fit(lengths - 1, block_size)
         self.begins, self.lengths, self.first = begins[order], lengths[order], first
@@ -83,7 +83,7 @@ class PackedData(TokenData):
             return cls(data.shards, data.name, block_size, ends=ends)
         end_id = manifest.get("document_end", None if tokenizer is None else tokenizer.eot_id)
         if type(end_id) is not int:
-            ways = "prepare the text with --lines=True (a document per line), or with a tokenizer that has one"
+            ways = "prepare the text with --lines=True (a document per line), or with a tokenizer that has such a token"
             raise UserError(f"{folder}: the documents do not end with an end-of-text token: {ways}")
         return cls(data.shards, data.name, block_size, end_id)
 
@@ -170,10 +170,10 @@ class PackedData(TokenData):
         parts = [f"{self.documents:,} documents in {len(self.learned):,} rows of {self.block_size}"]
         parts.append(f"{1 - used / self.positions:.1%} of the positions are padding")
         if self.marks:
-            parts.append(f"{targets / used:.0%} of the tokens are learned")
+            parts.append(f"{targets / used:.0%} of the tokens count in the loss")
             parts.append(f"{self.cropped / (used + self.cropped):.1%} are cropped (--block_size)")
         if self.cut:
-            parts.append(f"{self.cut:,} longer documents are cut into pieces, and nothing is cropped")
+            parts.append(f"{self.cut:,} longer documents are split, and nothing is cropped")
         return ", ".join(parts)
 
     def prompt(self, place: float) -> np.ndarray:
@@ -212,7 +212,7 @@ def short_documents(data: TokenData, folder: Path, block_size: int, tokenizer: T
         return None
     return (
         f"note: the documents of {folder} have about {tokens / count:,.0f} tokens, and windows of {block_size} mix "
-        "them: --documents=True trains on whole documents, each on its own"
+        "them: to train on each document separately, add --documents=True"
     )
 
 
@@ -226,8 +226,8 @@ def _short_lines(data: TokenData, folder: Path, block_size: int, tokenizer: Toke
     if len(lines) < FEWEST or 2 * size > block_size or any(line[:1].isspace() or not line for line in lines):
         return None
     return (
-        f"note: the lines of {folder} have about {size:,.0f} tokens, and windows of {block_size} mix them: if each is "
-        "a sample of its own, prepare the text with llm-prepare --lines=True"
+        f"note: the lines of {folder} have about {size:,.0f} tokens, and windows of {block_size} mix them: if each "
+        "line is a separate sample, prepare the text with llm-prepare --lines=True"
     )
 
 
@@ -261,7 +261,7 @@ def open_marks(folder: Path, stated: list[dict[str, Any]], shards: Shards) -> Se
     else:
         marks = [TokenFile(folder / Path(entry["file"]).name, "u1") for entry in stated]
     if sum(map(len, marks)) != sum(map(len, shards)):
-        raise DataError(f"{folder}: the marks of the conversations do not belong to its tokens; prepare it again")
+        raise DataError(f"{folder}: the loss mask does not match the tokens; prepare the data again")
     return marks
 
 

@@ -139,7 +139,7 @@ def open_shards(folder: Path, split: str) -> list[TokenFile]:
             raise UserError(f"{path} is missing: the dataset does not have its {split} split")
         shard = TokenFile(path, dtype)
         if tokens is not None and len(shard) != tokens:
-            raise DataError(f"{path} has {len(shard)} tokens, but {tokens} in its manifest; prepare it again")
+            raise DataError(f"{path} has {len(shard)} tokens, but its manifest lists {tokens}; prepare the data again")
         if manifest is None and _every_second_is_zero(shard):
             raise DataError(
                 f"{path}: every second id is 0, so these are probably uint32 or int64 ids. A folder without "
@@ -181,14 +181,14 @@ def _datatrove_shards(folder: Path, split: str) -> list[TokenFile]:
     chosen = val if split == "val" else [path for path in files if path not in val]
     if not chosen:
         raise UserError(
-            f"{folder} has {len(files)} .ds file with tokens, but needs two: the last one is the validation split"
+            f"{folder} needs two .ds files with tokens, but has {len(files)}: the last one is the validation split"
         )
     shards = []
     for path in chosen:
         ends = _read_index(path)
         width, rest = divmod(path.stat().st_size, int(ends[-1]) if len(ends) and ends[-1] else 1)
         if rest or width not in (2, 4) or (np.diff(ends.astype(np.int64), prepend=0) < 0).any():
-            raise DataError(f"{path} and its index do not belong together: prepare the shard again")
+            raise DataError(f"{path} does not match its index: prepare the shard again")
         shards.append(TokenFile(path, f"<u{width}"))
     if len({shard.dtype for shard in shards}) > 1:
         raise DataError(f"{folder} has .ds files with 2 and with 4 bytes per token: put them into two folders")

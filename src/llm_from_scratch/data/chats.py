@@ -141,7 +141,7 @@ def messages_of(row: Any) -> list[Message]:
     if messages[0]["role"] == "assistant":
         raise ValueError("the first message is the assistant's: expected a message of the user or the system")
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no message has the role assistant, so nothing is learned")
+        raise ValueError("no message has the role assistant, so there is nothing to train on")
     return messages
 
 
@@ -272,6 +272,6 @@ def write_conversations(
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
             report(f"  {count:,} conversations so far")
-    report(f"example (learned: >>...<<): {example}")
+    report(f"example (in the loss: >>...<<): {example}")
     splits = close_writers(tokenizer, tokens)
     return {name: splits[name] | {"marks": marks[name].close()["shards"]} for name in splits}, longest

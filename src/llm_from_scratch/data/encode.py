@@ -242,7 +242,7 @@ def encode_units(
                 pool.shutdown(wait=False, cancel_futures=True)
                 failures += 1
                 pool = start_pool(workers, saved, fast) if failures < MAX_FAILURES else None
-                report("a worker process was killed: starting new ones" if pool else
+                report("a worker process was killed: starting new workers" if pool else
                        "the worker processes failed; continuing without them")  # fmt: skip
                 for one in (first, *waiting):
                     if pool is not None and one.ids is None:

@@ -365,7 +365,7 @@ def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
             raise _failure(job, reason + cancelled) from None
         jobs = _job_ids(executors)
         write_whole(names, " ".join(jobs).encode())
-    report(f"waiting for the jobs {', '.join(jobs)}; they continue if you interrupt, and the same command waits again")
+    report(f"waiting for the jobs {', '.join(jobs)}; Ctrl-C does not cancel them, and the same command waits again")
     while not _merged(job).exists():
         if (job.work / ERROR).exists() or (not _queued(jobs) and not _merged(job).exists()):
             _cancel(jobs)  # those that wait for a failed one
@@ -385,8 +385,8 @@ def _cancel(jobs: list[str]) -> str:
     try:
         subprocess.run(["scancel", *jobs], capture_output=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return f" (cancel the jobs before it: scancel {' '.join(jobs)})"
-    return f" (the jobs before it are cancelled: {', '.join(jobs)})"
+        return f" (cancel the earlier jobs: scancel {' '.join(jobs)})"
+    return f" (the earlier jobs are cancelled: {', '.join(jobs)})"
 
 
 def _queued(jobs: list[str]) -> bool:

@@ -192,7 +192,7 @@ def as_text(found: Inspection) -> list[str]:
     lines = [f"{found.name}: " + ", ".join(f"{key} {value}" for key, value in found.facts.items())]
     for split, report in found.splits.items():
         lines += ["", f"{split}: {_sizes(report)}"]
-        lines.append("  bytes per token, by tenth: " + " ".join(f"{rate:.2f}" for rate in report.bytes_per_token))
+        lines.append("  bytes per token, in each tenth: " + " ".join(f"{rate:.2f}" for rate in report.bytes_per_token))
         lines.append("  most common: " + " ".join(f"{token!r}" for token, _ in report.common))
         most = max(report.lengths.values(), default=1)
         if report.documents:
@@ -207,7 +207,7 @@ def as_text(found: Inspection) -> list[str]:
 
 def _sizes(report: SplitReport) -> str:
     size = f", {report.text_bytes:,} bytes of text" if report.text_bytes is not None else ""
-    return f"{report.tokens:,} tokens{size}, {report.files} files, {report.used:,} ids of the vocabulary occur"
+    return f"{report.tokens:,} tokens{size}, {report.files} files, {report.used:,} ids of the vocabulary used"
 
 
 def _documents_of(report: SplitReport) -> str:
@@ -222,7 +222,7 @@ def as_page(found: Inspection) -> str:
     if found.shared is not None:
         body += f"<p>Validation documents that are also in training: {found.shared:,}</p>"
     for split, report in found.splits.items():
-        body += f"<h2>{html.escape(split)}</h2><p>{_sizes(report)}</p><h3>Bytes per token, by tenth</h3>"
+        body += f"<h2>{html.escape(split)}</h2><p>{_sizes(report)}</p><h3>Bytes per token, in each tenth</h3>"
         body += table(
             [str(k + 1) for k in range(len(report.bytes_per_token))],
             [[f"{rate:.2f}" for rate in report.bytes_per_token]],

@@ -69,8 +69,7 @@ class PrepareOptions:
     decontaminate: tuple[str, ...] = ()
     """Evaluation texts: remove documents that share 13 words in a row with them."""
     dedup: Literal["none", "exact", "near"] = "none"
-    """exact: keep the first of equal documents. near: also remove documents that differ from an earlier one in some
-    words only."""
+    """exact: remove documents that equal an earlier one. near: also near-duplicates, which differ in some words."""
     boilerplate: int = 0
     """Remove lines that occur in at least this number of documents. 0: none."""
     chat_template: str | None = None
@@ -78,7 +77,7 @@ class PrepareOptions:
     shard_size: int = 1 << 30
     """Maximum number of tokens per file. A single file is named train.bin or val.bin."""
     executor: Literal["local", "slurm", "ray"] | None = None
-    """Run cleaning and encoding as tasks by datatrove (extra: cluster): on this machine, a Slurm or a Ray cluster."""
+    """Run cleaning and encoding as datatrove tasks (extra: cluster) on this machine, a Slurm or a Ray cluster."""
     tasks: int | None = None
     """Tasks of --executor. None: the number of cores. More tasks than files have no effect."""
     slurm: str = ""
@@ -86,7 +85,7 @@ class PrepareOptions:
     workers: int | None = None
     """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
-    """Folder for encoded parts, which the next call reuses if encoding is slower than reading. None: no cache."""
+    """Cache folder for encoded parts, used if encoding is slower than reading them. None: no cache."""
 
     def given(self, *names: str) -> list[str]:
         """The named settings that are not at their defaults."""

@@ -280,7 +280,7 @@ def _print_summary(target: Path, root: Path, report: Report) -> None:
         return
     first = np.fromfile(target / manifest["splits"]["train"]["shards"][0]["file"], dtype_of(manifest), count=32)
     text = tokenizer.decode(first)
-    shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} characters" if len(text) > EXAMPLE else "")
+    shown = repr(text[:EXAMPLE]) + (f" and {len(text) - EXAMPLE:,} more characters" if len(text) > EXAMPLE else "")
     report(f"example: {' '.join(map(str, first[:8]))} ... is {shown}")
 
 

@@ -62,7 +62,7 @@ class Selection:
             else:
                 found.append(path)
         if outside:
-            report(f"{folder.as_posix()}: ignored {outside} links to files outside it; to read them, use a glob")
+            report(f"{folder.as_posix()}: ignored {outside} links to files outside the folder; a glob reads them")
         if binary:
             report(f"{folder.as_posix()}: ignored {binary} binary files")
         return found

@@ -247,7 +247,7 @@ def find_sources(
     selective = [a for a in arguments if (root / a).is_dir() or (root / RAW / a).is_dir() or "://" in a]
     selective += [a for a in arguments if reader_of(a) is ARCHIVE or glob.has_magic(a)]
     if (useless := options.given("include", "exclude")) and not selective:
-        raise UserError(f"--{useless[0]} selects files in folders and archives: name one, or remove it")
+        raise UserError(f"--{useless[0]} selects files in folders and archives: name a folder, or remove it")
     for argument in arguments:
         some: list[Source] = []
         if argument.startswith(HUB):

@@ -61,7 +61,7 @@ class Decoder:
         self.recorded = DecodeStep(model, self.linears, compiled, graphed, say)
         self.cacheable = works_with_cache(model, self.linears)
         if not self.cacheable:
-            say("decoding without a cache: with one, this model's forward gives different logits")
+            say("decoding without a cache: with a cache, this model's forward gives different logits")
 
     @torch.inference_mode()
     def read(self, idx: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None) -> Tensor:
@@ -113,7 +113,7 @@ class Generator:
         if tokenizer.vocab_size > rows:
             raise UserError(
                 f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: the "
-                "model was trained with another one; name its data with --dataset"
+                "model was trained with another tokenizer; name its data with --dataset"
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize
         self.draft: Draft | None = None  # proposes tokens when one sample is decoded alone

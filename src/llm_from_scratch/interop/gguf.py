@@ -54,7 +54,7 @@ def load_gguf(path: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
         arch = file.entries.get("general.architecture")
         family = FAMILIES_THERE.get(str(arch))
         if file.entries.get("split.count", 1) != 1:
-            raise UserError(f"{path} is one of {one_line(file.entries['split.count'])} parts: merge them first")
+            raise UserError(f"{path} is one of {one_line(file.entries['split.count'])} parts: merge the parts first")
         if family is None:
             raise UserError(f"{path}: the architecture {one_line(arch)} is not one of {', '.join(FAMILIES_THERE)}")
         config = _config(file, family, str(path))
@@ -290,5 +290,5 @@ def compare(path: Path, ids: Tensor, logits: Tensor, tokenizer: Tokenizer, kind:
     if not difference <= TOLERANCE[kind] or any(
         not np.array_equal(same.encode(text), tokenizer.encode(text)) for text in probes(tokenizer)
     ):
-        raise UserError(f"the export is wrong: read back, its logits or its ids differ (by up to {difference:.1e})")
+        raise UserError(f"the export is wrong: read back, its logits (by up to {difference:.1e}) or token ids differ")
     return f"read back, its logits differ by up to {difference:.1e} of the largest"

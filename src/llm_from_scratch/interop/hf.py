@@ -419,7 +419,7 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
         difference = _difference(logits, sample_logits(config, state, ids.size(1))[1], "its")
         if tokenizer is not None and (same is None or same.fingerprint() != tokenizer.fingerprint()):
             raise UserError("the export is wrong: its tokenizer differs") from None
-        return f"read back with the same logits (largest difference {difference:.1e}), but only by this program: {why}"
+        return f"read back with the same logits (largest difference {difference:.1e}); unverified: {why}"
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -431,7 +431,7 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
             auto = transformers.AutoTokenizer.from_pretrained(folder)
             for text in probes(tokenizer):
                 if auto.encode(text, add_special_tokens=False) != tokenizer.encode(text).tolist():
-                    raise UserError("the export is wrong: transformers' tokenizer gives other ids than ours")
+                    raise UserError("the export is wrong: transformers' tokenizer gives different ids")
         return f"transformers {transformers.__version__} gives the same logits (largest difference {difference:.1e})"
     except UserError:
         raise

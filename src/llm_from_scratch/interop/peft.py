@@ -51,9 +51,10 @@ def base_of(folder: Path) -> str:
     is_name = name in GPT2_NAMES or is_hub_id(name)
     if is_name and (found := cached_folder(name)) is not None:
         return str(found)
-    way = f"download it (hf download {name})" if is_name else "put it there"
+    way = f"download it (hf download {name})" if is_name else "restore it"
     raise UserError(
-        f"{folder} is an adapter of {name}, which is not on this machine: {way}, or change its name in {CONFIG}"
+        f"{folder} is an adapter of {name}, which is not on this machine: {way}, or change base_model_name_or_path in "
+        f"{CONFIG}"
     )
 
 

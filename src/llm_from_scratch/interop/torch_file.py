@@ -107,7 +107,7 @@ def _look_through(pickled: bytes, path: Path) -> list[tuple[str, int]]:
         made += name[:5] in ("EMPTY", "TUPLE", "MARK", "BUILD")
         calls += name in ("REDUCE", "BINPERSID")
         if count > MAX_OPCODES or made > MAX_MADE or calls > MAX_CALLS:
-            raise UserError(f"{path} contains more values than a checkpoint")
+            raise UserError(f"{path} contains too many values for a checkpoint")
         if not _OPCODES.fullmatch(name):
             raise UserError(f"{path} is pickled in a way that torch.save does not use ({name})")
         if name == "GLOBAL" and not _GLOBALS.fullmatch(str(arg)):

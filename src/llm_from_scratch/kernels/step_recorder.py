@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
         if t is None:
             return -1
         fits = isinstance(t, nn.Parameter) and t.requires_grad and t.is_contiguous() and t.dtype == torch.float32
-        need(fits and tuple(t.shape) == shape and t.is_cpu, "a weight is not a parameter that is trained")
+        need(fits and tuple(t.shape) == shape and t.is_cpu, "a weight is not a trained parameter")
         for at, p in enumerate(self.parameters):
             if p is t:
                 return at

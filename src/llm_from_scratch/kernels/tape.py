@@ -242,7 +242,7 @@ def _program(model: GPT, ids: Tensor, targets: Tensor) -> Program | None:
             _report(known, str(error))
             return None
     if program is not None and not program.fits():
-        _report(known, "a weight is not a parameter that is trained, or has another type")
+        _report(known, "a weight is not a trained parameter, or has another type")
         return None
     return program
 
@@ -256,7 +256,7 @@ def report_to(model: GPT, say: Callable[[str], None]) -> None:
 def _report(known: _Programs, reason: str) -> None:
     reference, known.say = known.say, None
     if reference is not None and (say := reference()) is not None:
-        say(f"step: no longer in one call ({reason})")
+        say(f"step: run by torch from now on, because it cannot be recorded ({reason})")
 
 
 @contextlib.contextmanager
@@ -276,7 +276,7 @@ def _drawn(parameters: Sequence[Tensor]) -> Iterator[None]:
 def _compared(program: Program, model: GPT, ids: Tensor, targets: Tensor) -> Program:
     """The program, whose loss and gradients are the model's own, with random weights. Raises CannotRecord."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    need(program.fits(), "a weight is not a parameter that is trained")
+    need(program.fits(), "a weight is not a trained parameter")
     with _drawn(parameters), torch.enable_grad():
         loss = GPT.forward(model, ids, targets)[1]
         assert loss is not None

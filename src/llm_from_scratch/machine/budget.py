@@ -12,7 +12,7 @@ from ..errors import UserError, one_line
 SECONDS = {"s": 1, "sec": 1, "min": 60, "h": 3600, "d": 86400}
 PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12, "p": 1e15, "e": 1e18, "z": 1e21}
 SHORTEST = 10.0  # seconds: starting a run takes about four
-EXPECTED = "expected a time, arithmetic or tokens, such as 90s, 10min, 2h, 1e15flops or 50Mtokens"
+EXPECTED = "expected a time, FLOPs or tokens, such as 90s, 10min, 2h, 1e15flops or 50Mtokens"
 
 
 class Budget(NamedTuple):
@@ -44,7 +44,7 @@ def parse_budget(text: str) -> Budget:
     if name in SECONDS:
         seconds = number * SECONDS[name]
         if not SHORTEST <= seconds < math.inf:
-            raise UserError(f"budget={shown!r} is too short: a run needs {SHORTEST:g}s or more to start and to learn")
+            raise UserError(f"budget={shown!r} is too short: a run needs {SHORTEST:g}s or more")
         return Budget(seconds, "seconds", plain)
     for unit in ("flops", "tokens"):
         prefix = name.removesuffix(unit)

@@ -31,7 +31,8 @@ def preflight(device: torch.device, facts: dict[str, Any]) -> list[str]:
             if theirs[what] != value:
                 raise SharedError(
                     f"the processes do not agree: {what} is {value} on rank 0 ({everyone[0][0]}), {theirs[what]} on "
-                    f"rank {rank} ({host}): give all the same command, data and out_dir; to resume, --init_from=auto"
+                    f"rank {rank} ({host}): start all with the same command, data and out_dir; to resume, use "
+                    "--init_from=auto"
                 )
     lines = [f"{host}: rank{'s' * (len(ranks) > 1)} {listed(ranks)} ({kind})" for (host, kind), ranks in hosts.items()]
     shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")

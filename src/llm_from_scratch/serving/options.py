@@ -28,8 +28,8 @@ class ServeOptions:
     model_name: str | None = None
     """Name of the model in the API. None: the name of its folder."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """Runs that trained an adapter (LoRA) of the served model, as further models of the API: '{poet: out-a, coder:
-    out-b}'. They share the weights that no adapter touches."""
+    """LoRA runs or peft folders of the served model, as further models of the API, by name: '{poet: out-a, coder:
+    out-b}'. Layers without an adapter are shared."""
     chat_template: str | None = None
     """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
     watch: str | None = None

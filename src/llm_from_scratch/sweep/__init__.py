@@ -1,1 +1,1 @@
-"""Many runs: sweeps over settings, ladders of sizes and budgets."""
+"""Many runs: sweeps over settings, scaling laws over sizes and budgets."""

@@ -1,4 +1,4 @@
-"""A ladder of model sizes, and the table and plot of its scaling law."""
+"""Model sizes for a scaling law, and the law's table and plot."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def shapes(model: GPTConfig, sizes: list[int]) -> dict[str, dict[str, str]]:
         sizes = [max(1, round(model.n_embd / head * STEP**-k)) * head for k in reversed(range(sizes[0]))]
     if len(set(sizes)) < len(sizes) or len(sizes) < 2:
         raise UserError(
-            f"the widths {', '.join(map(str, sizes))} are not two or more different sizes: heads are {head} wide, so "
-            "start from a wider model, or give widths: --sizes=64,128,256"
+            f"expected different widths, got {', '.join(map(str, sizes))} (multiples of the head width {head}): start "
+            "from a wider model, or give two or more widths: --sizes=64,128,256"
         )
     found = {}
     for width in sizes:
         if width < 1 or width % head:
-            raise UserError(f"sizes: a width of {width} is not a multiple of {head}, the width of a head")
+            raise UserError(f"sizes: the width {width} is not a multiple of the head width {head}")
         layers = max(1, round(model.n_layer * width / model.n_embd))
         settings = {"n_layer": layers, "n_head": width // head, "n_embd": width}
         found[str(width)] = {name: str(value) for name, value in settings.items()}
@@ -57,14 +57,14 @@ def measured(run: Path) -> Point:
 def lines(points: list[Point], found: Fit) -> list[str]:
     """A Markdown table of the runs, and the law's constants."""
     law = found.law
-    text = ["| parameters | bytes seen | passes | bits per byte | the law | difference |", "|---|---|---|---|---|---|"]
+    text = ["| parameters | bytes seen | epochs | bits per byte | predicted | error |", "|---|---|---|---|---|---|"]
     for point in sorted(points, key=lambda p: (p.params, p.seen)):
         bits = law.bits(point.params, point.seen, point.unique)
         text.append(
             f"| {point.params:,.0f} | {point.seen:,.0f} | {point.seen / point.unique:.2f} | {point.bits:.4f} | "
             f"{bits:.4f} | {point.bits / bits - 1:+.1%} |"
         )
-    text += ["", "| constant | value | 9 of 10 resamples |", "|---|---|---|"]
+    text += ["", "| constant | value | 90% interval |", "|---|---|---|"]
     for name, (low, high) in found.intervals.items():
         text.append(f"| {name} | {getattr(law, name):.4g} | {low:.4g} to {high:.4g} |")
     return [*text, f"| spread | {law.spread:.1%} | |"]

@@ -28,7 +28,7 @@ def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
     leaf name. source: a step folder, or a run (its last step). share: steps of the cool-down, as a share of the steps
     before it. Raises UserError."""
     if not 0 < share <= 10:
-        raise UserError(f"cooldown={share:g} is out of range: expected a share of the steps so far, such as 0.2")
+        raise UserError(f"cooldown={share:g} is out of range: expected a fraction of the steps so far, such as 0.2")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--cooldown copies a checkpoint in one process: start it without torchrun, then resume with it")
     found = find_checkpoint(source, "last" if list_checkpoints(source) else None)
@@ -75,8 +75,8 @@ def _older_reference(settings: dict[str, Any], step: Path) -> Path | None:
         return None
     if not reference.is_file():
         raise UserError(
-            f"{step} does not hold the reference of its run with --loss=dpo, and {reference} does not exist: put it "
-            "back there, or start a new run from the weights (without --cooldown)"
+            f"{step} does not hold the reference of its run with --loss=dpo, and {reference} does not exist: "
+            "restore the reference, or start a new run from the weights (without --cooldown)"
         )
     return reference
 
@@ -90,7 +90,7 @@ def _check_rate(settings: dict[str, Any], step: int) -> SchedulerConfig:
     rate = learning_rate_at(step, peak, scheduler, settings["max_iters"])
     if step < 1 or rate != peak:
         raise UserError(
-            f"a cool-down begins at the peak rate, but step {step} of this run has {rate:.3g}, not {peak:.3g}: choose "
-            "another step, or train with --schedule=constant or wsd"
+            f"a cool-down begins at the peak learning rate, but step {step} of this run has {rate:.3g}, not "
+            f"{peak:.3g}: choose another step, or train with --schedule=constant or wsd"
         )
     return scheduler

@@ -61,8 +61,8 @@ def check(config: Config) -> Inputs:
         counts = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
         raise SharedError(
             f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
-            f"divided among {world_size} processes: start {counts} of them, which changes the speed but not the "
-            f"batches, or choose a multiple of {world_size}"
+            f"divided among {world_size} processes: start {counts} processes (the "
+            f"batches stay the same), or choose a multiple of {world_size}"
         )
     share, micro_batch = global_batch // world_size, config.data.micro_batch
     if isinstance(micro_batch, int) and share % micro_batch:
@@ -96,7 +96,7 @@ def _open(config: Config, folders: tuple[Path, ...], mixture: list[Part], split:
     if large := next((part for part in parts if part.group is not None), None):
         if config.data.sample_order == "random" or config.data.documents is True:
             what = "--documents=True" if config.data.documents is True else "--sample_order=random"
-            raise UserError(f"{what} reads all shards of {large.name}, which do not fit into --data_cache: raise it")
+            raise UserError(f"{what} reads all shards of {large.name}, which do not fit: raise --data_cache")
         return Mixture(mixture or [Part(large.name, 1.0)], parts)  # its order has groups
     return Mixture(mixture, parts) if mixture else parts[0]
 

@@ -319,7 +319,7 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
             f"{' or '.join(allowed)}"
         )
     if config.system.shard_group is not None:
-        raise UserError("llm-plan --gpus uses the nodes as groups of hsdp: remove --shard_group")
+        raise UserError("llm-plan --gpus uses each node as a group of hsdp: remove --shard_group")
     text, dtype = with_vocabulary(config), precision(config, cluster.gpu)
     amount, inside, outside = GPUS[cluster.gpu]
     peak, name = dict(PEAKS)[cluster.gpu][dtype] / 1e12, str(dtype).removeprefix("torch.")
@@ -328,8 +328,8 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
         f"model: {count_of(counted)}, vocabulary {model.vocab_size:,}, context {model.block_size:,}, optimizer "
         f"{config.optimizer.optimizer_type}",
         f"cluster: {cluster.nodes} x {cluster.gpus} {cluster.gpu}; each has {amount} GB and {peak:,.0f} TFLOP/s in "
-        f"{name}, and sends {inside} GB/s inside its node, {outside} GB/s to others",
-        f"assumed: {MFU:.0%} of the peak while computing, {LINKS:.0%} of the links, {1e6 * LATENCY:.0f} us per message "
+        f"{name}, and sends {inside} GB/s inside its node, {outside} GB/s to other nodes",
+        f"assumed: {MFU:.0%} of the peak FLOP/s, {LINKS:.0%} of the link speeds, {1e6 * LATENCY:.0f} us per message "
         f"for each doubling of the GPUs, {USABLE:.0%} of the memory usable",
         "",
         "GB per GPU  parameters  gradients  optimizer  activations  buffers   total           sent per step      step",

@@ -380,7 +380,7 @@ def lines(plan: Plan, found: Forecast) -> list[str]:
     times = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in found.seconds.items())
     there = f" of {found.available / gib:.1f} GiB" if found.available else ""
     text = [
-        f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({parts}); arithmetic: "
+        f"memory: about {found.memory / gib:.2f} GiB{there} at the peak ({parts}); compute: "
         f"{plan.sizes.flops_per_token / 1e6:,.1f} MFLOP per token",
         f"step: about {found.step * 1e3:,.1f} ms, {found.tokens_per_s:,.0f} tokens/s (from {found.measured}, in "
         f"{found.calibration:.1f} s)",

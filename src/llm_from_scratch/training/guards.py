@@ -149,7 +149,7 @@ class StepGuard:
             which, doubt = f"ranks {listed(list(range(len(values))))}", "have different parameters, no majority"
         raise TrainingError(
             f"{which} {doubt} at step {step}: a device or its memory is faulty. Leave that machine or device out, and "
-            "resume from the last checkpoint; parameters are compared before each one"
+            "resume from the last checkpoint: parameters are compared before each save"
         )
 
 

@@ -348,7 +348,8 @@ class RunLog:
             if what not in self.failing:
                 text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 reason, then = getattr(error, "strerror", None) or one_line(text), "; training continues"
-                self.say(f"warning: {what} cannot be written ({reason}){'' if what in LAST else then}")
+                shown = {"JsonLines": METRICS, "WandB": "Weights & Biases"}.get(what, what)
+                self.say(f"warning: {shown} cannot be written ({reason}){'' if what in LAST else then}")
             self.failing.add(what)
         else:
             self.failing.discard(what)

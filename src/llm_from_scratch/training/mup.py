@@ -41,8 +41,8 @@ def summed_over_width(model: Any) -> set[str]:
                 p is getattr(module, "weight", None) for module in model.modules() if isinstance(module, nn.Linear)
             ):
                 raise UserError(
-                    f"lr_scaling=mup needs --tie_embeddings=False: {name} is looked up and summed over, which need "
-                    "different rates"
+                    f"lr_scaling=mup needs --tie_embeddings=False: {name} is both embedding and head, which need "
+                    "different learning rates"
                 )
     return found
 

@@ -41,7 +41,7 @@ def _fitting(config: Config, runtime: Runtime) -> tuple[str, str]:
     """ddp if what does not depend on the batch fits on every device, else fsdp; and the arithmetic."""
     sizes, has = training_sizes(config, runtime, 1), total_memory(runtime.device)
     if has is None:
-        return "ddp", "chosen; the memory of the device is unknown"
+        return "ddp", "the memory of the device is unknown"
     if runtime.device.type == "cpu":
         has //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # with several micro-batches, DDP's buckets are a second copy of the gradients

@@ -166,7 +166,7 @@ def _doubts(plan: Plan, epochs: float) -> list[str]:
     lines = []
     if learned > tokens:
         ways = "use a smaller model or more text" + (
-            ", or fewer tokenizer ids" if (plan.config.model.vocab_size or 0) > 1000 else ""
+            ", or a smaller vocabulary" if (plan.config.model.vocab_size or 0) > 1000 else ""
         )
         lines.append(f"note: {learned:,} parameters (without embeddings) for {tokens:,} training tokens: {ways}")
     if epochs > MANY_EPOCHS:

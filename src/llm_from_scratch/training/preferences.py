@@ -71,7 +71,7 @@ class PreferenceData(PackedData):
         rows, padding = len(self.learned), 1 - (self.lengths - 1).sum() / self.positions
         return (
             f"{self.documents - self.cropped:,} pairs in {rows:,} rows of {self.block_size}, {padding:.1%} of the "
-            f"positions are padding; {self.cropped:,} pairs are too long and left out (--block_size)"
+            f"positions are padding; {self.cropped:,} pairs are too long and are left out (--block_size)"
         )
 
 
@@ -121,7 +121,8 @@ def add_reference(run: Any) -> None:
     if run.config.training.init_from == "resume":
         found = _stored(plan.reference, run.out_dir, plan.start_step, identity, splits)
     else:
-        run.say(f"reference: log-probabilities of {sum(int(d.learned.sum()) for d in splits.values()):,} pairs")
+        pairs = sum(int(data.learned.sum()) for data in splits.values())
+        run.say(f"reference: computing the log-probabilities of {pairs:,} pairs")
         found = {name: _margins(run, data) for name, data in splits.items()}
     run.saver.reference = b"".join(file_of(found, data=identity))
     for name, data in splits.items():

@@ -202,7 +202,7 @@ class Run:
         dtype = str(self.runtime.dtype).removeprefix("torch.")
         return NotFiniteError(
             f"the loss is {found.loss:.4g} at step {found.step} (gradient norm {found.grad_norm:.4g}, learning rate "
-            f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch from the tokens at {shown}). "
+            f"{found.learning_rate:.3g}, {dtype}, weights {weights}, batch at token positions {shown}). "
             f"Try --learning_rate={self.config.optimizer.learning_rate / 3:.1g}, a longer --warmup_iters"
             + (", or --dtype=float32" if dtype != "float32" else "")
         )
@@ -380,7 +380,7 @@ class Run:
         if state.step and self.runtime.is_master:
             with self.log.writing(README):
                 if not write_readme(self.out_dir / README, readme(self.plan, state, self.command)):
-                    self.say(f"{self.out_dir / README} was edited, or not written by a run: it is not overwritten")
+                    self.say(f"{self.out_dir / README} was edited, or was not written by a run: not overwritten")
         if not self.stop.exit_code and self._wants_last_sample():
             self.write_sample()
         return self.result(final)

@@ -82,8 +82,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         if theirs is not None and tokenizer is not None and theirs.fingerprint() != tokenizer.fingerprint():
             source = str(loaded.path) if is_hub_id(init_from) else training.out_dir if is_resumed else init_from
             raise UserError(
-                f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), {source} with "
-                f"another, {theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with "
+                f"{folder} was made with the tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids), but {source} "
+                f"uses {theirs.name} ({theirs.vocab_size} ids). The ids do not match: prepare the text with "
                 f"--tokenizer={source if Path(source).is_dir() else theirs.name}"
             )
         base = _base(config, loaded)
@@ -141,7 +141,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
     if resumed is not None:
         micro_batch = same_micro_batch(config, resumed, share, micro_batch)
     if asked == "auto":
-        how = "the largest useful one that fits" if resumed is None else "as at the start of the run, if possible"
+        how = "the largest useful size that fits" if resumed is None else "as at the start of the run, if possible"
         notes.append(f"micro-batch: {micro_batch} of {share} sequences ({how})")
     if training.epochs is not None:
         is_whole = order.order == "shuffled" or inputs.documents
@@ -196,7 +196,7 @@ def _base(config: Config, loaded: Checkpoint) -> Base | None:
     is_moved = found is not None and found.resolve().parent == out_dir.resolve() and not is_pretrained(found)
     if is_moved and not training.eval_only:  # by archive_previous
         raise UserError(
-            f"{out_dir} holds the base of the adapter, which a new run would move: choose another --out_dir"
+            f"{out_dir} holds the adapter's base model, which a new run would move: choose another --out_dir"
         )
     return base_of(loaded.model, found, training.init_from, out_dir, settings.lora_rank, scale_of(settings))
 
@@ -213,7 +213,7 @@ def _packed(
             of = f" of {folder.name}" if len(inputs.folders) > 1 else ""
             notes.append(f"documents{of}: {found.summary()}")
             if found.marks and tokenizer is not None:
-                notes.append(f"example (learned: >>...<<): {found.example(tokenizer)}")
+                notes.append(f"example (in the loss: >>...<<): {found.example(tokenizer)}")
         return found
 
     def of_all(data: TokenData, split: str) -> TokenData:

@@ -133,7 +133,7 @@ def restore(
         elif config.model.dropout + config.finetune.lora_dropout > 0:
             others = "other processes or devices than the checkpoint's"
             why = others if saved.rng else "the checkpoint does not contain random states"
-            notes.append(f"{why}: dropout masks will differ, not bit-exact")
+            notes.append(f"{why}: dropout masks will differ (not bit-exact)")
         return notes
     except UserError:
         raise  # its message is complete

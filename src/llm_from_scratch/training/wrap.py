@@ -175,7 +175,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     if runtime.device.type == "cpu":
         replacements, keep = cpu_replacements(model, runtime.dtype == torch.bfloat16, runtime.compile, packed)
     elif packed and config.training.flex_attention and config.model.dropout:
-        say("documents: attention with dropout reads a dense mask, and does not skip other documents")
+        say("documents: with dropout, attention reads a dense mask and does not skip other documents")
     elif packed and config.training.flex_attention:
         replacements[Attention] = document_attention()
     if runtime.is_sharded:
@@ -191,7 +191,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
             three = "output, input gradient, weight gradient"
             each = f"{found} ({three}; {', '.join(faster)}, faster here; t: torch)"
             only = set("".join(libraries.values()))
-            say(f"products: {each if len(only) > 1 else NAMES[only.pop()] + ', faster here than torch'}")
+            say(f"matrix products: {each if len(only) > 1 else NAMES[only.pop()] + ', faster here than torch'}")
     if config.system.fp8:
         float8, others = float8_replacements(model)
         replacements, keep = replacements | float8, keep + others
@@ -223,9 +223,9 @@ def record_step(model: GPT, micro_batch: int, say: Callable[[str], None]) -> Non
     """Swaps in a training step of one call (kernels/tape.py), if it can be recorded. No times are measured here: they
     differ from run to run, and two runs from one seed must be equal."""
     if reason := why_not(model, micro_batch):
-        say(f"step: not in one call ({reason})")
+        say(f"step: run by torch, because it cannot be recorded ({reason})")
     elif swap(model, {GPT: RecordedGPT}, say):
-        say("step: loss and gradients in one call in C, recorded from the model (off: LLM_KERNEL=torch)")
+        say("step: recorded from the model and run in C (off: LLM_KERNEL=torch)")
         report_to(model, say)
 
 
@@ -297,7 +297,7 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     if minutes < REPAYS_COMPILING:
         return runtime
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    reason = f"pays off in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler here (CXX)"
+    reason = f"pays off in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler found; set CXX"
     reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
 

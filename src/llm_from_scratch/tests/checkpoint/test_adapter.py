@@ -90,14 +90,14 @@ def test_a_base_that_moved_together_with_the_run_is_found(runs: Path) -> None:
 def test_a_missing_or_changed_base_is_a_one_line_error(runs: Path, tiny_data: Path) -> None:
     step = find_checkpoint("run", "last")
     rewrite_base(step, path=str(runs / "nowhere"), near=None)
-    with pytest.raises(UserError, match=r"is an adapter of .*nowhere, which does not exist: put it back there"):
+    with pytest.raises(UserError, match=r"is an adapter of .*nowhere, which does not exist: restore that model"):
         load("run")
     rewrite_base(step, path=str(step), near=None)
     with pytest.raises(UserError, match="which does not exist"):
         load("run")
     train(tiny_config(tiny_data, out_dir="other", max_iters=1, n_layer=2))
     rewrite_base(step, path=str(runs / "other"), near=None)
-    with pytest.raises(UserError, match=r"is an adapter of .*other, which has changed since .*: restore it"):
+    with pytest.raises(UserError, match=r"is an adapter of .*other, which has changed since .*: restore the original"):
         load("run")
 
 
@@ -143,7 +143,7 @@ def test_the_hash_is_of_names_shapes_and_numbers_in_any_precision() -> None:
 def test_a_run_does_not_move_its_base_away(runs: Path, tiny_data: Path, init_from: str) -> None:
     out_dir = init_from.removeprefix("./").partition("/")[0]
     before = sorted(runs.rglob("*"))
-    with pytest.raises(UserError, match=f"^{out_dir} holds the base of the adapter, .*: choose another --out_dir$"):
+    with pytest.raises(UserError, match=f"^{out_dir} holds the adapter's base model, .*: choose another --out_dir$"):
         make_plan(tiny_config(tiny_data, **LORA | {"init_from": init_from, "out_dir": out_dir}))
     assert sorted(runs.rglob("*")) == before
 

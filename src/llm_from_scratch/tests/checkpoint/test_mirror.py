@@ -141,7 +141,7 @@ def test_a_file_that_reads_back_differently_is_written_again(tmp_path: Path, mon
     monkeypatch.setattr(Store, "read", flipped)
     copy = opened("memory", tmp_path)
     assert copy.wait(10) and steps("memory") == [1]
-    assert len(copy.lines) == 2 and "does not have the bytes" in copy.lines[0] and "up to date" in copy.lines[1]
+    assert len(copy.lines) == 2 and "differs from the upload" in copy.lines[0] and "up to date" in copy.lines[1]
 
 
 def test_a_store_that_cannot_be_reached_delays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,12 +89,12 @@ def test_help_lists_every_command_and_the_settings(talk: Talk) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/", "no command /; /help lists them"),
+        ("/", "no command /; /help lists the commands"),
         ("/hlep", "no command /hlep; did you mean /help?"),
-        ("/usr/bin", "no command /usr/bin; /help lists them"),
+        ("/usr/bin", "no command /usr/bin; /help lists the commands"),
         ("/set temprature 1", "unknown setting temprature; did you mean temperature?"),
         ("/set max_iters 5", "unknown setting max_iters; "),
-        ("/set device cuda", "unknown setting device; /set lists them"),
+        ("/set device cuda", "unknown setting device; /set lists the settings"),
         ("/set start x", "unknown setting start; "),
         ("/set seed -3", "seed='-3' is not valid"),
         ("/set seed abc", "seed='abc' is not valid"),

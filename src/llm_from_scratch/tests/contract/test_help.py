@@ -99,7 +99,7 @@ def compare(
     values = in_force(command, monkeypatch, *words)
     if (weights := values.get("init_from", "scratch")) not in ("scratch", "resume", "auto") and "n_layer" in values:
         own = {item.name for item in dataclasses.fields(GPTConfig)} - {"block_size", "dropout"}
-        values |= dict.fromkeys(own, f"that of {weights}")  # not read for --help
+        values |= dict.fromkeys(own, f"from {weights}")  # not read for --help
     for flag in ("--help", "--help-all"):
         shown = defaults(help_of(capsys, command, *words, flag))
         cpu = {name: re.sub(r".*, or (.*) without a GPU", r"\1", text) for name, text in shown.items()}

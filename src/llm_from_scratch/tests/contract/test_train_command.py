@@ -442,7 +442,7 @@ def test_mistakes_in_evaluation(here: Path, trained: Path, capsys: pytest.Captur
     for argv, words in (
         (["--out_dir=nosuch"], "no checkpoint nosuch"),
         (["--which=99"], "no checkpoint of step 99"),
-        (["--which=better"], "is not one of last, best or a step"),
+        (["--which=better"], "is not last, best or a step"),
         (["--split=test"], "split='test' is not one of train, val"),
         (["--eval_block_size=9"], "eval_block_size=9 exceeds the model's block_size=8"),
         (["--eval_block_size=0"], "eval_block_size=0 is out of range"),

@@ -38,7 +38,7 @@ def test_a_pattern_is_whole_parts_of_a_name(pattern: str, places: list[int]) -> 
 
 @pytest.mark.parametrize("pattern", ["c_f", "fc", "", "h.2", "c_fc,nothing"])
 def test_a_pattern_without_a_match_is_refused_with_the_names(pattern: str) -> None:
-    with pytest.raises(UserError, match=r"lora_targets.*matches nothing; there are .*transformer\.h\.\*\.mlp\.c_fc"):
+    with pytest.raises(UserError, match=r"lora_targets.*matches nothing; names: .*transformer\.h\.\*\.mlp\.c_fc"):
         matching(NAMES, [pattern], "lora_targets")
 
 

@@ -155,7 +155,7 @@ def test_files_and_memory_give_the_same_batches(tmp_path: Path, monkeypatch: pyt
     for one, other in zip(*batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and len(one) == 4
     (folder / "train_marks_000001.bin").write_bytes(b"\0" * 3)
-    with pytest.raises(DataError, match="do not belong"):
+    with pytest.raises(DataError, match="loss mask does not match"):
         PackedData.of(TokenData.open(folder, "train"), folder, "train", 16, None)
 
 

@@ -106,7 +106,7 @@ def test_texts_of_a_conversation_that_is_rewritten_are_limited(monkeypatch: pyte
     tokenizer.ends = frozenset({ord(">")})
     assert len(encode_conversation(tokenizer, messages)) == 20
     monkeypatch.setattr(chat, "MAX_HELD", 9999)
-    with pytest.raises(UserError, match="more than 9,999 characters together"):
+    with pytest.raises(UserError, match="more than 9,999 characters in total"):
         encode_conversation(tokenizer, messages)
     assert len(encode_conversation(tokenizer, messages[:2])) == 1  # the process was started again
 
@@ -225,7 +225,7 @@ def test_a_dataset_of_conversations(tmp_path: Path) -> None:
     folder = prepare("sums.jsonl", root=tmp_path, report=said.append, tokenizer="char")
     manifest, tokenizer = read_json(folder / "manifest.json"), Tokenizer.load(folder)
     assert manifest["units"] == "conversations" and tokenizer.chat is not None and len(tokenizer.end_ids) == 1
-    assert any("example (learned: >>...<<): User:\\nWhat is" in line for line in said)
+    assert any("example (in the loss: >>...<<): User:\\nWhat is" in line for line in said)
     texts: dict[str, list[str]] = {}
     sides = [("prompt", "user"), ("completion", "assistant")]
     is_val = [in_hash_split([{"role": role, "content": row[name]} for name, role in sides]) for row in rows]

@@ -253,12 +253,12 @@ def test_the_jobs_before_a_refused_one_are_cancelled(texts: Path, monkeypatch: p
         (texts / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{texts / 'bin'}:{os.environ['PATH']}")
     slurm: dict[str, Any] = {"executor": "slurm", "tasks": 2, "tokenizer": "gpt2", "report": lambda line: None}
-    with pytest.raises(UserError, match=r"too many jobs \(the jobs before it are cancelled: 107\): see "):
+    with pytest.raises(UserError, match=r"too many jobs \(the earlier jobs are cancelled: 107\): see "):
         prepare(["*.jsonl"], **slurm)
     assert (texts / "cancelled").read_text() == "107\n"
     (texts / "first").unlink()
     (texts / "bin" / "scancel").write_text("#!/bin/sh\nexit 1\n")
-    with pytest.raises(UserError, match=r"too many jobs \(cancel the jobs before it: scancel 107\): see "):
+    with pytest.raises(UserError, match=r"too many jobs \(cancel the earlier jobs: scancel 107\): see "):
         prepare(["*.jsonl"], **slurm)
     assert not list(Path("data/cache").glob("executor-*/jobs.txt"))
 

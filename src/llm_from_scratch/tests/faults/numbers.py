@@ -131,7 +131,7 @@ def _judge(
         report.check(text.count("(rollback ") == rounds, f"{what}: {text.count('(rollback ')} rollbacks")
         at = back + IN_A_ROW - 1
         positions = ", ".join(map(str, seen.begins[-1]))
-        for part in (f"at step {at} ", "learning rate ", f" {settings['dtype']}", f"tokens at {positions})"):
+        for part in (f"at step {at} ", "learning rate ", f" {settings['dtype']}", f"token positions {positions})"):
             report.check(part in text.splitlines()[-1], f"{what}: the end does not say {part!r}: {text[-400:]}")
         return
     report.check(code == 0, f"{what}: ended with {code}: {text[-300:]}")

@@ -375,7 +375,7 @@ def test_a_model_that_needs_whole_sequences_decodes_without_a_cache(
 ) -> None:
     generator = assert_equal_to_the_naive_path(with_blocks(ShiftedBlock), monkeypatch)
     err = capsys.readouterr().err
-    assert err == "decoding without a cache: with one, this model's forward gives different logits\n"
+    assert err == "decoding without a cache: with a cache, this model's forward gives different logits\n"
     assert not generator.decoder.cacheable
 
 

@@ -145,6 +145,6 @@ def test_it_is_used_if_requested_and_without_dropout(monkeypatch: pytest.MonkeyP
         config.training.flex_attention = True
         wrap.exchange(model(dropout=dropout), config, runtime, 2, said.append)
         assert (Attention in chosen[-1]) == (documents and not dropout)
-        assert said == ["documents: attention with dropout reads a dense mask, and does not skip other documents"] * (
+        assert said == ["documents: with dropout, attention reads a dense mask and does not skip other documents"] * (
             dropout > 0
         )

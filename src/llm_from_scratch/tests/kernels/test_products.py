@@ -110,7 +110,7 @@ def test_a_model_learns_the_same(
     assert type(model.lm_head) is CPUHead and type(model.transformer.h[0].mlp.c_fc) is CPULinear
     faster = "faster here than torch"
     each = {ALL_ONEDNN: f"oneDNN, {faster}", "bbb": f"OpenBLAS, {faster}", "oto": "o: oneDNN, faster here; t: torch"}
-    assert any(line.startswith("products: ") and each[three] in line for line in said)
+    assert any(line.startswith("matrix products: ") and each[three] in line for line in said)
     assert any("16x64 oto" in line for line in said) is (three == "oto")
     ids = torch.arange(27).view(3, 9) * 7 % 40
     for one in (plain, model):

@@ -333,7 +333,7 @@ def test_models_unlike_ours_are_refused(
 def test_a_tokenizer_that_is_only_sentencepieces_own_file(saved: dict[Any, Path], tmp_path: Path) -> None:
     shutil.copytree(saved[llama], tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer.model").write_bytes(b"\n")
-    with pytest.raises(UserError, match=r"only as tokenizer\.model: a tokenizer\.json is needed; .*save_pretrained"):
+    with pytest.raises(UserError, match=r"has a tokenizer\.model, but a tokenizer\.json is needed: .*save_pretrained"):
         load(tmp_path)
     assert load(tmp_path, need_tokenizer=False).tokenizer is None
 
@@ -724,7 +724,7 @@ def test_without_transformers_this_program_reads_the_export_back(
         patch.setitem(sys.modules, "transformers", None)
         export_hf(*parts(checkpoint()), tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "read back with the same logits" in printed and "only by this program: install transformers" in printed
+    assert "read back with the same logits" in printed and "unverified: install transformers" in printed
     assert_same_logits(
         GPT.from_pretrained(str(tmp_path / "out")),
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),

@@ -248,7 +248,7 @@ def test_sharded_models_learn_preferences_too(here: Path) -> None:
         ({"loss": "next_token", "dpo_beta": 0.1}, "holds pairs of answers, which only llm-train --loss=dpo reads"),
         ({"loss": "next_token"}, "dpo_beta has no effect without --loss=dpo"),
         ({"block_size": 8}, "no pair fits into block_size=8"),
-        ({"init_from": "scratch"}, "--loss=dpo needs a model that writes answers"),
+        ({"init_from": "scratch"}, "--loss=dpo needs a trained model"),
         ({"compile": True}, "--loss=dpo does not support compile=True"),
         ({"documents": False}, "--loss=dpo does not support documents=False"),
         ({"dpo_beta": 0.0}, "dpo_beta"),

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line(
 def test_a_rate_that_has_fallen_is_refused(here: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tiny_data, schedule="cosine", max_iters=3, out_dir="run") == 0
     assert train.main(["--init_from=run", "--cooldown=0.2", f"--dataset={tiny_data}", "--out_dir=b"]) == 2
-    assert "a cool-down begins at the peak rate, but step 3" in capsys.readouterr().err
+    assert "a cool-down begins at the peak learning rate, but step 3" in capsys.readouterr().err
     assert not Path("b").exists()
 
 
@@ -97,7 +97,7 @@ def test_the_rate_falls_in_a_straight_line(scheduler: dict[str, Any], here: Path
 
 
 def test_missing_settings_are_defaults(here: Path) -> None:
-    with pytest.raises(UserError, match="a cool-down begins at the peak rate, but step 6"):  # of 100 of the warm-up
+    with pytest.raises(UserError, match="begins at the peak learning rate, but step 6"):  # of 100 of the warm-up
         begin_cooldown(str(step_of_a_run("run", {})), "out", 0.5)
 
 

@@ -158,13 +158,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
     assert capsys.readouterr().err == (
         "error: the global batch of batch_size * gradient_accumulation_steps = 4 sequences cannot be divided among 3 "
-        "processes: start 1, 2, 4 of them, which changes the speed but not the batches, or choose a multiple of 3\n"
+        "processes: start 1, 2, 4 processes (the batches stay the same), or choose a multiple of 3\n"
     )
     monkeypatch.setenv("RANK", "2")  # one process reports it
     assert main(arguments(dataset=tiny_data, batch_size=40)) == 2 and capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
     assert main(arguments(dataset=tiny_data, batch_size=40)) == 2
-    assert "start 1, 2, 4, 5, 8, 10, 20, 40 of them" in capsys.readouterr().err
+    assert "start 1, 2, 4, 5, 8, 10, 20, 40 processes" in capsys.readouterr().err
     monkeypatch.delenv("MASTER_ADDR")
     assert main(arguments(dataset=tiny_data)) == 2
     told = capsys.readouterr().err

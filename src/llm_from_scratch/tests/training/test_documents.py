@@ -110,7 +110,7 @@ def test_a_run_on_conversations(chats: Path, here: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().out
     in_train, in_val = count_documents(chats)
     assert in_train + in_val == 60 and in_train > in_val > 0
-    assert f"documents: {in_train} documents in" in said and "example (learned: >>...<<): User:\\n" in said
+    assert f"documents: {in_train} documents in" in said and "example (in the loss: >>...<<): User:\\n" in said
     plan = make_plan(dataclasses.replace(config, training=dataclasses.replace(config.training, out_dir="c")))
     run = Run(plan)
     run.model.load_state_dict(load_checkpoint(find_checkpoint("a", "last")).model)

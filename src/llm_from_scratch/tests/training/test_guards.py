@@ -123,7 +123,7 @@ def test_many_bad_steps_in_a_row_end_in_other_batches(
     result = train(tiny_config(tiny_data, out_dir="run", **settings))
     told = capsys.readouterr().out
     assert "rolled back to run/step-00000004, continuing with different batches (rollback 1/2)" in told
-    assert "batch from the tokens at " in told and "learning rate" in told
+    assert "batch at token positions " in told and "learning rate" in told
     assert result.step == 16
     final = load_checkpoint(find_checkpoint("run", "last")).trainer
     assert (final["rollbacks"], final["data_shift"], final["skipped_in_a_row"]) == (1, 4, 0)
@@ -150,7 +150,7 @@ def test_a_run_that_cannot_be_healed_stops_with_a_diagnosis(
     # step 4 each time: batches 4 and 5 and the bad 6 and 7; 8 and 9; 10 and 11; 12 and 13
     begins = make_plan(config).order.starts(13, 2)
     assert (
-        f"batch from the tokens at {begins[0]}, {begins[1]})" in text and find_checkpoint("run").name == "step-00000004"
+        f"batch at token positions {begins[0]}, {begins[1]})" in text and find_checkpoint("run").name == "step-00000004"
     )
 
 

@@ -371,7 +371,7 @@ def test_a_full_disk_costs_numbers_not_the_run(capsys: pytest.CaptureFixture[str
     log.close()
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert [line.split(" (")[0] for line in told] == [
-        "warning: JsonLines cannot be written", "warning: samples.jsonl cannot be written",
+        "warning: metrics.jsonl cannot be written", "warning: samples.jsonl cannot be written",
         "warning: loss.png cannot be written",
     ]  # fmt: skip
     assert "No space left on device" in told[0]

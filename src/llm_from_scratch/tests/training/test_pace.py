@@ -56,7 +56,7 @@ def test_a_longer_run_learns_until_its_new_end_by_hand() -> None:
     [
         ({"schedule": "cosine", "lr_ends": {0: 10}}, "needs --schedule=linear"),
         ({"schedule": "linear", "lr_ends": {-1: 10}}, "a step in lr_ends"),
-        ({"schedule": "linear", "lr_ends": {5: 5}}, "from step 5"),
+        ({"schedule": "linear", "lr_ends": {5: 5}}, "lr_ends.5. - 5=0"),
     ],
 )
 def test_ends_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

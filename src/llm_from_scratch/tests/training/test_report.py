@@ -106,7 +106,7 @@ def test_a_run_keeps_an_edited_readme(tiny_data: Path, capsys: pytest.CaptureFix
     path.write_text("Mine.\n")
     train(config(tiny_data))
     assert path.read_text() == "Mine.\n"
-    assert capsys.readouterr().out.count(f"{path} was edited, or not written by a run: it is not overwritten") == 1
+    assert capsys.readouterr().out.count(f"{path} was edited, or was not written by a run: not overwritten") == 1
 
 
 def test_a_folder_a_fifo_or_a_long_text_is_somebodys_own(tmp_path: Path) -> None:
