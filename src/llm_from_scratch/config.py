@@ -304,7 +304,7 @@ class SchedulerConfig(Settings):
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
     """With schedule=linear: '{0: 900, 200: 1100}' aims at min_lr for step 900, and from step 200 on for step 1100.
-    Set by a run with --budget if its length changes."""
+    Set by a run with a budget (--budget) if its length changes."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")

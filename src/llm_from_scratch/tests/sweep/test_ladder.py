@@ -32,7 +32,8 @@ def test_the_number_of_sizes_ends_at_the_preset() -> None:
 
 def test_widths_by_name() -> None:
     assert shapes(MODEL, [64, 256])["256"] == {"n_layer": "8", "n_head": "8", "n_embd": "256"}
-    for sizes, said in [([64, 100], "100 is not a multiple of 32"), ([64, 64], "not two or more"), ([9], "not two or")]:
+    equal = "expected different widths, got "
+    for sizes, said in [([64, 100], "100 is not a multiple of the head width 32"), ([64, 64], equal), ([9], equal)]:
         with pytest.raises(UserError, match=said):
             shapes(MODEL, sizes)
 
