@@ -24,7 +24,7 @@ from .terminal import note
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 30.0  # seconds after which a silent process is reported
 LAUNCHERS_GRACE = 30.0  # seconds to save after the launcher has died: as many as torchrun gives after SIGTERM
-LAST_WORDS = 2.0  # seconds to clean up after the timeout
+LAST_WORDS = 2.0  # seconds to clean up: of this process after the timeout, of its launcher before it
 PACKAGE = str(Path(__file__).resolve().parents[1])
 EXCHANGES = str(Path(__file__).with_name("processes.py"))
 WAITS = ("_engine_run_backward", "synchronize")  # functions of torch in which a process may wait for another
@@ -184,7 +184,8 @@ class Watch:
         now = time.monotonic()
         if found := self._fault():
             text, hangs = found
-            if hangs or not self._ending.wait(self.timeout):  # after an error of another process, ours ends by itself
+            # after an error of another process, ours ends by itself; its launcher needs the last seconds
+            if hangs or not self._ending.wait(max(0.0, self.timeout - LAST_WORDS)):
                 self._leave(text)
             return
         state = self._states([self.next])[self.next]

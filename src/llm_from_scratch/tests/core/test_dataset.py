@@ -90,7 +90,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "val.bin is missing: the dataset does not have its val split" in refused(odd, "val")
     shards = [{"file": "train.bin", "tokens": 5}]
     cut = write_data(tmp_path / "cut", train=[1, 2, 3], splits={"train": {"shards": shards}})
-    assert "has 3 tokens, but 5 in its manifest" in refused(cut)
+    assert "has 3 tokens, but its manifest lists 5" in refused(cut)
     gone = write_data(tmp_path / "gone", splits={"train": {"shards": [{"file": "train_000001.bin", "tokens": 5}]}})
     assert "train_000001.bin is missing" in refused(gone)
 
