@@ -53,17 +53,26 @@ HARD_TEXTS = (
 
 
 @functools.cache
-def unassigned() -> np.ndarray:
-    """Whether this Python's Unicode does not define a code point: libraries with different versions of Unicode may
-    disagree on whether it is a letter. The last entry is for all later code points."""
-    return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x2FFFF)] + [True])
+def uncertain(normalized: bool) -> np.ndarray:
+    """Code points on which libraries with different versions of Unicode may disagree: those that this Python does not
+    define, which may be letters; normalized: also those that tokenizers and Python normalize differently. The last
+    entry is for all later code points."""
+    found = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x2FFFF)] + [True])
+    if normalized:
+        from tokenizers.normalizers import NFKD
+
+        for code, char in enumerate(map(chr, range(0x2FFFF))):
+            if unicodedata.combining(char) or unicodedata.decomposition(char):
+                text = f"a\u0301{char}\u0334"  # between marks that belong behind and before it
+                found[code] |= NFKD().normalize_str(text) != unicodedata.normalize("NFKD", text)
+    return found
 
 
-def may_differ(data: bytes) -> bool:
-    """data: a text as UTF-8."""
+def may_differ(data: bytes, normalized: bool = False) -> bool:
+    """data: a text as UTF-8. normalized: the tokenizer changes a text to a normal form first."""
     if data.isascii():
         return False
-    return bool(unassigned().take(points_beyond_ascii(data), mode="clip").any())
+    return bool(uncertain(normalized).take(points_beyond_ascii(data), mode="clip").any())
 
 
 def can_encode(tokenizer: Tokenizer) -> bool:
@@ -84,7 +93,7 @@ class FastTokenizer:
             self.compare(text)
 
     def _load(self) -> None:
-        self.encoded = 0
+        self.encoded, self.normalized = 0, False
         try:
             import gigatoken
 
@@ -95,6 +104,7 @@ class FastTokenizer:
             else:
                 assert isinstance(self.tokenizer, HFTokenizer)
                 body = json.loads(self.tokenizer.json_text)
+                self.normalized = bool(body.get("normalizer"))
                 body["added_tokens"] = [token for token in body.get("added_tokens", []) if not token.get("special")]
                 self._backend = gigatoken.Tokenizer.from_json(json.dumps(body))
         except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -109,7 +119,7 @@ class FastTokenizer:
         except UnicodeEncodeError:  # as in Tokenizer.encode
             text = without_surrogates(text)
             data = text.encode()
-        if may_differ(data):
+        if may_differ(data, self.normalized):
             return self.tokenizer.encode(text)
         try:
             ids: Any = self._backend.encode(data)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 import time
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,21 @@ def test_gigatoken_gives_the_ids_of_tiktoken_and_tokenizers(here: Path) -> None:
         assert fast.encode(text[:5000]).tolist() == references[tokenizer.name](text[:5000])
         assert fast.encoded == 0  # the cache was dropped
         assert fast.encode("a\ud800b").tolist() == references[tokenizer.name]("a\ufffdb")
+
+
+@needs_gigatoken
+def test_gigatoken_normalizes_as_tokenizers_does(here: Path) -> None:
+    """Every mark and every character with a decomposition, between other marks."""
+    body = json.loads(HFTokenizer.train(["a few words"], 300).json_text) | {"normalizer": {"type": "NFC"}}
+    (tokenizer := HFTokenizer(json.dumps(body), "hf")).save(here / "t")
+    fast, backend = FastTokenizer(tokenizer, here / "t"), tokenizer.backend(special_is_text=True)
+    chars = [
+        char for char in map(chr, range(0x2FFFF)) if unicodedata.combining(char) or unicodedata.decomposition(char)
+    ]
+    assert len(chars) > 5000
+    for char in chars:
+        text = f"a\u0301{char}\u0334 b"
+        assert fast.encode(text).tolist() == backend.encode(text, add_special_tokens=False).ids, f"U+{ord(char):04X}"
 
 
 @pytest.mark.slow
