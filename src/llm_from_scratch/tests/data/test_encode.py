@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import unicodedata
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
