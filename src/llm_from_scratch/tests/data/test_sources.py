@@ -521,6 +521,9 @@ def test_damage_is_named(here: Path) -> None:
     (here / "a.zip").write_bytes(b"PK\3\4 is not a zip")
     with pytest.raises(UserError, match="a.zip is damaged"):
         documents("a.zip")
+    (here / "a.epub").write_bytes(zipped({"META-INF/container.xml": "<container/>"}))  # names no package
+    with pytest.raises(UserError, match="a.epub is damaged"):
+        documents("a.epub")
     (here / "a.ipynb").write_text('{"cells": 5}')
     with pytest.raises(UserError, match="a.ipynb is not a notebook"):
         documents("a.ipynb")
