@@ -26,7 +26,7 @@ XZ_MEMORY = 256 << 20  # bytes that a header may ask for
 BLOCK = 1 << 16
 ZSTD_BLOCK = 1 << 11  # 64 MiB at most come out of it
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, ValueError, RuntimeError,
-          NotImplementedError, OverflowError, MemoryError, KeyError, IndexError, AttributeError)  # fmt: skip
+          NotImplementedError, OverflowError, MemoryError, KeyError, IndexError)  # fmt: skip
 
 
 class Bound:

@@ -272,7 +272,7 @@ def read_epub(source: FileSource) -> Pieces:
     """The chapters of a book as one document."""
     book = Zip(io.BytesIO(whole(source)), source.name)
     with damage(source.name):
-        package = _xml(book, "META-INF/container.xml").find(".//{*}rootfile").attrib["full-path"]  # type: ignore[union-attr]
+        package = _xml(book, "META-INF/container.xml").findall(".//{*}rootfile")[0].attrib["full-path"]
         root = _xml(book, package)
         paths = {item.attrib["id"]: item.attrib["href"] for item in root.iterfind(".//{*}manifest/{*}item")}
         order = [paths[item.attrib["idref"]] for item in root.iterfind(".//{*}spine/{*}itemref")]
