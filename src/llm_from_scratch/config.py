@@ -118,7 +118,7 @@ class DataConfig(Settings):
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per process per forward pass, for the same global batch. None: batch_size. auto: the most that fit."""
+    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: all that fit."""
     sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
@@ -162,7 +162,7 @@ class TrainingConfig(Settings):
     eval_only: bool = False
     """Evaluate once and stop."""
     final_eval: bool | Literal["always"] = True
-    """Evaluate the whole val split at the end. True: not if it takes over 2 minutes and longer than the training."""
+    """Evaluate the whole val split at the end. True: skip it if it takes over 2 minutes and longer than training."""
     eval_tasks: str | None = None
     """lm-evaluation-harness tasks for every evaluation (extra: eval), comma-separated: names, YAML files or folders."""
     eval_limit: float | None = None
@@ -172,7 +172,7 @@ class TrainingConfig(Settings):
     save_interval: int | None = None
     """Steps between checkpoints. None: save after evaluations."""
     keep_last: int = 2
-    """Number of recent checkpoints to keep, in addition to the best and the final one."""
+    """Number of recent checkpoints to keep, in addition to the best."""
     keep_every: int | None = None
     """Also keep the checkpoints at multiples of this step."""
     mirror: str | None = None
@@ -303,7 +303,7 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With schedule=linear: '{0: 900, 200: 1100}' aims at min_lr for step 900, and from step 200 on for step 1100.
+    """With schedule=linear: '{0: 900, 200: 1100}' decays to min_lr at step 900; from step 200 on, at step 1100.
     Set by a run with a budget (--budget) if its length changes."""
 
     def validate(self) -> None:
@@ -409,7 +409,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if twice the need is free."""
+    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if twice as much is free."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -251,7 +251,7 @@ class MixedOrder(SampleOrder):
         if samples > self.samples:
             steps = int(self.samples) // batch
             raise UserError(
-                f"every part of the mixture has max_epochs, which together last {steps:,} steps, but the run has "
+                f"with max_epochs on every part, the mixture lasts {steps:,} steps, but the run has "
                 f"{samples // batch:,}: raise or remove one max_epochs, or set --max_iters={steps}"
             )
 

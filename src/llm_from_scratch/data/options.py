@@ -115,5 +115,5 @@ class PrepareOptions:
             self.encoding = codecs.lookup(self.encoding).name
             "".encode(self.encoding)  # not one from bytes to bytes
         except (LookupError, UnicodeError):
-            expected = "expected utf-8, utf-16, latin-1, cp1252 or another of Python"
+            expected = "expected utf-8, utf-16, latin-1, cp1252 or another encoding of Python"
             raise UserError(f"encoding={self.encoding!r} is unknown: {expected}") from None

@@ -240,7 +240,7 @@ class Generator:
             plain = [sample.text for sample in self.generate(given, params, seed, sampler=sampler, **how)]
             return plain[0] if isinstance(prompts, str) and len(plain) == 1 else plain
         if settings:
-            raise UserError(f"{', '.join(settings)} given next to params: set it in the GenerationConfig")
+            raise UserError(f"{', '.join(settings)} cannot be combined with params: set it in the GenerationConfig")
         self.check(params)
         encoded = [self.encode(p, allow_special) for p in ([prompts] if isinstance(prompts, str) else prompts)]
         rows = [(ids, (seed + k) % 2**63) for ids in encoded for k in range(params.num_samples)]

@@ -111,7 +111,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         if not count:
             raise UserError(f"--device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu")
         if (device.index or 0) >= count:
-            raise UserError(f"--device={name}: there are only {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+            more = f" to cuda:{count - 1}" if count > 1 else ""
+            raise UserError(f"--device={name}: torch sees only cuda:0{more}")
     if device.type == "mps" and not has_mps:
         raise UserError("--device=mps: torch sees no Apple GPU; use --device=cpu")
     return device

@@ -28,7 +28,7 @@ class ServeOptions:
     model_name: str | None = None
     """Name of the model in the API. None: the name of its folder."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """LoRA runs or peft folders of the served model, as further models of the API, by name: '{poet: out-a, coder:
+    """More models of the API: LoRA runs or peft folders with the served model as base, such as '{poet: out-a, coder:
     out-b}'. Layers without an adapter are shared."""
     chat_template: str | None = None
     """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
@@ -45,7 +45,7 @@ class ServeOptions:
     max_tokens: int = 4096
     """Maximum number of generated tokens per sample."""
     max_prompt_tokens: int | None = None
-    """Maximum number of prompt tokens; the model sees the last block_size. None: 8192 or 4 * block_size."""
+    """Maximum number of prompt tokens; the model sees the last block_size. None: 8192, or 4 * block_size if larger."""
     max_body_bytes: int = 1 << 20
     """Maximum size of a request body in bytes."""
     max_seconds: float = 300.0

@@ -30,7 +30,7 @@ def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
     if not 0 < share <= 10:
         raise UserError(f"cooldown={share:g} is out of range: expected a fraction of the steps so far, such as 0.2")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--cooldown copies a checkpoint in one process: start it without torchrun, then resume with it")
+        raise UserError("--cooldown starts in one process: run it without torchrun, then resume with torchrun")
     found = find_checkpoint(source, "last" if list_checkpoints(source) else None)
     steps = {path.resolve(): step for step, path in list_checkpoints(found.parent)}
     if found.resolve() not in steps:

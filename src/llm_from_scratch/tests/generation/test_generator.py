@@ -62,7 +62,7 @@ def test_a_prompt_and_settings_give_a_text(writer):
     with pytest.raises(UserError, match="unknown setting 'max_new_token'; did you mean max_new_tokens?"):
         writer.generate(TEXT[:5], max_new_token=40)
     for name in ("max_new_tokens", "max_new_token"):
-        with pytest.raises(UserError, match=f"{name} given next to params"):
+        with pytest.raises(UserError, match=f"{name} cannot be combined with params"):
             writer.generate([TEXT[:5]], one(), **{name: 5})
 
 
