@@ -9,6 +9,7 @@ import numpy as np
 
 ASCII, INNER = bytes(range(128)), bytes(range(128, 192))  # INNER: the bytes of UTF-8 that continue a character
 INNER_END = -64  # as signed bytes, those of INNER are smaller
+CHECKED = 1 << 15  # bytes
 OTHER = 255  # in place of the id of a character that is not ASCII
 
 
@@ -79,7 +80,7 @@ class Alphabet:
 
 class TextScan:
     """Counts the characters of a UTF-8 file that arrives in blocks: a line break is one character, a byte order mark at
-    the beginning none. alphabet: finds which characters there are, too; this also finds invalid UTF-8."""
+    the beginning none. alphabet: finds which characters there are, too."""
 
     def __init__(self, alphabet: bool) -> None:
         self.count = 0
@@ -87,7 +88,7 @@ class TextScan:
         self._begun, self._held = False, b""  # held: the first bytes, then half of a character or line break
 
     def add(self, block: bytes, last: bool = False) -> None:
-        """Raises UnicodeDecodeError."""
+        """Raises UnicodeDecodeError if it is not UTF-8."""
         block = self._held + block
         if len(block) < len(codecs.BOM_UTF8) and not last:
             self._held = block
@@ -98,6 +99,7 @@ class TextScan:
         block, self._held = block[:end], block[end:]
         self.count += int(np.count_nonzero(np.frombuffer(block, np.int8) >= INNER_END))
         self.count -= block.count(b"\r\n") if b"\r" in block else 0
+        check_utf8(block)
         if self._alphabet is not None:
             self._alphabet.add(block)
 
@@ -107,6 +109,15 @@ class TextScan:
             return None
         found = self._alphabet.characters()
         return "".join(sorted({*found.replace("\r", "\n")}))
+
+
+def check_utf8(data: bytes) -> None:
+    """Raises UnicodeDecodeError. In parts, most of which are ASCII."""
+    rest = b""
+    for begin in range(0, len(data), CHECKED):
+        part = rest + data[begin : begin + CHECKED]
+        rest = b"" if part.isascii() else part[codecs.utf_8_decode(part, "strict", False)[1] :]
+    rest.decode()
 
 
 def whole_characters(data: bytes) -> int:

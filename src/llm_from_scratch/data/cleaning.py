@@ -171,6 +171,7 @@ def _map(work: Callable[[Any], None], jobs: Sequence[Any], workers: int) -> Iter
     shield_children()
     context = multiprocessing.get_context("spawn")
     pool = Workers(min(workers, len(jobs)), context, end_with_parent)
+    futures: list[concurrent.futures.Future[None]] = []
     try:
         with blocked_interrupts():
             futures = [pool.submit(work, job) for job in jobs]
@@ -179,6 +180,9 @@ def _map(work: Callable[[Any], None], jobs: Sequence[Any], workers: int) -> Iter
     except BrokenProcessPool:
         raise UserError("a worker process was killed (out of memory?): run the same command to resume") from None
     finally:
+        for future in futures:
+            future.cancel()
+        concurrent.futures.wait(futures)  # parts that were begun are completed and kept
         pool.end()
 
 

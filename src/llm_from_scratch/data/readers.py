@@ -272,8 +272,10 @@ def read_epub(source: FileSource) -> Pieces:
     """The chapters of a book as one document."""
     book = Zip(io.BytesIO(whole(source)), source.name)
     with damage(source.name):
-        package = _xml(book, "META-INF/container.xml").findall(".//{*}rootfile")[0].attrib["full-path"]
-        root = _xml(book, package)
+        named = _xml(book, "META-INF/container.xml").find(".//{*}rootfile")
+        if named is None:
+            raise ValueError("its container names no package")
+        root = _xml(book, package := named.attrib["full-path"])
         paths = {item.attrib["id"]: item.attrib["href"] for item in root.iterfind(".//{*}manifest/{*}item")}
         order = [paths[item.attrib["idref"]] for item in root.iterfind(".//{*}spine/{*}itemref")]
     files, chapters = {info.filename for info in book.files()}, []

@@ -129,7 +129,7 @@ class FileSource:
         with stores.reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
             digest = FileHash()
             blocks = digest.blocks(file)
-            if scan and self.reader is TEXT and self.encoding == "utf-8" and not suffixes(self.path.name)[1]:
+            if scan and self._is_plain():
                 self.scans[:] = []
                 with contextlib.suppress(UnicodeDecodeError):  # raised again when the text is read
                     for block in blocks:
@@ -138,6 +138,11 @@ class FileSource:
                     self.scans[:] = [scan]
             deque(blocks, maxlen=0)
             return {"path": self.name, "bytes": digest.size, "sha256": digest.hexdigest(), **query}
+
+    def _is_plain(self) -> bool:
+        """Whether its only document is its content, in UTF-8."""
+        packed = suffixes(self.path.name)[1]
+        return self.reader is TEXT and self.encoding == "utf-8" and not packed and not self.keep_bom
 
     def reading(self) -> dict[str, Any]:
         """The settings that determine its documents, if they are not the usual ones."""

@@ -25,7 +25,7 @@ function fieldsFor({ limits, vocab_size: ids, defaults }) {
   for (const [name, value] of Object.entries(defaults ?? {})) {
     const isKnown = list.some((field) => field.name === name);
     // a filter that was added to sampling.py
-    if (!isKnown && typeof (value ?? 0) === "number") list.push({ name, label: name, min: -Infinity, max: Infinity, value, off: value, more: true });
+    if (!isKnown && typeof (value ?? 0) === "number") list.push({ name, label: name, min: -Infinity, max: Infinity, value: value ?? "", off: value ?? "", more: true });
   }
   for (const field of list) {
     field.value = allowed(field, defaults?.[field.name] ?? field.value);

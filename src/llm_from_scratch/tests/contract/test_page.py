@@ -99,17 +99,22 @@ def test_a_new_filter_has_a_control(browser, site, monkeypatch):
     @dataclasses.dataclass
     class Settings(GenerationConfig):
         only_below: int = 100
+        only_above: int | None = None
 
     monkeypatch.setattr(service, "GenerationConfig", Settings)
-    monkeypatch.setattr(service, "SAMPLING", (*service.SAMPLING, "only_below"))
-    visit(browser, link(site, only_below="7.5"))
+    monkeypatch.setattr(service, "SAMPLING", (*service.SAMPLING, "only_below", "only_above"))
+    visit(browser, link(site, only_below="7.5", only_above="2"))
     browser.click("#settings-form details summary")
     assert browser.find("#set-only_below").get_attribute("value") == "7.5"
     body = "return import('/static/settings.js').then((page) => page.sampling())"
-    assert browser.js(body)["only_below"] == 7.5
-    browser.write("#set-only_below", "100")  # the value without effect
-    browser.press("TAB")
-    assert "only_below" not in browser.js(body)
+    assert [browser.js(body)[name] for name in ("only_below", "only_above")] == [7.5, 2]
+    for name, value in (("only_below", "100"), ("only_above", "")):  # without effect
+        browser.write(f"#set-{name}", value)
+        browser.press(*([] if value else ["DELETE"]), "TAB")
+        assert name not in browser.js(body)
+    browser.write("#set-only_above", "5")
+    browser.click("#settings-form > button")  # Reset
+    assert not {"only_below", "only_above"} & {*browser.js(body)}
 
 
 @pytest.mark.slow

@@ -157,11 +157,12 @@ def test_characters_are_counted_and_found_with_the_hash(
         assert source.scans == []
 
 
-@pytest.mark.parametrize("broken", [b"\xff more", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80"])
-def test_a_scan_of_invalid_text_has_no_alphabet_and_reading_reports_it(here: Path, broken: bytes) -> None:
+@pytest.mark.parametrize("broken", [b"\xff more", b"\xc3", b"\xe2\x82", b"\xed\xa0\x80", b"\xc3a\xa9"])
+def test_invalid_text_has_no_scan_and_reading_reports_it(here: Path, broken: bytes) -> None:
     (here / "a.txt").write_bytes(b"one" + broken)
     source = sources.FileSource(Path("a.txt"))
-    assert source.identity(TextScan(alphabet=True))["bytes"] == 3 + len(broken) and source.scans == []
+    for alphabet in (True, False):
+        assert source.identity(TextScan(alphabet))["bytes"] == 3 + len(broken) and source.scans == []
     for tokenizer in ("char", "byte"):
         with pytest.raises(UserError, match="a.txt is not UTF-8 text: byte offset 3 "):
             prepare(["a.txt"], tokenizer=tokenizer)
@@ -522,7 +523,7 @@ def test_damage_is_named(here: Path) -> None:
     with pytest.raises(UserError, match="a.zip is damaged"):
         documents("a.zip")
     (here / "a.epub").write_bytes(zipped({"META-INF/container.xml": "<container/>"}))  # names no package
-    with pytest.raises(UserError, match="a.epub is damaged"):
+    with pytest.raises(UserError, match="a.epub is damaged: its container names no package"):
         documents("a.epub")
     (here / "a.ipynb").write_text('{"cells": 5}')
     with pytest.raises(UserError, match="a.ipynb is not a notebook"):
