@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def test_mistakes_are_one_line(
     (tmp_path / "a.txt").write_text("hello world " * 9)
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     (tmp_path / "empty.txt").touch()
+    monkeypatch.setattr(urllib.request, "_opener", None)  # keeps the proxies of its first use
     for name, value in ({"PYTHONPATH": str(SRC), "TIKTOKEN_CACHE_DIR": str(tmp_path / "none")} | CUT_OFF).items():
         monkeypatch.setenv(name, value)
     if flags:
