@@ -95,11 +95,14 @@ class TextScan:
             return
         if not self._begun:
             self._begun, block = True, block.removeprefix(codecs.BOM_UTF8)
-        end = len(block) if last else whole_characters(block)
-        block, self._held = block[:end], block[end:]
+        rest = begun_character(block)
+        if last:
+            rest.decode()  # raises
+        elif block.endswith(b"\r"):
+            rest = b"\r"
+        block, self._held = block[: len(block) - len(rest)], rest
         self.count += int(np.count_nonzero(np.frombuffer(block, np.int8) >= INNER_END))
         self.count -= block.count(b"\r\n") if b"\r" in block else 0
-        check_utf8(block)
         if self._alphabet is not None:
             self._alphabet.add(block)
 
@@ -111,22 +114,14 @@ class TextScan:
         return "".join(sorted({*found.replace("\r", "\n")}))
 
 
-def check_utf8(data: bytes) -> None:
-    """Raises UnicodeDecodeError. In parts, most of which are ASCII."""
+def begun_character(data: bytes) -> bytes:
+    """The part of a character at the end of a text in UTF-8. Raises UnicodeDecodeError. Decodes short parts: most
+    are ASCII."""
     rest = b""
     for begin in range(0, len(data), CHECKED):
         part = rest + data[begin : begin + CHECKED]
         rest = b"" if part.isascii() else part[codecs.utf_8_decode(part, "strict", False)[1] :]
-    rest.decode()
-
-
-def whole_characters(data: bytes) -> int:
-    """The bytes before the last character, if that or its line break may be incomplete."""
-    at = len(data)
-    while at and len(data) - at < 3 and data[at - 1] in INNER:
-        at -= 1
-    is_open = at and (data[at - 1] >= 0xC0 or data[at - 1 :] == b"\r")
-    return at - 1 if is_open else len(data)
+    return rest
 
 
 def code_points(text: str) -> np.ndarray:

@@ -61,10 +61,11 @@ def uncertain(normalized: bool) -> np.ndarray:
     if normalized:
         from tokenizers.normalizers import NFKD
 
+        normalize = NFKD().normalize_str
         for code, char in enumerate(map(chr, range(0x2FFFF))):
             if unicodedata.combining(char) or unicodedata.decomposition(char):
                 text = f"a\u0301{char}\u0334"  # between marks that belong behind and before it
-                if NFKD().normalize_str(text) != unicodedata.normalize("NFKD", text):
+                if normalize(text) != unicodedata.normalize("NFKD", text):
                     # also the first of those that NFC makes it of
                     found[[code, ord(unicodedata.normalize("NFD", char)[0])]] = True
     return found

@@ -201,7 +201,7 @@ def hash_request(spec: DatasetSpec, shard_size: int) -> tuple[str, list[dict[str
     """A hash of everything that determines the result, and the identities of the sources."""
     if len(sources := spec.all()) == 1 and isinstance(sources[0], src.FileSource):
         # bpe:N reads the text for its vocabulary and counts it then
-        scan = TextScan(spec.tokenizer == "char") if spec.tokenizer == "char" or not spec.learns_tokenizer else None
+        scan = None if spec.tokenizer.startswith("bpe:") else TextScan(alphabet=spec.tokenizer == "char")
         identities = [[sources[0].identity(scan)]]
     else:
         identities = [[source.identity() for source in some] for some in spec.sources]
