@@ -9,7 +9,7 @@ bin := root / ".venv" / if os_family() == "windows" { "Scripts" } else { "bin" }
 python := bin / "python"
 
 export HERE := invocation_directory()
-export LLM_ACTIVATE := bin / "activate" # llm-train and llm-prepare explain it, if it is not in force
+export LLM_ACTIVATE := bin / "activate" # llm-train and llm-prepare print how to activate .venv
 
 # Shell text: puts the recipe's first argument into $first; a path is relative to the user's working directory.
 first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || first=$HERE/$first'
@@ -18,7 +18,7 @@ first := 'first=$1; shift; [ "$HERE" = "$PWD" ] || [ ! -e "$HERE/$first" ] || fi
 default:
     @"{{ just_executable() }}" --justfile "{{ justfile() }}" --list --unsorted
 
-# .venv with these extras; quick if they are installed
+# Make .venv with these extras. Quick if they are installed
 [private]
 [no-exit-message]
 _env *EXTRAS:
@@ -36,12 +36,13 @@ install-dev: (_env "dev")
 demo *ARGS: (_env "tensorboard" "plots")
     @"{{ python }}" -m llm_from_scratch.cli.demo "$@"
 
-# Workers share files, the longest first. Three, because tests also wait for processes that they start.
+# Each test file runs in one worker; the longest files start first. Three workers, because tests also wait for the
+# processes that they start.
 workers := "-n 3 --dist=loadfile --no-loadscope-reorder"
 # Bytecode is written even if the environment forbids it: otherwise every worker and every process compiles all files.
 pytest := 'PYTHONDONTWRITEBYTECODE= "' + python + '" -m pytest ' + workers
 
-# Run the tests, a case of each behaviour: about 4 minutes
+# Run the tests, one case of each behaviour: about 4 minutes
 [no-exit-message]
 test *ARGS: (_env "dev")
     @{{ pytest }} "$@"
@@ -154,7 +155,7 @@ clean:
     @sh "{{ root }}/just" --bootstrap
     @"{{ python }}" scripts/housekeeping.py clean
 
-# Delete runs, .bin files, data/processed and data/cache: lists them and asks (--yes does not ask)
+# Delete runs, .bin files, data/processed and data/cache. Lists them and asks first (--yes: does not ask)
 [no-exit-message]
 clean-all *ARGS:
     @sh "{{ root }}/just" --bootstrap

@@ -1,10 +1,10 @@
-"""Invented questions and answers: learned, then asked through openai's client at llm-serve.
+"""Trains on invented questions and answers, then asks the questions through openai's client at llm-serve.
 
     python benchmarks/chat.py                                  # a small model from scratch, on bytes
     python benchmarks/chat.py --init_from=FILE.gguf --steps=60 --learning_rate=1e-4
 
-The answers cannot be known, so a model that was not trained on them gives none. Prints the exact answers before and
-after training, and one line of JSON.
+The facts are invented, so a model that was not trained on them cannot know them. Prints the number of exact answers
+before and after training, and one line of JSON.
 """
 
 from __future__ import annotations

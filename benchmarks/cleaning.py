@@ -2,8 +2,8 @@
 
 python benchmarks/cleaning.py [--megabytes=1000] [--planted=10000] [--workers=2]
 
-The documents are random walks over the pairs of words of a text, so that they share runs of words as real ones do, but
-are no copies. A planted one is a copy of another with 1 to 20% of its words replaced, deleted or inserted."""
+The documents are random walks over the word pairs of a text: like real documents, they share runs of words but are not
+copies. A planted document is a copy of another with 1 to 20% of its words replaced, deleted or inserted."""
 
 from __future__ import annotations
 

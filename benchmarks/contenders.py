@@ -1,9 +1,9 @@
 """Training runs of this project, nanoGPT, transformers and litgpt that run steps on request.
 
-Each contender has its own process and the same number of threads. The parent asks one for k steps, then another, over a
-pipe. So the steps are interleaved and only one contender runs at a time. Ours are the trainer's steps. nanoGPT's are
-those of its unchanged train.py, which is paused at its output lines. litgpt has an environment of its own. "floor"
-computes the matrix products of our step's linear layers and nothing else.
+Each contender has its own process and the same number of threads. The parent asks one for k steps over a pipe, then
+another, so only one contender runs at a time. Our steps are the trainer's. nanoGPT runs its unchanged train.py,
+which is paused at its output lines. litgpt has an environment of its own. "floor" computes only the matrix products of
+our step's linear layers.
 """
 
 from __future__ import annotations

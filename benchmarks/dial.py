@@ -1,14 +1,13 @@
-"""The dial against other choices with the same budget: final bits per byte.
+"""--budget compared with presets in the same time: final bits per byte.
 
 python benchmarks/dial.py TEXT [TEXT ...] [--budget=60] [--results=dial.jsonl] [--threads=1] [--nanogpt=DIR]
        [--clock=wall|cpu] [--others=NAME,NAME]
 
-Each TEXT is prepared once with characters as tokens; the last 300,000 or fewer are the validation split. The dial
-trains with --budget. The others train with the settings in OTHERS and end on time in the same way: the number of steps
-follows their speed. nanoGPT is its command for a CPU, with as many steps as fit by two short runs. --clock=cpu gives
-every run a clock that counts its processor time, for a machine that is busy. Bits per byte are those of the whole
-validation split, by llm-eval. Every result is a line of the file --results. A run whose line is there is not repeated,
-so the comparison continues if it was stopped. Prints a table, and a line of JSON last.
+Each TEXT is prepared once with characters as tokens; the last 300,000 or fewer are the validation split. One run has
+--budget. The others have the settings in OTHERS, and also end on time: the number of steps follows their speed. nanoGPT
+runs its command for a CPU; two short runs measure how many steps fit. On a busy machine, --clock=cpu counts processor
+time. llm-eval computes the bits per byte of the whole validation split. Each result is a line in the file --results. A
+run with a result is not repeated, so the same command resumes. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """torchrun --nnodes=1:2 here: a second node joins, then its torchrun is killed. The weights are compared with
-those of runs with the same sequence of numbers of processes, none of which was interrupted.
+those of uninterrupted runs with the same numbers of processes.
 
 python benchmarks/elastic.py --join=3 --leave=4 -- quick --dataset=NAME --max_iters=400 --save_interval=20 \\
     --eval_interval=100000 --n_layer=2 --n_embd=64 --n_head=2 --compile=False    # 3 minutes

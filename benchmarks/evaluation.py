@@ -1,11 +1,11 @@
-"""Scores on three tasks and their wall clock: llm-eval --tasks compared with lm-evaluation-harness's own `hf` model.
+"""Scores and times of tasks: llm-eval --tasks compared with lm-evaluation-harness's own `hf` model.
 
 python benchmarks/evaluation.py --model=MODEL [--text=FILE] [--documents=40] [--rounds=1] [--threads=N] [--hf_batch=8]
        [--server=True] [--clock=wall|cpu]
 
---model: a Hugging Face folder, a GGUF file or a run. `hf` reads our export of it. The tasks are made of the text (tiny
-Shakespeare of LLM_TEST_DATA_DIR by default): the right one of four continuations without and with three examples, the
-likelihood of whole texts, and greedy texts of 32 tokens. --server: also the harness's `local-completions` on llm-serve.
+--model: a Hugging Face folder, a GGUF file or a run. `hf` reads our export of it. The tasks are made from the text
+(default: tiny Shakespeare in LLM_TEST_DATA_DIR): choose the right continuation of four, with 0 and 3 examples; the
+likelihood of whole texts; greedy generation of 32 tokens. --server: also the `local-completions` model on llm-serve.
 On a shared machine, --clock=cpu --threads=1 compares processor time.
 Needs `pip install 'lm_eval[hf,api]'`. Prints a table, and a line of JSON last.
 """

@@ -1,4 +1,4 @@
-"""A real model into this program and out of it: equal weights, the memory of each step, the same text elsewhere.
+"""Imports and exports a real model: compares the weights, the memory of each step, and the text in other programs.
 
     python benchmarks/exchange.py [--model=FILE.gguf] [--prompts=20] [--tokens=64] [--only=memory,transformers]
 

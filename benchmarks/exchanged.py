@@ -1,12 +1,12 @@
-"""What processes on this machine exchange: bytes of an update against llm-plan's estimate, Muon's time per process, and
-the share of the comparison of parameters in a step.
+"""Training in several processes on this machine: bytes sent per update (compared with llm-plan's estimate), Muon's time
+per process, and the cost of comparing the parameters.
 
     python benchmarks/exchanged.py [--processes=2,4] [--parallel=ddp] [--layers=4] [--width=256]
 
 Bytes are those of TCP connections, as the kernel counts them (Linux). hsdp: groups of two processes. Times are
-processor time with one thread: of the optimizer's step alone, without its groups of AdamW; of a comparison, over those
-of the steps between two. Muon's time is compared with that of one process, alone and next to as many others that do
-all of the work themselves: processors that share caches or cores slow each other down.
+processor times with one thread. Muon's time is that of its step, without the tensors of AdamW. It is compared with the
+time of a single process, and with that of as many processes that each train a whole model: processors that share caches
+or cores slow each other down. The cost of a comparison is relative to the steps between two comparisons.
 """
 
 from __future__ import annotations

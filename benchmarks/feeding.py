@@ -1,10 +1,10 @@
-"""What feeding a run costs: the loader's share of a step, its memory, and packed documents.
+"""The data loader: its share of a step, its memory, and packed documents.
 
 python benchmarks/feeding.py [--only=loader,memory,attention,packing,adder] [--threads=N]
 
-loader: processor time of a batch against that of a training step of `quick`, from one dataset, a mixture and an object
-store. memory: of 100,000 batches. attention: a step on packed documents against one on plain windows. packing: padding
-on short documents. adder: minGPT's task, two minutes on two cores. Times are processor times. Prints a table, and a
+loader: time of a batch relative to a training step of `quick`, from one dataset, a mixture and an object store. memory:
+growth over 100,000 batches. attention: a step on packed documents relative to one on plain windows. packing: padding of
+short documents. adder: minGPT's task, two minutes on two cores. Times are processor times. Prints a table, and a
 line of JSON last.
 """
 

@@ -1,15 +1,14 @@
-"""Full finetuning against LoRA, on the same text from the same weights for the same time or number of steps: held-out
-loss, peak memory, parameters that train; and with --peft the speed of LoRA by peft and transformers.
+"""Full finetuning compared with LoRA, with the same text, weights and time (or steps): held-out loss, peak memory and
+trained parameters. --peft: also the speed of LoRA with peft and transformers.
 
 python benchmarks/finetune.py --model=MODEL.gguf --text=FILE [--minutes=10 | --steps=N] [--rank=4] [--block_size=256]
        [--batch=8] [--methods=full,lora] [--rates=full:5e-5,lora:2e-3] [--windows=16] [--peft] [--threads=N]
        [SETTING ...]
 
-The text is prepared with the model's tokenizer in a temporary folder. Each method trains in a fresh process, whose peak
-is its resident memory (VmHWM); the learning rate warms up and stays constant. The loss is that of the same windows of
-the validation split before, in the middle and at the end. Speed is in tokens per second of processor time, so that
-other programs do not change it much. SETTINGs are those of llm-train. Prints a table, and a
-line of JSON last.
+The text is prepared with the model's tokenizer in a temporary folder. Each method trains in a fresh process; the peak
+is its resident memory (VmHWM). The learning rate warms up and stays constant. The loss is measured on the same windows
+of the validation split before, in the middle and at the end. Speed is in tokens per second of processor time, which
+other programs change little. SETTINGs are those of llm-train. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Damaged files of every format: each must give text or an error that names it, in bounded memory and time.
+"""Damaged files of every format: each must give text or an error that names the file, in bounded memory and time.
 
 python benchmarks/fuzz_sources.py [--files=10000] [FORMAT ...]"""
 

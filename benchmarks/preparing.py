@@ -3,8 +3,8 @@
 python benchmarks/preparing.py --folder=DIR [--mb=100] [--cases=gpt2,char,byte,bpe:8192,openwebtext,openwebtext-nanogpt,
     datatrove,kills] [--nanogpt=DIR] [--tokenizer_json=FILE] [--kills=50] [--seed=0]
 
-openwebtext: nanogpt.prepare_openwebtext, or nanoGPT's own script, on the same Parquet file; needs the library datasets,
-and without a network the extra offline.
+openwebtext: nanogpt.prepare_openwebtext; openwebtext-nanogpt: nanoGPT's own script. Both read the same Parquet file and
+need the library datasets, and the extra offline if there is no network.
 datatrove: its DocumentTokenizer, with GPT-2's tokenizer.json. Prints a table, and a line of JSON last.
 """
 

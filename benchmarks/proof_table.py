@@ -1,8 +1,8 @@
-"""The table at the top of README.md, from what benchmarks/proof.sh has measured in build/proof.
+"""The table at the top of README.md, from the results of benchmarks/proof.sh in build/proof.
 
 python benchmarks/proof_table.py [--write]
 
---write puts it into README.md, between the lines <!-- proof --> and <!-- /proof -->.
+--write puts the table into README.md, between the lines <!-- proof --> and <!-- /proof -->.
 """
 
 from __future__ import annotations

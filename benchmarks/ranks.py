@@ -1,10 +1,10 @@
-"""Tokens per second of N single-thread processes, and of one process with N threads, interleaved; and what each holds.
+"""Tokens per second of N single-thread processes, and of one process with N threads, interleaved; and their memory.
 
 python benchmarks/ranks.py [--preset=quick] [--processes=2] [--kinds=ddp,fsdp] [--rounds=9] [--turn=1.0] [SETTING ...]
 
-Every contender runs the trainer's steps on the same global batch, planned as the preset plans them (a much larger
---max_iters compiles the blocks). They take turns of --turn seconds, --rounds times; a figure is the median over the
-turns, a ratio the median of the ratios to one process within a round. The last columns are MiB of weights and of the
+Every contender runs the trainer's steps on the same global batch. The plan is the preset's: a much larger --max_iters
+compiles the blocks. The contenders take turns of --turn seconds, --rounds times. A figure is the median over the turns.
+A ratio is the median over the rounds of the ratios to one process. The last columns are MiB of weights and of the
 optimizer's moments in the first process. SETTINGs are those of llm-train. Prints a table, and a line of JSON last.
 """
 

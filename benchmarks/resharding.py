@@ -1,12 +1,12 @@
-"""A run that one number of processes saved and another number resumes: are the weights those of an unbroken run?
+"""Runs that are saved and resumed by several processes: are the weights those of an uninterrupted run?
 
 python benchmarks/resharding.py [--most=4] [--cases=ddp-adamw,fsdp-muon,...] [--every-pair]
 
 W processes, up to --most, train 8 steps, and V resume from the checkpoint of step 4 (gloo, one thread each). With W = V
-every tensor, moments included, must have the bits of the unbroken run. --every-pair: also W != V, whose figure is the
-largest difference of a parameter to the unbroken run of V, relative to its norm: that of sums in another order. Prints
-a line per case, and a line of JSON last. The exit code is 1 if a pair W = V differs. Without --cases: every optimizer,
-in turns under ddp and fsdp (a case takes 1 to 2 minutes on two cores).
+every tensor, moments included, must equal the uninterrupted run bit for bit. --every-pair: also W != V. Their figure is
+the largest difference between a parameter and that of the uninterrupted run of V, relative to its norm; the cause is
+the order of sums. Prints a line per case, and a line of JSON last. The exit code is 1 if a pair W = V differs. Without
+--cases: every optimizer, alternately with ddp and fsdp (a case takes 1 to 2 minutes on two cores).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whether the fast encoder gives the ids of the libraries that it replaces, on mixed text.
+"""Compares the ids of the fast encoder with those of the libraries that it replaces, on mixed text.
 
 python benchmarks/same_ids.py [--tokenizers=gpt2,cl100k_base,o200k_base,bpe:8192,FILE.json] [--mb=200] [--seed=0]
     [--transformers=gpt2,FILE.json] [--folder=DIR]
 
 The text is two thirds Python sources and documentation of this machine; the rest is emoji, CJK, right-to-left and
 combining scripts, control characters, digits, long runs and random code points. The reference is tiktoken for its
-vocabularies, and tokenizers for a tokenizer.json; of --transformers, transformers. --folder keeps the result of every
-part of the text, so that the same command resumes. Prints a table after each part, and a line of JSON last.
+vocabularies, tokenizers for a tokenizer.json, and transformers for --transformers. --folder keeps the result of every
+part of the text, so the same command resumes. Prints a table after each part, and a line of JSON last.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ python benchmarks/throughput.py [--nanogpt=DIR] [--litgpt=PYTHON] [--cases=cpu-r
 
 A step is batch, forward, backward, clipping and optimizer. The contenders take turns of --turn seconds, --rounds times;
 a figure is the median over the turns, a ratio the median of the ratios within a round. "floor" is our step's matrix
-products alone, each by the fastest library; "x floor" is a contender's time in units of it. Cases for a GPU: cuda-gpt2,
-cuda-char. SETTINGs are those of llm-train, such as --compile=False, and apply to ours only. Prints a table,
-and a line of JSON last.
+products alone, each by the fastest library; "x floor" is a contender's time divided by the floor's. Cases for a
+GPU: cuda-gpt2, cuda-char. SETTINGs are those of llm-train, such as --compile=False, and apply to ours only. Prints a
+table, and a line of JSON last.
 """
 
 from __future__ import annotations

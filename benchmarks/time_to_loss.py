@@ -6,7 +6,7 @@ python benchmarks/time_to_loss.py --nanogpt=DIR [--data=DIR] [--rounds=1] [--thr
 The loss is that of the whole validation split in adjacent windows of 64 tokens, computed by each project's own model
 from its checkpoint. --data: a folder with train.bin, val.bin and meta.pkl of tiny Shakespeare's characters, by default
 that of the nanoGPT checkout. Seeds: --seed of round k is 1337 + k for ours; nanoGPT
-has one only. Prints a table, and a line of JSON last.
+has only one. Prints a table, and a line of JSON last.
 """
 
 from __future__ import annotations

@@ -2,6 +2,6 @@
 
 init_from = "gpt2-xl"
 eval_only = True
-eval_iters = 500  # more batches than during training: this loss is the result
+eval_iters = 500  # more batches than during training, for a more precise loss
 batch_size = 8
-wandb_log = False  # there is no curve
+wandb_log = False  # one evaluation has no curve

@@ -16,6 +16,6 @@ lr_decay_iters = 600000  # the decay ends with the run
 
 eval_interval = 1000  # half the default
 eval_iters = 200
-log_interval = 10  # a line for every tenth step is enough
+log_interval = 10  # print every tenth step
 
 weight_decay = 1e-1  # as in GPT-3

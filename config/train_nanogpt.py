@@ -1,5 +1,5 @@
-# nanoGPT's defaults that differ from Config(). train.py always starts from them; llm-train does so if its first preset
-# is a Python file.
+# nanoGPT's defaults that differ from Config(). train.py always starts from these settings; llm-train starts from them
+# if its first preset is a Python file.
 
 dataset = "openwebtext"
 sample_order = "random"

@@ -7,7 +7,7 @@ wandb_log = False
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
-# a model overfits one million characters soon: evaluate every 250 steps, and save only if the val loss improves
+# the model soon overfits one million characters: evaluate every 250 steps, and save only if the val loss improves
 eval_interval = 250
 eval_iters = 200
 always_save_checkpoint = False

@@ -4,7 +4,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh gpt2-124m --out_dir=out
 #
 # Give --out_dir on the command line: a failed run is queued again only if it has saved a new checkpoint there.
-# --signal: two minutes before the time limit, and if the job is preempted, this script gets SIGTERM and passes it on.
+# --signal: two minutes before the time limit, or if the job is preempted, this script gets SIGTERM and passes it on.
 #SBATCH --job-name=gpt --ntasks-per-node=1 --time=12:00:00 --signal=B:TERM@120 --requeue --open-mode=append
 #SBATCH --output=slurm-%j.txt
 

@@ -1,4 +1,4 @@
-"""Submits a training run to Slurm with submitit (`pip install submitit`), which queues it again after a time limit.
+"""Submits a training run to Slurm with submitit (`pip install submitit`). After a time limit, the run is queued again.
 
 python launch/submit.py --nodes=4 --gpus=8 --hours=12 -- gpt2-124m --out_dir=out
 """
@@ -12,7 +12,7 @@ import submitit
 
 
 class Train:
-    """One process of the run. submitit calls it again, in a new job, after checkpoint()."""
+    """One process of the run. After checkpoint(), submitit calls it again in a new job."""
 
     def __init__(self, argv: list[str]):
         self.argv = argv

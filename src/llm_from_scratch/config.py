@@ -45,18 +45,19 @@ class GPTConfig(Settings):
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """Slower rotary frequencies, for a longer context than the model was pretrained with: all of them (linear, arXiv
-    2306.15595), or only the slow ones (llama3, as in Llama 3.1; yarn, arXiv 2309.00071)."""
+    """Slow down the rotary frequencies for a longer context than in pretraining. linear (arXiv 2306.15595): all
+    frequencies. llama3 (as in Llama 3.1) and yarn (arXiv 2309.00071): only the low ones."""
     rope_factor: float = 1.0
-    """With rope_scaling: the scaled frequencies are divided by this."""
+    """With rope_scaling: divide the scaled frequencies by this."""
     rope_original: int | None = None
     """With llama3 or yarn: the context length in pretraining."""
     rope_low: float = 1.0
-    """With llama3 or yarn: divide frequencies with fewer rotations than this in rope_original tokens by rope_factor."""
+    """With llama3 or yarn: frequencies with fewer rotations than this in rope_original tokens are divided by
+    rope_factor."""
     rope_high: float | None = None
-    """With llama3 or yarn: keep frequencies with more rotations than this. None: 4 (llama3) or 32 (yarn)."""
+    """With llama3 or yarn: frequencies with more rotations than this are unchanged. None: 4 (llama3) or 32 (yarn)."""
     rope_attention: float | None = None
-    """With yarn: factor of the rotated queries and keys. None: 0.1 * ln(rope_factor) + 1."""
+    """With yarn: multiply the rotated queries and keys by this. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation layer."""
     norm_eps: float = 1e-5
@@ -118,7 +119,7 @@ class DataConfig(Settings):
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: all that fit."""
+    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: as many as fit."""
     sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
@@ -127,8 +128,8 @@ class DataConfig(Settings):
     """Disk space (GiB) in data/cache/remote for the shards of a dataset in an object store, such as
     --dataset=s3://bucket/name (extra: remote). Larger data is shuffled in parts that fit."""
     documents: bool | Literal["auto"] = "auto"
-    """Train on whole documents: a window begins with a document, and attention stays within each document. auto: for
-    conversations and one-line documents (llm-prepare --lines=True)."""
+    """Train on whole documents: a window begins at the start of a document, and attention stays within each document.
+    auto: for conversations and one-line documents (llm-prepare --lines=True)."""
 
     def validate(self) -> None:
         at_least(self, 1, "batch_size", "micro_batch", "stride")
@@ -230,8 +231,8 @@ class FinetuneConfig(Settings):
     freeze: tuple[str, ...] = ()
     """Parameters that do not train, by parts of their names, for example wte or 'h.[0-3]'."""
     before_after: bool | Literal["auto"] = "auto"
-    """Compare texts and loss before and after finetuning, at the end and in README.md. auto: with one process, or in a
-    terminal."""
+    """Finetuning: compare texts and loss before and after training. The comparison is printed at the end and written to
+    README.md. auto: with one process, or in a terminal."""
 
     def validate(self) -> None:
         at_least(self, 1, "lora_rank")
@@ -247,7 +248,7 @@ class OptimizerConfig(Settings):
     """adamw; muon (kellerjordan.github.io/posts/muon), which needs fewer but slightly slower steps; normuon: muon with
     steps of equal size for all neurons (arXiv 2510.05491)."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW. The schedule scales the other rates in proportion."""
+    """Peak learning rate of AdamW. The schedule also scales the other rates, except ngram_learning_rate."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of Muon."""
     muon_momentum: float = 0.95
@@ -303,8 +304,8 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With schedule=linear: '{0: 900, 200: 1100}' decays to min_lr at step 900; from step 200 on, at step 1100.
-    Set by a run with a budget (--budget) if its length changes."""
+    """With schedule=linear: the step at which min_lr is reached. '{0: 900, 200: 1100}': step 900; from step 200 on,
+    step 1100. Set by a run with a budget (--budget) if its length changes."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
@@ -340,7 +341,8 @@ class GenerationConfig(Settings):
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits by token id before any other processing, for example '{50256: -100}'."""
     stop: tuple[str, ...] = ()
-    """Stop sequences: generation ends at the first, which is left out. One string, or a list: '["END", "\\n\\n"]'."""
+    """Stop sequences: generation ends at the first, which is not printed. One string, or a list:
+    '["END", "\\n\\n"]'."""
     ignore_eos: bool = False
     """Continue after tokens that end a text or a turn. Otherwise the first one ends the sample and is not printed."""
 
@@ -409,9 +411,11 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if twice as much is free."""
+    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if half of the free
+    memory is enough."""
     data_on_device: bool | Literal["auto"] = "auto"
-    """Keep the training tokens in device memory. auto: on CUDA, if they are small compared with its memory."""
+    """Keep the training tokens in device memory. auto: on CUDA, if they need at most 4 GiB and a tenth of
+    the free memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Record the training step as a CUDA graph. auto: for small compiled models on one GPU."""
     fp8: bool = False

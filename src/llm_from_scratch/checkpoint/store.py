@@ -196,7 +196,7 @@ def find_checkpoint(
 def _other_runs(location: Path) -> str:
     """The runs next to a missing one, as a hint."""
     runs = sorted({one_line(path.parent.name) for path in location.parent.glob("*/step-*")})
-    return f"runs there: {', '.join(runs[:9])}" if runs else "train first, or name another folder"
+    return f"existing runs: {', '.join(runs[:9])}" if runs else "train first, or name another folder"
 
 
 def valid_which(which: str | int | None) -> str | int | None:

@@ -25,9 +25,10 @@ DESCRIPTION = """Tokenizes texts for training.
   llm-prepare chats.jsonl --tokenizer=FOLDER_OF_A_MODEL
   llm-prepare my-project --include='*.py' --dedup=near
 
-A SOURCE is a file (text, Markdown, HTML, EPUB, PDF, notebook: one document; .jsonl: one per line, or conversations;
-.parquet: one per row; compressed or in an archive), a folder, a glob, - for standard input, a URL, hf:OWNER/NAME, or a
-built-in source: shakespeare_char, shakespeare, python_docs, openwebtext, fineweb-edu, tinystories.
+A SOURCE is a file, a folder, a glob, - for standard input, a URL, hf:OWNER/NAME, or a built-in source:
+shakespeare_char, shakespeare, python_docs, openwebtext, fineweb-edu, tinystories.
+A text, Markdown, HTML, EPUB or PDF file or a notebook is one document. A .jsonl file has one document or conversation
+per line, a .parquet file one document per row. Files may be compressed or in an archive.
 Files are looked up here, then in data/raw. The validation split is the end of a single text, about a tenth of several
 documents, or the texts in --val_files. If nothing has changed, a second run does nothing."""
 

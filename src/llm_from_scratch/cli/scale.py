@@ -39,7 +39,8 @@ class ScaleOptions:
     """Sizes and lengths of the runs."""
 
     sizes: str = "4"
-    """Number of sizes up to the preset's, each with about half the parameters of the next; or widths: 64,128,256."""
+    """Number of sizes: the preset's and smaller ones, each with about half the parameters of the next larger. Or
+    widths: 64,128,256."""
     budgets: str = "1Mtokens,4Mtokens"
     """Lengths of the runs: times (1min,4min), tokens or FLOPs."""
     seeds: int = 1

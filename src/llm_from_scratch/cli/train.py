@@ -33,7 +33,7 @@ OWN_FLAGS = {
     "exportable": "With --budget: only models that transformers supports.",
 }
 OWN_VALUES = {  # name: (an example, its help)
-    "budget": ("10min", "Choose all settings not given, for this time, FLOPs (1e15flops) or tokens (50Mtokens)."),
+    "budget": ("10min", "Choose all other settings, for a run of this time, FLOPs (1e15flops) or tokens (50Mtokens)."),
     "law": ("FILE.json", "With --budget: use this scaling law, written by llm-scale."),
     "cooldown": ("0.2", "Start a cool-down from --init_from=OUT_DIR/step-N. Its length: this fraction of N steps."),
     "gpu": ("h100", "GPU model of the machines."),

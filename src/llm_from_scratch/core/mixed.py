@@ -241,8 +241,8 @@ class MixedOrder(SampleOrder):
             used = [part.name for i, part in enumerate(self.parts) if phase.counts[i] >= self.limit(i)]
             if phase.begin < samples and len(used) < len(self.parts):
                 lines.append(
-                    f"mixture: after {phase.begin:,} windows, {', '.join(used)} reached max_epochs: the other "
-                    "parts get their share"
+                    f"mixture: after {phase.begin:,} windows, {', '.join(used)} reached max_epochs; then only the "
+                    "other parts are used"
                 )
         return lines
 

@@ -116,7 +116,7 @@ class Tokenizer:
         try:
             meta = parse_json(read_file(path, MAX_DEFINITION))
             if meta["format"] != "llm-from-scratch-tokenizer" or meta["version"] != 1:
-                raise UserError(f"{path} has the format {meta['format']} {meta['version']}; this version reads 1")
+                raise UserError(f"{path} has the format {meta['format']} {meta['version']}; this program reads 1")
             tokenizer = build_tokenizer(Path(folder), meta)
             if tokenizer.fingerprint() != meta["fingerprint"]:
                 raise ValueError("its fingerprint differs")

@@ -192,7 +192,8 @@ def as_text(found: Inspection) -> list[str]:
     lines = [f"{found.name}: " + ", ".join(f"{key} {value}" for key, value in found.facts.items())]
     for split, report in found.splits.items():
         lines += ["", f"{split}: {_sizes(report)}"]
-        lines.append("  bytes per token, in each tenth: " + " ".join(f"{rate:.2f}" for rate in report.bytes_per_token))
+        rates = " ".join(f"{rate:.2f}" for rate in report.bytes_per_token)
+        lines.append(f"  bytes per token in each tenth of the split: {rates}")
         lines.append("  most common: " + " ".join(f"{token!r}" for token, _ in report.common))
         most = max(report.lengths.values(), default=1)
         if report.documents:
@@ -222,7 +223,8 @@ def as_page(found: Inspection) -> str:
     if found.shared is not None:
         body += f"<p>Validation documents that are also in training: {found.shared:,}</p>"
     for split, report in found.splits.items():
-        body += f"<h2>{html.escape(split)}</h2><p>{_sizes(report)}</p><h3>Bytes per token, in each tenth</h3>"
+        body += f"<h2>{html.escape(split)}</h2><p>{_sizes(report)}</p>"
+        body += "<h3>Bytes per token in each tenth of the split</h3>"
         body += table(
             [str(k + 1) for k in range(len(report.bytes_per_token))],
             [[f"{rate:.2f}" for rate in report.bytes_per_token]],

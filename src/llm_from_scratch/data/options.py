@@ -46,8 +46,8 @@ class PrepareOptions:
     separator: str = ""
     r"""Text between the documents of a text file, such as '\n\n' or '<|endoftext|>'."""
     include: tuple[str, ...] = ()
-    """Patterns of the files to read in folders and archives, as in .gitignore: '*.py', 'src/'. Files that a .gitignore
-    excludes are then left out."""
+    """Patterns of the files to read in folders and archives, as in .gitignore: '*.py', 'src/'. With --include,
+    files that a .gitignore excludes are not read."""
     exclude: tuple[str, ...] = ()
     """Patterns of the files to leave out, as in .gitignore."""
     encoding: str = "utf-8"
@@ -85,7 +85,7 @@ class PrepareOptions:
     workers: int | None = None
     """Worker processes for encoding. None: all cores for large inputs. 0: no workers."""
     cache_dir: str | None = "data/cache"
-    """Cache folder for encoded parts, used if encoding is slower than reading them. None: no cache."""
+    """Cache folder for encoded parts, used if reading them is faster than encoding again. None: no cache."""
 
     def given(self, *names: str) -> list[str]:
         """The named settings that are not at their defaults."""

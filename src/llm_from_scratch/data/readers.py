@@ -274,7 +274,7 @@ def read_epub(source: FileSource) -> Pieces:
     with damage(source.name):
         named = _xml(book, "META-INF/container.xml").find(".//{*}rootfile")
         if named is None:
-            raise ValueError("its container names no package")
+            raise ValueError("its container does not name a package")
         root = _xml(book, package := named.attrib["full-path"])
         paths = {item.attrib["id"]: item.attrib["href"] for item in root.iterfind(".//{*}manifest/{*}item")}
         order = [paths[item.attrib["idref"]] for item in root.iterfind(".//{*}spine/{*}itemref")]
@@ -333,7 +333,7 @@ def read_archive(source: FileSource) -> Iterator[tuple[str, bool]]:
 def check_lines(source: Any) -> None:
     """Raises UserError if --lines cannot divide a source: in other documents, the end of a line is not an end."""
     if getattr(source, "lines", True) and getattr(source, "reader", None) not in (LINES, ARCHIVE):
-        raise UserError(f"{source.name} is not a text file that --lines divides: prepare it without --lines")
+        raise UserError(f"{source.name} is not a text file, so --lines cannot divide it: remove --lines")
 
 
 ARCHIVE = Reader(read_archive)

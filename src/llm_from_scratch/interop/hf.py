@@ -446,5 +446,7 @@ def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: P
 def _difference(ours: Tensor, theirs: Tensor, whose: str) -> float:
     difference = (ours - theirs).abs().max().item()
     if not difference <= 1e-4 * max(1.0, ours.abs().max().item()):  # this form refuses NaN, too
-        raise UserError(f"the export is wrong: {whose} logits differ from ours by up to {difference:.1e} (edited?)")
+        raise UserError(
+            f"the export is wrong: {whose} logits differ from ours by up to {difference:.1e} (edited core/model.py?)"
+        )
     return difference

@@ -199,7 +199,7 @@ def load_kernel() -> Kernel | str:
     library.train.argtypes = [places, number, number, flag]
     library.blas_product.argtypes = [places, flag]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
-    return kernel if is_right(kernel) else "the compiled kernel gives other results"
+    return kernel if is_right(kernel) else "the compiled kernel gives different results"
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -76,7 +76,7 @@ def _keep_within(
     kept = count * out + (len(blocks) - count) * one
     what = "norms and activation functions" if one < everything else ""
     if count:
-        what = f"{count} of {len(blocks)} blocks{' and in the others ' * bool(what)}{what}"
+        what = f"{count} of {len(blocks)} blocks{', and in the others ' * bool(what)}{what}"
     over = "" if kept <= limit else f", more than the budget of {budget:g} GiB"
     say(
         f"activations: recomputing {what or 'nothing'}: {kept / GIB:.2f} GiB stored per micro-batch instead of "

@@ -170,5 +170,5 @@ def _watched(service: Service) -> Watch:
 def _place(request: Request) -> int:
     text = request.query_params.get("after", "0")
     if not (text.isascii() and text.isdigit() and len(text) < 17):
-        raise ApiError(400, "after must be the value of next in an earlier response", "after")
+        raise ApiError(400, "after must be the value of the field next in an earlier response", "after")
     return int(text)

@@ -28,7 +28,7 @@ class ServeOptions:
     model_name: str | None = None
     """Name of the model in the API. None: the name of its folder."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """More models of the API: LoRA runs or peft folders with the served model as base, such as '{poet: out-a, coder:
+    """More models in the API: LoRA runs or peft folders with the served model as base, such as '{poet: out-a, coder:
     out-b}'. Layers without an adapter are shared."""
     chat_template: str | None = None
     """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
@@ -49,9 +49,9 @@ class ServeOptions:
     max_body_bytes: int = 1 << 20
     """Maximum size of a request body in bytes."""
     max_seconds: float = 300.0
-    """Maximum time per request, including waiting. The answer then ends with the text so far."""
+    """Maximum seconds per request, including waiting. The answer then ends with the text so far."""
     drain_seconds: float = 30.0
-    """Time from SIGTERM or Ctrl-C to the exit. Running requests may finish until shortly before."""
+    """Seconds from SIGTERM or Ctrl-C to the exit. Running requests end up to 4 seconds earlier."""
 
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:

@@ -360,4 +360,4 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
             f"{1e3 * best.seconds:>9,.0f} ms{speed:>14,.0f}{tokens / speed / 3600:>10,.1f}"
             f"{batch / best.seconds / rate / size:>9.0%}{'' if best.fits else '  too big'}"
         )
-    return [*text, "", f"hours: of {tokens:,} tokens{of}; scaling: tokens/s of a GPU, relative to one GPU alone"]
+    return [*text, "", f"hours: for {tokens:,} tokens{of}; scaling: tokens/s per GPU, relative to one GPU alone"]

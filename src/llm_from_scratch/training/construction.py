@@ -59,7 +59,7 @@ def build(config: Config, runtime: Runtime, weights: dict[str, Tensor] | None, s
             raise
         except Exception as error:
             why = one_line(error)
-        say(f"construction: every process builds the whole model first, because this cannot be recorded ({why})")
+        say(f"every process builds the whole model first, because its construction cannot be recorded ({why})")
         torch.set_rng_state(before)
         return _whole(config, weights)
 

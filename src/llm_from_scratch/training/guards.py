@@ -144,7 +144,7 @@ class StepGuard:
             return
         others = [rank for rank, value in enumerate(values) if value != common]
         which = f"rank{'s' * (len(others) > 1)} {listed(others)}"
-        doubt = f"has other parameters than the {count} others" if len(others) == 1 else "have other parameters"
+        doubt = f"has different parameters from the {count} others" if len(others) == 1 else "have different parameters"
         if 2 * count <= len(values):
             which, doubt = f"ranks {listed(list(range(len(values))))}", "have different parameters, no majority"
         raise TrainingError(

@@ -81,7 +81,7 @@ function open(span, choose) {
   }
   const rest = 1 - top.reduce((sum, other) => sum + Math.exp(other.logprob), 0);
   const all = token.logprob === null ? "" : "No alternatives: the text is too long for the server to list them.";
-  const hint = top.length ? `Choose one to continue from it. Others: ${percent(Math.log(Math.max(rest, 1e-9)))}` : all;
+  const hint = top.length ? `Choose one to continue from it. All other tokens: ${percent(Math.log(Math.max(rest, 1e-9)))}` : all;
   popover.replaceChildren(title, element("p", "note", facts.filter(Boolean).join(" · ")), list, element("p", "note", hint));
   popover.append(button("Close", () => popover.hidePopover()));
   popover.showPopover();

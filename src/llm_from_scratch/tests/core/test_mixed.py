@@ -191,7 +191,7 @@ def test_a_used_up_part_leaves_its_share_to_the_others() -> None:
     assert after[1] == pytest.approx(0.6 * (later - used_up), abs=2) and after[1] > 10, "0.3 and 0.2 become 0.6 and 0.4"
     lines = order.lines(250)
     assert "a 50.0% of the windows (2.00 epochs), b 30.0% of the windows (3.45 epochs)" in lines[0]
-    assert lines[1] == f"mixture: after {used_up:,} windows, a reached max_epochs: the other parts get their share"
+    assert lines[1] == f"mixture: after {used_up:,} windows, a reached max_epochs; then only the other parts are used"
     assert "a, b reached" in lines[2]
 
 

@@ -434,7 +434,7 @@ def test_options_without_effect_are_refused(here: Path) -> None:
     (here / "b.jsonl").write_text(json.dumps({"text": "two\nlines"}) + "\n")
     (here / "b.zip").write_bytes(zipped({"c.txt": "one\ntwo", "b.jsonl": '{"text": "x"}'}))
     for files, name in ((["b.jsonl"], "b.jsonl"), (["a.txt", "b.jsonl"], "b.jsonl"), (["b.zip"], "b.zip:b.jsonl")):
-        with pytest.raises(UserError, match=f"^{name} is not a text file that --lines divides"):
+        with pytest.raises(UserError, match=f"^{name} is not a text file, so --lines cannot divide it"):
             prepare(files, lines=True, tokenizer="byte", report=lambda line: None)
     with pytest.raises(UserError, match="rows is not a text file that --lines"):
         readers.check_lines(sources.HubSource("rows", "text", None, []))
@@ -523,7 +523,7 @@ def test_damage_is_named(here: Path) -> None:
     with pytest.raises(UserError, match="a.zip is damaged"):
         documents("a.zip")
     (here / "a.epub").write_bytes(zipped({"META-INF/container.xml": "<container/>"}))  # names no package
-    with pytest.raises(UserError, match="a.epub is damaged: its container names no package"):
+    with pytest.raises(UserError, match="a.epub is damaged: its container does not name a package"):
         documents("a.epub")
     (here / "a.ipynb").write_text('{"cells": 5}')
     with pytest.raises(UserError, match="a.ipynb is not a notebook"):

@@ -177,7 +177,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     table = [line.split() for line in lines[11:22]]
     assert [row[0] for row in table] == [*(f"{2**n:,}" for n in range(11))]
     assert table[0][-1] == "100%" and int(table[-1][-1][:-1]) < 100
-    assert lines[23].startswith("hours: of 294,912,000,000 tokens (600,000 steps of 480 sequences: --max_iters);")
+    assert lines[23].startswith("hours: for 294,912,000,000 tokens (600,000 steps of 480 sequences: --max_iters);")
     rates, hours = ([float(row[at].replace(",", "")) for row in table] for at in (-3, -2))
     assert [294.912e9 / rate / 3600 for rate in rates] == pytest.approx(hours, abs=0.051)
     assert list(here.iterdir()) == []

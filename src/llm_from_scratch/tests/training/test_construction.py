@@ -120,7 +120,7 @@ def test_an_unrecordable_model_is_built_whole(monkeypatch: pytest.MonkeyPatch, w
     whole = GPT(config.model)
     one = build(config, runtime(1), None, told.append)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), one.state_dict().values(), strict=True))
-    assert len(told) == 1 and told[0].startswith("construction: every process builds the whole model first, because")
+    assert len(told) == 1 and told[0].startswith("every process builds the whole model first, because")
 
 
 def test_one_process_builds_the_model_as_it_is() -> None:

@@ -466,7 +466,7 @@ def test_an_impossible_resume_creates_no_folder(tiny_data: Path) -> None:
     assert not Path("none").exists()
     for run in ("a", "b"):
         Path(run, "step-00000001").mkdir(parents=True)
-    with pytest.raises(UserError, match="no checkpoint none: there is no such folder or file; runs there: a, b$"):
+    with pytest.raises(UserError, match="no checkpoint none: there is no such folder or file; existing runs: a, b$"):
         find_checkpoint("none")
 
 
