@@ -4,7 +4,7 @@ saved with the data and in every checkpoint, so loading it needs no network."""
 
 from __future__ import annotations
 
-import base64
+import binascii
 import functools
 import hashlib
 import json
@@ -267,7 +267,7 @@ class TiktokenTokenizer(Tokenizer):
         return f"{self.name}\0{json.dumps(self.special, sort_keys=True)}\0".encode() + ranks
 
     def _save(self, folder: Path) -> dict[str, Any]:
-        lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
+        lines = (b"%s %d\n" % (binascii.b2a_base64(token, newline=False), rank) for token, rank in self.ranks.items())
         (folder / RANKS_FILE).write_bytes(b"".join(lines))
         return {"pattern": self.pattern, "special": self.special}
 
@@ -416,5 +416,5 @@ def build_tokenizer(folder: Path, meta: dict[str, Any]) -> Tokenizer:
     if name not in TIKTOKEN_NAMES:
         raise UserError(f"the tokenizer in {folder} has the unknown kind {name!r}")
     lines = read_file(folder / RANKS_FILE, MAX_RANKS).split(b"\n")
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    ranks = {binascii.a2b_base64(token): int(rank) for token, rank in (line.split() for line in lines if line)}
     return TiktokenTokenizer(name, ranks, meta["pattern"], meta["special"])

@@ -53,8 +53,9 @@ def gpt2_parts(encoder: dict[str, int]) -> tuple[dict[bytes, int], str, dict[str
     """Ranks, pattern and special tokens of GPT-2 from its vocabulary (encoder.json, or Hugging Face's vocab.json)."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    to_byte = {char: byte for byte, char in enumerate(byte_to_char())}
-    ranks = {bytes(to_byte[c] for c in token): i for token, i in encoder.items() if token != EOT}
+    to_byte = dict.fromkeys(range(256), "\ud800")  # an error if a token has such a character
+    to_byte |= {ord(char): chr(byte) for byte, char in enumerate(byte_to_char())}
+    ranks = {token.translate(to_byte).encode("latin-1"): i for token, i in encoder.items() if token != EOT}
     return ranks, r50k_pat_str, {EOT: encoder[EOT]}
 
 

@@ -228,10 +228,13 @@ def encode_units(
             one.future.set_exception(error)
 
     def finish() -> tuple[Unit, int, np.ndarray]:
-        nonlocal pool, failures
         first = waiting.popleft()
-        if first.ids is not None:  # from the cache
-            return first.unit, first.size, first.ids
+        ids = first.ids if first.ids is not None else encoded(first)
+        # every id is a byte, or the texts are encoded once more to count their bytes
+        return first.unit, len(ids) if tokenizer.name == "byte" else first.unit.size(), ids
+
+    def encoded(first: _Waiting) -> np.ndarray:
+        nonlocal pool, failures
         while first.ids is None:
             if pool is None or first.future is None:
                 first.ids = encode(first.unit)
@@ -248,13 +251,13 @@ def encode_units(
                     if pool is not None and one.ids is None:
                         submit(one)
         cache.put(first.key, first.ids)
-        return first.unit, first.size, first.ids
+        return first.ids
 
     try:
         pool = pool or (start_pool(workers, saved, fast) if workers else None)
         for unit in units:
             key = unit.key(tokenizer) if cache.folder is not None else ""
-            waiting.append(one := _Waiting(unit, unit.size(), key, cache.get(key)))
+            waiting.append(one := _Waiting(unit, key, cache.get(key)))
             if one.ids is None and pool is not None:
                 submit(one)
             while len(waiting) > 2 * workers:
@@ -303,7 +306,6 @@ class _Waiting:
     """A unit whose ids are not yet written."""
 
     unit: Unit
-    size: int
     key: str
     ids: np.ndarray | None
     future: Future[np.ndarray] | None = None

@@ -117,6 +117,10 @@ class FastTokenizer:
             raise EncoderDiffersError(f"gigatoken cannot encode with {self.tokenizer.name} ({reason})") from None
 
     def encode(self, text: str) -> np.ndarray:
+        return self.encode_uncast(text).astype(self.dtype, copy=False)
+
+    def encode_uncast(self, text: str) -> np.ndarray:
+        """The ids in the library's type."""
         try:
             data = text.encode()
         except UnicodeEncodeError:  # as in Tokenizer.encode
@@ -133,13 +137,11 @@ class FastTokenizer:
         self.encoded += len(data)
         if self.encoded > RENEW:
             self._load()
-        return np.asarray(ids).astype(self.dtype, copy=False)
-
-    encode_uncast = encode
+        return np.asarray(ids)
 
     def compare(self, text: str) -> None:
         """Raises EncoderDiffersError if the ids of a text differ from the tokenizer's."""
-        if not np.array_equal(self.encode(text), self.tokenizer.encode(text)):
+        if not np.array_equal(self.encode_uncast(text), self.tokenizer.encode(text)):
             raise EncoderDiffersError(f"gigatoken's ids differ from {self.tokenizer.name}'s for {text[:40]!r}")
 
 
