@@ -45,9 +45,9 @@ export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 peers=(--nanogpt="$nanogpt" --litgpt=build/peers/litgpt/bin/python)
 row loss "$python" benchmarks/time_to_loss.py --nanogpt="$nanogpt"
 row training "$python" benchmarks/throughput.py "${peers[@]}" --cases=gpt2 \
-    --contenders=ours,nanogpt,transformers,litgpt --rounds="${ROUNDS:-3}"
+    --contenders=ours,nanogpt,transformers,litgpt --rounds="${ROUNDS:-2}"
 row decoding build/peers/llamacpp/bin/python benchmarks/decoding.py "${peers[@]}" \
-    --cases=char-512,gpt2-fp32,gpt2-int8 --no-variants --rounds="${ROUNDS:-4}"
+    --cases=char-512,gpt2-fp32,gpt2-int8 --no-variants --rounds="${ROUNDS:-3}"
 # Peak memory and equal weights do not depend on the load, so these run side by side. The speeds of memory.py do.
 row resume "$python" benchmarks/resume.py --nanogpt="$nanogpt" >build/proof/resume.log &
 trap 'kill $! 2>/dev/null || true' EXIT # if memory.py fails

@@ -119,14 +119,14 @@ class DataConfig(Settings):
     batch_size: int = 8
     """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: as many as fit."""
+    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: the most that fit
+    in memory and are faster."""
     sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
     """Distance between the starts of neighbouring windows in shuffled order. None: block_size (no overlap)."""
     data_cache: float = 100.0
-    """Disk space (GiB) in data/cache/remote for the shards of a dataset in an object store, such as
-    --dataset=s3://bucket/name (extra: remote). Larger data is shuffled in parts that fit."""
+    """Limit (GiB) of data/cache/remote, for data in an object store (extra: remote). Larger data is read in parts."""
     documents: bool | Literal["auto"] = "auto"
     """Train on whole documents: a window begins at the start of a document, and attention stays within each document.
     auto: for conversations and one-line documents (llm-prepare --lines=True)."""
@@ -214,7 +214,7 @@ class TrainingConfig(Settings):
 
 @dataclass
 class FinetuneConfig(Settings):
-    """Which weights train: all, all but frozen ones, or only adapters (LoRA, arXiv 2106.09685)."""
+    """The weights to train: all, all except frozen ones, or only adapters (LoRA, arXiv 2106.09685)."""
 
     lora_rank: int | None = None
     """Train adapters of this rank and freeze the weights of init_from. Checkpoints hold only adapters. None: off."""
@@ -341,8 +341,7 @@ class GenerationConfig(Settings):
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits by token id before any other processing, for example '{50256: -100}'."""
     stop: tuple[str, ...] = ()
-    """Stop sequences: generation ends at the first, which is not printed. One string, or a list:
-    '["END", "\\n\\n"]'."""
+    """Stop sequences: the first one ends the sample and is not printed. One string, or a list: '["END", "\\n\\n"]'."""
     ignore_eos: bool = False
     """Continue after tokens that end a text or a turn. Otherwise the first one ends the sample and is not printed."""
 
@@ -404,18 +403,15 @@ class SystemConfig(Settings):
     shard_group: int | None = None
     """With hsdp: processes that share one copy of the model. None: the processes of a node."""
     reshard_after_forward: bool = True
-    """With fsdp and hsdp: free a block's weights after its forward pass and gather them again for its backward pass.
-    False: a third less traffic, but more memory."""
+    """With fsdp and hsdp: free a block's weights after its forward pass. False: a third less traffic, more memory."""
     seed: int = 1337
     """Random seed of weights, dropout, data order and sampling."""
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """CPU: keep a large model's memory between steps (faster, 20% more memory). auto: if half of the free
-    memory is enough."""
+    """CPU: reuse a large model's memory (faster, 20% more memory). auto: if half of the free memory is enough."""
     data_on_device: bool | Literal["auto"] = "auto"
-    """Keep the training tokens in device memory. auto: on CUDA, if they need at most 4 GiB and a tenth of
-    the free memory."""
+    """Keep the tokens in device memory. auto: on CUDA, if they need at most 4 GiB and a tenth of the free memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Record the training step as a CUDA graph. auto: for small compiled models on one GPU."""
     fp8: bool = False

@@ -49,7 +49,7 @@ class SharedError(UserError):
 
 
 class DamagedError(UserError):
-    """Files whose contents differ from what was written."""
+    """Files with other contents than were written."""
 
 
 class SaveError(UserError):
@@ -73,7 +73,7 @@ class NotFiniteError(TrainingError):
 
 
 class MemoryShortError(TrainingError):
-    """Not even the smallest micro-batch fits in memory. Weights and moments are those of the last step."""
+    """Not even the smallest micro-batch fits in memory. Weights and moments are as after the last step."""
 
 
 class PeerMemoryError(MemoryError):

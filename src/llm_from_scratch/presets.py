@@ -65,8 +65,8 @@ def parse(
     common: Sequence[str] = (), shown: Callable[[dict[str, Any], list[Path]], dict[str, str]] | None = None,
     own: dict[str, str] = {},  # noqa: B006
 ) -> Parsed[T]:  # fmt: skip
-    """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, replacing those of
-    the tree. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
+    """Reads a command line into a dataclass tree. defaults: defaults of this command by leaf name, in place of
+    the tree's. presets: arguments without dashes are preset files (else they are returned as positionals). base_preset:
     the preset to use if none is given; with it, a Python file as the first preset starts from nanoGPT's defaults.
     `--help` prints the settings in common, or all if common is empty, `--help_all` all, with the values that this
     command line gives them, and exits. shown: from the settings and the presets to texts that it prints instead of a

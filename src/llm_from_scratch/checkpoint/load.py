@@ -30,7 +30,7 @@ def load(
 ) -> Checkpoint:  # fmt: skip
     """Weights, configuration and tokenizer from any kind of model source. For runs, `which` is as in find_checkpoint.
 
-    dataset: a name or folder whose tokenizer to use if the weights have none. A ckpt.pt names its dataset, which is
+    dataset: a name or folder with the tokenizer, if the weights have none. A ckpt.pt names its dataset, which is
     looked up in data/. Without a dataset, a vocabulary of GPT-2's size is taken as GPT-2's. weights_only skips the
     optimizer and the random states. An adapter is merged into its base; with merge=False, `model` is the base. depth:
     number of adapters that were loaded on the way to this one. lazily: as in load_checkpoint. Raises UserError if

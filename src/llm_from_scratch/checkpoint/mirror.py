@@ -320,8 +320,8 @@ class Mirror:
 
 
 def restore(url: str, out_dir: Path, say: Callable[[str], None]) -> None:
-    """Downloads the newest checkpoint of the mirror, unless out_dir has a good one that is as new. One whose bytes are
-    wrong loses its marker. One process does it, and the others wait. Raises UserError if the store fails and out_dir
+    """Downloads the newest checkpoint of the mirror, unless out_dir has a good one that is as new. One with wrong
+    bytes loses its marker. One process does it, and the others wait. Raises UserError if the store fails and out_dir
     has no checkpoint."""
     store, known = Store(url), dict[tuple[Any, ...], bool]()
 

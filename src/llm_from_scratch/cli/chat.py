@@ -61,8 +61,8 @@ def main(argv: list[str]) -> int:
     generator, found = load_generator(location, source.which, source.dataset, tree.system, tree.speed)
     if generator.tokenizer.chat is None:
         raise UserError(
-            f"{location} is not a chat model (it has no chat template): train one on conversations (docs/FINETUNE.md), "
-            "or continue a text with llm-generate --interactive"
+            f"{location} is not a chat model (it does not have a chat template): train one on conversations "
+            "(docs/FINETUNE.md), or continue a text with llm-generate --interactive"
         )
     generator.check(tree.generation)
     announce(generator, found)

@@ -266,7 +266,7 @@ def _documents(model: Checkpoint, dataset: str | None) -> bool | None:
 
 
 def _prepared(name: str, split: str, tokenizer: Tokenizer | None, block_size: int, documents: bool | None) -> TokenData:
-    """A split of a dataset or of all parts of a mixture, packed if it was trained so."""
+    """A split of a dataset or of all parts of a mixture, packed if the model was trained on packed windows."""
     from ..core.mixed import Mixture
     from ..core.packing import in_units
 

@@ -54,7 +54,7 @@ class SourceOptions:
 
 @dataclass
 class OutputOptions:
-    """How samples are printed."""
+    """Output of samples."""
 
     stream: bool | Literal["auto"] = "auto"
     """Print each token as it is generated, one sample after the other. auto: if the output is a terminal."""

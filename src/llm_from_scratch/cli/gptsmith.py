@@ -13,7 +13,7 @@ from .common import command
 # Subcommand: (its module in cli/, what it does)
 COMMANDS = {
     "prepare": ("prepare_data", "tokenizes texts"),
-    "inspect": ("inspect_data", "shows what is in a dataset"),
+    "inspect": ("inspect_data", "shows the contents of a prepared dataset"),
     "train": ("train", "trains from scratch, resumes a run, or finetunes"),
     "plan": ("plan", "estimates time and memory of a run"),
     "generate": ("generate", "continues a text"),
@@ -35,7 +35,7 @@ Trains, samples, evaluates, exports and serves GPT language models.
 
 gptsmith COMMAND --help explains a command. gptsmith --completion bash prints a
 completion script (bash or zsh)."""
-# In bash, the rest of the line is completed as that of llm-COMMAND, whose script is read when it is first needed.
+# In bash, the rest of the line is completed as for llm-COMMAND. Its script is read at the first use.
 SCRIPTS = {
     "bash": """_gptsmith() {
   local name="${COMP_WORDS[1]}"

@@ -1,4 +1,4 @@
-"""llm-inspect: what is in a prepared dataset."""
+"""llm-inspect: the contents of a prepared dataset."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..settings import at_least
 from .common import command
 from .prepare_data import say
 
-HELP = """Shows what is in a prepared dataset: counts, use of the vocabulary, bytes per
-token, lengths of documents, duplicates, integrity, random windows of text.
+HELP = """Shows the contents of a prepared dataset: counts, use of the vocabulary, bytes
+per token, lengths of documents, duplicates, integrity, random windows of text.
 
   llm-inspect shakespeare_char
   llm-inspect data/processed/book --html=book.html

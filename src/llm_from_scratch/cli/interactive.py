@@ -1,4 +1,4 @@
-"""`llm-generate --interactive` and llm-chat: a prompt a line, and at a terminal the commands of /help."""
+"""`llm-generate --interactive` and llm-chat: one prompt per line; in a terminal also the commands that /help lists."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Conversation:
 
 
 class Chat(Conversation):
-    """A conversation with a chat model, whose messages it keeps."""
+    """A conversation with a chat model. It keeps the messages."""
 
     greeting, help = CHAT_GREETING, CHAT_HELP
     commands = (*Conversation.commands, "save")

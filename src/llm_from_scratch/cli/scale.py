@@ -50,7 +50,7 @@ class ScaleOptions:
     workers: int = 1
     """Number of runs at the same time."""
 
-    metric, pruner, budget_each = "bits_per_byte", "none", None  # as of a sweep, and not to be set
+    metric, pruner, budget_each = "bits_per_byte", "none", None  # the options of a sweep that are fixed here
 
     def validate(self) -> None:
         at_least(self, 1, "seeds", "workers")

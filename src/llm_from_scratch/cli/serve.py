@@ -106,7 +106,7 @@ def add_adapters(service: Service, location: str, source: SourceOptions, overflo
     )
     for name, folder in options.adapters.items():
         check_location(folder, None)
-        if is_peft(Path(folder)):  # which does not record of which weights it is an adapter: its shapes must fit
+        if is_peft(Path(folder)):  # peft does not record the base's hash, so only the shapes are checked
             path, config, scale = Path(folder), base.model.config, 1.0
             adapter, tokenizer = read_peft(path, config), read_tokenizer(path, gpt2=False)
         else:

@@ -45,11 +45,11 @@ class SweepOptions:
     budget_each: str | None = None
     """Length of each run: 90s, 10min, 2h, 50Mtokens or 1e15flops. None: max_iters or epochs."""
     sampler: Literal["auto", "grid", "random", "tpe"] = "auto"
-    """grid: every combination of lists. tpe: near good trials (arXiv 1105.5463). auto: grid for lists,
+    """grid: every combination of lists. tpe: sample near good trials (arXiv 1105.5463). auto: grid for lists,
     else tpe."""
     pruner: Literal["none", "median", "halving"] = "median"
-    """Stops bad trials at an evaluation. median: worse than the median of five or more complete trials. halving: not
-    in the best third (arXiv 1810.05934). none: never."""
+    """median: stop a trial that is worse than the median of the complete trials (at least five). halving: stop a trial
+    that is not in the best third (arXiv 1810.05934). none: never."""
     metric: Literal["val_loss_full", "val_loss", "bits_per_byte"] = "val_loss_full"
     """Result of a run: loss of the whole validation split, the best estimated loss, or bits per byte."""
     name: str | None = None

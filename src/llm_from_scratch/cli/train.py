@@ -33,7 +33,7 @@ OWN_FLAGS = {
     "exportable": "With --budget: only models that transformers supports.",
 }
 OWN_VALUES = {  # name: (an example, its help)
-    "budget": ("10min", "Choose all other settings, for a run of this time, FLOPs (1e15flops) or tokens (50Mtokens)."),
+    "budget": ("10min", "Run length: a time, FLOPs (1e15flops) or tokens (50Mtokens). Chooses all other settings."),
     "law": ("FILE.json", "With --budget: use this scaling law, written by llm-scale."),
     "cooldown": ("0.2", "Start a cool-down from --init_from=OUT_DIR/step-N. Its length: this fraction of N steps."),
     "gpu": ("h100", "GPU model of the machines."),
@@ -103,7 +103,7 @@ def _main(argv: list[str], prog: str, nanogpt: bool = False, dry_run: bool = Fal
         url, out_dir = training.mirror, Path(training.out_dir)
         after_first(lambda: restore(url, out_dir, note), parsed.tree.system.collective_timeout)
     begin = resolved_init(training.init_from, training.out_dir)
-    # by data_prepared_last; nanoGPT's defaults, which also lie under its presets, name openwebtext
+    # the dataset came from data_prepared_last: nanoGPT's defaults and its presets name openwebtext
     chosen = not (nanogpt or "dataset" in parsed.sources or parsed.files[0].endswith(".py"))
     cooldown: dict[str, Any] = {}
     if "cooldown" in values:

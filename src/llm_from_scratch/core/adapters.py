@@ -44,7 +44,7 @@ def matching(names: Iterable[str], patterns: Iterable[str], option: str) -> list
 
 
 def linear_layers(model: GPT) -> dict[str, Any]:
-    """{name: linear layer of the blocks}, without those that share their weight with another module."""
+    """{name: linear layer of the blocks}, except layers that share their weight with another module."""
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     in_blocks = set(model.transformer.h.modules())
     return {
@@ -161,7 +161,7 @@ def checked_adapter(adapter: dict[str, Tensor], config: GPTConfig, rank: int | N
     layers and shapes are the model's."""
     layers = linear_layers(meta_model(config))
     if not adapter:
-        raise DamagedError(f"{where} has no tensors")
+        raise DamagedError(f"{where} does not contain tensors")
     for key, tensor in adapter.items():
         name, _, part = key.rpartition(".")
         other = f"{name}.{PARTS[1 - PARTS.index(part)]}" if part in PARTS else ""

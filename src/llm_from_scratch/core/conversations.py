@@ -42,8 +42,8 @@ def find_turn_ends(tokenizer: Tokenizer, messages: Sequence[Message]) -> bool:
 def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, whether each is learned) of a conversation: the assistant's turns with their ends are learned.
 
-    Usually one sequence. If the template writes earlier turns differently once the conversation continues (as those
-    that drop earlier reasoning do), one for each turn of the assistant. Raises UserError if the template rejects the
+    Usually one sequence. If the template writes earlier turns differently once the conversation continues (as one
+    that drops earlier reasoning does), one for each turn of the assistant. Raises UserError if the template rejects the
     messages.
     """
     assert tokenizer.chat is not None

@@ -115,7 +115,7 @@ class Phase:
 @dataclass(frozen=True)
 class MixedOrder(SampleOrder):
     """The order of the windows of a mixture. Every part has an order of its own, and its share of the samples. A part
-    whose epochs are used up leaves its share to the others, in proportion to their weights."""
+    without epochs left leaves its share to the others, in proportion to their weights."""
 
     parts: tuple[Part, ...] = ()
     orders: tuple[SampleOrder, ...] = ()
@@ -251,7 +251,7 @@ class MixedOrder(SampleOrder):
         if samples > self.samples:
             steps = int(self.samples) // batch
             raise UserError(
-                f"with max_epochs on every part, the mixture lasts {steps:,} steps, but the run has "
+                f"with max_epochs on every part, the mixture is enough for {steps:,} steps, but the run has "
                 f"{samples // batch:,}: raise or remove one max_epochs, or set --max_iters={steps}"
             )
 

@@ -155,7 +155,7 @@ class PackedData(TokenData):
         return edges[:-1], edges[1:]
 
     def _count_learned(self, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The learned tokens of each document, without its first and those beyond its length."""
+        """The learned tokens of each document, without its first and any beyond its length."""
         counts = np.zeros(len(begins), np.int64)
         for at, part in _parts(self.marks):
             places = at + np.flatnonzero(part & LEARNED)
@@ -177,7 +177,7 @@ class PackedData(TokenData):
         return ", ".join(parts)
 
     def prompt(self, place: float) -> np.ndarray:
-        """The tokens of a conversation before those that are learned. place: which one, from 0 to 1."""
+        """The tokens of a conversation before the learned ones. place: which one, from 0 to 1."""
         at = slice(int(place * len(self.begins)), int(place * len(self.begins)) + 1)
         ids, marks = self._read(self.begins[at], self.lengths[at])
         return ids if marks is None else ids[: np.argmax(marks & LEARNED)]
@@ -191,7 +191,7 @@ class PackedData(TokenData):
 
 
 def shares_of(learned: np.ndarray, starts: np.ndarray, share: slice, processes: int) -> np.ndarray:
-    """The share of the rows starts[share] in the loss of the global batch, (B,), times the number of processes, whose
+    """The share of the rows starts[share] in the loss of the global batch, (B,), times the number of processes, as
     gradients are averaged. learned: the targets of each row."""
     total = max(1, int(learned[starts].sum()))  # 0 of no rows: an evaluation has fewer than processes
     return (learned[starts[share]] * (processes / total)).astype(np.float32)

@@ -18,7 +18,7 @@ from .ngrams import NGramEmbedding
 
 
 class NoInit(TorchFunctionMode):
-    """Skips torch.nn.init, for models whose weights are replaced at once or are never read."""
+    """Skips torch.nn.init, for weights that are replaced at once or never read."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

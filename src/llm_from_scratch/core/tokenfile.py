@@ -175,7 +175,7 @@ def _stated(folder: Path, split: str, manifest: dict[str, Any] | None) -> dict[P
 
 def _datatrove_shards(folder: Path, split: str) -> list[TokenFile]:
     """The shards that datatrove wrote: NAME.ds with the ids, NAME.ds.index with the ends of the documents. The
-    validation split is the shards whose names begin with val, or else the last one."""
+    validation split is the shards with names that begin with val, or else the last one."""
     files = [path for path in sorted(folder.glob("*.ds")) if path.stat().st_size]
     val = [path for path in files if path.name.startswith("val")] or files[-1:]
     chosen = val if split == "val" else [path for path in files if path not in val]

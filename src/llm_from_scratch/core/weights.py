@@ -63,7 +63,7 @@ def checked_weights(
     model: dict[str, Tensor], config: GPTConfig, where: str, numbers: bool = True
 ) -> dict[str, Tensor]:  # fmt: skip
     """The state dict under its plain names, with every name of a tied tensor. Raises DamagedError if names, shapes or
-    types are not those of GPT(config), or (numbers) a number is not finite."""
+    types differ from GPT(config)'s, or (numbers) a number is not finite."""
     state = plain_names(model)
     if len(state) != len(model):
         raise DamagedError(f"{where} contains a tensor twice")

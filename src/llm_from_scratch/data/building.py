@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 @dataclass
 class DatasetSpec:
-    """The dataset to prepare. sources: those of train and of val; or one list, which is split: one document by
+    """The dataset to prepare. sources: of train and of val; or one list, which is split: one document by
     position, several by document."""
 
     name: str

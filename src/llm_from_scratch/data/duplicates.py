@@ -41,7 +41,7 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def grouped(records: Iterable[np.ndarray], dtype: np.dtype, total: int, folder: Path) -> Iterator[np.ndarray]:
-    """`total` records, sorted, in arrays of about MEMORY bytes; those with the same hash are in the same array."""
+    """`total` records, sorted, in arrays of about MEMORY bytes. Equal hashes are in the same array."""
     count = -(-total * dtype.itemsize // MEMORY)
     if count <= 1:
         parts = list(records)
@@ -88,7 +88,7 @@ def exact_duplicates(hashes: Iterable[np.ndarray], total: int, folder: Path) -> 
 
 
 class Signatures:
-    """Those of all documents, in files of consecutive documents. One file is open at a time."""
+    """The signatures of all documents, in files of consecutive documents. One file is open at a time."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         sizes = [file.stat().st_size // (4 * NUMBERS) for file in files]
@@ -143,7 +143,7 @@ def near_duplicates(signatures: Signatures, folder: Path) -> np.ndarray:
 
 
 def _join(first: np.ndarray, pairs: np.ndarray, signatures: Signatures) -> None:
-    """Merges the groups of those pairs that are similar."""
+    """Merges the groups of similar pairs."""
     equal = signatures.at(pairs[0]) == signatures.at(pairs[1])
     pairs = pairs[:, equal.mean(axis=1) >= SIMILAR]
     while pairs.shape[1]:

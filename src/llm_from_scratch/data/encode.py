@@ -277,7 +277,7 @@ class Workers(ProcessPoolExecutor):
         super().__init__(*given)
 
     def end(self) -> None:
-        """Waits until all have ended; those that do not end are killed."""
+        """Waits until all have ended. Workers that do not end are killed."""
         ending = threading.Thread(target=self.shutdown, kwargs={"cancel_futures": True}, daemon=True)
         ending.start()
         ending.join(PATIENCE)
@@ -303,7 +303,7 @@ def start_pool(workers: int, saved: Path, fast: bool) -> Workers:
 
 @dataclass
 class _Waiting:
-    """A unit whose ids are not yet written."""
+    """A unit with ids that are not yet written."""
 
     unit: Unit
     key: str

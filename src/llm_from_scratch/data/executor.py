@@ -341,7 +341,7 @@ def _check_slurm(job: Job) -> None:
 
 
 def _run_on_slurm(job: Job, report: Callable[[str], None]) -> None:
-    """Submits the jobs, unless those of an earlier call are still there, and waits for them."""
+    """Submits the jobs, unless jobs of an earlier call are still there, and waits for them."""
     names = job.work / JOBS
     jobs = names.read_text().split() if names.is_file() else []
     if not _queued(jobs):
@@ -390,7 +390,7 @@ def _cancel(jobs: list[str]) -> str:
 
 
 def _queued(jobs: list[str]) -> bool:
-    """Whether one of the jobs runs or will run: those after a failed one wait without end."""
+    """Whether one of the jobs runs or will run: jobs after a failed one wait without end."""
     if not jobs:
         return False
     done = subprocess.run(

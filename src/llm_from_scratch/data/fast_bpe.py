@@ -54,8 +54,8 @@ HARD_TEXTS = (
 
 @functools.cache
 def uncertain(normalized: bool) -> np.ndarray:
-    """Code points on which libraries with different versions of Unicode may disagree: those that this Python does not
-    define, which may be letters; normalized: also those that tokenizers and Python normalize differently. The last
+    """Code points on which libraries with different versions of Unicode may disagree: not defined by this
+    Python, and perhaps letters; normalized: also code points that tokenizers and Python normalize differently. The last
     entry is for all later code points."""
     found = np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x2FFFF)] + [True])
     if normalized:

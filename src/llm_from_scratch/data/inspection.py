@@ -92,7 +92,7 @@ def inspect_dataset(folder: Path, windows: int, length: int, seed: int, duplicat
 
 
 def _damaged(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files whose content is not what the manifest states."""
+    """Files with other content than the manifest states."""
     found = []
     for entry in manifest.get("splits", {}).values():
         for shard in [*entry["shards"], *entry.get("marks", [])]:

@@ -65,7 +65,7 @@ class PrepareOptions:
     quality: tuple[Literal["gopher", "c4"], ...] = ()
     """Quality rules for English web pages: Gopher's, C4's, or both."""
     personal_data: Literal["keep", "mask"] = "keep"
-    """mask: replace e-mail and IP addresses, phone, card and account numbers."""
+    """mask: replace e-mail and public IPv4 addresses, phone numbers with a country code, card and account numbers."""
     decontaminate: tuple[str, ...] = ()
     """Evaluation texts: remove documents that share 13 words in a row with them."""
     dedup: Literal["none", "exact", "near"] = "none"

@@ -312,7 +312,7 @@ def read_pdf(source: FileSource) -> Pieces:
 
 
 def read_archive(source: FileSource) -> Iterator[tuple[str, bool]]:
-    """The files of a .zip or .tar archive with a known suffix, or those that --include selects. Ignores archives."""
+    """The files of a .zip or .tar archive: with a known suffix, or as --include selects. Ignores archives."""
 
     def accepts(name: str) -> bool:
         reader = reader_of(name)

@@ -1,4 +1,4 @@
-"""Which files of a folder or an archive are read: those with a known suffix, or those that patterns select."""
+"""Which files of a folder or an archive are read: by known suffixes, or by patterns."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def is_hidden(name: str) -> bool:
 
 
 def walk(folder: Path, rules: bool = False) -> list[Path]:
-    """The files below a folder that are not hidden, sorted. rules: without those that a .gitignore excludes."""
+    """The files below a folder that are not hidden, sorted. rules: without files that a .gitignore excludes."""
     Rules = list[tuple[str, Any]]
     found: list[str] = []
     waiting: list[tuple[str, Rules]] = [("", [])]

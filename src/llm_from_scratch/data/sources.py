@@ -125,7 +125,9 @@ class FileSource:
         if url:
             if version := stores.version(url):
                 return {"path": self.name, "bytes": self.size, "version": version, **query}
-            self._say(f"note: {self.name} has no version (ETag, Last-Modified), so it is downloaded to compare it")
+            self._say(
+                f"note: {self.name} does not have a version (ETag, Last-Modified), so it is downloaded and compared"
+            )
         with stores.reading(self.name, url), stores.open_url(url) if url else self.path.open("rb") as file:
             digest = FileHash()
             blocks = digest.blocks(file)

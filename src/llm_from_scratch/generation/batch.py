@@ -1,8 +1,8 @@
 """Token ids from a model for many rows at once: prefill, then decode with a key/value cache.
 
 A prompt is read once (prefill), even if many rows begin with it. Then all rows grow together by one token per step
-(decode). Rows may join and leave at any step. The cache changes only the speed: the logits equal those of running the
-whole context again for every token (use_cache=False).
+(decode). Rows may join and leave at any step. The cache changes only the speed: the logits are the same as without it
+(use_cache=False: the whole context again for every token).
 
 A context of block_size tokens is full; the next token moves the window:
 

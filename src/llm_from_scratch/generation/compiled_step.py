@@ -1,6 +1,6 @@
 """A recorded decode step as one call of the compiled kernel (kernels/step.c), without Python between its operations.
 
-Every line of a record (recorder.py) that the kernel knows becomes an operation on memory whose place is fixed. The
+Every line of a record (recorder.py) that the kernel knows becomes an operation on memory at a fixed place. The
 others, and what they depend on, run before it in torch: a model's own embedding of the tokens, for example. Results of
 operations share an arena, in which memory that is no longer needed is used again.
 """

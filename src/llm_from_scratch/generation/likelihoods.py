@@ -101,7 +101,7 @@ class Likelihoods:
             self.found[context, after] = _score(logits[row, begin : begin + len(after)], self._tensor(after))
 
     def _read_family(self, shared: int, continuations: dict[Ids, list[Ids]]) -> None:
-        """Contexts whose first `shared` tokens are the same, which are read once."""
+        """Contexts with the same first `shared` tokens, which are read once."""
         beginning, after = None, {c: max(map(len, group)) - 1 for c, group in continuations.items()}
         contexts = sorted(continuations, key=lambda context: (-len(context), context))
         if shared:
@@ -158,7 +158,7 @@ class Likelihoods:
 
 
 def part_of(pairs: list[tuple[Ids, Ids]], rank: int, processes: int) -> list[tuple[Ids, Ids]]:
-    """The part of a process: about as many tokens as those of the others, and contexts that begin alike together."""
+    """The part of a process: about as many tokens as the others, with contexts that begin alike together."""
     if processes == 1:
         return pairs
     ordered, found, before = sorted(pairs), list[tuple[Ids, Ids]](), 0
@@ -197,7 +197,7 @@ def _batches(
 
 def families(contexts: Sequence[Ids]) -> list[tuple[int, list[Ids]]]:
     """Contexts by their beginning: (number of first tokens that are the same, contexts). At least one token of each
-    is its own. First those that share too little."""
+    is its own. Contexts that share too little come first."""
     found: list[tuple[int, list[Ids]]] = []
     for context in sorted(contexts):
         if found:

@@ -47,7 +47,7 @@ class Record:
 
     step: Callable[..., Tensor]
     exact: Callable[..., Tensor]
-    """The same with exact linear layers, if those of step approximate."""
+    """The same with exact linear layers, if the layers of step approximate."""
     needs: frozenset[str]
     """The parameters that the step reads."""
     program: Any

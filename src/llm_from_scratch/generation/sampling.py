@@ -58,9 +58,9 @@ def top_k(logits: Tensor, k: int | None, keep_ties: bool = False) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float, among: int | None = None) -> Tensor:
-    """Keeps the fewest most likely tokens whose probabilities add up to p or more (arXiv 1904.09751); 1 keeps all.
+    """Keeps the most likely tokens, as few as add up to a probability of p or more (arXiv 1904.09751); 1 keeps all.
 
-    among: at most this many tokens are left; sorting only those is far cheaper than sorting V.
+    among: at most this many tokens are left; sorting only them is far cheaper than sorting V.
     """
     if p >= 1:
         return logits

@@ -166,7 +166,7 @@ def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[floa
 
 
 def _single(tokens: list[str], where: str) -> Tokenizer:
-    """Our char or byte tokenizer, whose tokens are written as escaped bytes."""
+    """Our char or byte tokenizer: its tokens are written as escaped bytes."""
     try:
         every = [bytes.fromhex(token.replace("\\x", "")) for token in tokens]
         if every == [bytes([byte]) for byte in range(256)]:

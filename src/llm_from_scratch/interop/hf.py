@@ -1,8 +1,7 @@
 """Hugging Face's format, read and written without transformers: models shaped like GPT-2, Llama, Mistral and Qwen.
 
-Reading and writing use the same tables of modules and settings, checked against the model in core/model.py. A model
-that the other format cannot represent is refused by name. Source: transformers' models gpt2, llama, mistral, qwen2 and
-qwen3, and modeling_rope_utils.py.
+Reading and writing share tables of modules and settings, checked against core/model.py. A model that the other format
+cannot represent is refused by name. Source: transformers' gpt2, llama, mistral, qwen2, qwen3, modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ FAMILIES = {
         COMMON | {"scale_attn_weights": YES, "scale_attn_by_inverse_layer_idx": NO, "add_cross_attention": NO},
     ),
     "llama": Family("llama", "LlamaForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA, COMMON),
-    # Read only: it is a Llama whose layers see sliding_window tokens, to which the context is cropped.
+    # Read only: a Llama with a window of sliding_window tokens. The context is shortened to it.
     "mistral": Family(
         "mistral", "MistralForCausalLM", LLAMA_MODULES, LLAMA_FIELDS, LLAMA_ACTIVATIONS, LLAMA | {"bias": False}, COMMON
     ),
@@ -281,7 +280,7 @@ def read_config(folder: Path, note: Callable[[str], None] = lambda text: None) -
     if config.head_dim == config.n_embd / config.n_head:
         config.head_dim = None
     if window is not None and window < config.block_size:
-        note(f"note: {where}: its layers see {window} tokens (sliding_window), so the context is cropped to that")
+        note(f"note: {where}: the context is shortened to {window} tokens (sliding_window)")
         config.block_size = window
     return family, config
 
@@ -398,7 +397,7 @@ def written_weights(
 
 @torch.no_grad()
 def sample_logits(config: GPTConfig, state: dict[str, Tensor], length: int = 64) -> tuple[Tensor, Tensor]:
-    """Random ids and the model's logits for them, in float32: to be compared with those of the written file."""
+    """Random ids and the model's logits for them, in float32: to be compared with the logits of the written file."""
     shape, seeded = (2, min(config.block_size, length)), torch.Generator().manual_seed(0)
     ids = torch.randint(int(config.vocab_size or 0), shape, generator=seeded)
     model = build_model(config, {k: t.float() if t.is_floating_point() else t for k, t in state.items()}).eval()
@@ -407,8 +406,7 @@ def sample_logits(config: GPTConfig, state: dict[str, Tensor], length: int = 64)
 
 @torch.no_grad()
 def _compare(ids: Tensor, logits: Tensor, tokenizer: Tokenizer | None, folder: Path) -> str:
-    """The result of loading the folder with transformers (without it, with our own reader), in a few words. Raises
-    UserError if its results differ."""
+    """Loads the folder with transformers, or else our reader. Returns a summary. Raises UserError if results differ."""
     try:
         import transformers
         from transformers.utils import logging

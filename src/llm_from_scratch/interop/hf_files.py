@@ -1,5 +1,5 @@
 """Folders in Hugging Face's format as files: downloaded, read tensor by tensor, written atomically. Reading runs no
-code from the folder: safetensors, JSON, and pickled tensors whose opcodes are inspected first."""
+code from the folder: safetensors, JSON, and pickled tensors after an inspection of the opcodes."""
 
 from __future__ import annotations
 

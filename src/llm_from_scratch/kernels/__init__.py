@@ -1,1 +1,1 @@
-"""Faster modules with the same parameters and names as those of core/model.py."""
+"""Faster modules with the parameters and names of core/model.py."""

@@ -1,6 +1,6 @@
 """OpenBLAS, which numpy's wheels carry, for products of training on a CPU.
 
-On AMD processors with AVX2 it is faster than the libraries in torch's wheels. Its own threads and those of OpenMP
+On AMD processors with AVX2 it is faster than the libraries in torch's wheels. Its own threads and OpenMP's
 would wait for each other, so it works with one thread, on slices that torch's threads share (blas.c). numpy's
 products in this process use one thread from then on.
 """

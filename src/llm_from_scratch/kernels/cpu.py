@@ -35,7 +35,7 @@ def cpu_replacements(
     """The replacements for kernels.swap on a CPU, {class: replacement}, and the modules that stay unchanged.
 
     compiled: the blocks are compiled. The compiler fuses everything except attention as well or better, and short
-    attention too. documents: rows are shared by documents, whose attention is faster here from some length on.
+    attention too. documents: rows are shared by documents. Their attention is faster here from some length on.
     """
     found: dict[type, type] = {RMSNorm: CPURMSNorm, nn.Dropout: CPUDropout}
     dropout, config, table = model.config.dropout > 0, model.config, model.transformer.wte

@@ -40,7 +40,7 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0, piece: int | None = None, libraries: str = PLAIN,
     passes: type[CPULogitPasses] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean cross-entropy (nats) of the logits x @ weight.T over the rows whose target is not -1.
+    """Mean cross-entropy (nats) of the logits x @ weight.T over the rows with a target other than -1.
 
     x: (N, C); weight: (V, C); targets: (N,) int64; softcap: a logit z becomes softcap * tanh(z / softcap), 0 is off;
     piece: rows per chunk, None: chosen for the device. The products use x's precision, or autocast's under autocast.

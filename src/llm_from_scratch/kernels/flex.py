@@ -36,7 +36,7 @@ def document_attention() -> type[Attention]:
             return super().forward(q, k, v, mask, causal) if blocks is None else attend(q, k, v, blocks)
 
         def exact(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-            """One document per row, for the comparison in kernels.swap, whose rows are not shared."""
+            """One document per row, for the comparison in kernels.swap: its rows are not shared."""
             return attend(q, k, v, document_blocks(q.new_zeros((len(q), q.size(2)), dtype=torch.long)))
 
     return FlexAttention

@@ -38,8 +38,8 @@ def refuse_unfit(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def float8_replacements(model: GPT) -> tuple[dict[type, type], list[nn.Module]]:
-    """The replacements for kernels.swap, {class: replacement}, and the linear layers that stay unchanged: those outside
-    the blocks, and those with unsupported dimensions. Raises UserError if no layer is supported."""
+    """The replacements for kernels.swap, {class: replacement}, and the linear layers that stay unchanged: outside
+    the blocks, or with unsupported dimensions. Raises UserError if no layer is supported."""
     blocks = [m for m in model.transformer.h.modules() if type(m) is Linear]
     fit = {m for m in blocks if not (m.in_features % MULTIPLE or m.out_features % MULTIPLE)}
     if not fit:

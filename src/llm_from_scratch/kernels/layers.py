@@ -262,7 +262,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D)) v; a token attends to itself and those before it. q: (B, H, T, D); k, v: (B, Hkv, T, D).
+    """softmax(q k^T / sqrt(D)) v; a token attends to itself and earlier ones. q: (B, H, T, D); k, v: (B, Hkv, T, D).
     Stores only the norm of each query's weights, which backward computes again."""
 
     @staticmethod

@@ -84,7 +84,7 @@ def _read(classes: list[Mapping[str, Any]]) -> tuple[set[str], list[tuple[Mappin
         if not isinstance(f, types.FunctionType) or vars(f):
             raise CannotRecord(f"{getattr(f, '__qualname__', f)} is not a plain function")
         if not _is_plain((*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())):
-            raise CannotRecord(f"{f.__qualname__} has an argument whose default may change")
+            raise CannotRecord(f"{f.__qualname__} has a default argument that may change")
         for step in _steps(f.__code__):
             if step.opname in CHANGES or set(f.__code__.co_freevars) - {"__class__"}:
                 raise CannotRecord(f"{f.__qualname__} may change from step to step ({step.opname} {step.argval})")

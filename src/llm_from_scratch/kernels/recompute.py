@@ -112,7 +112,7 @@ def recompute_cheap(model: GPT, say: Callable[[str], None]) -> None:
 
 
 class LeanBlock(Block):
-    """A block whose Lean modules recompute their outputs in the backward pass instead of storing them."""
+    """A block with Lean modules, which recompute their outputs in the backward pass instead of storing them."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -242,5 +242,5 @@ class Allocated(TorchDispatchMode):
         return out
 
     def alive(self, known: set[int]) -> int:
-        """Bytes still in use, without those in `known`."""
+        """Bytes still in use by storages outside `known`."""
         return sum(n for key, (ref, n) in self.storages.items() if key not in known and not ref.expired())

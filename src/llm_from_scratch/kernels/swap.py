@@ -1,7 +1,7 @@
 """Exchanges modules for faster ones: a module's class becomes a subclass with the same parameters and names.
 
-core/model.py remains the model. Before a replacement is used, its outputs and gradients are compared with those of the
-original module in float32, on the model's own inputs for a few tokens; attention and loss in a row as long as the
+core/model.py remains the model. Before a replacement is used, its outputs and gradients are compared with the
+original module's in float32, on the model's own inputs for a few tokens; attention and loss in a row as long as the
 context too. If they differ, for example after an edit of core/model.py, the original module stays and one line reports
 it.
 """
@@ -38,7 +38,7 @@ def swap(
     keep: Collection[nn.Module] = (),
     lasting: bool = False,
 ) -> int:
-    """Replaces the class of every module whose class is a key. Returns the number of replaced modules.
+    """Replaces the class of every module if it is a key. Returns the number of replaced modules.
 
     A replacement is a subclass of its key without parameters of its own. A deliberate approximation, such as float8,
     has a method `exact` with the arguments of forward, which is compared instead. keep: modules to leave unchanged;

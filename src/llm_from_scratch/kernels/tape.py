@@ -204,7 +204,7 @@ def _empty(count: int) -> Tensor:
 
 
 class RecordedGPT(GPT):
-    """A GPT whose training step is one call in C. All else, and a step that cannot be recorded, is GPT's."""
+    """A GPT with its training step as one call in C. All else, and a step that cannot be recorded, is GPT's."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, *more: Any, **named: Any) -> tuple[Any, Any]:
         program = None
@@ -274,7 +274,7 @@ def _drawn(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _compared(program: Program, model: GPT, ids: Tensor, targets: Tensor) -> Program:
-    """The program, whose loss and gradients are the model's own, with random weights. Raises CannotRecord."""
+    """The program, if its loss and gradients are the model's own, with random weights. Raises CannotRecord."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     need(program.fits(), "a weight is not a trained parameter")
     with _drawn(parameters), torch.enable_grad():
@@ -318,7 +318,7 @@ def _batch(model: GPT, rows: int, tokens: int | None) -> tuple[Tensor, Tensor]:
 
 
 class _Step(torch.autograd.Function):
-    """The loss of a program, whose gradients are computed with it."""
+    """The loss of a program. Its gradients are computed with it."""
 
     @staticmethod
     def forward(ctx: Any, program: Program, ids: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Runtime:
 
     @property
     def can_regroup(self) -> bool:
-        """Whether processes whose exchange of gradients failed can start another one."""
+        """Whether processes can start another exchange of gradients after a failed one."""
         return self.world_size > 1 and self.backend == "gloo" and not self.is_sharded
 
     @property

@@ -160,7 +160,7 @@ def temporary_folder(target: Path, resumes: Callable[[Path], bool] = lambda fold
 
 
 def replace_folder(target: Path, folder: Path) -> None:
-    """Moves a temporary_folder to target, whose files are deleted."""
+    """Moves a temporary_folder to target. The old files are deleted."""
     old = target.with_name(f".{target.name}.previous-{os.getpid()}")
     if target.exists():
         os.rename(target, old)

@@ -1,4 +1,4 @@
-"""Memory of the machine: free, total, peak; the allocator's settings; large tensors whose memory is reused."""
+"""Memory of the machine: free, total, peak; the allocator's settings; reused memory of large tensors."""
 
 from __future__ import annotations
 

@@ -75,7 +75,10 @@ def _store_problem(address: str, port: int) -> str:
                 probe.settimeout(PROBE)
                 probe.connect(place)
         except ConnectionRefusedError:
-            reason = f"nothing listens at {address}:{port}: is rank 0 running, and MASTER_ADDR its machine?"
+            reason = (
+                f"nothing listens at {address}:{port}: is rank 0 running, and is MASTER_ADDR the address of its "
+                "machine?"
+            )
         except OSError:
             reason = f"{place[0]}:{port} does not answer: a firewall, another network, or a wrong MASTER_ADDR" + (
                 f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else ""
@@ -91,7 +94,7 @@ def _group_problem(backend: str, missing: list[int]) -> str:
     name = f"{backend.upper()}_SOCKET_IFNAME"
     others = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
     chosen = f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"
-    text = f"all found the store, but not each other: wrong interface ({chosen}; there are {others or 'none but lo'})"
+    text = f"all found the store, but not each other: wrong interface ({chosen}; interfaces: {others or 'none but lo'})"
     if _is_loopback():
         text += f", {socket.gethostname()} resolves to a loopback address, which other machines cannot reach"
     return text + (

@@ -33,7 +33,7 @@ States = dict[int, dict[str, Any]]
 
 
 class Watch:
-    """Each process writes signs of life to torch's store, reads those of the next rank, and looks at the stack of the
+    """Each process writes signs of life to torch's store, reads the next rank's, and looks at the stack of the
     thread that trains. One that does not move within the timeout hangs."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout: float):
@@ -267,7 +267,7 @@ class Watch:
         return _local_state(self.who[rank])
 
     def _leave(self, text: str) -> None:
-        """Ends this process, whose training thread may wait forever."""
+        """Ends this process: its training thread may wait forever."""
         note(f"error: {text}: {self.advice}")
         self._kill_silent_siblings()
         self._leave_after(0)

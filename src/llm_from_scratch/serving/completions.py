@@ -18,7 +18,7 @@ from ..generation.engine import Request, Token, Update
 
 @dataclass
 class Choice:
-    """A choice: its text and tokens, in a stream those since the last chunk. before: how many of the tokens belong to
+    """A choice: its text and tokens, in a stream since the last chunk. before: how many of the tokens belong to
     the prompt. length, utf8: the characters of all tokens so far, for their offsets."""
 
     index: int

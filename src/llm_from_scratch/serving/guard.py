@@ -37,7 +37,7 @@ STANDARD_PORTS = {"http": ":80", "https": ":443"}
 
 
 class Guard:
-    """ASGI middleware. routes: those that the metrics name."""
+    """ASGI middleware. routes: named in the metrics."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Iterable[BaseRoute], options: ServeOptions):
         self.app, self.metrics, self.origins = app, metrics, set(options.cors_origins)

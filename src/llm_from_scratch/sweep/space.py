@@ -100,7 +100,7 @@ def _parse_spec(name: str, spec: str, kinds: set[Any]) -> Range | Choices:
             raise UserError(f"{name}={spec} is one value: give it as --{name}={spec}, or a range: {FORMS}")
         return Choices(values)
     if not kinds & {int, float}:
-        raise UserError(f"{name} is not a number, so it has no range: give a list, {name}=A,B,C")
+        raise UserError(f"{name} cannot have a range, because it is not a number: give a list, {name}=A,B,C")
     is_whole = float not in kinds
     found = logarithmic or linear
     assert found is not None

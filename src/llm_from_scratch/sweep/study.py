@@ -205,7 +205,7 @@ class Study:
         return {} if max_iters is None else {"max_iters": str(max_iters)}
 
     def rows(self) -> list[Row]:
-        """All trials: complete ones with the best first, then those that were pruned, failed, or have not ended."""
+        """All trials: complete ones with the best first, then pruned, failed and unfinished ones."""
         names = {
             self.states.COMPLETE: "complete", self.states.PRUNED: "pruned", self.states.FAIL: "failed",
             self.states.RUNNING: "running", self.states.WAITING: "waiting",

@@ -156,7 +156,7 @@ class Trial:
                 yield
 
     def run_command(self, command: list[str], output: Path, judge: Judge | None = None) -> Waiting:
-        """Runs a command, whose exit code it returns. Ends it if the judge finds it hopeless."""
+        """Runs a command and returns its exit code. Ends it if the judge finds it hopeless."""
         with write_errors(output):
             file = output.open("ab")
         with file:
@@ -265,7 +265,7 @@ def run_trials(study: Study, runs: Runs, workers: int, say: Callable[[str], Any]
 
 
 def _end_with_parent() -> None:
-    """A run whose worker is killed is stopped, and saves. In the child of a fork, before the program is loaded."""
+    """If its worker is killed, a run is stopped, and saves. In the child of a fork, before the program is loaded."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Together(config, log) if config.getoption("dist") == "loadfile" else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, the others as they were."""
+    """The longest files first, the others as they were. Cases after the first ones of `cases` are slow."""
+    seen = Counter[tuple[Path, str]]()
+    for item in items:
+        if (few := item.get_closest_marker("cases")) and not item.get_closest_marker("slow"):
+            seen[kind := (item.path, getattr(item, "originalname", item.name))] += 1
+            if seen[kind] > few.args[0]:
+                item.add_marker(pytest.mark.slow)
     here = Path(__file__).parent
     order = {here / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))

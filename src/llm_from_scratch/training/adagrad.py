@@ -114,7 +114,7 @@ def exchanged(rows: Tensor, g: Tensor, squares: Tensor, processes: int) -> list[
 def step_rows(table: Tensor, total: Tensor, lr: float, parts: list[Rows], found_inf: Tensor | None = None) -> None:
     """Moves rows of table, (R, C); total, (R, 1): one accumulator per row.
 
-    A row with gradient g whose squares add up to s moves by lr * g / sqrt(s / C). Its first step has rms lr, whatever
+    A row with gradient g (sum of squares: s) moves by lr * g / sqrt(s / C). Its first step has rms lr, whatever
     the size of the gradient; later steps are smaller the more often the row occurred (Adagrad, Duchi et al. 2011, with
     a row's mean square in place of each element's). Nothing decays, and rows outside the batch cost nothing.
     found_inf: a 0-dim tensor that is 1 to skip the step.

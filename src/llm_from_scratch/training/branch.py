@@ -1,6 +1,6 @@
 """Cool-downs from a step of a run with a constant rate: one run gives models of several lengths.
 
-The step's checkpoint is copied to another folder. The new run resumes from it with the schedule wsd, whose cool-down
+The step's checkpoint is copied to another folder. The new run resumes from it with the schedule wsd, and its cool-down
 begins at this step. It is an ordinary run, with its own id: its settings are stored, and it resumes exactly.
 """
 
@@ -24,7 +24,7 @@ from .scheduler import learning_rate_at
 
 
 def begin_cooldown(source: str, out_dir: str, share: float) -> dict[str, Any]:
-    """Copies a checkpoint to out_dir. Returns the settings of the new run that differ from those of the old one, by
+    """Copies a checkpoint to out_dir. Returns the settings of the new run that differ from the old run, by
     leaf name. source: a step folder, or a run (its last step). share: steps of the cool-down, as a share of the steps
     before it. Raises UserError."""
     if not 0 < share <= 10:

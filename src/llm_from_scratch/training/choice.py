@@ -111,7 +111,7 @@ class Choice:
     """A candidate: settings, and what is expected of them."""
 
     settings: dict[str, Any]
-    """By leaf name, without those that the user gave."""
+    """By leaf name, except the user's."""
     model: GPTConfig
     params: int
     """All parameters that are multiplied."""
@@ -212,7 +212,7 @@ def _model(values: dict[str, Any], facts: Facts) -> GPTConfig | UserError:
 
 
 def _counts(model: GPTConfig) -> tuple[float, float, float]:
-    """(parameters, those that are multiplied, FLOPs per token)."""
+    """(parameters, multiplied parameters, FLOPs per token)."""
     small = dataclasses.replace(model, n_layer=1, block_size=SHORT)
     (params, multiplied, flops), layer, attention = _small_counts(dataclasses.astuple(small))
     more = model.n_layer - 1
@@ -323,7 +323,7 @@ def _by_balance(found: list[Choice], facts: Facts, law: Law | None) -> list[Choi
 
 
 def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, Any]) -> dict[str, Any]:
-    """All settings of the run by leaf name, without those that the user gave."""
+    """All settings of the run by leaf name, except the user's."""
     steps, model = choice.steps, choice.model
     batch_size = choice.batch // fixed.get("gradient_accumulation_steps", 1)
     epochs = choice.tokens / facts.train_tokens

@@ -53,7 +53,7 @@ def dial(
     config: Config, fixed: dict[str, Any], budget: Budget, began: float, exportable: bool = False,
     law: Law | None = None,
 ) -> Dialed:  # fmt: skip
-    """Chooses the settings that the user did not give. fixed: those that were given. began: when the process started,
+    """Chooses the settings that the user did not give. fixed: the given ones. began: when the process started,
     on time.monotonic(). Takes some seconds if the budget is a time. Raises UserError."""
     runtime = runtimes.resolve(config.system)
     runtimes.start(runtime, config.system)

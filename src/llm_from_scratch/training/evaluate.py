@@ -154,7 +154,7 @@ def _sum_of_losses(
 
 
 def count_bytes(data: TokenData, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the tokens of a split that are predicted: all but the first, or those learned from documents."""
+    """UTF-8 bytes of the tokens of a split that are predicted: all but the first, or the learned ones of documents."""
     length_of = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)], dtype=np.int64)
     total = 0
     if isinstance(data, PackedData):

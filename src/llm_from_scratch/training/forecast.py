@@ -236,7 +236,7 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
 
 
 def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
-    """(layers, sequences) of a rehearsal whose updates take about a fourth of the budget each."""
+    """(layers, sequences) of a rehearsal with updates of about a fourth of the budget each."""
     model, rows = plan.config.model, plan.micro_batch
     settings, plain = plan.config.finetune, FinetuneConfig()
     by_name = settings.freeze or settings.lora_targets != plain.lora_targets  # perhaps of single layers

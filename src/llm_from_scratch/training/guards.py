@@ -23,7 +23,7 @@ CHECK = 100  # steps between two comparisons of the ranks' parameters: about a t
 
 
 class SpikeDetector:
-    """Finds losses far above those of the last WINDOW steps.
+    """Finds losses far above the losses of the last WINDOW steps.
 
     A spike exceeds the median by more than REACH times the distance from the median to the 95th percentile: a few
     spikes in the window change neither. The previous step's loss is not used, so the host does not wait for the device.
@@ -62,7 +62,7 @@ class Finding:
     signum: int | None = None
     """A signal that some process received."""
     rank: int | None = None
-    """The only process whose gradient is not finite, after the exchange: its device or memory is faulty."""
+    """The only process with a gradient that is not finite after the exchange: its device or memory is faulty."""
 
     @property
     def is_finite(self) -> bool:
@@ -145,11 +145,13 @@ class StepGuard:
         others = [rank for rank, value in enumerate(values) if value != common]
         which = f"rank{'s' * (len(others) > 1)} {listed(others)}"
         doubt = f"has different parameters from the {count} others" if len(others) == 1 else "have different parameters"
+        doubt, advice = f"{doubt} at step {step}", "Leave that machine or device out, and resume"
         if 2 * count <= len(values):
-            which, doubt = f"ranks {listed(list(range(len(values))))}", "have different parameters, no majority"
+            which, advice = f"ranks {listed(list(range(len(values))))}", "Resume"
+            doubt = f"have different parameters at step {step}, without a majority"
         raise TrainingError(
-            f"{which} {doubt} at step {step}: a device or its memory is faulty. Leave that machine or device out, and "
-            "resume from the last checkpoint: parameters are compared before each save"
+            f"{which} {doubt}: a device or its memory is faulty. {advice} from the last checkpoint: parameters are "
+            "compared before each save"
         )
 
 

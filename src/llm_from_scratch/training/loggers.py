@@ -94,7 +94,7 @@ class JsonLines:
 
 class TensorBoard:
     """An event file in out_dir/tensorboard: the settings, the metrics under their names in metrics.jsonl, and the texts
-    of the run. Not with TensorBoard's own writer, whose thread prints tracebacks if the disk is full."""
+    of the run. TensorBoard's own writer is not used: its thread prints tracebacks if the disk is full."""
 
     def __init__(self, folder: Path, config: Config, run_id: str | None):
         from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata

@@ -48,7 +48,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any], kind: Any = None) -> None:
-    """Restores the state from optimizer_state(); the hyperparameters remain those of the present run. kind: the
+    """Restores the state from optimizer_state(); the hyperparameters of the present run remain. kind: the
     --optimizer_type that saved it, if known. Raises UserError if a parameter's state is missing, or has another shape
     or optimizer than declared."""
     rules, state = _saved_rules(saved), dict[Tensor, dict[str, Any]]()

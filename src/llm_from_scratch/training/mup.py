@@ -24,8 +24,8 @@ def wider(config: GPTConfig, times: int) -> GPTConfig:
 
 
 def summed_over_width(model: Any) -> set[str]:
-    """The parameters that the rule scales: those with a last dimension that grows with the width, if they are not
-    tables. Found by comparing shapes with those of a model of twice the width. Raises UserError for a parameter that
+    """The parameters that the rule scales: not tables, and with a last dimension that grows with the width. Found by
+    comparing shapes with a model of twice the width. Raises UserError for a parameter that
     the plain model does not have."""
     twice = {name: p.shape for name, p in meta_model(wider(model.config, 2)).named_parameters()}
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]

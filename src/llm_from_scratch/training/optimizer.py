@@ -82,7 +82,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def sparse_tables(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules whose parameters get sparse gradients; they have the attribute `sparse`, as nn.Embedding does."""
+    """Modules with sparse gradients. They have the attribute `sparse`, as nn.Embedding does."""
     return (module for module in model.modules() if getattr(module, "sparse", False))
 
 

@@ -89,7 +89,7 @@ class Whole:
         return tensor[m.begin : m.end]
 
     def skipped(self, m: Matrix) -> int:
-        """The elements of a matrix before those that this process holds."""
+        """The elements of a matrix before the part that this process holds."""
         return 0
 
     def collect(self, batches: list[Batch], held: list[list[Tensor]]) -> Tensor | None:

@@ -1,8 +1,8 @@
 """Ends a run at a given time: from time to time, the number of updates is chosen again from their speed so far.
 
 The learning rate continues from where it is to the new end (lr_ends), so a change does not touch the steps before it.
-The settings of the finished run train the same model without a clock, and an interrupted run resumes with those in its
-checkpoint.
+The settings of the finished run train the same model without a clock, and an interrupted run resumes with the
+settings in its checkpoint.
 """
 
 from __future__ import annotations

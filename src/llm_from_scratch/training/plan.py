@@ -54,7 +54,7 @@ class Plan:
     weights: dict[str, Tensor] | None = None
     """Initial weights, unless they come from the seed."""
     base: Base | None = None
-    """The model whose adapter is trained, if one is."""
+    """The model that an adapter is trained for, if one is."""
     resumed: Checkpoint | None = None
     prompt: list[int] = field(default_factory=list)
     """Token ids that the samples of --sample_interval continue; empty without samples."""

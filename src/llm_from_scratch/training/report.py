@@ -86,7 +86,7 @@ def readme(plan: Plan, state: TrainState, command: str) -> str:
 
 
 def changed_settings(config: Config) -> dict[str, dict[str, Any]]:
-    """The settings that differ from the defaults, by section, without those of one call or of the data."""
+    """The settings that differ from the defaults, by section, except settings of one call or of the data."""
     plain, changed = to_dict(Config()), dict[str, dict[str, Any]]()
     for section, values in to_dict(config).items():
         for name, value in values.items():

@@ -30,7 +30,7 @@ class Rule:
 
     @classmethod
     def groups(cls, model: nn.Module, config: OptimizerConfig, default: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The parameter groups; default: those with and without weight decay. "rule" names another optimizer."""
+        """The parameter groups; default: with and without weight decay. "rule" names another optimizer."""
         return default
 
     def slots(self, p: Tensor) -> Slots:

@@ -246,7 +246,7 @@ def _same_data(
 
 
 def _changed_parts(train_data: TokenData, val_data: TokenData, resumed: Checkpoint) -> str:
-    """The parts of a mixture whose tokens are not those of the checkpoint."""
+    """The parts of a mixture with other tokens than in the checkpoint."""
     before, now = resumed.trainer.get("parts"), part_hashes(train_data, val_data)
     before = before if isinstance(before, dict) else {}
     return ", ".join(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))

@@ -245,8 +245,8 @@ def fits_one_call(model: GPT, config: Config, runtime: Runtime, micro_batch: int
 
 @torch.no_grad()
 def shard(model: GPT, config: Config, runtime: Runtime) -> None:
-    """Shards the blocks, then the rest of the model, with FSDP2. Each process keeps its rows of every parameter: those
-    in its attribute `rows`, if it has one. Tables with sparse gradients and single numbers stay whole."""
+    """Shards the blocks, then the rest of the model, with FSDP2. Each process keeps its rows of every parameter: its
+    attribute `rows`, if it has one. Tables with sparse gradients and single numbers stay whole."""
     fsdp = importlib.import_module("torch.distributed.fsdp")  # takes a second to import
     whole = {p for module in sparse_tables(model) for p in module.parameters(recurse=False)}
     whole |= {p for p in model.parameters() if not p.dim()}
@@ -270,7 +270,7 @@ def shard(model: GPT, config: Config, runtime: Runtime) -> None:
 
 
 def fitting_libraries(model: GPT, config: Config, runtime: Runtime, micro_batch: int) -> dict[str, str]:
-    """The libraries of the linear layers' products: those of the start of the run, or the fastest."""
+    """The libraries of the linear layers' products: as at the start of the run, or the fastest."""
     if runtime.device.type != "cpu" or runtime.dtype != torch.float32 or runtime.compile:
         return {}
     if runtime.products is not None or runtime.world_size > 1:  # processes would measure different times
@@ -288,7 +288,7 @@ def loss_is_chunked(config: Config, micro_batch: int) -> bool:
 
 def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Runtime:
     """compile=auto on a CPU, for a run of `flops` operations: compiling takes a minute and saves a tenth of the time or
-    more of a narrow model, whose operations are small; not with dropout, whose masks are faster without."""
+    more of a narrow model, because its operations are small. Not with dropout: its masks are faster without."""
     is_open = config.system.compile == "auto" and runtime.device.type == "cpu" and not runtime.compile
     if not is_open or config.model.n_embd > NARROW or config.model.dropout > 0:
         return runtime
@@ -297,13 +297,13 @@ def compiled_where_it_pays(config: Config, runtime: Runtime, flops: float) -> Ru
     if minutes < REPAYS_COMPILING:
         return runtime
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    reason = f"pays off in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler found; set CXX"
+    reason = f"saves time in a run of about {minutes:,.0f} min" if compiler else "no C++ compiler found; set CXX"
     reasons = runtime.reasons | {"compile": f"{'on' if compiler else 'off'} ({reason})"}
     return dataclasses.replace(runtime, compile=compiler is not None, reasons=reasons)
 
 
 def may_have_layers(runtime: Runtime) -> bool:
-    """Whether this run's layers can be those in C."""
+    """Whether this run can have the layers in C."""
     plain = runtime.device.type == "cpu" and runtime.dtype == torch.float32 and not runtime.compile
     return plain and wanted_kernel() != "torch"
 

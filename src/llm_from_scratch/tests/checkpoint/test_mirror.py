@@ -100,6 +100,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> Callable[[], Non
     return lambda: monkeypatch.setattr(Store, "write", write)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("after", [0, 1, 5, 7, 8])
 def test_an_upload_that_was_cut_short_does_not_count_and_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int

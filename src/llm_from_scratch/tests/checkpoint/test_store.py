@@ -387,6 +387,7 @@ def test_places_that_hold_no_checkpoint(tmp_path: Path) -> None:
         cp.find_checkpoint(tmp_path / "run", "best")
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("set_aside", [True, False])
 @pytest.mark.parametrize("damaged", range(5))
 def test_the_newest_good_one_is_used(

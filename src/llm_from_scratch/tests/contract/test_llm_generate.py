@@ -124,6 +124,7 @@ def test_streaming_writes_the_same(capsys, best):
     assert call(capsys, *arguments, "--stream=True")[1] == call(capsys, *arguments)[1]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -66,6 +66,7 @@ def words(name: str, place: Path) -> list[str]:
     return given + ([f"--dataset={place / 'data'}"] if any("/new" in word for word in given) else [])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", CASES)
 def test_a_full_disk_under_the_output(name: str, place: Path, here: Path) -> None:
     if name in QUICK:

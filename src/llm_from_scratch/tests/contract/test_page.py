@@ -321,6 +321,7 @@ def test_a_stream_in_pieces_of_one_byte(browser, site):
         assert not browser.text("#error")
 
 
+@pytest.mark.slow
 def test_a_stream_that_breaks(browser, site):
     visit(browser, link(site))
     for stream, sentence in (
@@ -426,6 +427,7 @@ def test_the_page_asks_for_the_key(browser, site):
 # --- settings that travel ---
 
 
+@pytest.mark.slow
 def test_a_link_holds_prompt_and_settings(browser, site):
     prompt = START + " é€&=#%\n" + TEXT[:3]
     visit(browser, site.url)

@@ -187,6 +187,7 @@ def views(browser: Browser, site: Served, run_dir: Path) -> Iterator[str]:
     yield "watch"
 
 
+@pytest.mark.slow
 def test_a_narrow_window_scrolls_one_way(browser, site, run_dir):
     browser.window(320, 640)
     for view in views(browser, site, run_dir):

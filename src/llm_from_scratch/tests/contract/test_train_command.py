@@ -87,6 +87,7 @@ def test_llm_train_ends_at_max_iters_and_resumes_by_name(project: Path, capsys: 
     assert "--n_embd=32 contradicts the loaded weights, which have 16" in capsys.readouterr().err
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("extra", [[], ["--epochs=2"], ['--stop=["a", "b"]', "--start=é: x\n", "--learning_rate=1e-5"]])
 @pytest.mark.parametrize("nanogpt", [False, True])
 def test_print_config_is_a_preset(

@@ -57,6 +57,7 @@ def test_a_template_equals_transformers(tmp_path):
         theirs.apply_chat_template(odd, tokenize=False)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "attack",
     [

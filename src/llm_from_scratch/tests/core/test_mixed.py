@@ -200,7 +200,7 @@ def test_a_run_longer_than_all_parts_is_refused() -> None:
     per_epoch = order.orders[0].windows_per_epoch
     assert order.samples == 3 * per_epoch
     order.refuse_longer(3 * per_epoch, 1)
-    lasts = f"the mixture lasts {3 * per_epoch // 4:,} steps"
+    lasts = f"the mixture is enough for {3 * per_epoch // 4:,} steps"
     with pytest.raises(UserError, match=f"{lasts}, but the run has 30: .*max_iters"):
         order.refuse_longer(120, 4)
     assert len(one_by_one(order, 4 * per_epoch)) == 4 * per_epoch, "a run that rolled back may need a little more"

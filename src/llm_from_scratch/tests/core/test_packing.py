@@ -196,6 +196,7 @@ def model_of(**changes: Any) -> GPT:
     return model.eval()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_are_each_alone(kind: str) -> None:
     model = model_of(**KINDS[kind])

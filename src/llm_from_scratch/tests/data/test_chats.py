@@ -361,6 +361,7 @@ def test_lines_of_a_chat_tokenizer_without_an_end_of_text_end_with_a_line_break(
     assert PackedData.of(TokenData.open(folder, "train"), folder, "train", 8, None).documents == 3
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["", "tokenizer.json"])
 def test_an_edited_chat_template_is_not_up_to_date(tmp_path: Path, name: str) -> None:
     own = tmp_path / "model"

@@ -155,6 +155,7 @@ def test_an_interruption_while_ids_are_converted_loses_nothing(
     assert "resuming after" in told and bytes_of(folder) == bytes_of(whole)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("shard_size", [5000, 1 << 30])
 def test_an_interrupted_run_continues(
     here: Path, small: None, monkeypatch: pytest.MonkeyPatch, shard_size: int

@@ -197,6 +197,7 @@ def test_a_large_vocabulary_needs_32_bits(here: Path) -> None:
     assert tokens(folder, "train") + tokens(folder, "val") == sorted(range(len(set(chars))))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("large", [20_000, 55_000, 90_000])  # below and above the ids of train: 54,000
 @pytest.mark.parametrize("packed", [False, True])  # the size of a packed file says little about its tokens
 @pytest.mark.parametrize(("tokenizer", "shard_size"), [("byte", 7000), ("char", 1 << 30)])

@@ -35,6 +35,7 @@ def test_a_page_cannot_choose_an_encoding_that_is_not_of_pages(here: Path) -> No
             documents("a.html")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("tag", ["<div>", "<span>", "<p><font size={}>", "<b><div>", "<div></span>"])
 def test_a_page_that_is_nested_without_end_is_refused(here: Path, tag: str) -> None:
     pytest.importorskip("resiliparse")

@@ -605,7 +605,7 @@ def test_a_file_without_a_version_is_compared_by_its_content(
     content[0] = b"two"
     assert source.identity() != before
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "http://host/a.txt has no version" in said[0]
+    assert len(said) == 1 and "http://host/a.txt does not have a version" in said[0]
     info["Last-Modified"] = "Sun, 29 Nov 2026 18:00:00 GMT"
     count = len(downloads)
     assert source.identity() == source.identity() and len(downloads) == count

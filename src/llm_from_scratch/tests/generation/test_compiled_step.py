@@ -206,6 +206,7 @@ class Scattered(nn.Module):
         return torch.zeros_like(rows).index_copy_(0, torch.arange(len(rows)), rows).view(given.shape)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("edit", [TwoTables, Scattered])
 def test_no_operand_is_a_copy_or_missing(
     edit: Any, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

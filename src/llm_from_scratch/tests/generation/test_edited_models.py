@@ -348,6 +348,7 @@ def assert_equal_to_the_naive_path(model: GPT, monkeypatch: pytest.MonkeyPatch) 
     return generator
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in RECORDED]
 )
@@ -359,6 +360,7 @@ def test_an_edited_model_is_recorded_and_generates_the_same_text(
     assert (1, BLOCK) in generator.decoder.recorded.records and generator.decoder.cacheable
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", OWN)
 def test_a_model_that_cannot_be_recorded_decodes_by_its_own_forward_with_a_reason(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

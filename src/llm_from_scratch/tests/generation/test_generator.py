@@ -151,6 +151,7 @@ def test_rows_that_stop_early_leave_the_others_alone(writer):
     assert {c.finish_reason for c in cut} == {"stop", "length"}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("overflow", ["recompute", "drop_half"])
 def test_streamed_pieces_are_the_whole_text(writer, overflow):
     for stop in ((), ("é€",), (TEXT[20:23], TEXT[19:21])):

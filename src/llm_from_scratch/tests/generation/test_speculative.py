@@ -63,6 +63,7 @@ CASES: list[Any] = [("recompute", "lookup", 1), ("drop_half", "nonsense", 1)]
 CASES += [pytest.param(o, name, 6, marks=pytest.mark.slow) for o in ("recompute", "drop_half") for name in DRAFTS]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("overflow", "name", "prompts"), CASES)
 def test_the_text_equals_decoding_without_proposals(name: str, overflow: Any, prompts: int) -> None:
     """Greedy and drawn, with penalties, past block_size, whole and streamed, text after text with the same draft."""
@@ -75,6 +76,7 @@ def test_the_text_equals_decoding_without_proposals(name: str, overflow: Any, pr
             assert "".join(fast.stream(prompt, params, seed=5, overflow=overflow)) == expected.text
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("wrong_every", [0, 1, 3])
 def test_right_proposals_save_passes_and_wrong_ones_are_forgotten(wrong_every: int) -> None:
     model, prompt = memorised("modern"), TOKENIZER.encode(TEXT[:3]).tolist()

@@ -165,6 +165,7 @@ def test_the_compiler_can_follow_it() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.cases(1)
 @needs_float8
 @pytest.mark.parametrize("again", ["blocks", "cheap"])
 def test_wrap_announces_it_and_activations_may_be_recomputed_around_it(

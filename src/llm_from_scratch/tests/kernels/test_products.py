@@ -89,6 +89,7 @@ def test_openblas_leaves_other_tensors_to_torch() -> None:
         assert products.multiply(rows, weight.t(), products.OPENBLAS).shape == (6, 8)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("three", [ALL_ONEDNN, "bbb", "oto"])
 def test_a_model_learns_the_same(

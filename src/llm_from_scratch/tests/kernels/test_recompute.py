@@ -86,6 +86,7 @@ def saved_by(model: GPT, index: int = 0) -> int:
     return size
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "relu2"])
 def test_the_stored_tensors_of_a_block_are_counted(variant: str, dtype: str) -> None:
@@ -110,6 +111,7 @@ QUICK = [("gpt2", "float32"), ("llama", "bfloat16")]
 CASES = [(variant, dtype) for variant in VARIANTS for dtype in ("float32", "bfloat16")]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("variant", "dtype"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
 )
@@ -138,6 +140,7 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 def test_the_cheap_way_does_no_product_twice(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)
@@ -227,6 +230,7 @@ def test_a_block_edited_in_place_keeps_what_it_needs_or_is_left_alone(monkeypatc
         step(model)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_blocks_with_layers_in_c_are_recomputed(kernel: Kernel, variant: str) -> None:
     """torch's checkpoint gives a node its stored tensors once."""

@@ -85,6 +85,7 @@ def late_loss(self: Any, x: Tensor, targets: Tensor, head: Any) -> tuple[None, T
 EDITS |= {"window": ("Attention", "forward", windowed_attention), "late": ("NextTokenLoss", "forward", late_loss)}
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("edit", list(EDITS))
 def test_an_edited_module_is_used_and_reported(edit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "WORTH_IT", 0)

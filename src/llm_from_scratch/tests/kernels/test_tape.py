@@ -77,6 +77,7 @@ SHAPES: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_it_is_the_model_of_float64(in_c: None, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, targets) = make(**changes), batch()

@@ -32,7 +32,7 @@ def test_a_store_that_is_not_reached(monkeypatch: pytest.MonkeyPatch, listener: 
     port = listener.getsockname()[1]
     refused = told(monkeypatch, "127.0.0.1", port)
     assert refused.startswith(f"rank 1 on {socket.gethostname()} cannot join the other processes: nothing listens at ")
-    assert f"127.0.0.1:{port}: is rank 0 running, and MASTER_ADDR its machine? (of torch)" in refused
+    assert f"127.0.0.1:{port}: is rank 0 running, and is MASTER_ADDR the address of its machine? (of torch)" in refused
     listener.listen()
     assert "answers, but is not torch's store: choose another port" in told(monkeypatch, "127.0.0.1", port)
     assert "MASTER_ADDR=no-host.invalid is not the name of a host" in told(monkeypatch, "no-host.invalid", port)
@@ -61,9 +61,9 @@ def test_processes_that_reach_the_store_but_not_each_other(monkeypatch: pytest.M
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     gloo, nccl = (told(monkeypatch, "a", 1, backend, []) for backend in ("gloo", "nccl"))
-    assert "wrong interface (GLOO_SOCKET_IFNAME=eth9; there are eth7)" in gloo and "NCCL" not in gloo
+    assert "wrong interface (GLOO_SOCKET_IFNAME=eth9; interfaces: eth7)" in gloo and "NCCL" not in gloo
     assert "resolves to a loopback address" in gloo and "a firewall between the machines" in gloo
-    assert "(NCCL_SOCKET_IFNAME is not set; there are eth7)" in nccl
+    assert "(NCCL_SOCKET_IFNAME is not set; interfaces: eth7)" in nccl
     assert "or InfiniBand: try NCCL_IB_DISABLE=1" in nccl
 
 

@@ -16,6 +16,7 @@ from .test_gguf import LLAMA, TEXT, chat_tokenizer, llama_cpp, random_model
 TALK = [{"role": "user", "content": "to be"}, {"role": "assistant", "content": "or not"}]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("spec", ["char", "byte"])
 def test_the_end_of_a_turn_without_an_end_of_text(spec, tmp_path):
     """A char or byte chat model ends its turns in both formats, and in transformers."""

@@ -59,6 +59,7 @@ def random_model(rows: int = 0, **settings: Any) -> GPT:
     return model
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", slow_except(MODELS, "gpt2", "llama", "qwen3, yarn", "llama, qwen2 with llama3"))
 def test_a_model_is_restored(name, tmp_path, capsys):
     model = random_model(**MODELS[name])
@@ -151,6 +152,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("entry", "says"),
     [

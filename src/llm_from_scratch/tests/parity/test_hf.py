@@ -137,6 +137,7 @@ def assert_same_gradients(ours: GPT, other: Any) -> None:
     assert expected.keys() <= found.keys()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "name", slow_except(CONFIGS, "gpt2", "llama biases", "qwen3 tied", "qwen2", "mistral", "llama3")
 )
@@ -241,7 +242,7 @@ def test_a_sliding_window_crops_the_context(tmp_path: Path, capsys: pytest.Captu
     """Within the window, every layer sees everything; a longer text would get other logits."""
     other = theirs(mistral(sliding_window=7), tmp_path)
     ours = GPT.from_pretrained(str(tmp_path))
-    assert ours.config.block_size == 7 and "see 7 tokens (sliding_window)" in capsys.readouterr().err
+    assert ours.config.block_size == 7 and "shortened to 7 tokens (sliding_window)" in capsys.readouterr().err
     assert_same_logits(ours, other)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["sliding_window"]  # 4096 by default
@@ -603,6 +604,7 @@ def parts(ck: Any) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | None
     return ck.model_config, ck.model, ck.tokenizer
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "name", slow_except(SHAPES, "gpt2", "gpt2 without biases", "qwen3", "llama biases", "yarn, all its settings")
 )
@@ -855,6 +857,7 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_auto_tokenizer_reads_our_files(name: str, tmp_path: Path) -> None:
     tokenizer = TOKENIZERS[name]()

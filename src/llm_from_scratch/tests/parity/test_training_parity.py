@@ -114,6 +114,7 @@ def transformers_losses() -> list[float]:
     return train(theirs, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99)), hf_loss)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("fused", ["off", "auto"])
 def test_losses_of_transformers(transformers_losses: list[float], fused: str) -> None:
     losses = our_run(fused)

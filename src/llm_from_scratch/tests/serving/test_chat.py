@@ -126,6 +126,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("attack", HOSTILE, ids=lambda attack: attack[:30])
 def test_a_hostile_template_harms_only_its_own_requests(attack):
     with served(template=ChatTemplate(attack)) as server, ThreadPoolExecutor(1) as pool:

@@ -58,6 +58,7 @@ def test_defaults_equal_the_api(client):
     assert answer.choices[0].text == expected(5)[0], "16 tokens at temperature 1, no filter"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("sent", "params"),
     [
@@ -119,6 +120,7 @@ def test_stop_tokens_and_the_end_of_a_text(client):
         assert ask(server.client(), extra_body={"ignore_eos": True}).choices[0].text == whole
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_stream_is_the_whole_text(client, n):
     fields = {"n": n, "seed": 7, "temperature": 1, "max_tokens": 50, "logprobs": 1}
@@ -185,6 +187,7 @@ def test_logprobs_are_the_models_own(client):
     assert alone.top == [[]] and list(alone.top_logprobs[0]) == alone.tokens
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("length", [0, 4])
 def test_echo_scores_a_prompt(client, length, stream):

@@ -44,7 +44,7 @@ def test_every_form() -> None:
         ("learning_rate=log(0,1)", "begins above 0"),
         ("learning_rate=log(nan,1)", "'nan' is not a number"),
         ("n_layer=2..4/3", "the step must be above 0 and at most 2"),
-        ("optimizer_type=log(1,2)", "optimizer_type is not a number, so it has no range"),
+        ("optimizer_type=log(1,2)", "optimizer_type cannot have a range, because it is not a number"),
     ],
 )
 def test_a_mistake_is_one_line(text: str, said: str) -> None:

@@ -84,6 +84,7 @@ def test_conversations_are_asked_and_answered(here: Path, capsys: pytest.Capture
     assert all(end in ids for ids in asked) and "continues with\nyes\n" in capsys.readouterr().out
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("settings", "compares"),
     [({}, True), ({"progress": "none"}, False), ({"init_from": "scratch"}, False), ({"eval_only": True}, False)],

@@ -41,7 +41,7 @@ def test_wide_models_and_dropout_do_not_gain(changes: dict[str, Any], monkeypatc
 @pytest.mark.parametrize(
     ("hours", "has_compiler", "system", "compiles", "told"),
     [
-        (1.0, True, {}, True, "on (pays off in a run of about 60 min)"),
+        (1.0, True, {}, True, "on (saves time in a run of about 60 min)"),
         (1.0, False, {}, False, "off (no C++ compiler found; set CXX)"),
         (0.1, True, {}, False, "off (chosen for this machine)"),
         (1.0, True, {"compile": False}, False, "off (as set)"),

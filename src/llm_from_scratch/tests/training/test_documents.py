@@ -173,6 +173,7 @@ def test_settings_that_documents_exclude(lines: Path, chats: Path, tiny_data: Pa
             make_plan(tiny_config(folder, **{**CHAT, **options}))
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("options", [{"activation_budget": None}, {"gradient_checkpointing": True}, {"max_ngram": 3},
                                      {"chunked_loss": True}, {"dropout": 0.2}])  # fmt: skip
 def test_documents_with_other_settings(lines: Path, options: dict[str, Any]) -> None:
@@ -250,6 +251,7 @@ def test_a_run_on_documents_is_estimated(
     assert "of 1 of 2 layers and 2 of 6 sequences" in out and "time: about" in out
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("documents", [True, False])
 def test_llm_eval_gives_the_final_loss_of_a_run(
     here: Path, lines: Path, capsys: pytest.CaptureFixture[str], documents: bool

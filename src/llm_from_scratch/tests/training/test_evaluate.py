@@ -51,6 +51,7 @@ def naive(model: GPT, tokens: TokenData, block: int) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("length", slow_except([2, 5, 8, 9, 10, 16, 17, 18, 60, 65], 2, 8, 9, 60))
 @pytest.mark.parametrize("block", [1, 3, 8])
 def test_the_whole_split_token_by_token(length: int, block: int) -> None:
@@ -79,6 +80,7 @@ def naive_strided(model: GPT, tokens: TokenData, block: int, stride: int) -> flo
     return sum(losses.values()) / len(losses)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("length", slow_except([2, 9, 10, 17, 33, 40], 2, 10, 33))
 @pytest.mark.parametrize(("block", "stride"), [(8, 3), (8, 1), (8, 7), (8, 8), (3, 2)])
 def test_overlapping_windows_token_by_token(length: int, block: int, stride: int) -> None:

@@ -32,6 +32,7 @@ def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecasts, "MOST", 2)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -87,6 +87,7 @@ class OnGPU(Tensor):
     device = torch.device("meta")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -92,6 +92,7 @@ def weights_of(value: float) -> Spoil:
     return how
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("how", [loss_of, gradient_of])
 @pytest.mark.parametrize("value", slow_except([math.nan, math.inf, -math.inf], math.nan))
 @pytest.mark.parametrize("settings", [{}, {"grad_clip": 0.0, "fused": "off"}, {"dtype": "bfloat16"}])
@@ -230,6 +231,7 @@ NOISES: dict[str, Noise] = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", NOISES)
 def test_tenfold_losses_are_spikes_and_normal_ones_are_not(name: str) -> None:
     """At most one false alarm in 100,000 steps, of a tenth of which the suite has time for."""

@@ -76,6 +76,7 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation() -> None:
     assert seen == [((tokenizer.eot_id,), tuple(tokenizer.encode("the").tolist()))]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
 def test_a_rolling_text(model: TaskModel, length: int) -> None:
     """Windows by hand: full ones one after another; the last one ends with the text and is full, too."""
@@ -286,6 +287,7 @@ def test_tasks_on_the_command_line(
     assert told.err.count("\n") == 1 and "broken.yaml failed" in told.err
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_each_evaluation_scores_the_weights_of_its_step(
     fused: str, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch

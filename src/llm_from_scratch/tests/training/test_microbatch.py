@@ -177,6 +177,7 @@ def test_the_loss_is_chunked_if_there_are_many_logits() -> None:
     assert loss_is_chunked(gpt2(vocab_size=65, chunked_loss=True), 1)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False, "dropout": 0.2, "gradient_checkpointing": True}])
 def test_a_run_without_logits_is_the_same_run(
     data: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -87,7 +87,7 @@ def test_mismatches_are_refused_by_name(parts: Path, capsys: pytest.CaptureFixtu
         (["--dataset={a: 1, c: 1}"], "need the same tokenizer: data/a has char (20 ids), data/c char (5 ids)"),
         (["--dataset={a: 1, x: 1}"], "dataset 'x' not found"),
         (["--dataset={a: 1, data/a: 1}"], "names one dataset twice (data/a, data/a)"),
-        (["--dataset={a: {weight: 1, max_epochs: 0.02}}"], "the mixture lasts 1 steps, but the run has 8"),
+        (["--dataset={a: {weight: 1, max_epochs: 0.02}}"], "the mixture is enough for 1 steps, but the run has 8"),
         (
             ["--dataset={a: 1, b: 1}", "--sample_order=shuffled", "--forget_ngrams", "--max_ngram=3"],
             "forget_ngrams needs one dataset",

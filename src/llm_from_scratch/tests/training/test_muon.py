@@ -195,6 +195,7 @@ def test_rates_of_their_own_for_embeddings_and_head() -> None:
         Config(optimizer=OptimizerConfig(head_learning_rate=0.1)).validate()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("fused", ["off", "on"])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_other_parameters_are_stepped_as_by_torch(fused: Any, decay: float) -> None:
@@ -240,6 +241,7 @@ def test_many_matrices_at_once_are_as_few(monkeypatch: pytest.MonkeyPatch) -> No
 # --- the state ---
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_is_saved_by_name_and_restored_exactly(kind: Any, dtype: Any) -> None:
@@ -265,6 +267,7 @@ def test_state_is_saved_by_name_and_restored_exactly(kind: Any, dtype: Any) -> N
     assert same(model, twin)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "kind, dtype, longest",
     [
@@ -294,6 +297,7 @@ def test_a_resumed_run_is_bit_exact(here: Path, tiny_data: Path, kind: str, dtyp
     assert kinds == {getattr(torch, dtype)}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_run_may_change_how_its_state_is_kept(kind: Any) -> None:
     for before, after in (("float32", "bfloat16"), ("bfloat16", "float32")):
@@ -322,6 +326,7 @@ def test_a_state_of_the_other_optimizer_is_refused() -> None:
             load_optimizer_state(made(make(), optimizer_type=kind), states[other])
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", ["muon", "normuon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_skipped_step_changes_nothing(dtype: Any, kind: Any) -> None:

@@ -52,6 +52,7 @@ def test_frozen_parameters_are_left_out() -> None:
     assert "transformer.wpe.weight" not in names and len(names) == len(list(model.parameters())) - 1
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("fused", ["off", "on", "auto"])
 def test_updates_equal_torch(fused: Any) -> None:
     ours, theirs = make(), make()

@@ -29,6 +29,7 @@ from ..tiny import tiny_config
 MINUTES = 60.0
 
 
+@pytest.mark.cases(2)
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     "settings",

@@ -137,6 +137,7 @@ def test_a_resumed_run_multiplies_by_the_same_libraries(tiny_data: Path, monkeyp
     assert all(torch.equal(one.model[name], other.model[name]) for name in other.model)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("where", ["first", "middle", "last", "val"])
 def test_one_changed_token_is_noticed(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In files of 800,000 bytes that are hashed whole, and at their ends if they are above the limit."""
@@ -263,6 +264,7 @@ def test_a_save_without_enough_memory_prints_a_warning(
     assert "warning: step 4 is not saved: out of memory" in capsys.readouterr().out and calls == [4, 8]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("at", [2, 5])
 def test_data_that_fails_under_the_run_costs_no_step(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -402,6 +404,7 @@ def test_a_stored_network_service_must_be_requested_again(
     assert not Path("wandb.jsonl").exists()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "name, value",
     [("recent_losses", 5), ("recent_losses", [[1, "x"]]), ("data_shift", "a"), ("data_shift", 10**30),

@@ -103,6 +103,7 @@ def test_a_plan_counts_the_bytes_that_it_declares(tiny_data: Path, dtype: str) -
     rehearsal.close()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("before", "after"), [("lion", "adamw"), ("adamw", "lion"), ("muon", "lion"), ("paired", "adamw")]
 )

@@ -134,6 +134,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", slow_except(RUNS, "float32_random", "bfloat16", "modern"))
 def test_a_cut_run_is_bit_for_bit_the_whole_one(name: str, short_data: Path, stop_at: Stop) -> None:
     """Cut inside an epoch, and the rest cut again at a step that is evaluated."""
@@ -275,6 +276,7 @@ def test_the_caller_sees_no_change_of_its_random_numbers_in_the_weights(tiny_dat
     assert losses("a") != losses("c")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (2, 4), (4, 2)])
 def test_accumulated_batches_are_one_batch(tiny_data: Path, batch_size: int, accumulation: int) -> None:
     train(tiny_config(tiny_data, out_dir="one", batch_size=8))
