@@ -436,7 +436,7 @@ def test_options_without_effect_are_refused(here: Path) -> None:
     for files, name in ((["b.jsonl"], "b.jsonl"), (["a.txt", "b.jsonl"], "b.jsonl"), (["b.zip"], "b.zip:b.jsonl")):
         with pytest.raises(UserError, match=f"^{name} is not a text file, so --lines cannot divide it"):
             prepare(files, lines=True, tokenizer="byte", report=lambda line: None)
-    with pytest.raises(UserError, match="rows is not a text file that --lines"):
+    with pytest.raises(UserError, match="rows is not a text file, so --lines cannot divide it"):
         readers.check_lines(sources.HubSource("rows", "text", None, []))
     assert documents("b.zip", lines=True, bad_files="skip") == ["one", "two"]
     (here / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
