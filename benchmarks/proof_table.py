@@ -59,7 +59,7 @@ def table(folder: Path) -> str:
         rows.append(
             (what, "decoding.py", f"--cases={case}", cells(rates(decoding[case], "per_s"), ",.0f", max), "tokens/s")
         )
-    rows.append(("a run that is killed and resumed", "resume.py", "", [same.get(name, "") for name in COLUMNS], ""))
+    rows.append(("resume after a kill", "resume.py", "", [same.get(name, "") for name in COLUMNS], ""))
     lines = [f"| two CPU cores | {' | '.join(COLUMNS.values())} | | measured by |", "|---" * (len(COLUMNS) + 3) + "|"]
     for what, script, option, values, unit in rows:
         command = f"[{script}](benchmarks/{script})" + (f" `{option}`" if option else "")

@@ -1,4 +1,4 @@
-"""Every setting of the project: name, type, default, bounds and the text that `--help` prints. Names are nanoGPT's if
+"""Every setting of a run: name, type, default, bounds and the text that `--help` prints. Names are nanoGPT's if
 nanoGPT has the setting; its defaults are in config/train_nanogpt.py. A leaf name is unique over all sections, so
 `--learning_rate=3e-4`, `--optimizer.learning_rate=3e-4`, a nested YAML file and a flat Python preset set the same
 field."""
@@ -117,10 +117,10 @@ class DataConfig(Settings):
     """A name in data/ or data/processed/, a folder with train.bin and val.bin, or a mixture: '{book: 0.7, code: 0.3}'.
     llm-train's default: the most recently prepared data."""
     batch_size: int = 8
-    """Sequences per micro-batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
+    """Sequences per batch. The global batch has batch_size * gradient_accumulation_steps sequences."""
     micro_batch: int | Literal["auto"] | None = None
-    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: the most that fit
-    in memory and are faster."""
+    """Sequences per process per forward pass; the global batch is unchanged. None: batch_size. auto: as many as fit
+    in memory, up to about 4,096 tokens on a CPU (1,024 with LoRA) and 65,536 on a GPU."""
     sample_order: Literal["random", "shuffled"] = "shuffled"
     """random: random offsets at every step (nanoGPT). shuffled: every window once per epoch, in random order."""
     stride: int | None = None
@@ -147,13 +147,13 @@ class TrainingConfig(Settings):
     """scratch; resume (continue the run in out_dir); auto (resume if there is a checkpoint, else scratch); or
     pretrained weights: gpt2 to gpt2-xl, owner/name on Hugging Face, a Hugging Face folder, a checkpoint or out_dir."""
     max_iters: int = 1000
-    """Number of optimizer updates."""
+    """Number of steps."""
     inclusive_max_iters: bool = False
-    """Count max_iters as nanoGPT's train.py does: steps 0 to max_iters, which is one more update."""
+    """Count max_iters as nanoGPT's train.py does: steps 0 to max_iters, which is one more step."""
     epochs: float | None = None
     """Length of the run in passes over the training tokens. Sets max_iters (and lr_decay_iters unless given)."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per update, in total over all processes."""
+    """Batches per step, in total over all processes."""
     allow_new_data: bool = False
     """Resume even if the training tokens have changed since the run started."""
     eval_interval: int = 100
@@ -392,7 +392,7 @@ class SystemConfig(Settings):
     """Precision of the matrix products; float16 trains with loss scaling. auto: bfloat16 on CUDA (float16 on older
     devices), and in training on a CPU that supports it; else float32."""
     compile: bool | Literal["auto"] = "auto"
-    """Use torch.compile; if it fails, eager mode. auto: on CUDA with Triton, and in long CPU runs of small models."""
+    """Use torch.compile. auto: on CUDA with Triton, and in long CPU runs of small models; if it fails, eager mode."""
     backend: str = "auto"
     """torch.distributed backend: auto (nccl on CUDA, else gloo), nccl or gloo."""
     collective_timeout: float = 600.0

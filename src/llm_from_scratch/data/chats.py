@@ -230,7 +230,7 @@ def give_template(
         tokenizer.chat = read_template(file, *([own.bos, own.eos] if own else [eot, eot]))
     elif own is None:
         add_plain_template(tokenizer)
-    template = file or ("plain (the tokenizer has none)" if own is None else "the model's")
+    template = file or ("plain (the tokenizer does not have one)" if own is None else "the model's")
     report(f"chat template: {template}; only the assistant's turns count in the loss")
     assert tokenizer.chat is not None
     tokenizer.chat.total = RUN_SECONDS

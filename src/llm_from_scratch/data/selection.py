@@ -27,7 +27,7 @@ def compiled(patterns: tuple[str, ...]) -> Any:
     try:
         return pathspec.GitIgnoreSpec.from_lines(patterns)
     except ValueError as error:
-        raise UserError(f"not a pattern of .gitignore's kind: {one_line(error)}") from None
+        raise UserError(f"not a valid .gitignore pattern: {one_line(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def _merged(tokenizer: Tokenizer) -> dict[str, Any]:
     for more, same in ways:
         if [same.encode(text, add_special_tokens=False).ids for text in probes(tokenizer)] == expected:
             return entries | more
-    raise UserError(f"the {tokenizer.name} tokenizer splits text in a way that llama.cpp does not support")
+    raise UserError(f"llama.cpp does not support the pre-tokenizer of the {tokenizer.name} tokenizer")
 
 
 def _byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str) -> Backend:

@@ -70,7 +70,9 @@ def _download(name: str, files: list[str]) -> Path:
         if re.search("LocalEntryNotFound|Connect|Offline|Timeout", kind):
             raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face could not be reached.") from None
         if kind == "RepositoryNotFoundError":
-            raise UserError(f"Cannot load {name!r}: no such folder, and Hugging Face has no such model.") from None
+            raise UserError(
+                f"Cannot load {name!r}: no such folder, and Hugging Face does not have this model."
+            ) from None
         reason = first_line(error)
         raise UserError(f"Cannot load {name!r}: no such folder, and the download failed ({kind}: {reason}).") from None
 

@@ -245,7 +245,7 @@ class Watch:
         """The place of a process that is silent. Its last sign of life may be older than the step."""
         if state["step"] == self.step():
             return _at(state)
-        return f"at step {self.step()}, where rank {self.rank} waits for it in {self._doing['where']}"
+        return f"at step {self.step()}, while rank {self.rank} waits for it in {self._doing['where']}"
 
     def _publish(self, text: str, hangs: int) -> tuple[str, int]:
         """Makes a text the reason for all processes to end, unless there is one. Returns the reason."""

@@ -128,7 +128,7 @@ class TaskModel:
         of the context belong to the continuation, because many tokens begin with one."""
         before, whole = self._encode(context.rstrip()), self._encode(context + continuation)
         if not whole:
-            raise UserError("a task has an empty continuation after an empty context, which has no likelihood")
+            raise UserError("a task has an empty context and an empty continuation: its likelihood is undefined")
         if len(before) >= len(whole):  # its end and the continuation are one token
             before = whole[:-1]
         if before:

@@ -27,7 +27,7 @@ from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
 PIECE = 1 << 16  # tokens
-KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs up to a sixth less"
+KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs up to a fifth less"
 MANY_EPOCHS = 10  # from here on a small model starts to memorise the text
 
 

@@ -191,7 +191,7 @@ def test_an_adapter_of_a_model_on_the_hub(runs: Path, tiny_data: Path, monkeypat
     ("kind", "message"),
     [
         ("LocalEntryNotFoundError", "Hugging Face could not be reached"),
-        ("RepositoryNotFoundError", "Hugging Face has no such model"),
+        ("RepositoryNotFoundError", "Hugging Face does not have this model"),
     ],
 )
 def test_a_mistyped_folder_may_be_a_name_on_the_hub(

@@ -59,7 +59,7 @@ def learned(tokenizer: Tokenizer, messages: list[dict[str, str]] = TALK) -> list
 def test_the_assistants_turns_and_their_ends_are_learned(capsys) -> None:
     tokenizer = ByteTokenizer()
     chats.give_template(tokenizer, None, FIRST, print)
-    assert "plain (the tokenizer has none)" in capsys.readouterr().out
+    assert "plain (the tokenizer does not have one)" in capsys.readouterr().out
     text = "System:\nBe brief.\3\nUser:\né?\3\nAssistant:\n>>Yes.\3<<\nUser:\nSure?\3\nAssistant:\n>>No.\3<<"
     assert learned(tokenizer) == [json.dumps(text, ensure_ascii=False)[1:-1]]
     assert tokenizer.end_ids == {ord(END)}
