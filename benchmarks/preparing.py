@@ -153,6 +153,7 @@ def memory(pid: int) -> int:
 def measure(command: list[str], **options: Any) -> dict[str, float]:
     """Wall and processor seconds, and the peak memory of all its processes."""
     peak, ended = [0], threading.Event()
+    os.sync()  # or the disk still writes the files of an earlier case
     before = os.times()
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
