@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -272,11 +273,19 @@ def is_dataset_name(value: object) -> bool:
     return all(Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
 
 
-def dataset_option(stored: object) -> str:
-    """--dataset=PATH of a path from a checkpoint, for a message; without the path if it could hide a command."""
-    option = f"--dataset={stored}"
+def are_task_names(value: object) -> bool:
+    """Whether stored eval_tasks are the evaluation harness's own tasks. Files of tasks can run code."""
+    if not isinstance(value, str):
+        return value is None
+    names = [name.strip() for name in value.split(",")]
+    return all(Path(n).name == n and not n.endswith((".yaml", ".yml")) and not os.path.exists(n) for n in names)
+
+
+def path_option(name: str, stored: object) -> str:
+    """--NAME=PATH of a path from a checkpoint, for a message; without the path if it could hide a command."""
+    option = f"--{name}={stored}"
     is_shown = isinstance(stored, str) and stored and option.isprintable() and len(option) <= MAX_PATH
-    return option if is_shown else "--dataset=NAME_OR_FOLDER"
+    return option if is_shown else f"--{name}={'NAME_OR_FOLDER' if name == 'dataset' else 'FILES'}"
 
 
 def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.contents import dataset_option
+from ..checkpoint.contents import path_option
 from ..errors import OutputError, SharedError, UserError, one_line
 from ..machine.processes import distributed_env
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
@@ -89,11 +89,12 @@ def explain_activation() -> None:
         note(f"to use the llm-* commands in this shell: . {shlex.quote(os.path.relpath(script, os.environ['HERE']))}")
 
 
-def used_a_path(what: str, dataset: object, prog: str, argv: list[str]) -> UserError:
-    """The error for data that a checkpoint names by a path. The path is not opened, because the checkpoint may be
-    untrusted, but printed as part of the command to run."""
-    command = shlex.join([*prog.split(), *argv, dataset_option(dataset)])
-    return UserError(f"{what} used a data folder. A path in a checkpoint is opened only if you name it: {command}")
+def used_a_path(what: str, paths: dict[str, object], prog: str, argv: list[str]) -> UserError:
+    """The error for data and tasks that a checkpoint names by a path. paths: by setting. They are not opened, because
+    the checkpoint may be untrusted, but printed as part of the command to run."""
+    command = shlex.join([*prog.split(), *argv, *(path_option(name, path) for name, path in paths.items())])
+    used = " and ".join({"dataset": "a data folder", "eval_tasks": "files of tasks"}[name] for name in paths)
+    return UserError(f"{what} used {used}. A path in a checkpoint is opened only if you name it: {command}")
 
 
 def check_location(location: str, which: str | None) -> None:

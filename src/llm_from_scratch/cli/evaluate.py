@@ -247,7 +247,7 @@ def _trained_on(model: Checkpoint, argv: list[str]) -> str:
     if not name:
         raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
     if not is_dataset_name(name):
-        raise used_a_path(f"the run of {model.path}", name, "llm-eval", argv)
+        raise used_a_path(f"the run of {model.path}", {"dataset": name}, "llm-eval", argv)
     return name
 
 

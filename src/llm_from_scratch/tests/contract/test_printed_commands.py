@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_from_scratch.checkpoint.contents import dataset_option
+from llm_from_scratch.checkpoint import store
+from llm_from_scratch.checkpoint.contents import are_task_names, path_option
 from llm_from_scratch.cli import evaluate, generate, prepare_data, train
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.dataset import resolve_dataset
@@ -74,9 +76,35 @@ def test_a_run_on_a_data_folder(place: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_stored_path_that_hides_a_command_is_not_printed() -> None:
-    assert dataset_option("/data/book 'of' mine") == "--dataset=/data/book 'of' mine"
+    assert path_option("dataset", "/data/book 'of' mine") == "--dataset=/data/book 'of' mine"
     for path in ("a\nb", "\x1b[2K", "/a\u202eb", "\ud800", "x" * 5000, "", 5, None):
-        assert dataset_option(path) == "--dataset=NAME_OR_FOLDER"
+        assert path_option("dataset", path) == "--dataset=NAME_OR_FOLDER"
+        assert path_option("eval_tasks", path) == "--eval_tasks=FILES"
+
+
+def test_stored_files_of_tasks_are_not_opened(
+    tiny_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of tasks can run functions (!function)."""
+    for folder in ("data/processed/tiny", "tasks"):
+        shutil.copytree(tiny_data, folder)
+    assert train.main(arguments(dataset="tiny", out_dir=FOLDER, max_iters=2)) == 0
+    capsys.readouterr()
+    resume = ["--init_from=resume", f"--out_dir={FOLDER}", "--max_iters=4"]
+    read = store.read_settings
+    for stored in ("tasks", "a.yaml", "arc_easy, ./a", f"{FOLDER}/x", 5, "a" * 5000 + "/b"):
+        assert not are_task_names(stored)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "read_settings", lambda path, v=stored: {**read(path), "training": {"eval_tasks": v}})
+            assert train.main(resume) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "used files of tasks. A path in a checkpoint is opened only" in message
+        shown = f"--eval_tasks={stored}" if stored != 5 and len(str(stored)) < 100 else "--eval_tasks=FILES"
+        assert in_bash(after(message, "only if you name it:"))[1:] == [*resume, shown]
+    assert are_task_names("arc_easy, hellaswag") and are_task_names(None)
+    config = Config()
+    config.data.dataset, config.training.eval_tasks = "book", "tasks"
+    assert in_bash(resume_command(config, "llm-train"))[-1] == "--eval_tasks=tasks"
 
 
 def test_the_commands_of_a_run() -> None:
