@@ -52,6 +52,8 @@ def divide(text: str, successor: bool) -> Iterator[str]:
 
 def without_surrogates(text: str) -> str:
     """Lone surrogates, which UTF-8 does not have, become U+FFFD."""
+    if text.isascii():  # a flag of the text
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
