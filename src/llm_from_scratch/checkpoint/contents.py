@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -273,19 +272,11 @@ def is_dataset_name(value: object) -> bool:
     return all(Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
 
 
-def are_task_names(value: object) -> bool:
-    """Whether stored eval_tasks are the evaluation harness's own tasks. Files of tasks can run code."""
-    if not isinstance(value, str):
-        return value is None
-    names = [name.strip() for name in value.split(",")]
-    return all(Path(n).name == n and not n.endswith((".yaml", ".yml")) and not os.path.exists(n) for n in names)
-
-
 def path_option(name: str, stored: object) -> str:
-    """--NAME=PATH of a path from a checkpoint, for a message; without the path if it could hide a command."""
+    """--NAME=VALUE with a value from a checkpoint, for a message; without the value if it could hide a command."""
     option = f"--{name}={stored}"
     is_shown = isinstance(stored, str) and stored and option.isprintable() and len(option) <= MAX_PATH
-    return option if is_shown else f"--{name}={'NAME_OR_FOLDER' if name == 'dataset' else 'FILES'}"
+    return option if is_shown else f"--{name}={'NAME_OR_FOLDER' if name == 'dataset' else 'TASKS'}"
 
 
 def check_storable(state: dict[str, Tensor], config: GPTConfig) -> None:

@@ -89,12 +89,14 @@ def explain_activation() -> None:
         note(f"to use the llm-* commands in this shell: . {shlex.quote(os.path.relpath(script, os.environ['HERE']))}")
 
 
-def used_a_path(what: str, paths: dict[str, object], prog: str, argv: list[str]) -> UserError:
-    """The error for data and tasks that a checkpoint names by a path. paths: by setting. They are not opened, because
-    the checkpoint may be untrusted, but printed as part of the command to run."""
-    command = shlex.join([*prog.split(), *argv, *(path_option(name, path) for name, path in paths.items())])
-    used = " and ".join({"dataset": "a data folder", "eval_tasks": "files of tasks"}[name] for name in paths)
-    return UserError(f"{what} used {used}. A path in a checkpoint is opened only if you name it: {command}")
+def used_a_path(what: str, stored: dict[str, object], prog: str, argv: list[str]) -> UserError:
+    """The error for a data folder and for tasks that a checkpoint names. stored: their values by setting. They are not
+    used, because the checkpoint may be untrusted, but printed as part of the command to run."""
+    command = shlex.join([*prog.split(), *argv, *(path_option(name, value) for name, value in stored.items())])
+    if "eval_tasks" not in stored:
+        return UserError(f"{what} used a data folder. A path in a checkpoint is opened only if you name it: {command}")
+    used = "a data folder and evaluation tasks" if "dataset" in stored else "evaluation tasks, which can run code"
+    return UserError(f"{what} used {used}. They are loaded only if you name them: {command}")
 
 
 def check_location(location: str, which: str | None) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.contents import are_task_names, is_dataset_name
+from ..checkpoint.contents import is_dataset_name
 from ..config import Config, GPTConfig
 from ..errors import DamagedError, TrainingError, UserError, shared_by_all
 from ..machine.budget import Budget, Deadline, parse_budget
@@ -27,8 +27,8 @@ from .common import command, data_prepared_last, explain_activation, need_data, 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb or a mirror either.
 NOT_INHERITED = {"out_dir", "init_from", "eval_only", "allow_new_data", "progress", "wandb_log", "mirror"}
-# Read from a checkpoint only if they are names: whether a stored value is.
-NAMES: dict[str, Callable[[object], bool]] = {"dataset": is_dataset_name, "eval_tasks": are_task_names}
+# Whether a stored value may be used without naming it again: no path, and no tasks, which can run code.
+HARMLESS: dict[str, Callable[[object], bool]] = {"dataset": is_dataset_name, "eval_tasks": lambda value: value is None}
 OWN_FLAGS = {
     "print_config": "Print the resolved settings as a preset.",
     "dry_run": "Estimate time and memory. Nothing is trained or written.",
@@ -182,7 +182,7 @@ def _print_help(
             parsed = read(words, defaults=defaults, base_preset=base)
             training = parsed.tree.training
             if resolved_init(training.init_from, training.out_dir) == "resume":
-                defaults = {**defaults, **(_saved_settings(parsed.tree, dict.fromkeys(NAMES, ""), "", []) or {})}
+                defaults = {**defaults, **(_saved_settings(parsed.tree, dict.fromkeys(HARMLESS, ""), "", []) or {})}
                 base = None
 
     def shown(settings: dict[str, Any], files: list[Path]) -> dict[str, str]:
@@ -287,16 +287,16 @@ def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: li
         if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good
             raise UserError(f"the checkpoints in {out_dir} are incomplete: they do not contain settings")
         return None
-    if paths := {k: flat.get(k) for k, are_names in NAMES.items() if k not in sources and not are_names(flat.get(k))}:
-        raise used_a_path(f"the run in {out_dir}", paths, prog, argv)
+    if named := {k: flat.get(k) for k, may in HARMLESS.items() if k not in sources and not may(flat.get(k))}:
+        raise used_a_path(f"the run in {out_dir}", named, prog, argv)
     known = leaf_types(Config)
     return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
 
 
 def _is_plain(name: str, value: Any) -> bool:
     """Whether a stored value is not a path. Paths from a checkpoint are never followed."""
-    if name in NAMES:
-        return NAMES[name](value)
+    if name in HARMLESS:
+        return HARMLESS[name](value)
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))
 
 

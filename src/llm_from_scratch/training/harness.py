@@ -169,22 +169,24 @@ def load_tasks(names: str, option: str = "--tasks", fewshot: int | None = None) 
         from lm_eval.tasks import TaskManager
 
         datasets.disable_progress_bars()
-    own = [Path(name) for name in wanted if Path(name).is_dir()]
-    manager = TaskManager(include_path=[str(folder) for folder in own] or None, include_defaults=False)
+    own = [name for name in wanted if os.path.isdir(name)]  # False for a name that is too long
+    manager = TaskManager(include_path=own or None, include_defaults=False)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name in wanted:
         path = Path(name)
-        if not path.exists() and name not in manager.all_tasks:
+        if not os.path.exists(name) and name not in manager.all_tasks:
             if path.suffix in (".yaml", ".yml"):
                 raise UserError(f"{option}: no such file: {name}")
             if "hellaswag" not in manager.all_tasks:  # the harness's own, which takes seconds
-                manager = TaskManager(include_path=[str(folder) for folder in own] or None)
+                manager = TaskManager(include_path=own or None)
             if name not in manager.all_tasks:
                 near = difflib.get_close_matches(name, manager.all_tasks, n=3)
                 hint = f"did you mean {' or '.join(near)}?" if near else "see `lm-eval ls tasks` for its names"
                 raise UserError(f"{option}: unknown task {name!r}; {hint}")
         with _harness_errors(option, name):
-            specs = TaskManager(include_path=name, include_defaults=False).all_subtasks if path.is_dir() else [name]
+            specs = (
+                TaskManager(include_path=name, include_defaults=False).all_subtasks if os.path.isdir(name) else [name]
+            )
             if not specs:
                 raise UserError(f"{option}: the folder {name} contains no task (a .yaml file with a field `task`)")
             found = manager.load(specs)

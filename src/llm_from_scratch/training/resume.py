@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..checkpoint.contents import Checkpoint, are_task_names, is_dataset_name
+from ..checkpoint.contents import Checkpoint, is_dataset_name
 from ..config import Config
 from ..core.model import GPT
 from ..kernels.layers import layers_in_c
@@ -125,7 +125,7 @@ def resume_command(config: Config, command: str, processes: int = 1) -> str:
     if not is_dataset_name(config.data.dataset):
         words.append(f"--dataset={config.data.dataset}")
     # not read from a checkpoint either
-    if not are_task_names(config.training.eval_tasks):
+    if config.training.eval_tasks is not None:
         words.append(f"--eval_tasks={config.training.eval_tasks}")
     words += [f"--start={config.generation.start}"] if config.generation.start.startswith("FILE:") else []
     words += ["--wandb_log=True"] if config.logging.wandb_log else []

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.checkpoint import store
-from llm_from_scratch.checkpoint.contents import are_task_names, path_option
+from llm_from_scratch.checkpoint.contents import path_option
 from llm_from_scratch.cli import evaluate, generate, prepare_data, train
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.dataset import resolve_dataset
@@ -79,29 +79,29 @@ def test_a_stored_path_that_hides_a_command_is_not_printed() -> None:
     assert path_option("dataset", "/data/book 'of' mine") == "--dataset=/data/book 'of' mine"
     for path in ("a\nb", "\x1b[2K", "/a\u202eb", "\ud800", "x" * 5000, "", 5, None):
         assert path_option("dataset", path) == "--dataset=NAME_OR_FOLDER"
-        assert path_option("eval_tasks", path) == "--eval_tasks=FILES"
+        assert path_option("eval_tasks", path) == "--eval_tasks=TASKS"
 
 
-def test_stored_files_of_tasks_are_not_opened(
+def test_stored_tasks_are_not_loaded(
     tiny_data: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file of tasks can run functions (!function)."""
+    """They can run code: a file by !function, some of the harness's own by grading an answer."""
     for folder in ("data/processed/tiny", "tasks"):
         shutil.copytree(tiny_data, folder)
     assert train.main(arguments(dataset="tiny", out_dir=FOLDER, max_iters=2)) == 0
     capsys.readouterr()
     resume = ["--init_from=resume", f"--out_dir={FOLDER}", "--max_iters=4"]
     read = store.read_settings
-    for stored in ("tasks", "a.yaml", "arc_easy, ./a", f"{FOLDER}/x", 5, "a" * 5000 + "/b"):
-        assert not are_task_names(stored)
+    for stored in ("arc_easy", "tasks", "a.yaml", f"{FOLDER}/x", 5, "a" * 5000):
         with monkeypatch.context() as patch:
             patch.setattr(store, "read_settings", lambda path, v=stored: {**read(path), "training": {"eval_tasks": v}})
             assert train.main(resume) == 2
         message = capsys.readouterr().err
-        assert message.count("\n") == 1 and "used files of tasks. A path in a checkpoint is opened only" in message
-        shown = f"--eval_tasks={stored}" if stored != 5 and len(str(stored)) < 100 else "--eval_tasks=FILES"
-        assert in_bash(after(message, "only if you name it:"))[1:] == [*resume, shown]
-    assert are_task_names("arc_easy, hellaswag") and are_task_names(None)
+        assert (
+            message.count("\n") == 1 and "used evaluation tasks, which can run code. They are loaded only if" in message
+        )
+        shown = f"--eval_tasks={stored}" if stored != 5 and len(str(stored)) < 100 else "--eval_tasks=TASKS"
+        assert in_bash(after(message, "only if you name them:"))[1:] == [*resume, shown]
     config = Config()
     config.data.dataset, config.training.eval_tasks = "book", "tasks"
     assert in_bash(resume_command(config, "llm-train"))[-1] == "--eval_tasks=tasks"
