@@ -77,7 +77,7 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_continuation() -> None:
 
 
 @pytest.mark.cases(2)
-@pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK + 7])
+@pytest.mark.parametrize("length", [3 * BLOCK + 7, 1, 5, BLOCK, BLOCK + 1, 2 * BLOCK])
 def test_a_rolling_text(model: TaskModel, length: int) -> None:
     """Windows by hand: full ones one after another; the last one ends with the text and is full, too."""
     text, gpt = TEXT[:length], memorised("modern")
