@@ -294,7 +294,7 @@ def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: li
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether a stored value is not a path. Paths from a checkpoint are never followed."""
+    """Whether a stored value may be used: neither a path, which is never followed, nor tasks."""
     if name in HARMLESS:
         return HARMLESS[name](value)
     return not (name == "start" and (str(value).startswith("FILE:") or value == "-"))

@@ -117,10 +117,7 @@ class FastTokenizer:
             raise EncoderDiffersError(f"gigatoken cannot encode with {self.tokenizer.name} ({reason})") from None
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_uncast(text).astype(self.dtype, copy=False)
-
-    def encode_uncast(self, text: str) -> np.ndarray:
-        """The ids in the library's type."""
+        """The ids in the library's type: a unit casts all of its ids at once."""
         try:
             data = text.encode()
         except UnicodeEncodeError:  # as in Tokenizer.encode
@@ -139,9 +136,11 @@ class FastTokenizer:
             self._load()
         return np.asarray(ids)
 
+    encode_uncast = encode
+
     def compare(self, text: str) -> None:
         """Raises EncoderDiffersError if the ids of a text differ from the tokenizer's."""
-        if not np.array_equal(self.encode_uncast(text), self.tokenizer.encode(text)):
+        if not np.array_equal(self.encode(text), self.tokenizer.encode(text)):
             raise EncoderDiffersError(f"gigatoken's ids differ from {self.tokenizer.name}'s for {text[:40]!r}")
 
 
