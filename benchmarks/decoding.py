@@ -14,7 +14,7 @@ lookup        124M shape, with prompt lookup; without
 compile       char-512 with a compiled decode step; without
 
 A ratio is the median over the rounds of the ratios within a round; above 1 ours is faster. Prints a table, and a line
-of JSON last. Weights are random; contenders of a case share them, except litgpt, which has rotary positions and an
+of JSON last. Weights are random; contenders of a case share them, except litgpt, which has rotary embeddings and an
 environment of its own. llama.cpp needs xllamacpp, gguf and the extra offline; without them it is skipped.
 """
 
@@ -58,7 +58,7 @@ def generator_of(model: Any, vocab_size: int, **options: Any) -> Any:
 
 
 def with_torch(generator: Any) -> Any:
-    """The generator without the compiled kernel."""
+    """The generator without the compiled kernels."""
     os.environ["LLM_KERNEL"] = "torch"
     try:
         generator.decoder  # noqa: B018  reads the variable
@@ -268,7 +268,7 @@ def in_process(python: Path, name: str, job: dict[str, Any]) -> Run:
 
 
 def litgpt_process() -> None:
-    """litgpt's generate() with its cache, at GPT-2's sizes, with random weights and rotary positions."""
+    """litgpt's generate() with its cache, at GPT-2's sizes, with random weights and rotary embeddings."""
     import torch
     from litgpt.generate.base import generate
     from litgpt.model import GPT, Config

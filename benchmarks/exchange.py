@@ -72,7 +72,7 @@ def memory(model: Path, folder: Path) -> dict[str, Any]:
         print(f"{title}: {used / 1e9:.2f} GB, {more}")
     first, last = load(model).model, load(folder / "f32.gguf").model
     found["equal"] = first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
-    print(f"weights bit-equal after both: {found['equal']}")
+    print(f"weights bit-for-bit identical after both: {found['equal']}")
     return found
 
 

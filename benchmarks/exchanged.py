@@ -1,4 +1,4 @@
-"""Training in several processes on this machine: bytes sent per update (compared with llm-plan's estimate), Muon's time
+"""Training in several processes on this machine: bytes sent per step (compared with llm-plan's estimate), Muon's time
 per process, and the cost of comparing the parameters.
 
     python benchmarks/exchanged.py [--processes=2,4] [--parallel=ddp] [--layers=4] [--width=256]

@@ -52,7 +52,7 @@ def table(folder: Path) -> str:
          cells({name: found["peak"] / 2**20 for name, found in memory.items()}, ",.0f", min), "MiB"),
     ]  # fmt: skip
     for what, case in (
-        ("decoding, 4 layers of 128", "char-512"),
+        ("decoding, 4 layers, width 128", "char-512"),
         ("decoding, GPT-2 124M, float32", "gpt2-fp32"),
         ("decoding, GPT-2 124M, 8 bits", "gpt2-int8"),
     ):
@@ -65,7 +65,8 @@ def table(folder: Path) -> str:
         command = f"[{script}](benchmarks/{script})" + (f" `{option}`" if option else "")
         lines.append(f"| {what} | {' | '.join(values)} | {unit} | {command} |")
     date = (folder / "date").read_text(encoding="utf-8").strip()
-    lines += ["", f"{loss['cpu']}, {loss['threads']} threads, torch {loss['torch']}, {date}."]
+    machine = f"{loss['cpu']}, {loss['threads']} threads, torch {loss['torch']}, {date}."
+    lines += ["", f"{machine} litgpt: GPT-2's sizes with rotary embeddings."]
     return "\n".join(lines) + "\n"
 
 

@@ -59,9 +59,9 @@ class GPTConfig(Settings):
     rope_attention: float | None = None
     """With yarn: multiply the rotated queries and keys by this. None: 0.1 * ln(rope_factor) + 1."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation layer."""
+    """Normalization layer."""
     norm_eps: float = 1e-5
-    """Epsilon of the normalisation layers."""
+    """Epsilon of the normalization layers."""
     activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "gelu"
     """MLP activation: exact GELU (nanoGPT), tanh GELU (OpenAI's GPT-2), squared ReLU or SwiGLU."""
     mlp_hidden: int | None = None
@@ -73,9 +73,9 @@ class GPTConfig(Settings):
     logit_softcap: float = 0.0
     """Soft-cap the logits: c * tanh(logits / c). 0: off."""
     embedding_norm: bool = False
-    """Normalise the embeddings before the first block."""
+    """Normalize the embeddings before the first block."""
     zero_init: bool = False
-    """Initialise the output projections of the blocks, and an untied head, to zero. Works well with Muon."""
+    """Initialize the output projections of the blocks, and an untied head, to zero. Works well with Muon."""
     max_ngram: int = 0
     """Add embeddings of the last 2, 3, ..., max_ngram tokens, so that small models learn faster. 0: off."""
     ngram_rows: int = 65536
@@ -225,7 +225,7 @@ class FinetuneConfig(Settings):
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' inputs."""
     loss: Literal["next_token", "dpo"] = "next_token"
-    """dpo: learn from pairs of answers which one is preferred (direct preference optimisation, arXiv 2305.18290)."""
+    """dpo: learn from pairs of answers which one is preferred (direct preference optimization, arXiv 2305.18290)."""
     dpo_beta: float = 0.1
     """With dpo: larger values keep the model closer to init_from."""
     freeze: tuple[str, ...] = ()
@@ -401,7 +401,7 @@ class SystemConfig(Settings):
     """ddp: each process holds the whole model. fsdp: a part of every parameter, gradient and moment (FSDP2). hsdp: fsdp
     within groups of processes, ddp between them. auto: ddp if the model fits on each device, else fsdp."""
     shard_group: int | None = None
-    """With hsdp: processes that share one copy of the model. None: the processes of a node."""
+    """With hsdp: processes that share one copy of the model. None: the processes of a machine."""
     reshard_after_forward: bool = True
     """With fsdp and hsdp: free a block's weights after its forward pass. False: a third less traffic, more memory."""
     seed: int = 1337

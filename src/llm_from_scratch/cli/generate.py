@@ -193,7 +193,7 @@ def announce(generator: Generator, found: Path | None) -> None:
     weight = generator.model.lm_head.weight
     millions, dtype = generator.model.get_num_params() / 1e6, str(weight.dtype).removeprefix("torch.")
     form = f"{dtype}, int8 products" if generator.quantize == "int8" else dtype
-    form += ", compiled kernel (off: LLM_KERNEL=torch)" if generator.decoder.linears.kernel else ""
+    form += ", compiled kernels (off: LLM_KERNEL=torch)" if generator.decoder.linears.kernel else ""
     note(f"{found}: {millions:.2f}M parameters, on {weight.device}, {form}")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # the output's encoding may not have every character

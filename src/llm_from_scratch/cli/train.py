@@ -64,7 +64,7 @@ llm-train --dry_run.
 
   llm-plan quick --dataset=book                    a new run
   llm-plan --init_from=resume --out_dir=out        the rest of a run
-  llm-plan gpt2-124m --gpus=8 --gpu=h100 --nodes=4 the run on 4 nodes of 8 GPUs
+  llm-plan gpt2-124m --gpus=8 --gpu=h100 --nodes=4 the run on 4 x 8 GPUs
 """
 PRESETS_HELP = """
 PRESETs are files or these names. Later ones override earlier ones, and the

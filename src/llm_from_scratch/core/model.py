@@ -235,7 +235,7 @@ class Block(nn.Module):
 
 
 class Head(Linear):
-    """Logits of normalised activations: (..., C) to (..., V); softcap: c * tanh(logits / c), 0 is off."""
+    """Logits of normalized activations: (..., C) to (..., V); softcap: c * tanh(logits / c), 0 is off."""
 
     def __init__(self, inputs: int, outputs: int, softcap: float):
         super().__init__(inputs, outputs, bias=False)
@@ -250,7 +250,7 @@ class NextTokenLoss(nn.Module):
     """Mean cross-entropy (nats) over the targets that are not -1. No parameters, so another kernel can replace it."""
 
     def forward(self, x: Tensor, targets: Tensor, head: Head) -> tuple[Tensor | None, Tensor]:
-        """x: (B, T, C), normalised activations; targets: (B, T). Returns (logits or None, loss)."""
+        """x: (B, T, C), normalized activations; targets: (B, T). Returns (logits or None, loss)."""
         logits = head(x)
         return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.reshape(-1), ignore_index=-1)
 
@@ -289,7 +289,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's initialisation.
+        """GPT-2's initialization.
 
         | tensor                                  | distribution                    |
         |-----------------------------------------|---------------------------------|

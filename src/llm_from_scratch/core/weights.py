@@ -153,7 +153,7 @@ def file_of(tensors: dict[str, Tensor], **metadata: str) -> Iterator[Any]:
 
 def cropped(state: dict[str, Tensor], config: GPTConfig, block_size: int) -> dict[str, Tensor]:
     """The state dict of a model with a shorter context."""
-    if block_size >= config.block_size:  # longer: only with rotary positions, which have no table
+    if block_size >= config.block_size:  # longer: only with rotary embeddings, which have no table
         return state
     model = build_model(config, state)
     model.crop_block_size(block_size)

@@ -101,7 +101,7 @@ class FastTokenizer:
             import gigatoken
 
             if isinstance(self.tokenizer, TiktokenTokenizer):
-                # with special tokens, it would always recognise them in text
+                # with special tokens, it would always recognize them in text
                 pattern, path = PATTERNS[self.tokenizer.name], self.saved / RANKS_FILE
                 self._backend = gigatoken.Tokenizer.from_tiktoken(str(path), pattern, {})
             else:

@@ -20,7 +20,7 @@ from .hashes import runs_of_words
 from .options import PrepareOptions
 
 SHARED_WORDS = 13  # in a row with an evaluation text, as for GPT-3
-READ = 4000  # characters by which a language is recognised
+READ = 4000  # characters by which a language is recognized
 PUNCTUATION = frozenset(string.punctuation + "–—‘’“”…•·«»„¡¿、。，！？：；（）")
 
 
@@ -128,18 +128,18 @@ def _is_iban(number: str) -> bool:
 # The others
 
 
-def recognise(text: str) -> str:
+def recognize(text: str) -> str:
     """The two-letter code of a text's language."""
     try:
         import py3langid
     except ImportError:
-        raise missing("py3langid", "clean", "--language: recognising languages") from None
+        raise missing("py3langid", "clean", "--language: recognizing languages") from None
     return py3langid.classify(text[:READ])[0]
 
 
 def in_languages(names: tuple[str, ...]) -> Filter:
     def check(text: str) -> str:
-        if (found := recognise(text)) not in names:
+        if (found := recognize(text)) not in names:
             raise Removed(f"language: {found}")
         return text
 

@@ -55,7 +55,7 @@ class PrepareOptions:
     bad_files: Literal["stop", "skip"] = "stop"
     """skip: leave out damaged files and files in another encoding, and print their names."""
     unicode: Literal["none", "NFC", "NFKC"] = "none"
-    """Unicode normalisation."""
+    """Unicode normalization."""
     min_chars: int = 0
     """Remove documents with fewer characters."""
     max_chars: int | None = None

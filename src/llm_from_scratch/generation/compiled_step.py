@@ -1,4 +1,4 @@
-"""A recorded decode step as one call of the compiled kernel (kernels/step.c), without Python between its operations.
+"""A recorded decode step as one call of the compiled kernels (kernels/step.c), without Python between its operations.
 
 Every line of a record (recorder.py) that the kernel knows becomes an operation on memory at a fixed place. The
 others, and what they depend on, run before it in torch: a model's own embedding of the tokens, for example. Results of
@@ -323,7 +323,7 @@ def compiled_step(recorder: Recorder, logits: Tensor, kernel: Kernel) -> Compile
     if not all(line.targets for line in in_torch) or "memory" in wanted:
         function = live[lacking[-1]][0].function
         name = getattr(function, "__name__", type(function).__name__)
-        raise CannotRecord(f"the compiled kernel lacks {name}" if name not in WIDTHS else "")
+        raise CannotRecord(f"the compiled kernels lack {name}" if name not in WIDTHS else "")
     builder, last = Builder(recorder.origin_of), {name: at for at, (_, reads) in enumerate(live) for name in reads}
     for at, (line, reads) in enumerate(live):
         if at not in first:

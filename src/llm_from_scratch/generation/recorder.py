@@ -53,7 +53,7 @@ class Record:
     program: Any
     """Equal for records that differ only in sizes."""
     kernel: Callable[..., Tensor] | None = None
-    """The same step in the compiled kernel, if it has the operations."""
+    """The same step in the compiled kernels, if they have the operations."""
     lacks: str = ""
     """The reason if there is none."""
 

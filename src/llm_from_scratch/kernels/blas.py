@@ -32,7 +32,7 @@ class _Product(ctypes.Structure):
 
 @functools.cache
 def _functions() -> tuple[Kernel, int] | None:
-    """The compiled kernel and the address of OpenBLAS's product; None if one of them is missing."""
+    """The compiled kernels and the address of OpenBLAS's product; None if one of them is missing."""
     numpy = importlib.util.find_spec("numpy")
     if lacking() or numpy is None or numpy.origin is None:
         return None

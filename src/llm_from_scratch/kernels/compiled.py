@@ -118,8 +118,8 @@ def wanted_kernel() -> str:
 def find_kernel(
     say: Callable[[str], None], large: bool = True, without: str = "decoding with torch's products"
 ) -> Kernel | None:
-    """The compiled kernel, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
-    reports why it is not used, and what happens `without` it. Raises UserError for a wrong value of LLM_KERNEL."""
+    """The compiled kernels, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
+    reports why they are not used, and what happens `without` them. Raises UserError for a wrong value of LLM_KERNEL."""
     wanted = wanted_kernel()
     if wanted == "torch":
         return None
@@ -150,9 +150,9 @@ def compiler_here() -> list[str] | None:
 def lacking() -> str | None:
     """The part that this machine lacks for the kernel."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "the compiled kernel is for Linux on x86-64"
+        return "the compiled kernels are for Linux on x86-64"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "the compiled kernel needs AVX2"
+        return "the compiled kernels need AVX2"
     return None if compiler_here() else "there is no C compiler (CC, cc, gcc or clang)"
 
 
@@ -183,11 +183,11 @@ def load_kernel() -> Kernel | str:
             compile_library(compiler, path)
             library = _open(path)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return f"the kernel cannot be compiled or loaded ({one_line(error)})"
+        return f"the compiled kernels cannot be built or loaded ({one_line(error)})"
     library.multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long, ctypes.c_int]
     level = min(library.instructions(), 2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1)
     if not level:
-        return "the compiled kernel needs AVX2"
+        return "the compiled kernels need AVX2"
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
     places, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
@@ -199,7 +199,7 @@ def load_kernel() -> Kernel | str:
     library.train.argtypes = [places, number, number, flag]
     library.blas_product.argtypes = [places, flag]
     kernel = Kernel(library.multiply, library.run, library, level == 2)
-    return kernel if is_right(kernel) else "the compiled kernel gives different results"
+    return kernel if is_right(kernel) else "the compiled kernels give different results"
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -23,8 +23,8 @@ from .compiled import Kernel, Rows, find_kernel, to_int8
 Quantize = Literal["none", "int8"]
 WIDE = 1 << 18  # elements of a matrix above which a few rows are multiplied faster from its other side
 FEW = 64  # rows up to which that holds
-KERNEL_ROWS = 16  # rows up to which the compiled kernel is faster than torch in float32
-LARGE = 1 << 22  # weights of the linear layers above which the compiled kernel is used
+KERNEL_ROWS = 16  # rows up to which the compiled kernels are faster than torch in float32
+LARGE = 1 << 22  # weights of the linear layers above which the compiled kernels are used
 
 
 def has_half() -> bool:
@@ -55,7 +55,7 @@ class Dense:
         return self.wide and 1 < rows <= FEW and torch.get_num_threads() > 1
 
     def is_few(self, rows: int) -> bool:
-        """Whether this many rows are multiplied by the compiled kernel."""
+        """Whether this many rows are multiplied by the compiled kernels."""
         return self.few is not None and rows <= KERNEL_ROWS
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ class Linears:
 
     quantize="int8": int8 weights with a scale per output, and activations with a scale per row. Otherwise float16
     weights on a CPU with slow products in the model's half precision, else the weights unchanged. kernels: a large
-    model may use the compiled kernel (compiled.py). say: reports why it does not. Raises UserError if the device has no
-    int8 products.
+    model may use the compiled kernels (compiled.py). say: reports why it does not. Raises UserError if the device has
+    no int8 products.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Linears:
 
     @contextlib.contextmanager
     def unrounded(self) -> Iterator[None]:
-        """A context in which int8 products of the compiled kernel do not round their rows."""
+        """A context in which int8 products of the compiled kernels do not round their rows."""
         kernels = [product for product in self.packed.values() if isinstance(product, Rows)]
         try:
             for product in kernels:

@@ -104,7 +104,7 @@ def name_of(layer: Linear) -> str:
 
 def fastest_libraries(model: GPT, rows: int, compiled: bool) -> dict[str, str]:
     """{"INPUTSxOUTPUTS": a library for each product}: OpenBLAS where it is always faster, else measured on this many
-    rows in milliseconds; empty if torch's own is the best for the largest layer. compiled: the compiled kernel, which
+    rows in milliseconds; empty if torch's own is the best for the largest layer. compiled: the compiled kernels, which
     OpenBLAS needs, may be built."""
     layers = sorted((m for m in model.modules() if isinstance(m, Linear)), key=lambda m: m.weight.numel())
     if rows * layers[-1].weight.numel() < LEAST:

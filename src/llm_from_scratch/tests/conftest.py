@@ -124,7 +124,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The compiled kernel, built once for all workers unless a training run has built it before. LLM_KERNEL is the
+    """The compiled kernels, built once for all workers unless a training run has built it before. LLM_KERNEL is the
     module's KERNEL, or auto."""
     from llm_from_scratch.kernels import compiled
 

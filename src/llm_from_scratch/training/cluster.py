@@ -227,7 +227,7 @@ def muon_flops(optimizer: Optimizer, processes: int) -> float:
 
 
 def estimate(config: Config, cluster: Cluster, mode: str) -> Estimate:
-    """An update of the run on this cluster. The global batch grows if it has fewer sequences than there are GPUs."""
+    """A step of the run on this cluster. The sequences are rounded up to a multiple of the number of GPUs."""
     dtype = precision(config, cluster.gpu)
     model = trained_model(config)
     optimizer = make_optimizer(model, config.optimizer, torch.device("cuda"))
@@ -319,7 +319,7 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
             f"{' or '.join(allowed)}"
         )
     if config.system.shard_group is not None:
-        raise UserError("llm-plan --gpus uses each node as a group of hsdp: remove --shard_group")
+        raise UserError("llm-plan --gpus uses each machine as a group of hsdp: remove --shard_group")
     text, dtype = with_vocabulary(config), precision(config, cluster.gpu)
     amount, inside, outside = GPUS[cluster.gpu]
     peak, name = dict(PEAKS)[cluster.gpu][dtype] / 1e12, str(dtype).removeprefix("torch.")
@@ -328,7 +328,7 @@ def lines(config: Config, cluster: Cluster) -> list[str]:
         f"model: {count_of(counted)}, vocabulary {model.vocab_size:,}, context {model.block_size:,}, optimizer "
         f"{config.optimizer.optimizer_type}",
         f"cluster: {cluster.nodes} x {cluster.gpus} {cluster.gpu}; each has {amount} GB and {peak:,.0f} TFLOP/s in "
-        f"{name}, and sends {inside} GB/s inside its node, {outside} GB/s to other nodes",
+        f"{name}, and sends {inside} GB/s inside its machine, {outside} GB/s to other machines",
         f"assumed: {MFU:.0%} of the peak FLOP/s, {LINKS:.0%} of the link speeds, {1e6 * LATENCY:.0f} us per message "
         f"for each doubling of the GPUs, {USABLE:.0%} of the memory usable",
         "",

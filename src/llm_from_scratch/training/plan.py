@@ -28,7 +28,7 @@ from .wrap import loss_is_chunked
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
 PIECE = 1 << 16  # tokens
 KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs up to a fifth less"
-MANY_EPOCHS = 10  # from here on a small model starts to memorise the text
+MANY_EPOCHS = 10  # from here on a small model starts to memorize the text
 
 
 @dataclass(frozen=True)
@@ -170,5 +170,5 @@ def _doubts(plan: Plan, epochs: float) -> list[str]:
         )
         lines.append(f"note: {learned:,} parameters (without embeddings) for {tokens:,} training tokens: {ways}")
     if epochs > MANY_EPOCHS:
-        lines.append(f"note: {epochs:.0f} epochs: the model may memorise the text; watch the val loss")
+        lines.append(f"note: {epochs:.0f} epochs: the model may memorize the text; watch the val loss")
     return lines

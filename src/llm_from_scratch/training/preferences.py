@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO, arXiv 2305.18290): a model learns to prefer the chosen answer of each pair to
+"""Direct preference optimization (DPO, arXiv 2305.18290): a model learns to prefer the chosen answer of each pair to
 the rejected one, compared with itself at the start of the run.
 
 The loss of a pair is -log sigmoid(beta (m - m0)), where m is the log-probability of the chosen answer minus that of the

@@ -289,7 +289,7 @@ def _vocabulary(inputs: Inputs, notes: list[str]) -> tuple[Tokenizer | None, int
 
 def _fit(config: Config, loaded: GPTConfig, sources: dict[str, str], notes: list[str], may_crop: bool) -> None:
     """Gives the model the shape of the loaded weights. Dropout may differ, the context may be shortened, and with
-    rotary positions be longer."""
+    rotary embeddings be longer."""
     replaced = []
     longer = LONGER if config.finetune.lora_rank is None else LONGER[:1]  # an adapter's base keeps its positions
     for item in dataclasses.fields(GPTConfig):

@@ -38,7 +38,7 @@ class Step:
 
 
 def train_step(run: Run, x: Tensor, y: Tensor, *packed: Tensor) -> Step:
-    """One update on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite. Goes
+    """One step on this process's share of a global batch: x and y, (rows, T) int64. Skipped if it is not finite. Goes
     through micro-batches that fit in memory. Raises the device's error if memory runs out before the update.
 
     packed: of packed documents, their numbers, (rows, T), and the share of each row in the loss, (rows,); of pairs also

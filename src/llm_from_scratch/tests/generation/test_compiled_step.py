@@ -221,7 +221,7 @@ def test_no_operand_is_a_copy_or_missing(
     assert texts(model, "compiled", monkeypatch)[0] == expected
     said = capsys.readouterr().err  # not that the compiled step gives other logits
     assert said == (
-        "" if edit is TwoTables else "decoding with torch's operations: the compiled kernel lacks index_copy_\n"
+        "" if edit is TwoTables else "decoding with torch's operations: the compiled kernels lack index_copy_\n"
     )
 
 
@@ -245,7 +245,7 @@ def test_an_edited_model_decodes_with_torch(
     expected, _ = texts(model, "torch", monkeypatch)
     found, generator = texts(model, "compiled", monkeypatch)
     assert found == expected and not any(isinstance(step, CompiledStep) for step in steps(generator))
-    assert capsys.readouterr().err == "decoding with torch's operations: the compiled kernel lacks softplus\n"
+    assert capsys.readouterr().err == "decoding with torch's operations: the compiled kernels lack softplus\n"
 
 
 def test_a_step_with_other_logits_is_not_used(

@@ -1,4 +1,4 @@
-"""The compiled kernel of few rows: against float64, on every instruction set here, and when it cannot be had."""
+"""The compiled kernels of few rows: against float64, on every instruction set here, and when they cannot be had."""
 
 from __future__ import annotations
 
