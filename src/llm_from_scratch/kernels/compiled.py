@@ -191,8 +191,8 @@ def load_kernel() -> Kernel | str:
     library.run.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_int]
     places, number, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     library.activation.argtypes = [flag, *[places] * 5, number, flag, flag]
-    library.normalize.argtypes = [*[places] * 4, number, number, ctypes.c_float, flag, flag]
-    library.normalize_back.argtypes = [*[places] * 6, number, number, flag, flag]
+    library.normalize.argtypes = [*[places] * 4, *[number] * 4, ctypes.c_float, flag, flag]
+    library.normalize_back.argtypes = [*[places] * 6, *[number] * 4, flag, flag]
     library.drop.argtypes = [*[places] * 3, number, flag, ctypes.c_float, flag, flag]
     library.attention.argtypes = library.rotate.argtypes = [places, flag, flag]
     library.entropy.argtypes = [*[places] * 3, number, number, *[flag] * 3]

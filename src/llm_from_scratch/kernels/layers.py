@@ -92,8 +92,12 @@ class CompiledReLUSquared(CPUReLUSquared):
 
 class CompiledRMSNorm(CPURMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        fit = _fits(x, self.weight) and self.weight.shape == x.shape[-1:]
-        return _Normalize.apply(x, self.weight, self.eps) if fit else super().forward(x)
+        if _are_rows(x, self.weight) and self.weight.shape == x.shape[-1:]:
+            if x.is_contiguous():
+                return _Normalize.apply(x, self.weight, self.eps)
+            if x.dim() == 4 and x.stride(1) == x.size(3) and x.stride(0) == x.size(2) * x.stride(2):  # of a qkv
+                return _Normalize.apply(x.transpose(1, 2), self.weight, self.eps).transpose(1, 2)
+        return super().forward(x)
 
 
 class CompiledDropout(CPUDropout):
@@ -185,14 +189,14 @@ def _pass_over(code: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -
 
 
 class _Normalize(torch.autograd.Function):
-    """RMSNorm over the last dimension."""
+    """RMSNorm over the last dimension. x: contiguous, or (B, T, H, D) with the heads of a token side by side."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, width, kernel = empty_like(x), x.size(-1), _kernel()
-        scale = x.new_empty(x.numel() // width)
+        y, kernel = empty(x.shape, x.dtype), _kernel()
+        scale = x.new_empty(x.numel() // x.size(-1))
         places, how = _places(x, weight, y, scale), (kernel.has_avx512, torch.get_num_threads())
-        kernel.layers.normalize(*places, len(scale), width, eps, *how)
+        kernel.layers.normalize(*places, *_rows(x), eps, *how)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -200,9 +204,9 @@ class _Normalize(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        dx, dweight, dy, kernel = empty_like(x), torch.empty_like(weight), grads[0].contiguous(), _kernel()
+        dx, dweight, dy, kernel = empty(x.shape, x.dtype), torch.empty_like(weight), grads[0].contiguous(), _kernel()
         places, how = _places(x, weight, dy, scale, dx, dweight), (kernel.has_avx512, torch.get_num_threads())
-        if kernel.layers.normalize_back(*places, len(scale), x.size(-1), *how):
+        if kernel.layers.normalize_back(*places, *_rows(x), *how):
             raise MemoryError
         return dx, dweight, None
 
@@ -226,6 +230,12 @@ def _dropped(x: Tensor, noise: Tensor, p: float) -> Tensor:
     y, kernel, (least, scale) = empty_like(x), _kernel(), drop_threshold(p)
     kernel.layers.drop(*_places(x, noise, y), x.numel(), least, scale, kernel.has_avx512, torch.get_num_threads())
     return y
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """Rows, their width, rows side by side, and the distance to the next ones: as passes.c needs them."""
+    width = x.size(-1)
+    return x.numel() // width, width, *((1, width) if x.is_contiguous() else (x.size(-2), x.stride(-3)))
 
 
 def _places(*tensors: Tensor | None) -> list[int | None]:

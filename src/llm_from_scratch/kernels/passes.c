@@ -13,6 +13,7 @@ typedef struct {
     float *y, *scale, *sums;   /* y: the result, or the gradient of x; sums: of each piece, the weight's gradient */
     long rows, width, few;     /* few: rows of a piece */
     float eps;
+    long heads, token;         /* of x: `heads` rows lie side by side, and `token` numbers farther the next ones */
 } Norm;
 typedef struct { const float *x; const int16_t *noise; float *y; long n; int least; float scale; } Dropped;
 
@@ -37,20 +38,20 @@ void activation(int which, const float *a, const float *b, const float *c, float
     share(functions[which][has_avx512], &job, (n + PIECE - 1) / PIECE, threads);
 }
 
-/* RMSNorm. The width is a multiple of 16. */
-void normalize(const float *x, const float *weight, float *y, float *scale, long rows, long width, float eps,
-               int has_avx512, int threads) {
-    Norm job = {x, weight, NULL, y, scale, NULL, rows, width, ROWS, eps};
+/* RMSNorm. The width is a multiple of 16. heads, token: as in Norm. */
+void normalize(const float *x, const float *weight, float *y, float *scale, long rows, long width, long heads,
+               long token, float eps, int has_avx512, int threads) {
+    Norm job = {x, weight, NULL, y, scale, NULL, rows, width, ROWS, eps, heads, token};
     share(has_avx512 ? normalize_16 : normalize_8, &job, (rows + ROWS - 1) / ROWS, threads);
 }
 
 /* Returns 0, or 1 if memory is short. */
 int normalize_back(const float *x, const float *weight, const float *dy, float *scale, float *dx, float *dweight,
-                   long rows, long width, int has_avx512, int threads) {
+                   long rows, long width, long heads, long token, int has_avx512, int threads) {
     long few = rows > ROWS * PIECES ? (rows + PIECES - 1) / PIECES : ROWS, pieces = (rows + few - 1) / few;
     float *sums = calloc(pieces * width, sizeof *sums);
     if (!sums) return 1;
-    Norm job = {x, weight, dy, dx, scale, sums, rows, width, few, 0};
+    Norm job = {x, weight, dy, dx, scale, sums, rows, width, few, 0, heads, token};
     share(has_avx512 ? normalize_back_16 : normalize_back_8, &job, pieces, threads);
     for (long i = 0; i < width; i++) dweight[i] = 0;
     for (long p = 0; p < pieces; p++)
@@ -127,7 +128,7 @@ KERNEL void N(normalize)(void *data, long piece) {
     const Norm *m = data;
     long n = m->width, end = (piece + 1) * m->few < m->rows ? (piece + 1) * m->few : m->rows;
     for (long r = piece * m->few; r < end; r++) {
-        const float *x = m->x + r * n;
+        const float *x = m->x + r / m->heads * m->token + r % m->heads * n;
         Vec square = ALL(0);
         for (long i = 0; i < n; i += LANES) square = FMA(LOAD(x + i), LOAD(x + i), square);
         float scale = 1 / sqrtf(TOTAL(square) / n + m->eps);
@@ -141,7 +142,7 @@ KERNEL void N(normalize_back)(void *data, long piece) {
     long n = m->width, end = (piece + 1) * m->few < m->rows ? (piece + 1) * m->few : m->rows;
     float *sums = m->sums + piece * n;
     for (long r = piece * m->few; r < end; r++) {
-        const float *x = m->x + r * n, *dy = m->dy + r * n;
+        const float *x = m->x + r / m->heads * m->token + r % m->heads * n, *dy = m->dy + r * n;
         float scale = m->scale[r];
         Vec along = ALL(0);
         for (long i = 0; i < n; i += LANES) {

@@ -75,6 +75,27 @@ def test_norms_equal_float64(level: Kernel, shape: tuple[int, ...]) -> None:
     compare(module, torch.randn(shape) + 3)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 2, 33, 32), (1, 1, 1, 7, 16)], ids=str)
+def test_norms_of_queries_and_keys_equal_float64(level: Kernel, shape: tuple[int, int, int, int, int]) -> None:
+    """Of views of one fused projection, as the model has them, and not by torch's operations."""
+    B, H, G, T, D = shape
+    torch.manual_seed(0)
+    module = RMSNorm(D)
+    nn.init.normal_(module.weight)
+    exact, compiled_norm = copy.deepcopy(module).double(), as_compiled(module)
+
+    def both(fused: Tensor, norm: nn.Module) -> Tensor:
+        q, k, v = fused.transpose(1, 2).split((H, G, G), dim=1)
+        found = [norm(q), norm(k)]
+        assert norm is exact or {y.grad_fn.next_functions[0][0].name() for y in found} == {"_NormalizeBackward"}
+        return torch.cat((*found, v), dim=1)
+
+    fused = torch.randn(B, T, H + 2 * G, D) + 1
+    expected = values(lambda x: both(x, exact), [exact.weight], fused.double())
+    for a, b in zip(expected, values(lambda x: both(x, compiled_norm), [module.weight], fused), strict=True):
+        assert (b - a).norm() <= 1e-6 * a.norm() and (b - a).abs().max() <= 4e-6 * a.abs().max()
+
+
 SHAPES = [
     (2, 4, 4, 64, 32), (1, 4, 2, 200, 16), (3, 2, 1, 5, 48), (2, 1, 1, 2, 16), (1, 2, 2, 129, 64)
 ]  # fmt: skip
