@@ -1,5 +1,5 @@
 #!/bin/bash
-# Measures every figure of the table at the top of README.md on this machine: about 20 minutes on two idle cores, after the
+# Measures every figure of the table at the top of README.md on this machine: about 15 minutes on two idle cores, after the
 # installation of the others.
 #
 #   benchmarks/proof.sh [NANOGPT]
