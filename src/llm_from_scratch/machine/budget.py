@@ -44,7 +44,7 @@ def parse_budget(text: str) -> Budget:
     if name in SECONDS:
         seconds = number * SECONDS[name]
         if not SHORTEST <= seconds < math.inf:
-            raise UserError(f"budget={shown!r} is too short: a run needs {SHORTEST:g}s or more")
+            raise UserError(f"budget={shown!r}: expected a finite time of {SHORTEST:g}s or more")
         return Budget(seconds, "seconds", plain)
     for unit in ("flops", "tokens"):
         prefix = name.removesuffix(unit)
