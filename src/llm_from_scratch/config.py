@@ -305,7 +305,7 @@ class SchedulerConfig(Settings):
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
     """With schedule=linear: changes of lr_decay_iters. '{0: 900, 200: 1100}': 900 until step 200, then 1100. Set by a
-    run with --budget if its length changes."""
+    run with a budget (--budget) if its length changes."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
