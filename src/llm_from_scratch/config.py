@@ -177,8 +177,8 @@ class TrainingConfig(Settings):
     keep_every: int | None = None
     """Also keep the checkpoints at multiples of this step."""
     mirror: str | None = None
-    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). If out_dir is lost or damaged,
-    the run resumes from there. Not stored: give it again to resume."""
+    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). A run without a good
+    out_dir resumes from it. The URL is not stored: give it again to resume."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None
@@ -188,7 +188,7 @@ class TrainingConfig(Settings):
     max_skipped_steps: int = 5
     """Skip steps with a non-finite loss or gradient. After this many in a row, return to the last good checkpoint."""
     max_rollbacks: int = 2
-    """Stop the run after this many returns to the last good checkpoint. Each return uses different batches."""
+    """Stop the run after this many rollbacks to the last good checkpoint. Each uses different batches."""
     skip_spikes: bool = False
     """Also skip steps with a loss far above recent losses. False: only report them."""
     gradient_checkpointing: bool = False
@@ -225,7 +225,7 @@ class FinetuneConfig(Settings):
     lora_dropout: float = 0.0
     """Dropout probability of the adapters' inputs."""
     loss: Literal["next_token", "dpo"] = "next_token"
-    """dpo: learn from pairs of answers which one is preferred (direct preference optimization, arXiv 2305.18290)."""
+    """dpo: train on pairs of a chosen and a rejected answer (direct preference optimization, arXiv 2305.18290)."""
     dpo_beta: float = 0.1
     """With dpo: larger values keep the model closer to init_from."""
     freeze: tuple[str, ...] = ()
@@ -304,8 +304,8 @@ class SchedulerConfig(Settings):
     cooldown_frac: float = 0.4
     """Length of wsd's cool-down as a fraction of lr_decay_iters."""
     lr_ends: dict[int, float] = field(default_factory=dict)
-    """With schedule=linear: the step at which min_lr is reached. '{0: 900, 200: 1100}': step 900; from step 200 on,
-    step 1100. Set by a run with a budget (--budget) if its length changes."""
+    """With schedule=linear: changes of lr_decay_iters. '{0: 900, 200: 1100}': 900 until step 200, then 1100. Set by a
+    run with a budget (--budget) if its length changes."""
 
     def validate(self) -> None:
         at_least(self, 0, "warmup_iters", "lr_decay_iters", "min_lr")
@@ -409,7 +409,7 @@ class SystemConfig(Settings):
     threads: int | None = None
     """Number of CPU threads for torch. None: torch's default."""
     keep_memory: bool | Literal["auto"] = "auto"
-    """CPU: reuse a large model's memory (faster, 20% more memory). auto: if half of the free memory is enough."""
+    """CPU: keep freed memory of large models (faster, a fifth more memory). auto: if half the free memory is enough."""
     data_on_device: bool | Literal["auto"] = "auto"
     """Keep the tokens in device memory. auto: on CUDA, if they need at most 4 GiB and a tenth of the free memory."""
     cuda_graphs: bool | Literal["auto"] = "auto"

@@ -186,7 +186,7 @@ def _split(argv: list[str], leaves: dict[str, Any], sections: dict[str, set[str]
         arg = rest.pop(0)
         if not arg.startswith("--"):
             if arg.startswith("-") and arg != "-":
-                raise UserError(f"unknown option {arg!r}: settings are written as --key=value; see --help")
+                raise UserError(f"unknown setting {arg!r}: write --key=value; see --help")
             words.append(arg)
             continue
         key, equals, text = arg[2:].partition("=")

@@ -44,7 +44,7 @@ def load(
         lambda path: _load_nanogpt(path, weights_only),
     )  # fmt: skip
     if isinstance(which, int) and found.step != which:
-        raise UserError(f"{found.path} is at step {found.step}, not {which}")
+        raise UserError(f"{found.path} is at step {found.step}, not {which}: remove --which")
     if found.base is not None:
         _add_base(found, merge, depth)
     if found.tokenizer is None:
@@ -78,7 +78,7 @@ def _add_base(found: Checkpoint, merge: bool, depth: int) -> None:
 def _load_base(path: Path, place: str, depth: int) -> Checkpoint:
     """The model that the adapter in path was trained on. Raises UserError."""
     if depth == MAX_CHAIN:
-        raise UserError(f"{path} is an adapter of another adapter: the chain is too long (more than {depth})")
+        raise UserError(f"{path}: more than {depth} adapters on top of each other; use an earlier one")
     try:
         return load(place, weights_only=True, need_tokenizer=False, depth=depth + 1)
     except UserError as error:
@@ -201,7 +201,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
         if not needed:
             return None
         raise UserError(
-            f"the tokenizer of dataset {dataset or named} has {found.vocab_size} tokens, but {ckpt.path} was trained "
+            f"the tokenizer of dataset {dataset or named} has {found.vocab_size} ids, but {ckpt.path} was trained "
             f"with {vocab_size}: name the right dataset with --dataset=NAME_OR_FOLDER"
         )
     return found

@@ -63,7 +63,7 @@ class Store:
         except ImportError as error:
             raise UserError(f"mirror={url} needs another package ({error}): {install_command('remote')}") from None
         except ValueError as error:
-            raise UserError(f"mirror={url} is not a URL that fsspec knows: {first_line(error)}") from None
+            raise UserError(f"mirror={url}: unsupported URL: {first_line(error)}") from None
         self.arrived: dict[str, str] = {}
         """SHA-256 of the files of an upload that has not been completed: the next attempt continues after them."""
 
@@ -121,7 +121,7 @@ class Store:
         with file:
             while chunk := file.read(CHUNK):
                 if (limit := limit - len(chunk)) < 0:
-                    raise DamagedError(f"{self.url}/{name} is too long")
+                    raise DamagedError(f"{self.url}/{name} is too large")
                 yield chunk
 
     def write(self, name: str, chunks: Iterable[bytes], on_chunk: Callable[[], None]) -> None:

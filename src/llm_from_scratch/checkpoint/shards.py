@@ -59,7 +59,7 @@ def places_of(metadata: dict[str, str] | None) -> dict[str, Place]:
     parts = parse_json((metadata or {}).get("parts", "{}").encode())
     for numbers in parts.values():
         if len(numbers) != 3 or any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError(f"{numbers} is not the place of a part")
+            raise ValueError(f"invalid shard offset {numbers}")
     return {name: Place(*numbers) for name, numbers in parts.items()}
 
 
@@ -85,7 +85,7 @@ class Joined:
     def _add_part(self, name: str, part: Tensor, place: Place) -> None:
         shape: list[Any] = list(part.shape)
         if place.dim >= len(shape):
-            raise ValueError(f"{name} has no dimension {place.dim}")
+            raise ValueError(f"{name} lacks dimension {place.dim}")
         begin, end = place.begin, place.begin + shape[place.dim]
         shape[place.dim] = place.size
         if name not in self._parts and name not in self.tensors:

@@ -66,7 +66,7 @@ class EvalOptions:
     limit: float | None = None
     """Documents per task; below 1: a fraction. None: all."""
     quantize: Literal["none", "int8"] = "none"
-    """int8: evaluate the model with 8-bit weights, as llm-generate and llm-serve --quantize=int8 run it (CPU)."""
+    """int8: weights and activations of the linear layers in 8 bits, as in llm-generate and llm-serve (CPU)."""
     json: bool = False
     """Print one JSON object instead of lines."""
 

@@ -77,8 +77,8 @@ class SpeedOptions:
     quantize: Literal["none", "int8"] = "none"
     """int8: weights and activations of the linear layers in 8 bits. Faster on a CPU, slightly less exact."""
     draft: str | None = None
-    """Speculative decoding for single samples: lookup (copies earlier text), or the folder of a smaller run with the
-    same tokenizer. The text is the same."""
+    """Speculative decoding for single samples: lookup (copies earlier text), or a smaller run's folder with the
+    same tokenizer. The text does not change."""
 
 
 @dataclass

@@ -49,7 +49,7 @@ def check_run(parsed: Parsed[Any], over: set[str], has_budget: bool) -> None:
     if parsed.on_command_line("out_dir"):
         raise UserError(f"the runs are written to {FOLDER}/NAME: choose it with --name instead of --out_dir")
     if config.training.init_from in ("resume", "auto"):
-        raise UserError("each run starts from scratch or from weights, and resumes by itself: remove --init_from")
+        raise UserError("each run resumes by itself: start from scratch (remove --init_from) or from weights")
     if config.training.eval_only:
         raise UserError("eval_only does not train: remove it")
     if options.metric != "val_loss" and not config.training.final_eval:

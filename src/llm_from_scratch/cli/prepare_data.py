@@ -29,8 +29,8 @@ A SOURCE is a file, a folder, a glob, - for standard input, a URL, hf:OWNER/NAME
 shakespeare_char, shakespeare, python_docs, openwebtext, fineweb-edu, tinystories.
 A text, Markdown, HTML, EPUB or PDF file or a notebook is one document. A .jsonl file has one document or conversation
 per line, a .parquet file one document per row. Files may be compressed or in an archive.
-Files are looked up here, then in data/raw. The validation split is the end of a single text, about a tenth of several
-documents, or the texts in --val_files. If nothing has changed, a second run does nothing."""
+Files are looked up here, then in data/raw. The validation split is the last tenth of a single text, about a tenth of
+the documents, or the texts in --val_files. If nothing has changed, a second run does nothing."""
 
 
 @command
@@ -62,7 +62,7 @@ def _note_on_size(folder: Path) -> None:
     if params > tokens:
         fewer = ", or a smaller vocabulary" if manifest["vocab_size"] > 1000 else ""
         say(
-            f"note: {tokens:,} training tokens for the {params:,} parameters of llm-train's default model: use a "
+            f"note: {tokens:,} training tokens are few for {params:,} parameters of llm-train's default model: use a "
             f"smaller one (llm-train quick) or more text{fewer}"
         )
 

@@ -22,7 +22,7 @@ LAW, TABLE, PLOT = "law.json", "scale.md", "scale.png"
 COMMON = (
     "sizes", "budgets", "seeds", "name", "workers", "dataset", "batch_size", "block_size", "optimizer_type", "seed",
 )  # fmt: skip
-HELP = """Trains models of several sizes for several lengths, and fits a scaling law, which
+HELP = """Trains models of several sizes for several budgets, and fits a scaling law, which
 predicts the loss of larger models and longer runs. Also accepts the options of
 llm-train.
 
@@ -44,7 +44,7 @@ class ScaleOptions:
     budgets: str = "1Mtokens,4Mtokens"
     """Lengths of the runs: times (1min,4min), tokens or FLOPs."""
     seeds: int = 1
-    """Runs per size and length, with different seeds."""
+    """Runs per size and budget, with different seeds."""
     name: str = "scale"
     """Name of the results; their folder is out-sweep/NAME."""
     workers: int = 1

@@ -268,7 +268,7 @@ def choose_length(parsed: Parsed[Any]) -> None:
     order = [*parsed.files, COMMAND_LINE]
     of_epochs, of_iters = sources.get("epochs"), sources.get("max_iters")
     if of_iters is not None and of_epochs == of_iters:
-        raise UserError("epochs and max_iters are both given, and each sets the length of the run; remove one")
+        raise UserError("epochs and max_iters both set the length of the run; remove one")
     if of_iters is not None and (of_epochs is None or order.index(of_iters) > order.index(of_epochs)):
         training.epochs = None
         return
@@ -288,7 +288,7 @@ def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: li
             break
     else:
         if checkpoints.find_checkpoint(out_dir, which="last").is_dir():  # raises if none is good
-            raise UserError(f"the checkpoints in {out_dir} are incomplete: they do not contain settings")
+            raise UserError(f"the checkpoints in {out_dir} do not contain settings: choose another --out_dir")
         return None
     if named := {k: flat.get(k) for k, may in HARMLESS.items() if k not in sources and not may(flat.get(k))}:
         raise used_a_path(f"the run in {out_dir}", named, prog, argv)
@@ -307,7 +307,7 @@ def _on_cluster(config: Config, asked: dict[str, str], is_plan: bool, others: li
     if not is_plan:
         raise UserError(f"--{next(iter(asked))} estimates a run on other machines: use it with llm-plan")
     if config.training.init_from not in ("scratch", "resume"):
-        raise UserError(f"--{next(iter(asked))} estimates new runs and resumed ones: remove --init_from")
+        raise UserError(f"--{next(iter(asked))} needs --init_from=scratch or resume: remove --init_from")
     if others:
         raise UserError(f"--{others[0]} has no effect with --{next(iter(asked))}: remove one of them")
     from ..training.cluster import cluster_of, lines

@@ -55,8 +55,8 @@ def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Message]) -> li
         begin = kept + len(prompt)
         if same != begin or not turn:
             raise UserError(
-                "the chat template begins the assistant's turn differently with add_generation_prompt=True than in a "
-                "complete conversation"
+                "with add_generation_prompt=True, the chat template begins the assistant's turn differently: use "
+                "another --chat_template"
             )
         after = text[:kept] + prompt + turn
         if not separate and not after.startswith(text):

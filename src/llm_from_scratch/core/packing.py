@@ -167,8 +167,8 @@ class PackedData(TokenData):
     def summary(self) -> str:
         """The result of packing, in one line."""
         targets, used = int(self.learned.sum()), int((self.lengths - 1).sum())
-        parts = [f"{self.documents:,} documents in {len(self.learned):,} rows of {self.block_size}"]
-        parts.append(f"{1 - used / self.positions:.1%} of the positions are padding")
+        parts = [f"{self.documents:,} documents in {len(self.learned):,} windows of {self.block_size}"]
+        parts.append(f"{1 - used / self.positions:.1%} of positions are padding")
         if self.marks:
             parts.append(f"{targets / used:.0%} of the tokens count in the loss")
             parts.append(f"{self.cropped / (used + self.cropped):.1%} are cropped (--block_size)")

@@ -117,7 +117,7 @@ class Cache:
             finally:
                 lock.release()
         except OSError as error:
-            raise UserError(f"cannot keep {shard.path}: {error.strerror or error}") from None
+            raise UserError(f"cannot cache {shard.path}: {error.strerror or error}") from None
 
     def _make_room(self, size: int) -> None:
         """Deletes shards until `size` bytes fit."""
@@ -143,7 +143,7 @@ class Cache:
                         digest.update(chunk)
                         target.write(chunk)
                     if digest.hexdigest() != shard.sha256:
-                        raise DataError(f"{where} does not have the hash in its {MANIFEST}; upload the dataset again")
+                        raise DataError(f"{where} does not match its hash in {MANIFEST}; upload the dataset again")
                 return
             except FileNotFoundError:
                 raise DataError(f"{where} is missing; upload the dataset again") from None

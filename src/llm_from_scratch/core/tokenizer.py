@@ -289,7 +289,7 @@ class HFTokenizer(Tokenizer):
             raise UserError("unusable tokenizer.json: its replacements make texts too long")
         self.vocab_size = max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 < self.vocab_size <= len(definition):  # each id needs some characters
-            raise UserError(f"unusable tokenizer.json: it has {self.vocab_size} ids")
+            raise UserError(f"impossible id count in tokenizer.json: {self.vocab_size}")
         if eot_id is not None and not (type(eot_id) is int and 0 <= eot_id < self.vocab_size):
             raise UserError(f"the end-of-text id {str(eot_id)[:40]} is not in the vocabulary")
         self._added = {i: t.content.encode("utf-8") for i, t in self._plain.get_added_tokens_decoder().items()}

@@ -169,12 +169,12 @@ def train(name: str, texts: Iterable[str], folder: Path, report: Callable[[str],
                 with_merges(pool.submit(find_merges, beginning, few).result())
                 != HFTokenizer.train(first, few).json_text
             ):
-                raise EncoderDiffersError("its merges differ from tokenizers'")
+                raise EncoderDiffersError("its merges differ")
             return HFTokenizer(with_merges(pool.submit(find_merges, spool, int(size)).result()), "bpe", 0)
     except UserError:  # of the texts
         raise
     except Exception as error:
-        report(f"tokenizers trains {name}, because gigatoken cannot: {one_line(error)}")
+        report(f"gigatoken cannot train {name} ({one_line(error)}): using tokenizers")
         return None
     finally:
         spool.unlink(missing_ok=True)

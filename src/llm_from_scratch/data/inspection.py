@@ -105,7 +105,7 @@ def _damaged(folder: Path, manifest: dict[str, Any]) -> list[str]:
                 found.append(f"{path.name}: {error.strerror}")
                 continue
             if digest.hexdigest() != shard.get("sha256", digest.hexdigest()):
-                found.append(f"{path.name} is not the file that was prepared (its hash differs)")
+                found.append(f"{path.name} does not match its hash: prepare the data again")
     return found
 
 
@@ -118,7 +118,7 @@ def _damaged_downloads(shards: Shards) -> list[str]:
             for begin in range(0, len(shard), BLOCK):
                 digest.update(shard[begin : begin + BLOCK].tobytes())
             if digest.hexdigest() != shard.sha256:
-                found.append(f"{shard.path} is not the file that was prepared (its hash differs): delete it")
+                found.append(f"{shard.path} does not match its hash: delete it to download it again")
     return found
 
 

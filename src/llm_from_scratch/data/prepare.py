@@ -68,7 +68,7 @@ def prepare(
             options.tokenizer, run = tokenizer_place(run), None
         spec = _make_spec(given, options, root, Path(spool), report)
         if Path(spec.name).name != spec.name or spec.name in ("", ".", ".."):
-            raise UserError(f"name={spec.name!r} is not a plain name: choose another with --name")
+            raise UserError(f"name={spec.name!r} is empty or a path: choose another with --name")
         target = root / (options.out_dir or Path("data/processed") / spec.name)
         request, identities = hash_request(spec, options.shard_size)
         plain = dataclasses.replace(options, include=(), exclude=())

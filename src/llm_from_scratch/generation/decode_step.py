@@ -189,7 +189,7 @@ class DecodeStep:
         if not expected.isfinite().all():  # an error in the model, which the caller reports
             return None
         if not near(logits, expected):
-            self._fail("its record gives different logits")
+            self._fail("the recorded step's logits differ")
             return None
         # without a masked key, code that confuses the size of the window with the length would pass
         if partly:
@@ -210,10 +210,10 @@ class DecodeStep:
             if same:
                 found.step = found.kernel
                 return found
-            reason = "the compiled step gives different logits"
+            reason = "the compiled step's logits differ"
         self.in_kernel = False
         if reason:
-            self.say(f"decoding with torch's operations: {reason}")
+            self.say(f"decoding with torch: {reason}")
         return found
 
     def _fail(self, reason: str) -> None:

@@ -112,7 +112,7 @@ class Generator:
         rows = model.lm_head.weight.size(0)
         if tokenizer.vocab_size > rows:
             raise UserError(
-                f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: the "
+                f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} ids, the model only {rows}: the "
                 "model was trained with another tokenizer; name its data with --dataset"
             )
         self.model, self.tokenizer, self.quantize = model.to(device=device, dtype=dtype), tokenizer, quantize

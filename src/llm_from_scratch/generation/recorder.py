@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
         self.masks.clear()
         name = self.variables.get(place(target))
         if name in self.inputs or (name is None and place(target)[0] not in self.made):
-            raise CannotRecord(f"a tensor that outlives the step is written to ({func})")
+            raise CannotRecord(f"the step writes to a persistent tensor ({func})")
         if name is None:
             whole = target.as_strided((target.untyped_storage().nbytes() // target.itemsize,), (1,), 0)
             self.lines.append(Line((self.variable(whole),), torch.clone, [self.constant(whole.clone())], {}))

@@ -290,5 +290,5 @@ def compare(path: Path, ids: Tensor, logits: Tensor, tokenizer: Tokenizer, kind:
     if not difference <= TOLERANCE[kind] or any(
         not np.array_equal(same.encode(text), tokenizer.encode(text)) for text in probes(tokenizer)
     ):
-        raise UserError(f"the export is wrong: read back, its logits (by up to {difference:.1e}) or token ids differ")
+        raise UserError(f"the export is wrong: read back, its token ids or logits (up to {difference:.1e}) differ")
     return f"read back, its logits differ by up to {difference:.1e} of the largest"

@@ -81,7 +81,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     others = sorted(tokenizer.end_ids - {entries.get("eos_token_id")})
     entries |= zip(("eot_token_id", "eom_token_id"), others, strict=False)
     if others[2:]:
-        print(f"note: a GGUF file names three ids that end a turn; left out: {str(others[2:])[1:-1]}", file=sys.stderr)
+        print(f"note: GGUF stores at most three end-of-turn ids; omitted: {str(others[2:])[1:-1]}", file=sys.stderr)
     found = {f"tokenizer.ggml.{key}": value for key, value in entries.items()}
     return found if tokenizer.chat is None else found | {CHAT: tokenizer.chat.source}
 

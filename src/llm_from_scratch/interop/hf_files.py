@@ -38,7 +38,7 @@ def get_folder(name_or_folder: str | Path, check: Callable[[Path], Any]) -> Path
         raise UserError(f"{folder} does not contain config.json: expected a folder in Hugging Face's format")
     if name not in GPT2_NAMES and not is_hub_id(name):
         raise UserError(
-            f"{name!r} is neither a folder nor a name on the hub: expected {', '.join(GPT2_NAMES)} or owner/name"
+            f"{name!r} is not a folder or a Hugging Face name: expected {', '.join(GPT2_NAMES)} or owner/name"
         )
     require("huggingface_hub", "hf", f"{name!r} is not a local folder, and a download", "name a folder")
     check(_download(name, FETCHED[:1]))
@@ -90,7 +90,7 @@ def cached_folder(name: str) -> Path | None:
 def check_push(name: str) -> None:
     """Raises UserError if push() could not work: before a model is exported for it."""
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
-        raise UserError(f"--push={name} is not a name on the hub: expected owner/name")
+        raise UserError(f"--push={name} is not a Hugging Face name: expected owner/name")
     require("huggingface_hub", "hf", "--push", "upload the files yourself")
 
 

@@ -90,7 +90,7 @@ def read_nanogpt(path: str | Path, weights_only: bool = False) -> NanoGPTCheckpo
     weights = checked_weights(model, config, str(path))
     step = content.get("iter_num", 0)
     if type(step) is not int or not 0 <= step < 1 << 53:
-        raise UserError(f"{path}: iter_num is {str(step)[:40]!r}, expected a number of updates")
+        raise UserError(f"{path}: iter_num is {str(step)[:40]!r}, expected a number of steps")
     best = _number(content.get("best_val_loss"))
     optimizer = None
     if not weights_only and content.get("optimizer") is not None:

@@ -115,9 +115,7 @@ def wanted_kernel() -> str:
     return wanted
 
 
-def find_kernel(
-    say: Callable[[str], None], large: bool = True, without: str = "decoding with torch's products"
-) -> Kernel | None:
+def find_kernel(say: Callable[[str], None], large: bool = True, without: str = "decoding with torch") -> Kernel | None:
     """The compiled kernels, built for a large model or if LLM_KERNEL=compiled; a small one uses what is there. say:
     reports why they are not used, and what happens `without` them. Raises UserError for a wrong value of LLM_KERNEL."""
     wanted = wanted_kernel()

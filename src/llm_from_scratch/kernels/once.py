@@ -18,7 +18,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "create_graph: the modules of kernels/ have no second derivative; call kernels.swap.unswap(model) first"
+                "create_graph: the modules of kernels/ lack second derivatives; call kernels.swap.unswap(model) first"
             )
         return backward(ctx, *grads)
 

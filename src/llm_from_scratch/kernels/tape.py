@@ -256,7 +256,7 @@ def report_to(model: GPT, say: Callable[[str], None]) -> None:
 def _report(known: _Programs, reason: str) -> None:
     reference, known.say = known.say, None
     if reference is not None and (say := reference()) is not None:
-        say(f"step: run by torch from now on, because it cannot be recorded ({reason})")
+        say(f"training with torch from now on: the step cannot be recorded ({reason})")
 
 
 @contextlib.contextmanager

@@ -109,12 +109,12 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            raise UserError(f"--device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu")
+            raise UserError(f"--device={name}: torch {torch.__version__} does not find a CUDA device; use --device=cpu")
         if (device.index or 0) >= count:
             more = f" to cuda:{count - 1}" if count > 1 else ""
-            raise UserError(f"--device={name}: torch sees only cuda:0{more}")
+            raise UserError(f"--device={name}: torch finds only cuda:0{more}")
     if device.type == "mps" and not has_mps:
-        raise UserError("--device=mps: torch sees no Apple GPU; use --device=cpu")
+        raise UserError("--device=mps: torch does not find an Apple GPU; use --device=cpu")
     return device
 
 

@@ -60,7 +60,7 @@ def peak_memory(device: torch.device) -> int:
 
 def keep_freed_memory(keep: bool) -> None:
     """Whether glibc keeps freed memory for the next step or returns blocks of 2 MiB to the system at once. Keeping it
-    saves a sixth of a step, because new pages are zeroed, and needs up to a fifth more memory. What is free now, as
+    saves a sixth of a step, because new pages are zeroed, and needs about a fifth more memory. What is free now, as
     after a model was loaded, is returned either way. Other C libraries have no mallopt."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):

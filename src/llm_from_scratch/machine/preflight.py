@@ -84,7 +84,7 @@ def _store_problem(address: str, port: int) -> str:
                 f" ({address} has IPv6 addresses only)" if families == {socket.AF_INET6} else ""
             )
         else:
-            return f"{address}:{port} answers, but is not torch's store: choose another port"
+            return f"{address}:{port} is in use by another program: choose another port"
     return reason
 
 
@@ -94,7 +94,8 @@ def _group_problem(backend: str, missing: list[int]) -> str:
     name = f"{backend.upper()}_SOCKET_IFNAME"
     others = ", ".join(interface for _, interface in socket.if_nameindex() if interface != "lo")
     chosen = f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set"
-    text = f"all found the store, but not each other: wrong interface ({chosen}; interfaces: {others or 'none but lo'})"
+    text = f"all found MASTER_ADDR, but not each other: wrong interface ({chosen}; "
+    text += f"interfaces: {others or 'none but lo'})"
     if _is_loopback():
         text += f", {socket.gethostname()} resolves to a loopback address, which other machines cannot reach"
     return text + (

@@ -153,7 +153,7 @@ class Watch:
     def _lost_store(self) -> str:
         holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else self._name(0)
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return f"{holder} is gone or stopped: no answer from the store of the processes at {where}"
+        return f"{holder} is gone or stopped: no answer from {where}"
 
     def _beat(self, done: bool = False) -> None:
         self.beats += 1

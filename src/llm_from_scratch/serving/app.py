@@ -157,7 +157,7 @@ def _static(name: str) -> Response:
     if kind is not None and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name) and (PAGE / name).is_file():
         return Response((PAGE / name).read_bytes(), headers=headers, media_type=kind)
     if name == "index.html":
-        return PlainTextResponse("The files of the page are missing. The API is at /v1.\n", 404, headers)
+        return PlainTextResponse("The playground's files are missing. The API is at /v1.\n", 404, headers)
     raise ApiError(404, "no such file")
 
 
@@ -170,5 +170,5 @@ def _watched(service: Service) -> Watch:
 def _place(request: Request) -> int:
     text = request.query_params.get("after", "0")
     if not (text.isascii() and text.isdigit() and len(text) < 17):
-        raise ApiError(400, "after must be the value of the field next in an earlier response", "after")
+        raise ApiError(400, "'after' must be the value of 'next' in an earlier response", "after")
     return int(text)

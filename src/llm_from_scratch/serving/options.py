@@ -33,11 +33,11 @@ class ServeOptions:
     chat_template: str | None = None
     """File with a chat template (Jinja). None: the template in the model's folder, if there is one."""
     watch: str | None = None
-    """Folder of the run to show on the page (curves and samples). None: the run of the model."""
+    """Run folder to show in the playground (curves and samples). None: the run of the model."""
     allowed_hosts: tuple[str, ...] = ()
-    """More host names of the server (Host header). One, or a list such as '["a.org", "b.org"]'. *: any."""
+    """Other accepted Host headers. One, or a list such as '["a.org", "b.org"]'. *: any."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may use the server, for example https://app.example.org. Default: none."""
+    """Origins of web pages that may use the server, for example https://app.example.org."""
     max_concurrent: int = 32
     """Maximum number of samples decoded in parallel."""
     max_queued: int = 128
@@ -51,7 +51,7 @@ class ServeOptions:
     max_seconds: float = 300.0
     """Maximum seconds per request, including waiting. The answer then ends with the text so far."""
     drain_seconds: float = 30.0
-    """Seconds from SIGTERM or Ctrl-C to the exit. Running requests end up to 4 seconds earlier."""
+    """Maximum seconds from SIGTERM or Ctrl-C to exit. Running requests get up to 4 s less."""
 
     def validate(self) -> None:
         if not 0 <= self.port < 1 << 16:

@@ -158,7 +158,7 @@ class Server(uvicorn.Server):
         if jobs:
             note(
                 f"llm-serve: stopping; {jobs} requests have {self.drain_seconds:g} s to finish "
-                "(press again to stop immediately)"
+                "(Ctrl-C stops immediately)"
             )
 
 

@@ -205,9 +205,9 @@ class Service:
     ) -> tuple[str, list[Request], bool, bool]:
         """The parts of a Plan: the model's name, the engine's requests, whether to stream and to send the usage."""
         if length > (limit := self.options.max_tokens):
-            raise ApiError(400, f"max_tokens={length} is more than this server's limit of {limit}", "max_tokens")
+            raise ApiError(400, f"max_tokens={length}; the limit is {limit}", "max_tokens")
         if asked.samples > self.options.max_concurrent:
-            raise ApiError(400, f"n={asked.samples} is more than {self.options.max_concurrent}", "n")
+            raise ApiError(400, f"n={asked.samples}; the limit is {self.options.max_concurrent}", "n")
         for name in ("logit_bias", "stop_token_ids"):
             if unknown := [i for i in getattr(asked, name) if not 0 <= i < self.tokenizer.vocab_size]:
                 known = f"0 to {self.tokenizer.vocab_size - 1}"

@@ -67,7 +67,7 @@ def lines(points: list[Point], found: Fit) -> list[str]:
     text += ["", "| constant | value | 90% interval |", "|---|---|---|"]
     for name, (low, high) in found.intervals.items():
         text.append(f"| {name} | {getattr(law, name):.4g} | {low:.4g} to {high:.4g} |")
-    return [*text, f"| spread | {law.spread:.1%} | |"]
+    return [*text, f"| error SD | {law.spread:.1%} | |"]
 
 
 def law_json(found: Fit) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def parse_space(texts: Iterable[str]) -> Space:
         name, equals, spec = item.partition("=")
         name = name.strip().lstrip("-").replace("-", "_").rpartition(".")[2]
         if not equals or not spec.strip():
-            raise UserError(f"--over has {item!r}: expected NAME=RANGE, such as learning_rate=log(1e-4,1e-2)")
+            raise UserError(f"--over has {item!r}: expected NAME=VALUES, such as learning_rate=log(1e-4,1e-2)")
         if name in OWN:
             raise UserError(f"{name} is set by the sweep itself: remove it from --over")
         if name not in types:
@@ -93,7 +93,7 @@ def _parse_spec(name: str, spec: str, kinds: set[Any]) -> Range | Choices:
     if not logarithmic and not linear:
         values = tuple(value.strip() for value in spec.split(","))
         if "(" in spec or not all(values):
-            raise UserError(f"{name}={spec} is not a range: {FORMS}")
+            raise UserError(f"{spec} is not valid for {name}: {FORMS}")
         if len(set(values)) < len(values):
             raise UserError(f"{name}={spec} has a value twice")
         if len(values) == 1:

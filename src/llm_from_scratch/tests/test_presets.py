@@ -116,7 +116,7 @@ def test_values_of_the_command_line(argv: list[str], name: str, value: Any) -> N
         (["max_iters=5"], "no preset file 'max_iters=5'; did you mean --max_iters=5?"),
         (["--optimizer.lerning_rate=1"], "unknown setting --optimizer.lerning_rate; did you mean learning_rate?"),
         (["--nosuch.learning_rate=1"], "unknown setting --nosuch.learning_rate"),
-        (["-n=3"], "unknown option '-n=3'"),
+        (["-n=3"], "unknown setting '-n=3'"),
         (["--batch_size"], "--batch_size needs a value"),
         (["--batch_size", "--eval_only"], "--batch_size needs a value"),
         (["--batch_size=many"], "batch_size='many' is not valid: expected a whole number"),

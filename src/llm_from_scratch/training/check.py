@@ -60,14 +60,13 @@ def check(config: Config) -> Inputs:
     if global_batch % world_size:
         counts = ", ".join(str(count) for count in range(1, global_batch + 1) if global_batch % count == 0)
         raise SharedError(
-            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences cannot be "
-            f"divided among {world_size} processes: start {counts} processes (the "
-            f"batches stay the same), or choose a multiple of {world_size}"
+            f"the global batch of batch_size * gradient_accumulation_steps = {global_batch} sequences is not divisible "
+            f"by {world_size} processes: start {counts} processes (same batches), or make it a multiple of {world_size}"
         )
     share, micro_batch = global_batch // world_size, config.data.micro_batch
     if isinstance(micro_batch, int) and share % micro_batch:
         raise SharedError(
-            f"micro_batch={micro_batch} does not divide the {share} sequences per process and update; choose a "
+            f"micro_batch={micro_batch} does not divide the {share} sequences per process and step; choose a "
             "divisor, or auto"
         )
     mixture = read_mixture(config.data.dataset)

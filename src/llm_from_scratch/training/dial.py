@@ -171,7 +171,7 @@ def explain(
         f"training: {choice.steps:,} steps of {choice.batch * model.block_size:,} tokens, {epochs:.2f} epochs; "
         f"learning rate {optimizer.learning_rate:g}" + (f", muon {optimizer.muon_learning_rate:g}" if muon else ""),
         f"why: the lowest expected loss of {len(choices)} candidates"
-        + (f"; next: {_layers(other.model)}, width {other.model.n_embd}, {other.expected.bits:.3f} bits per byte"
+        + (f"; second: {_layers(other.model)}, width {other.model.n_embd}, {other.expected.bits:.3f} bits per byte"
            if other is not None else ""),
         in_line(choice.expected, facts),
     ]  # fmt: skip

@@ -35,7 +35,7 @@ class Evaluation:
     """UTF-8 bytes of the predicted tokens; None without a tokenizer."""
     seconds: float
     of_pairs: bool = False
-    """Whether the loss is the mean over pairs of answers, which has no perplexity."""
+    """Whether the loss is the mean over pairs of answers, without perplexity."""
 
     @property
     def perplexity(self) -> float:

@@ -364,7 +364,7 @@ def extrapolate(
         "kept for the next step": KEPT * (G + activations) if plan.keeps_more else 0,
         "the program": base,
     }  # fmt: skip
-    measured = f"{len(passes)} updates of {small.config.model.n_layer} of {model.n_layer} layers and "
+    measured = f"{len(passes)} steps with {small.config.model.n_layer} of {model.n_layer} layers and "
     measured += f"{small.micro_batch} of {plan.micro_batch} sequences"
     return Forecast(
         step, plan.tokens_per_step / step, seconds, {name: int(size) for name, size in memory.items()},

@@ -33,7 +33,7 @@ def summed_over_width(model: Any) -> set[str]:
     found = set()
     for name, p in model.named_parameters():
         if name not in twice:
-            raise UserError(f"lr_scaling=mup does not know how {name} grows with the width: use --lr_scaling=none")
+            raise UserError(f"lr_scaling=mup: the width scaling of {name} is unknown: use --lr_scaling=none")
         if p.dim() >= 2 and p.shape[-1] != twice[name][-1]:
             if id(p) not in tables:
                 found.add(name)

@@ -56,7 +56,7 @@ def _group(config: Config, world: int) -> int:
     """Processes that share one copy of the model with hsdp."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     group = config.system.shard_group or int(here)
-    source = "the processes of a node" if config.system.shard_group is None else f"shard_group={group}"
+    source = "the processes of a machine" if config.system.shard_group is None else f"shard_group={group}"
     if world % group or group == 1:
         fits = ", ".join(str(n) for n in range(2, world + 1) if world % n == 0)
         raise SharedError(

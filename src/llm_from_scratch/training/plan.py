@@ -27,7 +27,7 @@ from .wrap import loss_is_chunked
 
 HASHED = 1 << 30  # bytes of a split up to which the hash covers all tokens: a second or so
 PIECE = 1 << 16  # tokens
-KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs up to a fifth less"
+KEPT = "memory: freed memory is kept for the next step; --keep_memory=False needs about a fifth less"
 MANY_EPOCHS = 10  # from here on a small model starts to memorize the text
 
 
@@ -168,7 +168,7 @@ def _doubts(plan: Plan, epochs: float) -> list[str]:
         ways = "use a smaller model or more text" + (
             ", or a smaller vocabulary" if (plan.config.model.vocab_size or 0) > 1000 else ""
         )
-        lines.append(f"note: {learned:,} parameters (without embeddings) for {tokens:,} training tokens: {ways}")
+        lines.append(f"note: {learned:,} parameters (no embeddings) exceed {tokens:,} training tokens: {ways}")
     if epochs > MANY_EPOCHS:
         lines.append(f"note: {epochs:.0f} epochs: the model may memorize the text; watch the val loss")
     return lines

@@ -70,7 +70,7 @@ class PreferenceData(PackedData):
     def summary(self) -> str:
         rows, padding = len(self.learned), 1 - (self.lengths - 1).sum() / self.positions
         return (
-            f"{self.documents - self.cropped:,} pairs in {rows:,} rows of {self.block_size}, {padding:.1%} of the "
+            f"{self.documents - self.cropped:,} pairs in {rows:,} windows of {self.block_size}, {padding:.1%} of "
             f"positions are padding; {self.cropped:,} pairs are too long and are left out (--block_size)"
         )
 

@@ -107,11 +107,12 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
         check_nanogpt(Path(training.out_dir) / "ckpt.pt", config.model, accept_erf_gelu=True)
         if config.model.activation == "gelu_tanh":
             notes.append("ckpt.pt: nanoGPT runs these weights with the exact GELU, so its results differ slightly")
+    for name in ("sample_interval", "eval_tasks"):
+        if tokenizer is None and getattr(training, name) is not None:
+            raise UserError(f"the data's tokenizer is unknown: remove --{name}, which needs it")
     prompt = _sample_prompt(config, tokenizer)
     tasks: dict[str, Any] = {}
     if training.eval_tasks is not None:
-        if tokenizer is None:
-            raise UserError("--eval_tasks needs the tokenizer of the data, which is unknown; remove it")
         tasks = load_tasks(training.eval_tasks, "--eval_tasks")
         notes.append(f"tasks at every evaluation: {', '.join(tasks['tasks'])} (estimates do not include them)")
     ids, remember = config.model.vocab_size if runtime.is_master else None, not training.eval_only
@@ -253,10 +254,8 @@ def _changed_parts(train_data: TokenData, val_data: TokenData, resumed: Checkpoi
 
 
 def _sample_prompt(config: Config, tokenizer: Tokenizer | None) -> list[int]:
-    if config.training.sample_interval is None:
+    if config.training.sample_interval is None or tokenizer is None:
         return []
-    if tokenizer is None:
-        raise UserError("--sample_interval needs the tokenizer of the data, which is unknown; remove it")
     plain, generation = GenerationConfig(), config.generation
     free = {"start", "max_new_tokens", "temperature", "top_k", "num_samples"}
     for item in dataclasses.fields(GenerationConfig):

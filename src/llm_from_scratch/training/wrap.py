@@ -181,7 +181,7 @@ def exchange(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say
     if runtime.is_sharded:
         replacements.pop(nn.Embedding, None)  # its gradient is sparse, which FSDP2 does not add up
     layers, loss = layer_replacements(model, packed) if runtime.compiled_layers else {}, ChunkedLoss
-    if layers and find_kernel(say, without="training with torch's layers"):
+    if layers and find_kernel(say, without="training with torch"):
         replacements, loss = replacements | layers, CompiledLoss
     libraries = fitting_libraries(model, config, runtime, micro_batch)
     if faster := [f"{one}: {name}" for one, name in NAMES.items() if one in "".join(libraries.values())]:
@@ -223,7 +223,7 @@ def record_step(model: GPT, micro_batch: int, say: Callable[[str], None]) -> Non
     """Swaps in a training step of one call (kernels/tape.py), if it can be recorded. No times are measured here: they
     differ from run to run, and two runs from one seed must be equal."""
     if reason := why_not(model, micro_batch):
-        say(f"step: run by torch, because it cannot be recorded ({reason})")
+        say(f"training with torch: the step cannot be recorded ({reason})")
     elif swap(model, {GPT: RecordedGPT}, say):
         say("step: recorded from the model and run in C (off: LLM_KERNEL=torch)")
         report_to(model, say)

@@ -230,7 +230,7 @@ def test_invalid_urls_and_urls_with_keys_are_refused(url: str) -> None:
 
 
 def test_an_unknown_store_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match="not a URL that fsspec knows"):
+    with pytest.raises(UserError, match="unsupported URL"):
         Store("nosuch://place")
 
 

@@ -52,7 +52,7 @@ def test_file_to_data(here: Path) -> None:
     done = run_forked("book.txt", "--tokenizer", "char")
     assert (done.returncode, done.stderr) == (0, "")
     *_, train, val, example, following, note = done.stdout.splitlines()
-    assert note.startswith("note: 45,000 training tokens for the ")
+    assert note.startswith("note: 45,000 training tokens are few for ")
     assert train.split()[:2] == ["train", "45,000"] and val.split()[:2] == ["val", "5,000"]
     assert repr(text[:32]) in example
     assert following == "next: llm-train --dataset=book"
@@ -75,7 +75,7 @@ def test_a_model_with_more_parameters_than_tokens_is_noted(
     Path("small.txt").write_text("well\n" * 100)
     Path("big.txt").write_text("well\n" * 1_100_000)
     assert prepare_data.main(["small.txt"]) == 0
-    assert f"note: 450 training tokens for the {counted:,} parameters" in capsys.readouterr().out
+    assert f"note: 450 training tokens are few for {counted:,} parameters" in capsys.readouterr().out
     assert prepare_data.main(["big.txt", "--tokenizer=byte"]) == 0
     assert "note: " not in capsys.readouterr().out
 

@@ -347,7 +347,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no weights": (["--init_from=nosuch"], "unknown init_from 'nosuch': no such checkpoint or folder"),
     "another shape": (["--init_from=run", "--n_embd=32"], "--n_embd=32 contradicts the loaded weights, which have 16"),
     "resumed in another shape": (["--init_from=resume", "--out_dir=run", "--n_layer=9"], "--n_layer=9 contradicts"),
-    "no cuda": (["--device=cuda"], "sees no CUDA device; use --device=cpu"),
+    "no cuda": (["--device=cuda"], "does not find a CUDA device; use --device=cpu"),
     "fp8 on a cpu": (["--fp8=True"], "--fp8=True needs a CUDA device of compute capability 8.9"),
     "flex attention on a cpu": (["--flex_attention=True"], "--flex_attention=True needs a CUDA device"),
     "no such device": (["--device=tpu"], "device='tpu' is not one of auto, cpu, cuda"),

@@ -73,7 +73,7 @@ def test_documents_of_a_text_by_hand() -> None:
         [([9, 9, 9, 9], [9, 9, 9, END]), ([8], [END])],
         [([5, 6, 7], [6, 7, END]), ([3], [4])],
     ]
-    assert data.learned.tolist() == [5, 4] and "4 documents in 2 rows of 5, 10.0% of" in data.summary()
+    assert data.learned.tolist() == [5, 4] and "4 documents in 2 windows of 5, 10.0% of" in data.summary()
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 64])

@@ -106,7 +106,7 @@ def test_mistakes_in_a_store_are_named(store: Path) -> None:
     with pytest.raises(UserError, match="cannot read nosuch://x/manifest.json: Protocol not known: nosuch"):
         resolve_dataset("nosuch://x")
     files.pipe("/bucket/babble/train_000001.bin", b"\1\0" * 100)
-    with pytest.raises(DataError, match="train_000001.bin does not have the hash in its manifest.json"):
+    with pytest.raises(DataError, match="train_000001.bin does not match its hash in manifest.json"):
         opened().windows(np.array([150]), 10)
     files.rm("/bucket/babble/train_000001.bin")
     with pytest.raises(DataError, match="train_000001.bin is missing"):

@@ -68,7 +68,7 @@ def test_damage_is_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     (folder / "train.bin").write_bytes(data)
     assert inspect_data.main(["a"]) == 1
     out = capsys.readouterr().out
-    assert "train.bin is not the file that was prepared" in out and "1 ids are outside the vocabulary of 9" in out
+    assert "train.bin does not match its hash" in out and "1 ids are outside the vocabulary of 9" in out
     (folder / "val.bin").unlink()
     assert inspect_data.main(["a"]) == 1 and "val.bin: No such file" in capsys.readouterr().out
     assert inspect_data.main([]) == 2 and inspect_data.main(["nosuch"]) == 2
@@ -102,7 +102,7 @@ def test_a_dataset_in_a_store_is_compared_with_its_hashes(here: Path, capsys: py
     (kept,) = Path("data/cache/remote").glob("*/*-train.bin")
     kept.write_bytes(bytes(kept.stat().st_size))
     assert inspect_data.main(["memory://inspected/a"]) == 1
-    assert "-train.bin is not the file that was prepared" in capsys.readouterr().out
+    assert "-train.bin does not match its hash" in capsys.readouterr().out
     store.rm("/inspected", recursive=True)
 
 

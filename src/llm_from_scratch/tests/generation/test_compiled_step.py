@@ -220,9 +220,7 @@ def test_no_operand_is_a_copy_or_missing(
     expected, _ = texts(model, "torch", monkeypatch)
     assert texts(model, "compiled", monkeypatch)[0] == expected
     said = capsys.readouterr().err  # not that the compiled step gives other logits
-    assert said == (
-        "" if edit is TwoTables else "decoding with torch's operations: the compiled kernels lack index_copy_\n"
-    )
+    assert said == ("" if edit is TwoTables else "decoding with torch: the compiled kernels lack index_copy_\n")
 
 
 class Unusual(nn.Module):
@@ -245,7 +243,7 @@ def test_an_edited_model_decodes_with_torch(
     expected, _ = texts(model, "torch", monkeypatch)
     found, generator = texts(model, "compiled", monkeypatch)
     assert found == expected and not any(isinstance(step, CompiledStep) for step in steps(generator))
-    assert capsys.readouterr().err == "decoding with torch's operations: the compiled kernels lack softplus\n"
+    assert capsys.readouterr().err == "decoding with torch: the compiled kernels lack softplus\n"
 
 
 def test_a_step_with_other_logits_is_not_used(
@@ -256,4 +254,4 @@ def test_a_step_with_other_logits_is_not_used(
     monkeypatch.setitem(compiled_step.CODES, "add", compiled_step.CODES["sub"])
     found, generator = texts(model, "compiled", monkeypatch)
     assert found == expected and not generator.decoder.recorded.in_kernel
-    assert "decoding with torch's operations: the compiled step gives different logits" in capsys.readouterr().err
+    assert "decoding with torch: the compiled step's logits differ" in capsys.readouterr().err

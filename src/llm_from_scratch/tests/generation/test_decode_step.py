@@ -332,7 +332,7 @@ def test_a_record_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caps
     generator = Generator(memorised("gpt2"), TOKENIZER)
     params = GenerationConfig(num_samples=2, max_new_tokens=BLOCK, temperature=1.0)
     found = generator.generate(TEXT[:3], params)
-    assert capsys.readouterr().err == "decoding with the model's own forward: its record gives different logits\n"
+    assert capsys.readouterr().err == "decoding with the model's own forward: the recorded step's logits differ\n"
     monkeypatch.undo()
     assert found == Generator(memorised("gpt2"), TOKENIZER).generate(TEXT[:3], params)
     assert generator.decoder.recorded.records == {}

@@ -395,7 +395,7 @@ def test_a_record_that_confuses_window_and_text_is_not_used(capsys: pytest.Captu
         with torch.no_grad():
             expected = model(idx[:, 5, None], cache=cache)[0][:, 0]
         torch.testing.assert_close(decoder.step(idx[:, 5], cache), expected)
-        assert decoder.recorded.failure == "its record gives different logits" and found.isfinite().all()
+        assert decoder.recorded.failure == "the recorded step's logits differ" and found.isfinite().all()
 
 
 def test_inputs_may_be_anywhere_in_memory() -> None:

@@ -269,7 +269,7 @@ def test_bad_prompts_and_settings_are_refused(writer):
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused():
-    with pytest.raises(UserError, match=f"256 tokens, the model only {TOKENIZER.vocab_size + 3}"):
+    with pytest.raises(UserError, match=f"256 ids, the model only {TOKENIZER.vocab_size + 3}"):
         Generator(memorised(), BYTES)
 
 

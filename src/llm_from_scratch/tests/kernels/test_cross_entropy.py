@@ -240,5 +240,5 @@ def test_a_second_derivative_is_an_error() -> None:
     """What forward stored would count as a constant."""
     x, weight, targets = inputs()
     loss = linear_cross_entropy(x, weight, targets)
-    with pytest.raises(RuntimeError, match="no second derivative; call"):
+    with pytest.raises(RuntimeError, match="lack second derivatives; call"):
         torch.autograd.grad(loss, (x, weight), create_graph=True)

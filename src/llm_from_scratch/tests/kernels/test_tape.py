@@ -475,7 +475,7 @@ def test_c_reads_only_weights_of_the_recorded_kind(kernel: Kernel) -> None:
     for _ in range(2):
         assert not runs_in_c(model)
     assert len(said) == 1
-    assert said[0].startswith("step: run by torch from now on, because it cannot be recorded (a weight is not")
+    assert said[0].startswith("training with torch from now on: the step cannot be recorded (a weight is not")
     weight.data = weight.data.contiguous()
     assert runs_in_c(model)
     model.double()
@@ -587,7 +587,7 @@ def test_a_run_learns_as_without_it_and_resumes_exactly(
         assert torch.equal(w, whole[name])
     monkeypatch.setattr(models, "Block", Clipped)
     weights("edited", max_iters=1)
-    assert "run by torch, because it cannot be recorded (the kernel lacks aten.clamp.de" in capsys.readouterr().out
+    assert "training with torch: the step cannot be recorded (the kernel lacks aten.clamp.de" in capsys.readouterr().out
     monkeypatch.setattr(models, "Block", Block)
     monkeypatch.setenv(compiled.VARIABLE, "torch")
     for name, w in weights("plain", max_iters=6).items():

@@ -67,7 +67,7 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.peak_flops == 989e12 and "NVIDIA H200" in found.reasons["device"]
     assert not resolve(SystemConfig(compile=False)).compile
     assert resolve_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(UserError, match="torch sees only cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match="torch finds only cuda:0 to cuda:1"):
         resolve_device("cuda:2")
     monkeypatch.setattr(runtimes, "has_triton", lambda: False)
     assert not resolve(SystemConfig()).compile
@@ -75,7 +75,7 @@ def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     found = resolve(SystemConfig())
     assert (found.device, found.backend, found.is_master) == (torch.device("cuda:1"), "nccl", False)
     env(monkeypatch, LOCAL_RANK="2", RANK="2", WORLD_SIZE="3")
-    with pytest.raises(UserError, match="torch sees only cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match="torch finds only cuda:0 to cuda:1"):
         resolve(SystemConfig())
 
 
@@ -89,9 +89,9 @@ def test_an_old_gpu_uses_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_absent_devices_are_refused(no_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "cuda:0"):
-        with pytest.raises(UserError, match=f"--device={name}: torch .* sees no CUDA device; use --device=cpu"):
+        with pytest.raises(UserError, match=f"--device={name}: torch .* does not find a CUDA device; use --device=cpu"):
             resolve_device(name)
-    with pytest.raises(UserError, match="sees no Apple GPU"):
+    with pytest.raises(UserError, match="does not find an Apple GPU"):
         resolve_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("auto").type == resolve_device("mps").type == "mps"

@@ -34,7 +34,7 @@ def test_a_store_that_is_not_reached(monkeypatch: pytest.MonkeyPatch, listener: 
     assert refused.startswith(f"rank 1 on {socket.gethostname()} cannot join the other processes: nothing listens at ")
     assert f"127.0.0.1:{port}: is rank 0 running, and is MASTER_ADDR the address of its machine? (of torch)" in refused
     listener.listen()
-    assert "answers, but is not torch's store: choose another port" in told(monkeypatch, "127.0.0.1", port)
+    assert "is in use by another program: choose another port" in told(monkeypatch, "127.0.0.1", port)
     assert "MASTER_ADDR=no-host.invalid is not the name of a host" in told(monkeypatch, "no-host.invalid", port)
 
 

@@ -49,7 +49,7 @@ def test_the_end_of_a_turn_without_an_end_of_text(spec, tmp_path):
 
 def test_a_file_has_three_ids_that_end_a_turn(capsys):
     tokenizer = chat_tokenizer()
-    for ends, noted in (({0, 7}, ""), ({0, 7, 9}, "left out: 9\n")):
+    for ends, noted in (({0, 7}, ""), ({0, 7, 9}, "omitted: 9\n")):
         tokenizer.ends = frozenset(ends)
         entries = describe_tokenizer(tokenizer)
         assert read_tokenizer(entries, "x").end_ids == {0, 7, tokenizer.eot_id}

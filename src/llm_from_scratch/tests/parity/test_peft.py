@@ -132,7 +132,7 @@ def renamed(old: str, new: str) -> None:
         (lambda: changed(alpha_pattern={"(a+)+$": 3}), "alpha_pattern=.* is not supported: expected names"),
         (lambda: changed(lora_alpha="many"), "lora_alpha=many is not a number"),
         (lambda: changed(base_model_name_or_path="nobody/nothing"), "adapter of nobody/nothing, which is not on this"),
-        (lambda: changed(base_model_name_or_path="adapter"), "the chain is too long"),
+        (lambda: changed(base_model_name_or_path="adapter"), "adapters on top of each other"),
         (lambda: changed(base_model_name_or_path=None), "does not name its model"),
         (lambda: renamed("layers.1.self_attn.q_proj", "embed_tokens"), "embed_tokens.* is not supported"),
         (lambda: renamed("q_proj.lora_A", "q_proj.lora_C"), "lora_A and lora_B of .* do not fit the model"),

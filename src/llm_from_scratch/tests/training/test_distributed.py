@@ -157,8 +157,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(
         monkeypatch.setenv(name, value)
     assert main(arguments(dataset=tiny_data, batch_size=4)) == 2
     assert capsys.readouterr().err == (
-        "error: the global batch of batch_size * gradient_accumulation_steps = 4 sequences cannot be divided among 3 "
-        "processes: start 1, 2, 4 processes (the batches stay the same), or choose a multiple of 3\n"
+        "error: the global batch of batch_size * gradient_accumulation_steps = 4 sequences is not divisible by 3 "
+        "processes: start 1, 2, 4 processes (same batches), or make it a multiple of 3\n"
     )
     monkeypatch.setenv("RANK", "2")  # one process reports it
     assert main(arguments(dataset=tiny_data, batch_size=40)) == 2 and capsys.readouterr().err == ""

@@ -70,7 +70,7 @@ def test_muon_keeps_its_rate() -> None:
 def test_an_edited_model_is_scaled_by_its_shapes_or_refused() -> None:
     model = model_of(64)
     model.transformer.h[0].extra = nn.Linear(64, 3)
-    with pytest.raises(UserError, match=r"does not know how transformer\.h\.0\.extra\.weight grows"):
+    with pytest.raises(UserError, match=r"the width scaling of transformer\.h\.0\.extra\.weight is unknown"):
         summed_over_width(model)  # the plain model does not have it
     with pytest.raises(UserError, match="needs --tie_embeddings=False"):
         make_optimizer(model_of(64, tie_embeddings=True), OptimizerConfig(**MUP), CPU)

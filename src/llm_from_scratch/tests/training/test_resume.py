@@ -497,3 +497,9 @@ def test_ids_that_gpt2_does_not_have_are_named(here: Path) -> None:
         assert len(told) == 1 and f"({split}): id {largest} is not a GPT-2 token (0 to 50256)" in told[0]
     described = write_data(here / "described", tokenizer=None, train=[*ids, 50300], val=ids, vocab_size=50304)
     assert not any("not a GPT-2 token" in note for note in make_plan(tiny_config(described)).notes)
+
+
+def test_samples_need_a_tokenizer(here: Path) -> None:
+    data = write_data(here / "ids", tokenizer=None, train=[0, 1] * 30, val=[0, 1] * 30, vocab_size=2)
+    with pytest.raises(UserError, match="the data's tokenizer is unknown: remove --sample_interval"):
+        make_plan(tiny_config(data, sample_interval=1))

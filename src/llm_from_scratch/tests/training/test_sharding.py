@@ -112,7 +112,7 @@ def test_the_groups_of_hsdp_divide_the_processes(monkeypatch: pytest.MonkeyPatch
     assert chosen(monkeypatch, 8, parallel="hsdp", shard_group=2).shards == 2
     with pytest.raises(UserError, match=r"8 processes into groups of 3 \(shard_group=3\).*one of 2, 4, 8"):
         chosen(monkeypatch, 8, parallel="hsdp", shard_group=3)
-    with pytest.raises(UserError, match=r"groups of 1 \(the processes of a node\)"):
+    with pytest.raises(UserError, match=r"groups of 1 \(the processes of a machine\)"):
         chosen(monkeypatch, 8, parallel="hsdp", here=1)
 
 

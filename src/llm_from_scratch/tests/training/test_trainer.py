@@ -341,7 +341,7 @@ def test_too_little_text_is_reported(short_data: Path) -> None:
     size, ways = 12 * 8**2 + 3 * 8 + len(LETTERS) * 8, "use a smaller model or more text"
     assert notes_of(short_data, n_embd=4, **shape) == []
     assert notes_of(short_data, n_embd=8, **shape) == [
-        f"note: {size} parameters (without embeddings) for 300 training tokens: {ways}"
+        f"note: {size} parameters (no embeddings) exceed 300 training tokens: {ways}"
     ]
     assert notes_of(short_data, n_embd=4, max_ngram=3, **shape) == []  # tables are only looked up
     assert notes_of(short_data, n_embd=4, **{**shape, "epochs": 10.5})[0].startswith("note: 11 epochs")
