@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DamagedError, OtherRunError, UserError, first_line
-from ..machine.extras import install_command, require
+from ..machine.extras import missing_store, require
 from ..machine.files import MAX_JSON, make_folder, remove_tree, sync_folder
 from .contents import read_manifest
 from .hashed_folder import MANIFEST, from_json, set_aside, sha256_of, to_json, verify, write_synced
@@ -61,7 +61,7 @@ class Store:
             options = {"use_listings_cache": False, "skip_instance_cache": True}
             self.fs, self.root = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
-            raise UserError(f"mirror={url} needs another package ({error}): {install_command('remote')}") from None
+            raise missing_store(error, f"mirror={url}") from None
         except ValueError as error:
             raise UserError(f"mirror={url}: unsupported URL: {first_line(error)}") from None
         self.arrived: dict[str, str] = {}

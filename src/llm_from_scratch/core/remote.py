@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, UserError, one_line
-from ..machine.extras import missing, require
+from ..machine.extras import missing_store, require
 from ..machine.files import lock_file, open_file, open_whole, read_json, to_json, write_whole
 from .tokenfile import MANIFEST, TokenFile, dtype_of, read_manifest
 from .tokenizer import HF_FILE, META_FILE, RANKS_FILE, TIKTOKEN_NAMES
@@ -208,9 +208,8 @@ def _chunks(url: str) -> Iterator[bytes]:
                 yield chunk
     except FileNotFoundError:
         raise
-    except ImportError as error:  # the package of this kind of store
-        store = f"for {url.partition(':')[0]}://"
-        raise missing(store, "remote", f"reading {url}", f"copy the dataset ({one_line(error)})") from None
+    except ImportError as error:
+        raise missing_store(error, f"reading {url}") from None
     except Exception as error:  # each store raises its own errors
         if isinstance(error, UserError):
             raise

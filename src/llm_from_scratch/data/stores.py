@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from ..errors import AccessError, UserError, one_line
-from ..machine.extras import missing
+from ..machine.extras import missing, missing_store
 from .selection import Selection, fixed_part, is_hidden
 
 # What servers state about the version of a file
@@ -85,9 +85,8 @@ def open_store(url: str) -> tuple[Any, str]:
         raise missing("fsspec", "remote", f"reading {shown(url)}", "download it") from None
     try:
         return fsspec.core.url_to_fs(url)
-    except ImportError as error:  # fsspec names the package of this kind of store
-        instead = f"download the file ({one_line(error)})"
-        raise missing(f"for {url.partition(':')[0]}://", "remote", f"reading {shown(url)}", instead) from None
+    except ImportError as error:
+        raise missing_store(error, f"reading {shown(url)}") from None
 
 
 def shown(url: str) -> str:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..errors import AccessError, UserError
+from ..errors import AccessError, UserError, one_line
 
 DISTRIBUTION = "gptsmith"  # the project's name on the package index
 REQUIRED = {  # module: package
@@ -53,6 +53,13 @@ def missing(package: str, extra: str, purpose: str, instead: str = "") -> UserEr
     """The error for a missing package. instead: what else the user can do."""
     otherwise = f", or {instead}" if instead else ""
     return AccessError(f"{purpose} needs the package {package}: {install_command(extra)}{otherwise}")
+
+
+def missing_store(error: ImportError, purpose: str) -> UserError:
+    """The error for a kind of store that fsspec cannot open. It names the package; the extra `remote` has three."""
+    return AccessError(
+        f"{purpose} needs another package: {one_line(error)} (for s3, gs and http: {install_command('remote')})"
+    )
 
 
 def require(package: str, extra: str, purpose: str, instead: str = "") -> None:

@@ -147,8 +147,10 @@ def test_a_store_without_its_package_names_the_extra(here: Path, monkeypatch: py
     def without(url: str, *args: Any) -> Any:
         raise ImportError("HTTPFileSystem requires aiohttp")
 
+    with pytest.raises(UserError, match="reading az://bucket/a.* needs another package: Install adlfs"):
+        resolve_dataset("az://bucket/a")  # the extra does not have it
     monkeypatch.setattr(fsspec, "open", without)
-    with pytest.raises(UserError, match=r"for http://.*pip install .*\[remote\].*requires aiohttp"):
+    with pytest.raises(UserError, match=r"http://localhost:9/a.*requires aiohttp \(for s3, .*pip install .*\[remote\]"):
         resolve_dataset("http://localhost:9/a")
 
 
