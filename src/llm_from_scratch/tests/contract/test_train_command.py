@@ -148,7 +148,7 @@ def test_the_length_is_printed_once(
     assert steps("a.yaml", "b.yaml") == 50 and steps("b.yaml", "a.yaml") == 7  # the later preset wins
     for argv in (["--epochs=1", "--max_iters=2"], ["both.yaml"]):
         assert train.main([*argv, "--dataset=tiny"]) == 2
-        assert "epochs and max_iters are both given" in capsys.readouterr().err
+        assert "epochs and max_iters both set the length of the run" in capsys.readouterr().err
 
 
 # --- evaluation ---
