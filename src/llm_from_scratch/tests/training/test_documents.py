@@ -248,7 +248,7 @@ def test_a_run_on_documents_is_estimated(
     settings = {**CHAT, "n_layer": 2, "dataset": request.getfixturevalue(data), "out_dir": tmp_path / "run"}
     assert command.main([*arguments(**settings), "--documents=True", "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "of 1 of 2 layers and 2 of 6 sequences" in out and "time: about" in out
+    assert "with 1 of 2 layers and 2 of 6 sequences" in out and "time: about" in out
 
 
 @pytest.mark.cases(1)
