@@ -177,8 +177,8 @@ class TrainingConfig(Settings):
     keep_every: int | None = None
     """Also keep the checkpoints at multiples of this step."""
     mirror: str | None = None
-    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). A run without a good
-    out_dir resumes from it. The URL is not stored: give it again to resume."""
+    """Also keep the checkpoints at this URL, such as s3://BUCKET/FOLDER (extra: remote). If out_dir is
+    missing or damaged, the run resumes from this copy. The URL is not stored: give it again to resume."""
     save_nanogpt_ckpt: bool = False
     """Also write out_dir/ckpt.pt for nanoGPT."""
     early_stopping_patience: int | None = None

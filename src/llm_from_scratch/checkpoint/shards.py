@@ -134,7 +134,7 @@ class OnDisk(Mapping[str, "Tensor"]):
                 self._files.setdefault(key, []).append((file, places))
             joined.add(shapes, places)
         self.meta = joined.whole()
-        """The tensors without their numbers."""
+        """Shapes and types of the tensors, without values."""
         self.other_names: dict[str, str] = {}
         """Further names of tensors, and the names in the files."""
 

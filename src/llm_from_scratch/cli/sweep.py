@@ -28,7 +28,7 @@ HELP = """Trains with many combinations of settings and ranks the results. Also 
 
 --over gives each setting a list (2,4,6), a range (0..0.3; 64..512/64 in steps of
 64) or a logarithmic range (log(1e-4,1e-1)). In a YAML preset, over is a list of
-NAME=VALUES texts. To resume a stopped or killed sweep, run the same command again.
+NAME=VALUES strings. To resume a stopped or killed sweep, run the same command again.
 To share the work, run the command in other processes or on other machines."""
 
 

@@ -83,13 +83,13 @@ class Mixture(TokenData):
 
 @dataclass(frozen=True)
 class Phase:
-    """Samples between two ends of parts, from `begin` on."""
+    """Windows between two ends of parts, from `begin` on."""
 
     begin: int
     counts: tuple[int, ...]
-    """Samples of each part before the phase."""
+    """Windows of each part before the phase."""
     split: tuple[tuple[int, int], ...]
-    """(part, its share of what the parts before it leave), in units of 2^-ONE; the last one gets all that is left."""
+    """(part, its share of the remainder after the earlier parts), in units of 2^-ONE; the last part gets the rest."""
 
     def parts(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The part of each sample, and its number within the part: (N,) int64 each."""
@@ -125,7 +125,7 @@ class MixedOrder(SampleOrder):
     """Of each part, how many neighbouring windows are shuffled together; 0: all."""
     phases: tuple[Phase, ...] = field(init=False)
     samples: float = field(init=False, default=math.inf)
-    """Samples until all parts are used up."""
+    """Windows until all parts are used up."""
     made: dict[int, np.ndarray] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

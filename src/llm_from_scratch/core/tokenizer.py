@@ -124,7 +124,7 @@ class Tokenizer:
             if chat := meta.get("chat"):
                 texts = [chat[part] for part in ("template", "bos_token", "eos_token")]
                 if not all(isinstance(text, str) for text in texts):
-                    raise TypeError("its chat template is not a text")
+                    raise TypeError("its chat template is not a string")
                 tokenizer.chat = ChatTemplate(*texts)
             return tokenizer
         except (UserError, KeyboardInterrupt, SystemExit):

@@ -31,7 +31,7 @@ BOM = b"\xef\xbb\xbf"  # of UTF-8
 MAX_MESSAGES, MAX_ROLE = 1 << 10, 64  # a template is rendered up to each message of the assistant
 FIELDS = "messages (a list of objects with role and content), or prompt and completion"
 PAIR = ("prompt", "chosen", "rejected")
-NO_TEXT = "is not a text, or a list of parts of type text"
+NO_TEXT = "is not a string, or a list of parts of type text"
 
 
 def are_conversations(sources: list[Source], options: PrepareOptions, report: Callable[[str], None]) -> bool:
@@ -150,7 +150,7 @@ def _message(given: Any, where: str) -> Message:
         raise ValueError(f"{where} is not an object with role and content")
     role, content = given["role"], given["content"]
     if not isinstance(role, str) or not 0 < len(role) <= MAX_ROLE:
-        raise ValueError(f"{where}: role is not a text of 1 to {MAX_ROLE} characters")
+        raise ValueError(f"{where}: role is not a string of 1 to {MAX_ROLE} characters")
     if given.get("tool_calls") or given.get("function_call"):
         raise ValueError(f"{where} calls a tool, which is not supported")
     if isinstance(content, list):

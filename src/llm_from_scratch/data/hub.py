@@ -63,7 +63,7 @@ class HubSource:
                     if text is None and self.text_key in names:
                         continue  # as in a table
                     if not isinstance(text, str):
-                        has = f"does not have a text {self.text_key!r} (it has {', '.join(map(repr, names))})"
+                        has = f"does not have a text column {self.text_key!r} (it has {', '.join(map(repr, names))})"
                         raise UserError(f"{self.name} {has}: see llm-prepare --text_key")
                     yield from split_document(text)
         except UserError:

@@ -28,9 +28,9 @@ class Deadline(NamedTuple):
     at: float
     """On time.monotonic()."""
     may_extend: bool = True
-    """Whether the run gets more updates than planned if there is time for them; it gets fewer if there is not."""
+    """Whether the run gets more steps than planned if there is time for them; it gets fewer if there is not."""
     expected: Callable[[int], str] | None = None
-    """The expected loss after this many updates, as a line."""
+    """The expected loss after this many steps, as a line."""
 
 
 def parse_budget(text: str) -> Budget:

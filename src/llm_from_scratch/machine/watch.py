@@ -44,7 +44,7 @@ class Watch:
         self.trainer, self.parent = threading.get_ident(), os.getppid()
         self.next = (rank + 1) % world_size
         self.moves = 0
-        """Counts what moves although the stack of the thread stays the same."""
+        """Progress counter for work during which the stack of the thread does not change."""
         self.beats, self._is_waiting, self._doing = 0, False, dict[str, Any]()
         self._reset()
         self._ending = threading.Event()

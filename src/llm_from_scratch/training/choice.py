@@ -43,7 +43,7 @@ MOST_EPOCHS = 60  # passes over the text after which more training does not help
 MOST_PARAMETERS = 10  # per token of the text; larger models memorize it
 FEWEST_STEPS = 20
 LAUNCH, LAUNCH_ON_GPU = 5e-3, 4e-4  # seconds per layer and update, measured on a CPU; a rehearsal corrects them
-BATCH_TOKENS = 2048  # of an update in a run of 4 million tokens
+BATCH_TOKENS = 2048  # of a step in a run of 4 million tokens
 ENOUGH_TOKENS = 4096  # of a forward pass; more are not faster on a CPU
 DROPOUT_BY_EPOCHS = ((4, 0.0), (12, 0.1), (math.inf, 0.2))
 WIDE = 256  # width above which heads have 64 dimensions and a warm-up is used
@@ -82,7 +82,7 @@ class Speed:
     flops: float
     """FLOP/s of large matrix products."""
     launch: float = LAUNCH
-    """Seconds per layer and update that do not depend on the tokens."""
+    """Seconds per layer and step that do not depend on the tokens."""
     start: float = 4.0
     """Seconds from the start of the process to the first update, and from the last one to its end."""
     factors: tuple[tuple[bool, float], ...] = ()
@@ -304,7 +304,7 @@ def _overhead(budget: Budget, facts: Facts, speed: Speed, per_token: float, para
 
 
 def sequences(tokens: float, context: int, multiple: int) -> int:
-    """Sequences of an update in a run of this many tokens: few small updates learn less than many, and large runs gain
+    """Sequences of a step in a run of this many tokens: few small steps learn less than many, and large runs gain
     from large batches. multiple: the number is divisible by it."""
     wanted = min(1 << 19, max(512.0, BATCH_TOKENS * math.sqrt(tokens / 4e6)))
     return multiple * max(1, round(wanted / context / multiple))

@@ -33,7 +33,7 @@ class Curve(NamedTuple):
     bits: float
     """There."""
     gain: float
-    """Bits more with a fourth (APART) of the text."""
+    """Increase in bits if only a quarter (APART) of the text is counted."""
 
     def at(self, amount: float) -> float:
         further = math.log(amount / self.amount, APART)

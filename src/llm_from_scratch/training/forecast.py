@@ -36,7 +36,7 @@ from .trainer import train_step
 from .wrap import loss_is_chunked
 
 BUDGET = 3.0  # seconds
-LEAST, MOST, SETTLED = 2, 40, 0.5  # updates that are timed: at least, at most, and enough after this many seconds
+LEAST, MOST, SETTLED = 2, 40, 0.5  # steps that are timed: at least, at most, and enough after this many seconds
 KEPT = 0.5  # of gradients and activations: holes in the kept memory of a large model (at most; measured: 0.15 to 0.5)
 HEAP = 1 << 25  # bytes: larger blocks return to the system when freed (glibc's M_MMAP_THRESHOLD_MAX)
 FEWEST_TOKENS = 2048  # of a rehearsal with fewer sequences than the run; with fewer tokens, each takes longer
@@ -57,10 +57,10 @@ class Forecast:
     available: int | None
     """Bytes of the device."""
     calibration: float
-    """Seconds of the rehearsal."""
+    """Seconds that the measurement took."""
     measured: str
     busy: float = 1.0
-    """Mean over median of the measured updates. More than 1 if other programs take the processor."""
+    """Mean divided by median of the measured steps. More than 1 if other programs use the processor."""
 
     @property
     def total(self) -> float:
@@ -161,7 +161,7 @@ class Rehearsal:
         return self.spans.get(f"{name} ends", 0.0) - self.spans.get(f"{name} begins", 0.0)
 
     def update_of_stack(self) -> float:
-        """Seconds of an update after the gradients, if only the blocks have any."""
+        """Seconds of a step after the gradients, if only the blocks have any."""
         self.only_stack = True
         seconds = self.timed(sequences=1)["update"]
         self.only_stack = False
@@ -236,7 +236,7 @@ def forecast(plan: Plan, budget: float = BUDGET) -> Forecast:
 
 
 def rehearsal_size(plan: Plan, budget: float) -> tuple[int, int]:
-    """(layers, sequences) of a rehearsal with updates of about a fourth of the budget each."""
+    """(layers, sequences) of a rehearsal with steps of about a quarter of the budget each."""
     model, rows = plan.config.model, plan.micro_batch
     settings, plain = plan.config.finetune, FinetuneConfig()
     by_name = settings.freeze or settings.lora_targets != plain.lora_targets  # perhaps of single layers
@@ -275,7 +275,7 @@ def alone(runtime: Runtime) -> Runtime:
 
 
 def reduced_plan(plan: Plan, layers: int, rows: int) -> Plan:
-    """A plan for one process, `layers` layers, and one micro-batch of `rows` sequences per update."""
+    """A plan for one process, `layers` layers, and one micro-batch of `rows` sequences per step."""
     model, training = plan.config.model, dataclasses.replace(plan.config.training)
     training.chunked_loss = loss_is_chunked(plan.config, plan.micro_batch)  # as in the whole run
     if isinstance(training.activation_budget, float):

@@ -43,11 +43,11 @@ class Plan:
     val_data: TokenData
     order: SampleOrder
     global_batch: int
-    """Sequences per update, over all processes."""
+    """Sequences per step, over all processes."""
     micro_batch: int
     """Sequences of one process in one forward pass, at the start of the run."""
     last_step: int
-    """Updates after which the run ends."""
+    """Steps after which the run ends."""
     keep_memory: bool = False
     """Whether a step's memory is kept for the next one."""
     start_step: int = 0
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def micro_steps(self) -> int:
-        """Forward passes of one process per update, at the start of the run."""
+        """Forward passes of one process per step, at the start of the run."""
         return self.global_batch // self.runtime.world_size // self.micro_batch
 
     @property

@@ -25,11 +25,11 @@ class Calendar:
     """When a run evaluates and saves. Assumes that every evaluation that may save does save."""
 
     last: int
-    """Updates after which the run ends."""
+    """Steps after which the run ends."""
     eval_interval: int
     save_interval: int | None
     evaluates_last: bool
-    """Whether the run evaluates after its last update. nanoGPT's count of steps does not."""
+    """Whether the run evaluates after its last step. With nanoGPT's step count (inclusive_max_iters) it does not."""
     final_eval: bool | Literal["always"]
     step_tokens: int
     """Tokens of an update."""
@@ -71,7 +71,7 @@ def _multiples(interval: int, begin: int, end: int) -> int:
 
 
 class StepTimer:
-    """Seconds per update since the last log line, without evaluations and checkpoints; and pauses between updates."""
+    """Seconds per step since the last log line, without evaluations and checkpoints; and pauses between steps."""
 
     RECENT = 256  # updates used to predict the next ones
 
@@ -116,13 +116,13 @@ class Remaining:
         """first: updates before the timer started."""
         self.calendar, self.timer, self.first = calendar, timer, first
         self.rate: float | None = None
-        """Tokens/s of the last evaluation, without what its first batches load."""
+        """Tokens/s of the last evaluation, without the loading time of its first batches."""
         self.seen: dict[tuple[bool, bool], tuple[int, float]] = {}
         """(whether with an evaluation, with a checkpoint) -> (pauses between updates, their seconds)."""
         timer.on_pause, timer._end = self._paused, timer.clock()  # building the run is not a pause
 
     def seconds(self, step: int) -> float | None:
-        """After `step` updates; None before the second update of this process."""
+        """After `step` steps; None before the second step of this process."""
         calendar, timer = self.calendar, self.timer
         if not timer.recent:
             return None

@@ -39,7 +39,7 @@ class TrainState:
     data_shift: int = 0
     """Steps by which rollbacks have advanced the order of the data."""
     launch: str = ""
-    """The start of torchrun that trains; see processes.launch."""
+    """Identifies the torchrun start that is training; see processes.launch."""
 
 
 def copied(state: Any) -> Any:

@@ -106,7 +106,7 @@ def wrap(model: GPT, config: Config, runtime: Runtime, micro_batch: int, say: Ca
     if averages:
         names = [name for name, p in unused if p.requires_grad]  # the exchange freezes what is not trained
         if has_unused := any_rank(bool(names), runtime.device, runtime.world_size):
-            what = ", ".join(names) or "all parameters, in another process"
+            what = ", ".join(names) or "some parameters of another process"
             say(f"DDP searches for unused parameters in every step: the loss does not depend on {what}")
         train = data_parallel(train, runtime, has_unused)
     return Wrapped(

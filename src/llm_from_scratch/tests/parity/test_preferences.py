@@ -264,7 +264,7 @@ def test_options_without_effect_are_refused_by_name(here: Path, changes: dict[st
     ("line", "message"),
     [
         ('{"prompt": "a", "chosen": "b"}', "line 2: expected an object with prompt, chosen, rejected"),
-        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 2: message 2: content is not a text"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 2: message 2: content is not a string"),
         ('{"messages": []}', "line 2: expected an object with prompt, chosen, rejected"),
     ],
 )

@@ -240,7 +240,7 @@ def test_the_search_for_unused_parameters_reports_that_memory_ran_out(edited: Ed
 @pytest.mark.parametrize("freeze, own, others, expected", [
     ((), True, False, "does not depend on idle"),
     (("idle",), False, False, None),
-    (("idle",), False, True, "does not depend on all parameters, in another process"),
+    (("idle",), False, True, "does not depend on some parameters of another process"),
 ])  # fmt: skip
 def test_ddp_learns_the_unused_parameters_of_all_processes(
     freeze: tuple[str, ...], own: bool, others: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
