@@ -21,7 +21,7 @@ class Metrics(Collector):
         self.aborted = Counter(
             "llm_aborted", "Generations ended by a client that disconnected or read too slowly.", registry=registry
         )
-        self.restarts = Counter("llm_engine_restarts", "Engines that died and were replaced.", registry=registry)
+        self.restarts = Counter("llm_engine_restarts", "Restarts of the engine after a failure.", registry=registry)
         self.first_token = Histogram(
             "llm_time_to_first_token_seconds", "From a request's arrival to its first token.", buckets=SECONDS,
             registry=registry,
