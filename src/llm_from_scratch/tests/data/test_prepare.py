@@ -1030,7 +1030,8 @@ def test_the_hub_gives_tables(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert [text for text, _ in hub.HubSource("rows", "text", None, rows).pieces()] == texts
         assert len(list(hub.HubSource("rows", "gap", None, rows).pieces())) == 599  # a null is no text
         for key in ("body", "id"):
-            with pytest.raises(UserError, match=f"rows does not have a text column '{key}' .it has 'id', 'text', 'gap'.: see"):
+            wrong = f"rows does not have a text column '{key}' .it has 'id', 'text', 'gap'.: see"
+            with pytest.raises(UserError, match=wrong):
                 list(hub.HubSource("rows", key, None, rows).pieces())
     assert config.TORCH_AVAILABLE and decoded[0] == (8, ["text"]) and decoded[4] == (8, ["id", "text", "gap"])
 
