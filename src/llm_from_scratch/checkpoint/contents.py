@@ -272,7 +272,7 @@ def is_dataset_name(value: object) -> bool:
     return all(Path(n).name == n and n[:1] not in ("", ".") for n in names or [value])
 
 
-def path_option(name: str, stored: object) -> str:
+def stored_option(name: str, stored: object) -> str:
     """--NAME=VALUE with a value from a checkpoint, for a message; without the value if it could hide a command."""
     option = f"--{name}={stored}"
     is_shown = isinstance(stored, str) and stored and option.isprintable() and len(option) <= MAX_PATH

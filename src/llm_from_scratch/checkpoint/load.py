@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..interop import GPT2_NAMES, is_hub_id, is_peft
 from .adapter import weights_hash
-from .contents import Checkpoint, is_dataset_name, load_checkpoint, path_option
+from .contents import Checkpoint, is_dataset_name, load_checkpoint, stored_option
 from .store import locate, valid_which
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _tokenizer_for(ckpt: Checkpoint, dataset: str | None, needed: bool = True) -
     if found is None and needed:
         raise UserError(
             f"{ckpt.path} does not have a tokenizer, and its vocabulary of {vocab_size} is not GPT-2's: "
-            f"name the dataset that it was trained on with {shlex.quote(path_option('dataset', named))}"
+            f"name the dataset that it was trained on with {shlex.quote(stored_option('dataset', named))}"
         )
     if found is not None and vocab_size not in (found.vocab_size, 64 * math.ceil(found.vocab_size / 64)):
         if not needed:

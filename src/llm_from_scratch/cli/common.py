@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.contents import path_option
+from ..checkpoint.contents import stored_option
 from ..errors import OutputError, SharedError, UserError, one_line
 from ..machine.processes import distributed_env
 from ..machine.terminal import DISK_FULL, READER_GONE, drop_lost_output, note, open_streams
@@ -89,10 +89,10 @@ def explain_activation() -> None:
         note(f"to use the llm-* commands in this shell: . {shlex.quote(os.path.relpath(script, os.environ['HERE']))}")
 
 
-def used_a_path(what: str, stored: dict[str, object], prog: str, argv: list[str]) -> UserError:
+def not_named(what: str, stored: dict[str, object], prog: str, argv: list[str]) -> UserError:
     """The error for a data folder and for tasks that a checkpoint names. stored: their values by setting. They are not
     used, because the checkpoint may be untrusted, but printed as part of the command to run."""
-    command = shlex.join([*prog.split(), *argv, *(path_option(name, value) for name, value in stored.items())])
+    command = shlex.join([*prog.split(), *argv, *(stored_option(name, value) for name, value in stored.items())])
     if "eval_tasks" not in stored:
         return UserError(f"{what} used a data folder. A path in a checkpoint is opened only if you name it: {command}")
     used = "a data folder and evaluation tasks" if "dataset" in stored else "evaluation tasks, which can run code"

@@ -18,7 +18,7 @@ from ..machine.terminal import note
 from ..mixture import read_mixture
 from ..presets import Parsed, parse
 from ..settings import above, at_least
-from .common import check_location, command, used_a_path
+from .common import check_location, command, not_named
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +247,7 @@ def _trained_on(model: Checkpoint, argv: list[str]) -> str:
     if not name:
         raise UserError("nothing to evaluate on: give --dataset=NAME_OR_FOLDER or a text file")
     if not is_dataset_name(name):
-        raise used_a_path(f"the run of {model.path}", {"dataset": name}, "llm-eval", argv)
+        raise not_named(f"the run of {model.path}", {"dataset": name}, "llm-eval", argv)
     return name
 
 

@@ -23,7 +23,7 @@ from ..machine.processes import after_first, process_age
 from ..machine.terminal import announce, drop_lost_output, note
 from ..presets import COMMAND_LINE, HELP_FLAGS, Parsed, find_preset, nanogpt_defaults, parse
 from ..settings import flatten, leaf_types, to_dict
-from .common import command, data_prepared_last, explain_activation, need_data, used_a_path
+from .common import command, data_prepared_last, explain_activation, need_data, not_named
 
 # Settings that are not read from a checkpoint: the run's folder, and settings of this call only. A checkpoint may be
 # untrusted, so it cannot switch on wandb or a mirror either.
@@ -291,7 +291,7 @@ def _saved_settings(config: Config, sources: dict[str, str], prog: str, argv: li
             raise UserError(f"the checkpoints in {out_dir} do not contain settings: choose another --out_dir")
         return None
     if named := {k: flat.get(k) for k, may in HARMLESS.items() if k not in sources and not may(flat.get(k))}:
-        raise used_a_path(f"the run in {out_dir}", named, prog, argv)
+        raise not_named(f"the run in {out_dir}", named, prog, argv)
     known = leaf_types(Config)
     return {k: v for k, v in flat.items() if k in known and k not in NOT_INHERITED and _is_plain(k, v)}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import DamagedError, UserError, first_line
 
-MARK = "gptsmith export; may be overwritten"  # marks files of this program
+MARK = "llm-from-scratch export; it may be written anew"  # marks files of this program
 MAX_PICKLE = 4 << 20  # bytes; a model of 48 layers has 0.2 MB of it
 MAX_OPCODES, MAX_MADE, MAX_CALLS = 1 << 19, 1 << 18, 1 << 15  # in it; 48 layers: 70,000, 17,000, 7,000
 MAX_MEMBERS = 4 << 20  # bytes of the archive's list of members; that of 48 layers has 0.2 MB
@@ -149,7 +149,6 @@ def is_ours(path: Path) -> bool:
     """Whether write_nanogpt wrote this ckpt.pt and nothing has changed it. False if there is no file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            content = archive.read(_pickle_member(archive, path))
-            return MARK.encode() in content or b"llm-from-scratch export; it may be written anew" in content
+            return MARK.encode() in archive.read(_pickle_member(archive, path))
     except (OSError, zipfile.BadZipFile, UserError, RuntimeError, NotImplementedError):
         return False

@@ -95,7 +95,8 @@ class CompiledRMSNorm(CPURMSNorm):
         if _are_rows(x, self.weight) and self.weight.shape == x.shape[-1:]:
             if x.is_contiguous():
                 return _Normalize.apply(x, self.weight, self.eps)
-            if x.dim() == 4 and x.stride(1) == x.size(3) and x.stride(0) == x.size(2) * x.stride(2):  # of a qkv
+            side_by_side = x.dim() == 4 and x.stride(1) == x.size(3) and x.stride(0) == x.size(2) * x.stride(2)
+            if side_by_side:  # the heads of a fused projection
                 return _Normalize.apply(x.transpose(1, 2), self.weight, self.eps).transpose(1, 2)
         return super().forward(x)
 

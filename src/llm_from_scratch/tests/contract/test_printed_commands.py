@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llm_from_scratch.checkpoint import store
-from llm_from_scratch.checkpoint.contents import path_option
+from llm_from_scratch.checkpoint.contents import stored_option
 from llm_from_scratch.cli import evaluate, generate, prepare_data, train
 from llm_from_scratch.config import Config
 from llm_from_scratch.core.dataset import resolve_dataset
@@ -76,10 +76,10 @@ def test_a_run_on_a_data_folder(place: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_stored_path_that_hides_a_command_is_not_printed() -> None:
-    assert path_option("dataset", "/data/book 'of' mine") == "--dataset=/data/book 'of' mine"
+    assert stored_option("dataset", "/data/book 'of' mine") == "--dataset=/data/book 'of' mine"
     for path in ("a\nb", "\x1b[2K", "/a\u202eb", "\ud800", "x" * 5000, "", 5, None):
-        assert path_option("dataset", path) == "--dataset=NAME_OR_FOLDER"
-        assert path_option("eval_tasks", path) == "--eval_tasks=TASKS"
+        assert stored_option("dataset", path) == "--dataset=NAME_OR_FOLDER"
+        assert stored_option("eval_tasks", path) == "--eval_tasks=TASKS"
 
 
 def test_stored_tasks_are_not_loaded(
