@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -133,6 +133,8 @@ class SampleOrder:
     order: Literal["random", "shuffled"] = "random"
     stride: int | None = None
     seed: int = 1337
+    shifts: tuple[tuple[int, int], ...] = ()
+    """From a step on, how many samples of the order are left out before it (see ending_whole)."""
     samples = math.inf  # after which the data is used up
 
     @property
@@ -146,15 +148,30 @@ class SampleOrder:
 
     def begins_epoch(self, step: int, batch: int) -> bool:
         """Whether a new epoch (not the first) starts in this step. batch: sequences per step."""
-        last = (step + 1) * batch - 1
-        return step > 0 and last // self.windows_per_epoch > (last - batch) // self.windows_per_epoch
+        epoch, before = ((self._first(at, batch) + batch - 1) // self.windows_per_epoch for at in (step, step - 1))
+        return step > 0 and epoch > before
+
+    def ending_whole(self, ends: dict[int, float], batch: int) -> SampleOrder:
+        """The same order for a run that ends with an epoch: if the run is not a whole number of epochs, the first one
+        is the partial one. ends: from a step on, the number of steps that the run was planned to have."""
+        size, shift, shifts = self.windows_per_epoch, 0, []
+        for step, end in sorted(ends.items()):
+            shift += (-int(end) * batch - shift + size // 2) % size - size // 2  # as near as possible to the last one
+            begin = step + (step > 0)  # the batch of the step itself is already read
+            shift += size * (begin * batch + shift < 0)
+            shifts.append((begin, shift))
+        return replace(self, shifts=tuple(shifts))
+
+    def _first(self, step: int, batch: int) -> int:
+        """The number of the first sample of a step."""
+        return step * batch + next((shift for begin, shift in reversed(self.shifts) if begin <= step), 0)
 
     def starts(self, step: int, batch: int) -> np.ndarray:
         """Start positions of the global batch of `step`: (batch,) int64."""
         if self.order == "random":
             # a counter-based generator keyed by the step needs no earlier draws
             return generator(self.seed, step).integers(0, self.last_start + 1, size=batch)
-        index = np.arange(step * batch, (step + 1) * batch)
+        index = np.arange(batch) + self._first(step, batch)
         epochs, places = np.divmod(index, self.windows_per_epoch)
         out = np.empty(batch, dtype=np.int64)
         for epoch in np.unique(epochs):

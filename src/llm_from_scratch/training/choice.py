@@ -41,6 +41,7 @@ EVAL_SHARE = 0.02  # of the budget for evaluations on the way
 MOST_EPOCHS_OF_NGRAMS = 4  # more are untested
 MOST_EPOCHS = 60  # passes over the text after which more training does not help
 MOST_PARAMETERS = 10  # per token of the text; larger models memorize it
+LEAST_FORGOTTEN = 0.5  # epochs above which n-grams may be forgotten: a faster machine may begin a second epoch
 FEWEST_STEPS = 20
 LAUNCH, LAUNCH_ON_GPU = 5e-3, 4e-4  # seconds per layer and update, measured on a CPU; a rehearsal corrects them
 BATCH_TOKENS = 2048  # of a step in a run of 4 million tokens
@@ -177,9 +178,9 @@ def candidates(facts: Facts, fixed: dict[str, Any], exportable: bool) -> Iterato
         kinds = [True]
     seen = set()
     for (layers, width), context, ngrams in itertools.product(SHAPES, contexts, kinds):
+        width, context = fixed.get("n_embd", width), fixed.get("block_size", context)
         if context > next(most for limit, most in CONTEXT_BY_WIDTH if width <= limit) and "block_size" not in fixed:
             continue
-        width, context = fixed.get("n_embd", width), fixed.get("block_size", context)
         heads = max(1, width // (32 if width < WIDE else 64))
         while heads > 1 and (width % heads or (width // heads) % 2):  # a width that the user gave
             heads -= 1
@@ -355,7 +356,7 @@ def rates(steps: int, model: GPTConfig, optimizer: str, epochs: float) -> dict[s
         "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.95, "grad_clip": 0.0,
     }  # fmt: skip
     if model.max_ngram:
-        settings |= {"ngram_learning_rate": 0.15, "forget_ngrams": epochs > 1}
+        settings |= {"ngram_learning_rate": 0.15, "forget_ngrams": epochs > LEAST_FORGOTTEN}
     return settings
 
 

@@ -76,9 +76,10 @@ class Pace:
 def with_last_step(plan: Plan, step: int, last: int) -> Plan:
     """The plan with another end. From `step` on, the learning rate falls in a straight line from where it is."""
     scheduler, training = plan.config.scheduler, plan.config.training
-    before = {at: end for at, end in (scheduler.lr_ends or {0: training.max_iters}).items() if at < step}
+    ends = {at: end for at, end in (scheduler.lr_ends or {0: training.max_iters}).items() if at < step} | {step: last}
     config = replace(
         plan.config, training=replace(training, max_iters=training.max_iters + last - plan.last_step),
-        scheduler=replace(scheduler, lr_ends={**before, step: last}),
+        scheduler=replace(scheduler, lr_ends=ends),
     )  # fmt: skip
-    return replace(plan, config=config, last_step=last)
+    order = plan.order.ending_whole(ends, plan.global_batch) if plan.order.shifts else plan.order
+    return replace(plan, config=config, last_step=last, order=order)

@@ -124,7 +124,7 @@ class Run:
     def last_step(self) -> int:
         """Updates after which the run ends. If it has a time to end, they may change on the way."""
         self.plan = self.saver.plan = self.pace.replan(self.plan, self.state.step, self.log)
-        self.config = self.plan.config
+        self.config, self.loader.order = self.plan.config, self.plan.order
         return self.plan.last_step
 
     def next_batch(self) -> tuple[Tensor, ...]:
@@ -132,8 +132,9 @@ class Run:
         self.saver.report()
         self.timer.start()
         place = self.state.step + self.state.data_shift  # in the order of the data
-        if self.plan.order.begins_epoch(place, self.plan.global_batch):
-            self.optimizer.begin_epoch()
+        left = (self.plan.last_step - self.state.step) * self.plan.global_batch
+        if self.plan.order.begins_epoch(place, self.plan.global_batch) and 2 * left > self.plan.order.windows_per_epoch:
+            self.optimizer.begin_epoch()  # with less text left than half an epoch, the new embeddings would be worse
         for scan in self.plan.scans:
             scan.raise_if_bad()
         return self.loader.get(place)

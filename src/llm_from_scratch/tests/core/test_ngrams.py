@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from llm_from_scratch.errors import UserError
 from llm_from_scratch.generation.generator import Generator
 from llm_from_scratch.training.adagrad import added, keep_occurrences, merged, occurrences, step_rows
 from llm_from_scratch.training.optimizer import make_optimizer, set_learning_rates
+from llm_from_scratch.training.run import Run
+from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
 
 from ..tiny import tiny_config
@@ -213,28 +216,48 @@ def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> No
     assert set(rates) == {name for name, _ in model.named_parameters()}
 
 
-def test_long_ngrams_are_reset_at_the_end_of_a_pass(tiny_data: Path, tmp_path: Path) -> None:
-    """Weights and accumulators after the step that begins the second pass hold that step's rows alone."""
-    settings: dict[str, Any] = {
-        "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,
-        "gradient_accumulation_steps": 1, "eval_interval": 1000, "out_dir": str(tmp_path / "run"), "decay_lr": False,
-    }  # fmt: skip
-    config = tiny_config(tiny_data, **settings)
+FORGETTING: dict[str, Any] = {
+    "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,
+    "gradient_accumulation_steps": 1, "eval_iters": 1, "decay_lr": False, "keep_last": 99,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("partial", [10, 5])
+def test_long_ngrams_are_reset_at_the_end_of_a_pass(tiny_data: Path, tmp_path: Path, partial: int) -> None:
+    """A run of an epoch and `partial` steps. After the step that begins the whole epoch, weights and accumulators hold
+    that step's rows alone."""
+    config = tiny_config(tiny_data, **FORGETTING)
     order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
     batch = config.data.batch_size
-    last = next(step for step in range(1, 1000) if order.begins_epoch(step, batch))
-    assert last == order.windows_per_epoch // batch and not order.begins_epoch(0, batch)
+    steps = partial + order.windows_per_epoch // batch
+    begin = math.floor(steps - order.windows_per_epoch / batch)  # the step in which the whole epoch begins
     touched = []
-    for steps in (last, last + 1):
-        config = tiny_config(tiny_data, **settings, max_iters=steps, keep_last=5)
-        train(config)
-        saved = load_checkpoint(find_checkpoint(tmp_path / "run", "last"))
+    for step in (begin, begin + 1):
+        out_dir = tmp_path / f"run-{step}"
+        train(tiny_config(tiny_data, **FORGETTING, max_iters=steps, eval_interval=step, out_dir=str(out_dir)))
+        saved = load_checkpoint(find_checkpoint(out_dir, step))
         sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]  # type: ignore[index]
         touched.append([int((part != 0).sum()) for part in sums.split(5000)])
         assert torch.equal(sums[:, 0] != 0, saved.model["transformer.ngrams.weight"].abs().sum(1) != 0)
     (bigrams, trigrams), (bigrams_after, trigrams_after) = touched
     assert bigrams_after >= bigrams  # kept
     assert 0 < trigrams_after <= batch * config.model.block_size < trigrams
+
+
+def test_ngrams_are_not_reset_near_the_end(tiny_data: Path) -> None:
+    """After a rollback, the data is some steps ahead, and its last epoch ends before the run does."""
+    config = tiny_config(tiny_data, **FORGETTING)
+    order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
+    epoch = order.windows_per_epoch / config.data.batch_size  # steps
+    for ahead, wanted in ((0, [epoch / 2, 1.5 * epoch]), (5, [epoch / 2 - 5, 1.5 * epoch - 5])):
+        run = Run(make_plan(tiny_config(tiny_data, **FORGETTING, max_iters=int(2.5 * epoch))), say=print)
+        run.state.data_shift, begun = ahead, list[int]()
+        run.optimizer.begin_epoch = lambda run=run, begun=begun: begun.append(run.state.step)  # type: ignore[method-assign, misc]
+        while run.state.step < run.plan.last_step:
+            run.next_batch()
+            run.state.step += 1
+        run.close()
+        assert begun == pytest.approx(wanted, abs=2)
 
 
 @pytest.mark.parametrize("changes", [{"max_ngram": 0}, {"sample_order": "random"}])
