@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -134,7 +134,7 @@ class SampleOrder:
     stride: int | None = None
     seed: int = 1337
     shifts: tuple[tuple[int, int], ...] = ()
-    """From a step on, how many samples of the order are left out before it (see ending_whole)."""
+    """(step, samples): from this step on, the number of a sample is larger by so many."""
     samples = math.inf  # after which the data is used up
 
     @property
@@ -148,21 +148,12 @@ class SampleOrder:
 
     def begins_epoch(self, step: int, batch: int) -> bool:
         """Whether a new epoch (not the first) starts in this step. batch: sequences per step."""
-        epoch, before = ((self._first(at, batch) + batch - 1) // self.windows_per_epoch for at in (step, step - 1))
+        epoch, before = (
+            (self.first_sample(at, batch) + batch - 1) // self.windows_per_epoch for at in (step, step - 1)
+        )
         return step > 0 and epoch > before
 
-    def ending_whole(self, ends: dict[int, float], batch: int) -> SampleOrder:
-        """The same order for a run that ends with an epoch: if the run is not a whole number of epochs, the first one
-        is the partial one. ends: from a step on, the number of steps that the run was planned to have."""
-        size, shift, shifts = self.windows_per_epoch, 0, []
-        for step, end in sorted(ends.items()):
-            shift += (-int(end) * batch - shift + size // 2) % size - size // 2  # as near as possible to the last one
-            begin = step + (step > 0)  # the batch of the step itself is already read
-            shift += size * (begin * batch + shift < 0)
-            shifts.append((begin, shift))
-        return replace(self, shifts=tuple(shifts))
-
-    def _first(self, step: int, batch: int) -> int:
+    def first_sample(self, step: int, batch: int) -> int:
         """The number of the first sample of a step."""
         return step * batch + next((shift for begin, shift in reversed(self.shifts) if begin <= step), 0)
 
@@ -171,7 +162,7 @@ class SampleOrder:
         if self.order == "random":
             # a counter-based generator keyed by the step needs no earlier draws
             return generator(self.seed, step).integers(0, self.last_start + 1, size=batch)
-        index = np.arange(batch) + self._first(step, batch)
+        index = np.arange(batch) + self.first_sample(step, batch)
         epochs, places = np.divmod(index, self.windows_per_epoch)
         out = np.empty(batch, dtype=np.int64)
         for epoch in np.unique(epochs):

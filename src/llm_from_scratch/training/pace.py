@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..core.dataset import SampleOrder
 from ..machine.budget import Deadline
 from ..machine.processes import sum_over_ranks
 from .loggers import RunLog
@@ -22,6 +23,7 @@ FIRST = 2  # updates before the first look at the clock; then after twice as man
 PART = 8  # far off; later after an 8th of those that are left
 SMALL = 0.01  # of the updates that are left: a smaller change is not made
 NOTED = 0.1  # a larger change of what was printed last is printed
+EARLY, ALIGNED = 0.125, 0.03  # of a run: plans change much; of an epoch: it is whole enough
 EXIT = 0.7  # seconds from the last line of a run to the end of its process
 
 
@@ -50,6 +52,9 @@ class Pace:
         assert log.remaining is not None
         fitting = self._fitting(log.remaining, step, last) if plan.runtime.is_master else 0
         chosen = round(sum_over_ranks([fitting], plan.runtime.device, plan.runtime.world_size)[0])
+        if plan.config.optimizer.forget_ngrams:  # a few steps of another epoch would be repetitions
+            over = past_epoch(with_last_step(plan, step, chosen).order, chosen, plan.global_batch)
+            chosen = max(step + 1, chosen - math.ceil(max(0, over) / plan.global_batch))
         if abs(chosen - last) > max(1, SMALL * (last - step)):
             if abs(chosen - self.announced) > NOTED * self.announced:
                 then = f"; {self.expected(chosen)}" if self.expected is not None else ""
@@ -81,5 +86,30 @@ def with_last_step(plan: Plan, step: int, last: int) -> Plan:
         plan.config, training=replace(training, max_iters=training.max_iters + last - plan.last_step),
         scheduler=replace(scheduler, lr_ends=ends),
     )  # fmt: skip
-    order = plan.order.ending_whole(ends, plan.global_batch) if plan.order.shifts else plan.order
+    order = ending_whole(plan.order, ends, plan.global_batch) if plan.config.optimizer.forget_ngrams else plan.order
     return replace(plan, config=config, last_step=last, order=order)
+
+
+def ending_whole(order: SampleOrder, ends: dict[int, float], batch: int) -> SampleOrder:
+    """The order of a run that forgets n-grams after each epoch: if it has more than an epoch, the first one is the
+    partial one, and the last is whole. ends: by step, the length of the run that was planned then. A change repeats or
+    leaves out samples; in the last epoch it does not, because the n-grams would memorize the repeated ones."""
+    size, shift, shifts, planned = order.windows_per_epoch, 0, list[tuple[int, int]](), 0
+    for step, end in sorted(ends.items()):
+        begin = step + (step > 0)  # the batch of the step itself is already read
+        order = replace(order, shifts=tuple(shifts))
+        is_last = begin * batch + shift >= planned - size and step > EARLY * end
+        over = past_epoch(order, end, batch)
+        planned = int(end) * batch + shift
+        if planned > size and abs(over) > size * ALIGNED and not is_last:
+            shift -= over
+            shift += size * (begin * batch + shift < 0)
+            planned = int(end) * batch + shift
+        shifts.append((begin, shift))
+    return replace(order, shifts=tuple(shifts))
+
+
+def past_epoch(order: SampleOrder, end: float, batch: int) -> int:
+    """Samples from the nearest end of an epoch to the end of a run; negative if it ends before that."""
+    size = order.windows_per_epoch
+    return (order.first_sample(int(end), batch) + size // 2) % size - size // 2

@@ -29,6 +29,7 @@ from ..settings import did_you_mean
 from .check import Inputs, check
 from .harness import load_tasks
 from .microbatch import keeps_memory, largest_micro_batch
+from .pace import ending_whole
 from .parallel import with_parallel
 from .plan import Plan, dataset_hashes, part_hashes
 from .preferences import PreferenceData
@@ -156,7 +157,7 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             "the learning rate never reaches its peak"
         )
     if config.optimizer.forget_ngrams:
-        order = order.ending_whole(config.scheduler.lr_ends or {0: last_step}, global_batch)
+        order = ending_whole(order, config.scheduler.lr_ends or {0: last_step}, global_batch)
     if isinstance(order, MixedOrder) and not training.eval_only:
         order.refuse_longer(last_step * global_batch, global_batch)
     if resumed is not None:

@@ -225,34 +225,6 @@ def test_shuffled_order_differs_in_each_epoch() -> None:
     assert abs(np.corrcoef(np.argsort(first), np.argsort(second))[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize(
-    "ends", [{0: 30}, {0: 31}, {0: 90}, {0: 7}, {0: 80, 5: 92}, {0: 90, 40: 83, 50: 97}, {0: 9, 2: 61}]
-)
-@pytest.mark.parametrize("batch", [1, 4, 7])
-def test_a_run_can_end_with_a_whole_epoch(ends: dict[int, float], batch: int) -> None:
-    """30 windows in an epoch; the planned length of the run changes on the way."""
-    plain = SampleOrder(1000, 32, "shuffled", seed=5)
-    size, changes, end = plain.windows_per_epoch, sorted(ends), int(ends[max(ends)])
-    order = plain.ending_whole(ends, batch)
-    starts = [start for step in range(end) for start in order.starts(step, batch).tolist()]
-    begin = -int(ends[0]) * batch % size  # the first epoch is the partial one
-    assert size == 30
-    assert order.starts(0, batch).tolist() == [
-        int(plain.starts(place // batch, batch)[place % batch]) for place in range(begin, begin + batch)
-    ]
-    if (end - changes[-1] - 1) * batch >= size:
-        assert sorted(starts[-size:]) == [min(starts[-size:]) + 32 * i for i in range(size)]
-    for change in changes[1:]:  # the batch of this step is read before the length changes
-        earlier = plain.ending_whole({step: ends[step] for step in changes if step < change}, batch)
-        assert all(
-            order.starts(step, batch).tolist() == earlier.starts(step, batch).tolist() for step in range(change + 1)
-        )
-    if len(changes) == 1:
-        epochs = [(begin + (step + 1) * batch - 1) // size for step in range(end)]
-        expected = [step for step in range(1, end) if epochs[step] > epochs[step - 1]]
-        assert [step for step in range(end) if order.begins_epoch(step, batch)] == expected
-
-
 def test_random_offsets_are_uniform_and_reach_both_ends() -> None:
     order = SampleOrder(20, 8, "random", seed=0)
     starts = np.concatenate([order.starts(step, 100) for step in range(30)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from llm_from_scratch.checkpoint.load import load
 from llm_from_scratch.checkpoint.store import find_checkpoint, read_settings
 from llm_from_scratch.cli.train import main
 from llm_from_scratch.config import Config, SchedulerConfig
+from llm_from_scratch.core.dataset import SampleOrder
 from llm_from_scratch.errors import UserError
 from llm_from_scratch.machine.budget import Deadline
 from llm_from_scratch.training import pace as pacing
-from llm_from_scratch.training.pace import Pace, with_last_step
+from llm_from_scratch.training.pace import Pace, ending_whole, with_last_step
 from llm_from_scratch.training.scheduler import learning_rate_at
 from llm_from_scratch.training.setup import make_plan
 from llm_from_scratch.training.trainer import train
@@ -24,6 +27,7 @@ from llm_from_scratch.training.trainer import train
 from ..tiny import arguments, tiny_config
 
 pytestmark = pytest.mark.usefixtures("here")
+ORDER = SampleOrder(1000, 32, "shuffled", seed=5)  # 30 windows
 
 
 def rates(steps: list[int], last: int, **ends: Any) -> list[float]:
@@ -271,3 +275,82 @@ def test_a_resumed_run_refuses_a_budget_and_auto_reports_the_kept_settings(
     assert "raise --max_iters" in capsys.readouterr().err
     assert main([*words, "--init_from=auto", "--budget=1min"]) == 0
     assert "when the run started" in capsys.readouterr().err
+
+
+# --- epochs of a run that forgets n-grams ---
+
+
+def numbers(order: SampleOrder, steps: int, batch: int) -> list[int]:
+    """The numbers of the samples of a run, in its order: 30 in each epoch."""
+    plain = replace(order, shifts=())
+    known = {}
+    for number in range(30 * 30):
+        known[number // 30, int(plain.starts(number, 1)[0])] = number
+    found = list[int]()
+    for step in range(steps):
+        first = order.first_sample(step, batch)
+        for place, start in enumerate(order.starts(step, batch).tolist()):
+            found.append(known[(first + place) // 30, start])
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7])
+@pytest.mark.parametrize("end", [31, 45, 61, 75, 90, 100])
+def test_the_last_epoch_is_whole_and_the_first_is_the_partial_one(end: int, batch: int) -> None:
+    order = ending_whole(ORDER, {0: end}, batch)
+    found = numbers(order, end, batch)
+    assert found == list(range(found[0], found[0] + end * batch)) and 0 <= found[0] < 30
+    assert (found[-1] + 1) % 30 == 0 or (found[0], end * batch % 30) == (0, 1)  # a run of 1 sample more
+    assert [step for step in range(end) if order.begins_epoch(step, batch)] == [
+        step for step in range(1, end) if found[step * batch + batch - 1] // 30 > found[step * batch - 1] // 30
+    ]
+
+
+def test_a_run_of_less_than_an_epoch_is_the_begin_of_one() -> None:
+    assert numbers(ending_whole(ORDER, {0: 20, 5: 29, 9: 25}, 1), 25, 1) == list(range(25))
+
+
+@pytest.mark.parametrize(
+    ("ends", "jumps"),
+    [
+        # planned: 15 + 2 x 30 samples; in the second epoch 9 fewer: 9 are left out
+        ({0: 75, 20: 66}, {21: 9}),
+        # 5 more: 5 are repeated
+        ({0: 75, 20: 80}, {21: -5}),
+        ({0: 75, 20: 80, 30: 75}, {21: -5, 31: 5}),
+        # in the last epoch, nothing changes
+        ({0: 75, 50: 70}, {}),
+        ({0: 75, 50: 80}, {}),
+        # early, the plan of a run of less than an epoch becomes longer than an epoch
+        ({0: 20, 2: 45}, {3: 15}),
+    ],
+)
+def test_a_change_of_the_length_moves_the_order_before_the_last_epoch(
+    ends: dict[int, float], jumps: dict[int, int]
+) -> None:
+    found = numbers(ending_whole(ORDER, ends, 1), int(ends[max(ends)]), 1)
+    steps = {step: after - before - 1 for step, (before, after) in enumerate(pairwise(found), 1) if after != before + 1}
+    assert steps == jumps
+
+
+def test_a_run_that_forgets_ngrams_ends_with_its_epoch(tiny_data: Path) -> None:
+    """Its machine becomes faster in the last epoch: the few steps of another one are left out. 249 windows."""
+    config = tiny_config(
+        tiny_data,
+        max_iters=90,
+        schedule="linear",
+        max_ngram=3,
+        forget_ngrams=True,
+        batch_size=4,
+        sample_order="shuffled",
+    )
+    plan, clock = make_plan(config), Clock(1.0)
+    size = plan.order.windows_per_epoch
+    log, pace = Log(clock, plan), Pace(Deadline(93.0 + pacing.EXIT), plan, clock)
+    for step in range(200):
+        plan = pace.replan(plan, step, log)  # type: ignore[arg-type]
+        if step >= plan.last_step:
+            break
+        clock.seconds = 1.0 if step < 60 else 0.7
+        clock.now += clock.seconds
+    assert 90 <= step < 98 and plan.order.first_sample(step, 4) in range(2 * size - 3, 2 * size + 1)
