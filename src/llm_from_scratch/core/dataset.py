@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -133,7 +133,7 @@ class SampleOrder:
     order: Literal["random", "shuffled"] = "random"
     stride: int | None = None
     seed: int = 1337
-    shifts: tuple[tuple[int, int], ...] = ()
+    shifts: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
     """(step, samples): from this step on, the number of a sample is larger by so many."""
     samples = math.inf  # after which the data is used up
 

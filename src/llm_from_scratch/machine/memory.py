@@ -58,16 +58,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def keep_freed_memory(keep: bool, largest: int | None = None) -> None:
+def keep_freed_memory(keep: bool) -> None:
     """Whether glibc keeps freed memory for the next step or returns blocks of 2 MiB to the system at once. Keeping it
-    saves up to a sixth of a step, because new pages are zeroed, and needs more memory. largest: bytes of the largest
-    block that is kept; None: of any size. What is free now, as after a model was loaded, is returned either way. Other
-    C libraries have no mallopt."""
+    saves a sixth of a step, because new pages are zeroed, and needs about a fifth more memory. What is free now, as
+    after a model was loaded, is returned either way. Other C libraries have no mallopt."""
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0 if keep and largest is None else 1 << 16)
-        libc.mallopt(mmap_threshold, largest if keep and largest is not None else 2 << 20)
+        libc.mallopt(mmap_max, 0 if keep else 1 << 16)
+        libc.mallopt(mmap_threshold, 2 << 20)
         libc.mallopt(trim_threshold, (1 << 31) - 1 if keep else 1 << 20)
         libc.malloc_trim(0)
 
