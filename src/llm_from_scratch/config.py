@@ -265,7 +265,7 @@ class OptimizerConfig(Settings):
     ngram_learning_rate: float = 0.3
     """Learning rate of the n-gram embeddings (row-wise Adagrad). It does not follow the schedule."""
     forget_ngrams: bool = False
-    """Reset the embeddings of n-grams of 3 or more tokens after each epoch (shuffled order). The last one is whole."""
+    """Reset the embeddings of n-grams of 3 or more tokens after an epoch (shuffled order), if half an epoch is left."""
     optimizer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the optimizer's moments. bfloat16 (stochastically rounded) needs half the memory."""
     weight_decay: float = 1e-1

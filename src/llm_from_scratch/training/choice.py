@@ -30,7 +30,7 @@ SHAPES = (
     (16, 1024), (24, 1024), (24, 1536), (32, 2048), (40, 2560), (48, 4096),
 )  # fmt: skip
 CONTEXTS = (64, 128, 256, 512, 1024)
-CONTEXT_BY_WIDTH = ((256, 256), (512, 512), (math.inf, 1024))  # longer ones are untested for narrow models
+CONTEXT_BY_WIDTH = ((512, 512), (math.inf, 1024))  # longer ones are untested for narrow models
 SHORT = 64  # context of the models that are counted
 ENOUGH_FOR_NGRAMS = 300_000  # tokens of text; with 98,000, models without were better
 FEW_IDS = 1024  # ids of a vocabulary for which n-gram embeddings were measured
@@ -44,7 +44,7 @@ MOST_PARAMETERS = 10  # per token of the text; larger models memorize it
 LEAST_FORGOTTEN = 0.5  # epochs above which n-grams may be forgotten: a faster machine may begin a second epoch
 FEWEST_STEPS = 20
 LAUNCH, LAUNCH_ON_GPU = 5e-3, 4e-4  # seconds per layer and update, measured on a CPU; a rehearsal corrects them
-BATCH_TOKENS = 2048  # of a step in a run of 4 million tokens
+BATCH_TOKENS = {False: 2048, True: 4096}  # of a step in a run of 4 million tokens, without and with n-grams
 ENOUGH_TOKENS = 4096  # of a forward pass; more are not faster on a CPU
 DROPOUT_BY_EPOCHS = ((4, 0.0), (12, 0.1), (math.inf, 0.2))
 WIDE = 256  # width above which heads have 64 dimensions and a warm-up is used
@@ -65,6 +65,8 @@ class Facts:
     processes: int = 1
     memory: int | None = None
     """Bytes of the device of one process."""
+    is_mixture: bool = False
+    """Of datasets, whose epochs end at different steps."""
 
     def unit(self, law: Law | None) -> float:
         """Amount of text in a token, in the unit of a law: characters, or bytes if llm-scale fitted it."""
@@ -256,7 +258,9 @@ def _filled(
     tokens, overhead = 1e5, 0.0
     most = (MOST_EPOCHS_OF_NGRAMS if model.max_ngram else MOST_EPOCHS) * facts.train_tokens
     for _ in range(6):  # the batch depends on the tokens, and they on the time of an update
-        batch = fixed.get("batch_size", 0) * accumulation or sequences(tokens, T, accumulation * facts.processes)
+        batch = fixed.get("batch_size", 0) * accumulation or sequences(
+            tokens, T, accumulation * facts.processes, bool(model.max_ngram)
+        )
         step = speed.seconds(model, arithmetic, batch * T)
         if budget.unit == "seconds":
             stored = total - per_row * (model.ngram_rows - _rows(tokens))
@@ -304,10 +308,10 @@ def _overhead(budget: Budget, facts: Facts, speed: Speed, per_token: float, para
     return min((1 - LEAST_SHARE) * budget.amount, EVAL_SHARE * budget.amount + speed.start + final + saved)
 
 
-def sequences(tokens: float, context: int, multiple: int) -> int:
+def sequences(tokens: float, context: int, multiple: int, ngrams: bool = False) -> int:
     """Sequences of a step in a run of this many tokens: few small steps learn less than many, and large runs gain
     from large batches. multiple: the number is divisible by it."""
-    wanted = min(1 << 19, max(512.0, BATCH_TOKENS * math.sqrt(tokens / 4e6)))
+    wanted = min(1 << 19, max(512.0, BATCH_TOKENS[ngrams] * math.sqrt(tokens / 4e6)))
     return multiple * max(1, round(wanted / context / multiple))
 
 
@@ -338,12 +342,17 @@ def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, A
         settings["micro_batch"] = "auto"
     if "gradient_accumulation_steps" not in fixed:
         settings["gradient_accumulation_steps"] = 1
-    settings |= rates(steps, model, fixed.get("optimizer_type", "muon"), epochs)
+    settings |= rates(steps, model, fixed.get("optimizer_type", "muon"))
+    if model.max_ngram and fixed.get("sample_order", "shuffled") == "shuffled" and not facts.is_mixture:
+        if fixed.keys().isdisjoint({"schedule", "decay_lr", "lr_decay_iters"}):  # the last epoch is whole: see pace.py
+            settings |= {"forget_ngrams": epochs > LEAST_FORGOTTEN, "lr_ends": {0: steps}}
+        else:
+            settings["forget_ngrams"] = epochs > 1
     settings |= _evaluations(choice, budget, facts, batch_size)
     return {name: value for name, value in settings.items() if name not in fixed}
 
 
-def rates(steps: int, model: GPTConfig, optimizer: str, epochs: float) -> dict[str, Any]:
+def rates(steps: int, model: GPTConfig, optimizer: str) -> dict[str, Any]:
     """Optimizer settings. Muon's rates: 0.05 for 60 updates, 0.03 for 1,000, 0.02 for 4,000 (configs/)."""
     if "muon" not in optimizer:
         return {"learning_rate": _rounded(min(4e-3, 0.4 / model.n_embd)), "weight_decay": 0.1, "grad_clip": 1.0}
@@ -356,7 +365,7 @@ def rates(steps: int, model: GPTConfig, optimizer: str, epochs: float) -> dict[s
         "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.95, "grad_clip": 0.0,
     }  # fmt: skip
     if model.max_ngram:
-        settings |= {"ngram_learning_rate": 0.15, "forget_ngrams": epochs > LEAST_FORGOTTEN}
+        settings["ngram_learning_rate"] = 0.15
     return settings
 
 

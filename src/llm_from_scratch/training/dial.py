@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import Config, GPTConfig
 from ..core.dataset import TokenData
+from ..core.mixed import Mixture
 from ..core.remote import RemoteFile
 from ..machine import device as runtimes
 from ..machine.budget import Budget, Deadline
@@ -32,9 +33,9 @@ from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
 COMPILED_ON_GPU = 1200.0  # seconds: in shorter runs on a GPU, compiling takes longer than it saves
-# How hard the text is: characters that are counted, at most and for each second of the budget (about 1 us each), and
-# that they are asked for; in blocks of tokens from the whole text
-COUNTED, COUNTED_PER_SECOND, ASKED, BLOCK = 1 << 20, 1 << 13, 1 << 17, 1 << 11
+# How hard the text is: characters that are counted, also for each second of the budget (about 1 us each), up to so
+# many times as many, and characters that they are asked for; in blocks of tokens from the whole text
+COUNTED, COUNTED_PER_SECOND, LONGER, ASKED, BLOCK = 1 << 20, 1 << 14, 4, 1 << 17, 1 << 11
 SAMPLE = 1 << 15  # tokens that tell the length of a token
 
 
@@ -58,9 +59,9 @@ def dial(
     runtime = runtimes.resolve(config.system)
     runtimes.start(runtime, config.system)
     is_timed = budget.unit == "seconds"
-    most = int(COUNTED_PER_SECOND * budget.amount) if is_timed else COUNTED
+    most = min(LONGER * COUNTED, int(COUNTED_PER_SECOND * budget.amount)) if is_timed else COUNTED
     is_counted = law is None or law.text is not None
-    facts = facts_of(config, fixed, runtime, min(COUNTED, most) if is_counted else 0)
+    facts = facts_of(config, fixed, runtime, most if is_counted else 0)
 
     def agreed(value: float) -> float:
         """The first process's value: its clock counts."""
@@ -140,7 +141,7 @@ def facts_of(config: Config, fixed: dict[str, Any], runtime: Runtime, characters
     return Facts(
         len(inputs.train_data), len(inputs.val_data), GPT2_PADDED if size == GPT2_IDS else size,
         len(sample) / len(blocks) if sample else 1.0, len(sample.encode()) / len(sample) if sample else 1.0,
-        curve, runtime.world_size, memory,
+        curve, runtime.world_size, memory, isinstance(inputs.train_data, Mixture),
     )  # fmt: skip
 
 

@@ -23,7 +23,9 @@ FIRST = 2  # updates before the first look at the clock; then after twice as man
 PART = 8  # far off; later after an 8th of those that are left
 SMALL = 0.01  # of the updates that are left: a smaller change is not made
 NOTED = 0.1  # a larger change of what was printed last is printed
-EARLY, ALIGNED = 0.125, 0.03  # of a run: plans change much; of an epoch: it is whole enough
+EARLY = 0.125  # of a run: until then the plan changes much
+FEW = 0.04  # of a run: so many steps are left out rather than begin an epoch
+ALIGNED = 0.03  # of an epoch: it is whole enough
 EXIT = 0.7  # seconds from the last line of a run to the end of its process
 
 
@@ -52,9 +54,10 @@ class Pace:
         assert log.remaining is not None
         fitting = self._fitting(log.remaining, step, last) if plan.runtime.is_master else 0
         chosen = round(sum_over_ranks([fitting], plan.runtime.device, plan.runtime.world_size)[0])
-        if plan.config.optimizer.forget_ngrams:  # a few steps of another epoch would be repetitions
+        if plan.order.shifts:  # a few steps of another epoch would be repetitions
             over = past_epoch(with_last_step(plan, step, chosen).order, chosen, plan.global_batch)
-            chosen = max(step + 1, chosen - math.ceil(max(0, over) / plan.global_batch))
+            more = math.ceil(over / plan.global_batch)
+            chosen -= more if 0 < more < min(FEW * chosen, chosen - step) else 0
         if abs(chosen - last) > max(1, SMALL * (last - step)):
             if abs(chosen - self.announced) > NOTED * self.announced:
                 then = f"; {self.expected(chosen)}" if self.expected is not None else ""

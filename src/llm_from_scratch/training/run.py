@@ -124,7 +124,11 @@ class Run:
     def last_step(self) -> int:
         """Updates after which the run ends. If it has a time to end, they may change on the way."""
         self.plan = self.saver.plan = self.pace.replan(self.plan, self.state.step, self.log)
-        self.config, self.loader.order = self.plan.config, self.plan.order
+        self.config = self.plan.config
+        if self.loader.order is not self.plan.order:
+            self.loader.order = self.plan.order
+            if self.state.data_shift:  # after a rollback, the batch that is read ahead has another place
+                self.loader.ahead = None
         return self.plan.last_step
 
     def next_batch(self) -> tuple[Tensor, ...]:

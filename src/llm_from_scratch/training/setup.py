@@ -156,8 +156,8 @@ def make_plan(config: Config, sources: dict[str, str] | None = None) -> Plan:
             f"warning: warmup_iters={config.scheduler.warmup_iters} covers the whole run of {last_step} steps; "
             "the learning rate never reaches its peak"
         )
-    if config.optimizer.forget_ngrams:
-        order = ending_whole(order, config.scheduler.lr_ends or {0: last_step}, global_batch)
+    if config.optimizer.forget_ngrams and config.scheduler.lr_ends:
+        order = ending_whole(order, config.scheduler.lr_ends, global_batch)
     if isinstance(order, MixedOrder) and not training.eval_only:
         order.refuse_longer(last_step * global_batch, global_batch)
     if resumed is not None:

@@ -218,7 +218,7 @@ def test_the_tables_keep_their_rate_while_the_others_follow_the_schedule() -> No
 
 FORGETTING: dict[str, Any] = {
     "n_layer": 1, "max_ngram": 3, "ngram_rows": 5000, "sample_order": "shuffled", "forget_ngrams": True,
-    "gradient_accumulation_steps": 1, "eval_iters": 1, "decay_lr": False, "keep_last": 99,
+    "gradient_accumulation_steps": 1, "eval_iters": 1, "schedule": "linear", "keep_last": 99,
 }  # fmt: skip
 
 
@@ -234,7 +234,8 @@ def test_long_ngrams_are_reset_at_the_end_of_a_pass(tiny_data: Path, tmp_path: P
     touched = []
     for step in (begin, begin + 1):
         out_dir = tmp_path / f"run-{step}"
-        train(tiny_config(tiny_data, **FORGETTING, max_iters=steps, eval_interval=step, out_dir=str(out_dir)))
+        ends = {"max_iters": steps, "lr_ends": {0: steps}}
+        train(tiny_config(tiny_data, **FORGETTING, **ends, eval_interval=step, out_dir=str(out_dir)))
         saved = load_checkpoint(find_checkpoint(out_dir, step))
         sums = saved.optimizer["state"]["transformer.ngrams.weight"]["sum"]  # type: ignore[index]
         touched.append([int((part != 0).sum()) for part in sums.split(5000)])
@@ -245,12 +246,13 @@ def test_long_ngrams_are_reset_at_the_end_of_a_pass(tiny_data: Path, tmp_path: P
 
 
 def test_ngrams_are_not_reset_near_the_end(tiny_data: Path) -> None:
-    """After a rollback, the data is some steps ahead, and its last epoch ends before the run does."""
+    """The last epoch is whole, except after a rollback: then the data is some steps ahead."""
     config = tiny_config(tiny_data, **FORGETTING)
     order = SampleOrder(len(TokenData.open(tiny_data, "train")), config.model.block_size, "shuffled")
     epoch = order.windows_per_epoch / config.data.batch_size  # steps
     for ahead, wanted in ((0, [epoch / 2, 1.5 * epoch]), (5, [epoch / 2 - 5, 1.5 * epoch - 5])):
-        run = Run(make_plan(tiny_config(tiny_data, **FORGETTING, max_iters=int(2.5 * epoch))), say=print)
+        ends = {"max_iters": int(2.5 * epoch), "lr_ends": {0: int(2.5 * epoch)}}
+        run = Run(make_plan(tiny_config(tiny_data, **FORGETTING, **ends)), say=print)
         run.state.data_shift, begun = ahead, list[int]()
         run.optimizer.begin_epoch = lambda run=run, begun=begun: begun.append(run.state.step)  # type: ignore[method-assign, misc]
         while run.state.step < run.plan.last_step:

@@ -140,6 +140,12 @@ def test_large_runs_have_large_batches_shared_by_all_processes() -> None:
     assert sequences(4e6, 256, 1) == 8 and sequences(1e5, 64, 1) == 8
     assert sequences(1e10, 1024, 64) % 64 == 0 and sequences(1e10, 1024, 64) * 1024 > 50_000
     assert sequences(1e5, 1024, 64) == 64
+    assert sequences(4e6, 256, 1, ngrams=True) == 16  # n-grams need larger ones
+
+
+def test_a_short_run_evaluates_at_its_end_alone_also_if_it_becomes_longer() -> None:
+    training = configured(chosen("1min"), "1min").training
+    assert training.eval_interval == 2 * training.max_iters
 
 
 def test_a_measurement_corrects_the_speed() -> None:
