@@ -344,10 +344,9 @@ def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, A
         settings["gradient_accumulation_steps"] = 1
     settings |= rates(steps, model, fixed.get("optimizer_type", "muon"))
     if model.max_ngram and fixed.get("sample_order", "shuffled") == "shuffled" and not facts.is_mixture:
-        if fixed.keys().isdisjoint({"schedule", "decay_lr", "lr_decay_iters"}):  # the last epoch is whole: see pace.py
-            settings |= {"forget_ngrams": epochs > LEAST_FORGOTTEN, "lr_ends": {0: steps}}
-        else:
-            settings["forget_ngrams"] = epochs > 1
+        ends_whole = fixed.keys().isdisjoint({"schedule", "decay_lr", "lr_decay_iters"})  # the last epoch: see pace.py
+        settings["forget_ngrams"] = epochs > (LEAST_FORGOTTEN if ends_whole else 1)
+        settings |= {"lr_ends": {0: steps}} if settings["forget_ngrams"] and ends_whole else {}
     settings |= _evaluations(choice, budget, facts, batch_size)
     return {name: value for name, value in settings.items() if name not in fixed}
 

@@ -17,7 +17,7 @@ import numpy as np
 LONGEST = 6  # characters of an n-gram, with the one that is predicted
 APART = 4  # ratio of the two amounts that are counted
 RATIO = 0.6  # the gain of the next four-fold amount / the last gain: 0.62 to 0.86 measured after 130,000 characters of
-# four texts, 0.41 to 0.62 after 500,000; a text's own ratio, from three amounts, predicts it worse
+# four texts, 0.41 to 0.62 after 500,000 (with COPIED 0.1); a text's own ratio, from three amounts, predicts it worse
 COPIED = 0.45  # how much repetitions count: fitted, as law.POWER, to the losses of four texts (docs/SCALING.md)
 WINDOW = 256  # characters in which a repeated n-gram is looked for
 REPEATED = (3, 4, 6, 8, 12, 16, 24)  # its lengths; the longest repetition counts

@@ -33,9 +33,9 @@ from .setup import GPT2_IDS, GPT2_PADDED, make_plan
 
 REHEARSAL_SHARE, LONGEST_REHEARSAL, MOST_REHEARSALS = 0.04, 3.0, 3  # of the budget; seconds; number
 COMPILED_ON_GPU = 1200.0  # seconds: in shorter runs on a GPU, compiling takes longer than it saves
-# How hard the text is: characters that are counted, also for each second of the budget (about 1 us each), up to so
-# many times as many, and characters that they are asked for; in blocks of tokens from the whole text
-COUNTED, COUNTED_PER_SECOND, LONGER, ASKED, BLOCK = 1 << 20, 1 << 14, 4, 1 << 17, 1 << 11
+# How hard the text is: characters that are counted (about 1 us each), in a budget of time for each second and at most;
+# and characters that they are asked for; in blocks of tokens from the whole text
+COUNTED, COUNTED_PER_SECOND, MOST_COUNTED, ASKED, BLOCK = 1 << 20, 1 << 14, 1 << 22, 1 << 17, 1 << 11
 SAMPLE = 1 << 15  # tokens that tell the length of a token
 
 
@@ -59,7 +59,7 @@ def dial(
     runtime = runtimes.resolve(config.system)
     runtimes.start(runtime, config.system)
     is_timed = budget.unit == "seconds"
-    most = min(LONGER * COUNTED, int(COUNTED_PER_SECOND * budget.amount)) if is_timed else COUNTED
+    most = min(MOST_COUNTED, int(COUNTED_PER_SECOND * budget.amount)) if is_timed else COUNTED
     is_counted = law is None or law.text is not None
     facts = facts_of(config, fixed, runtime, most if is_counted else 0)
 
