@@ -134,7 +134,7 @@ class SampleOrder:
     stride: int | None = None
     seed: int = 1337
     shifts: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
-    """(step, samples): from this step on, the number of a sample is larger by so many."""
+    """(step, samples): from this step on, the numbers of the samples are higher by this amount."""
     samples = math.inf  # after which the data is used up
 
     @property
@@ -199,29 +199,29 @@ class BatchLoader:
         self.vocab_size, self.tokens, self.world_size = vocab_size, tokens, world_size
         self.rows = slice(rank * batch // world_size, (rank + 1) * batch // world_size)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self.ahead: tuple[int, Future[list[Tensor]]] | None = None
+        self.ahead: tuple[int, SampleOrder, Future[list[Tensor]]] | None = None
 
     def get(self, step: int) -> tuple[Tensor, ...]:
         """Inputs and targets of `step`: (rows, block_size) int64 each, on the device. Of packed documents also their
         numbers, (rows, block_size), and the share of each row in the loss, (rows,)."""
         import torch
 
-        known, ahead = self.ahead or (None, None)
-        made = ahead.result() if ahead and known == step else self._make(step)
-        self.ahead = (step + 1, self.worker.submit(self._make, step + 1))
+        known, order, ahead = self.ahead or (None, None, None)
+        made = ahead.result() if ahead and known == step and order is self.order else self._make(step, self.order)
+        self.ahead = (step + 1, self.order, self.worker.submit(self._make, step + 1, self.order))
         both, *others = (part.to(self.device, non_blocking=True) for part in made)
         if self.tokens is not None:
             places = both[:, None] + torch.arange(self.order.block_size, device=self.device)  # (B, T)
             both = self.tokens[torch.stack((places, places + 1))].long()  # (2, B, T)
         return both[0], both[1], *others
 
-    def _make(self, step: int) -> list[Tensor]:
+    def _make(self, step: int, order: SampleOrder) -> list[Tensor]:
         import torch
 
-        starts = self.order.starts(step, self.batch)
+        starts = order.starts(step, self.batch)
         made = [starts[self.rows]]
         if self.tokens is None:
-            made = self.data.batch(starts, self.order.block_size, self.rows, self.world_size, self.vocab_size)
+            made = self.data.batch(starts, order.block_size, self.rows, self.world_size, self.vocab_size)
         batch = map(torch.from_numpy, made)
         return [part.pin_memory() for part in batch] if self.device.type == "cuda" else list(batch)
 

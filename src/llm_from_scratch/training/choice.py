@@ -346,7 +346,8 @@ def settings_of(choice: Choice, budget: Budget, facts: Facts, fixed: dict[str, A
     if model.max_ngram and fixed.get("sample_order", "shuffled") == "shuffled" and not facts.is_mixture:
         ends_whole = fixed.keys().isdisjoint({"schedule", "decay_lr", "lr_decay_iters"})  # the last epoch: see pace.py
         settings["forget_ngrams"] = epochs > (LEAST_FORGOTTEN if ends_whole else 1)
-        settings |= {"lr_ends": {0: steps}} if settings["forget_ngrams"] and ends_whole else {}
+        if settings["forget_ngrams"] and ends_whole:
+            settings["lr_ends"] = {0: steps}
     settings |= _evaluations(choice, budget, facts, batch_size)
     return {name: value for name, value in settings.items() if name not in fixed}
 

@@ -23,9 +23,9 @@ FIRST = 2  # updates before the first look at the clock; then after twice as man
 PART = 8  # far off; later after an 8th of those that are left
 SMALL = 0.01  # of the updates that are left: a smaller change is not made
 NOTED = 0.1  # a larger change of what was printed last is printed
-EARLY = 0.125  # of a run: until then the plan changes much
-FEW = 0.04  # of a run: so many steps are left out rather than begin an epoch
-ALIGNED = 0.03  # of an epoch: it is whole enough
+EARLY = 0.125  # of a run: before that, its planned length changes much
+FEW = 0.04  # of a run: fewer steps than these are left out if they would begin another epoch
+ALIGNED = 0.03  # of an epoch: a smaller distance from its end is not corrected
 EXIT = 0.7  # seconds from the last line of a run to the end of its process
 
 
@@ -55,7 +55,8 @@ class Pace:
         fitting = self._fitting(log.remaining, step, last) if plan.runtime.is_master else 0
         chosen = round(sum_over_ranks([fitting], plan.runtime.device, plan.runtime.world_size)[0])
         if plan.order.shifts:  # a few steps of another epoch would be repetitions
-            over = past_epoch(with_last_step(plan, step, chosen).order, chosen, plan.global_batch)
+            order = with_last_step(plan, step, chosen).order
+            over = past_epoch(order.first_sample(chosen, plan.global_batch), order.windows_per_epoch)
             more = math.ceil(over / plan.global_batch)
             chosen -= more if 0 < more < min(FEW * chosen, chosen - step) else 0
         if abs(chosen - last) > max(1, SMALL * (last - step)):
@@ -97,22 +98,21 @@ def ending_whole(order: SampleOrder, ends: dict[int, float], batch: int) -> Samp
     """The order of a run that forgets n-grams after each epoch: if it has more than an epoch, the first one is the
     partial one, and the last is whole. ends: by step, the length of the run that was planned then. A change repeats or
     leaves out samples; in the last epoch it does not, because the n-grams would memorize the repeated ones."""
-    size, shift, shifts, planned = order.windows_per_epoch, 0, list[tuple[int, int]](), 0
+    size, shift, shifts, last = order.windows_per_epoch, 0, list[tuple[int, int]](), 0
     for step, end in sorted(ends.items()):
         begin = step + (step > 0)  # the batch of the step itself is already read
-        order = replace(order, shifts=tuple(shifts))
-        is_last = begin * batch + shift >= planned - size and step > EARLY * end
-        over = past_epoch(order, end, batch)
-        planned = int(end) * batch + shift
-        if planned > size and abs(over) > size * ALIGNED and not is_last:
+        is_last_epoch = begin * batch + shift >= last - size and step > EARLY * end
+        last = int(end) * batch + shift
+        over = past_epoch(last, size)
+        if last > size and abs(over) > size * ALIGNED and not is_last_epoch:
             shift -= over
-            shift += size * (begin * batch + shift < 0)
-            planned = int(end) * batch + shift
+            if begin * batch + shift < 0:
+                shift += size
+            last = int(end) * batch + shift
         shifts.append((begin, shift))
     return replace(order, shifts=tuple(shifts))
 
 
-def past_epoch(order: SampleOrder, end: float, batch: int) -> int:
-    """Samples from the nearest end of an epoch to the end of a run; negative if it ends before that."""
-    size = order.windows_per_epoch
-    return (order.first_sample(int(end), batch) + size // 2) % size - size // 2
+def past_epoch(sample: int, size: int) -> int:
+    """Samples from the nearest end of an epoch of this size to a sample; negative if the sample is before it."""
+    return (sample + size // 2) % size - size // 2

@@ -124,11 +124,7 @@ class Run:
     def last_step(self) -> int:
         """Updates after which the run ends. If it has a time to end, they may change on the way."""
         self.plan = self.saver.plan = self.pace.replan(self.plan, self.state.step, self.log)
-        self.config = self.plan.config
-        if self.loader.order is not self.plan.order:
-            self.loader.order = self.plan.order
-            if self.state.data_shift:  # after a rollback, the batch that is read ahead has another place
-                self.loader.ahead = None
+        self.config, self.loader.order = self.plan.config, self.plan.order
         return self.plan.last_step
 
     def next_batch(self) -> tuple[Tensor, ...]:
@@ -136,8 +132,9 @@ class Run:
         self.saver.report()
         self.timer.start()
         place = self.state.step + self.state.data_shift  # in the order of the data
-        left = (self.plan.last_step - self.state.step) * self.plan.global_batch
-        if self.plan.order.begins_epoch(place, self.plan.global_batch) and 2 * left > self.plan.order.windows_per_epoch:
+        order, batch = self.plan.order, self.plan.global_batch
+        left = (self.plan.last_step - self.state.step) * batch
+        if order.begins_epoch(place, batch) and 2 * left > order.windows_per_epoch:
             self.optimizer.begin_epoch()  # with less text left than half an epoch, the new embeddings would be worse
         for scan in self.plan.scans:
             scan.raise_if_bad()

@@ -289,18 +289,27 @@ def test_the_next_batch_is_made_ahead() -> None:
     made: list[int] = []
 
     class Watched(BatchLoader):
-        def _make(self, step: int) -> list[torch.Tensor]:
+        def _make(self, step: int, order: SampleOrder) -> list[torch.Tensor]:
             made.append(step)
-            return super()._make(step)
+            return super()._make(step, order)
 
     data = ascending(100)
     batches = Watched(data, SampleOrder(100, 8), 2, CPU)
     for step in range(4):
         batches.get(step)
     assert batches.ahead is not None
-    batches.ahead[1].result()
+    batches.ahead[2].result()
     batches.close()
     assert sorted(made) == [0, 1, 2, 3, 4]  # each once, and one ahead
+
+
+def test_a_batch_read_ahead_is_not_used_after_the_order_changes() -> None:
+    batches = BatchLoader(ascending(100), SampleOrder(100, 8, "shuffled"), 2, CPU)
+    batches.get(0)
+    batches.order = SampleOrder(100, 8, "shuffled", shifts=((1, 5),))
+    assert batches.get(1)[0][:, 0].tolist() == batches.order.starts(1, 2).tolist()  # token i is i
+    assert batches.order.starts(1, 2).tolist() != SampleOrder(100, 8, "shuffled").starts(1, 2).tolist()
+    batches.close()
 
 
 def test_a_manifest_on_disk_equals_the_helpers(tmp_path: Path) -> None:
